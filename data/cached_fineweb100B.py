@@ -1,0 +1,18 @@
+"""Download FineWeb's sample of 100B tokens, already tokenised for GPT-2, from the Hugging Face hub.
+
+    python data/cached_fineweb100B.py 30     # the validation shard and the first 30 training shards
+    python data/cached_fineweb100B.py        # all 1030 of them, 206 GB
+
+Shards of 100M tokens (200 MB) go to data/fineweb100B/. Run it again to go on where it stopped: what is there
+and whole is skipped, and each shard is checked as it arrives.
+"""
+
+import sys
+
+from hub import PublicShards, download_main
+from shards import run_script
+
+SHARDS = PublicShards(repo="kjj0/fineweb100B-gpt2", folder="fineweb100B", prefix="fineweb", num_train=1030)
+
+if __name__ == "__main__":
+    sys.exit(run_script(lambda: download_main(SHARDS, __doc__)))

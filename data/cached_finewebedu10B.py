@@ -1,0 +1,19 @@
+"""Download FineWeb-Edu's sample of 10B tokens, already tokenised for GPT-2, from the Hugging Face hub.
+
+    python data/cached_finewebedu10B.py 9       # the validation shard and the first 9 training shards
+    python data/cached_finewebedu10B.py        # all 99 of them, 19.9 GB
+
+Shards of 100M tokens (200 MB) go to data/finewebedu10B/. Run it again to go on where it stopped: what is
+there and whole is skipped, and each shard is checked as it arrives.
+"""
+
+import sys
+
+from hub import PublicShards, download_main
+from shards import run_script
+
+SHARDS = PublicShards(
+    repo="kjj0/finewebedu10B-gpt2", folder="finewebedu10B", prefix="finewebedu", num_train=99)
+
+if __name__ == "__main__":
+    sys.exit(run_script(lambda: download_main(SHARDS, __doc__)))

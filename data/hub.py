@@ -1,0 +1,123 @@
+"""Downloads from the Hugging Face hub: what cached_*.py and fineweb.py share.
+
+huggingface_hub resumes a file that was cut off; here whole files are skipped, and each is checked on arrival.
+"""
+
+import argparse
+import errno
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from shards import check_shard
+
+SHARD_BYTES = 200_001_024  # a full public shard: 100M tokens
+DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS}
+OFFLINE_WORDS = ("Connect", "Timeout", "Network", "Protocol", "ReadError", "gaierror")
+
+
+class PublicShards(NamedTuple):
+    """A data set of GPT-2 shards on the hub: PREFIX_val_000000.bin and PREFIX_train_000001.bin onwards."""
+
+    repo: str
+    folder: str  # where it goes, beside the scripts
+    prefix: str
+    num_train: int
+
+
+class DownloadError(OSError):
+    """What went wrong and what to do, in a sentence."""
+
+
+def download_main(shards: PublicShards, description: str) -> None:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("num_shards", nargs="?", type=int, default=shards.num_train, metavar="N",
+                        help=f"training shards, 1 to {shards.num_train} (default: all; 200 MB each)")
+    default = Path(__file__).resolve().parent / shards.folder
+    parser.add_argument("--out", type=Path, default=default, metavar="DIR",
+                        help=f"folder for the shards (default: {shards.folder}/ beside this script)")
+    args = parser.parse_args()
+    if not 1 <= args.num_shards <= shards.num_train:
+        raise ValueError(f"{args.num_shards} training shards: the data set has 1 to {shards.num_train}")
+    download_shards(shards, args.num_shards, args.out)
+
+
+def download_shards(shards: PublicShards, num_train: int, folder: Path) -> None:
+    """Validation first, so that an interrupted download can already be trained on."""
+    names = [f"{shards.prefix}_val_000000.bin"]
+    names += [f"{shards.prefix}_train_{number:06d}.bin" for number in range(1, num_train + 1)]
+    missing = [name for name in names if not is_sound(folder / name)]
+    print(f"{folder}: {len(names) - len(missing)} of {len(names)} shards are there")
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = len(missing) * SHARD_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        print(f"warning: the missing shards take {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} free")
+    for name in missing:
+        print(f"{name} ...", flush=True)
+        path = download(shards.repo, name, folder)
+        try:
+            info = check_shard(path, every_token=True)
+        except ValueError as error:
+            # Removed, because the hub's client would take it for a finished download and not fetch it again.
+            path.unlink(missing_ok=True)
+            raise DownloadError(f"what arrived was refused and removed: {error}. Run this again") from None
+        print(f"{name}: {info.num_tokens:,} tokens")
+    print(f"done; train with DATA_PATH={folder}")
+
+
+def is_sound(path: Path) -> bool:
+    """Whether the shard is there and whole; one that is there but damaged is removed, to be fetched again."""
+    if not path.exists():
+        return False
+    try:
+        check_shard(path)
+    except ValueError as error:
+        print(f"{error}; removed, it will be downloaded again")
+        path.unlink()
+        return False
+    return True
+
+
+def download(repo: str, name: str, folder: Path) -> Path:
+    """Fetch one file of a data set into `folder`, under its name there."""
+    import huggingface_hub  # here, not above: it takes a second, and --help needs none of it
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", local_dir=folder))
+    except Exception as error:
+        raise _explained(error, repo, name) from error
+
+
+def list_files(repo: str, folder: str) -> list[str]:
+    """Paths of the files directly in a folder of a data set, sorted."""
+    import huggingface_hub
+
+    try:
+        tree = huggingface_hub.HfApi().list_repo_tree(repo, folder, repo_type="dataset")
+        return sorted(entry.path for entry in tree if hasattr(entry, "size"))
+    except Exception as error:
+        raise _explained(error, repo, folder) from error
+
+
+def _explained(error: Exception, repo: str, name: str) -> OSError:
+    """One sentence for each way a download fails. The errors are several libraries', some known by name."""
+    from huggingface_hub import errors
+
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return error  # run_script has the words
+    if "No space left" in str(error):  # as the hub's faster transfer library reports it
+        return OSError(errno.ENOSPC, str(error))
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return DownloadError(f"cannot download {name}: HF_HUB_OFFLINE is set; unset it")
+    kind = type(error).__name__
+    # LocalEntryNotFoundError is the hub's word for: not reached, and no copy here either.
+    if isinstance(error, errors.LocalEntryNotFoundError) or any(word in kind for word in OFFLINE_WORDS):
+        return DownloadError(f"cannot reach the hub for {name} of {repo}: is this machine online? What has "
+                             f"arrived is kept: run this again, or copy the file from another machine")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return DownloadError(f"the hub has no public data set {repo} (or HF_TOKEN is not valid: unset it)")
+    if isinstance(error, errors.EntryNotFoundError):
+        return DownloadError(f"no such file on the hub: {name} of {repo}")
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return DownloadError(f"downloading {name} of {repo} failed ({kind}: {reason}); run this again to go on")

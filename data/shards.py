@@ -1,0 +1,163 @@
+"""The shard format: the one place where the data scripts write, read and check one. Needs numpy only.
+
+    from shards import check_shard, read_shard, write_shard
+
+llm.c's format, so that other speedrun code reads these files and these scripts read theirs:
+
+    256 int32   magic 20240520, version 1, number of tokens, vocabulary (0 means 50257), 0 ...
+    N uint16    the tokens; little-endian, like the header
+
+Each document begins with its vocabulary's mark (50256 for GPT-2, 0 for bytes); nothing ends it.
+"""
+
+import errno
+import hashlib
+import os
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_WORDS = 256
+HEADER_BYTES = HEADER_WORDS * 4
+TOKEN_BYTES = 2
+
+GPT2_VOCABULARY = 50257
+GPT2_MARK = 50256  # <|endoftext|>, which the public shards put before each document
+BYTE_VOCABULARY = 256
+BYTE_MARK = 0  # no text contains a zero byte
+
+# How files that are not shards at all begin; a download can leave each of them under a shard's name.
+IMPOSTORS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the data: run `git lfs pull` or download it again"),
+    (b"<", "seems to be a web page, perhaps a server's error message: delete it and download again"),
+)
+
+
+class ShardInfo(NamedTuple):
+    num_tokens: int
+    vocabulary: int
+
+
+def write_shard(path: Path | str, tokens: np.ndarray, vocabulary: int = GPT2_VOCABULARY) -> None:
+    """Write 1-d integer `tokens`, all in [0, vocabulary), so that `path` either is whole or does not exist.
+
+    The GPT-2 vocabulary is written as 0, as in the public shards: some readers refuse anything else there.
+    """
+    path = Path(path)
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"{path}: tokens must be a 1-d array of integers, "
+                         f"not {tokens.ndim}-d {tokens.dtype}")
+    if not 0 < vocabulary <= 1 << 16:
+        raise ValueError(f"{path}: a vocabulary of {vocabulary} does not fit 16-bit tokens; 1 to 65,536 does")
+    if not 0 < tokens.size < 1 << 31:
+        raise ValueError(f"{path}: a shard holds 1 to {(1 << 31) - 1:,} tokens, not {tokens.size:,}")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"{path}: tokens from {low} to {high} do not fit a vocabulary of {vocabulary}")
+    header = np.zeros(HEADER_WORDS, dtype="<i4")
+    header[:4] = MAGIC, VERSION, tokens.size, 0 if vocabulary == GPT2_VOCABULARY else vocabulary
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The name must not match a reader's *.bin, and two writers at once must not share it.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(header.tobytes())
+            file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+        os.replace(temporary, path)
+    except BaseException:  # Ctrl-C too: leave no half-written file behind
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_shard(path: Path | str, every_token: bool = False) -> ShardInfo:
+    """What the shard holds, or a ValueError that says what was found and what was wanted.
+
+    Reads the header and the file's size; `every_token` also reads all tokens and compares them with the
+    vocabulary (a tenth of a second for 100M of them).
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path}: a folder, not a shard")
+        with open(path, "rb") as file:
+            head = file.read(HEADER_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    info = _parse_header(path, head, size)
+    if every_token:
+        tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(info.num_tokens,))
+        if int(tokens.max()) >= info.vocabulary:
+            where = int(np.argmax(tokens >= info.vocabulary))
+            raise ValueError(f"{path}: token {tokens[where]} at position {where:,} is beyond the "
+                             f"vocabulary of {info.vocabulary}; the file is damaged or its header is wrong")
+    return info
+
+
+def _parse_header(path: Path, head: bytes, size: int) -> ShardInfo:
+    if size == 0:
+        raise ValueError(f"{path}: an empty file; a shard begins with a header of {HEADER_BYTES:,} bytes")
+    for beginning, meaning in IMPOSTORS:
+        if head.startswith(beginning):
+            raise ValueError(f"{path}: {meaning}")
+    if len(head) < HEADER_BYTES:
+        raise ValueError(f"{path}: cut short within the header: {len(head):,} bytes of {HEADER_BYTES:,}")
+    magic, version, num_tokens, vocabulary = (int(word) for word in np.frombuffer(head, dtype="<i4")[:4])
+    if magic != MAGIC:
+        raise ValueError(f"{path}: not a token shard: it begins with {magic}, an llm.c shard with {MAGIC}")
+    if version != VERSION:
+        raise ValueError(f"{path}: shard version {version}; this code reads {VERSION} (16-bit tokens)")
+    if num_tokens <= 0:
+        raise ValueError(f"{path}: its header promises {num_tokens} tokens; a shard holds at least one")
+    wanted = HEADER_BYTES + TOKEN_BYTES * num_tokens
+    if size != wanted:
+        fault = "cut short" if size < wanted else "too long"
+        raise ValueError(f"{path}: {fault}: its header promises {num_tokens:,} tokens, which makes "
+                         f"{wanted:,} bytes; the file has {size:,}")
+    if not 0 <= vocabulary <= 1 << 16:
+        raise ValueError(f"{path}: header word 3 gives a vocabulary of {vocabulary}; 16-bit tokens allow "
+                         f"up to 65,536, and 0 means {GPT2_VOCABULARY}")
+    return ShardInfo(num_tokens, vocabulary or GPT2_VOCABULARY)
+
+
+def read_shard(path: Path | str) -> np.ndarray:
+    """The tokens, uint16, mapped from the checked file rather than loaded."""
+    info = check_shard(path)
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(info.num_tokens,))
+
+
+def content_hash(path: Path | str) -> str:
+    """sha256 of the tokens alone, as they lie in the file: the same text gives the same hash everywhere."""
+    digest = hashlib.sha256()
+    tokens = read_shard(path)
+    for start in range(0, tokens.size, 1 << 24):
+        digest.update(tokens[start : start + (1 << 24)].tobytes())
+    return digest.hexdigest()
+
+
+def run_script(main: Callable[[], int | None]) -> int:
+    """The exit status of a script: what a person can put right is one sentence, not a traceback.
+
+    2: something is wrong with what was given (ValueError). 1: the machine or the network failed (OSError).
+    """
+    try:
+        return main() or 0
+    except ValueError as error:
+        message, status = str(error), 2
+    except OSError as error:
+        message, status = str(error), 1
+        if error.errno == errno.ENOSPC:
+            message = "the disk is full: free some space and run the same command again"
+    except KeyboardInterrupt:
+        message, status = "stopped", 130
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return status

