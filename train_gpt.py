@@ -1,0 +1,1668 @@
+"""Train a GPT on FineWeb towards 3.28 validation loss: the NanoGPT speedrun's model with sharded NorMuon + Adam.
+
+    ./run.sh                                                 # sets everything up; any machine
+    torchrun --standalone --nproc-per-node=8 train_gpt.py    # 8xH100, FineWeb in data/fineweb10B
+    torchrun --standalone --nproc-per-node=2 train_gpt.py    # two CPU cores, MODEL=tiny
+    MODEL=tiny SEED=7 python train_gpt.py                    # one rank, no torchrun
+    python train_gpt.py --help                               # every setting (an environment variable each)
+
+The log goes to logs/RUN_ID.txt. train_gpt_muon_ord.py is this file but for the text between the two
+optimizer fences, where it adds ORD; sync_twins.py keeps the rest equal.
+
+Ideas are credited where they are used. The model and its schedule follow the public records of the
+modded-nanogpt speedrun (Keller Jordan and contributors), in our own code.
+"""
+import dataclasses
+import glob
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SCRIPT = Path(__file__).resolve()
+
+# ---------------------------------------------------------------------------------------------------
+# Settings: one environment variable each, named as the field in capitals
+# ---------------------------------------------------------------------------------------------------
+
+
+def knob(default, help, **limits):
+    """A settings field. limits: low, high (inclusive), above (exclusive), choices."""
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The trainer's settings. A preset (MODEL) may change defaults; the environment has the last word."""
+
+    run_id: str = knob("", "name of the log logs/RUN_ID.txt; empty: time, model and seed")
+    seed: int = knob(0, "drives initial weights and data order, a stream each", low=0, high=2**62)
+    model: str = knob("auto", "preset; auto: gpt2-small on CUDA, tiny without")
+    device: str = knob("auto", "auto: cuda where there is one", choices=("auto", "cuda", "cpu"))
+    nproc_per_node: int = knob(0, "ranks that run.sh starts; 0: one a GPU or core, up to 8", low=0, high=1024)
+    compile: str = knob("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
+    rehearse: str = knob("auto", "try all stages on a copy before the clock starts; auto: if compiled or CUDA",
+                         choices=("auto", "0", "1"))
+    attn_backend: str = knob("auto", "auto: varlen on CUDA, sdpa elsewhere",
+                             choices=("auto", "varlen", "flex", "sdpa"))
+    disable_fp8: bool = knob(False, "head in bfloat16 even where float8 is to be had (sm_89 and later)")
+    # data
+    data_path: str = knob(".", "folder that TRAIN_FILES and VAL_FILES are relative to")
+    train_files: str = knob("data/fineweb10B/fineweb_train_*.bin", "glob of training shards")
+    val_files: str = knob("data/fineweb10B/fineweb_val_*.bin", "glob of validation shards")
+    val_tokens: int = knob(10_485_760, "tokens of validation, from the start of the shards", low=1024)
+    val_batch_tokens: int = knob(2_097_152, "tokens of one validation batch, all ranks together", low=1024)
+    max_doc_tokens: int = knob(2048, "longest document in training, tokens", low=16)
+    long_docs: str = knob("cut", "what becomes of the rest: cut (dropped), split (read as further documents)",
+                          choices=("cut", "split"))
+    # length and shape of the run; one value a stage: three scheduled thirds, then the extension
+    num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
+    num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
+    train_tokens: int = knob(0, "if not 0, sets NUM_SCHEDULED_ITERATIONS so that they take so many tokens", low=0)
+    batch_sizes: tuple[int, ...] = knob((131_072, 262_144, 393_216, 393_216), "tokens a step, by stage", low=128)
+    slices_per_pass: int = knob(0, "slices that a rank stacks into one pass; 0: what fits 65536 tokens", low=0)
+    residual_scale: float = knob(1.0, "factor on the output of every attention and MLP branch")
+    # learning rate
+    lr_muls: tuple[float, ...] = knob((1.0, 1.52, 1.73, 1.0), "learning-rate multiplier, by stage", low=0)
+    warmup_steps: int = knob(0, "steps of linear learning-rate warm-up", low=0)
+    cooldown_frac: float = knob(0.55, "share of the scheduled steps that the decay takes", low=0, high=1)
+    lr_decay_type: str = knob("linear", "shape of the decay", choices=("linear", "exp", "cosine", "constant"))
+    lr_decay_final: float = knob(0.1, "where it ends: the multiplier, or (exp) a factor on the stage's", low=0)
+    lr_decay_switch_step: int = knob(-1, "step from which the second decay applies; -1: never", low=-1)
+    lr_decay_second_type: str = knob("constant", "shape of the second", choices=("linear", "exp", "constant"))
+    lr_decay_second_final: float = knob(0.1, "where it ends: a factor on the stage's multiplier", low=0)
+    # evaluation
+    val_loss_every: int = knob(50, "steps between validations; 0: only the last", low=0)
+    val_loss_last_steps: int = knob(100, "so many last steps are validated more often", low=0)
+    val_loss_every_last: int = knob(10, "steps between those validations; 0: as before", low=0)
+    target_loss: float = knob(3.28, "validation loss to reach, for log and plots, nats a token", above=0)
+
+
+class SettingsError(ValueError):
+    """The user's settings cannot be used: what was found, what was wanted, what to do. Exit code 2."""
+
+
+def parse_value(name: str, text: str, field: dataclasses.Field):
+    """The value of one environment variable, checked against its field."""
+    def refuse(wanted):
+        raise SettingsError(f"{name}={text!r}: wanted {wanted} ({field.metadata['help']})")
+
+    def one(kind, part):
+        try:
+            value = kind(part.strip())
+        except ValueError:
+            refuse(allowed_values(field))
+        if not math.isfinite(value):
+            refuse("a finite number")
+        low, high, above = (field.metadata.get(k, d) for k, d in
+                            (("low", -math.inf), ("high", math.inf), ("above", -math.inf)))
+        if not low <= value <= high or value <= above:
+            refuse(allowed_values(field))
+        return value
+
+    if field.type is bool:
+        if text.strip().lower() not in ("0", "1", "true", "false"):
+            refuse("0 or 1")
+        return text.strip().lower() in ("1", "true")
+    if field.type is str:
+        if text not in field.metadata.get("choices", (text,)):
+            refuse(allowed_values(field))
+        return text
+    if field.type in (int, float):
+        return one(field.type, text)
+    kind = int if field.type == tuple[int, ...] else float
+    return tuple(one(kind, part) for part in text.strip(" []()").split(","))
+
+
+def type_name(field: dataclasses.Field) -> str:
+    return {tuple[int, ...]: "int,...", tuple[float, ...]: "float,..."}.get(field.type) or field.type.__name__
+
+
+def allowed_values(field: dataclasses.Field) -> str:
+    """The allowed values in words: 'int, at least 0'."""
+    limits = field.metadata
+    if "choices" in limits:
+        return "one of " + ", ".join(limits["choices"])
+    words = [type_name(field)]
+    words += [f"{word} {limits[key]}" for key, word in
+              (("low", "at least"), ("above", "above"), ("high", "at most")) if key in limits]
+    return ", ".join(words)
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+OUR_PREFIXES = ("SPECTRAL_", "ORD_", "MUON_", "ADAM_", "LR_DECAY_", "VAL_LOSS_", "NUM_SCHEDULED_")
+
+
+def refuse_lookalikes(env, known: list[str]):
+    """A misspelt setting would silently train something else, so it ends the run."""
+    for name in sorted(set(env) - set(known)):
+        nearest = min(known, key=lambda k: edit_distance(name, k))
+        close = len(nearest) >= 8 and abs(len(name) - len(nearest)) <= 2 and edit_distance(name, nearest) <= 2
+        if close or name.startswith(OUR_PREFIXES):
+            raise SettingsError(f"{name} is not a setting of {SCRIPT.name}; the nearest is {nearest}. "
+                                f"Unset or rename it; `python {SCRIPT.name} --help` lists all")
+
+
+def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
+    """The settings of the environment over the preset's defaults; SettingsError names what is wrong."""
+    fields = {f.name.upper(): f for c in (Settings, OptimizerSettings) for f in dataclasses.fields(c)}
+    refuse_lookalikes(env, list(fields))
+    device = env.get("DEVICE", "auto")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("DEVICE='cuda', but torch finds no CUDA device here; use DEVICE=cpu or auto")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    model = env.get("MODEL", "auto")
+    model = {"auto": "gpt2-small" if cuda else "tiny"}.get(model, model)
+    if model not in PRESETS:
+        raise SettingsError(f"MODEL={model!r}: wanted one of auto, {', '.join(PRESETS)}")
+    config, defaults = PRESETS[model]
+    values = {}
+    for name, field in fields.items():
+        values[field.name] = (parse_value(name, env[name], field) if name in env
+                              else defaults.get(field.name, field.default))
+    values.update(model=model, device="cuda" if cuda else "cpu")
+    s, o = (c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in (Settings, OptimizerSettings))
+    check_settings(s, env)
+    check_optimizer_settings(o)
+    return resolve(s), o, config
+
+
+def check_settings(s: Settings, env):
+    """Combinations that no single field can judge."""
+    for name in ("batch_sizes", "lr_muls"):
+        values = getattr(s, name)
+        if len(values) != NUM_STAGES:
+            raise SettingsError(f"{name.upper()} has {len(values)} values, wanted {NUM_STAGES}: "
+                                "one for each scheduled stage and one for the extension")
+    for stage, tokens in enumerate(s.batch_sizes, 1):
+        if tokens % (NUM_SLICES * 16):
+            down = tokens // (NUM_SLICES * 16) * NUM_SLICES * 16
+            raise SettingsError(f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {NUM_SLICES} slices "
+                                f"x 16 tokens; {down} or {down + NUM_SLICES * 16} are")
+    if s.val_batch_tokens % (NUM_SLICES * 16) or s.val_tokens % s.val_batch_tokens:
+        raise SettingsError(f"VAL_TOKENS={s.val_tokens} must be a multiple of VAL_BATCH_TOKENS="
+                            f"{s.val_batch_tokens}, and that of {NUM_SLICES} slices x 16 tokens")
+    if s.train_tokens and "NUM_SCHEDULED_ITERATIONS" in env:
+        raise SettingsError("TRAIN_TOKENS and NUM_SCHEDULED_ITERATIONS both set the run's length; unset one")
+    if s.run_id and not re.fullmatch(r"[\w.=,+-]+", s.run_id):
+        raise SettingsError(f"RUN_ID={s.run_id!r}: wanted a file name of letters, digits and . _ - = , +")
+    if s.device == "cpu" and s.attn_backend in ("varlen", "flex"):
+        raise SettingsError(f"ATTN_BACKEND={s.attn_backend} trains on CUDA only; elsewhere use sdpa or auto")
+
+
+def resolve(s: Settings) -> Settings:
+    """Settings with every 'auto' and 0-means-derived replaced by what it means here."""
+    cuda = s.device == "cuda"
+    changes = {"compile": str(int(cuda)) if s.compile == "auto" else s.compile}
+    changes["rehearse"] = str(int(cuda or changes["compile"] == "1")) if s.rehearse == "auto" else s.rehearse
+    changes["attn_backend"] = ("varlen" if cuda else "sdpa") if s.attn_backend == "auto" else s.attn_backend
+    if cuda and torch.cuda.get_device_capability() < (8, 9) or not cuda:
+        changes["disable_fp8"] = True
+    if s.train_tokens:
+        mean_batch = sum(s.batch_sizes[:-1]) / (NUM_STAGES - 1)
+        changes["num_scheduled_iterations"] = max(1, round(s.train_tokens / mean_batch))
+    if not s.run_id:
+        changes["run_id"] = f"{time.strftime('%Y%m%d-%H%M%S')}-{SCRIPT.stem}-{s.model}-seed{s.seed}"
+    return dataclasses.replace(s, **changes)
+
+
+def print_help():
+    print(__doc__)
+    for c in (Settings, OptimizerSettings):
+        print(f"\n{c.__doc__}\n")
+        for f in dataclasses.fields(c):
+            default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            print(f"  {f.name.upper()}  ({allowed_values(f)}; default {default!r})")
+            print(f"      {f.metadata['help']}")
+    print("\nPresets (MODEL) and the defaults they change:\n")
+    for name, (config, defaults) in PRESETS.items():
+        print(f"  {name}: {config.num_layers} layers of width {config.width}, {config.num_heads} heads")
+        for key, value in defaults.items():
+            print(f"      {key.upper()}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+
+
+def print_settings_json():
+    """For the launcher: every setting's name, type, default and allowed values; and the presets' defaults."""
+    settings = [{"name": f.name.upper(), "type": type_name(f), "default": f.default,
+                 "allowed": allowed_values(f), **f.metadata}
+                for c in (Settings, OptimizerSettings) for f in dataclasses.fields(c)]
+    presets = {name: {k.upper(): v for k, v in defaults.items()} for name, (_, defaults) in PRESETS.items()}
+    print(json.dumps({"script": SCRIPT.name, "settings": settings, "presets": presets}))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Ranks: all collectives in one small class
+# ---------------------------------------------------------------------------------------------------
+
+
+class Done:
+    """What a collective returns when there is nobody to talk to."""
+
+    def wait(self):
+        pass
+
+
+class Ranks:
+    """This process among the others. Collectives are asynchronous: they return an object with .wait()."""
+
+    def __init__(self, device: str):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.device = torch.device("cuda", self.local_rank) if device == "cuda" else torch.device("cpu")
+        if device == "cuda":
+            torch.cuda.set_device(self.device)
+        elif "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
+            torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
+        if "RANK" in os.environ:  # torchrun, even with a single rank
+            dist.init_process_group("nccl" if device == "cuda" else "gloo",
+                                    **({"device_id": self.device} if device == "cuda" else {}))
+
+    def all_reduce(self, x: Tensor, op=dist.ReduceOp.SUM):
+        return dist.all_reduce(x, op=op, async_op=True) if self.world_size > 1 else Done()
+
+    def reduce_scatter(self, shard: Tensor, full: Tensor):
+        """shard: this rank's equal part of full, summed over the ranks. For one rank they are the same memory.
+        (torch 2.13 renamed this call and the next from *_tensor; this class is the one place to follow.)"""
+        if self.world_size == 1:
+            return Done()
+        return dist.reduce_scatter_single(shard.view(-1), full.view(-1), async_op=True)
+
+    def all_gather(self, full: Tensor, shard: Tensor):
+        """full: the ranks' shards in order; shard may be a view of its own place in full."""
+        if self.world_size == 1:
+            return Done()
+        return dist.all_gather_single(full.view(-1), shard.view(-1), async_op=True)
+
+    def broadcast(self, x: Tensor, source: int = 0):
+        if self.world_size > 1:
+            dist.broadcast(x, source)
+
+    def shard(self, full: Tensor) -> Tensor:
+        """This rank's view of its equal part of full's first dimension."""
+        n = full.shape[0] // self.world_size
+        return full[self.rank * n:(self.rank + 1) * n]
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Run log: what run_log.py reads
+# ---------------------------------------------------------------------------------------------------
+
+
+class RunLog:
+    """logs/RUN_ID.txt and the console, on rank 0; silent on the others. One flushed append a line."""
+
+    def __init__(self, run_id: str, rank: int, num_steps: int):
+        self.is_main, self.num_steps = rank == 0, num_steps
+        self.path = Path("logs") / f"{run_id}.txt"
+        self.bar = self.is_main and sys.stdout.isatty()
+        if not self.is_main:
+            return
+        self.path.parent.mkdir(exist_ok=True)
+        try:
+            self.file = self.path.open("x", buffering=1)
+        except FileExistsError:
+            raise SettingsError(f"{self.path} exists already, and logs are never overwritten; choose another "
+                                "RUN_ID") from None
+
+    def write(self, line: str):
+        if self.is_main:
+            self.file.write(line + "\n")
+            self.file.flush()
+
+    def header(self, config: dict, started: dict):
+        """The sources, the resolved settings and the first event, fenced by two lines of '='."""
+        if not self.is_main:
+            return
+        self.write("".join(p.read_text() for p in source_files()) + "\n" + "=" * 100)
+        self.write("config:" + json.dumps(config))
+        self.event("started", **started)
+        self.write("=" * 100)
+
+    def event(self, name: str, **fields):
+        self.write(" ".join([f"event:{name}", *(f"{k}:{v}" for k, v in fields.items())]))
+
+    def say(self, text: str):
+        """A line for the person at the console only."""
+        if self.is_main:
+            print(("\r\033[K" if self.bar else "") + text, flush=True)
+
+    def warn(self, text: str):
+        self.event("warning", text=json.dumps(text))
+        self.say(f"warning: {text}")
+
+    def step(self, step: int, fields: dict):
+        """One step line: `fields` in their order, floats already formatted."""
+        self.write(f"step:{step}/{self.num_steps} " + " ".join(f"{k}:{v}" for k, v in fields.items()))
+
+    def progress(self, step: int, loss: float, tokens_per_s: float, seconds_left: float, shown_every: int):
+        """A bar on a terminal, now and then a plain line elsewhere."""
+        if not self.is_main or not (self.bar or step % shown_every == 0 or step == self.num_steps):
+            return
+        text = (f"step {step:>5}/{self.num_steps}  train loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  "
+                f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left")
+        if self.bar:
+            width = max(10, min(40, shutil.get_terminal_size().columns - len(text) - 4))
+            done = round(width * step / self.num_steps)
+            text = f"\r\033[K[{'#' * done}{'.' * (width - done)}] {text}"
+        print(text, end="" if self.bar else "\n", flush=True)
+
+
+def source_files() -> list[Path]:
+    """What decides the numbers: this script, and the kernels it uses."""
+    return [p for p in (SCRIPT, SCRIPT.with_name("triton_kernels.py")) if p.exists()]
+
+
+def provenance(ranks: Ranks) -> dict:
+    """What ran where, as fields of event:started."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=SCRIPT.parent,
+                         capture_output=True, text=True) if shutil.which("git") else None
+    cuda = ranks.device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "script": SCRIPT.name,
+            "source_hash": hashlib.sha256(b"".join(p.read_bytes() for p in source_files())).hexdigest()[:16],
+            "git": git.stdout.strip() if git and git.returncode == 0 else "none",
+            "python": platform.python_version(), "torch": torch.__version__,
+            "device": name.replace(" ", "_"), "world_size": ranks.world_size,
+            "threads": torch.get_num_threads(), "host_cores": usable_cores()}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data: shards of documents -> slices of tokens
+# ---------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+GPT2_VOCAB, GPT2_MARK = 50257, 50256
+NUM_SLICES = 8  # a global batch is always cut so (or into as many slices as there are ranks, if more)
+
+
+class DataError(ValueError):
+    """A data file cannot be used: which, what was found, what was wanted. Exit code 2."""
+
+
+@dataclass
+class Shard:
+    """An llm.c token file: 256 int32 of header [magic, version, tokens, vocabulary], then uint16 tokens."""
+
+    path: Path
+    tokens: np.ndarray
+    vocab_size: int
+
+    @property
+    def mark(self) -> int:
+        """The token that begins every document. Public GPT-2 shards may begin in the middle of one, so their
+        first token says nothing; in a shard that states its own vocabulary the first token is the mark."""
+        return GPT2_MARK if self.vocab_size == GPT2_VOCAB else int(self.tokens[0])
+
+    def document_starts(self) -> np.ndarray:
+        """Positions of the marks; a beginning without one is no document and is not read in training."""
+        return np.flatnonzero(self.tokens == self.mark)
+
+
+def open_shard(path: Path) -> Shard:
+    """Map a shard, checked: magic, version, count against the file's size, every token in the vocabulary."""
+    size = path.stat().st_size
+    if size < HEADER_INTS * 4:
+        raise DataError(f"{path} has {size} bytes, a shard's header alone {HEADER_INTS * 4}; make it again")
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    magic, version, count, vocab_size = (int(x) for x in header[:4])
+    if magic != SHARD_MAGIC or version != SHARD_VERSION:
+        raise DataError(f"{path} begins with [{magic}, {version}], a token shard with [{SHARD_MAGIC}, "
+                        f"{SHARD_VERSION}]; it is another kind of file")
+    if count < 1 or size != HEADER_INTS * 4 + 2 * count:
+        raise DataError(f"{path} says it has {count} tokens, its size of {size} bytes holds "
+                        f"{(size - HEADER_INTS * 4) / 2:g}; it was cut short or damaged: make it again")
+    vocab_size = vocab_size or GPT2_VOCAB
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_INTS * 4)
+    if not 0 < vocab_size <= 65536 or int(tokens.max()) >= vocab_size:
+        raise DataError(f"{path} has token {int(tokens.max())}, beyond its vocabulary of {vocab_size}")
+    return Shard(path, tokens, vocab_size)
+
+
+def open_shards(root: str, pattern: str, name: str) -> list[Shard]:
+    """The shards that match, all of one vocabulary."""
+    paths = sorted(Path(p) for p in glob.glob(os.path.join(root, pattern)))
+    if not paths:
+        fetch = "data/embedded_corpus.py" if "embedded" in pattern else "data/cached_fineweb10B.py 9"
+        raise DataError(f"{name}={pattern!r} under DATA_PATH={root!r} matches no file; `python {fetch}` makes "
+                        f"it, or point {name} at your own shards (data/README.md)")
+    shards = [open_shard(p) for p in paths]
+    if len({s.vocab_size for s in shards}) > 1:
+        found = ", ".join(f"{s.path.name} {s.vocab_size}" for s in shards)
+        raise DataError(f"{name} mixes vocabularies ({found}); all must come from one tokenizer")
+    return shards
+
+
+def shard_fields(shards: list[Shard]) -> str:
+    """name/tokens/sha256 of each file for the log; files over 64 MiB are not hashed, it would delay the start."""
+    def digest(s):
+        small = s.tokens.nbytes <= 64 << 20
+        return hashlib.sha256(s.tokens.tobytes()).hexdigest()[:16] if small else "not_hashed"
+    return ",".join(f"{s.path.name.replace(' ', '_')}/{len(s.tokens)}/{digest(s)}" for s in shards)
+
+
+class Batch(NamedTuple):
+    """One forward pass of one rank. B slices of T tokens."""
+
+    inputs_BT: Tensor   # int32
+    targets_BT: Tensor  # int64, the token that follows each input in the shard
+    cu_seqlens: Tensor  # int32: where documents begin in the B*T inputs, then B*T to the end
+    max_doc_tokens: int
+
+
+def stack_slices(slices: list, device: torch.device, max_doc_tokens: int) -> Batch:
+    """slices: (inputs, targets, document lengths) in numpy. The number of boundaries is padded to a fixed
+    size, so that compiled code sees one shape; a batch of very many documents gets a multiple of it."""
+    B, T = len(slices), len(slices[0][0])
+    lengths = np.concatenate([s[2] for s in slices])
+    size = B * max(16, T // 128)
+    while size < len(lengths):
+        size *= 2
+    cu_seqlens = np.full(size + 1, B * T, dtype=np.int32)
+    cu_seqlens[0] = 0
+    cu_seqlens[1:len(lengths) + 1] = np.cumsum(lengths)
+    inputs, targets = (np.stack([s[i] for s in slices]) for i in (0, 1))
+    tensors = [torch.from_numpy(a) for a in (inputs.astype(np.int32), targets.astype(np.int64), cu_seqlens)]
+    if device.type == "cuda":
+        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return Batch(*tensors, max_doc_tokens)
+
+
+class TrainData:
+    """Endless batches of whole documents. Every rank plans all slices of a step and reads its own, so that 1,
+    2, 4 and 8 ranks see the same tokens. Documents and shards come in an order drawn from the seed, each epoch
+    anew."""
+
+    def __init__(self, shards: list[Shard], s: Settings, ranks: Ranks):
+        self.shards, self.seed, self.device = shards, s.seed, ranks.device
+        self.max_doc_tokens, self.split = s.max_doc_tokens, s.long_docs == "split"
+        self.num_slices = max(NUM_SLICES, ranks.world_size)
+        self.mine = range(ranks.rank * self.num_slices // ranks.world_size,
+                          (ranks.rank + 1) * self.num_slices // ranks.world_size)
+        self.slices_per_pass = s.slices_per_pass
+        self.epoch, self.place, self.cursor = 0, 0, 0  # place: in the epoch's order of shards; cursor: document
+        self.load_shard()
+        self.worker = ThreadPoolExecutor(1)
+        self.coming = None
+
+    def load_shard(self):
+        """Index the current shard's documents, in this epoch's order."""
+        order = np.random.default_rng([self.seed, 1, self.epoch]).permutation(len(self.shards))
+        index = int(order[self.place])
+        shard = self.shards[index]
+        starts = shard.document_starts()
+        lengths = np.diff(starts, append=len(shard.tokens))
+        if self.split:
+            pieces = -(-lengths // self.max_doc_tokens)
+            nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+            starts = np.repeat(starts, pieces) + nth * self.max_doc_tokens
+            lengths = np.repeat(lengths, pieces) - nth * self.max_doc_tokens
+        perm = np.random.default_rng([self.seed, 2, self.epoch, index]).permutation(len(starts))
+        self.tokens, self.mark = shard.tokens, shard.mark
+        self.starts = starts[perm]
+        self.lengths = np.minimum(lengths[perm], self.max_doc_tokens)
+        self.ends = np.cumsum(self.lengths)
+
+    def plan_slice(self, num_tokens: int) -> tuple:
+        """(tokens, starts, lengths) of the next slice: whole documents, the last one cut to fill it."""
+        for _ in range(len(self.shards) + 1):
+            before = self.ends[self.cursor - 1] if self.cursor else 0
+            last = int(np.searchsorted(self.ends, before + num_tokens))
+            if last < len(self.ends):
+                starts, lengths = self.starts[self.cursor:last + 1], self.lengths[self.cursor:last + 1].copy()
+                lengths[-1] -= self.ends[last] - before - num_tokens
+                self.cursor = last + 1
+                return self.tokens, starts, lengths
+            self.place, self.cursor = self.place + 1, 0
+            if self.place == len(self.shards):
+                self.epoch, self.place = self.epoch + 1, 0
+            self.load_shard()
+        raise DataError(f"no training shard has the {num_tokens} tokens of documents that one slice takes; "
+                        "use larger shards or smaller BATCH_SIZES")
+
+    def read_slice(self, tokens, starts, lengths) -> tuple:
+        """Inputs and the tokens that follow them; past the end of the shard follows a document mark."""
+        inputs = np.concatenate([tokens[s:s + n] for s, n in zip(starts, lengths)])
+        follows = [tokens[s + 1:s + n + 1] for s, n in zip(starts, lengths)]
+        follows = [np.append(f, self.mark) if len(f) < n else f for f, n in zip(follows, lengths)]
+        return inputs, np.concatenate(follows), lengths
+
+    def make(self, batch_tokens: int) -> list[Batch]:
+        slice_tokens = batch_tokens // self.num_slices
+        plans = [self.plan_slice(slice_tokens) for _ in range(self.num_slices)]
+        slices = [self.read_slice(*plans[i]) for i in self.mine]
+        n = self.slices_per_pass or max(1, 65_536 // slice_tokens)
+        longest = min(self.max_doc_tokens, slice_tokens)
+        return [stack_slices(slices[i:i + n], self.device, longest) for i in range(0, len(slices), n)]
+
+    def next(self, batch_tokens: int, then: int | None) -> list[Batch]:
+        """This rank's passes of this step; those of the step after it, of size `then`, are read meanwhile."""
+        now = self.coming.result() if self.coming else self.make(batch_tokens)
+        self.coming = self.worker.submit(self.make, then) if then else None
+        return now
+
+
+def val_batches(shards: list[Shard], s: Settings, ranks: Ranks):
+    """This rank's passes over the first val_tokens tokens: batches of contiguous slices, documents whole."""
+    need = s.val_tokens + 1
+    tokens = np.concatenate([shard.tokens[:need] for shard in shards])[:need]
+    num_slices = max(NUM_SLICES, ranks.world_size)
+    slice_tokens = s.val_batch_tokens // num_slices
+    first, end = (r * num_slices // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
+    n = max(1, 65_536 // slice_tokens)
+    for batch_start in range(0, s.val_tokens, s.val_batch_tokens):
+        slices = []
+        for i in range(first, end):
+            at = batch_start + i * slice_tokens
+            part = tokens[at:at + slice_tokens + 1]
+            inner = np.flatnonzero(part[1:-1] == shards[0].mark) + 1
+            slices.append((part[:-1], part[1:], np.diff(inner, prepend=0, append=slice_tokens)))
+        for i in range(0, len(slices), n):
+            yield stack_slices(slices[i:i + n], ranks.device, slice_tokens)
+
+
+def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
+    """Training and validation shards, checked against each other and against what the run needs."""
+    train = open_shards(s.data_path, s.train_files, "TRAIN_FILES")
+    val = open_shards(s.data_path, s.val_files, "VAL_FILES")
+    if train[0].vocab_size != val[0].vocab_size:
+        raise DataError(f"training shards have a vocabulary of {train[0].vocab_size}, validation shards of "
+                        f"{val[0].vocab_size}; both must come from one tokenizer")
+    for shard in train:
+        if not len(shard.document_starts()):
+            raise DataError(f"{shard.path} has no document mark (token {shard.mark}), with which every document "
+                            "begins; make it again with data/tokenize_text.py")
+    have = sum(len(v.tokens) for v in val)
+    if have < s.val_tokens + 1:
+        raise DataError(f"VAL_TOKENS={s.val_tokens}, but the validation shards hold {have}, one of them only a "
+                        f"target; set VAL_TOKENS to a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens} below that")
+    num_slices = max(NUM_SLICES, world_size)
+    if num_slices % world_size or any(t % num_slices for t in (*s.batch_sizes, s.val_batch_tokens)):
+        raise SettingsError(f"{world_size} ranks do not divide {num_slices} slices, or those the batches "
+                            f"{s.batch_sizes}; use 1, 2, 4, 8 ranks, or batches that divide")
+    return train, val
+
+
+# ---------------------------------------------------------------------------------------------------
+# Numerics
+# ---------------------------------------------------------------------------------------------------
+
+LOSS_SCALE = 2 / 8  # on the summed loss: the gradient size in which raw radial strengths were first measured
+
+
+def norm(x: Tensor) -> Tensor:
+    """x / rms(x) over the last dimension, without gain."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Float8Head(torch.autograd.Function):
+    """x @ w.T in float8 with fixed scales, the speedrun's idea of 2025-01: activations and weights in e4m3, the
+    incoming gradient in e5m2. x_MC, w_VC in bfloat16; result bfloat16 (M, V)."""
+
+    X_SCALE, W_SCALE, GRAD_SCALE = 100 / 448, 1.6 / 448, LOSS_SCALE * 0.75 / 448
+
+    @staticmethod
+    def forward(ctx, x_MC, w_VC):
+        x8, w8 = to_float8(x_MC, Float8Head.X_SCALE), to_float8(w_VC, Float8Head.W_SCALE)
+        ctx.save_for_backward(x8, w8)
+        one = lambda scale: torch.tensor(scale, device=x_MC.device)
+        return torch._scaled_mm(x8, w8.T, scale_a=one(Float8Head.X_SCALE), scale_b=one(Float8Head.W_SCALE),
+                                out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx, grad_MV):
+        x8, w8 = ctx.saved_tensors
+        one = lambda scale: torch.tensor(scale, device=grad_MV.device)
+        x_scale, w_scale, g_scale = map(one, (Float8Head.X_SCALE, Float8Head.W_SCALE, Float8Head.GRAD_SCALE))
+        g8 = to_float8(grad_MV, Float8Head.GRAD_SCALE, torch.float8_e5m2)
+        product = lambda a, b, scale: torch._scaled_mm(a, b.T.contiguous().T, scale_a=g_scale, scale_b=scale,
+                                                       out_dtype=torch.bfloat16)
+        return product(g8, w8, w_scale), product(g8.T.contiguous(), x8, x_scale)
+
+
+def to_float8(x: Tensor, scale: float, dtype=torch.float8_e4m3fn) -> Tensor:
+    """x / scale, clamped: e5m2 would overflow to inf, e4m3 to nan."""
+    limit = torch.finfo(dtype).max
+    return (x.float() / scale).clamp(-limit, limit).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Model
+# B slices, T tokens of a slice, H heads, D head dim, C width, V vocabulary (padded), K predicted tokens
+# ---------------------------------------------------------------------------------------------------
+
+NUM_STAGES = 4                    # three scheduled, and the extension
+GATE_CHANNELS = 12                # gates read the first channels of what they gate
+SOFTCAP = (23.0, 5.0, 7.5)        # logits = 23 sigmoid((z + 5) / 7.5)
+ATTN_SCALE = 0.1
+ROTARY_BASE = 1024
+HASH_MULTIPLIERS = (36313, 27191)
+VOCAB_MULTIPLE = 128              # so that the head's product has aligned shapes
+INIT_GAIN = 0.5                   # matrices start uniform with standard deviation INIT_GAIN / sqrt(width)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and topology. Tuples of layers say which have a feature; windows are (short, long) in blocks."""
+
+    num_layers: int = 11
+    width: int = 768
+    num_heads: int = 6
+    head_dim: int = 128
+    num_kv_heads: int = 6
+    window_block: int = 128
+    windows: tuple = ((1, 3), (3, 7), (5, 11), (6, 13))         # by stage
+    final_windows: tuple = (6, 20)                               # at the last validation
+    long_layers: tuple = (3, 10)
+    paired_layers: tuple = (0, 2, 5, 9)
+    value_embed_layers: tuple = (0, 1, 8, 9, 10)
+    skip: tuple | None = (3, 6)                                  # output of one added before the other
+    no_attention: tuple = (6,)
+    backout: int | None = 7
+    bigram_rows: int = 5 * 50304
+    smear: bool = True
+    attn_gate: bool = True
+    # weights of the losses on token t+1, t+2, ... by stage, each (at its start, at its end)
+    predict: tuple = (((1, 1), (0.5, 0.5), (0.25, 0)), ((1, 1), (0.5, 0)), ((1, 1),), ((1, 1),))
+    untie_frac: float = 2 / 3                                    # of training; 1: embedding and head stay tied
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer has."""
+
+    attention: bool
+    long_window: bool
+    paired: bool
+    value_embed: bool
+
+
+def layer_plans(c: ModelConfig) -> list[LayerPlan]:
+    return [LayerPlan(i not in c.no_attention, i in c.long_layers, i in c.paired_layers,
+                      i in c.value_embed_layers) for i in range(c.num_layers)]
+
+
+PLAIN = dict(paired_layers=(), value_embed_layers=(), skip=None, no_attention=(), backout=None, bigram_rows=0,
+             smear=False, attn_gate=False, untie_frac=1.0)
+
+# MODEL -> (ModelConfig, defaults of settings that the preset changes)
+PRESETS = {
+    "gpt2-small": (ModelConfig(), {}),
+    "gpt2-medium": (ModelConfig(
+        num_layers=16, width=1024, num_heads=8, num_kv_heads=8, long_layers=(3, 7, 11, 15),
+        paired_layers=(0, 2, 5, 9, 13), value_embed_layers=(0, 1, 13, 14, 15), skip=(5, 9), no_attention=(9,),
+        backout=11), dict(target_loss=2.92, num_scheduled_iterations=4800)),
+    "gpt2-1b": (ModelConfig(
+        num_layers=20, width=2048, num_heads=16, num_kv_heads=16, long_layers=(4, 9, 14, 19),
+        paired_layers=(0, 2, 6, 12, 17), value_embed_layers=(0, 1, 17, 18, 19), skip=(6, 11),
+        no_attention=(11,), backout=14), dict(target_loss=2.7, num_scheduled_iterations=12000)),
+    "dense-88m": (ModelConfig(
+        num_layers=22, width=512, num_heads=8, head_dim=64, num_kv_heads=4, long_layers=tuple(range(22)),
+        windows=((4, 4),) * 4, final_windows=(4, 4), predict=(((1, 1),),) * 4, **PLAIN),
+        dict(batch_sizes=(65_536,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=25_940,
+             num_extension_iterations=0, cooldown_frac=0.0, lr_decay_type="constant", max_doc_tokens=512,
+             long_docs="split", val_loss_every=250)),
+    "tiny": (ModelConfig(
+        num_layers=4, width=128, num_heads=2, head_dim=64, num_kv_heads=2, window_block=64,
+        windows=((4, 4),) * 4, final_windows=(4, 4), long_layers=(1, 3), paired_layers=(),
+        value_embed_layers=(0, 3), skip=None, no_attention=(), backout=None, bigram_rows=4096,
+        predict=(((1, 1),),) * 4, untie_frac=1.0),
+        dict(train_files="data/embedded/embedded_train_*.bin", val_files="data/embedded/embedded_val_*.bin",
+             batch_sizes=(2048,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=1200, num_extension_iterations=0,
+             max_doc_tokens=256, long_docs="split", val_tokens=262_144, val_batch_tokens=65_536, val_loss_every=200,
+             val_loss_last_steps=0, target_loss=1.2)),
+}
+
+
+class Rotary(nn.Module):
+    """Half-truncated rotary embedding (arXiv 2104.09864): head_dim/4 frequencies turn interleaved pairs, the
+    other half of the head stands still. Holds the softmax scale too, because YaRN changes both."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        freqs = (1 / ROTARY_BASE) ** torch.linspace(0, 1, head_dim // 4)
+        self.register_buffer("freqs", freqs)  # radians a token
+        self.scale = ATTN_SCALE  # a constant of compiled code, which new windows compile anew in any case
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+
+    def make_tables(self, num_positions: int):
+        angles = torch.outer(torch.arange(num_positions, device=self.freqs.device), self.freqs.float())
+        if self.cos.shape == angles.shape:  # in place, so that compiled code keeps its addresses
+            self.cos.copy_(angles.cos())
+            self.sin.copy_(angles.sin())
+        else:
+            self.cos, self.sin = angles.cos(), angles.sin()
+
+    def extend(self, old: int, new: int):
+        """The long window goes from old to new tokens: frequencies that turn less than once in the old window
+        are slowed by their ratio, fast ones kept (YaRN, arXiv 2309.00071, with beta 1 and 32)."""
+        turns = old * self.freqs / (2 * math.pi)
+        ratio = old / new
+        self.freqs.mul_(ratio + ((turns - 1) / 31).clamp(0, 1) * (1 - ratio))
+        self.scale *= 1 + 0.2 * math.log(new / old)
+        self.make_tables(self.cos.shape[0])
+
+    def forward(self, x_BTHD: Tensor) -> Tensor:
+        T, D = x_BTHD.shape[1], x_BTHD.shape[-1]
+        cos, sin = self.cos[:T, None], self.sin[:T, None]
+        even, odd = x_BTHD[..., :D // 2].float().unflatten(-1, (D // 4, 2)).unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+        return torch.cat((turned.type_as(x_BTHD), x_BTHD[..., D // 2:]), -1)
+
+
+class Documents:
+    """Who may see whom, for one pass: query i sees key j of its document where 0 <= i - j <= window. With
+    `paired`, every token stands twice in a sequence of 2T. Built once a pass, asked by every layer."""
+
+    def __init__(self, batch: Batch, backend: str):
+        self.cu_seqlens, self.max_doc_tokens, self.backend = batch.cu_seqlens, batch.max_doc_tokens, backend
+        self.B, self.T = batch.inputs_BT.shape
+        self.masks = {}
+        if backend != "varlen":
+            at = torch.arange(self.B * self.T, device=self.cu_seqlens.device, dtype=self.cu_seqlens.dtype)
+            self.doc_BT = torch.searchsorted(self.cu_seqlens, at, right=True).view(self.B, self.T)
+
+    def doc_ids(self, paired: bool) -> Tensor:
+        return self.doc_BT.repeat_interleave(2, dim=1) if paired else self.doc_BT
+
+    def band(self, window: int, paired: bool) -> tuple[int, Tensor]:
+        """(block, bias): queries in blocks of `block` tokens see their own block of keys and the one before;
+        bias is 0 or -inf, (B * blocks, 1, block, keys). One block, all of it, where that is no more work."""
+        if (window, paired) not in self.masks:
+            doc = self.doc_ids(paired)
+            T = doc.shape[1]
+            if T <= 2 * window or T % window:
+                block, query, key = T, torch.arange(T), torch.arange(T)
+                doc_q, doc_k = doc[:, None], doc[:, None]
+            else:
+                block, query, key = window, torch.arange(window) + window, torch.arange(2 * window)
+                doc_q = doc.view(-1, T // window, window)
+                doc_k = torch.cat((F.pad(doc_q, (0, 0, 1, 0), value=-1)[:, :-1], doc_q), -1)
+            ago = (query[:, None] - key).to(doc.device)
+            seen = (ago >= 0) & (ago <= window) & (doc_q[..., :, None] == doc_k[..., None, :])
+            bias = torch.zeros(seen.shape, device=doc.device).masked_fill(~seen, -math.inf)
+            self.masks[window, paired] = block, bias.flatten(0, 1).unsqueeze(1)
+        return self.masks[window, paired]
+
+    def attend(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int, paired: bool,
+               scale: float) -> Tensor:
+        """Softmax attention. T is 2T here if paired."""
+        gqa = k_BTHD.shape[2] != q_BTHD.shape[2]
+        if self.backend == "varlen":
+            from torch.nn.attention.varlen import varlen_attn
+            times = 2 if paired else 1
+            cu, longest = self.cu_seqlens * times, self.max_doc_tokens * times
+            y = varlen_attn(*(x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD)), cu, cu, longest, longest,
+                            scale=scale, window_size=(window, 0), enable_gqa=gqa)
+            return y.view(q_BTHD.shape)
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+        if self.backend == "flex":
+            return self.flex(q, k, v, window, paired, scale, gqa).transpose(1, 2)
+        block, bias = self.band(window, paired)
+        if block == q.shape[2]:
+            y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=scale, enable_gqa=gqa)
+            return y.transpose(1, 2)
+        split = lambda x: x.unflatten(2, (-1, block)).transpose(1, 2)            # B, blocks, H, block, D
+        with_last = lambda x: torch.cat((F.pad(x, (0,) * 6 + (1, 0))[:, :-1], x), 3)
+        q, k, v = split(q), with_last(split(k)), with_last(split(v))
+        y = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), bias.to(q.dtype),
+                                           scale=scale, enable_gqa=gqa)
+        return y.unflatten(0, (self.B, -1)).transpose(2, 3).flatten(1, 2)
+
+    def flex(self, q, k, v, window, paired, scale, gqa):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        doc = self.doc_ids(paired)
+
+        def seen(b, h, i, j):
+            return (i >= j) & (i - j <= window) & (doc[b, i] == doc[b, j])
+
+        key, T = (window, paired), q.shape[2]
+        if key not in self.masks:
+            self.masks[key] = create_block_mask(seen, self.B, None, T, T, q.device)
+        return flex_attention(q, k, v, block_mask=self.masks[key], scale=scale, enable_gqa=gqa)
+
+
+def weight(value: float) -> nn.Parameter:
+    """A scalar that learns; these stay fp32 everywhere."""
+    return nn.Parameter(torch.tensor(value))
+
+
+class Attention(nn.Module):
+    """Causal self-attention within documents and a window; q and k normed, heads gated by their input."""
+
+    def __init__(self, c: ModelConfig, plan: LayerPlan):
+        super().__init__()
+        self.plan, self.head_dim = plan, c.head_dim
+        self.num_heads, self.num_kv_heads = c.num_heads, c.num_kv_heads
+        self.q = nn.Parameter(torch.empty(c.num_heads * c.head_dim, c.width))
+        self.k = nn.Parameter(torch.empty(c.num_kv_heads * c.head_dim, c.width))
+        self.v = nn.Parameter(torch.empty(c.num_kv_heads * c.head_dim, c.width))
+        self.o = nn.Parameter(torch.empty(c.width, c.num_heads * c.head_dim))
+        self.a_in, self.a_out = weight(0.5), weight(1.0)
+        gate = lambda heads: nn.Parameter(torch.zeros(heads, GATE_CHANNELS))
+        self.attn_gate = gate(c.num_heads) if c.attn_gate else None
+        self.value_gate = gate(c.num_kv_heads) if plan.value_embed else None
+
+    def forward(self, n_BTC, value_BTC: Tensor | None, docs: Documents, window: int, rotary: Rotary) -> Tensor:
+        B, T, _ = n_BTC.shape
+        qkv = F.linear(n_BTC, torch.cat((self.q, self.k, self.v)) * self.a_in).view(B, T, -1, self.head_dim)
+        heads = (self.num_heads, self.num_kv_heads)
+        qk, v = norm(qkv[:, :, :sum(heads)]), qkv[:, :, sum(heads):]
+        gate_in = n_BTC[..., :GATE_CHANNELS]
+        if value_BTC is not None:
+            gate = 2 * torch.sigmoid(F.linear(gate_in, self.value_gate))
+            v = v + gate.unsqueeze(-1) * value_BTC.view_as(v)
+        if self.plan.long_window:
+            qk = torch.cat((qk[:, :, :heads[0]], offset_keys(qk[:, :, heads[0]:])), dim=2)
+        if self.plan.paired:
+            qk = torch.cat([pair_heads(x) for x in qk.split(heads, dim=2)], dim=2)
+            v, heads = pair_heads(v), (heads[0] // 2, heads[1] // 2)
+        q, k = rotary(qk).split(heads, dim=2)
+        y = docs.attend(q, k, v, window, self.plan.paired, rotary.scale)
+        if self.plan.paired:
+            y = y.view(B, T, 2, self.num_heads // 2, self.head_dim).flatten(2, 3)
+        if self.attn_gate is not None:
+            y = y * torch.sigmoid(F.linear(gate_in, self.attn_gate)).unsqueeze(-1)
+        return F.linear(y.flatten(2), self.o * self.a_out)
+
+
+def offset_keys(k_BTHD: Tensor) -> Tensor:
+    """The half of each key that rotary leaves still, one position later: a head then finds what came before."""
+    turning, still = k_BTHD.chunk(2, dim=-1)
+    return torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
+
+
+def pair_heads(x_BTHD: Tensor) -> Tensor:
+    """Heads h and h + H/2 side by side along the sequence, positions 2t and 2t+1: (B, 2T, H/2, D). The public
+    record mixes the two by a view of the flat channels; this is the clean form of its idea."""
+    B, T, H, D = x_BTHD.shape
+    return x_BTHD.reshape(B, 2 * T, H // 2, D)
+
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2 (arXiv 2109.08668). Saves one tensor and makes two passes backward; autograd's own makes four."""
+
+    @staticmethod
+    def forward(ctx, x):
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx, grad):
+        positive, = ctx.saved_tensors
+        return (grad * positive).mul_(2)
+
+
+class MLP(nn.Module):
+    """W2 relu(W1 n)^2; both matrices stored (4C, C)."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.empty(4 * c.width, c.width)) for _ in range(2))
+
+    def forward(self, n_BTC: Tensor) -> Tensor:
+        return SquaredReLU.apply(F.linear(n_BTC, self.up)) @ self.down
+
+
+class Block(nn.Module):
+    """One layer: its input is mixed from the stream, the embedding and the bigram embedding."""
+
+    def __init__(self, c: ModelConfig, plan: LayerPlan):
+        super().__init__()
+        self.attn = Attention(c, plan) if plan.attention else None
+        self.mlp = MLP(c)
+        self.l_res, self.l_x0 = weight(1.1), weight(0.0)
+        self.l_bi = weight(0.1) if c.bigram_rows else None
+
+    def forward(self, x, x0, bigram, value, docs, window, rotary, residual_scale):
+        x = self.l_res * x + self.l_x0 * x0
+        if bigram is not None:
+            x = x + self.l_bi * bigram
+        if self.attn is not None:
+            x = x + residual_scale * self.attn(norm(x), value, docs, window, rotary)
+        return x + residual_scale * self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """The speedrun's GPT. Knows nothing of ranks or optimizers."""
+
+    def __init__(self, c: ModelConfig, vocab_size: int, backend: str, float8_head: bool, residual_scale: float):
+        super().__init__()
+        self.config, self.plans = c, layer_plans(c)
+        self.backend, self.float8_head, self.residual_scale = backend, float8_head, residual_scale
+        V = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.head = nn.Parameter(torch.empty(V, c.width))
+        self.embed = nn.Parameter(torch.empty(V, c.width)) if c.untie_frac < 1 else None
+        self.bigram = nn.Parameter(torch.empty(c.bigram_rows, c.width)) if c.bigram_rows else None
+        self.value_embeds = nn.ParameterDict({str(i): torch.empty(V, c.num_kv_heads * c.head_dim)
+                                              for i in c.value_embed_layers})
+        if c.smear:
+            self.smear_gate, self.l_smear = nn.Parameter(torch.zeros(GATE_CHANNELS)), weight(0.0)
+        if c.skip:
+            self.skip_gate, self.l_skip = nn.Parameter(torch.zeros(GATE_CHANNELS)), weight(-1.5)
+        if c.backout is not None:
+            self.l_back = weight(0.5)
+        self.rotary = Rotary(c.head_dim)
+        self.blocks = nn.ModuleList(Block(c, plan) for plan in self.plans)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator):
+        """Everything that is drawn, from one stream in the order of the names; the other tables are zero."""
+        for name, p in sorted(self.named_parameters()):
+            if name == "head":
+                p.normal_(0, 0.005, generator=generator)
+            elif name.endswith((".q", ".k", ".v", ".o", ".up")):
+                bound = math.sqrt(3) * INIT_GAIN * self.config.width ** -0.5
+                p.uniform_(-bound, bound, generator=generator)
+            elif p.ndim == 2:
+                p.zero_()
+        if self.embed is not None:
+            self.embed.copy_(self.head)
+
+    def bigram_rows(self, tokens_BT: Tensor) -> Tensor:
+        """Row of the hash embedding for each (token before, token); the last row where there is none."""
+        rows = self.bigram.shape[0] - 1
+        a, b = HASH_MULTIPLIERS
+        hashed = ((a * tokens_BT[:, 1:]) ^ (b * tokens_BT[:, :-1])) % rows
+        return F.pad(hashed, (1, 0), value=rows)
+
+    def embed_tokens(self, tokens_BT: Tensor, tied: bool) -> Tensor:
+        x = F.embedding(tokens_BT, self.head if tied else self.embed)
+        if self.config.smear:
+            gate = self.l_smear * torch.sigmoid(x[:, 1:, :GATE_CHANNELS] @ self.smear_gate.to(x.dtype))
+            x = torch.cat((x[:, :1], x[:, 1:] + gate.to(x.dtype).unsqueeze(-1) * x[:, :-1]), dim=1)
+        return norm(x)
+
+    def trunk(self, tokens_BT: Tensor, docs: Documents, windows: tuple[int, int], tied: bool) -> Tensor:
+        """Everything between tokens and head. windows: (short, long) in tokens."""
+        c = self.config
+        x = x0 = self.embed_tokens(tokens_BT, tied)
+        bigram = F.embedding(self.bigram_rows(tokens_BT), self.bigram) if self.bigram is not None else None
+        kept = {}
+        for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
+            if c.skip and i == c.skip[1]:
+                gate = 2 * torch.sigmoid(x0[..., :GATE_CHANNELS] @ self.skip_gate.to(x.dtype)).unsqueeze(-1)
+                x = x + torch.sigmoid(self.l_skip) * gate * kept[c.skip[0]]
+            value = F.embedding(tokens_BT, self.value_embeds[str(i)]) if plan.value_embed else None
+            x = block(x, x0, bigram, value, docs, windows[plan.long_window], self.rotary, self.residual_scale)
+            kept[i] = x if i == c.backout or c.skip and i == c.skip[0] else None
+        if c.backout is not None:
+            x = x - self.l_back * kept[c.backout]
+        return norm(x)
+
+    def forward(self, batch: Batch, windows: tuple[int, int], weights_K: Tensor | None, tied: bool):
+        """One pass; sums over tokens, in nats. Training: (loss, cross-entropy), where the loss counts the tokens
+        after the next too, weighted. Evaluation (weights_K None): (cross-entropy, number of right guesses)."""
+        B, T = batch.inputs_BT.shape
+        docs = Documents(batch, self.backend)
+        x = self.trunk(batch.inputs_BT, docs, windows, tied)
+        if self.float8_head and weights_K is not None:
+            logits = Float8Head.apply(x.flatten(0, 1), self.head).view(B, T, -1)
+        else:
+            logits = F.linear(x, self.head)
+        gain, shift, width = SOFTCAP
+        logits = gain * torch.sigmoid((logits.float() + shift) / width)
+        lse_BT = logits.logsumexp(-1)
+        if weights_K is None:
+            picked = logits.gather(-1, batch.targets_BT.unsqueeze(-1)).squeeze(-1)
+            return (lse_BT - picked).sum(), (logits.argmax(-1) == batch.targets_BT).sum()
+        return multi_token_loss(logits, lse_BT, batch.targets_BT, weights_K)
+
+
+def multi_token_loss(logits_BTV: Tensor, lse_BT: Tensor, targets_BT: Tensor, weights_K: Tensor):
+    """(sum_k w_k CE(logits_t, target_{t+k}), the plain CE detached), sums over the tokens that have such a target
+    in their slice; documents may be crossed (multi-token prediction, arXiv 2404.19737, with one head)."""
+    T = targets_BT.shape[1]
+    losses = []
+    for k in range(len(weights_K)):
+        picked = logits_BTV[:, :T - k].gather(-1, targets_BT[:, k:].unsqueeze(-1)).squeeze(-1)
+        losses.append((lse_BT[:, :T - k] - picked).sum())
+    return (weights_K * torch.stack(losses)).sum(), losses[0].detach()
+
+
+def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch.device) -> GPT:
+    """A freshly initialised model; on CUDA everything with two dimensions is bfloat16, scalars stay fp32."""
+    model = GPT(config, vocab_size, s.attn_backend, not s.disable_fp8, s.residual_scale)
+    seed = np.random.SeedSequence([s.seed, 0]).generate_state(1, np.uint64)[0]
+    model.init_weights(torch.Generator().manual_seed(int(seed) >> 1))
+    model.to(device)
+    if device.type == "cuda":
+        for p in model.parameters():
+            p.data = p.data.bfloat16() if p.ndim == 2 else p.data
+    stage_slices = [t // NUM_SLICES for t in s.batch_sizes]
+    longest = max(*stage_slices, s.val_batch_tokens // NUM_SLICES)
+    model.rotary.make_tables(longest * (2 if config.paired_layers else 1))
+    return model
+
+
+# >>> optimizer
+# ---------------------------------------------------------------------------------------------------
+# Optimizer: NorMuon for matrices, Adam for the rest, both sharded
+# N matrices of R rows and K columns (as stored); momentum, second moments and masters are fp32
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The optimizer's settings."""
+
+    optimizer: str = knob("normuon", "for matrices: normuon, muon (no variance reduction) or adamw",
+                          choices=("normuon", "muon", "adamw"))
+    muon_lr: float = knob(0.023, "Muon's learning rate, for a matrix times sqrt(max(1, rows/columns))", low=0)
+    muon_momentum: float = knob(0.95, "momentum after its warm-up from 0.85", low=0, high=0.9999)
+    beta_warmup_steps: int = knob(300, "steps of that warm-up", low=0)
+    muon_weight_decay: float = knob(1.2, "decay of matrices: cautious, times the learning rate; else as it is, of any sign")
+    muon_decay_mode: str = knob("cautious", "what decays: weights where the update shrinks them, nothing, all "
+                                "weights, the update, or both",
+                                choices=("cautious", "none", "param", "update", "both"))
+    adam_lr: float = knob(0.008, "base learning rate of everything but the matrices", low=0)
+    adam_weight_decay: float = knob(0.005, "their cautious decay, times the learning rate and the role's multiple",
+                                    low=0)
+    adam_matrix_lr: float = knob(5e-4, "learning rate of matrices under OPTIMIZER=adamw", low=0)
+    adam_matrix_decay: float = knob(0.1, "their decoupled weight decay under OPTIMIZER=adamw", low=0)
+    grad_clip: float = knob(0.0, "largest norm of the mean loss's gradient in a step; 0: no clipping", low=0)
+
+
+def check_optimizer_settings(o: OptimizerSettings):
+    if o.muon_decay_mode in ("param", "update", "both") and abs(o.muon_weight_decay) > 1:
+        raise SettingsError(f"MUON_WEIGHT_DECAY={o.muon_weight_decay:g} with MUON_DECAY_MODE={o.muon_decay_mode}, "
+                            "which takes it as it is (the default is for cautious); set it between -1 and 1")
+
+
+@dataclass(frozen=True)
+class Role:
+    """How the parameters whose names match are updated. lr and decay multiply the settings'."""
+
+    name: str
+    pattern: str
+    rule: str = "adam"
+    lr: float = 1.0
+    decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    sharded: bool = False
+
+
+ROLES = (  # complete and disjoint: every parameter matches exactly one
+    Role("matrices", r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))", "matrix", betas=(0.9, 0.95), sharded=True),
+    Role("scalars", r"l_(smear|skip|back)|blocks\.\d+\.(l_res|l_bi|attn\.a_in|attn\.a_out)", lr=5),
+    Role("x0", r"blocks\.\d+\.l_x0", lr=5, betas=(0.65, 0.95)),
+    Role("tables", r"bigram|value_embeds\.\d+", lr=75, decay=5, betas=(0.75, 0.95), sharded=True),
+    Role("smear gate", r"smear_gate", lr=0.01),
+    Role("skip gate", r"skip_gate", lr=0.05),
+    Role("gates", r"blocks\.\d+\.attn\.(attn|value)_gate", decay=1),
+    Role("head", r"head|embed", decay=150, betas=(0.5, 0.95), sharded=True),
+)
+
+ADAM_EVERY = 2          # two steps' gradients add up before Adam moves
+ADAM_EPS = 1e-10
+MUON_BETA2 = 0.95       # of NorMuon's second moment
+MUON_START_MOMENTUM, MUON_END_STEPS = 0.85, 50
+DOWN_LR = 2.0           # on the MLP's second matrix
+POLAR_SAFETY, POLAR_EPS = 1.02, 1e-6
+
+# Odd quintics that bring all singular values near 1: Polar Express (arXiv 2505.16932), 5 steps
+POLAR_COEFFICIENTS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(G_NRK: Tensor) -> Tensor:
+    """The polar factor U V^T of each matrix, approximately; in bfloat16 on CUDA, fp32 elsewhere."""
+    X = G_NRK.mT if G_NRK.size(-2) > G_NRK.size(-1) else G_NRK
+    X = X / (POLAR_SAFETY * X.norm(dim=(-2, -1), keepdim=True) + POLAR_EPS)
+    X = X.bfloat16() if X.is_cuda else X
+    for a, b, c in POLAR_COEFFICIENTS:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X.mT if G_NRK.size(-2) > G_NRK.size(-1) else X).float()
+
+
+def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
+    """Updates momentum in place; the gradient averaged with it, once more."""
+    grad = grad.float()
+    momentum.lerp_(grad, 1 - mu)
+    return grad.lerp(momentum, mu)
+
+
+def reduce_variance(U_NRK: Tensor, second_moment: Tensor) -> Tensor:
+    """NorMuon (arXiv 2510.05491): rows (of a wide matrix, columns) divided by the root of their running mean
+    square, then each matrix brought back to its Frobenius norm. second_moment is updated in place."""
+    tall = U_NRK.size(-2) >= U_NRK.size(-1)
+    mean_square = U_NRK.square().mean(-1 if tall else -2, keepdim=True)
+    second_moment.lerp_(mean_square, 1 - MUON_BETA2)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    before = mean_square.sum((-2, -1), keepdim=True)
+    after = (mean_square * scale.square()).sum((-2, -1), keepdim=True)
+    return U_NRK * (scale * (before / after.clamp_min(1e-30)).sqrt())
+
+
+def orthogonalize(G_NRK: Tensor, second_moment: Tensor | None) -> Tensor:
+    """P of the formulas: polar factor, and NorMuon's variance reduction if it has a second moment."""
+    U = polar_express(G_NRK)
+    return U if second_moment is None else reduce_variance(U, second_moment)
+
+
+def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
+    """The update with its decay. Cautious: only where the update shrinks the weight (arXiv 2411.16085)."""
+    if mode == "none":
+        return U
+    if mode == "cautious":
+        return U + decay * W * (U * W >= 0)
+    return U + decay * {"param": W, "update": U, "both": W + U}[mode]
+
+
+def adam_update(grad: Tensor, m: Tensor, v: Tensor, count: Tensor, beta1: float, beta2: float) -> Tensor:
+    """Bias-corrected Adam direction (arXiv 1412.6980); m, v are updated in place, count is the update's number."""
+    grad = grad.float()
+    m.lerp_(grad, 1 - beta1)
+    v.lerp_(grad.square(), 1 - beta2)
+    return (m / (1 - beta1 ** count)) / ((v / (1 - beta2 ** count)).sqrt() + ADAM_EPS)
+
+
+def read_master(weight: Tensor, mantissa: Tensor | None) -> Tensor:
+    """The fp32 master: weight itself, or a bfloat16 weight (the high half) and an int16 mantissa (the low)."""
+    if mantissa is None:
+        return weight
+    return ((weight.view(torch.int16).int() << 16) | (mantissa.int() & 0xFFFF)).view(torch.float32)
+
+
+def write_master(weight: Tensor, mantissa: Tensor | None, value: Tensor):
+    if mantissa is None:
+        weight.copy_(value)
+    else:
+        bits = value.view(torch.int32)
+        mantissa.copy_(bits.short())
+        weight.view(torch.int16).copy_((bits >> 16).short())
+
+
+def step_muon(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, mode: str):
+    """One NorMuon (or Muon) step on a shard of matrices, in place."""
+    W = read_master(weight, mantissa)
+    U = orthogonalize(nesterov(grad, momentum, mu), second_moment)
+    write_master(weight, mantissa, W - lr_N11 * with_decay(U, W, decay, mode))
+
+
+def step_adam(weight, mantissa, grad, m, v, count, lr, decay, betas: tuple[float, float], mode: str):
+    """One Adam step on a shard, in place."""
+    W = read_master(weight, mantissa)
+    U = adam_update(grad, m, v, count, *betas)
+    write_master(weight, mantissa, W - lr * with_decay(U, W, decay, mode))
+
+
+class Bucket:
+    """Parameters of one role in one flat buffer, which they and their gradients are views of; padded so that
+    every rank owns an equal part (`mine`). Gradients arrive by reduce(), new weights leave by gather()."""
+
+    def __init__(self, role: Role, params: dict[str, nn.Parameter], ranks: Ranks, unit: int, compiler):
+        """unit: numbers that must stay on one rank, a matrix's for matrices."""
+        self.role, self.params, self.ranks, self.active, self.work = role, params, ranks, True, Done()
+        self.compiler, self.every = compiler, 1 if role.rule == "matrix" else ADAM_EVERY
+        like = next(iter(params.values()))
+        multiple = unit * ranks.world_size if role.sharded else 1
+        self.size = sum(p.numel() for p in params.values())
+        self.weights = torch.zeros(-(-self.size // multiple) * multiple, dtype=like.dtype, device=like.device)
+        self.grads = torch.zeros_like(self.weights)
+        at = 0
+        for p in params.values():
+            here = slice(at, at := at + p.numel())
+            self.weights[here] = p.data.flatten()
+            p.data, p.grad = self.weights[here].view(p.shape), self.grads[here].view(p.shape)
+        part = ranks.shard if role.sharded else lambda full: full
+        self.mine = part(self.weights)
+        self.grad = torch.empty_like(self.mine) if role.sharded and ranks.world_size > 1 else self.grads
+        self.mantissa = None if like.dtype == torch.float32 else torch.zeros_like(self.mine, dtype=torch.int16)
+
+    def reduce(self):
+        ranks, sharded = self.ranks, self.role.sharded
+        self.work = ranks.reduce_scatter(self.grad, self.grads) if sharded else ranks.all_reduce(self.grads)
+
+    def square_norm(self) -> Tensor:
+        """Of this rank's part of the reduced gradient; what all ranks hold counts on the first alone."""
+        self.work.wait()
+        counts = self.role.sharded or self.ranks.rank == 0
+        return self.grad.float().square().sum() * float(counts)
+
+    def gather(self):
+        self.grads.zero_()
+        self.work = self.ranks.all_gather(self.weights, self.mine) if self.role.sharded else Done()
+
+
+class AdamBucket(Bucket):
+    """A big table, or the small parameters of a role together."""
+
+    def __init__(self, role, params, ranks, o: OptimizerSettings, compiler):
+        super().__init__(role, params, ranks, 1, compiler)
+        self.o, self.count = o, 0
+        self.m, self.v = (torch.zeros_like(self.mine, dtype=torch.float32) for _ in range(2))
+        self.run = compiler(step_adam)
+
+    def update(self, lr_mul: float, mu: float, measure: bool):
+        self.work.wait()
+        self.count += 1
+        lr = self.o.adam_lr * self.role.lr * lr_mul
+        decay = lr * self.o.adam_weight_decay * self.role.decay
+        self.run(self.mine, self.mantissa, self.grad, self.m, self.v, scalar(self.count), scalar(lr),
+                 scalar(decay), self.role.betas, "cautious")
+        self.gather()
+
+    def copy_from(self, other: "AdamBucket"):
+        """Weights and state of a bucket of the same shape."""
+        for mine, theirs in ((self.weights, other.weights), (self.mantissa, other.mantissa),
+                             (self.m, other.m), (self.v, other.v)):
+            if mine is not None:
+                mine.copy_(theirs)
+        self.count = other.count
+
+
+class MatrixBucket(Bucket):
+    """All matrices of one shape, stacked, so that one batched product serves them all."""
+
+    def __init__(self, role, params, ranks, o: OptimizerSettings, compiler):
+        R, K = next(iter(params.values())).shape
+        super().__init__(role, params, ranks, R * K, compiler)
+        self.o, self.count = o, 0
+        self.mine, self.grad = self.mine.view(-1, R, K), self.grad.view(-1, R, K)
+        self.mantissa = None if self.mantissa is None else self.mantissa.view(-1, R, K)
+        num_mine = self.mine.shape[0]
+        first = ranks.rank * num_mine
+        self.names = list(params)[first:first + num_mine]  # padding, at the end, has no name
+        self.momentum = torch.zeros_like(self.mine, dtype=torch.float32)
+        rows_or_columns = (num_mine, R, 1) if R >= K else (num_mine, 1, K)
+        self.second_moment = {"normuon": torch.zeros(rows_or_columns, device=self.mine.device), "muon": None,
+                              "adamw": torch.zeros_like(self.momentum)}[o.optimizer]
+        shape_lr = [max(1, R / K) ** 0.5 * (DOWN_LR if name.endswith("down") else 1) for name in self.names]
+        shape_lr += [0.0] * (num_mine - len(shape_lr))
+        self.shape_lr_N11 = torch.tensor(shape_lr, device=self.mine.device).view(-1, 1, 1)
+        self.run = compiler(step_adam if o.optimizer == "adamw" else step_muon)
+
+    def update(self, lr_mul: float, mu: float, measure: bool):
+        self.work.wait()
+        self.count += 1
+        o, state = self.o, (self.mine, self.mantissa, self.grad, self.momentum, self.second_moment)
+        if o.optimizer == "adamw":
+            self.run(*state, scalar(self.count), scalar(o.adam_matrix_lr * lr_mul), scalar(o.adam_matrix_decay),
+                     self.role.betas, "param")
+        else:
+            lr = o.muon_lr * lr_mul
+            decay = o.muon_weight_decay * (lr if o.muon_decay_mode == "cautious" else 1)
+            self.run(self.mine, self.mantissa, self.grad, self.momentum, self.second_moment, lr * self.shape_lr_N11,
+                     scalar(decay), scalar(mu), o.muon_decay_mode)
+        self.gather()
+
+
+def scalar(x: float) -> Tensor:
+    """A 0-d tensor on the CPU: compiled code takes it as an argument, and a new value needs no new code."""
+    return torch.tensor(x, dtype=torch.float32)
+
+
+def find_role(name: str) -> Role:
+    found = [role for role in ROLES if re.fullmatch(role.pattern, name)]
+    assert len(found) == 1, f"parameter {name} matches {len(found)} roles: {[r.name for r in found]}"
+    return found[0]
+
+
+class Optimizer:
+    """All buckets, small ones first, so that the big transfers overlap with the work on what has arrived."""
+
+    def __init__(self, model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiler):
+        self.o, self.ranks, self.num_steps = o, ranks, num_steps
+        groups = {}
+        for name, p in model.named_parameters():
+            role = find_role(name)
+            # matrices go together by shape; of the others, big tables stay alone
+            kind = tuple(p.shape) if role.rule == "matrix" else name if role.sharded else str(p.dtype)
+            groups.setdefault((role, kind), {})[name] = p
+        make = {"matrix": MatrixBucket, "adam": AdamBucket}
+        self.buckets = [make[role.rule](role, group, ranks, o, compiler) for (role, _), group in groups.items()]
+        self.buckets.sort(key=lambda b: (b.role.rule == "matrix", b.size))
+        self.by_name = {name: b for b in self.buckets for name in b.params}
+        if "embed" in self.by_name:
+            self.by_name["embed"].active = False
+
+    def untie(self):
+        """From here on the embedding learns by itself, from where the head is."""
+        self.by_name["embed"].copy_from(self.by_name["head"])
+        self.by_name["embed"].active = True
+
+    def momentum(self, step: int) -> float:
+        """Up from 0.85 over the warm-up, back over the last 50 steps."""
+        up = min(1, step / max(1, self.o.beta_warmup_steps))
+        down = min(1, (self.num_steps - step) / MUON_END_STEPS)
+        low = min(MUON_START_MOMENTUM, self.o.muon_momentum)
+        return low + min(up, down) * (self.o.muon_momentum - low)
+
+    @torch.no_grad()
+    def step(self, step: int, lr_mul: float, batch_tokens: int, measure: bool):
+        """Reduce, update, gather. measure: the next line of the log wants log_fields(full=True)."""
+        due = [b for b in self.buckets if b.active and step % b.every == b.every - 1]
+        for bucket in due:
+            bucket.reduce()
+        if self.o.grad_clip:
+            self.clip(due, batch_tokens)
+        for bucket in due:
+            bucket.update(lr_mul, self.momentum(step), measure)
+        for bucket in due:
+            bucket.work.wait()
+
+    def clip(self, due: list[Bucket], batch_tokens: int):
+        total = torch.stack([b.square_norm() for b in due]).sum()
+        self.ranks.all_reduce(total).wait()
+        norm_of_mean = total.sqrt() / (LOSS_SCALE * batch_tokens)
+        factor = (self.o.grad_clip / norm_of_mean).clamp(max=1)
+        for bucket in due:
+            bucket.grad.mul_(factor)
+
+    def log_fields(self, step: int, full: bool) -> dict:
+        """What a step line says of the optimizer; `full` at validations. A collective: every rank calls it."""
+        beta1, beta2 = find_role("head").betas
+        return {"beta1": f"{beta1:.4f}", "beta2": f"{beta2:.4f}", "muon_momentum": f"{self.momentum(step):.4f}"}
+
+
+def build_optimizer(model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiled: bool) -> Optimizer:
+    compiler = (lambda f: torch.compile(f, dynamic=False, fullgraph=True)) if compiled else (lambda f: f)
+    return Optimizer(model, o, ranks, num_steps, compiler)
+
+
+# <<< optimizer
+# ---------------------------------------------------------------------------------------------------
+# Schedule
+# ---------------------------------------------------------------------------------------------------
+
+
+class Schedule:
+    """What changes over the steps: stage, learning rate, windows, loss weights. Pure functions of the step."""
+
+    def __init__(self, s: Settings, config: ModelConfig):
+        self.s, self.config = s, config
+        self.scheduled = s.num_scheduled_iterations
+        self.num_steps = self.scheduled + s.num_extension_iterations
+        self.untie_step = round(self.num_steps * config.untie_frac) | 1 if config.untie_frac < 1 else None
+
+    def stage(self, step: int) -> int:
+        return (NUM_STAGES - 1) if step >= self.scheduled else step * (NUM_STAGES - 1) // self.scheduled
+
+    def batch_tokens(self, step: int) -> int:
+        return self.s.batch_sizes[self.stage(step)]
+
+    def windows(self, stage: int) -> tuple[int, int]:
+        return tuple(blocks * self.config.window_block for blocks in self.config.windows[stage])
+
+    def final_windows(self) -> tuple[int, int]:
+        return tuple(blocks * self.config.window_block for blocks in self.config.final_windows)
+
+    def predict_weights(self, step: int) -> Tensor:
+        """Weights of the losses on the next tokens, linear within the stage."""
+        stage, length = self.stage(step), self.scheduled / (NUM_STAGES - 1)
+        done = step / length - stage if stage < NUM_STAGES - 1 else 0.0
+        return torch.tensor([a + (b - a) * done for a, b in self.config.predict[stage]])
+
+    def lr_mul(self, step: int) -> float:
+        s, peak = self.s, self.s.lr_muls[self.stage(step)]
+        warm = min(1.0, (step + 1) / s.warmup_steps) if s.warmup_steps else 1.0
+        if 0 <= s.lr_decay_switch_step <= step:
+            reached = self.decayed(s.lr_decay_switch_step - 1, s.lr_decay_type, peak, s.lr_decay_final)
+            done = min(1.0, (step - s.lr_decay_switch_step) / max(1, self.scheduled - s.lr_decay_switch_step))
+            final = peak * s.lr_decay_second_final
+            if s.lr_decay_second_type == "linear":
+                return warm * (reached + (final - reached) * done)
+            if s.lr_decay_second_type == "exp":
+                return warm * reached * (final / reached) ** done
+            return warm * reached
+        return warm * self.decayed(step, s.lr_decay_type, peak, s.lr_decay_final)
+
+    def decayed(self, step: int, kind: str, peak: float, final: float) -> float:
+        """The multiplier at a step of the first decay: linear and cosine end at `final`, exp at peak * final."""
+        start = int(self.scheduled * (1 - self.s.cooldown_frac))
+        done = min(1.0, max(0.0, (step - start) / max(1, self.scheduled - start)))
+        if kind == "linear":
+            return peak * (1 - done) + final * done
+        if kind == "cosine":
+            return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * done)) if done else peak
+        if kind == "exp":
+            return peak * final ** done
+        return peak
+
+    def validates(self, step: int) -> bool:
+        s, left = self.s, self.num_steps - step
+        often = s.val_loss_every_last and left < s.val_loss_last_steps and left % s.val_loss_every_last == 0
+        return left == 0 or bool(often) or bool(s.val_loss_every and step % s.val_loss_every == 0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Evaluate, warm up, main
+# ---------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Training time in ms; stops for evaluation."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.spent_ms, self.since = device, 0.0, None
+
+    def start(self):
+        self.sync()
+        self.since = time.perf_counter()
+
+    def stop(self):
+        self.sync()
+        self.spent_ms, self.since = self.ms(), None
+
+    def ms(self) -> float:
+        return self.spent_ms + (1000 * (time.perf_counter() - self.since) if self.since else 0)
+
+    def sync(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def evaluate(forward, shards, s: Settings, ranks: Ranks, windows, tied: bool) -> tuple[float, float]:
+    """(mean cross-entropy in nats a token, share of tokens guessed right) over all ranks."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in val_batches(shards, s, ranks):
+        loss, right = forward(batch, windows, None, tied)
+        sums += torch.stack([loss.double(), right.double()]).cpu()
+    sums = sums.to(ranks.device)
+    ranks.all_reduce(sums).wait()
+    return sums[0].item() / s.val_tokens, sums[1].item() / s.val_tokens
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number. Exit code 3."""
+
+
+class Trainer:
+    """Model, optimizer and schedule, and the step that joins them."""
+
+    def __init__(self, s: Settings, o: OptimizerSettings, config: ModelConfig, vocab_size: int, ranks: Ranks):
+        self.s, self.ranks, self.schedule = s, ranks, Schedule(s, config)
+        self.model = build_model(s, config, vocab_size, ranks.device)
+        compiled = s.compile == "1"
+        self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if compiled else self.model
+        self.optimizer = build_optimizer(self.model, o, ranks, self.schedule.num_steps, compiled)
+        self.stage, self.tied = 0, True
+
+    def enter(self, step: int):
+        """What happens between steps: a new stage's long window (YaRN), the untying of embedding and head."""
+        stage = self.schedule.stage(step)
+        old, new = self.schedule.windows(self.stage)[1], self.schedule.windows(stage)[1]
+        if old != new:
+            self.model.rotary.extend(old, new)
+        self.stage = stage
+        if step == self.schedule.untie_step:
+            self.optimizer.untie()
+            self.tied = False
+
+    def step(self, step: int, batches: list[Batch]) -> Tensor:
+        """One update; returns the cross-entropy summed over this rank's tokens."""
+        schedule, total = self.schedule, 0
+        weights = schedule.predict_weights(step).to(self.ranks.device)
+        for batch in batches:
+            loss, cross_entropy = self.forward(batch, schedule.windows(self.stage), weights, self.tied)
+            (LOSS_SCALE * loss).backward()
+            total = total + cross_entropy
+        self.optimizer.step(step, schedule.lr_mul(step), schedule.batch_tokens(step), schedule.validates(step + 1))
+        return total
+
+
+def rehearse(s, o, config, train_shards, val_shards, ranks):
+    """Compile and autotune every stage on a trainer and data of its own, which are thrown away."""
+    trainer, data = Trainer(s, o, config, train_shards[0].vocab_size, ranks), TrainData(train_shards, s, ranks)
+    schedule, one_batch = trainer.schedule, dataclasses.replace(s, val_tokens=s.val_batch_tokens)
+    starts = {schedule.stage(i): i for i in range(schedule.num_steps - 1, -1, -1)}.values()
+    firsts = {*starts, schedule.untie_step or 0}
+    for step in sorted(firsts | {i + 1 for i in firsts}):  # two steps each: Adam moves on every second
+        if step < schedule.num_steps:
+            trainer.enter(step)
+            trainer.step(step, data.next(schedule.batch_tokens(step), None))
+            windows = schedule.windows(trainer.stage)
+            evaluate(trainer.forward, val_shards, one_batch, ranks, windows, trainer.tied)
+    evaluate(trainer.forward, val_shards, one_batch, ranks, schedule.final_windows(), trainer.tied)
+
+
+def train(s, o, config, train_shards, val_shards, ranks, log: RunLog):
+    """The run."""
+    trainer, data, clock = Trainer(s, o, config, train_shards[0].vocab_size, ranks), None, Clock(ranks.device)
+    schedule, optimizer = trainer.schedule, trainer.optimizer
+    data = TrainData(train_shards, s, ranks)
+    tokens, reached, pending, epoch = 0, False, None, 0
+
+    def common(step, ms):
+        return {"train_time": f"{ms:.0f}ms", "step_avg": f"{ms / max(1, step):.2f}ms",
+                "lr_mul": f"{schedule.lr_mul(min(step, schedule.num_steps - 1)):.4f}"}
+
+    def report(step, total, work, tokens, ms):
+        """The line of a training step. On a GPU it comes a step late, so that nothing waits for the loss."""
+        work.wait()
+        loss = total.item() / schedule.batch_tokens(step - 1)
+        log.step(step, {"train_loss": f"{loss:.6f}", **common(step, ms), **optimizer.log_fields(step - 1, full=False),
+                        "batch_size": schedule.batch_tokens(step - 1), "tokens": tokens})
+        log.progress(step, loss, 1000 * tokens / ms, ms / step * (schedule.num_steps - step) / 1000,
+                     max(1, schedule.num_steps // 20))
+        if not math.isfinite(loss):
+            log.event("diverged", step=step, train_loss=loss)
+            raise Diverged(f"step {step}: the training loss is {loss}; lower the learning rate or look at the data")
+
+    clock.start()
+    for step in range(schedule.num_steps + 1):
+        last = step == schedule.num_steps
+        if schedule.validates(step):
+            if pending:
+                pending = report(*pending)
+            clock.stop()
+            windows = schedule.final_windows() if last else schedule.windows(trainer.stage)
+            loss, accuracy = evaluate(trainer.forward, val_shards, s, ranks, windows, trainer.tied)
+            log.step(step, {"val_loss": f"{loss:.5f}", **common(step, clock.ms()),
+                            **optimizer.log_fields(max(0, step - 1), full=True),
+                            "batch_size": schedule.batch_tokens(max(0, step - 1)), "tokens": tokens, "val_acc": f"{accuracy:.5f}"})
+            log.say(f"step {step:>5}/{schedule.num_steps}  validation loss {loss:.4f}, {accuracy:.1%} of tokens right, "
+                    f"{clock.ms() / 1000:.1f} s of training")
+            if loss <= s.target_loss and not reached:
+                reached = True
+                log.event("target_reached", step=step, target=s.target_loss, val_loss=f"{loss:.5f}")
+            if not math.isfinite(loss):
+                log.event("diverged", step=step, val_loss=loss)
+                raise Diverged(f"step {step}: the validation loss is {loss}")
+            clock.start()
+        if last:
+            break
+        trainer.enter(step)
+        batch_tokens = schedule.batch_tokens(step)
+        total = trainer.step(step, data.next(batch_tokens, schedule.batch_tokens(step + 1)))
+        tokens += batch_tokens
+        now = (step + 1, total, ranks.all_reduce(total), tokens, clock.ms())
+        if pending:
+            report(*pending)
+        pending = now if ranks.device.type == "cuda" else report(*now)
+        if data.epoch > epoch:
+            epoch = data.epoch
+            log.event("epoch", step=step + 1, epoch=epoch)
+
+
+def prepare(env):
+    """Everything that can be refused is refused here, before the first step."""
+    s, o, config = read_settings(env)
+    ranks = Ranks(s.device)
+    train_shards, val_shards = open_data(s, ranks.world_size)
+    log = RunLog(s.run_id, ranks.rank, Schedule(s, config).num_steps)
+    settings = {**dataclasses.asdict(s), **dataclasses.asdict(o), "model_config": dataclasses.asdict(config)}
+    log.header(settings, {"run_id": s.run_id, **provenance(ranks), "train_data": shard_fields(train_shards),
+                          "val_data": shard_fields(val_shards)})
+    return s, o, config, train_shards, val_shards, ranks, log
+
+
+def main(argv: list[str], env=os.environ) -> int:
+    """Exit code: 0 trained, 2 refused what the user gave, 3 diverged."""
+    if "--help" in argv or "-h" in argv:
+        return print_help() or 0
+    if "--settings-json" in argv:
+        return print_settings_json() or 0
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        if argv:
+            raise SettingsError(f"arguments {argv}: settings are environment variables instead, see --help")
+        s, o, config, train_shards, val_shards, ranks, log = prepare(env)
+    except ValueError as error:
+        if is_main:
+            print(f"{SCRIPT.name}: {error}", file=sys.stderr)
+        return 2
+    log.say(f"{SCRIPT.name}: {s.model} on {ranks.world_size} rank(s) of {ranks.device.type}, log {log.path}")
+    try:
+        if s.rehearse == "1":
+            log.say("rehearsing every stage (compiles; not counted as training time)")
+            rehearse(s, o, config, train_shards, val_shards, ranks)
+        train(s, o, config, train_shards, val_shards, ranks, log)
+        log.event("finished")
+    except Diverged as error:
+        log.say(f"diverged: {error}")
+        return 3
+    except BaseException as error:
+        log.event("crashed", rank=ranks.rank, error=json.dumps(f"{type(error).__name__}: {error}"))
+        raise
+    finally:
+        ranks.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
