@@ -625,32 +625,77 @@ LOSS_SCALE = 2 / 8  # on the summed loss: the gradient size in which raw radial 
 
 def norm(x: Tensor) -> Tensor:
     """x / rms(x) over the last dimension, without gain."""
-    return F.rms_norm(x, (x.size(-1),))
+    return EagerNorm.apply(x) if eager_cpu(x) else F.rms_norm(x, (x.size(-1),))
+
+
+def eager_cpu(x: Tensor) -> bool:
+    """Whether to take the hand-written backward passes below. Eager torch on a CPU walks memory once an operation;
+    they walk it half as often. A compiler does better by itself, so compiled code and CUDA see plain torch."""
+    return not (x.is_cuda or torch.compiler.is_compiling())
+
+
+class EagerNorm(torch.autograd.Function):
+    """F.rms_norm in two passes forward and three backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
+        scale = mean_square.add_(torch.finfo(x.dtype).eps).rsqrt_()
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.size(-1))
+        return torch.addcmul(grad, y, along).mul_(scale)
+
+
+class EagerRotate(torch.autograd.Function):
+    """Rotary embedding of the first half of the last dimension, pairs as complex numbers turned in place."""
+
+    @staticmethod
+    def turn(x, cis):
+        y = x.clone(memory_format=torch.contiguous_format)
+        torch.view_as_complex(y.unflatten(-1, (-1, 2))[..., :cis.size(-1), :]).mul_(cis)
+        return y
+
+    @staticmethod
+    def forward(ctx, x_BTHD, cis_T1F):
+        ctx.save_for_backward(cis_T1F)
+        return EagerRotate.turn(x_BTHD, cis_T1F)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return EagerRotate.turn(grad, ctx.saved_tensors[0].conj()), None
 
 
 class Float8Head(torch.autograd.Function):
     """x @ w.T in float8 with fixed scales, the speedrun's idea of 2025-01: activations and weights in e4m3, the
     incoming gradient in e5m2. x_MC, w_VC in bfloat16; result bfloat16 (M, V)."""
 
-    X_SCALE, W_SCALE, GRAD_SCALE = 100 / 448, 1.6 / 448, LOSS_SCALE * 0.75 / 448
-
     @staticmethod
     def forward(ctx, x_MC, w_VC):
-        x8, w8 = to_float8(x_MC, Float8Head.X_SCALE), to_float8(w_VC, Float8Head.W_SCALE)
+        x8, w8 = to_float8(x_MC, HEAD_X_SCALE), to_float8(w_VC, HEAD_W_SCALE)
         ctx.save_for_backward(x8, w8)
-        one = lambda scale: torch.tensor(scale, device=x_MC.device)
-        return torch._scaled_mm(x8, w8.T, scale_a=one(Float8Head.X_SCALE), scale_b=one(Float8Head.W_SCALE),
-                                out_dtype=torch.bfloat16, use_fast_accum=True)
+        return float8_product(x8, w8.T, HEAD_X_SCALE, HEAD_W_SCALE, fast=True)
 
     @staticmethod
     def backward(ctx, grad_MV):
         x8, w8 = ctx.saved_tensors
-        one = lambda scale: torch.tensor(scale, device=grad_MV.device)
-        x_scale, w_scale, g_scale = map(one, (Float8Head.X_SCALE, Float8Head.W_SCALE, Float8Head.GRAD_SCALE))
-        g8 = to_float8(grad_MV, Float8Head.GRAD_SCALE, torch.float8_e5m2)
-        product = lambda a, b, scale: torch._scaled_mm(a, b.T.contiguous().T, scale_a=g_scale, scale_b=scale,
-                                                       out_dtype=torch.bfloat16)
-        return product(g8, w8, w_scale), product(g8.T.contiguous(), x8, x_scale)
+        g8 = to_float8(grad_MV, HEAD_GRAD_SCALE, torch.float8_e5m2)
+        grad_x = float8_product(g8, w8.T.contiguous().T, HEAD_GRAD_SCALE, HEAD_W_SCALE)
+        return grad_x, float8_product(g8.T.contiguous(), x8.T.contiguous().T, HEAD_GRAD_SCALE, HEAD_X_SCALE)
+
+
+HEAD_X_SCALE, HEAD_W_SCALE, HEAD_GRAD_SCALE = 100 / 448, 1.6 / 448, LOSS_SCALE * 0.75 / 448
+
+
+def float8_product(a: Tensor, b: Tensor, a_scale: float, b_scale: float, fast: bool = False) -> Tensor:
+    """a @ b in bfloat16; a by rows and b by columns, as the hardware reads them."""
+    scale_a, scale_b = (torch.full((), scale, device=a.device) for scale in (a_scale, b_scale))
+    return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 def to_float8(x: Tensor, scale: float, dtype=torch.float8_e4m3fn) -> Tensor:
@@ -779,6 +824,8 @@ class Rotary(nn.Module):
     def forward(self, x_BTHD: Tensor) -> Tensor:
         T, D = x_BTHD.shape[1], x_BTHD.shape[-1]
         cos, sin = self.cos[:T, None], self.sin[:T, None]
+        if eager_cpu(x_BTHD):
+            return EagerRotate.apply(x_BTHD, torch.complex(cos, sin).to(x_BTHD.dtype.to_complex()))
         even, odd = x_BTHD[..., :D // 2].float().unflatten(-1, (D // 4, 2)).unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
         return torch.cat((turned.type_as(x_BTHD), x_BTHD[..., D // 2:]), -1)
@@ -861,6 +908,11 @@ def weight(value: float) -> nn.Parameter:
     return nn.Parameter(torch.tensor(value))
 
 
+def scaled(matrix: Tensor, factor: float) -> Tensor:
+    """A factor on a branch's output, taken by its last matrix, which is smaller than what comes out of it."""
+    return matrix if factor == 1 else matrix * factor
+
+
 class Attention(nn.Module):
     """Causal self-attention within documents and a window; q and k normed, heads gated by their input."""
 
@@ -877,7 +929,7 @@ class Attention(nn.Module):
         self.attn_gate = gate(c.num_heads) if c.attn_gate else None
         self.value_gate = gate(c.num_kv_heads) if plan.value_embed else None
 
-    def forward(self, n_BTC, value_BTC: Tensor | None, docs: Documents, window: int, rotary: Rotary) -> Tensor:
+    def forward(self, n_BTC, value_BTC: Tensor | None, docs: Documents, window: int, rotary: Rotary, out_scale: float):
         B, T, _ = n_BTC.shape
         qkv = F.linear(n_BTC, torch.cat((self.q, self.k, self.v)) * self.a_in).view(B, T, -1, self.head_dim)
         heads = (self.num_heads, self.num_kv_heads)
@@ -897,7 +949,7 @@ class Attention(nn.Module):
             y = y.view(B, T, 2, self.num_heads // 2, self.head_dim).flatten(2, 3)
         if self.attn_gate is not None:
             y = y * torch.sigmoid(F.linear(gate_in, self.attn_gate)).unsqueeze(-1)
-        return F.linear(y.flatten(2), self.o * self.a_out)
+        return F.linear(y.flatten(2), scaled(self.o, out_scale) * self.a_out)
 
 
 def offset_keys(k_BTHD: Tensor) -> Tensor:
@@ -935,8 +987,8 @@ class MLP(nn.Module):
         super().__init__()
         self.up, self.down = (nn.Parameter(torch.empty(4 * c.width, c.width)) for _ in range(2))
 
-    def forward(self, n_BTC: Tensor) -> Tensor:
-        return SquaredReLU.apply(F.linear(n_BTC, self.up)) @ self.down
+    def forward(self, n_BTC: Tensor, out_scale: float) -> Tensor:
+        return SquaredReLU.apply(F.linear(n_BTC, self.up)) @ scaled(self.down, out_scale)
 
 
 class Block(nn.Module):
@@ -954,8 +1006,8 @@ class Block(nn.Module):
         if bigram is not None:
             x = x + self.l_bi * bigram
         if self.attn is not None:
-            x = x + residual_scale * self.attn(norm(x), value, docs, window, rotary)
-        return x + residual_scale * self.mlp(norm(x))
+            x = x + self.attn(norm(x), value, docs, window, rotary, residual_scale)
+        return x + self.mlp(norm(x), residual_scale)
 
 
 class GPT(nn.Module):

@@ -1,0 +1,222 @@
+"""Whole runs of the trainers in processes of their own: equal arms, equal ranks, equal reruns, exit codes."""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE, ORD = "train_gpt.py", "train_gpt_muon_ord.py"
+STEPS = 14
+
+
+def write_shard(path: Path, num_tokens: int, seed: int, vocab: int = 256, mark: int = 0):
+    """Documents of a first-order Markov chain: something to learn, made in no time."""
+    rng = np.random.default_rng(seed)
+    table = np.random.default_rng(0).integers(1, vocab, (vocab, 4))
+    tokens = np.empty(num_tokens, dtype="<u2")
+    state = 1
+    choices = rng.integers(0, 4, num_tokens)
+    breaks = set(rng.integers(1, num_tokens, num_tokens // 300).tolist()) | {0}
+    for i in range(num_tokens):
+        state = mark if i in breaks else int(table[state, choices[i]])
+        tokens[i] = state
+    header = np.zeros(256, dtype="<i4")
+    header[:4] = 20240520, 1, num_tokens, vocab
+    path.write_bytes(header.tobytes() + tokens.tobytes())
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "made_train_000000.bin", 120_000, 1)
+    write_shard(folder / "made_val_000000.bin", 20_000, 2)
+    return folder
+
+
+def base_env(shards: Path, **settings) -> dict:
+    """The environment of a 14-step run of the tiny preset on made shards; nothing of ours leaks in from outside."""
+    keep = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG")
+    env = {k: v for k, v in os.environ.items() if k in keep}
+    env.update(MODEL="tiny", DEVICE="cpu", COMPILE="0", DATA_PATH=str(shards), TRAIN_FILES="made_train_*.bin",
+               VAL_FILES="made_val_*.bin", VAL_TOKENS="16384", VAL_BATCH_TOKENS="8192", VAL_LOSS_EVERY="5",
+               NUM_SCHEDULED_ITERATIONS=str(STEPS), BATCH_SIZES="2048,2048,4096,4096", BETA_WARMUP_STEPS="5")
+    env.update({k: str(v) for k, v in settings.items()})
+    return env
+
+
+def run(cwd: Path, script: str, env: dict, ranks: int = 1, extra: tuple = ()) -> subprocess.CompletedProcess:
+    """One run in folder cwd; ranks=0 is plain python without torchrun."""
+    env = {**env, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script)]
+    if ranks:
+        command = [sys.executable, "-m", "torch.distributed.run", *(extra or ("--standalone",)),
+                   f"--nproc-per-node={ranks}", str(ROOT / script)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def losses(cwd: Path, run_id: str, kind: str = "val_loss") -> list[float]:
+    text = (cwd / "logs" / f"{run_id}.txt").read_text()
+    return [float(x) for x in re.findall(rf"^step:\d+/\d+ {kind}:(\S+)", text, re.M)]
+
+
+def train(cwd, shards, run_id, script=BASELINE, ranks=0, **settings) -> tuple[list[float], list[float]]:
+    """(validation losses, training losses) of a finished run."""
+    done = run(cwd, script, base_env(shards, RUN_ID=run_id, **settings), ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "event:finished" in (cwd / "logs" / f"{run_id}.txt").read_text()
+    return losses(cwd, run_id), losses(cwd, run_id, "train_loss")
+
+
+@pytest.fixture(scope="module")
+def baseline(shards, tmp_path_factory):
+    """The run the others are compared with: (folder, validation losses, training losses)."""
+    cwd = tmp_path_factory.mktemp("baseline")
+    return cwd, *train(cwd, shards, "baseline")
+
+
+def test_the_model_learns(baseline):
+    """A made chain has an entropy of ln 4 a token; 14 steps must get well below the uniform ln 256."""
+    _, val, _ = baseline
+    assert val[0] == pytest.approx(np.log(256), abs=0.2)
+    assert val[-1] < val[0] - 0.5
+
+
+def test_zero_strength_is_the_baseline_digit_for_digit(baseline, shards, tmp_path):
+    """Otherwise the control arm of every ORD experiment would differ from its treatment by more than ORD."""
+    _, val, trained = baseline
+    assert train(tmp_path, shards, "a0", ORD, SPECTRAL_LR_MUL=0) == (val, trained)
+    assert train(tmp_path, shards, "off", ORD, ORD_MODE="off") == (val, trained)
+    assert train(tmp_path, shards, "post", ORD, ORD_MODE="post") == (val, trained)
+
+
+def test_strength_changes_the_run(baseline, shards, tmp_path):
+    """If a did nothing, the equality above would prove nothing."""
+    _, val, _ = baseline
+    assert train(tmp_path, shards, "a1", ORD, SPECTRAL_LR_MUL=1)[0][1:] != val[1:]
+
+
+def test_a_rerun_is_bit_equal(baseline, shards, tmp_path):
+    _, val, trained = baseline
+    assert train(tmp_path, shards, "again") == (val, trained)
+
+
+def test_another_seed_starts_from_other_weights_and_other_batches(baseline, shards, tmp_path):
+    """Seeds that nothing uses gave the first versions error bars of mere GPU noise."""
+    _, val, trained = baseline
+    other, other_trained = train(tmp_path, shards, "seed1", SEED=1)
+    assert other[0] != val[0]              # the first validation sees the initial weights alone
+    assert all(a != b for a, b in zip(trained, other_trained))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_any_number_of_ranks_trains_the_same(baseline, shards, tmp_path, ranks):
+    """Within 2e-4 in every validation loss: the ranks share the tokens and only round differently."""
+    _, val, _ = baseline
+    got, _ = train(tmp_path, shards, f"ranks{ranks}", ranks=ranks)
+    assert got == pytest.approx(val, abs=2e-4)
+
+
+def test_ord_modes_agree_over_ranks(shards, tmp_path):
+    """Each rank holds other matrices: rho, its reference and its log must not depend on where they live."""
+    settings = dict(SPECTRAL_SCALE="unit", SPECTRAL_RHO_MODE="row", SPECTRAL_LR_MUL_MLP=0.5, GRAD_CLIP=1.0)
+    one, _ = train(tmp_path, shards, "one", ORD, **settings)
+    two, _ = train(tmp_path, shards, "two", ORD, ranks=2, **settings)
+    assert two == pytest.approx(one, abs=2e-4)
+    rhos = [re.findall(r"spec_(?:attn|mlp):\[(.*?)\]", (tmp_path / "logs" / f"{n}.txt").read_text().split("=" * 100)[2])
+            for n in ("one", "two")]
+    values = [[float(x) for part in r for x in part.split(",")] for r in rhos]
+    assert len(values[0]) == len(values[1]) > 0
+    assert values[1] == pytest.approx(values[0], abs=2e-3)
+
+
+def test_rehearsal_leaks_nothing(baseline, shards, tmp_path):
+    """Warm-up works on a copy: with it or without, every digit is the same."""
+    _, val, trained = baseline
+    assert train(tmp_path, shards, "rehearsed", REHEARSE=1) == (val, trained)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_other_optimizers_train(baseline, shards, tmp_path, optimizer):
+    _, val, _ = baseline
+    got, _ = train(tmp_path, shards, optimizer, OPTIMIZER=optimizer, ADAM_MATRIX_LR=0.003)
+    assert got[0] == val[0]
+    assert got[-1] < got[0] - 0.3
+
+
+def test_two_agents_train_together(baseline, shards, tmp_path):
+    """torchrun --nnodes=2, both agents on this machine: what several machines do."""
+    _, val, _ = baseline
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def agent(node):
+        extra = ("--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}")
+        return run(tmp_path, BASELINE, base_env(shards, RUN_ID="nodes"), 1, extra)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(agent, (0, 1)))
+    assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert losses(tmp_path, "nodes") == pytest.approx(val, abs=2e-4)
+
+
+GOLDEN = [5.51463, 4.24218, 4.00049]  # validation losses at steps 0, 5, 10
+
+
+def test_golden_losses(shards, tmp_path):
+    """Any change to model, data order, optimizer or schedule moves these. Processors differ by less than 2e-4."""
+    val, _ = train(tmp_path, shards, "golden", NUM_SCHEDULED_ITERATIONS=10, SEED=42)
+    assert val == pytest.approx(GOLDEN, abs=2e-4)
+
+
+def test_bad_settings_end_the_run_before_it_starts(shards, tmp_path):
+    """Exit code 2 and one sentence; the same from torchrun, where rank 0 alone speaks."""
+    done = run(tmp_path, BASELINE, base_env(shards, SEED="minus one"), ranks=0)
+    assert done.returncode == 2
+    assert "SEED='minus one'" in done.stderr and "Traceback" not in done.stderr
+    done = run(tmp_path, BASELINE, base_env(shards, SPECTRAL_LR_MUL="0.1"), ranks=2)
+    assert done.returncode == 1  # torchrun turns any failure into 1
+    assert done.stderr.count("SPECTRAL_LR_MUL is not a setting of train_gpt.py") == 1
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_log_is_never_overwritten(baseline, shards):
+    cwd, _, _ = baseline
+    before = (cwd / "logs" / "baseline.txt").read_bytes()
+    done = run(cwd, BASELINE, base_env(shards, RUN_ID="baseline"), ranks=0)
+    assert done.returncode == 2 and "never overwritten" in done.stderr
+    assert (cwd / "logs" / "baseline.txt").read_bytes() == before
+
+
+def test_missing_data_says_what_makes_it(tmp_path):
+    done = run(tmp_path, BASELINE, base_env(tmp_path), ranks=0)
+    assert done.returncode == 2
+    assert "made_train_*.bin" in done.stderr and "data/README.md" in done.stderr
+
+
+def test_divergence_ends_the_run_with_3(shards, tmp_path):
+    """A run that lost its numbers must say so and stop, not train on."""
+    done = run(tmp_path, BASELINE, base_env(shards, RUN_ID="wild", ADAM_LR="1e30", MUON_LR="1e30"), ranks=0)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert re.search(r"^event:diverged step:\d+", (tmp_path / "logs" / "wild.txt").read_text(), re.M)
+
+
+def test_the_log_holds_what_the_readers_need(baseline):
+    cwd, val, _ = baseline
+    text = (cwd / "logs" / "baseline.txt").read_text()
+    source, head, steps = text.split("\n" + "=" * 100 + "\n")
+    assert source.startswith((ROOT / BASELINE).read_text()[:500])
+    config = json.loads(head.splitlines()[0].removeprefix("config:"))
+    assert config["seed"] == 0 and config["muon_lr"] > 0 and config["model_config"]["width"] > 0
+    assert re.search(r"^event:started .*source_hash:[0-9a-f]{16}", head, re.M)
+    first = steps.splitlines()[0]
+    assert re.match(r"step:0/14 val_loss:\d+\.\d{5} train_time:0ms step_avg:\S+ms lr_mul:1\.0000 beta1:0\.5000 "
+                    r"beta2:0\.9500 ", first)
+    assert len(val) == 4  # steps 0, 5, 10 and 14
