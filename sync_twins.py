@@ -5,6 +5,7 @@
 
 Shared is everything but the module docstring and the text between the two optimizer fences.
 """
+
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ PARTS = re.compile(r'\A(""".*?"""\n)(.*?)(^# >>> optimizer$.*?^# <<< optimizer$)
 
 def main(argv: list[str]) -> int:
     ours, twin = HERE / "train_gpt.py", HERE / "train_gpt_muon_ord.py"
-    (_, before, _, after), (docstring, _, fenced, _) = (PARTS.match(p.read_text()).groups() for p in (ours, twin))
+    (_, before, _, after), (docstring, _, fenced, _) = (
+        PARTS.match(p.read_text()).groups() for p in (ours, twin)
+    )
     wanted = docstring + before + fenced + after
     if wanted == twin.read_text():
         print("the twins agree")

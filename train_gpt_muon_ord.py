@@ -1,15 +1,15 @@
-"""The twin of train_gpt.py with Muon + ORD: the gradient's part along the weight (radial, "spectral") and the rest
-are treated differently. Everything outside the two optimizer fences equals train_gpt.py (sync_twins.py).
+"""The twin of train_gpt.py with Muon + ORD: the gradient's part along the weight (radial, "spectral") and the
+rest are treated differently. Everything outside the two optimizer fences equals train_gpt.py (sync_twins.py).
 
     SCRIPT=train_gpt_muon_ord.py ./run.sh                                     # the default of run.sh
     SPECTRAL_LR_MUL=0.1 torchrun --standalone --nproc-per-node=8 train_gpt_muon_ord.py
-    SPECTRAL_LR_MUL=0 SEED=3 python train_gpt_muon_ord.py                     # equals train_gpt.py, digit for digit
+    SPECTRAL_LR_MUL=0 SEED=3 python train_gpt_muon_ord.py        # equals train_gpt.py, digit for digit
     ORD_MODE=post SPECTRAL_OUT=0.5 SPECTRAL_RESCALE=1 python train_gpt_muon_ord.py
     python train_gpt_muon_ord.py --help
 
-With G the Nesterov-averaged gradient and W the fp32 master of one matrix, P polar factor and variance reduction:
-rho = <G, W> / (||W||^2 + eps), G_par = rho W. ORD_MODE=interpolate updates by P(G - a G_par) + a G_par with
-a = SPECTRAL_LR_MUL; project, post and off are described at ord_update.
+With G the Nesterov-averaged gradient and W the fp32 master of one matrix, P polar factor and variance
+reduction: rho = <G, W> / (||W||^2 + eps), G_par = rho W. ORD_MODE=interpolate updates by
+P(G - a G_par) + a G_par with a = SPECTRAL_LR_MUL; ord_update describes project, post and off.
 """
 import dataclasses
 import glob
@@ -56,7 +56,7 @@ class Settings:
     device: str = knob("auto", "auto: cuda where there is one", choices=("auto", "cuda", "cpu"))
     nproc_per_node: int = knob(0, "ranks that run.sh starts; 0: one a GPU or core, up to 8", low=0, high=1024)
     compile: str = knob("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    rehearse: str = knob("auto", "try all stages on a copy before the clock starts; auto: if compiled or CUDA",
+    rehearse: str = knob("auto", "try all stages on a copy first, off the clock; auto: if compiled or CUDA",
                          choices=("auto", "0", "1"))
     attn_backend: str = knob("auto", "auto: varlen on CUDA, sdpa elsewhere",
                              choices=("auto", "varlen", "flex", "sdpa"))
@@ -73,16 +73,16 @@ class Settings:
     # length and shape of the run; one value a stage: three scheduled thirds, then the extension
     num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
     num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
-    train_tokens: int = knob(0, "if not 0, sets NUM_SCHEDULED_ITERATIONS so that they take so many tokens", low=0)
-    batch_sizes: tuple[int, ...] = knob((131_072, 262_144, 393_216, 393_216), "tokens a step, by stage", low=128)
-    slices_per_pass: int = knob(0, "slices that a rank stacks into one pass; 0: what fits 65536 tokens", low=0)
+    train_tokens: int = knob(0, "if not 0, sets NUM_SCHEDULED_ITERATIONS to what takes so many tokens", low=0)
+    batch_sizes: tuple[int, ...] = knob((131072, 262144, 393216, 393216), "tokens a step, by stage", low=128)
+    slices_per_pass: int = knob(0, "slices a rank stacks into one pass; 0: what fits 65536 tokens", low=0)
     residual_scale: float = knob(1.0, "factor on the output of every attention and MLP branch")
     # learning rate
     lr_muls: tuple[float, ...] = knob((1.0, 1.52, 1.73, 1.0), "learning-rate multiplier, by stage", low=0)
     warmup_steps: int = knob(0, "steps of linear learning-rate warm-up", low=0)
     cooldown_frac: float = knob(0.55, "share of the scheduled steps that the decay takes", low=0, high=1)
     lr_decay_type: str = knob("linear", "shape of the decay", choices=("linear", "exp", "cosine", "constant"))
-    lr_decay_final: float = knob(0.1, "where it ends: the multiplier, or (exp) a factor on the stage's", low=0)
+    lr_decay_final: float = knob(0.1, "where it ends: the multiplier; for exp a factor on the stage's", low=0)
     lr_decay_switch_step: int = knob(-1, "step from which the second decay applies; -1: never", low=-1)
     lr_decay_second_type: str = knob("constant", "shape of the second", choices=("linear", "exp", "constant"))
     lr_decay_second_final: float = knob(0.1, "where it ends: a factor on the stage's multiplier", low=0)
@@ -185,7 +185,8 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
         values[field.name] = (parse_value(name, env[name], field) if name in env
                               else defaults.get(field.name, field.default))
     values.update(model=model, device="cuda" if cuda else "cpu")
-    s, o = (c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in (Settings, OptimizerSettings))
+    s, o = (c(**{f.name: values[f.name] for f in dataclasses.fields(c)})
+            for c in (Settings, OptimizerSettings))
     check_settings(s, env)
     check_optimizer_settings(o)
     return resolve(s), o, config
@@ -201,8 +202,8 @@ def check_settings(s: Settings, env):
     for stage, tokens in enumerate(s.batch_sizes, 1):
         if tokens % (NUM_SLICES * 16):
             down = tokens // (NUM_SLICES * 16) * NUM_SLICES * 16
-            raise SettingsError(f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {NUM_SLICES} slices "
-                                f"x 16 tokens; {down} or {down + NUM_SLICES * 16} are")
+            raise SettingsError(f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {NUM_SLICES} "
+                                f"slices x 16 tokens; {down} or {down + NUM_SLICES * 16} are")
     if s.val_batch_tokens % (NUM_SLICES * 16) or s.val_tokens % s.val_batch_tokens:
         raise SettingsError(f"VAL_TOKENS={s.val_tokens} must be a multiple of VAL_BATCH_TOKENS="
                             f"{s.val_batch_tokens}, and that of {NUM_SLICES} slices x 16 tokens")
@@ -287,7 +288,7 @@ class Ranks:
         return dist.all_reduce(x, op=op, async_op=True) if self.world_size > 1 else Done()
 
     def reduce_scatter(self, shard: Tensor, full: Tensor):
-        """shard: this rank's equal part of full, summed over the ranks. For one rank they are the same memory.
+        """shard: this rank's equal part of full, summed over the ranks. For one rank they share memory.
         (torch 2.13 renamed this call and the next from *_tensor; this class is the one place to follow.)"""
         if self.world_size == 1:
             return Done()
@@ -457,8 +458,8 @@ def open_shards(root: str, pattern: str, name: str) -> list[Shard]:
     paths = sorted(Path(p) for p in glob.glob(os.path.join(root, pattern)))
     if not paths:
         fetch = "data/embedded_corpus.py" if "embedded" in pattern else "data/cached_fineweb10B.py 9"
-        raise DataError(f"{name}={pattern!r} under DATA_PATH={root!r} matches no file; `python {fetch}` makes "
-                        f"it, or point {name} at your own shards (data/README.md)")
+        raise DataError(f"{name}={pattern!r} under DATA_PATH={root!r} matches no file; `python {fetch}` "
+                        f"makes it, or point {name} at your own shards (data/README.md)")
     shards = [open_shard(p) for p in paths]
     if len({s.vocab_size for s in shards}) > 1:
         found = ", ".join(f"{s.path.name} {s.vocab_size}" for s in shards)
@@ -467,7 +468,7 @@ def open_shards(root: str, pattern: str, name: str) -> list[Shard]:
 
 
 def shard_fields(shards: list[Shard]) -> str:
-    """name/tokens/sha256 of each file for the log; files over 64 MiB are not hashed, it would delay the start."""
+    """name/tokens/sha256 of each file for the log; files over 64 MiB are not hashed, it would take long."""
     def digest(s):
         small = s.tokens.nbytes <= 64 << 20
         return hashlib.sha256(s.tokens.tobytes()).hexdigest()[:16] if small else "not_hashed"
@@ -502,9 +503,9 @@ def stack_slices(slices: list, device: torch.device, max_doc_tokens: int) -> Bat
 
 
 class TrainData:
-    """Endless batches of whole documents. Every rank plans all slices of a step and reads its own, so that 1,
-    2, 4 and 8 ranks see the same tokens. Documents and shards come in an order drawn from the seed, each epoch
-    anew."""
+    """Endless batches of whole documents. Every rank plans all slices of a step and reads its own, so that
+    1, 2, 4 and 8 ranks see the same tokens. The order of shards and documents is drawn from the seed, each
+    epoch anew."""
 
     def __init__(self, shards: list[Shard], s: Settings, ranks: Ranks):
         self.shards, self.seed, self.device = shards, s.seed, ranks.device
@@ -513,7 +514,7 @@ class TrainData:
         self.mine = range(ranks.rank * self.num_slices // ranks.world_size,
                           (ranks.rank + 1) * self.num_slices // ranks.world_size)
         self.slices_per_pass = s.slices_per_pass
-        self.epoch, self.place, self.cursor = 0, 0, 0  # place: in the epoch's order of shards; cursor: document
+        self.epoch, self.place, self.cursor = 0, 0, 0  # place: in the order of shards; cursor: document
         self.load_shard()
         self.worker = ThreadPoolExecutor(1)
         self.coming = None
@@ -603,12 +604,12 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
                         f"{val[0].vocab_size}; both must come from one tokenizer")
     for shard in train:
         if not len(shard.document_starts()):
-            raise DataError(f"{shard.path} has no document mark (token {shard.mark}), with which every document "
-                            "begins; make it again with data/tokenize_text.py")
+            raise DataError(f"{shard.path} has no document mark (token {shard.mark}), with which every "
+                            "document begins; make it again with data/tokenize_text.py")
     have = sum(len(v.tokens) for v in val)
     if have < s.val_tokens + 1:
-        raise DataError(f"VAL_TOKENS={s.val_tokens}, but the validation shards hold {have}, one of them only a "
-                        f"target; set VAL_TOKENS to a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens} below that")
+        raise DataError(f"VAL_TOKENS={s.val_tokens}, but the validation shards hold {have}, one of them only "
+                        f"a target; set it to a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens} below that")
     num_slices = max(NUM_SLICES, world_size)
     if num_slices % world_size or any(t % num_slices for t in (*s.batch_sizes, s.val_batch_tokens)):
         raise SettingsError(f"{world_size} ranks do not divide {num_slices} slices, or those the batches "
@@ -629,8 +630,8 @@ def norm(x: Tensor) -> Tensor:
 
 
 def eager_cpu(x: Tensor) -> bool:
-    """Whether to take the hand-written backward passes below. Eager torch on a CPU walks memory once an operation;
-    they walk it half as often. A compiler does better by itself, so compiled code and CUDA see plain torch."""
+    """Whether to take the hand-written backward passes below. Eager torch on a CPU walks memory once an
+    operation; they walk it half as often. A compiler does better by itself: it and CUDA see plain torch."""
     return not (x.is_cuda or torch.compiler.is_compiling())
 
 
@@ -672,8 +673,8 @@ class EagerRotate(torch.autograd.Function):
 
 
 class Float8Head(torch.autograd.Function):
-    """x @ w.T in float8 with fixed scales, the speedrun's idea of 2025-01: activations and weights in e4m3, the
-    incoming gradient in e5m2. x_MC, w_VC in bfloat16; result bfloat16 (M, V)."""
+    """x @ w.T in float8 with fixed scales, the speedrun's idea of 2025-01: activations and weights in e4m3,
+    the incoming gradient in e5m2. x_MC, w_VC in bfloat16; result bfloat16 (M, V)."""
 
     @staticmethod
     def forward(ctx, x_MC, w_VC):
@@ -695,7 +696,8 @@ HEAD_X_SCALE, HEAD_W_SCALE, HEAD_GRAD_SCALE = 100 / 448, 1.6 / 448, LOSS_SCALE *
 def float8_product(a: Tensor, b: Tensor, a_scale: float, b_scale: float, fast: bool = False) -> Tensor:
     """a @ b in bfloat16; a by rows and b by columns, as the hardware reads them."""
     scale_a, scale_b = (torch.full((), scale, device=a.device) for scale in (a_scale, b_scale))
-    return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
+    return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16,
+                            use_fast_accum=fast)
 
 
 def to_float8(x: Tensor, scale: float, dtype=torch.float8_e4m3fn) -> Tensor:
@@ -742,7 +744,7 @@ class ModelConfig:
     attn_gate: bool = True
     # weights of the losses on token t+1, t+2, ... by stage, each (at its start, at its end)
     predict: tuple = (((1, 1), (0.5, 0.5), (0.25, 0)), ((1, 1), (0.5, 0)), ((1, 1),), ((1, 1),))
-    untie_frac: float = 2 / 3                                    # of training; 1: embedding and head stay tied
+    untie_frac: float = 2 / 3                                    # of training; 1: embedding, head stay tied
 
 
 @dataclass(frozen=True)
@@ -786,9 +788,9 @@ PRESETS = {
         value_embed_layers=(0, 3), skip=None, no_attention=(), backout=None, bigram_rows=4096,
         predict=(((1, 1),),) * 4, untie_frac=1.0),
         dict(train_files="data/embedded/embedded_train_*.bin", val_files="data/embedded/embedded_val_*.bin",
-             batch_sizes=(2048,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=1200, num_extension_iterations=0,
-             max_doc_tokens=256, long_docs="split", val_tokens=262_144, val_batch_tokens=65_536, val_loss_every=200,
-             val_loss_last_steps=0, target_loss=1.2)),
+             batch_sizes=(2048,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=1200,
+             num_extension_iterations=0, max_doc_tokens=256, long_docs="split", val_tokens=262_144,
+             val_batch_tokens=65_536, val_loss_every=200, val_loss_last_steps=0, target_loss=1.2)),
 }
 
 
@@ -827,7 +829,7 @@ class Rotary(nn.Module):
         if eager_cpu(x_BTHD):
             return EagerRotate.apply(x_BTHD, torch.complex(cos, sin).to(x_BTHD.dtype.to_complex()))
         even, odd = x_BTHD[..., :D // 2].float().unflatten(-1, (D // 4, 2)).unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
         return torch.cat((turned.type_as(x_BTHD), x_BTHD[..., D // 2:]), -1)
 
 
@@ -880,7 +882,7 @@ class Documents:
         if self.backend == "flex":
             return self.flex(q, k, v, window, paired, scale, gqa).transpose(1, 2)
         block, bias = self.band(window, paired)
-        if block == q.shape[2]:
+        if q.shape[2] == block:
             y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=scale, enable_gqa=gqa)
             return y.transpose(1, 2)
         split = lambda x: x.unflatten(2, (-1, block)).transpose(1, 2)            # B, blocks, H, block, D
@@ -929,7 +931,7 @@ class Attention(nn.Module):
         self.attn_gate = gate(c.num_heads) if c.attn_gate else None
         self.value_gate = gate(c.num_kv_heads) if plan.value_embed else None
 
-    def forward(self, n_BTC, value_BTC: Tensor | None, docs: Documents, window: int, rotary: Rotary, out_scale: float):
+    def forward(self, n_BTC, value_BTC, docs: Documents, window: int, rotary: Rotary, out_scale: float):
         B, T, _ = n_BTC.shape
         qkv = F.linear(n_BTC, torch.cat((self.q, self.k, self.v)) * self.a_in).view(B, T, -1, self.head_dim)
         heads = (self.num_heads, self.num_kv_heads)
@@ -953,7 +955,7 @@ class Attention(nn.Module):
 
 
 def offset_keys(k_BTHD: Tensor) -> Tensor:
-    """The half of each key that rotary leaves still, one position later: a head then finds what came before."""
+    """The half of each key that rotary leaves still, one position later: heads then find what came before."""
     turning, still = k_BTHD.chunk(2, dim=-1)
     return torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
 
@@ -966,7 +968,7 @@ def pair_heads(x_BTHD: Tensor) -> Tensor:
 
 
 class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 (arXiv 2109.08668). Saves one tensor and makes two passes backward; autograd's own makes four."""
+    """relu(x)^2 (arXiv 2109.08668). Saves one tensor, makes two passes backward; autograd's makes four."""
 
     @staticmethod
     def forward(ctx, x):
@@ -1013,7 +1015,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The speedrun's GPT. Knows nothing of ranks or optimizers."""
 
-    def __init__(self, c: ModelConfig, vocab_size: int, backend: str, float8_head: bool, residual_scale: float):
+    def __init__(self, c: ModelConfig, vocab_size: int, backend: str, float8_head: bool,
+                 residual_scale: float):
         super().__init__()
         self.config, self.plans = c, layer_plans(c)
         self.backend, self.float8_head, self.residual_scale = backend, float8_head, residual_scale
@@ -1078,8 +1081,8 @@ class GPT(nn.Module):
         return norm(x)
 
     def forward(self, batch: Batch, windows: tuple[int, int], weights_K: Tensor | None, tied: bool):
-        """One pass; sums over tokens, in nats. Training: (loss, cross-entropy), where the loss counts the tokens
-        after the next too, weighted. Evaluation (weights_K None): (cross-entropy, number of right guesses)."""
+        """One pass; sums over tokens, in nats. Training: (loss, cross-entropy), where the loss counts the
+        tokens after the next too, weighted. Evaluation (weights_K None): (cross-entropy, right guesses)."""
         B, T = batch.inputs_BT.shape
         docs = Documents(batch, self.backend)
         x = self.trunk(batch.inputs_BT, docs, windows, tied)
@@ -1097,8 +1100,8 @@ class GPT(nn.Module):
 
 
 def multi_token_loss(logits_BTV: Tensor, lse_BT: Tensor, targets_BT: Tensor, weights_K: Tensor):
-    """(sum_k w_k CE(logits_t, target_{t+k}), the plain CE detached), sums over the tokens that have such a target
-    in their slice; documents may be crossed (multi-token prediction, arXiv 2404.19737, with one head)."""
+    """(sum_k w_k CE(logits_t, target_{t+k}), the plain CE detached), sums over the tokens that have such a
+    target in their slice; documents may be crossed (arXiv 2404.19737, with one head)."""
     T = targets_BT.shape[1]
     losses = []
     for k in range(len(weights_K)):
@@ -1138,41 +1141,42 @@ class OptimizerSettings:
     muon_lr: float = knob(0.023, "Muon's learning rate, for a matrix times sqrt(max(1, rows/columns))", low=0)
     muon_momentum: float = knob(0.95, "momentum after its warm-up from 0.85", low=0, high=0.9999)
     beta_warmup_steps: int = knob(300, "steps of that warm-up", low=0)
-    muon_weight_decay: float = knob(1.2, "decay of matrices: cautious, times the learning rate; else as it is, of any sign")
-    muon_decay_mode: str = knob("cautious", "what decays: weights where the update shrinks them, nothing, all "
-                                "weights, the update, or both",
+    muon_weight_decay: float = knob(1.2, "decay of matrices; cautious: times learning rate, else as it is")
+    muon_decay_mode: str = knob("cautious", "what decays: weights where the update shrinks them, nothing, "
+                                "all weights, the update, or both",
                                 choices=("cautious", "none", "param", "update", "both"))
     adam_lr: float = knob(0.008, "base learning rate of everything but the matrices", low=0)
-    adam_weight_decay: float = knob(0.005, "their cautious decay, times the learning rate and the role's multiple",
-                                    low=0)
+    adam_weight_decay: float = knob(0.005, "their cautious decay, times learning rate and role", low=0)
     adam_matrix_lr: float = knob(5e-4, "learning rate of matrices under OPTIMIZER=adamw", low=0)
     adam_matrix_decay: float = knob(0.1, "their decoupled weight decay under OPTIMIZER=adamw", low=0)
-    ord_mode: str = knob("interpolate", "interpolate: P(G - a G_par) + a G_par; project: P(G_perp) + a G_par; post: scale the "
-                         "radial part of P(G); off: P(G)", choices=("interpolate", "project", "post", "off"))
+    ord_mode: str = knob("interpolate", "interpolate: P(G - a G_par) + a G_par; project: P(G_perp) + "
+                         "a G_par; post: scale the radial part of P(G); off: P(G)",
+                         choices=("interpolate", "project", "post", "off"))
     spectral_lr_mul: float = knob(0.1, "a, the strength of the radial part G_par in the update")
     spectral_lr_mul_attn: float = knob(None, "a of attention's matrices; empty: SPECTRAL_LR_MUL")
     spectral_lr_mul_mlp: float = knob(None, "a of the MLP's matrices; empty: SPECTRAL_LR_MUL")
     spectral_proj_eps: float = knob(1e-8, "added to ||W||^2 in rho", above=0)
-    spectral_rho_mode: str = knob("global", "one rho a matrix, a row or a column", choices=("global", "row", "col"))
-    spectral_scale: str = knob("raw", "raw: a G_par as it is, linear in the gradient's size; unit: G_par times "
-                               "||P|| / ||G_perp||", choices=("raw", "unit"))
-    spectral_schedule: str = knob("constant", "adaptive: a times |rho| over its mean of steps 10-50, at most 1",
+    spectral_rho_mode: str = knob("global", "one rho a matrix, row or col", choices=("global", "row", "col"))
+    spectral_scale: str = knob("raw", "raw: a G_par as it is, linear in the gradient's size; unit: G_par "
+                               "times ||P|| / ||G_perp||", choices=("raw", "unit"))
+    spectral_schedule: str = knob("constant", "adaptive: a times |rho| / its mean of steps 10-50, at most a",
                                   choices=("constant", "adaptive"))
-    spectral_variance: bool = knob(False, "divide G_par by the root of its running mean square, as NorMuon does P")
+    spectral_variance: bool = knob(False, "divide G_par by the root of its running mean square")
     spectral_out: float = knob(1.0, "ORD_MODE=post: factor on a radial part that points outward")
     spectral_in: float = knob(1.0, "ORD_MODE=post: factor on a radial part that points inward")
-    spectral_rescale: bool = knob(False, "ORD_MODE=post: give W exactly the norm that its radial part asks for")
+    spectral_rescale: bool = knob(False, "ORD_MODE=post: give W exactly the norm its radial part asks for")
     grad_clip: float = knob(0.0, "largest norm of the mean loss's gradient in a step; 0: no clipping", low=0)
 
 
 def check_optimizer_settings(o: OptimizerSettings):
     if o.muon_decay_mode in ("param", "update", "both") and abs(o.muon_weight_decay) > 1:
-        raise SettingsError(f"MUON_WEIGHT_DECAY={o.muon_weight_decay:g} with MUON_DECAY_MODE={o.muon_decay_mode}, "
-                            "which takes it as it is (the default is for cautious); set it between -1 and 1")
+        raise SettingsError(f"MUON_WEIGHT_DECAY={o.muon_weight_decay:g}, but MUON_DECAY_MODE="
+                            f"{o.muon_decay_mode} takes it as it is (the default is for cautious); set it "
+                            "between -1 and 1")
     if o.spectral_variance and o.spectral_scale == "unit":
         raise SettingsError("SPECTRAL_VARIANCE=1 replaces SPECTRAL_SCALE=unit; set one of them")
     if o.optimizer == "adamw" and o.ord_mode != "off":
-        raise SettingsError(f"ORD_MODE={o.ord_mode} decomposes Muon's update; with OPTIMIZER=adamw set ORD_MODE=off")
+        raise SettingsError(f"ORD_MODE={o.ord_mode} is for Muon; with OPTIMIZER=adamw set ORD_MODE=off")
     if o.spectral_rescale and o.ord_mode != "post":
         raise SettingsError(f"SPECTRAL_RESCALE=1 belongs to ORD_MODE=post, not {o.ord_mode}")
 
@@ -1191,7 +1195,7 @@ class Role:
 
 
 ROLES = (  # complete and disjoint: every parameter matches exactly one
-    Role("matrices", r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))", "matrix", betas=(0.9, 0.95), sharded=True),
+    Role("matrices", r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))", "matrix", 1, 1, (0.9, 0.95), True),
     Role("scalars", r"l_(smear|skip|back)|blocks\.\d+\.(l_res|l_bi|attn\.a_in|attn\.a_out)", lr=5),
     Role("x0", r"blocks\.\d+\.l_x0", lr=5, betas=(0.65, 0.95)),
     Role("tables", r"bigram|value_embeds\.\d+", lr=75, decay=5, betas=(0.75, 0.95), sharded=True),
@@ -1264,7 +1268,7 @@ def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
 
 
 def adam_update(grad: Tensor, m: Tensor, v: Tensor, count: Tensor, beta1: float, beta2: float) -> Tensor:
-    """Bias-corrected Adam direction (arXiv 1412.6980); m, v are updated in place, count is the update's number."""
+    """Bias-corrected Adam direction (arXiv 1412.6980); m, v are updated in place, count is its number."""
     grad = grad.float()
     m.lerp_(grad, 1 - beta1)
     v.lerp_(grad.square(), 1 - beta2)
@@ -1272,7 +1276,7 @@ def adam_update(grad: Tensor, m: Tensor, v: Tensor, count: Tensor, beta1: float,
 
 
 def read_master(weight: Tensor, mantissa: Tensor | None) -> Tensor:
-    """The fp32 master: weight itself, or a bfloat16 weight (the high half) and an int16 mantissa (the low)."""
+    """The fp32 master: weight itself, or a bfloat16 weight (high half) and an int16 mantissa (low half)."""
     if mantissa is None:
         return weight
     return ((weight.view(torch.int16).int() << 16) | (mantissa.int() & 0xFFFF)).view(torch.float32)
@@ -1289,7 +1293,7 @@ def write_master(weight: Tensor, mantissa: Tensor | None, value: Tensor):
 
 RHO_DIMS = {"global": (-2, -1), "row": (-1,), "col": (-2,)}
 RHO_START, RHO_END = 10, 50   # steps over which the adaptive schedule takes its reference
-RESCALE_FLOOR = 0.25          # of the root mean square 1/sqrt(columns): below half of INIT_GAIN a matrix still grows
+RESCALE_FLOOR = 0.25          # half of INIT_GAIN: a matrix of a smaller root mean square must grow first
 MAX_SHRINK = 0.999            # of a norm in one step
 ORD_STATS = ("rho", "cos_gw", "cos_uw", "w_norm", "u_over_w", "radial_over_p")
 
@@ -1303,8 +1307,8 @@ def safe_ratio(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(y == 0, 0.0, x / torch.where(y == 0, 1.0, y))
 
 
-def radial_strength(rho: Tensor, a_N11: Tensor, rho_0: Tensor, settled: Tensor, o: OptimizerSettings) -> Tensor:
-    """a, or with the adaptive schedule a clip(|rho| / rho_0, 0, 1) once rho_0 (mean |rho| of steps 10-50) is known."""
+def radial_strength(rho, a_N11: Tensor, rho_0: Tensor, settled: Tensor, o: OptimizerSettings) -> Tensor:
+    """a, or adaptively a clip(|rho| / rho_0, 0, 1) once rho_0, the mean |rho| of steps 10-50, is settled."""
     if o.spectral_schedule == "constant":
         return a_N11
     ratio = rho.abs().mean((-2, -1), keepdim=True) / rho_0.clamp_min(1e-30)
@@ -1328,8 +1332,8 @@ def ord_update(G, W, a, rho, second_moment, radial_moment, o: OptimizerSettings)
 
     interpolate  P(G - a G_par) + a G_par                        a = 0 is NorMuon to the last bit
     project      P(G_perp) + a G_par                             a = 0 moves along the sphere, at first order
-    post         P(G) - r W + s r W, r = <P(G), W> / ||W||^2     s = SPECTRAL_OUT where r < 0 (outward), else SPECTRAL_IN;
-                 below the floor s = 1, so that a matrix that starts at zero can grow
+    post         P(G) - r W + s r W, r = <P(G), W> / ||W||^2     s = SPECTRAL_OUT where r < 0 (outward), else
+                 SPECTRAL_IN; below the floor s = 1, so that a matrix that starts at zero can grow
     """
     if o.ord_mode == "off":
         return orthogonalize(G, second_moment), 0.0, 0.0
@@ -1367,9 +1371,9 @@ def ord_stats(G, W, U, radial, P, rho) -> Tensor:
     return torch.cat(values, dim=-1).squeeze(1)
 
 
-def step_muon(weight, mantissa, grad, momentum, second_moment, radial_moment, lr_N11, decay, mu, a_N11, rho_0, settled,
-              o: OptimizerSettings, measure: bool):
-    """One Muon + ORD step on a shard of matrices, in place. Returns |rho| of each matrix and, if asked, its stats."""
+def step_muon(weight, mantissa, grad, momentum, second_moment, radial_moment, lr_N11, decay, mu,
+              a_N11, rho_0, settled, o: OptimizerSettings, measure: bool):
+    """One Muon + ORD step on a shard of matrices, in place; returns mean |rho| and, if asked, ORD_STATS."""
     W = read_master(weight, mantissa)
     G = nesterov(grad, momentum, mu)
     dims = RHO_DIMS[o.spectral_rho_mode]
@@ -1415,7 +1419,7 @@ class Bucket:
         part = ranks.shard if role.sharded else lambda full: full
         self.mine = part(self.weights)
         self.grad = torch.empty_like(self.mine) if role.sharded and ranks.world_size > 1 else self.grads
-        self.mantissa = None if like.dtype == torch.float32 else torch.zeros_like(self.mine, dtype=torch.int16)
+        self.mantissa = torch.zeros_like(self.mine, dtype=torch.int16) if like.dtype.itemsize == 2 else None
 
     def reduce(self):
         ranks, sharded = self.ranks, self.role.sharded
@@ -1478,7 +1482,9 @@ class MatrixBucket(Bucket):
         shape_lr = [max(1, R / K) ** 0.5 * (DOWN_LR if name.endswith("down") else 1) for name in self.names]
         shape_lr += [0.0] * (num_mine - len(shape_lr))
         self.shape_lr_N11 = torch.tensor(shape_lr, device=self.mine.device).view(-1, 1, 1)
-        self.radial_moment = torch.zeros(rows_or_columns, device=self.mine.device) if o.spectral_variance else None
+        self.radial_moment = None
+        if o.spectral_variance:
+            self.radial_moment = torch.zeros(rows_or_columns, device=self.mine.device)
         strength = {"attn": o.spectral_lr_mul_attn, "mlp": o.spectral_lr_mul_mlp}
         a = [strength[name.split(".")[2]] for name in self.names] + [0.0] * (num_mine - len(self.names))
         a = [o.spectral_lr_mul if x is None else x for x in a]
@@ -1492,16 +1498,15 @@ class MatrixBucket(Bucket):
         self.count += 1
         o, state = self.o, (self.mine, self.mantissa, self.grad, self.momentum, self.second_moment)
         if o.optimizer == "adamw":
-            self.run(*state, scalar(self.count), scalar(o.adam_matrix_lr * lr_mul), scalar(o.adam_matrix_decay),
-                     self.role.betas, "param")
+            self.run(*state, scalar(self.count), scalar(o.adam_matrix_lr * lr_mul),
+                     scalar(o.adam_matrix_decay), self.role.betas, "param")
         else:
             lr = o.muon_lr * lr_mul
             decay = o.muon_weight_decay * (lr if o.muon_decay_mode == "cautious" else 1)
             settled = self.count > RHO_END
-            rho, self.stats = self.run(
-                self.mine, self.mantissa, self.grad, self.momentum, self.second_moment, self.radial_moment,
-                lr * self.shape_lr_N11, scalar(decay), scalar(mu), self.a_N11, self.rho_sum / (RHO_END - RHO_START),
-                scalar(settled), o, measure)
+            rho_0 = self.rho_sum / (RHO_END - RHO_START)
+            rho, self.stats = self.run(*state, self.radial_moment, lr * self.shape_lr_N11, scalar(decay),
+                                       scalar(mu), self.a_N11, rho_0, scalar(settled), o, measure)
             if RHO_START < self.count <= RHO_END:
                 self.rho_sum += rho
         self.gather()
@@ -1530,7 +1535,8 @@ class Optimizer:
             kind = tuple(p.shape) if role.rule == "matrix" else name if role.sharded else str(p.dtype)
             groups.setdefault((role, kind), {})[name] = p
         make = {"matrix": MatrixBucket, "adam": AdamBucket}
-        self.buckets = [make[role.rule](role, group, ranks, o, compiler) for (role, _), group in groups.items()]
+        self.buckets = [make[role.rule](role, group, ranks, o, compiler)
+                        for (role, _), group in groups.items()]
         self.buckets.sort(key=lambda b: (b.role.rule == "matrix", b.size))
         self.by_name = {name: b for b in self.buckets for name in b.params}
         if "embed" in self.by_name:
@@ -1570,10 +1576,10 @@ class Optimizer:
             bucket.grad.mul_(factor)
 
     def log_fields(self, step: int, full: bool) -> dict:
-        """What a step line says of the optimizer; `full` at validations. A collective: every rank calls it."""
+        """For the step line; `full` at validations. A collective: every rank calls it."""
         beta1, beta2 = find_role("head").betas
-        fields = {"beta1": f"{beta1:.4f}", "beta2": f"{beta2:.4f}", "muon_momentum": f"{self.momentum(step):.4f}"}
-        return {**fields, **self.ord_fields()} if full else fields
+        return {"beta1": f"{beta1:.4f}", "beta2": f"{beta2:.4f}",
+                "muon_momentum": f"{self.momentum(step):.4f}", **(self.ord_fields() if full else {})}
 
     def ord_fields(self) -> dict:
         """ORD_STATS by layer, the mean over a layer's matrices: spec_attn and spec_mlp are the signed rho."""
@@ -1596,13 +1602,9 @@ class Optimizer:
                     if this_kind == kind:
                         layers.setdefault(int(layer), []).append(value)
                 means = (sum(v) / len(v) for _, v in sorted(layers.items()))
-                fields[f"{'spec' if stat == 'rho' else stat}_{kind}"] = "[" + ",".join(f"{m:.5g}" for m in means) + "]"
+                key = f"{'spec' if stat == 'rho' else stat}_{kind}"
+                fields[key] = "[" + ",".join(f"{m:.5g}" for m in means) + "]"
         return fields
-
-
-def build_optimizer(model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiled: bool) -> Optimizer:
-    compiler = (lambda f: torch.compile(f, dynamic=False, fullgraph=True)) if compiled else (lambda f: f)
-    return Optimizer(model, o, ranks, num_steps, compiler)
 
 
 # <<< optimizer
@@ -1612,7 +1614,7 @@ def build_optimizer(model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: i
 
 
 class Schedule:
-    """What changes over the steps: stage, learning rate, windows, loss weights. Pure functions of the step."""
+    """What changes over the steps: stage, learning rate, windows, loss weights; functions of the step."""
 
     def __init__(self, s: Settings, config: ModelConfig):
         self.s, self.config = s, config
@@ -1653,7 +1655,7 @@ class Schedule:
         return warm * self.decayed(step, s.lr_decay_type, peak, s.lr_decay_final)
 
     def decayed(self, step: int, kind: str, peak: float, final: float) -> float:
-        """The multiplier at a step of the first decay: linear and cosine end at `final`, exp at peak * final."""
+        """The first decay's multiplier at a step: linear and cosine end at `final`, exp at peak * final."""
         start = int(self.scheduled * (1 - self.s.cooldown_frac))
         done = min(1.0, max(0.0, (step - start) / max(1, self.scheduled - start)))
         if kind == "linear":
@@ -1713,15 +1715,23 @@ class Diverged(RuntimeError):
     """The loss is no longer a finite number. Exit code 3."""
 
 
+def torch_compile(function):
+    """One graph and fixed shapes, or an error: graph breaks and recompilations cost time silently."""
+    import torch._inductor.config as inductor
+    # torch 2.13 asserts ("16384 v.s. 16383") when it fuses reductions over T and over T - 1; retry in 2.14
+    inductor.triton.mix_order_reduction = False
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
 class Trainer:
     """Model, optimizer and schedule, and the step that joins them."""
 
     def __init__(self, s: Settings, o: OptimizerSettings, config: ModelConfig, vocab_size: int, ranks: Ranks):
         self.s, self.ranks, self.schedule = s, ranks, Schedule(s, config)
         self.model = build_model(s, config, vocab_size, ranks.device)
-        compiled = s.compile == "1"
-        self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if compiled else self.model
-        self.optimizer = build_optimizer(self.model, o, ranks, self.schedule.num_steps, compiled)
+        compiler = torch_compile if s.compile == "1" else lambda function: function
+        self.forward = compiler(self.model)
+        self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler)
         self.stage, self.tied = 0, True
 
     def enter(self, step: int):
@@ -1743,13 +1753,15 @@ class Trainer:
             loss, cross_entropy = self.forward(batch, schedule.windows(self.stage), weights, self.tied)
             (LOSS_SCALE * loss).backward()
             total = total + cross_entropy
-        self.optimizer.step(step, schedule.lr_mul(step), schedule.batch_tokens(step), schedule.validates(step + 1))
+        self.optimizer.step(step, schedule.lr_mul(step), schedule.batch_tokens(step),
+                            measure=schedule.validates(step + 1))
         return total
 
 
 def rehearse(s, o, config, train_shards, val_shards, ranks):
     """Compile and autotune every stage on a trainer and data of its own, which are thrown away."""
-    trainer, data = Trainer(s, o, config, train_shards[0].vocab_size, ranks), TrainData(train_shards, s, ranks)
+    trainer = Trainer(s, o, config, train_shards[0].vocab_size, ranks)
+    data = TrainData(train_shards, s, ranks)
     schedule, one_batch = trainer.schedule, dataclasses.replace(s, val_tokens=s.val_batch_tokens)
     starts = {schedule.stage(i): i for i in range(schedule.num_steps - 1, -1, -1)}.values()
     firsts = {*starts, schedule.untie_step or 0}
@@ -1762,49 +1774,71 @@ def rehearse(s, o, config, train_shards, val_shards, ranks):
     evaluate(trainer.forward, val_shards, one_batch, ranks, schedule.final_windows(), trainer.tied)
 
 
+class Report:
+    """What happened, as lines of the log and on the console; ends a run whose loss is no longer a number."""
+
+    def __init__(self, trainer: Trainer, s: Settings, ranks: Ranks, log: RunLog):
+        self.schedule, self.optimizer, self.target = trainer.schedule, trainer.optimizer, s.target_loss
+        self.ranks, self.log, self.pending, self.reached = ranks, log, None, False
+
+    def line(self, step: int, loss: dict, tokens: int, ms: float, last: dict, full: bool):
+        """One step line. Schedules are those of the update that led to `step`."""
+        update, schedule = max(0, step - 1), self.schedule
+        self.log.step(step, {
+            **loss, "train_time": f"{ms:.0f}ms", "step_avg": f"{ms / max(1, step):.2f}ms",
+            "lr_mul": f"{schedule.lr_mul(update):.4f}", **self.optimizer.log_fields(update, full),
+            "batch_size": schedule.batch_tokens(update), "tokens": tokens, **last})
+
+    def trained(self, step: int, total: Tensor, tokens: int, ms: float):
+        """After update number `step`. On a GPU its line comes an update late: nothing waits for it."""
+        waiting, self.pending = self.pending, (step, total, self.ranks.all_reduce(total), tokens, ms)
+        if waiting and self.ranks.device.type == "cuda":
+            self.write(*waiting)
+        elif self.ranks.device.type == "cpu":
+            self.flush()
+
+    def flush(self):
+        if self.pending:
+            waiting, self.pending = self.pending, None
+            self.write(*waiting)
+
+    def write(self, step: int, total: Tensor, work, tokens: int, ms: float):
+        work.wait()
+        loss, num_steps = total.item() / self.schedule.batch_tokens(step - 1), self.schedule.num_steps
+        self.line(step, {"train_loss": f"{loss:.6f}"}, tokens, ms, {}, full=False)
+        self.log.progress(step, loss, 1000 * tokens / ms, ms / step * (num_steps - step) / 1000,
+                          shown_every=max(1, num_steps // 20))
+        self.check(step, "train_loss", loss)
+
+    def validated(self, step: int, loss: float, accuracy: float, tokens: int, ms: float):
+        self.line(step, {"val_loss": f"{loss:.5f}"}, tokens, ms, {"val_acc": f"{accuracy:.5f}"}, full=True)
+        self.log.say(f"step {step:>5}/{self.schedule.num_steps}  validation loss {loss:.4f}, "
+                     f"{accuracy:.1%} of tokens right, {ms / 1000:.1f} s of training")
+        self.check(step, "val_loss", loss)
+        if loss <= self.target and not self.reached:
+            self.reached = True
+            self.log.event("target_reached", step=step, target=self.target, val_loss=f"{loss:.5f}")
+
+    def check(self, step: int, name: str, loss: float):
+        if not math.isfinite(loss):
+            self.log.event("diverged", step=step, **{name: loss})
+            raise Diverged(f"step {step}: {name} is {loss}; try a lower learning rate")
+
+
 def train(s, o, config, train_shards, val_shards, ranks, log: RunLog):
     """The run."""
-    trainer, data, clock = Trainer(s, o, config, train_shards[0].vocab_size, ranks), None, Clock(ranks.device)
-    schedule, optimizer = trainer.schedule, trainer.optimizer
-    data = TrainData(train_shards, s, ranks)
-    tokens, reached, pending, epoch = 0, False, None, 0
-
-    def common(step, ms):
-        return {"train_time": f"{ms:.0f}ms", "step_avg": f"{ms / max(1, step):.2f}ms",
-                "lr_mul": f"{schedule.lr_mul(min(step, schedule.num_steps - 1)):.4f}"}
-
-    def report(step, total, work, tokens, ms):
-        """The line of a training step. On a GPU it comes a step late, so that nothing waits for the loss."""
-        work.wait()
-        loss = total.item() / schedule.batch_tokens(step - 1)
-        log.step(step, {"train_loss": f"{loss:.6f}", **common(step, ms), **optimizer.log_fields(step - 1, full=False),
-                        "batch_size": schedule.batch_tokens(step - 1), "tokens": tokens})
-        log.progress(step, loss, 1000 * tokens / ms, ms / step * (schedule.num_steps - step) / 1000,
-                     max(1, schedule.num_steps // 20))
-        if not math.isfinite(loss):
-            log.event("diverged", step=step, train_loss=loss)
-            raise Diverged(f"step {step}: the training loss is {loss}; lower the learning rate or look at the data")
-
+    trainer = Trainer(s, o, config, train_shards[0].vocab_size, ranks)
+    data, clock = TrainData(train_shards, s, ranks), Clock(ranks.device)
+    report, schedule, tokens, epoch = Report(trainer, s, ranks, log), trainer.schedule, 0, 0
     clock.start()
     for step in range(schedule.num_steps + 1):
         last = step == schedule.num_steps
         if schedule.validates(step):
-            if pending:
-                pending = report(*pending)
+            report.flush()
             clock.stop()
             windows = schedule.final_windows() if last else schedule.windows(trainer.stage)
             loss, accuracy = evaluate(trainer.forward, val_shards, s, ranks, windows, trainer.tied)
-            log.step(step, {"val_loss": f"{loss:.5f}", **common(step, clock.ms()),
-                            **optimizer.log_fields(max(0, step - 1), full=True),
-                            "batch_size": schedule.batch_tokens(max(0, step - 1)), "tokens": tokens, "val_acc": f"{accuracy:.5f}"})
-            log.say(f"step {step:>5}/{schedule.num_steps}  validation loss {loss:.4f}, {accuracy:.1%} of tokens right, "
-                    f"{clock.ms() / 1000:.1f} s of training")
-            if loss <= s.target_loss and not reached:
-                reached = True
-                log.event("target_reached", step=step, target=s.target_loss, val_loss=f"{loss:.5f}")
-            if not math.isfinite(loss):
-                log.event("diverged", step=step, val_loss=loss)
-                raise Diverged(f"step {step}: the validation loss is {loss}")
+            report.validated(step, loss, accuracy, tokens, clock.ms())
             clock.start()
         if last:
             break
@@ -1812,10 +1846,7 @@ def train(s, o, config, train_shards, val_shards, ranks, log: RunLog):
         batch_tokens = schedule.batch_tokens(step)
         total = trainer.step(step, data.next(batch_tokens, schedule.batch_tokens(step + 1)))
         tokens += batch_tokens
-        now = (step + 1, total, ranks.all_reduce(total), tokens, clock.ms())
-        if pending:
-            report(*pending)
-        pending = now if ranks.device.type == "cuda" else report(*now)
+        report.trained(step + 1, total, tokens, clock.ms())
         if data.epoch > epoch:
             epoch = data.epoch
             log.event("epoch", step=step + 1, epoch=epoch)

@@ -4,12 +4,13 @@
     python benchmarks/cpu_yardstick.py --seconds 20       # a quick look
     python benchmarks/cpu_yardstick.py --breakdown        # only where a step's time goes, half a minute
 
-Plain is a GPT as people usually write one: LayerNorm, GELU, learned positions, torch's AdamW with warm-up, cosine
-and clipping, one process on all cores; three learning rates, the best one counts. Both read the same bytes, in
-steps of as many tokens and contexts of 256, and are validated on the same 65,536 held-out bytes in contexts of 256
-(the preset's own validation gives longer contexts; that advantage is not used here). Time is training time.
+Plain is a GPT as people usually write one: LayerNorm, GELU, learned positions, torch's AdamW with warm-up,
+cosine and clipping, one process on all cores; three learning rates, the best one counts. Both read the same
+bytes, in steps of as many tokens, and are validated on the same 65,536 held-out bytes in contexts of 256 (the
+preset's own validation gives longer contexts; that advantage is not used here). Time is training time.
 Absolute figures depend on the machine and its other work: read the ratios, all of which come from one run.
 """
+
 import argparse
 import json
 import math
@@ -53,7 +54,9 @@ def build_plain(width: int, num_layers: int, num_heads: int, vocab: int):
 
         def forward(self, x):
             B, T, C = x.shape
-            q, k, v = (z.view(B, T, num_heads, -1).transpose(1, 2) for z in self.qkv(self.norm1(x)).split(C, dim=2))
+            q, k, v = (
+                z.view(B, T, num_heads, -1).transpose(1, 2) for z in self.qkv(self.norm1(x)).split(C, dim=2)
+            )
             y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
             return x + self.mlp(self.norm2(x))
@@ -65,7 +68,11 @@ def build_plain(width: int, num_layers: int, num_heads: int, vocab: int):
             self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(num_layers))), nn.LayerNorm(width)
             self.head = nn.Linear(width, vocab, bias=False)
             self.head.weight = self.tokens.weight
-            self.apply(lambda m: nn.init.normal_(m.weight, std=0.02) if isinstance(m, nn.Linear | nn.Embedding) else 0)
+            self.apply(
+                lambda m: (
+                    nn.init.normal_(m.weight, std=0.02) if isinstance(m, nn.Linear | nn.Embedding) else 0
+                )
+            )
 
         def forward(self, inputs, targets):
             x = self.tokens(inputs) + self.positions(torch.arange(inputs.shape[1]))
@@ -78,17 +85,21 @@ def build_plain(width: int, num_layers: int, num_heads: int, vocab: int):
 def train_plain(rate: float, seconds: float) -> dict:
     """Train the plain GPT for about so many seconds; its last validation loss, time and tokens a second."""
     import torch
+
     module, s, _, c = tiny()
     torch.manual_seed(0)
     shards, val_shards = module.open_data(s, 1)
-    text, held_out = shards[0].tokens.astype(np.int64), val_shards[0].tokens[:VAL_TOKENS + 1].astype(np.int64)
+    text, held_out = (
+        shards[0].tokens.astype(np.int64),
+        val_shards[0].tokens[: VAL_TOKENS + 1].astype(np.int64),
+    )
     model = build_plain(c.width, c.num_layers, c.num_heads, 256)
     adam = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     rows, rng = max(s.batch_sizes) // CONTEXT, np.random.default_rng(0)
 
     def step(lr):
         at = rng.integers(0, len(text) - CONTEXT - 1, rows)
-        batch = torch.from_numpy(np.stack([text[i:i + CONTEXT + 1] for i in at]))
+        batch = torch.from_numpy(np.stack([text[i : i + CONTEXT + 1] for i in at]))
         for group in adam.param_groups:
             group["lr"] = lr
         model(batch[:, :-1], batch[:, 1:]).backward()
@@ -105,10 +116,15 @@ def train_plain(rate: float, seconds: float) -> dict:
         step(rate * min(1, (i + 1) / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * i / num_steps))))
     spent = time.perf_counter() - start
     with torch.no_grad():
-        inputs, targets = (torch.from_numpy(held_out[i:VAL_TOKENS + i]).view(-1, CONTEXT) for i in (0, 1))
+        inputs, targets = (torch.from_numpy(held_out[i : VAL_TOKENS + i]).view(-1, CONTEXT) for i in (0, 1))
         loss = np.mean([model(a, b).item() for a, b in zip(inputs.split(32), targets.split(32))])
-    return {"rate": rate, "loss": float(loss), "seconds": spent, "tokens_per_s": num_steps * rows * CONTEXT / spent,
-            "params": sum(p.numel() for p in model.parameters())}
+    return {
+        "rate": rate,
+        "loss": float(loss),
+        "seconds": spent,
+        "tokens_per_s": num_steps * rows * CONTEXT / spent,
+        "params": sum(p.numel() for p in model.parameters()),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -122,24 +138,30 @@ def visible_keys(T: int, window: int) -> float:
 
 
 def flop_per_token(c, T: int, vocab: int) -> float:
-    """Of forward and backward: 6 a matrix weight, 12 a key seen and channel. Norms, gates and tables not counted."""
+    """Of forward and backward: 6 a matrix weight, 12 a key seen and channel; not norms, gates and tables."""
     total = 6 * vocab * c.width
     for i in range(c.num_layers):
-        total += 6 * 8 * c.width ** 2
+        total += 6 * 8 * c.width**2
         if i not in c.no_attention:
             heads = c.num_heads + 2 * c.num_kv_heads + c.num_heads
             window = c.windows[0][i in c.long_layers] * c.window_block
-            total += 6 * heads * c.head_dim * c.width + 12 * visible_keys(T, window) * c.num_heads * c.head_dim
+            total += (
+                6 * heads * c.head_dim * c.width + 12 * visible_keys(T, window) * c.num_heads * c.head_dim
+            )
     return total
 
 
 def breakdown_worker():
     """On every rank at once: milliseconds of each part of a step, and this rank's matmul rate meanwhile."""
     import torch
+
     module, s, o, c = tiny()
     ranks = module.Ranks("cpu")
     train_shards, _ = module.open_data(s, ranks.world_size)
-    trainer, data = module.Trainer(s, o, c, train_shards[0].vocab_size, ranks), module.TrainData(train_shards, s, ranks)
+    trainer, data = (
+        module.Trainer(s, o, c, train_shards[0].vocab_size, ranks),
+        module.TrainData(train_shards, s, ranks),
+    )
     trainer.enter(0)
     tokens = max(s.batch_sizes)
     square = torch.randn(1024, 1024)
@@ -158,24 +180,49 @@ def breakdown_worker():
         batches = timed("data", lambda: data.next(tokens, tokens))
         for batch in batches:
             weights = trainer.schedule.predict_weights(0)
-            loss, _ = timed("forward", lambda b=batch, w=weights: trainer.forward(b, trainer.schedule.windows(0), w, True))
+            loss, _ = timed(
+                "forward", lambda b=batch, w=weights: trainer.forward(b, trainer.schedule.windows(0), w, True)
+            )
             timed("backward", lambda x=loss: x.backward())
         timed("optimizer", lambda i=step: trainer.optimizer.step(i, 1.0, tokens, False))
     if ranks.rank == 0:
         ms = {name: 1000 * float(np.median(times)) for name, times in spent.items()}
-        ms["optimizer"] = 1000 * float(np.mean(np.sort(spent["optimizer"])[4:-4]))  # Adam moves on every second step
-        rate = 2 * 1024 ** 3 / (ms["matmul"] / 1000)
+        ms["optimizer"] = 1000 * float(
+            np.mean(np.sort(spent["optimizer"])[4:-4])
+        )  # Adam moves on every second step
+        rate = 2 * 1024**3 / (ms["matmul"] / 1000)
         flop = flop_per_token(c, tokens // module.NUM_SLICES, 256) * tokens / ranks.world_size
-        print(json.dumps({**ms, "gflops": rate / 1e9, "step_flop": flop,
-                          "share": flop / rate / ((ms["forward"] + ms["backward"]) / 1000)}))
+        print(
+            json.dumps(
+                {
+                    **ms,
+                    "gflops": rate / 1e9,
+                    "step_flop": flop,
+                    "share": flop / rate / ((ms["forward"] + ms["backward"]) / 1000),
+                }
+            )
+        )
     ranks.close()
 
 
 def torchrun(arguments: list[str], ranks: int, **env) -> str:
     """Standard output of a torchrun of this tree."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        *arguments,
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
     return done.stdout
 
 
@@ -186,28 +233,46 @@ def print_breakdown(ranks: int):
     for name in ("data", "forward", "backward", "optimizer"):
         note = " (with communication)" if name == "optimizer" else ""
         print(f"  {name:<10}{parts[name]:7.1f} ms {parts[name] / step:6.1%}{note}")
-    print(f"forward and backward: {parts['step_flop'] / 1e9:.2f} GFLOP a rank, {parts['share']:.0%} of the matmul rate "
-          f"of the same processes ({parts['gflops']:.0f} GFLOP/s a core, 1024^3, fp32)")
+    print(
+        f"forward and backward: {parts['step_flop'] / 1e9:.2f} GFLOP a rank, {parts['share']:.0%} of the "
+        f"matmul rate of the same processes ({parts['gflops']:.0f} GFLOP/s a core, 1024^3, fp32)"
+    )
 
 
 def train_ours(seconds: float, ranks: int) -> list[tuple[float, float, int]]:
-    """The tiny preset, its steps cut to the given seconds: [(seconds, validation loss, tokens)] of its log."""
+    """The tiny preset, cut to the given seconds: [(seconds, validation loss, tokens)] of its log."""
     _, s, _, _ = tiny()
     speed = json.loads(torchrun([str(Path(__file__).resolve()), "--worker"], ranks).strip().splitlines()[-1])
-    step_ms = sum(speed[k] for k in ("data", "forward", "backward", "optimizer")) * np.mean(s.batch_sizes) / max(s.batch_sizes)
+    step_ms = (
+        sum(speed[k] for k in ("data", "forward", "backward", "optimizer"))
+        * np.mean(s.batch_sizes)
+        / max(s.batch_sizes)
+    )
     run_id = f"yardstick-{time.strftime('%Y%m%d-%H%M%S')}"
-    torchrun(["train_gpt_muon_ord.py"], ranks, MODEL="tiny", DEVICE="cpu", RUN_ID=run_id, VAL_LOSS_EVERY="25",
-             NUM_SCHEDULED_ITERATIONS=str(max(60, int(1000 * seconds / step_ms))), VAL_TOKENS=str(VAL_TOKENS),
-             VAL_BATCH_TOKENS=str(CONTEXT * 8))
+    torchrun(
+        ["train_gpt_muon_ord.py"],
+        ranks,
+        MODEL="tiny",
+        DEVICE="cpu",
+        RUN_ID=run_id,
+        VAL_LOSS_EVERY="25",
+        NUM_SCHEDULED_ITERATIONS=str(max(60, int(1000 * seconds / step_ms))),
+        VAL_TOKENS=str(VAL_TOKENS),
+        VAL_BATCH_TOKENS=str(CONTEXT * 8),
+    )
     pattern = r"^step:\d+/\d+ val_loss:(\S+) train_time:(\d+)ms .* tokens:(\d+)"
     found = re.findall(pattern, (ROOT / "logs" / f"{run_id}.txt").read_text(), re.M)
     return [(int(ms) / 1000, float(loss), int(tokens)) for loss, ms, tokens in found]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=80, help="training time of each run (default 80)")
-    parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1), help="ranks of the tiny preset")
+    parser.add_argument(
+        "--ranks", type=int, default=min(2, os.cpu_count() or 1), help="ranks of the tiny preset"
+    )
     parser.add_argument("--breakdown", action="store_true", help="only the breakdown of a step")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--plain", type=float, help=argparse.SUPPRESS)
@@ -224,18 +289,27 @@ def main():
     print(f"\nours   {loss:.3f} nats a byte after {spent:.0f} s, {tokens / spent:,.0f} tokens/s")
     plain = []
     for rate in PLAIN_RATES:
-        out = subprocess.run([sys.executable, __file__, "--plain", str(rate), "--seconds", str(args.seconds)],
-                             stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
+        out = subprocess.run(
+            [sys.executable, __file__, "--plain", str(rate), "--seconds", str(args.seconds)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        ).stdout
         plain.append(json.loads(out))
-        print("plain  {loss:.3f} nats a byte after {seconds:.0f} s, {tokens_per_s:,.0f} tokens/s, AdamW at {rate:g}, "
-              "{params:,} parameters".format(**plain[-1]))
+        print(
+            "plain  {loss:.3f} nats a byte after {seconds:.0f} s, {tokens_per_s:,.0f} tokens/s, "
+            "AdamW at {rate:g}, {params:,} parameters".format(**plain[-1])
+        )
     best = min(plain, key=lambda p: p["loss"])
     reached = next((t for t, value, _ in curve if value <= best["loss"]), None)
     if reached is None:
         print(f"ours did not reach plain's {best['loss']:.3f}")
     else:
-        print(f"seconds to {best['loss']:.3f}: ours {reached:.1f}, plain {best['seconds']:.1f} (its schedule ends there), "
-              f"ratio {reached / best['seconds']:.2f}")
+        print(
+            f"seconds to {best['loss']:.3f}: ours {reached:.1f}, plain {best['seconds']:.1f} "
+            f"(its schedule ends there), ratio {reached / best['seconds']:.2f}"
+        )
     return None
 
 

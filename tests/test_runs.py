@@ -1,4 +1,5 @@
 """Whole runs of the trainers in processes of their own: equal arms, equal ranks, equal reruns, exit codes."""
+
 import json
 import os
 import re
@@ -41,12 +42,23 @@ def shards(tmp_path_factory):
 
 
 def base_env(shards: Path, **settings) -> dict:
-    """The environment of a 14-step run of the tiny preset on made shards; nothing of ours leaks in from outside."""
+    """The environment of a 14-step run of the tiny preset on made shards; nothing leaks in from outside."""
     keep = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG")
     env = {k: v for k, v in os.environ.items() if k in keep}
-    env.update(MODEL="tiny", DEVICE="cpu", COMPILE="0", DATA_PATH=str(shards), TRAIN_FILES="made_train_*.bin",
-               VAL_FILES="made_val_*.bin", VAL_TOKENS="16384", VAL_BATCH_TOKENS="8192", VAL_LOSS_EVERY="5",
-               NUM_SCHEDULED_ITERATIONS=str(STEPS), BATCH_SIZES="2048,2048,4096,4096", BETA_WARMUP_STEPS="5")
+    env.update(
+        MODEL="tiny",
+        DEVICE="cpu",
+        COMPILE="0",
+        DATA_PATH=str(shards),
+        TRAIN_FILES="made_train_*.bin",
+        VAL_FILES="made_val_*.bin",
+        VAL_TOKENS="16384",
+        VAL_BATCH_TOKENS="8192",
+        VAL_LOSS_EVERY="5",
+        NUM_SCHEDULED_ITERATIONS=str(STEPS),
+        BATCH_SIZES="2048,2048,4096,4096",
+        BETA_WARMUP_STEPS="5",
+    )
     env.update({k: str(v) for k, v in settings.items()})
     return env
 
@@ -56,8 +68,14 @@ def run(cwd: Path, script: str, env: dict, ranks: int = 1, extra: tuple = ()) ->
     env = {**env, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script)]
     if ranks:
-        command = [sys.executable, "-m", "torch.distributed.run", *(extra or ("--standalone",)),
-                   f"--nproc-per-node={ranks}", str(ROOT / script)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *(extra or ("--standalone",)),
+            f"--nproc-per-node={ranks}",
+            str(ROOT / script),
+        ]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -111,7 +129,7 @@ def test_another_seed_starts_from_other_weights_and_other_batches(baseline, shar
     """Seeds that nothing uses gave the first versions error bars of mere GPU noise."""
     _, val, trained = baseline
     other, other_trained = train(tmp_path, shards, "seed1", SEED=1)
-    assert other[0] != val[0]              # the first validation sees the initial weights alone
+    assert other[0] != val[0]  # the first validation sees the initial weights alone
     assert all(a != b for a, b in zip(trained, other_trained))
 
 
@@ -129,8 +147,12 @@ def test_ord_modes_agree_over_ranks(shards, tmp_path):
     one, _ = train(tmp_path, shards, "one", ORD, **settings)
     two, _ = train(tmp_path, shards, "two", ORD, ranks=2, **settings)
     assert two == pytest.approx(one, abs=2e-4)
-    rhos = [re.findall(r"spec_(?:attn|mlp):\[(.*?)\]", (tmp_path / "logs" / f"{n}.txt").read_text().split("=" * 100)[2])
-            for n in ("one", "two")]
+    rhos = [
+        re.findall(
+            r"spec_(?:attn|mlp):\[(.*?)\]", (tmp_path / "logs" / f"{n}.txt").read_text().split("=" * 100)[2]
+        )
+        for n in ("one", "two")
+    ]
     values = [[float(x) for part in r for x in part.split(",")] for r in rhos]
     assert len(values[0]) == len(values[1]) > 0
     assert values[1] == pytest.approx(values[0], abs=2e-3)
@@ -171,7 +193,7 @@ GOLDEN = [5.51463, 4.24218, 4.00049]  # validation losses at steps 0, 5, 10
 
 
 def test_golden_losses(shards, tmp_path):
-    """Any change to model, data order, optimizer or schedule moves these. Processors differ by less than 2e-4."""
+    """Any change to model, data, optimizer or schedule moves these. Processors differ by less than 2e-4."""
     val, _ = train(tmp_path, shards, "golden", NUM_SCHEDULED_ITERATIONS=10, SEED=42)
     assert val == pytest.approx(GOLDEN, abs=2e-4)
 
@@ -217,6 +239,9 @@ def test_the_log_holds_what_the_readers_need(baseline):
     assert config["seed"] == 0 and config["muon_lr"] > 0 and config["model_config"]["width"] > 0
     assert re.search(r"^event:started .*source_hash:[0-9a-f]{16}", head, re.M)
     first = steps.splitlines()[0]
-    assert re.match(r"step:0/14 val_loss:\d+\.\d{5} train_time:0ms step_avg:\S+ms lr_mul:1\.0000 beta1:0\.5000 "
-                    r"beta2:0\.9500 ", first)
+    assert re.match(
+        r"step:0/14 val_loss:\d+\.\d{5} train_time:0ms step_avg:\S+ms lr_mul:1\.0000 beta1:0\.5000 "
+        r"beta2:0\.9500 ",
+        first,
+    )
     assert len(val) == 4  # steps 0, 5, 10 and 14
