@@ -654,6 +654,21 @@ class EagerNorm(torch.autograd.Function):
         return torch.addcmul(grad, y, along).mul_(scale)
 
 
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2 (arXiv 2109.08668). Saves one tensor, makes two passes backward; autograd's makes four."""
+
+    @staticmethod
+    def forward(ctx, x):
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx, grad):
+        positive, = ctx.saved_tensors
+        return (grad * positive).mul_(2)
+
+
 class EagerRotate(torch.autograd.Function):
     """Rotary embedding of the first half of the last dimension, pairs as complex numbers turned in place."""
 
@@ -785,13 +800,14 @@ PRESETS = {
              long_docs="split", val_loss_every=250)),
     "tiny": (ModelConfig(
         num_layers=4, width=128, num_heads=2, head_dim=64, num_kv_heads=2, window_block=64,
-        windows=((4, 4),) * 4, final_windows=(4, 4), long_layers=(1, 3), paired_layers=(),
+        windows=((1, 4),) * 4, final_windows=(1, 4), long_layers=(1, 3), paired_layers=(),
         value_embed_layers=(0, 3), skip=None, no_attention=(), backout=None, bigram_rows=4096,
         predict=(((1, 1),),) * 4, untie_frac=1.0),
         dict(train_files="data/embedded/embedded_train_*.bin", val_files="data/embedded/embedded_val_*.bin",
-             batch_sizes=(2048,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=1200,
-             num_extension_iterations=0, max_doc_tokens=256, long_docs="split", val_tokens=262_144,
-             val_batch_tokens=65_536, val_loss_every=200, val_loss_last_steps=0, target_loss=1.2)),
+             batch_sizes=(2048,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=1000,
+             num_extension_iterations=0, max_doc_tokens=256, long_docs="split", val_tokens=131_072,
+             val_batch_tokens=65_536, val_loss_every=200, val_loss_last_steps=0, target_loss=1.0,
+             muon_lr=0.012, adam_lr=0.016)),
 }
 
 
@@ -936,7 +952,8 @@ class Attention(nn.Module):
         B, T, _ = n_BTC.shape
         qkv = F.linear(n_BTC, torch.cat((self.q, self.k, self.v)) * self.a_in).view(B, T, -1, self.head_dim)
         heads = (self.num_heads, self.num_kv_heads)
-        qk, v = norm(qkv[:, :, :sum(heads)]), qkv[:, :, sum(heads):]
+        qk, v = qkv.split((sum(heads), heads[1]), dim=2)  # slices would each zero and fill a whole gradient
+        qk = norm(qk)
         gate_in = n_BTC[..., :GATE_CHANNELS]
         if value_BTC is not None:
             gate = 2 * torch.sigmoid(F.linear(gate_in, self.value_gate))
@@ -967,20 +984,6 @@ def pair_heads(x_BTHD: Tensor) -> Tensor:
     B, T, H, D = x_BTHD.shape
     return x_BTHD.reshape(B, 2 * T, H // 2, D)
 
-
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 (arXiv 2109.08668). Saves one tensor, makes two passes backward; autograd's makes four."""
-
-    @staticmethod
-    def forward(ctx, x):
-        positive = x.relu()
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx, grad):
-        positive, = ctx.saved_tensors
-        return (grad * positive).mul_(2)
 
 
 class MLP(nn.Module):
@@ -1170,22 +1173,22 @@ class Role:
     lr: float = 1.0
     decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
-    sharded: bool = False
 
 
 ROLES = (  # complete and disjoint: every parameter matches exactly one
-    Role("matrices", r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))", "matrix", 1, 1, (0.9, 0.95), True),
+    Role("matrices", r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))", rule="matrix", betas=(0.9, 0.95)),
     Role("scalars", r"l_(smear|skip|back)|blocks\.\d+\.(l_res|l_bi|attn\.a_in|attn\.a_out)", lr=5),
     Role("x0", r"blocks\.\d+\.l_x0", lr=5, betas=(0.65, 0.95)),
-    Role("tables", r"bigram|value_embeds\.\d+", lr=75, decay=5, betas=(0.75, 0.95), sharded=True),
+    Role("tables", r"bigram|value_embeds\.\d+", lr=75, decay=5, betas=(0.75, 0.95)),
     Role("smear gate", r"smear_gate", lr=0.01),
     Role("skip gate", r"skip_gate", lr=0.05),
     Role("gates", r"blocks\.\d+\.attn\.(attn|value)_gate", decay=1),
-    Role("head", r"head|embed", decay=150, betas=(0.5, 0.95), sharded=True),
+    Role("head", r"head|embed", decay=150, betas=(0.5, 0.95)),
 )
 
 ADAM_EVERY = 2          # two steps' gradients add up before Adam moves
 ADAM_EPS = 1e-10
+SMALL = 2 ** 16         # parameters of fewer numbers are all-reduced together and updated on every rank
 MUON_BETA2 = 0.95       # of NorMuon's second moment
 MUON_START_MOMENTUM, MUON_END_STEPS = 0.85, 50
 DOWN_LR = 2.0           # on the MLP's second matrix
@@ -1246,7 +1249,7 @@ def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
     return U + decay * {"param": W, "update": U, "both": W + U}[mode]
 
 
-def adam_update(grad: Tensor, m: Tensor, v: Tensor, count: Tensor, beta1: float, beta2: float) -> Tensor:
+def adam_update(grad: Tensor, m: Tensor, v: Tensor, count: Tensor, beta1: Tensor, beta2: Tensor) -> Tensor:
     """Bias-corrected Adam direction (arXiv 1412.6980); m, v are updated in place, count is its number."""
     grad = grad.float()
     m.lerp_(grad, 1 - beta1)
@@ -1277,24 +1280,24 @@ def step_muon(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu
     write_master(weight, mantissa, W - lr_N11 * with_decay(U, W, decay, mode))
 
 
-def step_adam(weight, mantissa, grad, m, v, count, lr, decay, betas: tuple[float, float], mode: str):
-    """One Adam step on a shard, in place."""
+def step_adam(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode: str):
+    """One Adam step on a shard, in place; lr, decay and betas 0-d, or one for each number."""
     W = read_master(weight, mantissa)
-    U = adam_update(grad, m, v, count, *betas)
+    U = adam_update(grad, m, v, count, beta1, beta2)
     write_master(weight, mantissa, W - lr * with_decay(U, W, decay, mode))
 
 
 class Bucket:
-    """Parameters of one role in one flat buffer, which they and their gradients are views of; padded so that
-    every rank owns an equal part (`mine`). Gradients arrive by reduce(), new weights leave by gather()."""
+    """Parameters in one flat buffer, which they and their gradients are views of. If sharded, it is padded
+    so that every rank owns an equal part: gradients arrive by reduce(), new weights leave by gather()."""
 
-    def __init__(self, role: Role, params: dict[str, nn.Parameter], ranks: Ranks, unit: int, compiler):
-        """unit: numbers that must stay on one rank, a matrix's for matrices."""
-        self.role, self.params, self.ranks, self.active, self.work = role, params, ranks, True, Done()
-        self.compiler, self.every = compiler, 1 if role.rule == "matrix" else ADAM_EVERY
+    def __init__(self, params: dict[str, nn.Parameter], ranks: Ranks, unit: int, every: int):
+        """unit: numbers that must stay on one rank, a matrix's for matrices. every: steps an update."""
+        self.params, self.ranks, self.active, self.work, self.every = params, ranks, True, Done(), every
         like = next(iter(params.values()))
-        multiple = unit * ranks.world_size if role.sharded else 1
         self.size = sum(p.numel() for p in params.values())
+        self.sharded = len(params) == 1 and self.size >= SMALL or unit > 1
+        multiple = unit * ranks.world_size if self.sharded else 1
         self.weights = torch.zeros(-(-self.size // multiple) * multiple, dtype=like.dtype, device=like.device)
         self.grads = torch.zeros_like(self.weights)
         at = 0
@@ -1302,42 +1305,52 @@ class Bucket:
             here = slice(at, at := at + p.numel())
             self.weights[here] = p.data.flatten()
             p.data, p.grad = self.weights[here].view(p.shape), self.grads[here].view(p.shape)
-        part = ranks.shard if role.sharded else lambda full: full
-        self.mine = part(self.weights)
-        self.grad = torch.empty_like(self.mine) if role.sharded and ranks.world_size > 1 else self.grads
+        self.mine, self.grad = self.weights, self.grads
+        if self.sharded and ranks.world_size > 1:
+            self.mine = ranks.shard(self.weights)
+            self.grad = torch.empty_like(self.mine)
         self.mantissa = torch.zeros_like(self.mine, dtype=torch.int16) if like.dtype.itemsize == 2 else None
 
     def reduce(self):
-        ranks, sharded = self.ranks, self.role.sharded
+        ranks, sharded = self.ranks, self.sharded
         self.work = ranks.reduce_scatter(self.grad, self.grads) if sharded else ranks.all_reduce(self.grads)
 
     def square_norm(self) -> Tensor:
         """Of this rank's part of the reduced gradient; what all ranks hold counts on the first alone."""
         self.work.wait()
-        counts = self.role.sharded or self.ranks.rank == 0
+        counts = self.sharded or self.ranks.rank == 0
         return self.grad.float().square().sum() * float(counts)
 
     def gather(self):
         self.grads.zero_()
-        self.work = self.ranks.all_gather(self.weights, self.mine) if self.role.sharded else Done()
+        self.work = self.ranks.all_gather(self.weights, self.mine) if self.sharded else Done()
 
 
 class AdamBucket(Bucket):
-    """A big table, or the small parameters of a role together."""
+    """A big table, or all small parameters together."""
 
-    def __init__(self, role, params, ranks, o: OptimizerSettings, compiler):
-        super().__init__(role, params, ranks, 1, compiler)
+    def __init__(self, params, ranks, o: OptimizerSettings, compiler):
+        super().__init__(params, ranks, 1, ADAM_EVERY)
         self.o, self.count = o, 0
         self.m, self.v = (torch.zeros_like(self.mine, dtype=torch.float32) for _ in range(2))
+        roles = [find_role(name) for name in params]
+        lengths = torch.tensor([p.numel() for p in params.values()])
+
+        def each(values):  # the roles' values, one for each number of the bucket
+            values = torch.tensor(values, dtype=torch.float32)
+            return values[0] if len(roles) == 1 else values.repeat_interleave(lengths).to(self.mine.device)
+
+        self.lr, self.decay = each([r.lr for r in roles]), each([r.decay for r in roles])
+        self.betas = [each([r.betas[i] for r in roles]) for i in (0, 1)]
         self.run = compiler(step_adam)
 
     def update(self, lr_mul: float, mu: float, measure: bool):
         self.work.wait()
         self.count += 1
-        lr = self.o.adam_lr * self.role.lr * lr_mul
-        decay = lr * self.o.adam_weight_decay * self.role.decay
-        self.run(self.mine, self.mantissa, self.grad, self.m, self.v, scalar(self.count), scalar(lr),
-                 scalar(decay), self.role.betas, "cautious")
+        lr = self.o.adam_lr * lr_mul * self.lr
+        decay = self.o.adam_weight_decay * lr * self.decay
+        self.run(self.mine, self.mantissa, self.grad, self.m, self.v, scalar(self.count), lr, decay,
+                 *self.betas, "cautious")
         self.gather()
 
     def copy_from(self, other: "AdamBucket"):
@@ -1352,9 +1365,9 @@ class AdamBucket(Bucket):
 class MatrixBucket(Bucket):
     """All matrices of one shape, stacked, so that one batched product serves them all."""
 
-    def __init__(self, role, params, ranks, o: OptimizerSettings, compiler):
+    def __init__(self, params, ranks, o: OptimizerSettings, compiler):
         R, K = next(iter(params.values())).shape
-        super().__init__(role, params, ranks, R * K, compiler)
+        super().__init__(params, ranks, R * K, every=1)
         self.o, self.count = o, 0
         self.mine, self.grad = self.mine.view(-1, R, K), self.grad.view(-1, R, K)
         self.mantissa = None if self.mantissa is None else self.mantissa.view(-1, R, K)
@@ -1375,8 +1388,9 @@ class MatrixBucket(Bucket):
         self.count += 1
         o, state = self.o, (self.mine, self.mantissa, self.grad, self.momentum, self.second_moment)
         if o.optimizer == "adamw":
+            beta1, beta2 = map(scalar, find_role(self.names[0] if self.names else "head").betas)
             self.run(*state, scalar(self.count), scalar(o.adam_matrix_lr * lr_mul),
-                     scalar(o.adam_matrix_decay), self.role.betas, "param")
+                     scalar(o.adam_matrix_decay), beta1, beta2, "param")
         else:
             lr = o.muon_lr * lr_mul
             decay = o.muon_weight_decay * (lr if o.muon_decay_mode == "cautious" else 1)
@@ -1403,13 +1417,13 @@ class Optimizer:
         groups = {}
         for name, p in model.named_parameters():
             role = find_role(name)
-            # matrices go together by shape; of the others, big tables stay alone
-            kind = tuple(p.shape) if role.rule == "matrix" else name if role.sharded else str(p.dtype)
-            groups.setdefault((role, kind), {})[name] = p
-        make = {"matrix": MatrixBucket, "adam": AdamBucket}
-        self.buckets = [make[role.rule](role, group, ranks, o, compiler)
-                        for (role, _), group in groups.items()]
-        self.buckets.sort(key=lambda b: (b.role.rule == "matrix", b.size))
+            if role.rule == "matrix":
+                key = MatrixBucket, tuple(p.shape)
+            else:  # the head stays alone, because the embedding takes over its state
+                key = AdamBucket, name if p.numel() >= SMALL or role.name == "head" else p.dtype
+            groups.setdefault(key, {})[name] = p
+        self.buckets = [make(params, ranks, o, compiler) for (make, _), params in groups.items()]
+        self.buckets.sort(key=lambda b: (isinstance(b, MatrixBucket), b.size))
         self.by_name = {name: b for b in self.buckets for name in b.params}
         if "embed" in self.by_name:
             self.by_name["embed"].active = False

@@ -1,0 +1,186 @@
+"""What the plot scripts have in common: colours, units, tables of text, saving. Imports matplotlib late."""
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too faint for a line.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
+LINES = ["-", (0, (5, 2)), (0, (1, 1.2))]  # solid, dashed, dotted: the second and third round of colours
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p"]
+GREY = "#777777"
+SUFFIXES = (".png", ".svg", ".pdf")
+SPEEDRUN_TARGET = 3.28
+
+
+def load_matplotlib():
+    """matplotlib.pyplot without a display, in the house style."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 110,
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#dddddd",
+            "grid.linewidth": 0.6,
+            "lines.linewidth": 1.6,
+            "legend.frameon": False,
+            "svg.hashsalt": "plot",  # the same plot twice is the same file
+        }
+    )
+    return plt
+
+
+def arm_style(number: int) -> dict:
+    """Colour, line and marker of the n-th arm: distinct for 21 lines."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
+
+
+def time_unit(longest_ms: float) -> tuple[float, str]:
+    """Milliseconds in the unit that suits a duration, and its name: s, min or h."""
+    for ms, name in ((3_600_000, "h"), (60_000, "min")):
+        if longest_ms >= 3 * ms:
+            return ms, name
+    return 1000, "s"
+
+
+def format_time(ms: float) -> str:
+    """A duration to read: 830 ms, 12.3 s, 4 min 05 s, 3 h 20 min; - if unknown."""
+    if not math.isfinite(ms):
+        return "-"
+    if ms < 1000:
+        return f"{ms:.0f} ms"
+    if ms < 99_950:
+        return f"{ms / 1000:.1f} s"
+    seconds = round(ms / 1000)
+    if seconds < 7200:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def format_loss(loss: float) -> str:
+    return f"{loss:.4f}" if math.isfinite(loss) else "-"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Text in columns: the first column to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        aligned = [row[0].ljust(widths[0])] + [
+            cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def format_markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The same table in Markdown."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def bulk_limits(
+    centres: Sequence[float], lows: Sequence[float], highs: Sequence[float]
+) -> tuple[float, float]:
+    """Limits for losses: the better half decides, so that one bad arm does not flatten all others.
+
+    In sight are all up to 5 times the span from the lowest centre to the median one, with their intervals.
+    """
+    arms = sorted(arm for arm in zip(centres, lows, highs, strict=True) if math.isfinite(arm[0]))
+    if not arms:
+        return 0.0, 1.0
+    lowest, usual = arms[0][0], arms[(len(arms) - 1) // 2][0]
+    top = max(lowest + 5 * (usual - lowest), arms[:2][-1][0])
+    while True:
+        ends = [end for arm in arms if arm[0] <= top for end in arm if math.isfinite(end)]
+        margin = 0.08 * (max(ends) - min(ends)) or 0.01
+        limits = min(ends) - margin, max(ends) + margin
+        if not any(top < arm[0] <= limits[1] for arm in arms):
+            return limits
+        top = limits[1]  # an interval brought another arm into sight: show it whole
+
+
+def shorten(text: str, width: int) -> str:
+    """At most `width` characters, cut in the middle: both ends of a run's name tell it apart."""
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+
+
+def target_of(runs, target: float | None) -> float:
+    """The target loss given, else the runs' own if they agree on one, else the speedrun's 3.28."""
+    if target is not None:
+        return target
+    own = {run.target_loss for run in runs if run.target_loss}
+    return own.pop() if len(own) == 1 else SPEEDRUN_TARGET
+
+
+def say_nothing_logged(ax, what: str) -> None:
+    """An empty panel that says why it is empty."""
+    ax.text(
+        0.5, 0.5, f"{what}:\nnot in these logs", transform=ax.transAxes, ha="center", va="center", color=GREY
+    )
+    ax.set_yticks([])
+    ax.tick_params(bottom=False, labelbottom=False)
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+
+
+def check_suffix(path: Path) -> None:
+    """ValueError if a plot cannot be written under that name."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: a plot is written as one of {', '.join(SUFFIXES)}; give --out such a name")
+
+
+def save(fig, path: Path) -> None:
+    """Writes the figure, making its folder; a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
+    try:
+        fig.savefig(half, metadata=metadata)
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+    import matplotlib.pyplot as plt
+
+    plt.close(fig)
+
+
+def write_text(text: str, path: Path) -> None:
+    """As `save`, for text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        half.write_text(text, encoding="utf-8")
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def complain(error: Exception) -> int:
+    """Prints what is wrong with what the user gave; the exit status for it."""
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,349 @@
+"""monitor_runs: the table is right, plain where it must be, and cheap for a thousand logs."""
+
+import contextlib
+import json
+import math
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from logs_for_tests import header, make_log, step_lines
+
+import monitor_runs
+from monitor_runs import Monitor
+from run_log import read_log
+
+ROOT = Path(monitor_runs.__file__).parent
+STEPS = 200
+
+
+def write(folder, name, text, age_s=0.0):
+    """A log written to `age_s` seconds ago."""
+    path = folder / f"{name}.txt"
+    path.write_text(text)
+    os.utime(path, (time.time() - age_s, time.time() - age_s))
+    return path
+
+
+def by_name(rows):
+    return {row.run_id: row for row in rows}
+
+
+def shown(rows, monitor, width=160, height=None, plain=False):
+    lines = monitor_runs.text_lines(rows, monitor, width, height, plain)
+    return ["".join(text for text, _ in line).rstrip() for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows
+# ------------------------------------------------------------------------------------------------
+
+
+def test_states(tmp_path):
+    """Each state from its evidence; only silence turns a running run into a stalled one."""
+    half = {"num_steps": STEPS, "end": 100}
+    write(tmp_path, "runs", make_log("runs", end_event="", **half), age_s=10)
+    write(tmp_path, "stalls", make_log("stalls", end_event="", **half), age_s=1000)
+    write(tmp_path, "ends", make_log("ends", num_steps=STEPS), age_s=5000)
+    write(
+        tmp_path,
+        "crashes",
+        make_log("crashes", end_event="event:crashed error:no memory: 5 GiB", **half),
+        5000,
+    )
+    write(tmp_path, "diverges", make_log("diverges", end_event="event:diverged step:100", **half), 5000)
+    write(tmp_path, "stops", make_log("stops", end_event="event:stopped", **half), 5000)
+    write(tmp_path, "compiles", header("compiles", num_steps=STEPS), age_s=1000)  # compiling takes minutes
+    slow = make_log("slow", end_event="", ms=60_000.0, **half)  # a minute a step: 1000 s are no silence
+    write(tmp_path, "slow", slow, age_s=1000)
+    rows = Monitor(tmp_path, stalled_after=300).poll()
+    assert {row.run_id: row.state for row in rows} == {
+        "runs": "running",
+        "stalls": "stalled",
+        "ends": "finished",
+        "crashes": "crashed",
+        "diverges": "diverged",
+        "stops": "stopped",
+        "compiles": "running",
+        "slow": "running",
+    }
+    assert {row.run_id for row in rows[:4]} == {"runs", "stalls", "compiles", "slow"}  # what runs comes first
+    text = "\n".join(shown(rows, monitor_of(tmp_path)))
+    assert "crashes crashed: no memory: 5 GiB" in text and "diverges diverged: step 100" in text
+    assert "stalls stalled: no line for" in text
+
+
+def monitor_of(folder):
+    monitor = Monitor(folder)
+    monitor.poll()
+    return monitor
+
+
+def test_numbers_of_a_run(tmp_path):
+    """Losses, speed and time left are those of the log, speed that of its last lines."""
+    text = header("run", 7, num_steps=1600) + step_lines(7, end=1000, ms=50.0)
+    # The last stage is twice as slow: the average over the run would promise too early an end.
+    text += "".join(
+        f"step:{step}/1600 train_loss:3.5 train_time:{50_000 + (step - 1000) * 100}ms step_avg:50.00ms "
+        f"tokens:{10_000_000 + (step - 1000) * 4096}\n"
+        for step in range(1001, 1101)
+    )
+    write(tmp_path, "run", text)
+    (row,) = Monitor(tmp_path).poll()
+    run = read_log(tmp_path / "run.txt")[0]
+    assert (row.seed, row.step, row.num_steps, row.val_step) == (7, 1100, 1600, 1000)
+    assert (row.val_loss, row.best_val_loss, row.train_loss) == (run.final_val_loss, run.best_val_loss, 3.5)
+    assert row.ms_per_step == 100 and row.tokens_per_s == pytest.approx(40_960)
+    assert row.seconds_left == pytest.approx(50) and row.train_time_s == pytest.approx(60)
+    assert row.share == 1100 / 1600
+    line = shown([row], monitor_of(tmp_path))[2]
+    assert "1100/1600" in line and f"{run.final_val_loss:.4f}" in line and "50.0 s" in line and "41k" in line
+
+
+def manifest(folder, control, members):
+    runs = [{"run_id": run_id, "tag": tag, "seed": seed} for run_id, tag, seed in members]
+    (folder / "lr.sweep.json").write_text(json.dumps({"control": control, "runs": runs}))
+
+
+def test_difference_to_the_control(tmp_path):
+    """At the same step, of the same seed: else every run under way looks worse than its finished control."""
+    write(tmp_path, "c1", make_log("c1", 1, num_steps=STEPS))
+    write(tmp_path, "c2", make_log("c2", 2, num_steps=STEPS))
+    write(tmp_path, "t2", make_log("t2", 2, num_steps=STEPS, final=3.25, end=120, end_event=""))
+    write(tmp_path, "t9", make_log("t9", 9, num_steps=STEPS))
+    members = [
+        ("c1", "base", 1),
+        ("c2", "base", 2),
+        ("t2", "test", 2),
+        ("t9", "test", 9),
+        ("later", "test", 3),
+    ]
+    manifest(tmp_path, "base", members)
+    (tmp_path / "broken.sweep.json").write_text("{")
+    (tmp_path / "odd.sweep.json").write_text('{"runs": [1, {"tag": "x"}], "control": null}')
+    monitor = Monitor(tmp_path)
+    rows = by_name(monitor.poll())
+    runs = {name: read_log(tmp_path / f"{name}.txt")[0] for name in rows}
+    at = runs["c2"].val.step.tolist().index(100)
+    assert rows["t2"].difference == runs["t2"].val.loss[-1] - runs["c2"].val.loss[at]
+    assert rows["t2"].control == "c2" and (rows["t2"].sweep, rows["t2"].tag) == ("lr", "test")
+    mean = np.mean([runs["c1"].final_val_loss, runs["c2"].final_val_loss])
+    assert rows["t9"].difference == pytest.approx(runs["t9"].final_val_loss - mean)
+    assert rows["t9"].control == "mean of 2"
+    assert rows["c1"].is_control and math.isnan(rows["c1"].difference)
+    text = "\n".join(shown(list(rows.values()), monitor))
+    assert "sweep lr: 1 of 5 runs have not started" in text and "broken.sweep.json cannot be read" in text
+    assert f"{rows['t2'].difference:+.4f}" in text and "\ntest " in text
+    (tmp_path / "lr.sweep.json").unlink()
+    rows = by_name(Monitor(tmp_path, control="c").poll())
+    assert rows["t2"].control == "c2" and rows["c1"].is_control
+    assert math.isnan(by_name(Monitor(tmp_path).poll())["t2"].difference)
+
+
+def test_the_launcher_knows_of_killed_runs(tmp_path):
+    """A process killed by the system leaves a log that says it runs; the manifest says how it ended."""
+    for name in ("killed", "hangs", "runs"):
+        write(tmp_path, name, make_log(name, num_steps=STEPS, end=100, end_event=""))
+    runs = [{"run_id": "killed", "tag": "a", "state": "crashed", "reason": "killed by signal 9"}]
+    runs += [
+        {"run_id": "hangs", "tag": "a", "state": "hung"},
+        {"run_id": "runs", "tag": "a", "state": "running"},
+    ]
+    (tmp_path / "s.sweep.json").write_text(json.dumps({"control": None, "runs": runs}))
+    monitor = Monitor(tmp_path)
+    rows = by_name(monitor.poll())
+    assert {name: row.state for name, row in rows.items()} == {
+        "killed": "crashed",
+        "hangs": "crashed",
+        "runs": "running",
+    }
+    text = "\n".join(shown(list(rows.values()), monitor))
+    assert "killed crashed: killed by signal 9" in text and "hangs crashed: launcher: hung" in text
+
+
+def test_garbage_and_empty_logs_are_rows(tmp_path):
+    (tmp_path / "garbage.txt").write_bytes(bytes(range(256)) * 20 + b"\n")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "note.md").write_text("not a log")
+    monitor = Monitor(tmp_path)
+    rows = by_name(monitor.poll())
+    assert set(rows) == {"garbage", "empty"} and rows["garbage"].unread_lines > 0
+    assert "could not be read in 1 logs" in "\n".join(shown(list(rows.values()), monitor))
+
+
+def test_trials_of_one_file_have_their_own_curves(tmp_path):
+    trial = "".join(f"step:{s}/90 val_loss:{{}}{s} train_time:{s}ms\n" for s in range(0, 91, 10))
+    write(tmp_path, "two", trial.replace("{}", "3.1") + trial.replace("{}", "4.9"))
+    monitor = Monitor(tmp_path)
+    rows = by_name(monitor.poll())
+    assert (
+        monitor_runs.curve_of(rows["two#1"], monitor).max()
+        < 4
+        < monitor_runs.curve_of(rows["two#2"], monitor).min()
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [200, 120, 80, 60, 40])
+@pytest.mark.parametrize("height", [None, 24, 10])
+def test_table_fits_the_terminal(tmp_path, width, height):
+    """A line longer than the terminal wraps and breaks the table; more rows than lines scroll it away."""
+    for i in range(30):
+        name = f"lrmul-1-1.52-1.73-1-cd0.55-spectral_lr_0.{i}-20260206-233406-seed{i}"
+        write(tmp_path, name, make_log(name, i, num_steps=STEPS, end=100, end_event=""))
+    monitor = Monitor(tmp_path)
+    lines = shown(monitor.poll(), monitor, width, height)
+    assert max(map(len, lines)) <= width
+    assert len(lines) == 32 if height is None else len(lines) <= height
+    assert all(word in lines[1] for word in ("run", "state", "val loss"))
+    assert height is None or lines[-1] == f"and {30 - (len(lines) - 3)} running more"
+    if width >= 120:
+        assert all(word in lines[1] for word in ("seed", "progress", "train", "ms/step", "left"))
+
+
+@pytest.mark.parametrize(
+    "values, bars", [([3, 2, 1], "█▅▁"), ([1, 1], "▁▁"), ([1], ""), ([], ""), ([math.nan, 2, 1], "█▁")]
+)
+def test_sparkline(values, bars):
+    assert monitor_runs.sparkline(values, 10) == bars
+
+
+def test_sparkline_samples_to_its_width():
+    bars = monitor_runs.sparkline(range(1000), 8)
+    assert bars == "▁▂▃▄▅▆▇█" and monitor_runs.sparkline(range(8), 8, plain=True).isascii()
+
+
+def test_progress():
+    assert (
+        monitor_runs.progress(0.5, 8, plain=True) == "####...."
+        and monitor_runs.progress(0, 4, plain=True) == "...."
+    )
+    assert monitor_runs.progress(1.0, 4) == "━━━━"
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+def run(*arguments, **more):
+    command = [sys.executable, str(ROOT / "monitor_runs.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, timeout=60, **more)
+
+
+def test_json(tmp_path):
+    """One list of objects with null for what is unknown: NaN is no JSON, and breaks every other reader."""
+    write(tmp_path, "run", make_log("run", 3, num_steps=STEPS))
+    write(tmp_path, "new", header("new", num_steps=STEPS))
+    done = run("--json", "--logs", tmp_path)
+    objects = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    got = {entry["run_id"]: entry for entry in objects}
+    assert done.returncode == 0 and set(got) == {"run", "new"}
+    assert got["run"]["path"] == str(tmp_path / "run.txt") and got["run"]["state"] == "finished"
+    assert (got["run"]["step"], got["run"]["num_steps"], got["run"]["seed"]) == (STEPS, STEPS, 3)
+    assert (
+        got["run"]["val_loss"]
+        == got["run"]["best_val_loss"]
+        == read_log(tmp_path / "run.txt")[0].final_val_loss
+    )
+    assert got["new"]["val_loss"] is None and got["new"]["state"] == "running" and got["new"]["step"] == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["--once"]])
+def test_plain_text_when_not_a_terminal(tmp_path, arguments):
+    """In a file or a pipe: one table, then the end, and no escape codes."""
+    write(tmp_path, "run", make_log("run", num_steps=STEPS))
+    done = run("--logs", tmp_path, *arguments)
+    text = done.stdout.decode()
+    assert done.returncode == 0 and "\x1b" not in text and "run  " in text and "finished" in text
+    poor = run("--logs", tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "60"})
+    assert poor.returncode == 0 and poor.stdout.isascii() and b"val loss" in poor.stdout and not poor.stderr
+
+
+def test_errors_speak_to_a_person(tmp_path, capsys):
+    assert monitor_runs.main(["--logs", str(tmp_path / "nowhere")]) == 2
+    assert "say where the logs are with --logs DIR" in capsys.readouterr().err
+    assert monitor_runs.main(["--logs", str(tmp_path), "--interval", "0"]) == 2
+    assert "--interval 0" in capsys.readouterr().err
+    assert monitor_runs.main(["--logs", str(tmp_path)]) == 0
+    assert "no logs here yet" in capsys.readouterr().out
+
+
+def read_terminal(descriptor, seconds, until):
+    """What a program writes to its terminal, until `until` is in it."""
+    text, end = "", time.time() + seconds
+    os.set_blocking(descriptor, False)
+    while time.time() < end and until not in text:
+        with contextlib.suppress(BlockingIOError):
+            text += os.read(descriptor, 65536).decode(errors="replace")
+        time.sleep(0.05)
+    return text
+
+
+def test_live_table_follows_and_ends_cleanly(tmp_path):
+    """In a terminal: redrawn as the log grows; Ctrl-C gives the terminal back and is no error."""
+    log = write(tmp_path, "run", make_log("run", num_steps=STEPS, end=100, end_event=""))
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "COLUMNS": "120", "LINES": "20", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+    command = [sys.executable, str(ROOT / "monitor_runs.py"), "--logs", str(tmp_path), "--interval", "0.1"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    try:
+        first = read_terminal(ours, 30, "100/200")
+        assert "100/200" in first and "\x1b[?1049h" in first  # the alternate screen
+        with log.open("a") as file:
+            file.write(step_lines(num_steps=STEPS, begin=101, end=150))
+        assert "150/200" in read_terminal(ours, 30, "150/200")
+        process.send_signal(signal.SIGINT)
+        last = read_terminal(ours, 30, "\x1b[?1049l")
+        assert process.wait(30) == 0 and "\x1b[?1049l" in last and "Traceback" not in last
+        assert re.search("\x1b\\[\\?25h", last)  # the cursor is back
+    finally:
+        process.kill()
+        os.close(ours)
+        os.close(theirs)
+
+
+# ------------------------------------------------------------------------------------------------
+# Cost
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_logs(tmp_path):
+    """Read once in a few seconds, then a tenth of a second a look; and only what is new is read."""
+    text = make_log("x", num_steps=STEPS)
+    for i in range(1000):
+        (tmp_path / f"run{i:04}.txt").write_text(text.replace('"run_id": "x"', f'"run_id": "run{i:04}"'))
+    monitor = Monitor(tmp_path)
+    begin = time.process_time()
+    rows = monitor.poll()
+    first = time.process_time() - begin
+    assert len(rows) == 1000 and {row.state for row in rows} == {"finished"}
+    with (tmp_path / "run0500.txt").open("a") as file:
+        file.write("event:resumed step:200\n")
+    parsers = {path: log.parser for path, log in monitor.follower.logs.items()}
+    begin = time.process_time()
+    rows = monitor.poll()
+    lines = shown(rows, monitor, 160, 50)
+    again = time.process_time() - begin
+    assert by_name(rows)["run0500"].state == "running" and rows[0].run_id == "run0500" and len(lines) <= 50
+    assert all(monitor.follower.logs[path].parser is parser for path, parser in parsers.items())
+    assert first < 4 and again < 0.2, f"{first:.2f} s, then {again:.3f} s"
+
+
+def test_import_is_light():
+    code = (
+        "import sys, monitor_runs; print(sorted({'torch', 'matplotlib', 'scipy', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,375 @@
+"""plot_loss and plot_style: what is drawn is what was logged, and a stranger could read it."""
+
+import math
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from logs_for_tests import SEPARATOR, SOURCE, make_log
+from matplotlib.text import Text
+
+import plot_loss
+import plot_style
+from run_log import group_by_arm, read_runs
+from stats import summarize
+
+ROOT = Path(plot_loss.__file__).parent
+STEPS = 200  # short logs: the tests look at the drawing, not at the reader
+
+
+def write(folder, name, text):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.txt").write_text(text)
+    return folder / f"{name}.txt"
+
+
+def write_arms(folder, values, seeds=(1,), spread=0.02, **kwargs):
+    """One log for each value of spectral_lr_mul and each seed."""
+    for i, value in enumerate(values):
+        for seed in seeds:
+            name, final = f"a{value}-s{seed}", 3.25 + spread * i
+            settings = {"spectral_lr_mul": value}
+            text = make_log(name, seed, settings, STEPS, val_every=10, final=final, **kwargs)
+            write(folder, name, text)
+    return folder
+
+
+def draw(folder, x="steps", target=3.28):
+    """The figure of a folder of logs, and its arms."""
+    arms, _ = group_by_arm(read_runs(folder))
+    return plot_loss.figure(arms, x, target), arms
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text"))]
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+# ------------------------------------------------------------------------------------------------
+# What is drawn
+# ------------------------------------------------------------------------------------------------
+
+
+def test_six_panels_of_one_run(tmp_path):
+    """Each panel shows the logged numbers; the star stands where the target is first met."""
+    write_arms(tmp_path / "logs", [0.1])
+    figure, arms = draw(tmp_path / "logs")
+    run = arms[0].runs[0]
+    loss, clock, rate, rho, betas, batch = figure.axes[:6]
+    titles = [ax.get_title(loc="left") for ax in (loss, clock, rate, rho, betas, batch)]
+    assert titles[0] == "validation loss" and titles[1].startswith("training time")
+    assert "learning rate" in titles[2] and "ρ" in titles[3] and "betas" in titles[4] and "batch" in titles[5]
+    val = next(line for line in loss.lines if len(line.get_xdata()) == len(run.val))
+    np.testing.assert_array_equal(val.get_xdata(), run.val.step)
+    np.testing.assert_array_equal(val.get_ydata(), run.val.loss)
+    np.testing.assert_allclose(clock.lines[0].get_ydata()[-1], run.last_time_ms / 1000)
+    np.testing.assert_array_equal(rate.lines[0].get_ydata(), run.columns["lr_mul"].value)
+    np.testing.assert_array_equal(batch.lines[0].get_ydata(), run.columns["batch_size"].value)
+    np.testing.assert_allclose(rho.lines[0].get_ydata(), run.columns["spec_attn"].value.mean(1))
+    np.testing.assert_allclose(rho.lines[1].get_ydata(), run.columns["spec_mlp"].value.mean(1))
+    assert max(rho.lines[0].get_ydata()) < 0 and rho.get_yscale() == "symlog"  # the sign is shown
+    assert {line.get_ydata()[0] for line in betas.lines[:2]} == {0.5, 0.95}
+    stars = [line for line in loss.lines if line.get_marker() == "*"]
+    met = run.first_at(3.28)
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in stars] == [(met.step, met.loss)]
+    assert f"3.28 met at step {met.step}, {plot_style.format_time(met.time_ms)}" in texts(figure)
+    assert any(line.get_ydata()[0] == 3.28 and len(line.get_ydata()) == 2 for line in loss.lines)
+    zoom = loss.child_axes[0]
+    assert zoom.get_xlim()[0] >= 0.8 * STEPS and zoom.get_ylim()[0] < run.final_val_loss < zoom.get_ylim()[1]
+
+
+def test_seeds_are_pooled_with_an_interval(tmp_path):
+    """Mean and band are those of the statistics module, at every step; arms are not mixed."""
+    write_arms(tmp_path / "logs", [0.0, 0.5], seeds=(1, 2, 3))
+    figure, arms = draw(tmp_path / "logs")
+    assert [len(arm.runs) for arm in arms] == [3, 3]
+    line, thin = plot_loss.lines_of(arms[0], "val_loss", "steps")
+    at = len(line.x) // 2
+    want = summarize([run.val.loss[at] for run in arms[0].runs])
+    assert (line.y[at], line.low[at], line.high[at]) == pytest.approx((want.mean, want.low, want.high))
+    assert line.x.tolist() == arms[0].runs[0].val.step.tolist() and not thin
+    assert len(figure.axes[0].collections) == 2  # a band for each arm
+    final = summarize([run.final_val_loss for run in arms[0].runs])
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert any(f"{final.mean:.4f} ± {final.high - final.mean:.4f} (n=3)" in text for text in legend)
+    assert len(legend) == 2
+
+
+def test_a_single_validation_is_visible(tmp_path):
+    """Runs that validate only at the end have a line of one point."""
+    for seed in (1, 2, 3):
+        write(tmp_path / "logs", f"s{seed}", f"step:99/99 val_loss:3.{seed} train_time:9s\n")
+    figure, _ = draw(tmp_path / "logs")
+    points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert sorted(line.get_ydata()[0] for line in points) == [3.1, 3.2, 3.3]
+
+
+def test_two_seeds_are_both_shown(tmp_path):
+    """The 95% interval of two runs is 13 sd wide on either side: the runs themselves say more."""
+    write_arms(tmp_path / "logs", [0.1], seeds=(1, 2))
+    _, arms = draw(tmp_path / "logs")
+    line, thin = plot_loss.lines_of(arms[0], "val_loss", "steps")
+    assert line.low is None and len(thin) == 2
+    np.testing.assert_allclose(line.y, np.mean([run.val.loss for run in arms[0].runs], axis=0))
+
+
+def test_unfinished_runs_do_not_enter_the_mean(tmp_path):
+    """A run that diverged at step 100 would cut the mean short, or bend it there."""
+    write_arms(tmp_path / "logs", [0.1], seeds=(1, 2, 3))
+    text = make_log(
+        "lost", 4, {"spectral_lr_mul": 0.1}, STEPS, val_every=10, end=100, end_event="event:diverged step:100"
+    )
+    write(tmp_path / "logs", "lost", text)
+    _, arms = draw(tmp_path / "logs")
+    line, thin = plot_loss.lines_of(arms[0], "val_loss", "steps")
+    assert line.x[-1] == STEPS and [other.x[-1] for other in thin] == [100]
+    assert "1 unfinished" in plot_loss.legend_label(arms[0])
+    losses = plot_loss.final_losses(arms[0])
+    assert len(losses) == 4 and np.isnan(losses).sum() == 1  # it counts, as a failure
+    assert plot_loss.all_met(arms[0], 3.28) is None  # not all of its runs have met the target
+
+
+def test_target_is_met_when_all_runs_of_an_arm_have_met_it(tmp_path):
+    for seed, final in ((1, 3.20), (2, 3.22), (3, 3.24)):
+        text = make_log(f"s{seed}", seed, {}, STEPS, val_every=10, final=final)
+        write(tmp_path / "logs", f"s{seed}", text)
+    arms, _ = group_by_arm(read_runs(tmp_path / "logs"))
+    points = [run.first_at(3.26) for run in arms[0].runs]
+    step, ms = plot_loss.all_met(arms[0], 3.26)
+    assert points[0].step < points[1].step < points[2].step == step and ms == step * 62
+    assert plot_loss.all_met(arms[0], 3.0) is None
+
+
+@pytest.mark.parametrize("x", ["tokens", "time"])
+def test_other_axes(tmp_path, x):
+    """Against tokens or time, a loss stands where the log says the run was."""
+    write_arms(tmp_path / "logs", [0.1])
+    figure, arms = draw(tmp_path / "logs", x)
+    run = arms[0].runs[0]
+    line = next(line for line in figure.axes[0].lines if len(line.get_xdata()) == len(run.val))
+    want = run.val.tokens / 1e6 if x == "tokens" else run.val.time_ms / 1000
+    np.testing.assert_allclose(line.get_xdata(), want)
+    assert figure.axes[0].get_xlim()[1] == pytest.approx(want[-1], rel=0.02)
+    assert all({"tokens": "millions", "time": "time, s"}[x] in ax.get_xlabel() for ax in figure.axes[:6])
+
+
+def test_schedules_that_agree_are_drawn_once(tmp_path):
+    """Twelve equal lines on top of each other would show the last run's colour alone."""
+    write_arms(tmp_path / "logs", [0.0, 0.1])
+    text = make_log("other", 1, {"batch_sizes": [1]}, STEPS).replace("batch_size:131072", "batch_size:65536")
+    figure, _ = draw(tmp_path / "logs")
+    assert texts(figure).count("the same in all") == 3
+    write(tmp_path / "logs", "other", text)
+    figure, _ = draw(tmp_path / "logs")
+    assert texts(figure).count("the same in all") == 2 and len(figure.axes[5].lines) == 3
+    assert "64k" in [label.get_text() for label in figure.axes[5].get_yticklabels()]
+
+
+def test_public_log_without_schedules(tmp_path):
+    """An empty panel says that it is empty because nothing was logged."""
+    head = SOURCE + SEPARATOR + "\nRunning\n" + SEPARATOR + "\n"
+    steps = "".join(
+        f"step:{s}/500 val_loss:{4 - s / 600} train_time:{s}s step_avg:9ms\n" for s in range(0, 501, 50)
+    )
+    write(tmp_path / "logs", "public", head + steps)
+    figure, _ = draw(tmp_path / "logs")
+    empty = [text for text in texts(figure) if "not in these logs" in text]
+    assert len(empty) == 4 and any("ρ" in text for text in empty)
+    assert "training time, min" in texts(figure)
+
+
+# ------------------------------------------------------------------------------------------------
+# Legibility
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_arms", [1, 4, 12, 30])
+def test_nothing_overlaps(tmp_path, num_arms):
+    """Legend, titles and axis labels keep clear of each other and of the edge of the picture."""
+    values = [round(0.01 * i, 2) for i in range(num_arms)]
+    write_arms(tmp_path / "logs", values, spread=0.0004)  # the ends of the lines are close together
+    figure, arms = draw(tmp_path / "logs")
+    figure.draw_without_rendering()
+    assert len(arms) == num_arms
+    boxes = [ax.get_tightbbox() for ax in figure.axes[:6]]
+    boxes.append(figure.legends[0].get_window_extent())
+    for i, a in enumerate(boxes):
+        assert a.x0 >= 0 and a.y0 >= 0 and a.x1 <= figure.bbox.x1 and a.y1 <= figure.bbox.y1, i
+        for b in boxes[i + 1 :]:
+            assert not a.overlaps(b)
+    names = [text for text in figure.axes[0].child_axes[0].texts if text.get_text()]
+    words = [Text.get_window_extent(text) for text in names]  # without their leading lines
+    ends = sorted(words, key=lambda box: box.y0)
+    assert len(ends) == (num_arms if 1 < num_arms <= 12 else 0)
+    box = figure.axes[0].child_axes[0].get_window_extent()
+    assert all(box.y0 - 0.1 * box.height < end.y0 and end.y1 < box.y1 + 0.1 * box.height for end in ends)
+    for below, above in zip(ends[:-1], ends[1:], strict=True):
+        assert above.y0 >= below.y0 + 0.6 * below.height
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(set(legend)) == num_arms
+
+
+def test_long_names_get_letters(tmp_path):
+    """Labels too long to stand beside a line are replaced by letters which the legend explains."""
+    for optimizer, decay in (("normuon", 1.2), ("adamw", 0.0)):
+        settings = {"optimizer": optimizer, "muon_weight_decay": decay}
+        write(tmp_path / "logs", optimizer, make_log(optimizer, 1, settings, STEPS, val_every=10))
+    figure, _ = draw(tmp_path / "logs")
+    assert sorted(text.get_text() for text in figure.axes[0].child_axes[0].texts) == ["A", "B"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [text[0] for text in legend] == ["A", "B"] and "optimizer=adamw" in legend[0]
+
+
+def test_runs_that_differ_in_much_go_by_their_names(tmp_path):
+    """A list of ten settings is no label; the name which the user chose is."""
+    for number, name in enumerate(("first", "second")):
+        settings = {"muon_weight_decay": number, "residual_scale": 0.7 + number, "warmup_steps": number}
+        write(tmp_path / "logs", name, make_log(name, 1, settings, STEPS))
+    figure, _ = draw(tmp_path / "logs")
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [text.split(":")[0] for text in legend] == ["first", "second"]
+
+
+def test_a_failed_run_does_not_flatten_the_others(tmp_path):
+    write_arms(tmp_path / "logs", [0.0, 0.1, 0.2])
+    write(
+        tmp_path / "logs", "bad", make_log("bad", 1, {"spectral_lr_mul": 9.0}, STEPS, val_every=10, final=7.0)
+    )
+    figure, _ = draw(tmp_path / "logs")
+    low, high = figure.axes[0].child_axes[0].get_ylim()
+    assert low < 3.25 and 3.29 < high < 4 and "1 above this range" in texts(figure)
+
+
+def test_styles_are_distinct_also_for_the_colour_blind():
+    """21 arms differ in colour or dashes; the colours stay apart for every kind of dichromat."""
+    looks = [plot_style.arm_style(number) for number in range(21)]
+    assert len({(look["color"], str(look["linestyle"])) for look in looks}) == 21
+    rgb = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in plot_style.COLOURS])
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    protan = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]  # Machado et al. 2009
+    deutan = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
+    tritan = [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]]
+    for matrix in (np.eye(3), protan, deutan, tritan):
+        seen = np.clip(linear @ np.transpose(matrix), 0, 1) ** (1 / 2.2)
+        distance = np.linalg.norm(seen[:, None] - seen[None], axis=2) + np.eye(len(seen))
+        assert distance.min() > 0.11  # least for blue and green without blue cones; markers differ, too
+    assert all(seen.max() < 0.97 for seen in rgb)  # visible on white
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    """With no argument: the newest log, drawn to logs/RUN_ID.png; the summary has its numbers."""
+    write_arms(tmp_path / "logs", [0.1])
+    log = write(tmp_path / "logs", "newest", make_log("newest", 5, num_steps=STEPS) + "some noise\n")
+    os.utime(log, (2e9, 2e9))
+    monkeypatch.chdir(tmp_path)
+    assert plot_loss.main([]) == 0
+    out = capsys.readouterr().out
+    run = read_runs(log)[0]
+    assert (tmp_path / "logs" / "newest.png").read_bytes().startswith(b"\x89PNG")
+    row = next(line for line in out.splitlines() if line.startswith("newest")).split()
+    assert row[1:6] == ["finished", "5", "200/200", f"{run.final_val_loss:.4f}", f"{run.best_val_loss:.4f}"]
+    assert str(run.first_at(3.28).step) in row and "1 lines could not be read, such as 'some noise'" in out
+    assert not [path.name for path in (tmp_path / "logs").iterdir() if path.name.startswith(".")]
+
+
+def test_svg_is_the_same_each_time(tmp_path, capsys):
+    """A plot in version control must not change unless its runs did."""
+    folder = write_arms(tmp_path / "logs", [0.0, 0.1], seeds=(1, 2))
+    for name in ("one.svg", "two.svg"):
+        assert plot_loss.main([str(folder), "--out", str(tmp_path / "new" / name), "--target", "3.26"]) == 0
+    one, two = ((tmp_path / "new" / name).read_bytes() for name in ("one.svg", "two.svg"))
+    assert one == two and ElementTree.fromstring(one).tag.endswith("svg")
+    out = capsys.readouterr().out
+    assert "spectral_lr_mul=0.1" in out and "n=2" in out and "all runs at 3.26" in out
+
+
+def test_own_target_and_different_sources(tmp_path, capsys):
+    """The runs' own TARGET_LOSS is used if they agree; equal settings of other source code are not pooled."""
+    for seed, source in ((1, SOURCE), (2, SOURCE + "# edited\n")):
+        text = make_log(f"s{seed}", seed, {"target_loss": 3.5}, STEPS, source=source)
+        write(tmp_path / "logs", f"s{seed}", text)
+    assert plot_loss.main([str(tmp_path / "logs"), "--out", str(tmp_path / "x.png")]) == 0
+    out = capsys.readouterr().out
+    assert "3.5 at step" in out and "not pooled: s1, s2" in out and "n=2" not in out
+
+
+def test_runs_without_the_axis_are_left_out_and_named(tmp_path, capsys):
+    folder = write_arms(tmp_path / "logs", [0.1])
+    write(folder, "llmc", "s:0 tel:9.0\ns:1 trl:8.5\ns:2 tel:8.0\n")
+    write(folder, "empty", "")
+    assert plot_loss.main([str(folder), "--x", "time", "--out", str(tmp_path / "x.png")]) == 0
+    out = capsys.readouterr().out
+    assert "llmc.txt: no training time in this log" in out and "empty.txt: no step in this log yet" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "there is no log in logs/ yet"),
+        (["missing.txt"], "no log missing.txt"),
+        (["empty.txt"], "no step in this log yet"),
+        (["some.txt", "--out", "picture.jpg"], "picture.jpg: a plot is written as one of .png, .svg, .pdf"),
+    ],
+)
+def test_errors_speak_to_a_person(tmp_path, monkeypatch, capsys, arguments, message):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "some.txt").write_text("step:1/1 val_loss:1 train_time:1ms\n")
+    monkeypatch.chdir(tmp_path)
+    assert plot_loss.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err and not captured.out
+    assert not list(tmp_path.glob("*.png")) and not list(tmp_path.glob("*.jpg"))
+
+
+def test_import_is_light():
+    """`--help` and errors must not wait for matplotlib, and nothing here needs torch."""
+    code = "import sys, plot_loss; print(sorted({'torch', 'matplotlib', 'scipy.stats'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------
+# plot_style
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ms, text",
+    [
+        (830, "830 ms"),
+        (12_340, "12.3 s"),
+        (245_000, "4 min 05 s"),
+        (12_000_000, "3 h 20 min"),
+        (math.nan, "-"),
+    ],
+)
+def test_format_time(ms, text):
+    assert plot_style.format_time(ms) == text
+
+
+def test_shorten_keeps_both_ends():
+    name = "lrmul-1-1.52-spectral_lr_0.1-20260206-seed2"
+    for width in range(1, 60):
+        assert len(plot_style.shorten(name, width)) == min(width, len(name))
+    assert plot_style.shorten(name, 21) == "lrmul-1-1.…0206-seed2"
+
+
+def test_format_table():
+    table = plot_style.format_table(["run", "loss"], [["a", 3.25], ["long name", "-"]])
+    assert table.splitlines() == ["run        loss", "---------  ----", "a          3.25", "long name     -"]

@@ -1,0 +1,711 @@
+"""run_log: every format reads right, nothing makes it fail, and it reads only what is new."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from logs_for_tests import SEPARATOR, SOURCE, config_line, header, make_log, step_lines
+
+import run_log
+from run_log import LogFollower, LogParser, arm_key, group_by_arm, parse_log, read_log, read_runs
+
+MORE = int(os.environ.get("FUZZ", 1))  # FUZZ=100 pytest ...: a long search
+ROOT = Path(run_log.__file__).parent
+
+
+def only(text, path="logs/some-name.txt"):
+    runs = parse_log(text, path)
+    assert len(runs) == 1
+    return runs[0]
+
+
+def same_curve(a, b):
+    for name in ("step", "loss", "time_ms", "tokens", "acc"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def same_run(a, b):
+    """Equal in everything a reader can see."""
+    same_curve(a.val, b.val)
+    same_curve(a.train, b.train)
+    assert (a.state, a.last_step, a.num_steps, a.run_id, a.seed, a.unread_lines) == (
+        (b.state, b.last_step, b.num_steps, b.run_id, b.seed, b.unread_lines)
+    )
+    assert a.events == b.events and a.config == b.config and set(a.columns) == set(b.columns)
+    for key in a.columns:
+        np.testing.assert_array_equal(a.columns[key].step, b.columns[key].step)
+        np.testing.assert_array_equal(a.columns[key].value, b.columns[key].value)
+
+
+# ------------------------------------------------------------------------------------------------
+# Our own logs
+# ------------------------------------------------------------------------------------------------
+
+
+def test_reads_every_value_of_our_own_log():
+    """Wrong if a number lands in the wrong column, unit or step."""
+    line = (
+        "step:50/1600 val_loss:4.12345 train_time:3100ms step_avg:62.00ms lr_mul:1.0000 beta1:0.5000 "
+        "beta2:0.9500 batch_size:131072 tokens:6553600 val_acc:0.27110 spec_attn:[-0.0631,1e-3] "
+        "spec_mlp:[1,nan]\n"
+        "step:51/1600 train_loss:4.1 train_time:3162ms step_avg:62.00ms lr_mul:0.5 muon_momentum:0.8667\n"
+    )
+    run = only(header("abc", 7, {"target_loss": 3.28}) + line + "event:stopped reason:asked to, politely\n")
+    assert (run.run_id, run.seed, run.script, run.num_steps, run.last_step) == (
+        ("abc", 7, "train_gpt_muon_ord.py", 1600, 51)
+    )
+    assert run.source_hash and run.target_loss == 3.28 and run.state == "stopped"
+    assert run.val.step.tolist() == [50] and run.val.loss.tolist() == [4.12345]
+    assert run.val.time_ms.tolist() == [3100] and run.val.tokens.tolist() == [6553600]
+    assert run.val.acc.tolist() == [0.27110]
+    assert run.train.step.tolist() == [51] and run.train.loss.tolist() == [4.1]
+    assert run.columns["lr_mul"].step.tolist() == [50, 51] and run.columns["lr_mul"].value.tolist() == [
+        1,
+        0.5,
+    ]
+    assert run.columns["muon_momentum"].value.tolist() == [0.8667]
+    assert run.columns["spec_attn"].value.tolist() == [[-0.0631, 0.001]]
+    np.testing.assert_array_equal(run.columns["spec_mlp"].value, [[1, math.nan]])
+    assert run.columns["beta1"].value.tolist() == [0.5] and run.columns["beta2"].value.tolist() == [0.95]
+    assert (
+        run.event("stopped").fields == {"reason": "asked to, politely"}
+        and run.event("started").after_step == -1
+    )
+    assert run.event("started").fields["device"] == "NVIDIA H100 80GB HBM3"
+    assert run.settings["lr_muls"] == [1.0, 1.52, 1.73, 1.0] and "model_facts" not in run.settings
+    assert run.unread_lines == 0
+
+
+def test_keys_in_any_order_and_unknown_keys():
+    """The seeds' logs order their keys otherwise; a key we do not know is kept, a word too."""
+    run = only(
+        "step:5/9 lr_mul:1.5 train_time:1.5s brand_new:0.25 val_loss:3.5 backend:flex step_avg:300ms\n"
+    )
+    assert run.val.loss.tolist() == [3.5] and run.val.time_ms.tolist() == [1500]
+    assert run.columns["brand_new"].value.tolist() == [0.25] and run.columns["backend"].value.tolist() == [
+        "flex"
+    ]
+
+
+def test_one_wrong_word_does_not_spoil_a_column():
+    """A value that is no number among a thousand that are must not take the curve away."""
+    run = only("step:1/9 lr:0.5 spec:[1,2]\nstep:2/9 lr:oops spec:[1]\nstep:3/9 lr:0.25 spec:[3,4]\n")
+    np.testing.assert_array_equal(run.columns["lr"].value, [0.5, math.nan, 0.25])
+    np.testing.assert_array_equal(run.columns["spec"].value, [[1, 2], [1, math.nan], [3, 4]])
+
+
+def test_source_lookalikes_are_not_read():
+    """Step, event and config lines inside the embedded source are text, wherever in the source they stand."""
+    run = only(make_log())
+    assert run.val.loss.min() > 3 and run.state == "finished" and run.seed == 1
+    assert not [event for event in run.events if event.name == "crashed"]
+    assert run.val.step[0] == 0 and len(run.val) == 33 and run.train.step.tolist() == list(range(1, 1601))
+    assert 7 in run.train.step and 7 not in run.val.step and run.unread_lines == 0
+
+
+@pytest.mark.parametrize("cut", [50, len(SOURCE) // 2, len(SOURCE) - 5, len(SOURCE) + 40])
+def test_source_alone_has_no_steps(cut):
+    """A log which is still writing its head, or was cut off in it, has no steps at all once it goes on."""
+    text = header()
+    parser = LogParser("x.txt")
+    parser.feed(text[:cut].encode())
+    parser.feed((text[cut:] + "step:1/9 train_loss:5.0 train_time:9ms\n").encode())
+    run = parser.runs()[0]
+    assert len(run.val) == 0 and run.train.loss.tolist() == [5.0] and run.events[0].name == "started"
+    assert len(only(SOURCE).val) == 0  # never got beyond its source
+    assert only(SOURCE).unread_lines > 0
+
+
+def test_half_a_last_line_waits():
+    """`val_loss:3.2` of `3.2781` must not be read as 3.2, nor be lost when the rest comes."""
+    text = header() + "step:50/100 val_loss:3.31234 train_time:5ms\nstep:100/100 val_loss:3.2"
+    parser = LogParser()
+    parser.feed(text.encode())
+    assert parser.runs()[0].val.loss.tolist() == [3.31234] and parser.runs()[0].unread_lines == 0
+    parser.feed(b"7812 train_time:10ms\n")
+    assert parser.runs()[0].val.loss.tolist() == [3.31234, 3.27812]
+    assert only(text).val.loss.tolist() == [3.31234]
+
+
+def test_last_line_without_newline_counts_if_surely_whole():
+    """Editors strip the last newline: the final loss must survive that, but never in half."""
+    lines = (
+        "step:50/100 val_loss:3.31 train_time:5ms step_avg:1.00ms\nstep:100/100 val_loss:3.28 train_time:10ms"
+    )
+    assert only(lines + " step_avg:1.00ms").final_val_loss == 3.28
+    assert only(lines + " step_avg:1.0").final_val_loss == 3.31
+    assert only(lines).final_val_loss == 3.31
+    unit_less = lines.replace(" train_time:5ms step_avg:1.00ms", " acc:0.25").replace(
+        " train_time:10ms", " acc:0.2"
+    )
+    assert only(unit_less).final_val_loss == 3.31  # 0.2 may be the beginning of 0.27
+
+
+@pytest.mark.parametrize("resumed_at", [1000, 1200])
+def test_resumed_steps_count_once_and_the_later_ones(resumed_at):
+    """After a crash at 1234 the run goes on from its checkpoint: steps done again replace the lost ones."""
+    whole = step_lines()
+    before = step_lines(final=9.0, end=1234)  # final=9: recognizably other numbers
+    again = step_lines(begin=resumed_at + 1)
+    text = (
+        header()
+        + before
+        + f"event:resumed step:{resumed_at} from:checkpoint.pt\n"
+        + again
+        + "event:finished\n"
+    )
+    run, reference = only(text), only(header() + whole)
+    assert run.train.step.tolist() == list(range(1, 1601)) and (np.diff(run.val.step) > 0).all()
+    late = run.train.step > resumed_at
+    assert (run.train.loss[late] == reference.train.loss[late]).all()
+    assert (run.train.loss[~late] != reference.train.loss[~late]).all()
+    assert (run.columns["lr_mul"].step == reference.columns["lr_mul"].step).all()
+    assert run.state == "finished" and run.event("resumed").after_step == resumed_at
+
+
+def test_validation_done_again_on_resuming_counts():
+    """A checkpoint of step 100 may be validated again: two losses at one step, of which the later is real."""
+    again = "event:resumed step:100\nstep:100/1600 val_loss:3.125 train_time:1ms\n"
+    run = only(header() + step_lines(end=150) + again)
+    assert run.val.step.tolist() == [0, 50, 100] and run.val.loss[-1] == 3.125
+    assert run.columns["val_loss"].value.tolist() == run.val.loss.tolist()
+
+
+@pytest.mark.parametrize("events", ["event:resumed step:700", "event:started a:b\nevent:resumed step:700"])
+def test_resumed_with_a_new_head_is_one_run(events):
+    """A resumed trainer writes its source and configuration again, into the same file."""
+    text = header() + step_lines(end=800) + header(num_steps=1600).replace("event:started", events)
+    run = only(text + step_lines(begin=700) + "event:finished\n")  # and validates again where it begins
+    assert run.train.step.tolist() == list(range(1, 1601)) and run.state == "finished"
+    same_curve(run.train, only(header() + step_lines()).train)
+    assert run.val.loss.min() > 3 and run.unread_lines == 0
+
+
+def test_resumed_after_a_torn_line():
+    """A full disk tears a line; what the next run appends to it must not be lost nor misattributed."""
+    torn = header() + step_lines(end=100) + "step:101/1600 train_lo"
+    run = only(torn + "event:resumed step:90\n" + step_lines(begin=91))
+    assert run.train.step.tolist() == list(range(1, 1601)) and run.unread_lines == 1
+    run = only(torn + "step:102/1600 train_loss:1.25 train_time:9ms\n")
+    assert 101 not in run.train.step and run.train.loss[run.train.step == 102].tolist() == [1.25]
+
+
+def test_started_again_without_resuming_is_another_trial():
+    """Two separate trainings in one file must not be drawn as one curve."""
+    first, second = parse_log(header(seed=1) + step_lines(end=300) + make_log(seed=2), "twice.txt")
+    assert first.last_step == 300 and first.seed == 1 and first.state == "stopped"
+    assert len(second.train) == 1600 and second.seed == 2 and second.state == "finished"
+    assert (first.run_id, second.run_id) == ("run#1", "run#2") and first.name == second.name == "run"
+
+
+@pytest.mark.parametrize(
+    "end, state",
+    [
+        ("event:finished", "finished"),
+        ("event:crashed error:CUDA out of memory: tried 5 GiB step:7", "crashed"),
+        ("event:diverged step:1600", "diverged"),
+        ("event:stopped", "stopped"),
+        ("", "running"),
+        ("event:crashed error:x\nevent:resumed step:1600", "running"),
+    ],
+)
+def test_state_comes_from_events(end, state):
+    """A crashed run called finished would enter the statistics as a result."""
+    run = only(make_log(end_event=end))
+    assert run.state == state
+    if state == "crashed":
+        assert run.event("crashed").fields == {"error": "CUDA out of memory: tried 5 GiB step:7"}
+
+
+def test_event_fields():
+    """Values may hold blanks, colons and quotes; a warning's text must come out as it was written."""
+    text = 'no "fast" path: using a:b\nand c'
+    log = f"event:warning text:{json.dumps(text)} step:7\n"
+    log += "event:x a: b:1 c:two words d:{} e:http://h:80/p f:\n"
+    log += "event:crashed rank:3 error:ValueError: shape: (1, 2) step:x\nevent:9 bad name! x\nevent:\n"
+    run = only(header() + log)
+    assert run.event("warning").fields == {"text": text, "step": "7"}
+    assert run.event("x").fields == {
+        "a": "",
+        "b": "1",
+        "c": "two words",
+        "d": "{}",
+        "e": "http://h:80/p",
+        "f": "",
+    }
+    assert run.event("crashed").fields == {"rank": "3", "error": "ValueError: shape: (1, 2) step:x"}
+    assert run.event("9").fields == {} and run.unread_lines == 1
+
+
+def test_diverged_loss():
+    run = only("step:1/9 val_loss:5.0 train_time:1ms\nstep:2/9 val_loss:nan train_time:2ms\n")
+    assert math.isnan(run.final_val_loss) and run.best_val_loss == 5.0
+    empty = only("")
+    assert (
+        math.isnan(empty.final_val_loss)
+        and math.isnan(empty.best_val_loss)
+        and math.isnan(empty.last_time_ms)
+    )
+
+
+def test_first_at_target():
+    lines = "".join(
+        f"step:{s}/9 val_loss:{v} train_time:{s}s\n" for s, v in [(1, 4), (2, 3.28), (3, 3.3), (4, 3.2)]
+    )
+    run = only(lines)
+    point = run.first_at(3.28)
+    assert (point.step, point.loss, point.time_ms) == (2, 3.28, 2000) and math.isnan(point.tokens)
+    assert run.first_at(3.0) is None
+
+
+# ------------------------------------------------------------------------------------------------
+# Other people's logs
+# ------------------------------------------------------------------------------------------------
+
+SMI = """Running pytorch 2.5.0+cu124 compiled for CUDA 12.4
+nvidia-smi:
++-----------------------------------------------------------------------------------------+
+|=========================================+========================+======================|
+|   0  NVIDIA H100 80GB HBM3          Off |   00000000:18:00.0 Off |                    0 |
+"""
+
+
+@pytest.mark.parametrize("opening", ["", SEPARATOR + "\n"])
+def test_public_log_of_2024(opening):
+    """Times in ms that start over after ten steps, `step_avg:nanms`, source and nvidia-smi at the head."""
+    text = opening + SOURCE + SEPARATOR + "\n" + SMI + SEPARATOR + "\n"
+    text += "step:0/5100 val_loss:10.82584 train_time:387ms step_avg:nanms\n"
+    text += "step:10/5100 train_loss:9.2419 train_time:25859ms step_avg:nanms\n"
+    text += "step:11/5100 train_loss:9.1337 train_time:77ms step_avg:nanms\n"
+    text += "step:5100/5100 val_loss:3.2781 train_time:264761ms step_avg:143.21ms\n"
+    text += "peak memory consumption: 33000 MiB\n"
+    run = only(text)
+    assert run.val.step.tolist() == [0, 5100] and run.val.loss.tolist() == [10.82584, 3.2781]
+    assert run.val.time_ms.tolist() == [387, 264761] and run.state == "finished" and run.num_steps == 5100
+    assert run.train.step.tolist() == [10, 11] and run.unread_lines == 0 and run.run_id == "some-name"
+    assert np.isnan(run.columns["step_avg"].value[:3]).all() and len(run.source_hash) == 16
+    # The same training under other numbers has the same source; a changed source has another.
+    assert only(text.replace("3.2781", "3.3")).source_hash == run.source_hash
+    assert only(text.replace("import os", "import re")).source_hash != run.source_hash
+
+
+def test_public_log_in_seconds_with_seed():
+    """The optimization track's logs: seconds, other keys, the seed named in the head."""
+    text = SOURCE + SEPARATOR + "\nRunning PyTorch 2.11.0\nUsing seed=9\nUsing mu=0.95\n" + SEPARATOR + "\n"
+    text += "step:125/3225 val_loss:4.62997 train_time:23.965s step_avg:191.72ms\n"
+    text += "step:3225/3225 val_loss:3.27807 train_time:504.5s step_avg:159.33ms mfu:3.06%\n"
+    run = only(text)
+    assert run.val.time_ms.tolist() == [23965, 504500] and run.seed == 9 and run.state == "finished"
+    assert run.columns["step_avg"].value.tolist() == [191.72, 159.33]
+    assert run.columns["mfu"].value.tolist() == [3.06] and run.unread_lines == 0
+
+
+def test_several_trials_in_a_file():
+    """Each trial counts for the statistics; a final loss of the first must not vanish in the second."""
+    trial = "".join(f"step:{s}/200 train_time:{s}ms step_avg:1.00ms\n" for s in range(1, 200))
+    texts = []
+    for n, last in enumerate([3.281, 3.279, 3.277]):
+        val = [
+            f"step:{s}/200 val_loss:{v} train_time:{s}ms step_avg:1.00ms\n"
+            for s, v in ((0, 10.8), (100, 4.0))
+        ]
+        texts.append(val[0] + trial + val[1] if n % 2 else "".join(val))
+        texts.append(f"step:200/200 val_loss:{last} train_time:200ms step_avg:1.00ms\n")
+    runs = parse_log("".join(texts), "many.txt")
+    assert [run.final_val_loss for run in runs] == [3.281, 3.279, 3.277]
+    assert [run.trial for run in runs] == [0, 1, 2] and [run.state for run in runs] == ["finished"] * 3
+    assert [len(run.val) for run in runs] == [3, 3, 3] and len({run.run_id for run in runs}) == 3
+
+
+def test_trials_of_final_lines_only():
+    runs = parse_log("".join(f"step:1750/1750 val_loss:{v} train_time:9s\n" for v in (3.27, 3.28, 3.26)))
+    assert [run.final_val_loss for run in runs] == [3.27, 3.28, 3.26]
+    runs = parse_log("step:1/5 val_loss:4 train_time:1s\nstep:2/8 val_loss:3 train_time:1s\n")
+    assert [run.num_steps for run in runs] == [5, 8]
+
+
+def test_validation_at_the_step_of_a_training_line_is_no_new_trial():
+    """The public logs print step 250 twice: training, then validation. And a GPU's loss comes a step late."""
+    lines = (
+        "".join(f"step:{s}/9 train_time:{s}ms\n" for s in range(1, 5))
+        + "step:4/9 val_loss:4.5 train_time:5ms\n"
+    )
+    assert len(parse_log(lines + "step:5/9 train_time:6ms\n")) == 1
+    assert (
+        len(parse_log("step:5/9 train_time:6ms\nstep:5/9 train_loss:4 lr:1\nstep:6/9 train_time:7ms\n")) == 1
+    )
+    late = "step:50/99 val_loss:4 train_time:1ms\nstep:49/99 train_loss:4.2 train_time:1ms\n"
+    assert len(parse_log(late + "step:50/99 train_loss:4.1 train_time:1ms\n")) == 1
+
+
+def test_llmc_log():
+    """The oldest format, in which tel is validation and trl training."""
+    text = "s:0 tel:11.0092\ns:0 trl:11.0091 lr:0.000001 norm:15.37\n"
+    text += "".join(f"s:{s} trl:{9 - s / 100} lr:{s / 1e6:.6f} norm:1.50\n" for s in range(1, 250))
+    run = only(text + "s:250 tel:6.1710\ns:250 eval:0.2911\n")
+    assert run.val.step.tolist() == [0, 250] and run.val.loss.tolist() == [11.0092, 6.1710]
+    assert (
+        run.train.step.tolist() == list(range(250)) and run.train.loss[1] == 8.99 and run.state == "unknown"
+    )
+    assert run.columns["lr"].value[249] == 0.000249 and run.columns["eval"].value.tolist() == [0.2911]
+    assert run.num_steps is None and run.unread_lines == 0
+
+
+def test_windows_newlines():
+    run = only((header() + step_lines(end=100)).replace("\n", "\r\n"))
+    same_curve(run.train, only(header() + step_lines(end=100)).train)
+    assert run.unread_lines == 0
+
+
+def test_what_cannot_be_read_is_counted_and_shown():
+    """A reader that drops lines in silence turns a broken log into a clean curve."""
+    noise = "step:5/10 val_loss:abc:[ train_time\n  warning: something\nstep:x/10 val_loss:3\n\n"
+    run = only(header() + "step:4/10 val_loss:4.0 train_time:1ms\n" + noise)
+    assert run.unread_lines == 3 and run.val.step.tolist() == [4]
+    assert "step:5/10 val_loss:abc:[ train_time" in run.unread_examples and len(run.unread_examples) == 3
+
+
+# ------------------------------------------------------------------------------------------------
+# Any input at all
+# ------------------------------------------------------------------------------------------------
+
+WORDS = """step: s: 1 250 / 1600 val_loss: train_loss: tel: 4.123 -1e-5 nan ms s % [ ] , 0.1,0.2 [0.1,0.2] :
+event: resumed started finished config: {} {"seed":1} \"\"\" . - 999999999999 \0 é _ 1_0 ١"""
+LINES = [
+    "step:2/9 val_loss:3.5 train_time:7ms",
+    "step:3/9 val_loss:3.25 train_time:9ms",
+    "step:2/9 spec:[1,2]",
+]
+LINES += [
+    "step:4/9 spec:[1,2,3] w:x",
+    "import os",
+    "def f():",
+    "step:2/9 val_loss:1",
+    SEPARATOR,
+    "peak memory ",
+]
+PIECES = st.sampled_from(
+    [
+        *WORDS.split(),
+        *(f"{line}\n" for line in LINES),
+        " ",
+        " ",
+        "\n",
+        "\n",
+        "\r\n",
+        " step:3",
+        "\x0b",
+        "\u2028",
+    ]
+)
+
+
+def check_invariants(runs):
+    assert runs
+    for run in runs:
+        assert (np.diff(run.val.step) > 0).all() and (np.diff(run.train.step) > 0).all()
+        assert len(run.val.step) == len(run.val.loss) == len(run.val.time_ms) == len(run.val.tokens)
+        for key in run.columns:
+            column = run.columns[key]
+            assert len(column.step) == len(column.value) and (np.diff(column.step) > 0).all()
+        assert run.unread_lines >= 0 and run.state in (*run_log.END_EVENTS, "running", "unknown")
+        assert isinstance(run.final_val_loss, float) and isinstance(run.best_val_loss, float)
+        arm_key(run), run.first_at(3.28), run.target_loss, run.last_time_ms
+    group_by_arm(runs)
+
+
+@settings(max_examples=300 * MORE, deadline=None, database=None)
+@given(st.binary(max_size=400))
+def test_no_bytes_make_it_crash(data):
+    check_invariants(parse_log(data))
+
+
+@settings(max_examples=600 * MORE, deadline=None, database=None)
+@given(st.lists(PIECES, max_size=60), st.lists(st.integers(0, 400), max_size=4))
+def test_no_text_makes_it_crash_and_pieces_read_as_the_whole(pieces, cuts):
+    """Shuffled parts of real logs, fed whole and in pieces: the same result, and never an exception."""
+    data = "".join(pieces).encode()
+    check_invariants(parse_log(data, "x.txt"))
+    if b"import" in data:  # whether a text is source shows only with its last line
+        return
+    whole, piecewise = LogParser("x.txt"), LogParser("x.txt")
+    whole.feed(data)
+    for begin, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(data)], strict=True):
+        piecewise.feed(data[begin:end] if begin <= end else b"")
+    if max(cuts, default=0) <= len(data):
+        for a, b in zip(whole.runs(), piecewise.runs(), strict=True):
+            same_run(a, b)
+
+
+NUMBER = st.one_of(
+    st.floats(width=64).map(repr),
+    st.floats(-1e6, 1e6).map(lambda x: f"{x:.4f}"),
+    st.floats(0, 99).map(lambda x: f"{x:.2f}"),
+    st.sampled_from(
+        ["nan", "inf", "-inf", "1e-05", "0", "-0.0", "123456789012345678", ".5", "5.", "+3", "", "-", "1.2.3"]
+    ),
+)
+
+
+@settings(max_examples=100 * MORE, deadline=None, database=None)
+@given(
+    st.lists(
+        st.sampled_from(["a", "beta1", "beta2", "train_time", "x/y", "muon_lr", "lr"]), min_size=1, max_size=4
+    ),
+    st.lists(st.lists(NUMBER, min_size=4, max_size=4), min_size=1, max_size=12),
+    st.lists(st.sampled_from(["", "", "ms", "s", "%"]), min_size=4, max_size=4),
+    st.booleans(),
+    st.sampled_from([1, 34]),
+)
+def test_fast_ways_read_what_the_slow_one_reads(keys, table, units, as_list, repeats):
+    """Three ways to read the same lines: by layout, by template, one by one. Bit for bit equal."""
+    lines = []
+    for step, row in enumerate(table * repeats, 1000):  # 34 are enough for the layout's way
+        fields = [f"{key}:{number}{unit}" for key, number, unit in zip(keys, row, units, strict=False)]
+        fields += [f"spec:[{row[0]},{row[1]}]"] if as_list else []
+        lines.append(f"step:{step}/9999 {' '.join(fields)}".encode())
+    order = list(range(len(lines)))
+    slow = {}
+    for i, line in enumerate(lines):
+        rows = run_log._rows_of_line(line, i)
+        if rows is not None:
+            slow[i] = {key: value[0] for key, value in rows.values.items()}
+    groups = {}
+    for i, line in enumerate(lines):
+        groups.setdefault(line.translate(None, run_log._NUMERALS), []).append(i)
+    fast, unread = {}, []
+    for places in groups.values():
+        batches, missing = run_log._rows_of_group([lines[i] for i in places], [order[i] for i in places])
+        unread += missing
+        for rows in batches:
+            for j, place in enumerate(rows.order):
+                assert rows.step[j] == place + 1000 and rows.total[j] == 9999
+                fast[int(place)] = {key: value[j] for key, value in rows.values.items()}
+    assert sorted(unread) == sorted(set(order) - set(slow)) and sorted(fast) == sorted(slow)
+    for i in slow:
+        assert set(fast[i]) == set(slow[i])
+        for key in slow[i]:
+            np.testing.assert_array_equal(fast[i][key], slow[i][key])
+            assert str(fast[i][key]) == str(slow[i][key])  # -0.0 is not 0.0
+
+
+HARD = [
+    "123456789012345678",
+    "0.1234567890123456789",
+    "9007199254740993",
+    "4.35",
+    "-0.0",
+    "1e-05",
+    "nan",
+    "-inf",
+]
+
+
+@pytest.mark.parametrize("copies", [2, 20, 200])
+def test_numbers_are_exact_however_many_lines(copies):
+    """Read one by one, by template, or by layout: the very same doubles as float() gives."""
+    lines = [f"step:{1000 + i}/9999 x:{HARD[i % len(HARD)]} y:1.5s" for i in range(copies * len(HARD))]
+    column = only("\n".join(lines) + "\n").columns["x"]
+    assert len(column.step) == len(lines)
+    assert [str(value) for value in column.value] == [
+        str(float(HARD[i % len(HARD)])) for i in range(len(lines))
+    ]
+
+
+BROKEN = [
+    ("a:1ms b:2", "a:1ms2 b:"),
+    ("a:[1,2]", "a:[,12]"),
+    ("a:[1,2] b:3", "a:[12,] b:3"),
+    ("a:1.5 b:2", "a:.15 b:"),
+]
+
+
+@pytest.mark.parametrize("good, bad", BROKEN)
+@pytest.mark.parametrize("copies", [6, 60])
+def test_a_broken_line_among_good_ones(good, bad, copies):
+    """Lines of the same letters whose digits stand elsewhere: numbers must not slip into the next column."""
+    lines = [f"step:{s}/99 {good}" for s in range(10, 10 + copies)]
+    lines[4] = f"step:14/99 {bad}"
+    run = only("\n".join(lines) + "\n")
+    assert run.unread_lines == 1 and run.unread_examples == [lines[4]]
+    for column in run.columns.values():
+        assert (
+            14 not in column.step
+            and len(column.step) == copies - 1
+            and len(np.unique(column.value, axis=0)) == 1
+        )
+
+
+def test_keys_with_a_stray_digit_are_not_confused():
+    """`tra1in_loss` has the letters of `train_loss`: read together, its digit must not enter a number."""
+    lines = [f"step:{s}/99 train_loss:4.5 beta1:0.5 train_time:9ms" for s in range(50)]
+    lines[20] = "step:20/99 tra1in_loss:4.5 beta1:0.5 train_time:9ms"
+    lines[30] = "step:30/99 train_loss:4.5 beta2:0.5 train_time:9ms"
+    run = only("\n".join(lines) + "\n")
+    assert 20 not in run.train.step and run.columns["tra1in_loss"].step.tolist() == [20]
+    assert run.columns["beta2"].step.tolist() == [30] and len(run.columns["beta1"].step) == 49
+    assert set(run.train.loss) == {4.5}
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+
+def test_read_runs_of_files_and_folders(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.txt").write_text(make_log(name, num_steps=100))
+    (tmp_path / "a.out").write_text("console output")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "c.txt").write_text("step:1/1 val_loss:1 train_time:1ms\n")
+    assert [run.run_id for run in read_runs(tmp_path)] == ["a", "b"]
+    assert [run.run_id for run in read_runs([tmp_path / "deeper", tmp_path / "b.txt"])] == ["c", "b"]
+    os.utime(tmp_path / "a.txt", (2e9, 2e9))
+    assert (
+        run_log.newest_log(tmp_path) == tmp_path / "a.txt" and run_log.newest_log(tmp_path / "none") is None
+    )
+    with pytest.raises(FileNotFoundError, match="logs are logs/RUN_ID.txt"):
+        read_log(tmp_path / "missing.txt")
+    with pytest.raises(IsADirectoryError, match="name a file in it"):
+        read_log(tmp_path)
+
+
+class CountingFollower(LogFollower):
+    """Counts the bytes parsed."""
+
+    read = 0
+
+    def _read_new(self, path, status):
+        before = self.logs[path].offset if path in self.logs else 0
+        changed = super()._read_new(path, status)
+        after = self.logs[path].offset if path in self.logs else 0
+        self.read += after - before if after >= before else after
+        return changed
+
+
+def test_follower_reads_only_what_is_new(tmp_path):
+    """With 1,000 logs, reading all of them every second would be the machine's main work."""
+    log = tmp_path / "run.txt"
+    text = make_log("run", num_steps=300)
+    cut = len(header("run", num_steps=300)) + 5000
+    log.write_text(text[:cut])
+    follower = CountingFollower(tmp_path)
+    assert follower.poll() == [log] and follower.poll() == []
+    with log.open("a") as file:
+        file.write(text[cut:])
+    before = follower.read
+    assert follower.poll() == [log] and follower.read - before == len(text) - cut
+    same_run(follower.logs[log].runs[0], read_log(log)[0])
+    (tmp_path / "x.sweep.json").write_text("{}")
+    assert follower.poll() == []
+    log.unlink()
+    assert follower.poll() == [log] and not follower.logs
+
+
+@pytest.mark.parametrize("how", ["shorter", "longer in place", "another file"])
+def test_follower_notices_a_replaced_file(tmp_path, how):
+    """A run started again under an old name must not be glued to the old curve."""
+    log = tmp_path / "run.txt"
+    log.write_text(make_log("run", seed=1, num_steps=200, end_event=""))
+    follower = LogFollower(tmp_path)
+    follower.poll()
+    other = make_log("run", seed=2, num_steps=100 if how == "shorter" else 400)
+    if how == "another file":
+        (tmp_path / "new").write_text(other)
+        os.replace(tmp_path / "new", log)
+    else:
+        log.write_text(other)
+    assert follower.poll() == [log]
+    assert len(follower.logs[log].runs) == 1
+    same_run(follower.logs[log].runs[0], read_log(log)[0])
+
+
+def test_follower_survives_what_it_cannot_read(tmp_path):
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "nowhere.txt").symlink_to(tmp_path / "missing")
+    (tmp_path / "garbage.txt").write_bytes(bytes(range(256)) * 10)
+    follower = LogFollower(tmp_path)
+    assert follower.poll() == [tmp_path / "garbage.txt"]
+    assert LogFollower(tmp_path / "missing").poll() == []
+
+
+# ------------------------------------------------------------------------------------------------
+# Arms
+# ------------------------------------------------------------------------------------------------
+
+
+def test_arms_pool_seeds_and_nothing_else():
+    """Pooling runs of different settings would average two effects; of different sources, two programs."""
+    logs = [make_log(f"r{s}-{a}", s, {"spectral_lr_mul": a}, 100) for a in (0.0, 0.1) for s in (1, 2)]
+    arms, notes = group_by_arm([only(log) for log in logs])
+    assert [arm.label for arm in arms] == ["spectral_lr_mul=0", "spectral_lr_mul=0.1"] and not notes
+    assert [arm.seeds for arm in arms] == [[1, 2], [1, 2]]
+    recorded = only(
+        make_log("other", 9, {"spectral_lr_mul": 0.0, "val_loss_every": 10, "save_every": 7}, 100)
+    )
+    assert arm_key(recorded) == arms[0].key
+    facts = only(make_log("facts", 9, {"spectral_lr_mul": 0.0, "model_facts": {"num_layers": 12}}, 100))
+    assert arm_key(facts) != arms[0].key  # another model under the same settings
+    # Another script or source, though its settings are the same, is another arm.
+    baseline = only(make_log("b", 1, {"spectral_lr_mul": 0.0}, 100, script="train_gpt.py"))
+    assert arm_key(baseline) != arms[0].key
+    edited = only(make_log("e", 3, {"spectral_lr_mul": 0.0}, 100, source=SOURCE + "# edited\n"))
+    arms, notes = group_by_arm([*(only(log) for log in logs), edited])
+    assert [len(arm.runs) for arm in arms] == [2, 2, 1] and "not pooled" in notes[0] and "e" in notes[0]
+
+
+def test_repeats_of_a_seed_are_named():
+    """Five runs of one seed look like five samples, but show only what rounding does."""
+    runs = [only(make_log(name, seed, {}, 100)) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    arms, notes = group_by_arm(runs)
+    assert len(arms) == 1 and len(notes) == 1 and "2 runs of seed 1" in notes[0]
+
+
+def test_public_trials_of_one_script_are_one_arm():
+    text = SOURCE + SEPARATOR + "\nhead\n" + SEPARATOR + "\nstep:9/9 val_loss:3.3 train_time:9ms\n"
+    runs = parse_log(text, "a.txt") + parse_log(text.replace("3.3", "3.2"), "b.txt")
+    arms, notes = group_by_arm(runs + parse_log("step:9/9 val_loss:3 train_time:9ms\n", "c.txt"))
+    assert [len(arm.runs) for arm in arms] == [2, 1] and not notes
+
+
+# ------------------------------------------------------------------------------------------------
+# Cost
+# ------------------------------------------------------------------------------------------------
+
+
+def big_log():
+    return (header() + step_lines(num_steps=58000, val_every=250)).encode()
+
+
+def test_ten_megabytes_in_a_third_of_a_second():
+    """Processor time, the best of five: the machine's other work is not the reader's."""
+    data = big_log()
+    assert len(data) > 9.9e6
+    best = math.inf
+    for _ in range(5):
+        begin = time.process_time()
+        run = parse_log(data)[0]
+        best = min(best, time.process_time() - begin)
+    assert len(run.train) == 58000 and run.unread_lines == 0
+    assert best < 0.3, f"{best:.3f} s"
+
+
+def test_import_is_light():
+    """Tools start at once over ssh: no torch, scipy or matplotlib behind the reader."""
+    code = "import sys, run_log; print(sorted({'torch', 'scipy', 'matplotlib', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_config_line_that_is_no_json():
+    run = only(SEPARATOR + "\nconfig:{broken\n" + SEPARATOR + "\nstep:1/2 val_loss:3 train_time:1ms\n")
+    assert run.config == {} and run.val.loss.tolist() == [3.0] and run.unread_lines == 1
+    assert json.loads(config_line("a", 1, {}, 100)[len("config:") :])["seed"] == 1

@@ -1,0 +1,168 @@
+"""stats: equal to scipy on known samples, and careful where nothing can be said."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+import stats
+
+A = [3.2703, 3.2705, 3.2689, 3.2711]
+B = [3.2727, 3.2743, 3.2731, 3.2719]
+SEEDS = [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("n", [2, 3, 12])
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_summary_equals_scipy(n, confidence):
+    values = np.random.default_rng(n).normal(3.27, 0.0013, n)
+    got = stats.summarize(values, confidence)
+    low, high = scipy_stats.t.interval(confidence, n - 1, values.mean(), scipy_stats.sem(values))
+    assert (got.n, got.failed) == (n, 0)
+    assert (got.mean, got.sd) == pytest.approx((values.mean(), values.std(ddof=1)))
+    assert (got.low, got.high) == pytest.approx((low, high), rel=1e-12)
+
+
+def test_summary_of_few_and_failed_runs():
+    """One run has no spread to report; a diverged run is counted, never averaged."""
+    one = stats.summarize([3.27])
+    assert one.n == 1 and math.isnan(one.sd) and math.isnan(one.low) and "single run" in str(one)
+    got = stats.summarize([3.27, math.nan, 3.29, math.inf])
+    assert (got.n, got.failed) == (2, 2) and got.mean == pytest.approx(3.28) and "2 failed" in str(got)
+    assert stats.summarize([]).n == 0 and "no finished run" in str(stats.summarize([math.nan]))
+
+
+@pytest.mark.parametrize("a, b", [(A, B), (A[:2], B), (A, B[:3]), ([1, 2, 3, 9], [2.0, 2.1])])
+def test_welch_equals_scipy(a, b):
+    got, want = stats.welch(a, b), scipy_stats.ttest_ind(a, b, equal_var=False)
+    assert got.method == "Welch" and (got.n_arm, got.n_control) == (len(a), len(b))
+    assert got.difference == pytest.approx(np.mean(a) - np.mean(b))
+    assert got.p == pytest.approx(want.pvalue, rel=1e-9)
+    interval = want.confidence_interval(0.95)
+    assert (got.low, got.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+
+
+def test_paired_equals_scipy():
+    got, want = stats.paired(A, B), scipy_stats.ttest_rel(A, B)
+    interval = want.confidence_interval(0.95)
+    assert got.p == pytest.approx(want.pvalue, rel=1e-9) and got.method == "paired"
+    assert (got.low, got.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    differences = np.subtract(A, B)
+    assert got.effect_size == pytest.approx(differences.mean() / differences.std(ddof=1))
+
+
+def test_compare_pairs_only_what_shares_its_seeds():
+    """Pairing by position would compare different seeds; pairing some of the runs drops others unseen."""
+    shuffled = [B[i] for i in (2, 0, 3, 1)]
+    assert stats.compare(A, shuffled, SEEDS, [3, 1, 4, 2]) == stats.paired(A, B)
+    assert stats.compare(A, B, SEEDS, [1, 2, 3, 5]) == stats.welch(A, B)
+    assert stats.compare(A, B, [1, 1, 2, 3], [1, 1, 2, 3]) == stats.welch(A, B)
+    assert stats.compare(A, B) == stats.welch(A, B)
+    assert stats.compare(A, B, [None] * 4, [None] * 4) == stats.welch(A, B)
+    with pytest.raises(ValueError, match="one seed a value"):
+        stats.compare(A, B, [1], SEEDS)
+    # A run that failed in one arm leaves its partner alone: not the same seeds any more.
+    assert stats.compare([*A[:3], math.nan], B, SEEDS, SEEDS).method == "Welch"
+    both = stats.compare([*A[:3], math.nan], [*B[:3], math.inf], SEEDS, SEEDS)
+    assert both.method == "paired" and both.n_arm == 3 and (both.failed_arm, both.failed_control) == (1, 1)
+
+
+def test_nothing_is_claimed_from_nothing():
+    """No p value from one run, nor from repeats of one deterministic run."""
+    for got in (
+        stats.welch([1.0], [2.0, 3.0]),
+        stats.welch([1.0, 1.0], [2.0, 2.0]),
+        stats.paired([1.0], [2.0]),
+    ):
+        assert math.isnan(got.p) and math.isnan(got.low) and got.difference < 0
+    equal = [0.1 + 0.2] * 3  # whose numpy standard deviation is not quite 0
+    assert stats.summarize(equal).sd == 0 and math.isnan(stats.target_test(equal, 0.4).p)
+    assert math.isnan(stats.welch([], [1.0, 2.0]).difference)
+
+
+def test_target_test_equals_scipy():
+    got = stats.target_test(A, 3.2725)
+    want = scipy_stats.ttest_1samp(A, 3.2725, alternative="less")
+    assert (got.p, got.t) == pytest.approx((want.pvalue, want.statistic), rel=1e-9)
+    assert got.proven == (want.pvalue < 0.01)
+    above = stats.target_test(A, 3.26)
+    assert above.p > 0.99 and not above.proven and not above.sqrt_n_rule
+
+
+def test_a_failed_run_fails_the_proof():
+    """Leaving out the runs that diverged would prove any record."""
+    got = stats.target_test([*A, math.nan], 3.28)
+    assert got.p == 1 and not got.proven and not got.sqrt_n_rule and got.failed == 1
+    assert not stats.target_test([3.0], 3.28).proven
+
+
+@pytest.mark.parametrize(
+    "n, mean, met", [(1, 3.2760, True), (4, 3.2780, True), (4, 3.27801, False), (16, 3.279, True)]
+)
+def test_sqrt_n_rule(n, mean, met):
+    assert stats.target_test([mean] * n, 3.28).sqrt_n_rule is met
+
+
+def test_holm():
+    """By hand: 0.01 * 4, 0.02 * 3, then never smaller than the one before, never above 1."""
+    assert stats.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([]) == [] and stats.holm([0.03]) == [0.03]
+    got = stats.holm([math.nan, 0.01, 0.02])
+    assert math.isnan(got[0]) and got[1:] == pytest.approx([0.02, 0.02])
+
+
+def test_holm_keeps_false_alarms_rare():
+    """Ten arms without any effect against one control: one "wins" in 5% of sweeps at most, not in 20%."""
+    rng = np.random.default_rng(0)
+    alarms = raw = 0
+    for _ in range(400):
+        control = rng.normal(size=5)
+        p_values = [stats.welch(rng.normal(size=5), control).p for _ in range(10)]
+        raw += min(p_values) < 0.05
+        alarms += min(stats.holm(p_values)) < 0.05
+    assert alarms / 400 <= 0.065
+    assert raw / 400 > 0.15  # so that the test would notice a correction that does nothing
+
+
+def test_power_by_simulation():
+    """The promise of `runs_needed` is kept: that many runs find the difference about as often as said."""
+    rng = np.random.default_rng(1)
+    for pairs in (False, True):
+        n = stats.runs_needed(0.002, 0.0013, pairs=pairs)
+        a, b = rng.normal(0.002, 0.0013, (2000, n)), rng.normal(0, 0.0013, (2000, n))
+        if pairs:
+            found = scipy_stats.ttest_1samp(a, 0, axis=1).pvalue < 0.05
+        else:
+            found = scipy_stats.ttest_ind(a, b, axis=1).pvalue < 0.05
+        assert abs(found.mean() - stats.power(0.002, 0.0013, n, pairs=pairs)) < 0.03
+        enough, too_few = (stats.power(0.002, 0.0013, m, pairs=pairs) for m in (n, n - 1))
+        assert too_few < 0.8 <= enough
+
+
+def test_more_runs_needed():
+    sure = stats.welch([1.0, 1.1, 0.9, 1.0] * 3, [9.0, 9.1, 8.9, 9.0] * 3)
+    assert stats.more_runs_needed(sure) == 0
+    weak = stats.welch(A, [value - 0.0002 for value in A])
+    needed = stats.more_runs_needed(weak)
+    assert needed > 50 and stats.power(weak.difference, weak.sd, needed + 4) >= 0.8
+    assert stats.more_runs_needed(stats.welch([1.0], [2.0])) is None
+    assert stats.runs_needed(1e-9, 1.0) is None and stats.runs_needed(0.0, 1.0) is None
+
+
+def test_runs_needed_for_target():
+    n = stats.runs_needed_for_target(3.2787, 0.0013, 3.28)
+    assert scipy_stats.t.cdf((3.2787 - 3.28) / 0.0013 * math.sqrt(n), n - 1) < 0.01
+    assert scipy_stats.t.cdf((3.2787 - 3.28) / 0.0013 * math.sqrt(n - 1), n - 2) >= 0.01
+    assert stats.runs_needed_for_target(3.281, 0.0013, 3.28) is None
+
+
+def test_import_is_light():
+    """scipy.stats takes a second to import; tools over ssh should not wait for it."""
+    code = "import sys, stats; print('scipy.stats' in sys.modules or 'matplotlib' in sys.modules)"
+    root = Path(stats.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
