@@ -1,0 +1,119 @@
+"""What the trainers' tests share: settings, made-up shards, ranks without processes, parameters without a
+model."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+
+import train_gpt
+import train_gpt_muon_ord
+
+TRAINERS = (train_gpt, train_gpt_muon_ord)
+MARK, BYTES_VOCAB = 0, 256
+HEADER = [20240520, 1]  # magic and version of a shard
+
+
+def read(trainer, **env):
+    """(Settings, OptimizerSettings, ModelConfig) of an environment that holds only `env`, on the CPU."""
+    return trainer.read_settings({"DEVICE": "cpu", "MODEL": "tiny", **{k: str(v) for k, v in env.items()}})
+
+
+def optimizer_settings(trainer, **env):
+    """The optimizer's, over the speedrun's defaults."""
+    return read(trainer, **{"MODEL": "gpt2-small", **env})[1]
+
+
+def write_shard(path, tokens, vocab_size=BYTES_VOCAB, magic=HEADER[0], version=HEADER[1], count=None):
+    """A shard file; wrong on purpose where asked. vocab_size 0 is a public GPT-2 shard."""
+    header = np.zeros(256, dtype="<i4")
+    header[:4] = magic, version, len(tokens) if count is None else count, vocab_size
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    return path
+
+
+def make_tokens(lengths, seed=0, vocab_size=BYTES_VOCAB, mark=MARK):
+    """Documents of these lengths, mark included, of random other tokens."""
+    tokens = np.random.default_rng(seed).integers(1, vocab_size, sum(lengths))
+    tokens[np.cumsum([0, *lengths[:-1]])] = mark
+    return tokens.astype(np.uint16)
+
+
+def make_text(num_tokens, seed=0, longest=200, predictable=0.9):
+    """Learnable documents: mostly, a token is the one before it plus 7."""
+    rng = np.random.default_rng(seed)
+    out = []
+    while len(out) < num_tokens:
+        out.append(MARK)
+        token = int(rng.integers(1, BYTES_VOCAB))
+        for _ in range(int(rng.integers(3, longest))):
+            out.append(token)
+            fresh = rng.random() > predictable
+            token = int(rng.integers(1, BYTES_VOCAB)) if fresh else (token + 6) % (BYTES_VOCAB - 1) + 1
+    return np.array(out[:num_tokens], dtype=np.uint16)
+
+
+def one_rank(rank=0, world_size=1):
+    """As much of Ranks as the data needs."""
+    return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
+
+
+def lone_ranks(trainer, rank=0, world_size=1):
+    """A Ranks of this process alone. With world_size > 1 it behaves as one of several whose gradients are all
+    zero but its own, which is how one process can compute any rank's share."""
+
+    class Lone(trainer.Ranks):
+        def __init__(self):
+            self.rank, self.world_size, self.device = rank, world_size, torch.device("cpu")
+            self.local_rank, self.local_world_size = rank, world_size
+
+        def all_reduce(self, *args, **kwargs):
+            return trainer.Done()
+
+        reduce_scatter = all_gather = all_reduce
+
+    return Lone()
+
+
+MATRIX_NAMES = (".q", ".k", ".v", ".o", ".up", ".down")
+
+
+def small_config(trainer, **changes):
+    """Every feature of the speedrun's model at once, as small as it gets."""
+    return trainer.ModelConfig(**{**dict(
+        num_layers=4, width=16, num_heads=4, head_dim=8, num_kv_heads=4, window_block=8,
+        windows=((1, 2),) * 4, final_windows=(1, 2), long_layers=(1, 3), paired_layers=(0, 3),
+        value_embed_layers=(0, 3), skip=(0, 2), no_attention=(2,), backout=1, bigram_rows=61,
+        predict=(((1, 1), (0.5, 0)),) * 4, untie_frac=2 / 3), **changes})
+
+
+def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_scale=1.0, **changes):
+    """A GPT of small_config with freshly drawn weights."""
+    model = trainer.GPT(small_config(trainer, **changes), vocab_size, "sdpa", float8_head, residual_scale)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    model.rotary.make_tables(512)
+    return model
+
+
+def make_optimizer(trainer, model, o, num_steps=200, ranks=None):
+    """An Optimizer, uncompiled; alone unless `ranks` says otherwise. 200 steps: the last 50 are different."""
+    return trainer.Optimizer(model, o, ranks or lone_ranks(trainer), num_steps, lambda function: function)
+
+
+class Params:
+    """As much of a model as the optimizer needs: named parameters."""
+
+    def __init__(self, values: dict, dtype=torch.float32):
+        self.params = {n: nn.Parameter(torch.tensor(v, dtype=dtype)) for n, v in values.items()}
+
+    def named_parameters(self):
+        return self.params.items()
+
+    def numpy(self, name):
+        return self.params[name].detach().double().numpy()
+
+    def add_grads(self, grads: dict):
+        """As backward does: gradients add up until the optimizer clears them."""
+        for name, grad in grads.items():
+            self.params[name].grad += torch.as_tensor(grad).to(self.params[name].dtype)

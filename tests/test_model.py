@@ -1,0 +1,542 @@
+"""The model against a slow float64 reference, written from its formulas with loops and without torch.
+
+The reference takes the model's parameters by name; nothing else is shared. Gradients are compared with
+central differences of the reference's loss, each parameter in a direction of its own."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import MATRIX_NAMES, TRAINERS, lone_ranks, read, small_config, small_model
+
+import train_gpt
+
+DOCUMENTS = [[0, 5, 6, 20], [0, 11, 31]]  # where documents begin in the two slices of 32 tokens
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def ref_norm(x, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+
+def ref_doc_ids(starts, T):
+    return np.searchsorted(starts, np.arange(T), side="right")
+
+
+def ref_attention(q, k, v, doc, window, scale):
+    """One head of one slice, query by query: q, k, v (T, D)."""
+    y = np.zeros_like(v)
+    for i in range(len(q)):
+        seen = [j for j in range(max(0, i - window), i + 1) if doc[i] == doc[j]]
+        scores = scale * (k[seen] @ q[i])
+        weights = np.exp(scores - scores.max())
+        y[i] = weights @ v[seen] / weights.sum()
+    return y
+
+
+def ref_rotary(x, freqs):
+    """x (T, D): pair (2j, 2j+1) of the first half turned by position * freqs[j]; the second half stands."""
+    out = x.copy()
+    for j, freq in enumerate(freqs):
+        angle = np.arange(len(x)) * freq
+        even, odd = x[:, 2 * j], x[:, 2 * j + 1]
+        out[:, 2 * j] = even * np.cos(angle) - odd * np.sin(angle)
+        out[:, 2 * j + 1] = even * np.sin(angle) + odd * np.cos(angle)
+    return out
+
+
+def ref_freqs(head_dim):
+    return (1 / 1024) ** np.linspace(0, 1, head_dim // 4)
+
+
+class Reference:
+    """The whole model for one slice of tokens."""
+
+    def __init__(self, config, params, residual_scale=1.0, eps=0.0):
+        self.c, self.p, self.residual_scale, self.eps = config, params, residual_scale, eps
+        self.freqs, self.scale = ref_freqs(config.head_dim), 0.1
+
+    def norm(self, x):
+        return ref_norm(x, self.eps)
+
+    def get(self, i, name):
+        return self.p[f"blocks.{i}.{name}"]
+
+    def heads(self, i, n, tokens, long):
+        """q, k, v of each head, (T, D) each: normed, keys offset, values with their embedding."""
+        c, D = self.c, self.c.head_dim
+        cut = lambda x, h: x[:, h * D:(h + 1) * D]
+        q, k, v = (n @ (self.get(i, "attn.a_in") * self.get(i, f"attn.{x}")).T for x in "qkv")
+        q = [self.norm(cut(q, h)) for h in range(c.num_heads)]
+        k = [self.norm(cut(k, h)) for h in range(c.num_kv_heads)]
+        v = [cut(v, h) for h in range(c.num_kv_heads)]
+        if i in c.value_embed_layers:
+            gate = 2 * sigmoid(n[:, :12] @ self.get(i, "attn.value_gate").T)
+            table = self.p[f"value_embeds.{i}"][tokens]
+            v = [x + gate[:, h:h + 1] * cut(table, h) for h, x in enumerate(v)]
+        if long:
+            for x in k:
+                x[1:, D // 2:] = x[:-1, D // 2:].copy()
+        return q, k, v
+
+    def attention(self, i, n, tokens, doc, window, long):
+        c, T = self.c, len(n)
+        q, k, v = self.heads(i, n, tokens, long)
+        if i in c.paired_layers:  # head h at even places, h + H/2 at odd ones, of a sequence twice as long
+            def pair(x):
+                half = len(x) // 2
+                return [np.stack((x[h], x[h + half]), 1).reshape(2 * T, -1) for h in range(half)]
+            q, k, v, doc = pair(q), pair(k), pair(v), np.repeat(doc, 2)
+        shared = len(q) // len(k)  # query heads that share a key and value head
+        q, k = ([ref_rotary(x, self.freqs) for x in xs] for xs in (q, k))
+        y = [ref_attention(x, k[h // shared], v[h // shared], doc, window, self.scale)
+             for h, x in enumerate(q)]
+        if i in c.paired_layers:
+            y = [x[0::2] for x in y] + [x[1::2] for x in y]
+        if c.attn_gate:
+            gate = sigmoid(n[:, :12] @ self.get(i, "attn.attn_gate").T)
+            y = [gate[:, h:h + 1] * x for h, x in enumerate(y)]
+        return np.concatenate(y, 1) @ (self.get(i, "attn.a_out") * self.get(i, "attn.o")).T
+
+    def embedded(self, tokens, tied):
+        x = self.p["head" if tied else "embed"][tokens]
+        out = x.copy()
+        if self.c.smear:
+            for t in range(1, len(x)):
+                out[t] += self.p["l_smear"] * sigmoid(self.p["smear_gate"] @ x[t, :12]) * x[t - 1]
+        return self.norm(out)
+
+    def bigram(self, tokens):
+        if not self.c.bigram_rows:
+            return 0.0
+        rows = [self.c.bigram_rows - 1]
+        for before, cur in zip(tokens[:-1].tolist(), tokens[1:].tolist()):
+            rows.append(((36313 * cur) ^ (27191 * before)) % (self.c.bigram_rows - 1))
+        return self.p["bigram"][rows]
+
+    def logits(self, tokens, doc, windows, tied):
+        c, x0, bigram, after = self.c, self.embedded(tokens, tied), self.bigram(tokens), {}
+        x = x0
+        for i in range(c.num_layers):
+            if c.skip and i == c.skip[1]:
+                gate = 2 * sigmoid(x0[:, :12] @ self.p["skip_gate"])
+                x = x + sigmoid(self.p["l_skip"]) * gate[:, None] * after[c.skip[0]]
+            l_bi = self.get(i, "l_bi") if c.bigram_rows else 0.0
+            x = self.get(i, "l_res") * x + self.get(i, "l_x0") * x0 + l_bi * bigram
+            if i not in c.no_attention:
+                long = i in c.long_layers
+                y = self.attention(i, self.norm(x), tokens, doc, windows[long], long)
+                x = x + self.residual_scale * y
+            hidden = np.maximum(self.norm(x) @ self.get(i, "mlp.up").T, 0) ** 2
+            x = x + self.residual_scale * hidden @ self.get(i, "mlp.down")
+            after[i] = x
+        if c.backout is not None:
+            x = x - self.p["l_back"] * after[c.backout]
+        return 23 * sigmoid((self.norm(x) @ self.p["head"].T + 5) / 7.5)
+
+
+def ref_cross_entropy(logits, target):
+    top = logits.max()
+    return top + math.log(np.exp(logits - top).sum()) - logits[target]
+
+
+def ref_multi_token_loss(logits, targets, weights):
+    """Of one slice: sum over t and k of w_k CE(logits_t, token t+1+k), where the slice has that token."""
+    total = 0.0
+    for t in range(len(logits)):
+        for k, w in enumerate(weights):
+            if t + k < len(targets):
+                total += w * ref_cross_entropy(logits[t], targets[t + k])
+    return total
+
+
+# ------------------------------------------------------------------------------------------------ both sides
+
+
+def make_batch(trainer, starts=DOCUMENTS, T=32, vocab_size=100, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = lambda: rng.integers(0, vocab_size, T)
+    slices = [(tokens(), tokens(), np.diff([*s, T])) for s in starts]
+    return trainer.stack_slices(slices, torch.device("cpu"), T)
+
+
+def shake(model, seed=0):
+    """Every parameter somewhere else than where it starts, so that none hides behind a zero or a one."""
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            size = 0.25 if name.endswith(MATRIX_NAMES) else 0.6
+            p += torch.tensor(rng.normal(0, size, p.shape), dtype=p.dtype)
+    return model
+
+
+def reference_of(model, config, residual_scale=1.0, eps=0.0):
+    params = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
+    return Reference(config, params, residual_scale, eps)
+
+
+def ref_all_logits(reference, batch, starts, windows, tied):
+    T = batch.inputs_BT.shape[1]
+    return [reference.logits(tokens, ref_doc_ids(s, T), windows, tied)
+            for tokens, s in zip(batch.inputs_BT.numpy().astype(np.int64), starts)]
+
+
+def ref_loss(reference, batch, starts, windows, tied, weights):
+    logits = ref_all_logits(reference, batch, starts, windows, tied)
+    return sum(ref_multi_token_loss(x, t, weights) for x, t in zip(logits, batch.targets_BT.numpy()))
+
+
+ALL = {}
+VARIANTS = {
+    "all": (ALL, True, 1.0), "untied": (ALL, False, 1.0), "scaled": (ALL, False, 0.7),
+    "gqa": (dict(num_kv_heads=2), True, 1.0),
+    "gqa unpaired": (dict(num_kv_heads=1, paired_layers=()), True, 1.0),
+    "plain": (dict(paired_layers=(), value_embed_layers=(), skip=None, no_attention=(), backout=None,
+                   bigram_rows=0, smear=False, attn_gate=False, untie_frac=1.0), True, 1.3),
+}
+WINDOWS = (4, 8)   # banded in 32 tokens
+WEIGHTS = (1.0, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "as compiled"])
+@pytest.mark.parametrize("windows", [WINDOWS, (5, 40)], ids=["banded", "whole"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_equals_the_slow_model(variant, windows, eager, monkeypatch):
+    """Fails if any part of the forward pass is not what the table says, alone or among all the others."""
+    if not eager:  # the branch that compilers and GPUs take, where there is a second one
+        monkeypatch.setattr(train_gpt, "eager_cpu", lambda x: False, raising=False)
+    changes, tied, residual_scale = VARIANTS[variant]
+    config, batch = small_config(train_gpt, **changes), make_batch(train_gpt)
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 1e-4)):
+        model = shake(small_model(train_gpt, residual_scale=residual_scale, **changes)).to(dtype)
+        eps = float(np.finfo(np.float32).eps) if dtype == torch.float32 else 0.0
+        reference = reference_of(model, config, residual_scale, eps)
+        logits = ref_all_logits(reference, batch, DOCUMENTS, windows, tied)
+        expected = [ref_multi_token_loss(x, t, [1.0]) for x, t in zip(logits, batch.targets_BT.numpy())]
+        right = sum((x.argmax(-1) == t).sum() for x, t in zip(logits, batch.targets_BT.numpy()))
+        with torch.no_grad():
+            loss, hits = model(batch, windows, None, tied)
+            docs = train_gpt.Documents(batch, "sdpa")
+            x = model.trunk(batch.inputs_BT, docs, windows, tied).double() @ model.head.double().T
+            trained, cross_entropy = model(batch, windows, torch.tensor(WEIGHTS), tied)
+        got = 23 * torch.sigmoid((x + 5) / 7.5)
+        np.testing.assert_allclose(got.numpy(), np.stack(logits), atol=23 * tolerance)
+        assert loss.item() == pytest.approx(sum(expected), rel=tolerance) and hits.item() == right
+        assert cross_entropy.item() == pytest.approx(loss.item(), rel=1e-6)
+        expected = ref_loss(reference, batch, DOCUMENTS, windows, tied, WEIGHTS)
+        assert trained.item() == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("variant, eager", [("all", True), ("scaled", False), ("gqa", True)])
+def test_gradients_equal_differences_of_the_slow_model(variant, eager, monkeypatch):
+    """Fails if a hand-written backward pass, the multi-token loss, tied or untied tables or any gate passes
+    on another gradient than that of the forward pass."""
+    if not eager:
+        monkeypatch.setattr(train_gpt, "eager_cpu", lambda x: False, raising=False)
+    changes, tied, residual_scale = VARIANTS[variant]
+    config, batch = small_config(train_gpt, **changes), make_batch(train_gpt)
+    model = shake(small_model(train_gpt, residual_scale=residual_scale, **changes)).double()
+    loss, _ = model(batch, WINDOWS, torch.tensor(WEIGHTS), tied)
+    loss.backward()
+    reference, rng = reference_of(model, config, residual_scale), np.random.default_rng(0)
+    for name, p in model.named_parameters():
+        if tied and name == "embed":
+            assert p.grad is None or not p.grad.any()
+            continue
+        value = reference.p[name]
+        direction = rng.normal(size=value.shape)
+        direction /= np.linalg.norm(direction)
+        sides = []
+        for sign in (1, -1):
+            reference.p[name] = value + sign * 1e-5 * direction
+            sides.append(ref_loss(reference, batch, DOCUMENTS, WINDOWS, tied, WEIGHTS))
+        reference.p[name] = value
+        slope = (sides[0] - sides[1]) / 2e-5
+        assert (p.grad.numpy() * direction).sum() == pytest.approx(slope, rel=1e-4, abs=2e-5), name
+
+
+def test_slices_of_one_pass_do_not_see_each_other():
+    """Fails if stacking slices changes their sum: a mask, a smear or a bigram that reaches into the slice
+    before."""
+    model = shake(small_model(train_gpt)).double()
+    one_by_one = []
+    batch = make_batch(train_gpt)
+    with torch.no_grad():
+        together = model(batch, WINDOWS, torch.tensor(WEIGHTS), False)[0].item()
+        for i, starts in enumerate(DOCUMENTS):
+            inputs, targets = batch.inputs_BT[i].numpy(), batch.targets_BT[i].numpy()
+            only = (inputs, targets, np.diff([*starts, 32]))
+            alone = train_gpt.stack_slices([only], torch.device("cpu"), 32)
+            one_by_one.append(model(alone, WINDOWS, torch.tensor(WEIGHTS), False)[0].item())
+    assert together == pytest.approx(sum(one_by_one), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def naive_attention(q, k, v, doc, window, scale):
+    """(B, T, H, D) in torch float64, one query at a time; autograd gives its gradients."""
+    B, T, H, _ = q.shape
+    shared, rows = H // k.shape[2], []
+    for b in range(B):
+        for i in range(T):
+            seen = [j for j in range(T) if 0 <= i - j <= window and doc[b][i] == doc[b][j]]
+            for h in range(H):
+                weights = torch.softmax(scale * (k[b, seen, h // shared] @ q[b, i, h]), 0)
+                rows.append(weights @ v[b, seen, h // shared])
+    return torch.stack(rows).view(q.shape)
+
+
+def attention_case(paired, num_kv_heads, T=32, seed=0):
+    """q, k, v as attend() gets them (twice as long if paired), the batch, and each place's document."""
+    rng = np.random.default_rng(seed)
+    length = 2 * T if paired else T
+    q, k, v = (torch.tensor(rng.normal(0, 1.5, (2, length, h, 6))) for h in (4, num_kv_heads, num_kv_heads))
+    doc = [np.repeat(ref_doc_ids(s, T), 2 if paired else 1) for s in DOCUMENTS]
+    return q, k, v, make_batch(train_gpt, T=T), doc
+
+
+@pytest.mark.parametrize("window", [1, 4, 8, 16, 7, 100])
+@pytest.mark.parametrize("paired, num_kv_heads", [(False, 4), (True, 4), (False, 2), (True, 1)])
+def test_sdpa_attention_equals_a_loop(paired, num_kv_heads, window):
+    """Fails if a query sees another document, the future, or past its window, in blocks or whole; or if the
+    gradient goes elsewhere."""
+    q, k, v, batch, doc = attention_case(paired, num_kv_heads)
+    docs = train_gpt.Documents(batch, "sdpa")
+    results = []
+    for function in (lambda *x: docs.attend(*x, window, paired, 0.37),
+                     lambda *x: naive_attention(*x, doc, window, 0.37)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = function(*leaves)
+        y.backward(torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape))
+        results.append([y.detach(), *(x.grad for x in leaves)])
+    for ours, naive in zip(*results):
+        torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")  # flex warns that it runs uncompiled, which is what a test wants
+@pytest.mark.parametrize("paired, num_kv_heads", [(False, 4), (True, 2)])
+def test_flex_attention_equals_a_loop(paired, num_kv_heads):
+    """Fails if the second CUDA backend masks otherwise than the first. Forward only: no backward on a CPU."""
+    q, k, v, batch, doc = attention_case(paired, num_kv_heads)
+    docs = train_gpt.Documents(batch, "flex")
+    y = docs.attend(q.float(), k.float(), v.float(), 8, paired, 0.37)
+    torch.testing.assert_close(y.double(), naive_attention(q, k, v, doc, 8, 0.37), rtol=1e-5, atol=1e-5)
+
+
+def test_many_short_documents_fit():
+    """Fails if a slice of more documents than the padded number of boundaries loses some of them."""
+    starts = [list(range(0, 64, 2)), [0]]  # 32 documents of two tokens
+    q, k, v, _, _ = attention_case(False, 4, T=64)
+    docs = train_gpt.Documents(make_batch(train_gpt, starts, 64), "sdpa")
+    expected = naive_attention(q, k, v, [ref_doc_ids(s, 64) for s in starts], 8, 0.1)
+    torch.testing.assert_close(docs.attend(q, k, v, 8, False, 0.1), expected, rtol=1e-9, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ rotary
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "as compiled"])
+def test_rotary_turns_pairs_of_the_first_half(eager, monkeypatch):
+    """Fails if frequencies, pairing, position or the standing half differ from the formula."""
+    if not eager:
+        monkeypatch.setattr(train_gpt, "eager_cpu", lambda x: False, raising=False)
+    rotary = train_gpt.Rotary(16)
+    rotary.make_tables(50)
+    x = np.random.default_rng(0).normal(size=(2, 40, 3, 16)).astype(np.float32)
+    got = rotary(torch.tensor(x)).numpy()
+    for b in range(2):
+        for h in range(3):
+            expected = ref_rotary(x[b, :, h].astype(np.float64), ref_freqs(16))
+            np.testing.assert_allclose(got[b, :, h], expected, atol=2e-5)
+    assert (got[..., 8:] == x[..., 8:]).all() and rotary.scale == 0.1
+
+
+def test_yarn_at_each_change_of_the_long_window():
+    """Fails if frequencies or the softmax scale do not follow YaRN's formula, once or over the whole
+    schedule."""
+    rotary = train_gpt.Rotary(128)
+    rotary.make_tables(100)
+    freqs, scale = ref_freqs(128), 0.1
+    for old, new in ((384, 896), (896, 1408), (1408, 1664)):
+        rotary.extend(old, new)
+        turns = old * freqs / (2 * math.pi)
+        freqs = freqs * (old / new + np.clip((turns - 1) / 31, 0, 1) * (1 - old / new))
+        scale *= 1 + 0.2 * math.log(new / old)
+    x = torch.zeros(1, 100, 1, 128)
+    x[..., 0:64:2] = 1  # turned, its pairs show cos and sin of every angle
+    got = rotary(x)[0, :, 0]
+    angles = np.outer(np.arange(100), freqs)
+    np.testing.assert_allclose(got[:, 0:64:2].numpy(), np.cos(angles), atol=5e-5)
+    np.testing.assert_allclose(got[:, 1:64:2].numpy(), np.sin(angles), atol=5e-5)
+    assert rotary.scale == pytest.approx(scale)
+    assert freqs[0] == 1 and freqs[-1] < 0.24 / 1024  # fast ones kept, slow ones by the ratio 384/1664
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
+    """Fails if YaRN is applied twice, late or where the long window stays, or the untied embedding is not
+    used from its step on. Thirds of four steps, then two of extension; untied at round(2/3 * 12) | 1 = 9."""
+    windows = ((1, 2), (1, 2), (2, 4), (2, 8))
+    s, o, _ = read(trainer, NUM_SCHEDULED_ITERATIONS=12, NUM_EXTENSION_ITERATIONS=2,
+                   BATCH_SIZES="128,128,128,128")
+    run = trainer.Trainer(s, o, small_config(trainer, windows=windows), 100, lone_ranks(trainer))
+    for step in range(14):
+        run.enter(step)
+        doublings = (step >= 8) + (step >= 12)
+        assert run.model.rotary.scale == pytest.approx(0.1 * (1 + 0.2 * math.log(2)) ** doublings)
+        assert run.schedule.windows(run.stage) == tuple(8 * w for w in windows[step // 4])
+        assert run.tied == (step < 9)
+
+
+# ------------------------------------------------------------------------------------------- tables, head
+
+
+@pytest.mark.parametrize("rows, vocab_size", [(61, 100), (5 * 50304, 50257), (4096, 65536)])
+def test_bigram_rows(rows, vocab_size):
+    """Fails if a hash falls outside its table or depends on how wide the integers are: int32, as in the
+    records."""
+    class Tables:
+        bigram = torch.empty(rows, 0)
+
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (2, 500)).astype(np.int32)
+    tokens[0, :4] = vocab_size - 1, 0, vocab_size - 1, vocab_size - 1
+    got = train_gpt.GPT.bigram_rows(Tables, torch.tensor(tokens)).numpy()
+    with np.errstate(over="ignore"):
+        cur, before = np.int32(36313) * tokens[:, 1:], np.int32(27191) * tokens[:, :-1]
+    assert (got[:, 1:] == (cur ^ before) % np.int32(rows - 1)).all()
+    assert (got[:, 0] == rows - 1).all() and (got >= 0).all() and (got < rows).all()
+
+
+def float8_product(x, w, grad):
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = train_gpt.Float8Head.apply(x, w)
+    y.backward(grad)
+    return y.detach(), x.grad, w.grad
+
+
+def test_float8_head_is_within_float8s_error():
+    """Fails if a scale is applied twice, not at all or to the wrong factor, forward or backward. e4m3 has 3
+    bits of mantissa, e5m2 two: a relative error of at most 1/16 and 1/8 in each factor, 0.026 and 0.053 on
+    average."""
+    rng = torch.Generator().manual_seed(0)
+    x, w, grad = (torch.randn(s, generator=rng) for s in ((32, 64), (48, 64), (32, 48)))
+    x, w, grad = x.bfloat16(), (0.1 * w).bfloat16(), (0.05 * grad).bfloat16()
+    got = float8_product(x, w, grad)
+    x, w, grad = x.double(), w.double(), grad.double()
+    for ours, exact, error in zip(got, (x @ w.T, grad @ w, grad.T @ x), (0.05, 0.08, 0.08)):
+        assert (ours.double() - exact).norm() / exact.norm() < error
+
+
+def test_float8_head_reaches_as_far_as_its_scales():
+    """Fails if activations up to 100 or weights up to 1.6, which the scales are for, are clamped."""
+    x, w = torch.full((16, 32), 99.0).bfloat16(), torch.full((16, 32), -1.59).bfloat16()
+    y, _, _ = float8_product(x, w, torch.zeros(16, 16).bfloat16())
+    assert y.float().mean().item() == pytest.approx(-99 * 1.59 * 32, rel=0.02)
+
+
+def test_float8_head_does_not_overflow():
+    """Fails if a large activation, weight or gradient becomes inf or NaN in place of the largest float8."""
+    big = torch.full((16, 32), 3e4).bfloat16()
+    y, x_grad, w_grad = float8_product(big, -big, torch.full((16, 16), 1e6).bfloat16())
+    assert all(torch.isfinite(t).all() for t in (y, x_grad, w_grad))
+    assert (y < 0).all() and (x_grad < 0).all() and (w_grad > 0).all()
+
+
+def test_float8_head_is_used_in_training_only():
+    """Fails if validation is measured in float8, or training silently is not."""
+    model, exact = shake(small_model(train_gpt, float8_head=True)), small_model(train_gpt)
+    model.head.data *= 0.5
+    exact.load_state_dict(model.state_dict())
+    batch = make_batch(train_gpt)
+    with torch.no_grad():
+        assert model(batch, WINDOWS, None, True)[0] == exact(batch, WINDOWS, None, True)[0]
+        ours, plain = (m(batch, WINDOWS, torch.ones(1), True)[0].item() for m in (model, exact))
+    assert ours != plain and ours == pytest.approx(plain, rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ start
+
+
+def test_initial_values_are_the_tables():
+    """Fails if a parameter starts elsewhere than FACTS says, or depends on more than the seed."""
+    model, again, other = (small_model(train_gpt, seed=s, width=64, vocab_size=2000) for s in (1, 1, 2))
+    scalars = {"l_res": 1.1, "l_x0": 0.0, "l_bi": 0.1, "a_in": 0.5, "a_out": 1.0, "l_smear": 0.0,
+               "l_skip": -1.5, "l_back": 0.5}
+    others = dict(other.named_parameters())
+    for (name, p), q in zip(model.named_parameters(), again.parameters()):
+        p = p.detach()
+        assert torch.equal(p, q)
+        last = name.split(".")[-1]
+        if last in scalars:
+            assert p.item() == pytest.approx(scalars[last])
+        elif last in "qkvo" or last == "up":
+            bound = math.sqrt(3) * 0.5 * 64**-0.5
+            assert 0.95 * bound < p.abs().max() <= bound
+            assert p.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+            assert not torch.equal(p, others[name])
+        elif last in ("head", "embed"):
+            assert p.std().item() == pytest.approx(0.005, rel=0.02) and not torch.equal(p, others[name])
+            assert torch.equal(p, model.head)
+        else:
+            assert not p.any(), name
+
+
+def test_different_matrices_start_differently():
+    """Fails if one random stream is drawn twice, so that q equals k or two layers are the same."""
+    model = small_model(train_gpt)
+    drawn = [p for n, p in model.named_parameters() if n.endswith((".q", ".k", ".v"))]
+    assert len({p.flatten()[:5].detach().numpy().tobytes() for p in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("preset", train_gpt.PRESETS)
+def test_every_parameter_of_a_preset_has_one_role(trainer, preset):
+    """Fails if a preset has a parameter that no rule updates, or two do."""
+    config = trainer.PRESETS[preset][0]
+    with torch.device("meta"):
+        model = trainer.GPT(config, 50257, "sdpa", False, 1.0)
+    for name, p in model.named_parameters():
+        role = trainer.find_role(name)
+        assert sum(bool(trainer.re.fullmatch(r.pattern, name)) for r in trainer.ROLES) == 1
+        assert (role.rule == "matrix") == name.endswith(MATRIX_NAMES), name
+        assert p.ndim == 2 or role.rule != "matrix"
+
+
+def test_gpt2_small_is_the_speedruns():
+    """Fails if the default model has other sizes than the table of facts."""
+    with torch.device("meta"):
+        model = train_gpt.GPT(train_gpt.PRESETS["gpt2-small"][0], 50257, "sdpa", False, 1.0)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert sum(s == (768, 768) for s in shapes.values()) == 40
+    assert sum(s == (3072, 768) for s in shapes.values()) == 22
+    assert sorted(n for n in shapes if n.startswith("value_embeds")) == sorted(
+        f"value_embeds.{i}" for i in (0, 1, 8, 9, 10))
+    assert not any(n.startswith("blocks.6.attn") for n in shapes) and "blocks.10.mlp.up" in shapes
+    assert shapes["head"] == shapes["embed"] == shapes["value_embeds.0"] == (50304, 768)
+    assert shapes["bigram"] == (5 * 50304, 768)
+    c = model.config
+    assert (c.num_heads, c.head_dim, c.window_block, c.long_layers) == (6, 128, 128, (3, 10))
+    assert (c.paired_layers, c.skip, c.backout) == ((0, 2, 5, 9), (3, 6), 7)
+    assert (c.windows, c.final_windows[1]) == (((1, 3), (3, 7), (5, 11), (6, 13)), 20)
+
+
+@pytest.mark.parametrize("vocab_size, padded", [(50257, 50304), (256, 256), (100, 128)])
+def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
+    """Fails if the head's product gets a shape that tensor cores are slow at, or loses tokens."""
+    assert small_model(train_gpt, vocab_size=vocab_size).head.shape[0] == padded

@@ -1,0 +1,657 @@
+"""Schedule, data and settings against numbers worked out by hand, and everything that must be refused."""
+
+import json
+import math
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    MARK,
+    TRAINERS,
+    Params,
+    make_optimizer,
+    make_tokens,
+    one_rank,
+    optimizer_settings,
+    read,
+    write_shard,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+import train_gpt_muon_ord as ord_gpt
+
+MORE = int(os.environ.get("FUZZ", 1))  # FUZZ=100 pytest ...: a long search
+
+
+# ------------------------------------------------------------------------------------------------ schedule
+
+
+def schedule(model="gpt2-small", **env):
+    s, _, config = read(train_gpt, MODEL=model, **env)
+    return train_gpt.Schedule(s, config)
+
+
+def test_stages_of_the_speedrun():
+    """Fails if a stage begins a step early or late, or has another batch or window. 1560 steps in thirds of
+    520, then 40."""
+    plan = schedule()
+    assert plan.num_steps == 1600
+    expected = {0: (131072, (128, 384)), 519: (131072, (128, 384)), 520: (262144, (384, 896)),
+                1039: (262144, (384, 896)), 1040: (393216, (640, 1408)), 1559: (393216, (640, 1408)),
+                1560: (393216, (768, 1664)), 1599: (393216, (768, 1664))}
+    for step, (tokens, windows) in expected.items():
+        assert (plan.batch_tokens(step), plan.windows(plan.stage(step))) == (tokens, windows)
+    assert plan.final_windows() == (768, 2560)
+    assert sum(plan.batch_tokens(step) for step in range(1600)) == 520 * 786432 + 40 * 393216  # about 425M
+
+
+def test_multi_token_weights():
+    """Fails if the further tokens' weights do not fall to 0 within their stages: 1, .5, .25 -> 0, then
+    1, .5 -> 0, then 1."""
+    plan = schedule()
+    for step, expected in {0: [1, 0.5, 0.25], 260: [1, 0.5, 0.125], 519: [1, 0.5, 0.25 / 520], 520: [1, 0.5],
+                           780: [1, 0.25], 1039: [1, 0.5 / 520], 1040: [1], 1559: [1], 1599: [1]}.items():
+        np.testing.assert_allclose(plan.predict_weights(step).numpy(), expected, atol=1e-6)
+
+
+def test_the_head_is_untied_after_two_thirds():
+    """Fails if untying comes at another step than round(2N/3) | 1 with N = 1560 scheduled steps, or at an
+    even one, on which Adam does not move."""
+    assert schedule().untie_step == 1041
+    assert schedule(NUM_SCHEDULED_ITERATIONS=900).untie_step == 601
+    assert schedule("dense-88m").untie_step is None
+
+
+# The cooldown starts at 701: int(1560 * (1 - 0.55)): 1 - 0.55 is a little less than 0.45
+STAGES = {100: 1.0, 600: 1.52, 701: 1.52}
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("linear", {**STAGES, 917: 1.52 * 643 / 859 + 0.1 * 216 / 859, 1131: 1.73 * 429 / 859 + 0.1 * 430 / 859,
+                1559: (1.73 + 0.1 * 858) / 859, 1560: 0.1, 1599: 0.1}),
+    ("exp", {**STAGES, 917: 1.52 * 0.1 ** (216 / 859), 1131: 1.73 * 0.1 ** (430 / 859), 1560: 0.1,
+             1599: 0.1}),
+    ("cosine", {**STAGES, 917: 0.1 + 1.42 * (1 + math.cos(math.pi * 216 / 859)) / 2,
+                1131: 0.1 + 1.63 * (1 + math.cos(math.pi * 430 / 859)) / 2, 1560: 0.1, 1599: 0.1}),
+    ("constant", {**STAGES, 1039: 1.52, 1040: 1.73, 1559: 1.73}),
+])
+def test_learning_rate_of_every_decay(kind, expected):
+    """Fails if a decay begins or ends at another step, or has another shape. 859 steps from 701 to 1560."""
+    plan = schedule(LR_DECAY_TYPE=kind)
+    for step, value in expected.items():
+        assert plan.lr_mul(step) == pytest.approx(value, rel=1e-9), step
+
+
+def test_other_cooldowns():
+    """Fails if COOLDOWN_FRAC or LR_DECAY_FINAL is not what it says: here 100 steps, the last 20 decay to
+    0.3."""
+    plan = schedule(NUM_SCHEDULED_ITERATIONS=100, COOLDOWN_FRAC=0.2, LR_DECAY_FINAL=0.3, LR_MULS="1,1,2,1")
+    for step, value in {33: 1, 34: 1, 66: 1, 67: 2, 80: 2, 85: 2 * 0.75 + 0.3 * 0.25,
+                        99: 2 * 0.05 + 0.3 * 0.95, 100: 0.3, 139: 0.3}.items():
+        assert plan.lr_mul(step) == pytest.approx(value), step
+    plan = schedule(COOLDOWN_FRAC=0)
+    assert [plan.lr_mul(i) for i in (0, 800, 1559)] == [1.0, 1.52, 1.73]
+    assert schedule(COOLDOWN_FRAC=1).lr_mul(0) == 1.0
+
+
+@pytest.mark.parametrize("kind, end", [("constant", None), ("linear", 1.73 * 0.1), ("exp", 1.73 * 0.1)])
+def test_second_decay_goes_on_from_the_value_reached(kind, end):
+    """Fails if the learning rate jumps at the switch, or the second decay ends elsewhere than at the stage's
+    multiplier times LR_DECAY_SECOND_FINAL. The switch is at 1300, 599 steps of 859 into a linear decay."""
+    plan = schedule(LR_DECAY_SWITCH_STEP=1300, LR_DECAY_SECOND_TYPE=kind)
+    reached = 1.73 * (1 - 599 / 859) + 0.1 * 599 / 859
+    slope = (1.73 - 0.1) / 859  # one step's doubt: the value before the switch or the value at it
+    assert plan.lr_mul(1299) == pytest.approx(reached + slope)
+    assert abs(plan.lr_mul(1300) - reached) < 1.01 * slope
+    at_switch = plan.lr_mul(1300)
+    halfway = {"constant": at_switch, "linear": (at_switch + (end or 0)) / 2,
+               "exp": math.sqrt(at_switch * (end or 0))}[kind]
+    assert plan.lr_mul(1430) == pytest.approx(halfway)
+    assert plan.lr_mul(1559) == pytest.approx(end or at_switch, rel=0.02)
+
+
+def test_second_decay_does_not_jump_with_the_stage():
+    """Fails if a constant second decay changes where a stage begins: the value reached is one value."""
+    plan = schedule(LR_DECAY_SWITCH_STEP=900)
+    assert plan.lr_mul(1039) == plan.lr_mul(1040) == plan.lr_mul(900)
+
+
+@pytest.mark.parametrize("kind", ["linear", "exp", "constant"])
+@pytest.mark.parametrize("env", [
+    dict(LR_DECAY_FINAL=0), dict(LR_MULS="0,0,0,0"), dict(LR_DECAY_SECOND_FINAL=0),
+    dict(LR_DECAY_FINAL=0, LR_DECAY_TYPE="exp")])
+@pytest.mark.parametrize("switch", [0, 700, 1559, 1590])
+def test_learning_rates_of_zero_are_no_error(kind, env, switch):
+    """Fails if a decay that ends at 0 divides by it, which would end a run in its last steps."""
+    plan = schedule(LR_DECAY_SWITCH_STEP=switch, LR_DECAY_SECOND_TYPE=kind, **env)
+    for step in (0, 600, 701, 702, 1300, 1559, 1560, 1591, 1599):
+        assert 0 <= plan.lr_mul(step) <= 1.73
+
+
+def test_warm_up():
+    """Fails if the warm-up does not rise linearly to its end, or starts at 0, which would waste a step."""
+    plan = schedule(WARMUP_STEPS=10)
+    np.testing.assert_allclose([plan.lr_mul(i) for i in (0, 4, 9, 10, 300)], [0.1, 0.5, 1, 1, 1])
+
+
+def test_momentum():
+    """Fails if momentum does not rise from 0.85 to 0.95 in 300 steps and fall back over the last 50."""
+    o = optimizer_settings(train_gpt)
+    optimizer = make_optimizer(train_gpt, Params({}), o, 1600)
+    for step, value in {0: 0.85, 150: 0.9, 300: 0.95, 1000: 0.95, 1550: 0.95, 1575: 0.9, 1599: 0.852}.items():
+        assert optimizer.momentum(step) == pytest.approx(value), step
+
+
+def test_validation_steps():
+    """Fails if a validation is left out or made twice: every 50, every 10 in the last 100, always at the
+    end."""
+    plan = schedule()
+    expected = {*range(0, 1501, 50), *range(1500, 1601, 10)}
+    assert {i for i in range(1601) if plan.validates(i)} == expected
+    last = schedule(VAL_LOSS_EVERY=0, VAL_LOSS_EVERY_LAST=0)
+    assert [i for i in range(1601) if last.validates(i)] == [1600]
+    uneven = schedule(NUM_SCHEDULED_ITERATIONS=33, NUM_EXTENSION_ITERATIONS=0, VAL_LOSS_EVERY=10,
+                      VAL_LOSS_LAST_STEPS=0)
+    assert [i for i in range(34) if uneven.validates(i)] == [0, 10, 20, 30, 33]
+
+
+def test_train_tokens_sets_the_number_of_steps():
+    """Fails if TRAIN_TOKENS gives a run of another length: the three stages take 262144 tokens a step on
+    average."""
+    plan = schedule(TRAIN_TOKENS=262144 * 900)
+    assert plan.num_steps == 940
+    tokens = sum(plan.batch_tokens(i) for i in range(900))
+    assert tokens == 262144 * 900
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+class Source:
+    """A shard whose tokens tell where they stand: token t is 1 + t mod 60000, so targets can be checked."""
+
+    def __init__(self, folder, lengths, name="train_0.bin", mark=0):
+        self.lengths, self.total = lengths, sum(lengths)
+        self.starts = np.cumsum([0, *lengths[:-1]])
+        tokens = 1 + np.arange(self.total) % 60000
+        tokens[self.starts] = mark
+        self.tokens = tokens
+        write_shard(folder / name, tokens, vocab_size=60001)
+
+    def pieces(self, long_docs):
+        """{start: length} of all that may be read, with MAX_DOC_TOKENS=40."""
+        out = {}
+        for start, length in zip(self.starts.tolist(), self.lengths):
+            for at in range(start, start + (length if long_docs == "split" else 1), 40):
+                out[at] = min(40, start + length - at)
+        return out
+
+
+def data_settings(folder, **env):
+    base = dict(DATA_PATH=folder, TRAIN_FILES="train_*.bin", VAL_FILES="val_*.bin", VAL_TOKENS=1024,
+                VAL_BATCH_TOKENS=1024, BATCH_SIZES="1024,1024,1024,1024", MAX_DOC_TOKENS=40, LONG_DOCS="cut")
+    return read(train_gpt, **{**base, **env})[0]
+
+
+def train_data(s, rank=0, world_size=1):
+    shards = train_gpt.open_shards(s.data_path, s.train_files, "TRAIN_FILES")
+    return train_gpt.TrainData(shards, s, one_rank(rank, world_size))
+
+
+def steps_of(s, steps, rank=0, world_size=1, tokens=1024):
+    """The passes of some steps, all of them, as one rank gets them."""
+    data = train_data(s, rank, world_size)
+    out = [data.next(tokens, tokens if i + 1 < steps else None) for i in range(steps)]
+    data.worker.shutdown()
+    return out
+
+
+def documents_of(batch):
+    """(inputs, targets) of each document of a pass."""
+    inputs, targets = batch.inputs_BT.flatten().numpy(), batch.targets_BT.flatten().numpy()
+    bounds = batch.cu_seqlens.numpy()
+    return [(inputs[a:b], targets[a:b]) for a, b in zip(bounds, bounds[1:]) if b > a]
+
+
+LENGTHS = [*([3, 17, 39, 40, 41, 80, 200] * 60), 25]
+
+
+@pytest.mark.parametrize("long_docs", ["cut", "split"])
+def test_slices_hold_whole_documents_and_true_targets(tmp_path, long_docs):
+    """Fails if a document starts inside, is cut at another length, lacks tokens though it does not end its
+    slice, crosses a slice, or is followed by anything but the shard's next token."""
+    source = Source(tmp_path, LENGTHS)
+    s = data_settings(tmp_path, LONG_DOCS=long_docs)
+    allowed = source.pieces(long_docs)
+    for batches in steps_of(s, 8):
+        for batch in batches:
+            T, position = 128, 0
+            for inputs, targets in documents_of(batch):
+                # a token tells its place, except a mark, whose target does: the next place plus 1
+                start = int(inputs[0]) - 1 if inputs[0] else int(targets[0]) - 2
+                want = source.tokens[start:start + len(inputs) + 1]
+                assert (inputs == want[:-1] if len(want) > len(inputs) else inputs == want).all()
+                assert (targets == np.append(want, MARK)[1:len(inputs) + 1]).all()
+                position += len(inputs)
+                fills = position % T == 0  # the last of its slice may be cut
+                assert len(inputs) == allowed[start] or fills and len(inputs) < allowed[start]
+                assert (position - len(inputs)) // T == (position - 1) // T
+            assert batch.inputs_BT.shape[1] == T and batch.inputs_BT.dtype == torch.int32
+            assert batch.max_doc_tokens == 40 and batch.targets_BT.dtype == torch.int64
+
+
+@pytest.mark.parametrize("tokens, pieces", [(1024, 1), (8192, 4)])
+def test_ranks_share_the_same_batch(tmp_path, tokens, pieces):
+    """Fails if 1, 2, 4 and 8 ranks do not see the same global batch, in the same order, or a rank's slices
+    depend on how many fit one pass."""
+    Source(tmp_path, LENGTHS * 3)
+    s = data_settings(tmp_path)
+
+    def read_all(s, world_size):
+        steps = []
+        ranks = [steps_of(s, 5, r, world_size, tokens) for r in range(world_size)]
+        for step in range(5):
+            passes = [b for rank in ranks for b in rank[step]]
+            steps.append([torch.cat([b[i] for b in passes]).numpy() for i in (0, 1)])  # inputs, targets
+        return np.array(steps)
+
+    one = read_all(s, 1)
+    assert one.shape == (5, 2, 8, tokens // 8)
+    for world_size in (2, 4, 8):
+        assert (read_all(s, world_size) == one).all()
+    stacked = data_settings(tmp_path, SLICES_PER_PASS=3)
+    assert [len(b.inputs_BT) for b in steps_of(stacked, 1)[0]] == [3, 3, 2]
+    assert (read_all(stacked, 1) == one).all() and (read_all(stacked, 4) == one).all()
+
+
+def test_sixteen_ranks_cut_sixteen_slices(tmp_path):
+    """Fails if more ranks than eight cannot train: each then has a slice of its own."""
+    Source(tmp_path, LENGTHS)
+    s = data_settings(tmp_path)
+    firsts = [steps_of(s, 1, rank, 16)[0] for rank in range(16)]
+    assert all(len(passes) == 1 and passes[0].inputs_BT.shape == (1, 64) for passes in firsts)
+    assert len({passes[0].inputs_BT.numpy().tobytes() for passes in firsts}) == 16
+
+
+def one_epoch(s, num_tokens=128):
+    """The first epoch's slices: (starts, lengths) each."""
+    data, slices = train_data(s), []
+    while True:
+        _, starts, lengths = data.plan_slice(num_tokens)
+        if data.epoch:
+            return slices
+        slices.append((starts.tolist(), lengths.tolist()))
+
+
+@pytest.mark.parametrize("long_docs", ["cut", "split"])
+def test_an_epoch_loses_nothing_but_cut_ends(tmp_path, long_docs):
+    """Fails if an epoch leaves out or repeats a document or piece, other than what is left when the shard has
+    no more for a slice, or cuts one that does not end its slice; or if LONG_DOCS=split drops a token."""
+    source = Source(tmp_path, LENGTHS)
+    unread = source.pieces(long_docs)
+    assert long_docs == "cut" or sum(unread.values()) == source.total
+    for starts, lengths in one_epoch(data_settings(tmp_path, LONG_DOCS=long_docs)):
+        assert sum(lengths) == 128
+        whole = [unread.pop(start) for start in starts]  # KeyError: no such piece, or read before
+        assert lengths[:-1] == whole[:-1] and 0 < lengths[-1] <= whole[-1]
+    assert sum(unread.values()) < 128
+
+
+def first_inputs(s, steps=1):
+    return [torch.cat([b.inputs_BT for b in batches]).numpy() for batches in steps_of(s, steps)]
+
+
+def test_seeds_differ_and_repeat(tmp_path):
+    """Fails if SEED does not reach the order of the data, or the order depends on more than the seed."""
+    Source(tmp_path, LENGTHS)
+    batches = [first_inputs(data_settings(tmp_path, SEED=seed))[0] for seed in (0, 0, 1, 2**62)]
+    assert (batches[0] == batches[1]).all()
+    assert len({b.tobytes() for b in batches}) == 3
+    models = [train_gpt.build_model(data_settings(tmp_path, SEED=seed), train_gpt.PRESETS["tiny"][0], 256,
+                                    torch.device("cpu")) for seed in (0, 0, 1)]
+    heads = [m.head.detach() for m in models]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_epochs_are_shuffled_anew_and_hold_the_same_documents(tmp_path):
+    """Fails if the second epoch repeats the first one's order, or some documents are never read."""
+    Source(tmp_path, LENGTHS)
+    data, orders = train_data(data_settings(tmp_path)), [[], []]
+    while True:
+        _, starts, _ = data.plan_slice(128)
+        if data.epoch == 2:
+            break
+        orders[data.epoch] += starts.tolist()
+    pairs = [set(zip(order, order[1:])) for order in orders]
+    assert len(pairs[0] & pairs[1]) < 0.05 * len(pairs[0])  # who follows whom
+    assert len(set(orders[0]) & set(orders[1])) > 0.95 * len(LENGTHS)
+
+
+def test_all_shards_are_read_each_epoch(tmp_path):
+    """Fails if a shard is left out or read twice before the others, or the seed does not order the shards."""
+    for i in range(4):
+        write_shard(tmp_path / f"train_{i}.bin", make_tokens([32] * 80, seed=i))
+    orders = set()
+    for seed in range(4):
+        data, order = train_data(data_settings(tmp_path, SEED=seed)), []
+        while data.epoch == 0:
+            data.plan_slice(128)
+            if data.epoch == 0:
+                order.append(data.tokens.filename.name)
+        blocks = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+        assert sorted(blocks) == [f"train_{i}.bin" for i in range(4)]
+        orders.add(tuple(blocks))
+    assert len(orders) > 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_shard_too_small_for_a_slice_is_passed_over(tmp_path, seed):
+    """Fails if training ends in an error while one shard has enough documents, wherever the seed puts it."""
+    for i in range(2):
+        write_shard(tmp_path / f"train_small{i}.bin", make_tokens([30], seed=i))
+    write_shard(tmp_path / "train_large.bin", make_tokens([30] * 60, seed=9))
+    data = train_data(data_settings(tmp_path, SEED=seed))
+    for _ in range(12):
+        assert sum(b.inputs_BT.numel() for b in data.make(1024)) == 1024
+
+
+def test_data_that_cannot_fill_a_slice_is_refused(tmp_path):
+    """Fails if a run waits for ever for documents that do not come."""
+    write_shard(tmp_path / "train_0.bin", make_tokens([30, 30]))
+    with pytest.raises(train_gpt.DataError, match="128 tokens"):
+        train_data(data_settings(tmp_path)).make(1024)
+
+
+def test_text_before_the_first_mark_is_not_read_in_training(tmp_path):
+    """Fails if public shards, which may begin inside a document, give a document without a mark."""
+    tokens = np.concatenate((np.arange(1, 50), *[[50256, *range(1, 30)]] * 100)).astype(np.uint16)
+    write_shard(tmp_path / "train_0.bin", tokens, vocab_size=0)
+    for batch in steps_of(data_settings(tmp_path), 1)[0]:
+        assert all(inputs[0] == 50256 for inputs, _ in documents_of(batch))
+
+
+def val_pass(tmp_path, **env):
+    """All validation passes of all ranks: {world_size: [batches of rank 0, ...]}."""
+    s = data_settings(tmp_path, **env)
+    shards = train_gpt.open_shards(s.data_path, s.val_files, "VAL_FILES")
+    return {n: [list(train_gpt.val_batches(shards, s, one_rank(r, n))) for r in range(n)] for n in (1, 2, 8)}
+
+
+def test_validation_is_the_first_tokens_of_the_shards_in_slices(tmp_path):
+    """Fails if validation leaves out, repeats or reorders a token, cuts documents at MAX_DOC_TOKENS, or
+    lets one slice see the one before it. 4096 tokens in two batches of eight slices of 256, over two
+    shards."""
+    lengths = [5, 300, 1, 90, 700] * 3
+    a, b = make_tokens(lengths, 1, mark=7), make_tokens(lengths, 2, mark=7)
+    for i, tokens in enumerate((a, b)):
+        write_shard(tmp_path / f"val_{i}.bin", np.where(tokens == 0, 7, tokens))
+    stream = np.concatenate((a, b)).astype(int)[:4097]
+    starts = set(np.flatnonzero(stream == 7).tolist())
+    for n, ranks in val_pass(tmp_path, VAL_TOKENS=4096, VAL_BATCH_TOKENS=2048).items():
+        rows = [[row for batch in batches for row in zip(batch.inputs_BT.numpy(), batch.targets_BT.numpy())]
+                for batches in ranks]
+        per_batch = 8 // n  # a rank's slices of each of the two batches
+        ordered = [row for i in (0, 1) for rank in rows for row in rank[i * per_batch:(i + 1) * per_batch]]
+        assert (np.concatenate([x for x, _ in ordered]) == stream[:-1]).all()
+        assert (np.concatenate([y for _, y in ordered]) == stream[1:]).all()
+    at = 0
+    for batch in val_pass(tmp_path, VAL_TOKENS=4096, VAL_BATCH_TOKENS=2048)[1][0]:
+        size = batch.inputs_BT.numel()
+        bounds = {at + int(x) for x in batch.cu_seqlens}
+        wanted = {i for i in range(at, at + size) if i in starts or i % 256 == 0} | {at + size}
+        assert bounds == wanted
+        at += size
+    assert at == 4096
+
+
+# ------------------------------------------------------------------------------------------------ bad shards
+
+
+GOOD = dict(tokens=make_tokens([100] * 40))
+
+
+@pytest.mark.parametrize("name, bad, wanted", [
+    ("magic", dict(magic=20240521), "20240520"), ("version", dict(version=2), "another kind"),
+    ("count too large", dict(count=4001), "4001"), ("count too small", dict(count=3999), "3999"),
+    ("count negative", dict(count=-1), "-1"), ("empty", dict(tokens=[]), "0 tokens"),
+    ("token beyond", dict(vocab_size=200), "vocabulary of 200"),
+    ("token beyond GPT-2's", dict(vocab_size=0, tokens=np.array([50256, 1, 50257])), "50257"),
+    ("vocabulary too large", dict(vocab_size=70_000), "70000"),
+    ("vocabulary negative", dict(vocab_size=-3), "-3"),
+])
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_bad_shards_are_refused(tmp_path, name, bad, wanted, which):
+    """Fails if a damaged or foreign file is trained on. The message names the file and what was found."""
+    for kind in ("train", "val"):
+        write_shard(tmp_path / f"{kind}_0.bin", **{**GOOD, **(bad if kind == which else {})})
+    with pytest.raises(train_gpt.DataError) as error:
+        train_gpt.open_data(data_settings(tmp_path), 1)
+    assert wanted in str(error.value) and f"{which}_0.bin" in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, 100, 1023, 1024, 1025, 1024 + 7999, 1024 + 8001])
+def test_shards_cut_short_are_refused(tmp_path, size):
+    """Fails if a download that broke off, at any byte, is taken for data."""
+    whole = write_shard(tmp_path / "whole", **GOOD).read_bytes() + b"\0\0"
+    (tmp_path / "train_0.bin").write_bytes(whole[:size])
+    with pytest.raises(train_gpt.DataError, match="train_0.bin"):
+        train_data(data_settings(tmp_path))
+
+
+def test_data_that_does_not_fit_together_is_refused(tmp_path):
+    """Fails if shards of two tokenizers are mixed, or validation is shorter than it was asked to be."""
+    write_shard(tmp_path / "train_0.bin", **GOOD)
+    write_shard(tmp_path / "val_0.bin", **GOOD)
+    train_gpt.open_data(data_settings(tmp_path), 1)
+    with pytest.raises(train_gpt.DataError, match="VAL_TOKENS=4096.*4000"):
+        train_gpt.open_data(data_settings(tmp_path, VAL_TOKENS=4096), 1)
+    with pytest.raises(train_gpt.SettingsError, match="3 ranks"):
+        train_gpt.open_data(data_settings(tmp_path), 3)
+    write_shard(tmp_path / "train_1.bin", **GOOD, vocab_size=300)
+    with pytest.raises(train_gpt.DataError, match="train_1.bin 300"):
+        train_gpt.open_data(data_settings(tmp_path), 1)
+    with pytest.raises(train_gpt.DataError, match="300.*256"):
+        train_gpt.open_data(data_settings(tmp_path, TRAIN_FILES="train_1.bin"), 1)
+    with pytest.raises(train_gpt.DataError, match="TRAIN_FILES='none.bin'"):
+        train_gpt.open_data(data_settings(tmp_path, TRAIN_FILES="none.bin"), 1)
+    write_shard(tmp_path / "gpt2_0.bin", np.arange(2000), vocab_size=0)
+    with pytest.raises(train_gpt.DataError, match="no document mark .token 50256"):
+        train_gpt.open_data(data_settings(tmp_path, TRAIN_FILES="gpt2_0.bin", VAL_FILES="gpt2_0.bin"), 1)
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+BAD_SETTINGS = [  # trainer (None: both), environment, what the message must say
+    (None, dict(SEED="x"), ["SEED", "'x'", "int"]), (None, dict(SEED="-1"), ["SEED", "-1", "at least 0"]),
+    (None, dict(SEED="1.5"), ["SEED", "1.5", "int"]), (None, dict(SEED=""), ["SEED", "int"]),
+    (None, dict(SEED=str(10**400)), ["SEED", "at most"]),
+    (None, dict(MUON_LR="nan"), ["MUON_LR", "nan", "finite"]),
+    (None, dict(MUON_LR="inf"), ["MUON_LR", "finite"]),
+    (None, dict(MUON_LR="-0.1"), ["MUON_LR", "-0.1", "at least 0"]),
+    (None, dict(COOLDOWN_FRAC="1.01"), ["COOLDOWN_FRAC", "1.01", "at most 1"]),
+    (None, dict(TARGET_LOSS="0"), ["TARGET_LOSS", "above 0"]),
+    (None, dict(DISABLE_FP8="maybe"), ["DISABLE_FP8", "maybe", "0 or 1"]),
+    (None, dict(LR_DECAY_TYPE="Linear"), ["LR_DECAY_TYPE", "Linear", "cosine"]),
+    (None, dict(OPTIMIZER="sgd"), ["OPTIMIZER", "sgd", "normuon"]),
+    (None, dict(MODEL="huge"), ["MODEL", "huge", "gpt2-small"]),
+    (None, dict(DEVICE="tpu"), ["DEVICE", "tpu", "cpu"]),
+    (None, dict(BATCH_SIZES="1024,1024,1024"), ["BATCH_SIZES", "3", "4"]),
+    (None, dict(LR_MULS="1,1,1,1,1"), ["LR_MULS", "5", "4"]),
+    (None, dict(LR_MULS="1,,1,1"), ["LR_MULS", "float"]),
+    (None, dict(LR_MULS="1,nan,1,1"), ["LR_MULS", "finite"]),
+    (None, dict(BATCH_SIZES="1024,262145,1024,1024"), ["BATCH_SIZES", "262145", "262144", "262272"]),
+    (None, dict(VAL_TOKENS="262145"), ["VAL_TOKENS", "262145", "multiple"]),
+    (None, dict(VAL_BATCH_TOKENS="1025", VAL_TOKENS="2050"), ["VAL_BATCH_TOKENS", "1025", "multiple"]),
+    (None, dict(TRAIN_TOKENS="100000", NUM_SCHEDULED_ITERATIONS="5"), ["TRAIN_TOKENS", "NUM_SCHEDULED"]),
+    (None, dict(RUN_ID="a/b"), ["RUN_ID", "a/b", "letters"]), (None, dict(RUN_ID="x" * 300), ["RUN_ID"]),
+    (None, dict(ATTN_BACKEND="varlen"), ["ATTN_BACKEND", "varlen", "sdpa"]),
+    (None, dict(ATTN_BACKEND="flash"), ["ATTN_BACKEND", "flash", "sdpa"]),
+    (None, dict(MUON_DECAY_MODE="param"), ["MUON_WEIGHT_DECAY", "1.2", "param"]),
+    (None, dict(MUON_DECAY_MODE="both", MUON_WEIGHT_DECAY="-2"), ["MUON_WEIGHT_DECAY", "-2", "both"]),
+    # look-alikes
+    (None, dict(SPECTRAL_LR_MULL="1"), ["SPECTRAL_LR_MULL", "not a setting", "nearest"]),
+    (ord_gpt, dict(SPECTRAL_LR_MULL="1"), ["SPECTRAL_LR_MULL", "SPECTRAL_LR_MUL"]),
+    (train_gpt, dict(SPECTRAL_LR_MUL="0"), ["SPECTRAL_LR_MUL", "train_gpt.py"]),
+    (train_gpt, dict(ORD_MODE="off"), ["ORD_MODE", "train_gpt.py"]),
+    (None, dict(MUON_BETA="1"), ["MUON_BETA", "nearest"]),
+    (None, dict(BATCHSIZES="1"), ["BATCHSIZES", "BATCH_SIZES"]),
+    (None, dict(COOLDOWN_FRCA="1"), ["COOLDOWN_FRAC"]),
+    (None, dict(VAL_LOSS_EVERY_STEPS="1"), ["VAL_LOSS_EVERY"]),
+    (None, dict(TARGET_LOS="3"), ["TARGET_LOSS"]),
+    # ORD
+    (ord_gpt, dict(ORD_MODE="on"), ["ORD_MODE", "on", "interpolate"]),
+    (ord_gpt, dict(SPECTRAL_PROJ_EPS="0"), ["SPECTRAL_PROJ_EPS", "above 0"]),
+    (ord_gpt, dict(SPECTRAL_LR_MUL="NaN"), ["SPECTRAL_LR_MUL", "finite"]),
+    (ord_gpt, dict(SPECTRAL_VARIANCE="1", SPECTRAL_SCALE="unit"), ["SPECTRAL_VARIANCE", "SPECTRAL_SCALE"]),
+    (ord_gpt, dict(OPTIMIZER="adamw"), ["ORD_MODE", "adamw", "off"]),
+    (ord_gpt, dict(SPECTRAL_RESCALE="1"), ["SPECTRAL_RESCALE", "post", "interpolate"]),
+]
+
+
+@pytest.mark.parametrize("trainer, env, said", [
+    (t, env, said) for only, env, said in BAD_SETTINGS for t in TRAINERS if only in (None, t)])
+def test_bad_settings_are_refused_with_what_was_found_and_wanted(trainer, env, said):
+    """Fails if a setting that cannot be used trains something, or the message does not say which it is,
+    what was found and what is wanted."""
+    if trainer is ord_gpt and env == dict(OPTIMIZER="sgd"):
+        env = {**env, "ORD_MODE": "off"}
+    with pytest.raises(train_gpt.SettingsError if trainer is train_gpt else ord_gpt.SettingsError) as error:
+        read(trainer, **env)
+    for words in said:
+        assert words in str(error.value)
+
+
+SILENT = [dict(SPECTRAL_OUT="0.5"), dict(SPECTRAL_IN="0"), dict(ORD_MODE="post", SPECTRAL_SCALE="unit"),
+          dict(ORD_MODE="post", SPECTRAL_VARIANCE="1"), dict(ORD_MODE="off", SPECTRAL_OUT="0"),
+          dict(ORD_MODE="off", SPECTRAL_SCHEDULE="adaptive")]
+
+
+@pytest.mark.parametrize("env", SILENT, ids=str)
+def test_settings_of_another_ord_mode_are_refused(env):
+    """Fails if a setting that the chosen mode ignores is accepted: the run would not be what its log says."""
+    with pytest.raises(ord_gpt.SettingsError):
+        read(ord_gpt, **env)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("env", [
+    dict(PATH="/bin", HOME="/", LANG="C", TERM="xterm", SHELL="sh", USER="me", HOSTNAME="host", LOGNAME="me"),
+    dict(RANK="0", WORLD_SIZE="8", LOCAL_RANK="0", LOCAL_WORLD_SIZE="8", MASTER_ADDR="a", MASTER_PORT="1",
+         GROUP_RANK="0", ROLE_RANK="0", ROLE_NAME="default", TORCHELASTIC_RUN_ID="none", OMP_NUM_THREADS="1"),
+    dict(CUDA_VISIBLE_DEVICES="0", NCCL_DEBUG="INFO", SLURM_JOB_ID="1", TORCH_LOGS="", HF_HOME="x",
+         SCRIPT="train_gpt.py", COMPILER="gcc", MODELS="x", DEVICES="0", SEEDS="3", OUT="x"),
+])
+def test_other_programs_variables_are_let_be(trainer, env):
+    """Fails if a variable of the shell, torchrun, SLURM or CUDA is taken for a misspelt setting."""
+    read(trainer, **env)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_values_are_read_as_they_are_written(trainer):
+    """Fails if a value is changed on its way, a preset's default beats the environment, or a default is
+    lost."""
+    s, o, config = read(trainer, SEED=" 7 ", LR_MULS="[1, 2,3.5 ,4]", BATCH_SIZES="(1024,2048,1024,128)",
+                        MUON_LR="1e-3", DISABLE_FP8="true", VAL_LOSS_EVERY="3", RUN_ID="a-b_c=1,2+3.txt")
+    assert (s.seed, s.lr_muls, s.batch_sizes) == (7, (1.0, 2.0, 3.5, 4.0), (1024, 2048, 1024, 128))
+    assert (o.muon_lr, s.disable_fp8, s.val_loss_every, s.run_id) == (0.001, True, 3, "a-b_c=1,2+3.txt")
+    s, o, config = trainer.read_settings({"DEVICE": "cpu"})
+    assert s.model == "tiny" and config == trainer.PRESETS["tiny"][0] and s.attn_backend == "sdpa"
+    assert s.compile == "0" and s.device == "cpu" and s.run_id
+    for name, value in trainer.PRESETS["tiny"][1].items():
+        assert getattr(s, name, getattr(o, name, None)) == value
+    s, o, _ = read(trainer, MODEL="gpt2-small")
+    assert (o.muon_lr, o.adam_lr, o.muon_weight_decay, o.beta_warmup_steps) == (0.023, 0.008, 1.2, 300)
+    assert (o.muon_momentum, o.adam_weight_decay, o.muon_decay_mode) == (0.95, 0.005, "cautious")
+    assert (s.val_tokens, s.val_batch_tokens, s.max_doc_tokens) == (10_485_760, 2_097_152, 2048)
+    assert (s.num_scheduled_iterations, s.num_extension_iterations, s.long_docs) == (1560, 40, "cut")
+    assert (s.lr_muls, s.cooldown_frac, s.lr_decay_final) == ((1, 1.52, 1.73, 1), 0.55, 0.1)
+
+
+def test_empty_strength_of_a_kind_is_the_common_one():
+    """Fails if SPECTRAL_LR_MUL_ATTN set to nothing, as --help offers it, is refused or read as 0."""
+    assert optimizer_settings(ord_gpt, SPECTRAL_LR_MUL_ATTN="").spectral_lr_mul_attn is None
+    assert optimizer_settings(ord_gpt).spectral_lr_mul_mlp is None
+
+
+NAMES = sorted({f.name.upper() for t in TRAINERS for c in (t.Settings, t.OptimizerSettings)
+                for f in t.dataclasses.fields(c)})
+VALUES = st.one_of(
+    st.text(max_size=12), st.integers().map(str), st.floats().map(str),
+    st.sampled_from(["0", "1", "-1", "", "nan", "1e999", "9" * 400, "9" * 5000, "1,2,3,4", "128,256,384,128",
+                     "auto", "linear", "exp", "post", "unit", "both", "adamw", "sdpa", "tiny", "gpt2-small",
+                     "1_0", "٣"]),
+    st.lists(st.integers() | st.floats(), max_size=5).map(lambda x: ",".join(map(str, x))))
+ENVIRONMENTS = st.dictionaries(st.sampled_from(NAMES) | st.text("ABCDELMNORSTU_", max_size=20), VALUES,
+                               max_size=5)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@settings(max_examples=250 * MORE, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(env=ENVIRONMENTS)
+def test_no_environment_makes_anything_but_a_settings_error(trainer, env):
+    """Fails if some text in some variable ends in a traceback, or is accepted and breaks the schedule."""
+    try:
+        s, _, config = trainer.read_settings({"DEVICE": "cpu", **env})
+    except trainer.SettingsError as error:
+        assert any(name in str(error) for name in (*env, "VAL_TOKENS")), error
+        return
+    plan = trainer.Schedule(s, config)
+    for step in {0, plan.num_steps // 3, plan.num_steps // 2, plan.num_steps - 1}:
+        assert math.isfinite(plan.lr_mul(step)) and plan.batch_tokens(step) > 0
+        assert len(plan.predict_weights(step)) >= 1 and plan.windows(plan.stage(step))
+        plan.validates(step)
+
+
+# ------------------------------------------------------------------------------------------------ help
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_help_explains_every_setting(trainer, capsys):
+    """Fails if a setting has no line in --help, or --help trains."""
+    assert trainer.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for c in (trainer.Settings, trainer.OptimizerSettings):
+        for f in trainer.dataclasses.fields(c):
+            assert re.search(rf"^ +{f.name.upper()} .*default.*\n +\S", text, re.M), f.name
+    assert all(preset in text for preset in trainer.PRESETS)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_settings_json_is_what_a_launcher_can_read(trainer, capsys):
+    """Fails if --settings-json is no JSON, lacks a setting, or offers a default that the trainer refuses."""
+    assert trainer.main(["--settings-json"]) == 0
+    out = capsys.readouterr().out
+    table = json.loads(out, parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
+    by_name = {s["name"]: s for s in table["settings"]}
+    names = {f.name.upper() for c in (trainer.Settings, trainer.OptimizerSettings)
+             for f in trainer.dataclasses.fields(c)}
+    assert set(by_name) == names and len(table["settings"]) == len(names)
+    assert set(table["presets"]) == set(trainer.PRESETS) and table["script"] == trainer.SCRIPT.name
+    assert all({"type", "default", "allowed", "help"} <= set(s) for s in by_name.values())
+    for name, s in by_name.items():
+        default = s["default"]
+        if default in ("", None) or name == "ATTN_BACKEND":
+            continue
+        text = ",".join(map(str, default)) if isinstance(default, list) else str(default)
+        read(trainer, **{"MODEL": "gpt2-small", name: text})
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_refused_settings_exit_with_two(trainer, capsys, monkeypatch, tmp_path):
+    """Fails if a refusal prints a traceback, exits with another code, leaves a log, or an argument is
+    ignored."""
+    monkeypatch.chdir(tmp_path)
+    no_data = {"DEVICE": "cpu", "MODEL": "tiny", "DATA_PATH": str(tmp_path)}
+    cases = (([], {"SEED": "x"}, "SEED"), (["seed=1"], {}, "seed=1"), ([], no_data, "TRAIN_FILES"))
+    for argv, env, said in cases:
+        assert trainer.main(argv, env) == 2
+        captured = capsys.readouterr()
+        assert said in captured.err and captured.err.startswith(trainer.SCRIPT.name) and not captured.out
+        assert captured.err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.txt"))

@@ -1,0 +1,788 @@
+"""Every update rule against an independent float64 reference, written from the formulas and not from the
+code.
+
+The reference knows the polar factor as U f(S) V^T, where f is the product of Polar Express's scalar
+polynomials: no matrix iteration of its own.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    MATRIX_NAMES,
+    TRAINERS,
+    Params,
+    lone_ranks,
+    make_optimizer,
+    make_text,
+    optimizer_settings,
+    read,
+    small_config,
+    small_model,
+    write_shard,
+)
+
+import train_gpt
+import train_gpt_muon_ord as ord_gpt
+
+QUINTICS = (  # arXiv 2505.16932, five steps
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+BAND = 0.8588, 1.1412  # where f sends every singular value above 0.001 of the norm
+MUON_LR, MUON_BETA2 = 0.023, 0.95
+NUM_STEPS = 200        # far from the last 50 steps, in which momentum falls back
+
+SHAPES = {
+    "blocks.0.attn.q": (8, 8),     # square
+    "blocks.0.attn.k": (6, 10),    # wide
+    "blocks.0.mlp.up": (12, 7),    # tall
+    "blocks.0.mlp.down": (16, 4),  # the MLP's second matrix; long, which has a polar iteration of its own
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+def quintics(s):
+    for a, b, c in QUINTICS:
+        s = a * s + b * s**3 + c * s**5
+    return s
+
+
+def ref_polar(G):
+    U, S, Vt = np.linalg.svd(G, full_matrices=False)
+    return (U * quintics(S / (1.02 * np.sqrt((S**2).sum()) + 1e-6))) @ Vt
+
+
+def side(x):
+    """The axis over which NorMuon takes its mean square: a row's numbers if tall, a column's if wide."""
+    return 1 if x.shape[0] >= x.shape[1] else 0
+
+
+def ref_running_square(x, state, key):
+    mean = (x**2).mean(side(x), keepdims=True)
+    state[key] = MUON_BETA2 * state.get(key, 0.0) + (1 - MUON_BETA2) * mean
+    return state[key]
+
+
+def ref_P(G, state, normuon=True):
+    U = ref_polar(G)
+    if not normuon:
+        return U
+    size = np.linalg.norm(U)
+    U = U / np.sqrt(ref_running_square(U, state, "second"))
+    return U * size / np.linalg.norm(U)
+
+
+def per(x, y, rho_mode):
+    """<x, y> of the matrix, of each row or of each column."""
+    axis = {"global": (0, 1), "row": 1, "col": 0}[rho_mode]
+    return (x * y).sum(axis=axis, keepdims=True)
+
+
+def ref_ord(G, W, a, o, state):
+    """(P, radial part's contribution, post's r and s) of one matrix, from DESIGN's table."""
+    rho = per(G, W, o.spectral_rho_mode) / (per(W, W, o.spectral_rho_mode) + o.spectral_proj_eps)
+    par = rho * W
+    state.setdefault("rhos", []).append(np.abs(rho).mean())
+    state["rho"] = rho.mean()
+    if o.spectral_schedule == "adaptive" and len(state["rhos"]) > 50:
+        a = a * np.clip(state["rhos"][-1] / np.mean(state["rhos"][10:50]), 0, 1)
+    normuon = o.optimizer == "normuon"
+    if o.ord_mode == "off":
+        return ref_P(G, state, normuon), 0 * G, 0, 0
+    if o.ord_mode == "post":
+        P = ref_P(G, state, normuon)
+        r = per(P, W, o.spectral_rho_mode) / per(W, W, o.spectral_rho_mode)
+        s = np.where(r < 0, o.spectral_out, o.spectral_in)
+        return P, -r * W + s * r * W, r, s
+    P = ref_P(G - (par if o.ord_mode == "project" else a * par), state, normuon)
+    if o.spectral_variance:
+        par = par / np.sqrt(ref_running_square(par, state, "radial square"))
+    elif o.spectral_scale == "unit":
+        par = par * np.linalg.norm(P) / np.linalg.norm(G - par)
+    return P, a * par, 0, 0
+
+
+def ref_decay(U, W, l, lr, o):
+    """What decay takes off the weights."""
+    wd = o.muon_weight_decay
+    return {"cautious": l * wd * lr * W * (U * W >= 0), "none": 0 * W, "param": l * wd * W,
+            "update": l * wd * U, "both": l * wd * (W + U)}[o.muon_decay_mode]
+
+
+def ref_momentum(step, num_steps=NUM_STEPS, warmup=300):
+    """0.85 -> 0.95 over the warm-up, back over the last 50 steps."""
+    return 0.85 + 0.1 * min(step / warmup, 1.0, (num_steps - step) / 50)
+
+
+def ref_matrix_step(name, W, grad, step, lr_mul, o, state):
+    """The matrix after one step of NorMuon, Muon, or either with ORD."""
+    mu = ref_momentum(step)
+    m = state["momentum"] = mu * state.get("momentum", 0.0) + (1 - mu) * grad
+    G = (1 - mu) * grad + mu * m
+    lr = MUON_LR * lr_mul
+    l = lr * math.sqrt(max(1, W.shape[0] / W.shape[1])) * (2 if name.endswith("down") else 1)
+    if not hasattr(o, "ord_mode"):
+        U = ref_P(G, state, o.optimizer == "normuon")
+        return W - l * U - ref_decay(U, W, l, lr, o)
+    P, radial, r, s = ref_ord(G, W, strength(name, o), o, state)
+    U, new = P + radial, W - l * (P + radial)
+    state.update(P=P, U=U, G=G, radial=radial)
+    if o.spectral_rescale:
+        wanted = np.sqrt(per(W, W, o.spectral_rho_mode)) * (1 - np.minimum(l * s * r, 0.999))
+        new = new * wanted / np.sqrt(per(new, new, o.spectral_rho_mode))
+        return new - ref_decay(U, new, l, lr, o)
+    return new - ref_decay(U, W, l, lr, o)
+
+
+def strength(name, o):
+    own = o.spectral_lr_mul_attn if ".attn." in name else o.spectral_lr_mul_mlp
+    return o.spectral_lr_mul if own is None else own
+
+
+# ------------------------------------------------------------------------------------------------ both sides
+
+
+def start_weights(seed=0, scale=0.5, shapes=SHAPES):
+    rng = np.random.default_rng(seed)
+    return {n: rng.normal(0, scale, s).astype(np.float32) for n, s in shapes.items()}
+
+
+def random_grads(weights, seed):
+    """Gradients a step, with a part along the weights that comes, goes and changes its sign."""
+    rng = np.random.default_rng(seed + 100)
+    while True:
+        yield {n: (rng.normal(0, 2, w.shape) + 3 * rng.normal() * w).astype(np.float32)
+               for n, w in weights.items()}
+
+
+def compare_steps(trainer, o, steps, seed=0, weights=None, lr_mul=1.3, tolerance=2e-5):
+    """Optimizer and reference from the same start under the same gradients, every step compared."""
+    weights = weights or start_weights(seed)
+    model = Params(weights)
+    optimizer = make_optimizer(trainer, model, o)
+    ref = {n: w.astype(np.float64) for n, w in weights.items()}
+    states, slack = {n: {} for n in weights}, {n: tolerance + 0 * w for n, w in ref.items()}
+    for step, grads in zip(range(steps), random_grads(weights, seed)):
+        model.add_grads(grads)
+        optimizer.step(step, lr_mul, 2048, True)
+        for name, W in ref.items():
+            new = ref_matrix_step(name, W, grads[name].astype(np.float64), step, lr_mul, o, states[name])
+            # an update so near 0 that rounding decides its sign also decides whether its weight decays
+            moved = W - new
+            slack[name] = slack[name] + 0.1 * np.abs(W) * (np.abs(moved) < 1e-5)
+            ref[name] = new
+            error = np.abs(model.numpy(name) - new)
+            assert (error <= slack[name]).all(), (name, step, error.max())
+    return model, optimizer, ref, states
+
+
+# ------------------------------------------------------------------------------------------- polar factor
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 24, 10), (2, 10, 24), (1, 1, 9), (1, 9, 1), (1, 64, 96)])
+def test_polar_express_is_the_svds_polar_factor(trainer, shape):
+    """Fails if the result has other singular vectors than its input (a transpose too many, an even power),
+    or singular values other than the ones that the scalar polynomials predict."""
+    G = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    X = trainer.polar_express(torch.tensor(G)).double().numpy()
+    assert X.shape == shape
+    for g, x in zip(G.reshape(-1, *shape[-2:]).astype(np.float64), X.reshape(-1, *shape[-2:])):
+        U, S, Vt = np.linalg.svd(g, full_matrices=False)
+        expected = quintics(S / (1.02 * np.linalg.norm(S) + 1e-6))
+        np.testing.assert_allclose(U.T @ x @ Vt.T, np.diag(expected), atol=2e-4)
+        np.testing.assert_allclose((U * expected) @ Vt, x, atol=2e-4)  # and nothing outside that space
+        assert (BAND[0] < expected).all() and (expected < BAND[1]).all()
+
+
+def test_the_band_of_polar_express():
+    """Fails if the coefficients are not those of Polar Express: f maps [0.001, 1/1.02] into BAND."""
+    values = quintics(np.linspace(0.001, 1 / 1.02, 100_001))
+    assert BAND[0] < values.min() < BAND[0] + 1e-3 and BAND[1] - 1e-3 < values.max() < BAND[1]
+    assert train_gpt.POLAR_COEFFICIENTS == ord_gpt.POLAR_COEFFICIENTS == QUINTICS
+
+
+@pytest.mark.parametrize("rows, columns", [(32, 32), (96, 24), (24, 96)])
+@pytest.mark.parametrize("condition", [1, 10, 300, 1e9])
+def test_polar_express_over_condition_numbers(condition, rows, columns):
+    """Fails if small singular values do not come up as far as they should, as with a wrong first step or a norm
+    that is too large, or nearly singular matrices lose their large ones to rounding (the last case)."""
+    rng, n = np.random.default_rng(1), min(rows, columns)
+    U, V = (np.linalg.qr(rng.normal(size=(size, n)))[0] for size in (rows, columns))
+    S = np.geomspace(1, 1 / condition, n)
+    G = torch.tensor(U * S @ V.T, dtype=torch.float32)
+    X = train_gpt.polar_express(G[None])[0].double().numpy()
+    expected = quintics(S / (1.02 * np.linalg.norm(S) + 1e-6))
+    np.testing.assert_allclose(X, U * expected @ V.T, atol=1e-3)
+    if condition <= 300:
+        values = np.linalg.svd(X, compute_uv=False)
+        assert BAND[0] - 1e-3 < values.min() and values.max() < BAND[1] + 1e-3
+
+
+def test_polar_express_of_nothing_is_nothing():
+    """Fails if a matrix without gradient becomes NaN."""
+    assert (train_gpt.polar_express(torch.zeros(2, 4, 6)) == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def test_nesterov_momentum():
+    """Fails if momentum is a sum in place of a mean, or the gradient is not averaged with it once more."""
+    rng = np.random.default_rng(0)
+    m, momentum = np.zeros((2, 3)), torch.zeros(2, 3)
+    for mu in (0.85, 0.9, 0.95):
+        g = rng.normal(size=(2, 3)).astype(np.float32)
+        m = m + (1 - mu) * (g - m)
+        got = train_gpt.nesterov(torch.tensor(g), momentum, torch.tensor(mu))
+        np.testing.assert_allclose(got.numpy(), g + mu * (m - g), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(momentum.numpy(), m, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9), (6, 6)])
+def test_variance_reduction(shape):
+    """Fails if the mean square is taken along the wrong side, its memory is wrong, or the norm is not
+    kept."""
+    rng = np.random.default_rng(0)
+    second = torch.zeros((2, shape[0], 1) if shape[0] >= shape[1] else (2, 1, shape[1]))
+    states = [{}, {}]
+    for _ in range(4):
+        U = (rng.normal(size=(2, *shape)) * rng.uniform(0.1, 3, shape)).astype(np.float32)
+        got = train_gpt.reduce_variance(torch.tensor(U), second)
+        for u, x, state in zip(U.astype(np.float64), got, states):
+            expected = u / np.sqrt(ref_running_square(u, state, "second"))
+            expected *= np.linalg.norm(u) / np.linalg.norm(expected)
+            np.testing.assert_allclose(x.numpy(), expected, rtol=2e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ steps
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("optimizer", ["normuon", "muon"])
+def test_steps_of_normuon_and_muon(trainer, optimizer):
+    """Fails if momentum, polar factor, variance reduction, the rate of a shape or the cautious decay
+    differ."""
+    extra = {} if trainer is train_gpt else {"ORD_MODE": "off"}
+    compare_steps(trainer, optimizer_settings(trainer, OPTIMIZER=optimizer, **extra), steps=8)
+
+
+DECAYS = [("cautious", 1.2), ("cautious", -1.2), ("cautious", 30), ("none", 0.5), *itertools.product(
+    ("param", "update", "both"), (-0.2, 0, 0.2))]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("mode, decay", DECAYS)
+def test_decay_modes_of_any_sign(trainer, mode, decay):
+    """Fails if a decay mode takes off something else, or a negative decay is clamped to zero."""
+    extra = {} if trainer is train_gpt else {"ORD_MODE": "off"}
+    o = optimizer_settings(trainer, MUON_DECAY_MODE=mode, MUON_WEIGHT_DECAY=decay, **extra)
+    _, _, ref, _ = compare_steps(trainer, o, steps=4)
+    without = optimizer_settings(trainer, MUON_DECAY_MODE="none", **extra)
+    _, _, plain, _ = compare_steps(trainer, without, steps=4)
+    difference = max(np.abs(ref[n] - plain[n]).max() for n in ref)
+    assert (difference > 1e-3) == (mode != "none" and decay != 0)  # the test can tell them apart
+
+
+ORD_ARMS = [
+    dict(ORD_MODE=mode, SPECTRAL_RHO_MODE=rho, SPECTRAL_SCHEDULE=schedule, **scale)
+    for mode, rho, schedule, scale in itertools.product(
+        ("interpolate", "project"), ("global", "row", "col"), ("constant", "adaptive"),
+        (dict(SPECTRAL_SCALE="raw"), dict(SPECTRAL_SCALE="unit"), dict(SPECTRAL_VARIANCE=1)))
+] + [
+    dict(ORD_MODE="post", SPECTRAL_RHO_MODE=rho, SPECTRAL_RESCALE=rescale, SPECTRAL_OUT=out, SPECTRAL_IN=into)
+    for rho, rescale, (out, into) in itertools.product(
+        ("global", "row", "col"), (0, 1), ((0, 0), (0.5, 1), (1, 0.25), (1.5, -0.5)))
+] + [dict(ORD_MODE="off")]
+
+
+@pytest.mark.parametrize("arm", ORD_ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
+def test_steps_of_ord(arm):
+    """Fails if any ORD mode, in any combination with its settings, computes another update than its
+    formula."""
+    strong = 0.1 if "SPECTRAL_VARIANCE" in arm else 0.7
+    o = optimizer_settings(ord_gpt, SPECTRAL_LR_MUL=strong, **arm)
+    steps = 56 if arm.get("SPECTRAL_SCHEDULE") == "adaptive" else 5
+    tolerance = 2e-5 if steps == 5 else 2e-4
+    compare_steps(ord_gpt, o, steps, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("extra", [
+    dict(OPTIMIZER="muon"), dict(SPECTRAL_LR_MUL_ATTN=0.05, SPECTRAL_LR_MUL_MLP=0.4),
+    dict(SPECTRAL_LR_MUL_MLP=0), dict(SPECTRAL_LR_MUL=-0.3), dict(SPECTRAL_PROJ_EPS=5),
+    dict(MUON_DECAY_MODE="param", MUON_WEIGHT_DECAY=0.1)])
+def test_steps_of_ord_with_other_settings(extra):
+    """Fails if ORD ignores a setting: its own strengths for attention and MLP, eps, a negative a, decay,
+    Muon."""
+    compare_steps(ord_gpt, optimizer_settings(ord_gpt, **{"SPECTRAL_LR_MUL": 0.7, **extra}), steps=4)
+
+
+@pytest.mark.parametrize("mode, decay", [("both", 0.2), ("update", -0.2), ("param", 0.2), ("cautious", 30)])
+def test_decay_comes_after_the_rescaling(mode, decay):
+    """Fails if rescaling undoes the decay, or the decay's mask is taken from something other than the
+    update."""
+    o = optimizer_settings(ord_gpt, ORD_MODE="post", SPECTRAL_RESCALE=1, SPECTRAL_OUT=0.5,
+                           MUON_DECAY_MODE=mode, MUON_WEIGHT_DECAY=decay)
+    compare_steps(ord_gpt, o, steps=4)
+
+
+# ------------------------------------------------------------------------------------------------ identities
+
+
+def run_steps(trainer, o, weights, grads, measure=True):
+    """The weights after some steps, and the optimizer."""
+    model = Params(weights)
+    optimizer = make_optimizer(trainer, model, o)
+    for step, g in enumerate(grads):
+        model.add_grads(g)
+        optimizer.step(step, 1.3, 2048, measure)
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, optimizer
+
+
+def some_grads(weights, steps, seed=0):
+    return [g for g, _ in zip(random_grads(weights, seed), range(steps))]
+
+
+def assert_bit_equal(a, b):
+    for name, x in a.items():
+        assert torch.equal(x.view(torch.int32), b[name].view(torch.int32)), name
+
+
+@pytest.mark.parametrize("decay", [("cautious", 1.2), ("both", -0.1)])
+@pytest.mark.parametrize("optimizer", ["normuon", "muon"])
+@pytest.mark.parametrize("arm", [
+    dict(ORD_MODE="interpolate", SPECTRAL_LR_MUL=0), dict(ORD_MODE="off"),
+    dict(ORD_MODE="interpolate", SPECTRAL_LR_MUL=0, SPECTRAL_SCALE="unit", SPECTRAL_RHO_MODE="row"),
+    dict(ORD_MODE="interpolate", SPECTRAL_LR_MUL=0, SPECTRAL_SCHEDULE="adaptive", SPECTRAL_VARIANCE=1),
+    dict(ORD_MODE="post", SPECTRAL_OUT=1, SPECTRAL_IN=1, SPECTRAL_RESCALE=0),
+    dict(ORD_MODE="post", SPECTRAL_OUT=1, SPECTRAL_IN=1, SPECTRAL_RESCALE=0, SPECTRAL_RHO_MODE="col")],
+    ids=lambda arm: "-".join(map(str, arm.values())))
+def test_ord_of_no_strength_is_train_gpt_to_the_last_bit(arm, optimizer, decay):
+    """Fails if the control arm is not the baseline: a rounding more would make every comparison a new
+    seed."""
+    weights = start_weights()
+    grads = some_grads(weights, 6)
+    shared = dict(OPTIMIZER=optimizer, MUON_DECAY_MODE=decay[0], MUON_WEIGHT_DECAY=decay[1])
+    base, _ = run_steps(train_gpt, optimizer_settings(train_gpt, **shared), weights, grads)
+    ours, _ = run_steps(ord_gpt, optimizer_settings(ord_gpt, **shared, **arm), weights, grads)
+    assert_bit_equal(base, ours)
+
+
+@pytest.mark.parametrize("rho_mode, axes", [("global", (0, 1)), ("row", 1), ("col", 0)])
+def test_post_of_no_strength_with_rescaling_keeps_the_norm(rho_mode, axes):
+    """Fails if a pure rotation changes the weights' norm: of the matrix, its rows or its columns."""
+    weights = start_weights()
+    o = optimizer_settings(ord_gpt, ORD_MODE="post", SPECTRAL_OUT=0, SPECTRAL_IN=0, SPECTRAL_RESCALE=1,
+                           SPECTRAL_RHO_MODE=rho_mode, MUON_DECAY_MODE="none")
+    after, _ = run_steps(ord_gpt, o, weights, some_grads(weights, 10))
+    for name, w in weights.items():
+        got = after[name].double().numpy()
+        np.testing.assert_allclose((got**2).sum(axes), (w.astype(np.float64)**2).sum(axes), rtol=2e-6)
+        assert np.abs(got - w).max() > 0.01  # it did turn
+
+
+@pytest.mark.parametrize("lr_mul, sign", [(1.0, 1), (1.0, -1), (400.0, 1)])
+def test_post_rescaled_has_the_norm_that_was_asked_for(lr_mul, sign):
+    """Fails if the norm is not ||W|| (1 - lr s r), or a step that asks for more than all of it (the last
+    case) turns the matrix round in place of leaving a thousandth."""
+    w = start_weights(shapes={"blocks.0.attn.q": (8, 8)})
+    o = optimizer_settings(ord_gpt, ORD_MODE="post", SPECTRAL_OUT=0.5, SPECTRAL_IN=2, SPECTRAL_RESCALE=1,
+                           MUON_DECAY_MODE="none", MUON_LR=0.01)
+    W = w["blocks.0.attn.q"].astype(np.float64)
+    model = Params(w)
+    optimizer = make_optimizer(ord_gpt, model, o)
+    model.add_grads({n: sign * x for n, x in w.items()})  # gradient along W: inward if positive
+    optimizer.step(0, lr_mul, 2048, False)
+    P = ref_P(sign * W, {})
+    r = (P * W).sum() / (W * W).sum()
+    expected = 1 - min(0.999, 0.01 * lr_mul * (0.5 if r < 0 else 2) * r)
+    assert (expected > 1) == (sign < 0)
+    got = np.linalg.norm(model.numpy("blocks.0.attn.q")) / np.linalg.norm(W)
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+UNIT_ARMS = [arm for arm in ORD_ARMS if arm.get("SPECTRAL_SCALE") == "unit"]
+
+
+@pytest.mark.parametrize("arm", UNIT_ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
+def test_unit_does_not_see_the_gradients_size(arm):
+    """Fails if a gradient 1024 times as large changes one bit of the weights. (Gradients are of norm above 32
+    here: below that, the 1e-6 that the polar factor adds to the norm is seen by fp32.)"""
+    weights = start_weights()
+    steps = 54 if arm["SPECTRAL_SCHEDULE"] == "adaptive" else 6
+    grads = [{n: 64 * g for n, g in step.items()} for step in some_grads(weights, steps)]
+    larger = [{n: 1024 * g for n, g in step.items()} for step in grads]
+    o = optimizer_settings(ord_gpt, SPECTRAL_LR_MUL=0.7, **arm)
+    assert_bit_equal(run_steps(ord_gpt, o, weights, grads)[0], run_steps(ord_gpt, o, weights, larger)[0])
+
+
+@pytest.mark.parametrize("size, same", [(1e-3, 1e-3), (1e3, 1e-5), (1e6, 1e-5)])
+def test_unit_at_any_size_and_raw_at_none(size, same):
+    """Fails if `unit` depends on the gradient's size beyond rounding and the polar factor's 1e-6, or `raw`
+    does not (then the two settings would be one)."""
+    weights = start_weights()
+    grads = some_grads(weights, 5)
+    scaled = [{n: np.float32(size) * g for n, g in step.items()} for step in grads]
+    for scale in ("unit", "raw"):
+        o = optimizer_settings(ord_gpt, SPECTRAL_SCALE=scale)
+        a, b = (run_steps(ord_gpt, o, weights, g)[0] for g in (grads, scaled))
+        error = max((a[n] - b[n]).abs().max().item() for n in a)
+        assert error < same if scale == "unit" else error > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------ zeros
+
+
+ZERO_ARMS = [*ORD_ARMS, dict(ORD_MODE="interpolate", MUON_DECAY_MODE="both", MUON_WEIGHT_DECAY=-0.1)]
+
+
+@pytest.mark.parametrize("trainer, arm", [(train_gpt, {}), *((ord_gpt, arm) for arm in ZERO_ARMS)],
+                         ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "")
+def test_matrices_that_start_at_zero_move(trainer, arm):
+    """Fails if a division by ||W|| = 0 or ||G|| = 0 gives a NaN, or a mode holds a zero matrix at zero. The
+    gradient is nothing at step 0, nothing in the first matrix at step 1, then constant."""
+    weights = {n: 0 * w for n, w in start_weights().items()}
+    weights["blocks.0.attn.q"] = start_weights()["blocks.0.attn.q"]
+    full = some_grads(start_weights(), 1)[0]
+    none = {n: 0 * g for n, g in full.items()}
+    grads = [none, {**full, "blocks.0.attn.q": none["blocks.0.attn.q"]}, *[full] * 4]
+    o = optimizer_settings(trainer, **arm)
+    still, _ = run_steps(trainer, o, weights, grads[:1])
+    after, _ = run_steps(trainer, o, weights, grads)
+    for name, w in weights.items():
+        assert torch.isfinite(still[name]).all() and torch.isfinite(after[name]).all()
+        if not w.any():
+            assert not still[name].any()
+            assert after[name].norm() > 0.02 * math.sqrt(min(w.shape))  # one step of NorMuon is .035 or more
+
+
+@pytest.mark.parametrize("rescale", [0, 1])
+def test_a_zero_matrix_grows_in_post_until_it_has_a_size(rescale):
+    """Fails if a matrix that starts at zero stays small for ever because radial updates are taken from it:
+    under the floor, a post update of no radial part is NorMuon's."""
+    shapes = {"blocks.0.mlp.down": (16, 4)}
+    weights = {n: np.zeros(s, np.float32) for n, s in shapes.items()}
+    grads = some_grads(start_weights(shapes=shapes), 1) * 60
+    extra = dict(MUON_DECAY_MODE="none")
+    plain, _ = run_steps(train_gpt, optimizer_settings(train_gpt, **extra), weights, grads[:4])
+    o = optimizer_settings(ord_gpt, ORD_MODE="post", SPECTRAL_OUT=0, SPECTRAL_IN=0, SPECTRAL_RESCALE=rescale,
+                           **extra)
+    assert_bit_equal(plain, run_steps(ord_gpt, o, weights, grads[:4])[0])
+    sizes = [run_steps(ord_gpt, o, weights, grads[:n])[0]["blocks.0.mlp.down"].norm().item()
+             for n in (40, 60)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=2e-5 if rescale else 1e-2)  # and then it keeps its norm
+    assert sizes[0] > 0.2 * math.sqrt(16)
+
+
+def six_matrices():
+    return {f"blocks.{i}.mlp.up": (9, 4) for i in range(5)} | {"blocks.0.mlp.down": (9, 4)}
+
+
+@pytest.mark.parametrize("trainer, arm", [
+    (train_gpt, {}), (train_gpt, dict(MUON_DECAY_MODE="both", MUON_WEIGHT_DECAY=-0.2)),
+    (train_gpt, dict(OPTIMIZER="adamw")), (ord_gpt, dict(ORD_MODE="project", SPECTRAL_SCALE="unit")),
+    (ord_gpt, dict(SPECTRAL_VARIANCE=1, SPECTRAL_SCHEDULE="adaptive", SPECTRAL_RHO_MODE="row")),
+    (ord_gpt, dict(ORD_MODE="post", SPECTRAL_RESCALE=1, SPECTRAL_OUT=0))])
+def test_shards_of_any_rank_equal_those_of_one_rank_and_padding_stays_zero(trainer, arm):
+    """Fails if a rank updates another's matrices or with another's rate, or the padding that makes six
+    matrices eight (four ranks) becomes anything but zero, which would leak into norms and checkpoints."""
+    weights = start_weights(shapes=six_matrices())
+    grads = some_grads(weights, 4)
+    o = optimizer_settings(trainer, **arm)
+    whole, _ = run_steps(trainer, o, weights, grads)
+    flat = torch.cat([x.flatten() for x in whole.values()])
+    for rank in range(4):
+        model = Params(weights)
+        optimizer = make_optimizer(trainer, model, o, ranks=lone_ranks(trainer, rank, 4))
+        for step, g in enumerate(grads):
+            model.add_grads(g)
+            optimizer.step(step, 1.3, 2048, True)
+        [bucket] = optimizer.buckets
+        assert bucket.weights.numel() == 8 * 36 and not bucket.weights[6 * 36:].any()
+        mine = slice(rank * 72, rank * 72 + 72)
+        torch.testing.assert_close(bucket.weights[mine], torch.cat((flat, torch.zeros(72)))[mine],
+                                   rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_shards_of_a_big_table_equal_those_of_one_rank(trainer):
+    """Fails if a rank of four updates another's part of a table, or small parameters not at all. Four ranks
+    can share 65537 numbers only with padding."""
+    shapes = {"bigram": (65537, 1), "smear_gate": (12,), "blocks.0.attn.attn_gate": (2, 12)}
+    weights = start_weights(shapes=shapes)
+    grads = some_grads(weights, 4)
+    o = optimizer_settings(trainer)
+    whole, _ = run_steps(trainer, o, weights, grads)
+    for rank in range(4):
+        model = Params(weights)
+        optimizer = make_optimizer(trainer, model, o, ranks=lone_ranks(trainer, rank, 4))
+        for step, g in enumerate(grads):
+            model.add_grads(g)
+            optimizer.step(step, 1.3, 2048, False)
+        part = slice(rank * 16385, min(65537, (rank + 1) * 16385))
+        for name, p in model.named_parameters():
+            mine = part if name == "bigram" else slice(None)
+            torch.testing.assert_close(p.detach()[mine], whole[name][mine], rtol=0, atol=1e-6)
+            assert not torch.equal(p.detach()[mine], torch.tensor(weights[name][mine]))
+
+
+# ------------------------------------------------------------------------------------------------ masters
+
+
+def test_masters_of_bfloat16_and_mantissa_keep_every_bit():
+    """Fails if a master loses a bit on its way through bfloat16 and int16: a sign, a carry, a special
+    value."""
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, 1e-45, -1e-45, 3.4e38, 1 + 2**-23,
+                            1 - 2**-24, 65535.0, 1.17549435e-38, math.nan]).view(torch.int32)
+    halves = torch.tensor([0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x3F80, 0xBF80, 0x7F80])
+    pairs = ((halves[:, None] << 16) | halves).flatten().to(torch.int32)
+    random = torch.randint(-2**31, 2**31, (20_000,), generator=torch.Generator().manual_seed(0)).int()
+    for bits in (special, pairs, random):
+        weight, mantissa = (torch.zeros(len(bits), dtype=t) for t in (torch.bfloat16, torch.int16))
+        train_gpt.write_master(weight, mantissa, bits.view(torch.float32))
+        assert torch.equal(train_gpt.read_master(weight, mantissa).view(torch.int32), bits)
+        assert torch.equal(weight.view(torch.int16).int(), bits >> 16)  # the model sees the high half
+
+
+@pytest.mark.parametrize("trainer, arm", [
+    (train_gpt, {}), (train_gpt, dict(OPTIMIZER="adamw")), (ord_gpt, {}),
+    (ord_gpt, dict(ORD_MODE="post", SPECTRAL_OUT=0.5, SPECTRAL_RESCALE=1))])
+def test_many_steps_on_bfloat16_weights_equal_steps_on_fp32_masters(trainer, arm):
+    """Fails if small updates are lost: after any number of steps the masters are those of fp32 weights."""
+    shapes = {**SHAPES, "head": (8, 4), "bigram": (5, 3)}
+    weights = {n: torch.tensor(w).bfloat16().float().numpy() for n, w in start_weights(shapes=shapes).items()}
+    o = optimizer_settings(trainer, **arm)
+    models = [Params(weights, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    optimizers = [make_optimizer(trainer, m, o) for m in models]
+    for step, grads in zip(range(60), random_grads(weights, 0)):
+        for model, optimizer in zip(models, optimizers):
+            if step % 2 == 0:  # Adam adds up two steps' gradients in bfloat16, which is not the point here
+                model.add_grads({n: torch.tensor(g).bfloat16() for n, g in grads.items()})
+            optimizer.step(step, 0.01, 2048, False)
+    for exact, half in zip(*(optimizer.buckets for optimizer in optimizers)):
+        assert half.mine.dtype == torch.bfloat16 and half.mantissa is not None
+        assert torch.equal(trainer.read_master(half.mine, half.mantissa), exact.mine)
+
+
+# ------------------------------------------------------------------------------------------------ Adam
+
+
+def torch_adamw(weights, grads, lr, betas, decay):
+    params = {n: torch.nn.Parameter(torch.tensor(w)) for n, w in weights.items()}
+    adam = torch.optim.AdamW(params.values(), lr=lr, betas=betas, eps=1e-10, weight_decay=decay)
+    for step in grads:
+        for n, g in step.items():
+            params[n].grad = torch.tensor(g)
+        adam.step()
+    return {n: p.detach() for n, p in params.items()}
+
+
+def assert_close_weights(a, b, tolerance=2e-6):
+    for name, x in a.items():
+        torch.testing.assert_close(x, b[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [1, 1e-9], ids=["usual", "near eps"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_adam_without_decay_is_torchs(trainer, size):
+    """Fails if bias correction, eps or a beta differs, or Adam moves on even steps, or does not add up the
+    gradients of two steps. The skip gate: lr 0.008 x 0.05, betas 0.9 and 0.99, no decay."""
+    weights = start_weights(shapes={"skip_gate": (12,)})
+    grads = [{n: np.float32(size) * g for n, g in step.items()} for step in some_grads(weights, 20)]
+    model = Params(weights)
+    optimizer = make_optimizer(trainer, model, optimizer_settings(trainer))
+    for step, g in enumerate(grads):
+        before = model.numpy("skip_gate").copy()
+        model.add_grads(g)
+        optimizer.step(step, 1.3, 2048, False)
+        assert (before == model.numpy("skip_gate")).all() == (step % 2 == 0)
+    pairs = [{n: a[n] + b[n] for n in a} for a, b in zip(grads[::2], grads[1::2])]
+    expected = torch_adamw(weights, pairs, 1.3 * 0.008 * 0.05, (0.9, 0.99), 0)
+    assert_close_weights({n: p.detach() for n, p in model.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_matrices_under_adamw_are_torchs_adamw(trainer):
+    """Fails if OPTIMIZER=adamw, the arm that Muon is compared with, is not AdamW with decoupled decay every
+    step."""
+    extra = {} if trainer is train_gpt else {"ORD_MODE": "off"}
+    o = optimizer_settings(trainer, OPTIMIZER="adamw", ADAM_MATRIX_LR=0.003, ADAM_MATRIX_DECAY=0.3, **extra)
+    weights = start_weights()
+    grads = some_grads(weights, 12)
+    after, _ = run_steps(trainer, o, weights, grads)
+    assert_close_weights(after, torch_adamw(weights, grads, 1.3 * 0.003, (0.9, 0.95), 0.3))
+
+
+# FACTS' table: lr x, decay x, betas
+FACTS = {"scalars": (5, 0, 0.9, 0.99), "x0": (5, 0, 0.65, 0.95), "tables": (75, 5, 0.75, 0.95),
+         "smear_gate": (0.01, 0, 0.9, 0.99), "skip_gate": (0.05, 0, 0.9, 0.99), "gates": (1, 1, 0.9, 0.99),
+         "head": (1, 150, 0.5, 0.95)}
+
+
+def facts_of(name):
+    last = name.split(".")[-1]
+    if last in ("smear_gate", "skip_gate"):
+        return FACTS[last]
+    if last.endswith("_gate"):
+        return FACTS["gates"]
+    if last == "l_x0":
+        return FACTS["x0"]
+    if last.startswith(("l_", "a_")):
+        return FACTS["scalars"]
+    return FACTS["head" if last in ("head", "embed") else "tables"]
+
+
+class RefAdam:
+    """One parameter: bias-corrected Adam on odd steps with cautious decay lr * lr * 0.005 * wd_mul; 0.5 here,
+    where 0.005 is too little to be seen."""
+
+    def __init__(self, name, value):
+        (self.lr, self.wd, self.b1, self.b2), self.W = facts_of(name), value
+        self.m = self.v = self.grad = 0.0
+        self.n, self.active = 0, name != "embed"
+
+    def step(self, grad, lr_mul, odd):
+        self.grad = self.grad + grad
+        if not odd or not self.active:
+            return
+        g, self.grad, self.n = self.grad, 0.0, self.n + 1
+        self.m = self.b1 * self.m + (1 - self.b1) * g
+        self.v = self.b2 * self.v + (1 - self.b2) * g * g
+        U = (self.m / (1 - self.b1**self.n)) / (np.sqrt(self.v / (1 - self.b2**self.n)) + 1e-10)
+        lr = 0.008 * self.lr * lr_mul
+        self.W = self.W - lr * U - lr * lr * 0.5 * self.wd * self.W * (U * self.W >= 0)
+
+
+def test_every_adam_group_of_the_model_follows_the_table():
+    """Fails if a parameter has another group's rate, decay or betas, is updated on even steps, or if
+    untying does not hand the head's weights and Adam state to the embedding."""
+    model = small_model(train_gpt)
+    rng = np.random.default_rng(0)
+    for p in model.parameters():
+        p.data = torch.tensor(rng.normal(0, 2, p.shape), dtype=torch.float32)
+    names = [n for n, p in model.named_parameters() if not n.endswith(MATRIX_NAMES)]
+    refs = {n: RefAdam(n, dict(model.named_parameters())[n].detach().double().numpy().copy()) for n in names}
+    optimizer = make_optimizer(train_gpt, model, optimizer_settings(train_gpt, ADAM_WEIGHT_DECAY=0.5), 99)
+    assert {facts_of(n) for n in names} == set(FACTS.values())  # no group is missing from the model
+    params = dict(model.named_parameters())
+    for step, lr_mul in enumerate((1.0, 1.5, 0.5, 1.0, 2.0, 1.0, 0.7, 1.2)):
+        if step == 5:
+            optimizer.untie()
+            for key in ("W", "m", "v", "n"):
+                setattr(refs["embed"], key, getattr(refs["head"], key))
+            refs["embed"].active = True
+        for name, ref in refs.items():
+            grad = rng.normal(0, 0.1, ref.W.shape) * (name != "embed" or step >= 5)
+            params[name].grad += torch.tensor(grad, dtype=torch.float32)
+            ref.step(np.float32(grad).astype(float), lr_mul, step % 2 == 1)
+        optimizer.step(step, lr_mul, 2048, False)
+        for name, ref in refs.items():
+            if ref.active:
+                got = params[name].detach().numpy()
+                np.testing.assert_allclose(got, ref.W, rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_gradient_clipping_holds_the_norm_of_the_mean_loss():
+    """Fails if GRAD_CLIP acts on the summed loss, whose gradient grows with the batch, or on each bucket
+    alone."""
+    weights = start_weights(shapes={"head": (6, 4), "skip_gate": (5,)})
+    scale = 0.25 * 2048  # the trained loss is 2/8 of the sum
+    grads = {n: np.float32(scale) * g for n, g in some_grads(weights, 1)[0].items()}
+    size = math.sqrt(sum((g**2).sum() for g in grads.values())) / scale
+    for clip in (0.5 * size, 2 * size):
+        o = optimizer_settings(train_gpt, GRAD_CLIP=clip)
+        model = Params(weights)
+        optimizer = make_optimizer(train_gpt, model, o)
+        model.add_grads(grads)
+        optimizer.step(1, 1.0, 2048, False)
+        beta2 = {"head": 0.95, "skip_gate": 0.99}
+        for bucket in optimizer.buckets:  # Adam's v after one step tells the gradient that it was given
+            [name] = bucket.params
+            seen = np.sqrt(bucket.v.numpy() / (1 - beta2[name])).reshape(grads[name].shape)
+            np.testing.assert_allclose(seen, np.abs(grads[name]) * min(1, clip / size), rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- log and runs
+
+
+def test_logged_numbers_of_ord_are_those_of_the_step():
+    """Fails if the log shows |rho| for rho, mixes layers or kinds, or measures another thing than it
+    names."""
+    shapes = {f"blocks.{i}.{n}": s for i in (0, 1) for n, s in (
+        ("attn.q", (8, 8)), ("attn.k", (8, 8)), ("mlp.up", (12, 8)))}
+    o = optimizer_settings(ord_gpt, SPECTRAL_LR_MUL=0.4)
+    weights = start_weights(shapes=shapes)
+    _, optimizer, _, states = compare_steps(ord_gpt, o, 2, weights=weights)
+    _, _, ref, _ = compare_steps(ord_gpt, o, 1, weights=weights)  # the weights before the second step
+    fields = optimizer.log_fields(1, full=True)
+    size, cos = np.linalg.norm, lambda x, y: (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
+    expected = {"spec": lambda s, W: s["rho"], "cos_gw": lambda s, W: cos(s["G"], W),
+                "cos_uw": lambda s, W: cos(s["U"], W), "w_norm": lambda s, W: size(W),
+                "u_over_w": lambda s, W: size(s["U"]) / size(W),
+                "radial_over_p": lambda s, W: size(s["radial"]) / size(s["P"])}
+    for stat, function in expected.items():
+        for kind in ("attn", "mlp"):
+            got = [float(x) for x in fields[f"{stat}_{kind}"].strip("[]").split(",")]
+            layers = [[n for n in shapes if n.startswith(f"blocks.{i}.{kind}")] for i in (0, 1)]
+            want = [np.mean([function(states[n], ref[n]) for n in names]) for names in layers]
+            np.testing.assert_allclose(got, want, rtol=2e-3, err_msg=f"{stat}_{kind}")
+    rhos = fields["spec_attn"] + fields["spec_mlp"]
+    assert "-" in rhos.replace("e-", "")  # signed: with this seed at least one is negative
+
+
+def losses_of_run(trainer, folder, steps=12, **env):
+    """Validation losses of a short run in this process, the first before any step."""
+    if not (folder / "train.bin").exists():
+        write_shard(folder / "train.bin", make_text(30_000, 1))
+        write_shard(folder / "val.bin", make_text(4_000, 2))
+    s, o, _ = read(trainer, DATA_PATH=folder, TRAIN_FILES="train.bin", VAL_FILES="val.bin", VAL_TOKENS=2048,
+                   VAL_BATCH_TOKENS=1024, BATCH_SIZES="512,512,512,512", NUM_SCHEDULED_ITERATIONS=steps,
+                   NUM_EXTENSION_ITERATIONS=0, MAX_DOC_TOKENS=64, **env)
+    train_shards, val_shards = trainer.open_data(s, 1)
+    ranks = lone_ranks(trainer)
+    run = trainer.Trainer(s, o, small_config(trainer), train_shards[0].vocab_size, ranks)
+    data, losses = trainer.TrainData(train_shards, s, ranks), []
+    for step in range(steps + 1):
+        if step % 4 == 0:
+            windows = run.schedule.windows(run.stage)
+            losses.append(trainer.evaluate(run.forward, val_shards, s, ranks, windows, run.tied)[0])
+        if step < steps:
+            run.enter(step)
+            run.step(step, data.next(run.schedule.batch_tokens(step), None))
+    return np.array(losses)
+
+
+def test_runs_of_a_thousandfold_loss_agree_in_unit_and_not_in_raw(tmp_path, monkeypatch):
+    """Fails if anything in a `unit` run depends on the loss's scale beyond rounding, or nothing in `raw`
+    does."""
+    usual = {scale: losses_of_run(ord_gpt, tmp_path, SPECTRAL_SCALE=scale) for scale in ("unit", "raw")}
+    monkeypatch.setattr(ord_gpt, "LOSS_SCALE", 1000 * ord_gpt.LOSS_SCALE)
+    scaled = {scale: losses_of_run(ord_gpt, tmp_path, SPECTRAL_SCALE=scale) for scale in ("unit", "raw")}
+    assert usual["unit"][-1] < usual["unit"][0] - 0.2  # it learns
+    np.testing.assert_allclose(usual["unit"], scaled["unit"], atol=2e-5)  # 2e-7 here
+    assert np.abs(usual["raw"] - scaled["raw"]).max() > 3e-4  # 1.6e-3 here
+
+
+def test_run_of_no_strength_is_train_gpts_to_the_last_bit(tmp_path):
+    """Fails if a=0 or post (1, 1) trains anything else than the baseline, in a whole run."""
+    base = losses_of_run(train_gpt, tmp_path)
+    for arm in (dict(SPECTRAL_LR_MUL=0), dict(ORD_MODE="post"), dict(ORD_MODE="off")):
+        assert (losses_of_run(ord_gpt, tmp_path, **arm) == base).all()
+    assert (losses_of_run(ord_gpt, tmp_path, SPECTRAL_LR_MUL=0.5) != base)[1:].all()
