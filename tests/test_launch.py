@@ -1,0 +1,1037 @@
+"""launch_lr_sweep: plans what the file says, runs each run once, survives trouble, leaves nothing behind.
+
+The launcher is tested with a stand-in for the trainer that starts at once, behaves badly on demand and writes
+logs in our format. One test runs a sweep of the real trainers.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from logs_for_tests import make_log
+
+import launch_lr_sweep as launcher
+from launch_lr_sweep import Manifest, SweepError, read_sweep, read_trainer
+from run_log import read_log
+
+ROOT = Path(launcher.__file__).parent
+PATIENCE_S = 180  # on a machine that is busy with other things
+
+# BEHAVIOUR says how the stand-in ends. Each start appends a line to starts.jsonl.
+STAND_IN = """
+import json, os, signal, subprocess, sys, time
+
+KNOBS = [
+    ("RUN_ID", "str", "", {}), ("SEED", "int", 0, {"low": 0}), ("MODEL", "str", "plain", {}),
+    ("DEVICE", "str", "auto", {"choices": ["auto", "cuda", "cpu"]}), ("DATA_PATH", "str", ".", {}),
+    ("COMPILE", "str", "0", {"choices": ["auto", "0", "1"]}),
+    ("LR_MULS", "float,...", [1.0, 1.5], {"low": 0}),
+    ("COOLDOWN_FRAC", "float", 0.55, {"low": 0, "high": 1}),
+    ("NUM_SCHEDULED_ITERATIONS", "int", 4, {"low": 1}), ("DISABLE_FP8", "bool", False, {}),
+    ("BATCH_SIZES", "int,...", [128], {"low": 128}), ("TARGET_LOSS", "float", 3.28, {"above": 0}),
+    ("STEP_SECONDS", "float", 0.0, {}), ("BEHAVIOUR", "str", "good", {}),
+] + ([("SPECTRAL_LR_MUL", "float", 0.1, {})] if "ord" in sys.argv[0] else [])
+if "--settings-json" in sys.argv:
+    presets = {"plain": {}, "tiny": {"COOLDOWN_FRAC": 0.5}}
+    print(json.dumps({"script": os.path.basename(sys.argv[0]), "presets": presets,
+        "settings": [{"name": n, "type": t, "default": d, "help": "a knob", "allowed": t, **more}
+                     for n, t, d, more in KNOBS]}))
+    sys.exit(0)
+
+env, rank = os.environ, int(os.environ.get("RANK", 0))
+run_id, seed, behaviour = env["RUN_ID"], int(env["SEED"]), env.get("BEHAVIOUR", "good")
+if os.path.exists("healed"):
+    behaviour = "good"
+pause = 0.0 if os.path.exists("healed") else float(env.get("STEP_SECONDS", 0))
+steps = int(env.get("NUM_SCHEDULED_ITERATIONS", 4))
+if "stubborn" in behaviour:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if behaviour == "refuse":
+    print("stand-in: BATCH_SIZES stage 2 = 7 is not a multiple of 8", file=sys.stderr)
+    sys.exit(2)
+if "family" in behaviour:  # helpers in sessions of their own, as torchrun's workers are
+    code = "import signal, time\\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\\ntime.sleep(60)"
+    for more in ("", ", env={}")[:1 + ("loose" in behaviour)]:  # orphans, the second without our environment
+        popen = f"subprocess.Popen([sys.executable, '-c', {code!r}], start_new_session=True{more})"
+        subprocess.run([sys.executable, "-c", "import subprocess, sys; " + popen])
+    subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+
+def note(what):
+    cores = sorted(os.sched_getaffinity(0))
+    with open("starts.jsonl", "a") as file:
+        file.write(json.dumps({"what": what, "run_id": run_id, "seed": seed, "rank": rank, "pid": os.getpid(),
+            "time": time.time(), "gpus": env.get("CUDA_VISIBLE_DEVICES"), "cores": cores,
+            "port": env.get("MASTER_PORT"), "world_size": env.get("WORLD_SIZE")}) + "\\n")
+
+note("start")
+print(f"console of {run_id}")
+if rank == 0:
+    os.makedirs("logs", exist_ok=True)
+    log = open(f"logs/{run_id}.txt", "x", buffering=1)
+    config = {"run_id": run_id, "seed": seed, "model": env.get("MODEL", "tiny"), "batch_sizes": [128],
+              "num_scheduled_iterations": steps, "settings": {k: env.get(k) for k, *_ in KNOBS}}
+    bar = "=" * 100
+    log.write(f"import os\\n\\ndef f():\\n    pass\\n{bar}\\nconfig:{json.dumps(config)}\\n")
+    log.write(f"event:started script:x time:2026-02-06T12:00:00+0000 device:d world_size:1\\n{bar}\\n")
+for step in range(1, steps + 1):
+    time.sleep(pause)
+    loss = 99.0 if behaviour == "spike" and step == 2 else 5.0 / step + seed / 1000
+    if rank == 0:
+        log.write(f"step:{step}/{steps} train_loss:{loss:.5f} train_time:{step}ms step_avg:1.00ms\\n")
+    if step == 1:
+        note("stepped")
+    if step == 2 and behaviour == "diverge":
+        log.write("event:diverged step:2 train_loss:nan\\n")
+        sys.exit(3)
+    if step == 2 and "crash" in behaviour:
+        log.write("step:3/4 trai") if "torn" in behaviour else None
+        raise RuntimeError("out of memory")
+    if step == 2 and ("hang" in behaviour or behaviour == "spike"):
+        time.sleep(60)
+if rank == 0:
+    log.write(f"step:{steps}/{steps} val_loss:{5 / steps:.5f} train_time:{steps}ms step_avg:1.00ms\\n")
+    log.write("event:finished\\n")
+note("end")
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with two stand-ins, which differ as the twins do, and nothing of ours in the environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name in ("SEED", "RUN_ID", "MODEL", "DEVICE", "DATA_PATH", "COMPILE"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "base.py").write_text(STAND_IN)
+    (tmp_path / "ord.py").write_text(STAND_IN)
+    launcher.visible_gpus.cache_clear()
+    yield tmp_path
+    left = alive(tmp_path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    launcher.visible_gpus.cache_clear()
+    assert not left, "processes of the sweep are still there"
+
+
+def alive(folder):
+    """Processes that run in a folder, zombies too: what a launcher may have left behind."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if os.readlink(entry / "cwd") == str(folder):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def sweep_file(text, name="trial"):
+    Path(f"{name}.toml").write_text(text)
+    return f"{name}.toml"
+
+
+def command(*args, grace=10.0):
+    """The launcher's command line, with another time of grace than the ten seconds for real runs."""
+    code = f"import sys, launch_lr_sweep as l; l.GRACE_S = {grace}; sys.exit(l.main(sys.argv[1:]))"
+    return [sys.executable, "-c", code, *args]
+
+
+def env_for_launcher(extra=None):
+    return {**os.environ, "PYTHONPATH": str(ROOT), **(extra or {})}
+
+
+def launch(*args, grace=10.0, env=None):
+    return subprocess.run(
+        command(*args, grace=grace),
+        env=env_for_launcher(env),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+
+
+def launch_in_background(*args, grace=10.0):
+    # a shell in the background ignores SIGINT, and its children with it
+    return subprocess.Popen(
+        command(*args, grace=grace),
+        env=env_for_launcher(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def manifest(name="trial"):
+    return json.loads(Path(f"logs/{name}.sweep.json").read_text())
+
+
+def states(name="trial"):
+    return {(run["tag"], run["seed"]): run["state"] for run in manifest(name)["runs"]}
+
+
+def starts(what="start"):
+    path = Path("starts.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["what"] == what]
+
+
+def wait_for(condition, seconds=PATIENCE_S):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+TWO_ARMS = """
+script = "ord.py"
+seeds = [1, 2]
+control = "base"
+[env]
+LR_MULS = [1, 1.52]
+[[arms]]
+tag = "base"
+script = "base.py"
+[[arms]]
+tag = "spectral_lr_0.1"
+SPECTRAL_LR_MUL = 0.1
+"""
+
+
+# ------------------------------------------------------------------------------------------------
+# What the file says
+# ------------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_needs_no_torch():
+    """Else a look at the options over ssh takes the seconds that importing torch takes."""
+    heavy = {"torch", "scipy", "matplotlib", "rich"}
+    code = f"import sys, launch_lr_sweep; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], env=env_for_launcher()).returncode == 0
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch_lr_sweep.py"), "--help"], capture_output=True, text=True
+    )
+    assert time.monotonic() - begin < 3 and "--nproc-per-run" in done.stdout
+
+
+def test_names_are_the_seeds_with_seed_and_hash(place):
+    """Else tools that look for `lrmul-...-cd...-TAG-TIME` miss our runs, or two runs share a name."""
+    plan = Manifest(read_sweep(sweep_file(TWO_ARMS), None))
+    plan.plan()
+    names = [run.run_id for run in plan.runs]
+    assert len(set(names)) == 4
+    for run in plan.runs:
+        pattern = rf"lrmul-1-1\.52-cd0\.55-{re.escape(run.tag)}-\d{{8}}-\d{{6}}-seed{run.seed}-[0-9a-f]{{8}}"
+        assert re.fullmatch(pattern, run.run_id), run.run_id
+        assert run.log == f"logs/{run.run_id}.txt"
+
+
+def test_seeds_are_interleaved_and_arms_may_have_their_own(place):
+    """Else a machine that slows down or heats up does it to one arm alone."""
+    text = TWO_ARMS + '[[arms]]\ntag = "more"\nseeds = [2, 7, 9]\nSPECTRAL_LR_MUL = 0.5\n'
+    runs = read_sweep(sweep_file(text), None).runs()
+    assert [(run.tag[:4], run.seed) for run in runs] == [
+        *[("base", 1), ("spec", 1), ("more", 2)],
+        *[("base", 2), ("spec", 2), ("more", 7)],
+        ("more", 9),
+    ]
+
+
+def test_what_a_script_does_not_have_is_left_out_and_said(place):
+    """Else the baseline refuses to start, or the user believes that a setting applied to it."""
+    text = TWO_ARMS.replace("[env]", "[env]\nSPECTRAL_LR_MUL = 0.3\nCOOLDOWN_FRAC = 0")
+    sweep = read_sweep(sweep_file(text), None)
+    base, ord_arm = sweep.arms
+    assert base.settings == {"LR_MULS": [1.0, 1.52], "COOLDOWN_FRAC": 0.0}
+    assert ord_arm.settings == {**base.settings, "SPECTRAL_LR_MUL": 0.1}, (
+        "the arm's own value wins over [env]"
+    )
+    assert any(
+        "base" in note and "SPECTRAL_LR_MUL" in note and "COOLDOWN" not in note for note in sweep.notes
+    )
+
+
+def test_grid_multiplies_the_arms_that_leave_it_open(place):
+    """Else a control is run once for every grid value and counted as so many arms."""
+    text = """
+script = "ord.py"
+seeds = [1]
+[grid]
+SPECTRAL_LR_MUL = [0, 0.5]
+LR_MULS = [[1, 1], [2, 1]]
+[[arms]]
+tag = "open"
+[[arms]]
+tag = "closed"
+SPECTRAL_LR_MUL = 0.25
+[[arms]]
+tag = "base"
+script = "base.py"
+"""
+    sweep = read_sweep(sweep_file(text), None)
+    assert [arm.tag for arm in sweep.arms] == [
+        "open-spectral_lr_mul_0-lr_muls_1,1",
+        "open-spectral_lr_mul_0-lr_muls_2,1",
+        "open-spectral_lr_mul_0.5-lr_muls_1,1",
+        "open-spectral_lr_mul_0.5-lr_muls_2,1",
+        "closed-lr_muls_1,1",
+        "closed-lr_muls_2,1",
+        "base-lr_muls_1,1",
+        "base-lr_muls_2,1",
+    ]
+    assert sweep.arms[3].settings == {"SPECTRAL_LR_MUL": 0.5, "LR_MULS": [2.0, 1.0]}
+    assert sweep.arms[5].settings == {"SPECTRAL_LR_MUL": 0.25, "LR_MULS": [2.0, 1.0]}
+
+
+def test_scale_changes_what_it_says_and_nothing_else(place):
+    """Else the tiny version is another experiment, or too long to be run."""
+    text = (
+        TWO_ARMS.replace("[env]", "[grid]\nCOOLDOWN_FRAC = [0, 0.5, 1]\n[env]\nTARGET_LOSS = 3")
+        + """
+[scale.tiny]
+seeds = [5]
+arms = ["spectral_lr_0.1"]
+TARGET_LOSS = 2
+MODEL = "tiny"
+[scale.tiny.grid]
+COOLDOWN_FRAC = [0.25]
+"""
+    )
+    text = text.replace('control = "base"', "")
+    (arm,) = read_sweep(sweep_file(text), "tiny").arms
+    assert (arm.tag, arm.seeds) == ("spectral_lr_0.1-cooldown_frac_0.25", [5])
+    assert arm.settings == {
+        "LR_MULS": [1.0, 1.52], "TARGET_LOSS": 2.0, "MODEL": "tiny", "COOLDOWN_FRAC": 0.25,
+        "SPECTRAL_LR_MUL": 0.1,
+    }  # fmt: skip
+    assert len(read_sweep("trial.toml", None).arms) == 6
+
+
+BAD = {
+    "seed = [1]\n" + TWO_ARMS: ("seed", "did you mean seeds"),
+    TWO_ARMS.replace("[1, 2]", "[1, 1]"): ("seeds = [1, 1]", "different whole numbers"),
+    TWO_ARMS.replace("[1, 2]", "3"): ("seeds is 3",),
+    TWO_ARMS.replace("[1, 2]", "[-1]"): ("seeds = [-1]",),
+    TWO_ARMS.replace('control = "base"', 'control = "bass"'): ("bass", "base, spectral_lr_0.1"),
+    'script = "ord.py"\n[arms]\ntag = "a"\n': ("double brackets",),
+    TWO_ARMS.replace("LR_MULS", "LR_MUL"): ("LR_MUL in [env]", "base.py or ord.py", "LR_MULS"),
+    TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'LR_MULS = "1;2"'): (
+        "LR_MULS='1;2' in [env]",
+        "wanted float,...",
+    ),
+    TWO_ARMS.replace("SPECTRAL_LR_MUL = 0.1", "SPECTRAL_LR_MULL = 0.1"): (
+        "SPECTRAL_LR_MULL",
+        "SPECTRAL_LR_MUL",
+    ),
+    TWO_ARMS.replace('"base.py"', '"base.py"\nSPECTRAL_LR_MUL = 1'): (
+        "arm 'base'",
+        "not a setting of base.py",
+    ),
+    TWO_ARMS.replace("LR_MULS = [1, 1.52]", "COOLDOWN_FRAC = 1.5"): ("COOLDOWN_FRAC=1.5 in [env]",),
+    TWO_ARMS.replace("LR_MULS = [1, 1.52]", "NUM_SCHEDULED_ITERATIONS = 1.5"): (
+        "=1.5 in [env]",
+        "wanted int",
+    ),
+    TWO_ARMS.replace("LR_MULS = [1, 1.52]", "NUM_SCHEDULED_ITERATIONS = true"): ("=True in [env]",),
+    TWO_ARMS.replace("LR_MULS = [1, 1.52]", "TARGET_LOSS = nan"): ("TARGET_LOSS=nan",),
+    TWO_ARMS.replace("LR_MULS = [1, 1.52]", "TARGET_LOSS = 0"): ("TARGET_LOSS=0",),
+    TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'DEVICE = "tpu"'): ("DEVICE='tpu'",),
+    TWO_ARMS.replace("LR_MULS = [1, 1.52]", "DISABLE_FP8 = 2"): ("DISABLE_FP8=2",),
+    TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'MODEL = "huge"'): ("MODEL='huge'", "auto, plain, tiny"),
+    TWO_ARMS.replace("LR_MULS = [1, 1.52]", "SEED = 3"): ("SEED in [env]", "seeds = [...]"),
+    TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'script = "base.py"'): (
+        "script in [env]",
+        "above the first [table]",
+    ),
+    TWO_ARMS.replace("spectral_lr_0.1", "base"): ("two arms are called 'base'",),
+    TWO_ARMS.replace("spectral_lr_0.1", "a/b"): ("arm 'a/b'", "file names"),
+    TWO_ARMS.replace("spectral_lr_0.1", "a" * 200): ("200 at most",),
+    TWO_ARMS + '[[arms]]\ntag = "again"\n': ("'spectral_lr_0.1' and 'again' have the same settings",),
+    TWO_ARMS + "[[arms]]\nSPECTRAL_LR_MUL = 3\n": ("arm 3", 'tag = "..."'),
+    TWO_ARMS + '[[arms]]\ntag = "x"\nspectral_lr_mul = 3\n': ("spectral_lr_mul", "capitals"),
+    TWO_ARMS.replace('"ord.py"', '"no.py"'): ("'no.py'", "neither"),
+    TWO_ARMS.replace('"ord.py"', '"silent.py"'): ("silent.py --settings-json", "I am no trainer"),
+    TWO_ARMS.replace('script = "ord.py"', ""): ("no script",),
+    TWO_ARMS + "[grid]\nLR_MULS = [[1]]\n": ("LR_MULS stands in [grid] and also in [env]",),
+    TWO_ARMS + "[grid]\nCOOLDOWN_FRAC = 0.5\n": ("COOLDOWN_FRAC = 0.5 in [grid]", "list of values"),
+    TWO_ARMS + "[grid]\nCOOLDOWN_FRAC = []\n": ("COOLDOWN_FRAC = []",),
+    "script = [": ("not valid TOML",),
+    TWO_ARMS.replace("[1, 1.52]", "[1, 1.52"): ("not valid TOML",),
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_a_bad_file_is_refused_before_anything_runs(place, text, capsys):
+    """Else a night is lost to a typing error, or the error does not tell what to do."""
+    Path("silent.py").write_text("import sys; sys.exit('I am no trainer')")
+    assert launcher.main([sweep_file(text)]) == 2
+    error = capsys.readouterr().err
+    assert all(part in error for part in BAD[text]), error
+    assert "Traceback" not in error and not starts() and not list(place.glob("logs/*"))
+
+
+def test_bad_scales_are_refused(place):
+    """Else --scale does nothing and says nothing."""
+    tail = "\n[scale.tiny]\n"
+    for text, scale, wanted in [
+        (TWO_ARMS, "tiny", "no [scale.tiny]; its scales: none"),
+        (TWO_ARMS + tail + "NUM_STEPS = 3", "tiny", "NUM_STEPS"),
+        (TWO_ARMS + tail + "num = 3", "tiny", "capitals"),
+        (TWO_ARMS + tail + 'arms = ["none"]', "tiny", "base, spectral_lr_0.1"),
+        (TWO_ARMS + tail + 'arms = ["spectral_lr_0.1"]', "tiny", "control"),
+        (TWO_ARMS + tail + "[scale.tiny.grid]\nLR_MULS = [[1]]", "tiny", "not in [grid]"),
+        (
+            'script = "ord.py"\n[[arms]]\ntag = "a"\nTARGET_LOSS = 3' + tail + "TARGET_LOSS = 2",
+            "tiny",
+            "every arm",
+        ),
+    ]:
+        with pytest.raises(SweepError, match=re.escape(wanted)):
+            read_sweep(sweep_file(text), scale)
+
+
+def test_settings_in_the_environment(place, monkeypatch):
+    """Else a variable exported days ago changes every run, and no file says so."""
+    monkeypatch.setenv("COOLDOWN_FRAC", "0.3")
+    with pytest.raises(
+        SweepError, match=r"COOLDOWN_FRAC='0.3' is set in the environment.*unset COOLDOWN_FRAC"
+    ):
+        read_sweep(sweep_file(TWO_ARMS), None)
+    monkeypatch.delenv("COOLDOWN_FRAC")
+    monkeypatch.setenv("SEED", "3")
+    with pytest.raises(SweepError, match="SEED='3'.*seeds"):
+        read_sweep("trial.toml", None)
+    monkeypatch.delenv("SEED")
+    monkeypatch.setenv("DEVICE", "cpu")  # where to run is another matter
+    sweep = read_sweep("trial.toml", None)
+    assert all(arm.settings["DEVICE"] == "cpu" for arm in sweep.arms)
+    assert any("DEVICE=cpu" in note for note in sweep.notes)
+    monkeypatch.setenv("DEVICE", "tpu")
+    with pytest.raises(SweepError, match="DEVICE='tpu'"):
+        read_sweep("trial.toml", None)
+
+
+def test_hash_tells_trainings_apart_and_nothing_else(place):
+    """Else changed settings are skipped as done, or runs are repeated for a comment or a moved folder."""
+
+    def hashed(env):
+        text = TWO_ARMS.replace("LR_MULS = [1, 1.52]", env)
+        return [arm.settings_hash for arm in read_sweep(sweep_file(text), None).arms]
+
+    plain = hashed("")
+    assert plain[0] != plain[1], "two scripts are two trainings"
+    same = ["COOLDOWN_FRAC = 0.55", 'COOLDOWN_FRAC = "0.55"', 'DATA_PATH = "/else"', "BATCH_SIZES = [128]"]
+    assert [hashed(env) for env in same] == [plain] * 4
+    assert hashed('BATCH_SIZES = "128"') == plain and hashed("TARGET_LOSS = 3.28") == plain
+    for env in (
+        "COOLDOWN_FRAC = 0.5500001",
+        "BATCH_SIZES = [128, 128]",
+        "DISABLE_FP8 = true",
+        "TARGET_LOSS = 3",
+    ):
+        assert not set(hashed(env)) & set(plain), env
+    assert hashed('MODEL = "tiny"') == hashed('MODEL = "tiny"\nCOOLDOWN_FRAC = 0.5'), (
+        "a preset's default is one"
+    )
+
+
+@pytest.fixture(scope="module")
+def real_trainer():
+    sys.path.insert(0, str(ROOT))
+    import train_gpt
+
+    return train_gpt, read_trainer("train_gpt.py")
+
+
+PLAUSIBLE = st.one_of(
+    st.integers(-3, 10**6),
+    st.floats(-2, 2e6),
+    st.sampled_from(
+        [0.55, 1e-08, 1.2345678901234567, float("inf"), True, False, "", "0", "1", "0.1", "1e3", "1,2,3,4"]
+    ),
+    st.sampled_from(["auto", "linear", "cuda", "cpu", " 3 ", "true", "x", "nan", "[1, 2]", "131072", "sdpa"]),
+    st.lists(st.one_of(st.integers(-1, 10**6), st.floats(0, 10)), max_size=4),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+@example(data=None)
+def test_launcher_and_trainer_agree_on_values(real_trainer, data):
+    """Else the launcher refuses what the trainer takes, passes what it refuses, or loses digits."""
+    train_gpt, trainer = real_trainer
+    fields = {f.name.upper(): f for c in (train_gpt.Settings, train_gpt.OptimizerSettings)
+              for f in train_gpt.dataclasses.fields(c)}  # fmt: skip
+    assert set(fields) == set(trainer.settings)
+    if data is None:
+        return
+    name = data.draw(st.sampled_from(sorted(fields)))
+    value = data.draw(PLAUSIBLE)
+    try:
+        ours = launcher.check_value(name, value, trainer.settings[name], "[env]")
+    except SweepError:
+        ours = None
+    text = launcher.env_text(value)
+    try:
+        theirs = train_gpt.parse_value(name, text, fields[name])
+    except train_gpt.SettingsError:
+        theirs = None
+    if ours is not None:  # what we pass on is taken as what we meant
+        assert train_gpt.parse_value(name, launcher.env_text(ours), fields[name]) == (
+            tuple(ours) if isinstance(ours, list) else ours
+        )
+    elif isinstance(value, str):  # what is text already is judged alike
+        assert theirs is None
+
+
+# ------------------------------------------------------------------------------------------------
+# What is done and what is left
+# ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    history=st.lists(
+        st.tuples(
+            st.integers(0, 3),  # which run
+            st.sampled_from(["finished", "diverged", "crashed", "hung", "stopped", "planned"]),
+            st.booleans(),  # is its log still there
+            st.sampled_from(["same", "settings", "source"]),
+            st.booleans(),  # in `earlier` rather than `runs`
+        ),
+        max_size=8,
+    )
+)
+def test_only_what_is_missing_or_changed_is_planned(place, history):
+    """Else a relaunch repeats finished runs, or skips one whose settings, source or log have changed."""
+    sweep = read_sweep(sweep_file(TWO_ARMS), None)
+    for old in Path("logs").glob("*") if Path("logs").exists() else []:
+        old.unlink()
+    Path("logs").mkdir(exist_ok=True)
+    done, records = set(), {"runs": [], "earlier": []}
+    for number, (which, state, has_log, change, earlier) in enumerate(history):
+        run = sweep.runs()[which]
+        run.run_id, run.state, run.log = f"old{number}", state, f"logs/old{number}.txt"
+        run.settings_hash = run.settings_hash if change != "settings" else "0" * 8
+        run.source_hash = run.source_hash if change != "source" else "0" * 16
+        if has_log:
+            Path(run.log).write_text("x")
+        if state in ("finished", "diverged") and has_log and change == "same":
+            done.add(which)
+        records["earlier" if earlier else "runs"].append(launcher.dataclasses.asdict(run))
+    sweep.manifest_path.write_text(json.dumps({"created": "then", **records}))
+    plan = Manifest(sweep)
+    why = plan.plan()
+    assert set(why) == {0, 1, 2, 3} - done
+    assert [(run.tag, run.seed) for run in plan.runs] == [(run.tag, run.seed) for run in sweep.runs()]
+    assert all(Path(plan.runs[i].log).exists() for i in done)
+    assert len({run.run_id for run in plan.runs}) == 4
+    started = {f"old{n}" for n, (_, state, *_) in enumerate(history) if state != "planned"}
+    assert {run.run_id for run in plan.earlier} == started - {run.run_id for run in plan.runs}, (
+        "no attempt is lost"
+    )
+
+
+def test_dry_run_says_all_and_writes_nothing(place):
+    """Else a look at the plan changes it."""
+    before = sorted(place.rglob("*"))
+    done = launch(sweep_file(TWO_ARMS), "--dry-run")
+    before = sorted({*before, place / "trial.toml"})
+    assert done.returncode == 0 and not done.stderr
+    assert sorted(path for path in place.rglob("*") if "__pycache__" not in str(path)) == before
+    for part in (
+        "2 arms, 4 runs, 4 to run",
+        "base.py seeds 1,2",
+        "SPECTRAL_LR_MUL=0.1",
+        "LR_MULS=1,1.52",
+        "unknown",
+    ):
+        assert part in done.stdout, done.stdout
+
+
+def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
+    """Else the plan promises a GPU's time on a laptop, or that of another batch size."""
+    Path("logs").mkdir()
+    monkeypatch.setattr(launcher, "device_name", lambda gpu: "laptop")
+    monkeypatch.setattr(launcher, "usable_cores", lambda: (0, 1))
+    sweep = read_sweep(sweep_file(TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'MODEL = "tiny"')), None)
+    slots, nproc = launcher.share_out(sweep, 1, 0)
+    assert "unknown" in launcher.expected_time(sweep.runs(), slots, nproc)
+
+    def log(name, ms, device="laptop", threads=2, batch=128, end="event:finished"):
+        text = make_log(
+            name, settings={"model": "tiny", "batch_sizes": [batch]}, num_steps=100, ms=ms, end_event=end
+        )
+        started = f"event:started device:{device} world_size:1 threads:{threads}"
+        Path(f"logs/{name}.txt").write_text(re.sub("^event:started .*", started, text, flags=re.M))
+
+    log("other-device", 9e6, device="H100")
+    log("other-threads", 9e6, threads=1)
+    log("other-batch", 9e6, batch=256)
+    log("unfinished", 9e6, end="")
+    assert "unknown" in launcher.expected_time(sweep.runs(), slots, nproc)
+    log("one", 10_000)
+    log("two", 20_000)
+    assert "about 4 min (60 s a run, from 2 earlier logs)" in launcher.expected_time(
+        sweep.runs(), slots, nproc
+    )
+    record = {"run_id": "one", "started": "2026-02-06T10:00:00+00:00", "ended": "2026-02-06T10:20:00+00:00"}
+    Path("logs/x.sweep.json").write_text(json.dumps({"runs": [record]}))  # 1,000 s of training took 1,200
+    assert "about 11 min (160 s" in launcher.expected_time(sweep.runs(), slots, nproc).replace(
+        "3 min", "160 s"
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Running
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_runs_once_and_only_once(place):
+    """Else the tools that read the manifest do not find the runs, or a second launch repeats them."""
+    done = launch(sweep_file(TWO_ARMS))
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = manifest()
+    assert {key: first[key] for key in ("sweep", "file", "scale", "control")} == {
+        "sweep": "trial", "file": "trial.toml", "scale": None, "control": "base"
+    }  # fmt: skip
+    for run in first["runs"]:
+        (log,) = read_log(run["log"])
+        assert (log.run_id, log.seed, log.state) == (run["run_id"], run["seed"], "finished")
+        assert run["state"] == "finished" and run["exit_code"] == 0 and run["started"] <= run["ended"]
+        assert Path(run["log"]).with_suffix(".out").read_text() == f"console of {run['run_id']}\n"
+        given = {name: value for name, value in log.config["settings"].items() if value is not None}
+        assert given.pop("SPECTRAL_LR_MUL", None) == ("0.1" if run["script"] == "ord.py" else None)
+        assert given == {"LR_MULS": "1.0,1.52", "SEED": str(run["seed"]), "RUN_ID": run["run_id"]}
+    again = launch("trial.toml")
+    assert again.returncode == 0 and "0 to run" in again.stdout
+    assert len(starts()) == 4 and manifest() == first
+
+
+TROUBLE = """
+script = "base.py"
+seeds = [1]
+diverged_above = 50
+[[arms]]
+tag = "crash"
+BEHAVIOUR = "crash, torn"
+[[arms]]
+tag = "refuse"
+BEHAVIOUR = "refuse"
+[[arms]]
+tag = "diverge"
+BEHAVIOUR = "diverge"
+[[arms]]
+tag = "spike"
+BEHAVIOUR = "spike"
+[[arms]]
+tag = "hang"
+BEHAVIOUR = "hang, stubborn"
+[[arms]]
+tag = "family"
+BEHAVIOUR = "family, loose"
+[[arms]]
+tag = "good"
+"""
+
+
+def test_trouble_is_recorded_and_the_rest_goes_on(place):
+    """Else one bad run ends the night, a hung one never ends, or readers wait for a log that is over."""
+    at_once = str(min(2, len(launcher.usable_cores())))
+    done = launch(sweep_file(TROUBLE), "--hang-minutes", "0.1", "--parallel", at_once, grace=0.3)
+    assert done.returncode == 1, done.stdout + done.stderr
+    wanted = {
+        "crash": "crashed", "refuse": "crashed", "diverge": "diverged", "spike": "diverged", "hang": "hung",
+        "family": "finished", "good": "finished",
+    }  # fmt: skip
+    runs = {run["tag"]: run for run in manifest()["runs"]}
+    assert {tag: run["state"] for tag, run in runs.items()} == wanted
+    assert (runs["refuse"]["exit_code"], runs["diverge"]["exit_code"]) == (2, 3)
+    for tag, said in {
+        "crash": "out of memory",
+        "refuse": "multiple of 8",
+        "spike": "99, above",
+        "hang": "0.1",
+    }.items():
+        assert said in runs[tag]["reason"] and tag in done.stdout
+    in_log = {
+        "crash": "crashed",
+        "diverge": "diverged",
+        "spike": "diverged",
+        "hang": "crashed",
+        "good": "finished",
+    }
+    assert {tag: read_log(runs[tag]["log"])[0].state for tag in in_log} == in_log
+    assert "\nevent:crashed reason:" in Path(runs["crash"]["log"]).read_text(), (
+        "not at the end of half a line"
+    )
+    assert not Path(runs["refuse"]["log"]).exists()
+    assert not alive(place), "even what a finished run left behind is gone"
+
+    Path("healed").touch()  # what crashed or hung is tried again; what diverged would diverge again
+    done = launch("trial.toml")
+    assert done.returncode == 1, "two of the runs have not finished"
+    assert [run["tag"] for run in manifest()["runs"] if run["state"] != "finished"] == ["diverge", "spike"]
+    assert len(starts()) == 6 + 3, "refuse did not get so far as to say that it started"
+    assert sorted(run["state"] for run in manifest()["earlier"]) == ["crashed", "crashed", "hung"]
+    sweep_file(TROUBLE.replace("diverged_above = 50", "diverged_above = 500"))
+    assert launch("trial.toml").returncode == 1 and len(starts()) == 10, (
+        "a higher threshold tries `spike` again"
+    )
+
+
+def test_descendants_are_found_without_environment_or_group(place):
+    """Else a helper that was started with a clean environment goes on training after Ctrl-C."""
+    code = "import time; time.sleep(60)"
+    for _ in range(2):
+        code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], env={{}})"
+    process = subprocess.Popen([sys.executable, "-c", code], env={}, start_new_session=True)
+    wait_for(lambda: len(alive(place)) == 3)
+    found = launcher.processes_of(set(), [process.pid])
+    assert found == set(alive(place))
+    assert launcher.stop_processes(lambda: launcher.processes_of(set(), found & set(alive(place))))
+    process.wait()
+
+
+def test_changed_settings_and_changed_source_run_again(place):
+    """Else results of another training are shown under the new settings."""
+    assert launch(sweep_file(TWO_ARMS)).returncode == 0
+    sweep_file(TWO_ARMS.replace("SPECTRAL_LR_MUL = 0.1", "SPECTRAL_LR_MUL = 0.2"))
+    done = launch("trial.toml")
+    assert "2 to run" in done.stdout and "2 (settings changed)" in done.stdout and len(starts()) == 6
+    sweep_file(TWO_ARMS)  # what was done before is still done
+    assert "0 to run" in launch("trial.toml").stdout and len(starts()) == 6
+    Path("base.py").write_text(STAND_IN + "# a change\n")
+    done = launch("trial.toml")
+    assert "2 (source changed)" in done.stdout and len(starts()) == 8
+    assert {run["tag"] for run in manifest()["runs"][0::2]} == {"base"}
+    Path(manifest()["runs"][0]["log"]).unlink()
+    assert "1 (log is gone)" in launch("trial.toml").stdout and len(starts()) == 9
+
+
+HANGING = TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'BEHAVIOUR = "hang"')
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_killed_in_the_middle_completes_without_repeating(place, number):
+    """Else an interruption costs the runs done so far, or a run goes on behind the next launch's back."""
+    text = TWO_ARMS.replace("SPECTRAL_LR_MUL = 0.1", 'SPECTRAL_LR_MUL = 0.1\nBEHAVIOUR = "hang"')
+    process = launch_in_background(sweep_file(text), grace=0.3)
+    wait_for(lambda: len(starts("stepped")) == 2)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), output
+    if number != signal.SIGKILL:
+        assert not alive(place), "no process is left behind"
+        assert list(states().values()) == ["finished", "stopped", "planned", "planned"]
+    wait_for(lambda: not alive(place))  # SIGKILL leaves us no time; the kernel tells our children
+    finished = [line["run_id"] for line in starts("end")]
+    assert len(finished) == 1
+
+    Path("healed").touch()
+    done = launch("trial.toml", grace=0.3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(states().values()) == {"finished"} and not alive(place)
+    assert len(starts()) == 5, "one run was interrupted, none that had finished was repeated"
+    assert finished[0] in {run["run_id"] for run in manifest()["runs"]}
+    assert sorted(line["run_id"] for line in starts("end")) == sorted(
+        run["run_id"] for run in manifest()["runs"]
+    )
+    (stopped,) = manifest()["earlier"]
+    assert stopped["state"] == "stopped" and read_log(stopped["log"])[0].state == "stopped"
+
+
+def test_ctrl_c_when_nobody_reads_our_output_any_more(place):
+    """Else `| tee` or a lost ssh connection makes the launcher fail before it has stopped its runs."""
+    process = launch_in_background(sweep_file(HANGING), grace=0.3)
+    wait_for(lambda: len(starts("stepped")) == 1)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=PATIENCE_S) == 130
+    assert not alive(place) and states()["base", 1] == "stopped"
+
+
+def test_what_outlives_a_killed_launcher_is_stopped_by_the_next(place):
+    """Else two processes train on the same GPU, one of them unseen."""
+    process = launch_in_background(sweep_file(HANGING.replace("hang", "stubborn, family, hang")))
+    wait_for(lambda: len(starts()) == 1 and states()["base", 1] == "running")
+    process.kill()
+    process.communicate()
+    orphan = starts()[0]["pid"]
+    assert orphan in alive(place), "it ignores the signal that tells it of its parent's death"
+    looked = launch("trial.toml", "--dry-run")
+    assert "running already" in looked.stdout and orphan in alive(place), "a dry run stops nothing"
+    Path("healed").touch()
+    done = launch("trial.toml", grace=0.3)
+    assert done.returncode == 0 and "left over" in done.stdout, done.stdout + done.stderr
+    assert not alive(place) and set(states().values()) == {"finished"}
+
+
+def test_a_run_that_finished_after_its_launcher_died_counts(place):
+    """Else eight GPUs repeat an hour that was already done."""
+    text = 'script = "base.py"\nseeds = [1]\n[env]\nBEHAVIOUR = "stubborn"\nSTEP_SECONDS = 0.1\n'
+    process = launch_in_background(sweep_file(text))
+    wait_for(lambda: len(starts()) == 1)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: len(starts("end")) == 1 and not alive(place))
+    done = launch("trial.toml")
+    assert done.returncode == 0 and "0 to run" in done.stdout and len(starts()) == 1
+    assert states() == {("all", 1): "finished"}
+
+
+def test_two_launchers_of_one_sweep_do_not_meet(place):
+    """Else every run is made twice and the manifests overwrite each other."""
+    process = launch_in_background(sweep_file(HANGING))
+    try:
+        wait_for(lambda: len(starts()) == 1)
+        second = launch("trial.toml")
+        assert second.returncode == 2 and "another launcher" in second.stderr
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE_S)
+
+
+def overlap(starts, ends):
+    """The most runs that were running at once."""
+    events = sorted([(line["time"], 1) for line in starts] + [(line["time"], -1) for line in ends])
+    return max(np.cumsum([change for _, change in events]))
+
+
+def test_parallel_runs_have_gpus_or_cores_of_their_own(place):
+    """Else two runs share a GPU, and neither their memory nor their times are their own."""
+    text = TWO_ARMS.replace("[1, 2]", "[1, 2, 3]").replace("[env]", "[env]\nSTEP_SECONDS = 0.08")
+    gpus = {"CUDA_VISIBLE_DEVICES": "3,5,GPU-abc"}
+    done = launch(sweep_file(text), "--parallel", "2", env=gpus)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line["gpus"] for line in starts()} == {"3", "5"} and len(starts()) == 6
+    assert overlap(starts(), starts("end")) == 2
+    for gpu in "35":
+        mine = [[line for line in starts(what) if line["gpus"] == gpu] for what in ("start", "end")]
+        assert overlap(*mine) == 1
+    refused = launch("trial.toml", "--parallel", "2", "--nproc-per-run", "2", env=gpus)
+    assert refused.returncode == 2 and "want 4 GPUs, found 3" in refused.stderr
+    if len(launcher.usable_cores()) >= 2:
+        Path("starts.jsonl").unlink()
+        text = text.replace("[1, 2, 3]", "[4]")
+        assert launch(sweep_file(text, "cores"), "--parallel", "2").returncode == 0
+        a, b = (set(line["cores"]) for line in starts())
+        assert a and b and not a & b
+    refused = launch("trial.toml", "--parallel", "1000")
+    assert refused.returncode == 2 and "1000 runs at a time want 1000 CPU cores" in refused.stderr
+
+
+def test_the_first_run_compiles_alone(place):
+    """Else all runs that start together compile the same code, each for itself."""
+    if len(launcher.usable_cores()) < 2:
+        pytest.skip("needs two cores")
+    text = """
+script = "base.py"
+seeds = [1, 2, 3]
+[env]
+COMPILE = "1"
+STEP_SECONDS = 0.7
+NUM_SCHEDULED_ITERATIONS = 2
+"""
+    assert launch(sweep_file(text), "--parallel", "2").returncode == 0
+    first, second, third = starts()
+    assert second["time"] > starts("stepped")[0]["time"], "it waits for a step, which needs compiled code"
+    assert second["time"] < starts("end")[0]["time"], "but not longer"
+    Path("starts.jsonl").unlink()
+    assert launch(sweep_file(text.replace("[1, 2, 3]", "[4, 5]"), "warm"), "--parallel", "2").returncode == 0
+    assert starts()[1]["time"] < starts("stepped")[0]["time"], (
+        "now the cache is warm: nobody waits for a step"
+    )
+
+
+def test_torchrun_workers_are_stopped_and_parallel_ones_do_not_meet(place):
+    """Else Ctrl-C leaves workers training, or the ranks of two runs talk to each other."""
+    parallel = min(2, len(launcher.usable_cores()))
+    text = TWO_ARMS.replace("[1, 2]", "[1]").replace('"base.py"', '"base.py"\nNUM_SCHEDULED_ITERATIONS = 2')
+    text = text.replace("SPECTRAL_LR_MUL = 0.1", 'SPECTRAL_LR_MUL = 0.1\nBEHAVIOUR = "hang"')
+    process = launch_in_background(sweep_file(text), "--nproc-per-run", "2", "--parallel", str(parallel))
+    wait_for(lambda: len(starts("stepped")) == 4 and states()["base", 1] == "finished")
+    assert sorted((line["rank"], line["world_size"]) for line in starts()) == [(0, "2")] * 2 + [(1, "2")] * 2
+    assert len({(line["run_id"], line["port"]) for line in starts()}) == 2
+    if parallel == 2:
+        assert len({line["port"] for line in starts()}) == 2
+    workers = [line["pid"] for line in starts() if line["run_id"] != starts("end")[0]["run_id"]]
+    assert len({os.getsid(pid) for pid in workers}) == 2, "the premise: workers are in sessions of their own"
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130 and not alive(place), output
+    assert states() == {("base", 1): "finished", ("spectral_lr_0.1", 1): "stopped"}
+
+
+def test_live_table_on_a_terminal(place):
+    """Else the launcher works where nobody looks, and fails on the screen where somebody does."""
+    text = TWO_ARMS.replace("[1, 2]", "[1]").replace(
+        "[env]", "[env]\nSTEP_SECONDS = 0.5\nNUM_SCHEDULED_ITERATIONS = 5"
+    )
+    ours, theirs = os.openpty()
+    env = env_for_launcher({"TERM": "xterm", "COLUMNS": "120", "LINES": "40"})
+    process = subprocess.Popen(command(sweep_file(text)), env=env, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other side has closed
+        while new := os.read(ours, 4096):
+            shown += new
+    os.close(ours)
+    assert process.wait(timeout=PATIENCE_S) == 0, shown
+    for part in (rb"spectral_lr_0\.1 +1 +[2-4]/5 +[0-9.]+ +[1-9] s +CPU", b"1 to come", b"2 finished"):
+        assert re.search(part, shown), (part, shown)
+
+
+def test_slurm_array_runs_what_the_launcher_would(place):
+    """Else a cluster trains something else, or the next launch repeats it."""
+    text = TWO_ARMS.replace("LR_MULS = [1, 1.52]", """DATA_PATH = "a b'c $HOME" """)
+    done = launch(sweep_file(text), "--slurm", "--parallel", "3")
+    assert done.returncode == 0 and "sbatch logs/trial.slurm.sh" in done.stdout and not starts()
+    script = Path("logs/trial.slurm.sh").read_text()
+    assert "#SBATCH --array=0-3%3\n" in script and "#SBATCH --gpus-per-node=1\n" in script
+    assert set(states().values()) == {"submitted"}
+
+    def task(number):
+        env = {**os.environ, "SLURM_ARRAY_TASK_ID": str(number), "COOLDOWN_FRAC": "0.1", "RANK": "1"}
+        return subprocess.run(["bash", "logs/trial.slurm.sh"], env=env, capture_output=True, text=True)
+
+    for number in (0, 1, 2):
+        assert task(number).returncode == 0
+    assert task(4).returncode == 2
+    for run in manifest()["runs"][:3]:
+        log = read_log(run["log"])[0]
+        assert log.config["settings"]["DATA_PATH"] == "a b'c $HOME" and log.seed == run["seed"]
+        assert log.config["settings"]["COOLDOWN_FRAC"] is None, "a setting exported where sbatch was called"
+        assert Path(run["log"]).with_suffix(".out").exists()
+    done = launch("trial.toml")  # here or there: it is one sweep
+    assert done.returncode == 0 and "1 to run" in done.stdout and len(starts()) == 4
+    assert set(states().values()) == {"finished"}
+
+
+def test_missing_data_is_found_before_the_first_run(place, real_trainer, capsys):
+    """Else every run of the sweep starts, finds no data and fails, one after the other."""
+    text = 'script = "train_gpt.py"\n[env]\nMODEL = "tiny"\nDEVICE = "cpu"\nDATA_PATH = "nowhere"\n'
+    assert launcher.main([sweep_file(text)]) == 2
+    assert "matches no file under DATA_PATH='nowhere'" in capsys.readouterr().err
+    assert not Path("logs").exists()
+    assert launcher.main(["trial.toml", "--dry-run"]) == 0
+    assert "before it can run" in capsys.readouterr().out
+
+
+def test_a_damaged_manifest_is_not_overwritten(place):
+    """Else the record of a sweep is lost with one bad disk block."""
+    Path("logs").mkdir()
+    Path("logs/trial.sweep.json").write_text('{"runs": [')
+    done = launch(sweep_file(TWO_ARMS))
+    assert done.returncode == 2 and "move it away" in done.stderr and not starts()
+    assert Path("logs/trial.sweep.json").read_text() == '{"runs": ['
+
+
+def test_manifest_is_whole_at_any_moment(place, monkeypatch):
+    """Else whoever reads it while it is written, or after a crash then, gets half of it."""
+    Path("logs").mkdir()
+    plan = Manifest(read_sweep(sweep_file(TWO_ARMS), None))
+    plan.plan()
+    plan.save()
+    whole = plan.path.read_text()
+    plan.runs[0].state = "running"
+    monkeypatch.setattr(
+        launcher.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(OSError, match="No space"):
+        plan.save()
+    assert plan.path.read_text() == whole
+
+
+# ------------------------------------------------------------------------------------------------
+# The sweeps of this project, and the real trainers
+# ------------------------------------------------------------------------------------------------
+
+SWEEPS = sorted((ROOT / "sweeps").glob("*.toml"))
+
+
+def test_every_sweep_here_is_accepted_by_its_trainers(place, real_trainer, monkeypatch):
+    """Else an experiment of this project fails at its first run, or has no small version."""
+    import train_gpt_muon_ord
+
+    modules = {"train_gpt.py": real_trainer[0], "train_gpt_muon_ord.py": train_gpt_muon_ord}
+    assert {"smoke", "spectral_lr", "muon_decay", "residual_scale"} <= {path.stem for path in SWEEPS}
+    for path in SWEEPS:
+        for scale in (None, "tiny"):
+            sweep = read_sweep(str(path), scale)
+            for arm in sweep.arms:
+                env = {name: launcher.env_text(value) for name, value in arm.settings.items()}
+                modules[arm.script].read_settings({"DEVICE": "cpu", **env, "SEED": "1", "RUN_ID": "x"})
+            assert len(sweep.runs()) < (40 if scale else 400), f"{path.name} at scale {scale}"
+
+
+def write_shard(path, num_tokens, seed):
+    """Documents of bytes, each begun by 0."""
+    tokens = np.random.default_rng(seed).integers(1, 64, num_tokens).astype("<u2")
+    tokens[::100] = 0
+    header = np.zeros(256, "<i4")
+    header[:4] = 20240520, 1, num_tokens, 256
+    path.write_bytes(header.tobytes() + tokens.tobytes())
+
+
+def test_a_sweep_of_the_real_trainers(place, capsys):
+    """Else the launcher and the trainers do not fit together: names, settings, exit codes or logs."""
+    write_shard(place / "t_train_0.bin", 20_000, 1)
+    write_shard(place / "t_val_0.bin", 9_000, 2)
+    text = f"""
+script = "train_gpt_muon_ord.py"
+seeds = [3]
+control = "baseline_std_0"
+[env]
+MODEL = "tiny"
+DEVICE = "cpu"
+TRAIN_FILES = "t_train_*.bin"
+VAL_FILES = "t_val_*.bin"
+DATA_PATH = "{place}"
+BATCH_SIZES = [256, 256, 256, 256]
+NUM_SCHEDULED_ITERATIONS = 3
+MAX_DOC_TOKENS = 64
+VAL_TOKENS = 2048
+VAL_BATCH_TOKENS = 2048
+SPECTRAL_RHO_MODE = "row"
+[[arms]]
+tag = "baseline_std_0"
+script = "train_gpt.py"
+[[arms]]
+tag = "spectral_lr_0"
+SPECTRAL_LR_MUL = 0
+[[arms]]
+tag = "refused"
+SPECTRAL_VARIANCE = true
+SPECTRAL_SCALE = "unit"
+"""
+    done = launch(sweep_file(text))
+    assert done.returncode == 1, done.stdout + done.stderr
+    runs = {run["tag"]: run for run in manifest()["runs"]}
+    assert {tag: run["state"] for tag, run in runs.items()} == {
+        "baseline_std_0": "finished", "spectral_lr_0": "finished", "refused": "crashed"
+    }  # fmt: skip
+    assert runs["refused"]["exit_code"] == 2 and "SPECTRAL_VARIANCE" in runs["refused"]["reason"]
+    base, ord_run = (read_log(runs[tag]["log"])[0] for tag in ("baseline_std_0", "spectral_lr_0"))
+    assert (base.seed, base.last_step, base.num_steps) == (3, 3, 3)
+    assert base.source_hash == runs["baseline_std_0"]["source_hash"], (
+        "the launcher hashes as the trainer does"
+    )
+    np.testing.assert_allclose(base.val.loss, ord_run.val.loss)  # both got seed, data and batch from the file
+    assert launcher.main(["trial.toml", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "1 to run" in said and "expected time about" in said, said
