@@ -143,7 +143,7 @@ def test_any_number_of_ranks_trains_the_same(baseline, shards, tmp_path, ranks):
 
 def test_ord_modes_agree_over_ranks(shards, tmp_path):
     """Each rank holds other matrices: rho, its reference and its log must not depend on where they live."""
-    # clipping at the preset's ADAM_LR turns a rounding into 1e-3 within a step or two; at half of it, it does not
+    # at the preset's ADAM_LR clipping turns a rounding into 1e-3 within two steps; at half of it, it does not
     settings = dict(SPECTRAL_SCALE="unit", SPECTRAL_RHO_MODE="row", GRAD_CLIP=1.0, ADAM_LR=0.008)
     one, _ = train(tmp_path, shards, "one", ORD, **settings)
     two, _ = train(tmp_path, shards, "two", ORD, ranks=2, **settings)

@@ -1,0 +1,597 @@
+"""report_sweep and sweep_results: the numbers are scipy's, and no more is claimed than the runs allow."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from logs_for_tests import SEPARATOR, SOURCE, make_log
+from scipy import stats as scipy_stats
+from sweeps_for_tests import STEPS, make_sweep, spectral_arms
+
+import report_sweep
+import stats
+from sweep_results import Attempt, Results, SweepArm, conclusion, read_results, strength
+
+ROOT = Path(report_sweep.__file__).parent
+SEEDS = (1, 2, 3, 4, 5)
+
+
+def report_of(paths, target=None, **kwargs):
+    """(results, rows by label, REPORT.md, summary) of a sweep, without pictures."""
+    results = read_results([paths] if isinstance(paths, (str, Path)) else paths, **kwargs)
+    goal = report_sweep.choose_target(results, target)
+    rows = report_sweep.rows_of(results, goal)
+    text = report_sweep.report(results, rows, goal, [])
+    numbers = report_sweep.without_nan(report_sweep.summary(results, rows, goal))
+    json.dumps(numbers, allow_nan=False)  # any reader of JSON can read it
+    return results, {row.arm.label: row for row in rows}, text, numbers
+
+
+def sweep(tmp_path, arms, target=None, pool_sources=False, **kwargs):
+    file = make_sweep(tmp_path, "sweep", arms, **kwargs)
+    return report_of(file, target, logs=tmp_path / "logs", pool_sources=pool_sources)
+
+
+def made_up(losses, seeds=None, control=None):
+    """Results of these final losses, without logs."""
+    arms = []
+    for name, values in losses.items():
+        numbers = seeds or [None] * len(values)
+        attempts = [
+            Attempt(f"{name}-{i}", seed, "finished", float(loss))
+            for i, (seed, loss) in enumerate(zip(numbers, values, strict=True))
+        ]
+        arms.append(SweepArm(name, name, [], attempts))
+    return Results("made-up", arms, control)
+
+
+# ------------------------------------------------------------------------------------------------
+# Statistics
+# ------------------------------------------------------------------------------------------------
+
+
+def test_paired_sweep_equals_scipy(tmp_path):
+    """Same seeds in all arms: differences are paired by seed, whatever the order of the runs."""
+    results, _, text, numbers = sweep(
+        tmp_path, spectral_arms(0, 0.1, 0.5), target=3.28, seeds=SEEDS, control="spectral_lr_0"
+    )
+    losses = {
+        arm.label: np.array([a.loss for a in sorted(arm.attempts, key=lambda a: a.seed)])
+        for arm in results.arms
+    }
+    control = losses["spectral_lr_0"]
+    tests = {n: scipy_stats.ttest_rel(x, control) for n, x in losses.items() if n != "spectral_lr_0"}
+    ordered = sorted(tests, key=lambda n: tests[n].pvalue)  # Holm, written out
+    holm, running = {}, 0.0
+    for i, name in enumerate(ordered):
+        running = max(running, min(1.0, tests[name].pvalue * (len(ordered) - i)))
+        holm[name] = running
+    for arm in numbers["arms"]:
+        x, final, difference = losses[arm["arm"]], arm["final_val_loss"], arm["difference"]
+        low, high = scipy_stats.t.interval(0.95, 4, x.mean(), scipy_stats.sem(x))
+        got = [final[key] for key in ("mean", "sd", "low", "high")]
+        assert got == pytest.approx([x.mean(), x.std(ddof=1), low, high]) and final["n"] == 5
+        proof = scipy_stats.ttest_1samp(x, 3.28, alternative="less").pvalue
+        assert arm["target_test"]["p"] == pytest.approx(proof)
+        assert arm["target_test"]["proven"] == (proof < 0.01)
+        assert arm["target_test"]["score"] == pytest.approx((3.28 - x.mean()) * math.sqrt(5))
+        if arm["arm"] == "spectral_lr_0":
+            assert difference is None
+            continue
+        want, interval = tests[arm["arm"]], tests[arm["arm"]].confidence_interval(0.95)
+        got = [difference[key] for key in ("difference", "low", "high", "p", "p_holm", "effect_size")]
+        pairs = x - control
+        effect = pairs.mean() / pairs.std(ddof=1)
+        assert got == pytest.approx(
+            [pairs.mean(), interval.low, interval.high, want.pvalue, holm[arm["arm"]], effect], rel=1e-9
+        )
+        row = next(line for line in text.splitlines() if line.startswith(f"| {arm['arm']} "))
+        assert f"{pairs.mean():+.4f} | [{interval.low:+.4f}, {interval.high:+.4f}]" in row and "paired" in row
+
+
+def test_different_seeds_are_compared_by_welch(tmp_path):
+    """Once a run is lost the seeds are not the same: dropping its partner, too, is a choice."""
+    arms = {"a": (3.30, {"SPECTRAL_LR_MUL": 0.0}), "b": (3.27, {"SPECTRAL_LR_MUL": 0.2})}
+    results, _, _, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="a", ends={("b", 3): "crashed"})
+    b = next(arm for arm in numbers["arms"] if arm["arm"] == "b")["difference"]
+    a_losses, b_losses = ([x.loss for x in arm.attempts if x.state == "finished"] for arm in results.arms)
+    want = scipy_stats.ttest_ind(b_losses, a_losses, equal_var=False)
+    assert (b["method"], b["n_arm"], b["n_control"]) == ("Welch", 4, 5)
+    assert b["p"] == pytest.approx(want.pvalue) and b["p_holm"] == pytest.approx(want.pvalue)
+
+
+@pytest.mark.parametrize("control", ["a0", None])
+@pytest.mark.parametrize("paired", [True, False])
+def test_no_winner_where_there_is_no_effect(control, paired):
+    """1,000 sweeps of 6 arms that do not differ: a winner, or a loser, is called in at most 6.5% of them.
+
+    They come from the verdict that the report prints. Without correction every fifth sweep would have one.
+    """
+    rng = np.random.default_rng(20260206)
+    called = raw = 0
+    for _ in range(1000):
+        luck = rng.normal(size=5) if paired else 0.0  # of a seed, shared by all arms
+        losses = {f"a{i}": 3.27 + 0.0013 * (luck + rng.normal(size=5)) for i in range(6)}
+        verdict = made_up(losses, list(SEEDS) if paired else None, control).verdict
+        called += bool(verdict.better or verdict.worse)
+        pairs = verdict.versus_control or verdict.versus_best
+        raw += min(pair.p for pair in pairs.values()) < 0.05
+    assert called / 1000 <= 0.065
+    assert raw / 1000 > 0.12  # else the study could not notice a correction that does nothing
+
+
+def test_a_real_effect_is_found():
+    """An effect of 4 sd is found about as often as its power promises, and it is called by its name."""
+    rng, found, false = np.random.default_rng(7), 0, 0
+    size, sd = 0.0052, 0.0013
+    for _ in range(300):
+        losses = {f"a{i}": 3.27 + sd * rng.normal(size=5) for i in range(6)}
+        losses["a3"] = losses["a3"] - size
+        results = made_up(losses, None, "a0")
+        found += "a3" in results.verdict.better
+        false += bool(set(results.verdict.better) - {"a3"})
+        if results.verdict.better == ("a3",):
+            assert conclusion(results).startswith("It may be concluded that a3 is better than a0 (by 0.00")
+    least = stats.power(size, sd, 5, alpha=0.05 / 5)  # Holm's first step is the strictest
+    assert found / 300 > least - 0.04 and least > 0.9
+    assert false / 300 <= 0.065
+
+
+def test_the_sentence_says_what_the_verdict_says():
+    """No arm is called better in words that the test did not find better; 200 sweeps, half with an effect."""
+    rng = np.random.default_rng(3)
+    for number in range(200):
+        losses = {f"a{i}": 3.27 + 0.001 * rng.normal(size=4) for i in range(4)}
+        losses["a2"] = losses["a2"] + (0.006 if number % 2 else 0.0)
+        results = made_up(losses, None, "a0")
+        text, verdict = conclusion(results), results.verdict
+        assert (" better than a0 (" in text) == bool(verdict.better)
+        assert (" worse than a0 (" in text) == bool(verdict.worse)
+        assert ("no arm may be called" in text.lower()) == (not verdict.better and not verdict.worse)
+        undecided = {"a1", "a2", "a3"} - set(verdict.better) - set(verdict.worse)
+        assert ("or that" in text) == bool(undecided)
+
+
+def test_more_runs_and_unseen_differences_follow_from_power(tmp_path):
+    """What is said to be needed would be enough, and one run less would not."""
+    _, rows, text, numbers = sweep(
+        tmp_path, spectral_arms(0, 0.01, baseline=False), seeds=SEEDS, control="spectral_lr_0"
+    )
+    pair, _ = report_sweep.comparison(
+        *[read_results([tmp_path / "sweeps/sweep.toml"], tmp_path / "logs"), "spectral_lr_0.01"]
+    )
+    more = rows["spectral_lr_0.01"].more_runs
+    enough, too_few = (
+        stats.power(pair.difference, pair.sd, 5 + more - less, 0.05, pairs=True) for less in (0, 1)
+    )
+    assert too_few < 0.8 <= enough and f"| {more} |" in text
+    seen = stats.detectable(pair.sd, 5, 0.05, pairs=True)
+    assert stats.power(seen, pair.sd, 5, pairs=True) == pytest.approx(0.8, abs=1e-6)
+    assert f"differences below about {seen:.2g} can go unseen" in numbers["conclusion"]
+    assert math.isnan(stats.detectable(math.nan, 5)) and math.isnan(stats.detectable(0.1, 1))
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs that are missing, failed, single, repeated, or of other code
+# ------------------------------------------------------------------------------------------------
+
+
+def test_an_arm_that_loses_runs_is_not_called_better(tmp_path):
+    """The mean of the survivors flatters: an arm that diverges for one seed in five is no improvement."""
+    arms = {
+        "base": (3.30, {"MUON_LR": 0.02}),
+        "risky": (3.20, {"MUON_LR": 0.05}),
+        "dead": (3.0, {"MUON_LR": 0.9}),
+    }
+    ends = {("risky", 2): "diverged", **{("dead", seed): "diverged" for seed in SEEDS}, ("base", 4): "hung"}
+    results, rows, text, numbers = sweep(tmp_path, arms, target=3.28, seeds=SEEDS, control="base", ends=ends)
+    assert numbers["arms"][0]["difference"]["p_holm"] < 0.001  # it would win by its survivors
+    assert not numbers["better"] and not numbers["worse"]
+    assert "that risky is better (1 of 5 runs of risky failed)" in numbers["conclusion"]
+    assert "all runs of dead failed" in numbers["conclusion"]
+    assert numbers["runs"] == {"done": 8, "failed": 7, "missing": 0}
+    assert numbers["arms"][0]["target_test"]["p"] == 1 and rows["risky"].result.failed == 1
+    assert "5 of 5 failed" in text and "Failed (7)" in text and "No arm is proven" in text
+    assert "* risky, seed 2: diverged at step 100 - the loss is not a finite number" in text
+    assert "* base, seed 4: hung at step 100 - no new log line" in text
+    assert rows["risky"].first_step_all is None and results.verdict.best is None
+
+
+def test_nothing_is_worse_than_a_control_that_loses_runs(tmp_path):
+    arms = {"base": (3.20, {"MUON_LR": 0.02}), "other": (3.30, {"MUON_LR": 0.01})}
+    _, _, _, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="base", ends={("base", 1): "crashed"})
+    assert (
+        not numbers["worse"] and "that other is worse (1 of 5 runs of base failed)" in numbers["conclusion"]
+    )
+
+
+def test_an_unfinished_sweep_allows_no_conclusion(tmp_path):
+    """Looking after each run until p < 0.05 finds something in most sweeps."""
+    arms = spectral_arms(0, 0.1, 1)
+    ends = {("spectral_lr_1", 5): "planned", ("baseline_std_0", 4): "gone", ("spectral_lr_0.1", 2): "stopped"}
+    results, rows, text, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="spectral_lr_0", ends=ends)
+    assert results.verdict.worse == ("spectral_lr_1",)  # so that there was something to hold back
+    assert conclusion(results).startswith(
+        "Nothing may be concluded yet, as 3 of 20 planned runs have not ended"
+    )
+    assert not numbers["worse"] and "**worse**" not in text and rows["spectral_lr_1"].verdict == "undecided"
+    assert "Planned: 20; 17 finished, 1 log gone, 1 planned, 1 stopped." in text
+    assert "| spectral_lr_0.1 | 5 | 4 | 0 | 1 | 1 3 4 5 |" in text
+    assert "* baseline_std_0, seed 4: log gone - it finished, but its log is not there any more" in text
+    assert [arm["runs"]["missing"] for arm in numbers["arms"]].count(1) == 3
+
+
+def test_no_finished_run_at_all(tmp_path):
+    ends = {(tag, seed): "planned" for tag in ("a", "b") for seed in (1, 2)}
+    arms = {"a": (3.3, {"MUON_LR": 0.1}), "b": (3.3, {"MUON_LR": 0.2})}
+    _, _, text, numbers = sweep(tmp_path, arms, seeds=(1, 2), control="a", ends=ends)
+    assert numbers["conclusion"] == "Nothing may be concluded: none of 4 runs has finished."
+    assert "| a | 0.1 | 0 | - |" in text
+
+
+def test_single_runs_are_called_single(tmp_path):
+    """Two runs of one setting differ, too: the lower of two single runs is not the better arm."""
+    results, rows, text, numbers = sweep(tmp_path, spectral_arms(0, 0.1), seeds=(1,), control="spectral_lr_0")
+    assert numbers["conclusion"].startswith("No difference may be concluded, as every arm is a single run")
+    assert results.verdict.best is None and "best" not in text.replace("best arm", "")
+    assert text.count("a single run") >= 4 and not numbers["better"]
+    assert all(row.result.n == 1 and math.isnan(row.result.low) for row in rows.values())
+    alone = sweep(tmp_path / "alone", {"a": (3.27, {})}, seeds=(1,))[3]
+    assert (
+        alone["conclusion"]
+        == f"There is nothing to compare a with, whose final loss is {_loss(alone)} (a single run)."
+    )
+
+
+def _loss(numbers):
+    return f"{numbers['all_runs'][0]['final_val_loss']:.4f}"
+
+
+def test_one_single_run_among_arms(tmp_path):
+    ends = {("spectral_lr_0.1", seed): "crashed" for seed in (2, 3, 4, 5)}
+    _, _, _, numbers = sweep(
+        tmp_path, spectral_arms(0, 0.1, 1), seeds=SEEDS, control="spectral_lr_0", ends=ends
+    )
+    assert "nothing may be concluded from spectral_lr_0.1 (a single run)" in numbers["conclusion"]
+    assert numbers["worse"] == ["spectral_lr_1"]
+
+
+def test_arms_that_are_the_same_bit_for_bit(tmp_path):
+    """a = 0 is the baseline to the last bit: that is a fact, not a test, and no p is made up for it."""
+    arms = {"x": (3.27, {"MUON_LR": 0.1}), "y": (3.27, {"MUON_LR": 0.2}), "z": (3.4, {"MUON_LR": 0.3})}
+    _, _, _, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="x", noise=0.0)
+    assert "y gave the very losses of x" in numbers["conclusion"]
+    by_name = {arm["arm"]: arm["difference"] for arm in numbers["arms"]}
+    assert by_name["y"]["p"] is None and by_name["y"]["difference"] == 0
+    assert by_name["y"]["more_runs"] is None
+
+
+def test_repeats_of_one_seed_count_once(tmp_path):
+    """Three runs of seed 1 differ by the machine alone; taken for three runs they would prove anything."""
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    finals = {0.0: [3.2741, 3.2742, 3.2743], 0.1: [3.2731, 3.2732, 3.2733]}
+    for a, losses in finals.items():
+        for number, final in enumerate(losses):
+            text = make_log(f"a{a}-{number}", 1, {"spectral_lr_mul": a}, STEPS, final=final, val_every=20)
+            (folder / f"a{a}-{number}.txt").write_text(text)
+    results, rows, text, _ = report_of(folder)
+    assert [row.result.n for row in rows.values()] == [1, 1] and "every arm is a single run" in conclusion(
+        results
+    )
+    assert "3 runs of seed 1 count as one" in text
+    last = [arm.runs[0].val.loss[-1] for arm in results.arms]
+    assert results.arms[0].samples()[0] == pytest.approx([last[0] + 0.0001])
+
+
+def test_other_source_code_is_kept_apart(tmp_path):
+    """An arm's runs of before and after an edit are not one sample; and code is not compared with code."""
+    arms = spectral_arms(0, 0.1, baseline=False)
+    file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="spectral_lr_0")
+    for log in (tmp_path / "logs").glob("*spectral_lr_0.1-*-seed[45]-*.txt"):
+        log.write_text(log.read_text().replace(SOURCE, SOURCE + "# edited\n").replace("00000249", "deadbeef"))
+    results, rows, text, numbers = report_of(file, logs=tmp_path / "logs")
+    labels = [arm.label for arm in results.arms]
+    assert labels == [
+        "spectral_lr_0", "spectral_lr_0.1 (source 00000249)", "spectral_lr_0.1 (source deadbeef)"
+    ]  # fmt: skip
+    assert [arm.count("done") for arm in results.arms] == [5, 3, 2]
+    other = rows["spectral_lr_0.1 (source deadbeef)"]
+    assert other.arm.foreign and "not compared" in text and other.arm.label not in results.verdict.summaries
+    assert "spectral_lr_0.1 (source deadbeef) (other source code or data)" in numbers["conclusion"]
+    assert report_sweep.comparison(results, other.arm.label)[0] is None
+    pooled, _, text, _ = report_of(file, logs=tmp_path / "logs", pool_sources=True)
+    assert [arm.count("done") for arm in pooled.arms] == [5, 5]
+    assert "runs of 2 different source codes were pooled, as --pool-sources asked" in text
+
+
+def test_other_data_is_kept_apart(tmp_path):
+    arms = {"a": (3.3, {"MUON_LR": 0.1}), "b": (3.2, {"MUON_LR": 0.2})}
+    file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="a")
+    for log in (tmp_path / "logs").glob("*-b-*.txt"):
+        log.write_text(log.read_text().replace("fineweb_train_000001.bin", "elsewhere.bin"))
+    results, _, text, _ = report_of(file, logs=tmp_path / "logs")
+    assert "b is not compared: it has other data (elsewhere.bin" in text and not results.verdict.better
+
+
+def test_logs_that_contradict_the_plan_are_named(tmp_path):
+    """A log whose settings are not those planned, and defaults that differ between scripts, are both said."""
+    arms = spectral_arms(0, 0.1)
+    file = make_sweep(tmp_path, "sweep", arms, control="spectral_lr_0")
+    log = next((tmp_path / "logs").glob("*spectral_lr_0.1-*-seed2-*.txt"))
+    log.write_text(log.read_text().replace('"spectral_lr_mul": 0.1', '"spectral_lr_mul": 0.9'))
+    for log in (tmp_path / "logs").glob("*baseline*.txt"):
+        log.write_text(log.read_text().replace('"muon_weight_decay": 1.2', '"muon_weight_decay": 0.7'))
+    text = report_of(file, logs=tmp_path / "logs")[2]
+    assert re.search(
+        r"the log of \S+seed2\S+ has other settings .* SPECTRAL_LR_MUL=0.9 \(planned 0.1\)", text
+    )
+    assert "settings that the sweep does not set: MUON_WEIGHT_DECAY (0.7, 1.2)" in text
+
+
+# ------------------------------------------------------------------------------------------------
+# The target
+# ------------------------------------------------------------------------------------------------
+
+
+def line_log(name, seed, settings, slope, every, total=1000):
+    """A run whose loss falls on a straight line from 5, so that where it meets a target is known exactly."""
+    text = make_log(name, seed, settings, total, end=0, val_every=10**9).replace("event:finished\n", "")
+    text = text[: text.rindex("=" * 100)] + "=" * 100 + "\n"
+    for step in range(0, total + 1, every):
+        text += f"step:{step}/{total} val_loss:{5 - slope * step:.6f} train_time:{step * 60}ms "
+        text += f"tokens:{step * 1000}\n"
+    return text + "event:finished\n"
+
+
+def test_tokens_to_target_by_hand(tmp_path):
+    """Interpolated between validations; runs validated every 10, 50 and 250 steps get the same answer."""
+    for every in (10, 50, 250):
+        text = line_log(f"every{every}", every, {"val_loss_every": every}, 0.002, every)
+        (tmp_path / f"every{every}.txt").write_text(text)
+    slow = line_log("slow", 1, {"muon_weight_decay": 9.0}, 0.001, 10)
+    (tmp_path / "slow.txt").write_text(slow)
+    results, rows, text, numbers = report_of(tmp_path, 3.9)
+    fast = next(row for row in rows.values() if len(row.arm.runs) == 3)
+    assert fast.x_to_target.mean == pytest.approx(550_000) and fast.x_to_target.sd == pytest.approx(
+        0, abs=1e-3
+    )
+    assert fast.minutes_to_target.mean == pytest.approx(550 * 60 / 60000)
+    assert fast.first_step_all == 750  # the first validation of all three; two of them were seen there sooner
+    other = next(row for row in rows.values() if row is not fast)
+    assert other.reached == 0 and math.isnan(other.x_to_target.mean) and other.first_step_all is None
+    by_run = {run["run_id"]: run for run in numbers["all_runs"]}
+    assert by_run["slow"]["tokens_to_target_loss"] is None
+    assert by_run["every10"]["tokens_to_target_loss"] == pytest.approx(550_000)
+    assert f"| {other.arm.label} | 0 of 1 | not reached | not reached | not reached |" in text
+    assert results.count("done") == 4
+
+
+def test_a_curve_is_seen_on_the_common_grid_only():
+    """A dip between the validations of other runs would make the run that was watched closely seem faster."""
+    x = np.arange(0, 101, 10.0)
+    dip = np.where(x == 30, 1.0, 5 - x / 50)
+    grid = report_sweep.common_grid([x, np.array([0.0, 50.0, 100.0])])
+    assert grid.tolist() == [0, 50, 100]
+    assert report_sweep.reach(x, dip, x, grid, 3.5).x == pytest.approx(75)
+    assert report_sweep.reach(x, dip, x, x, 3.5).x < 30
+    assert report_sweep.reach(x, dip, x, grid, 2.9) is None
+    assert report_sweep.reach(x, dip, x, grid, 6.0).x == 0
+
+
+@pytest.mark.parametrize(
+    "positions, grid",
+    [
+        ([[0, 50, 100], [0, 50, 100]], [0, 50, 100]),
+        ([[0, 10, 20, 30, 40], [0, 20, 40]], [0, 20, 40]),
+        ([[0, 30, 60], [0, 20, 40, 60]], [0, 30, 60]),
+        ([[0, 50], [0, 25, 50, 75, 100]], [0, 50, 75, 100]),
+        ([[5, 10, 15]], [5, 10, 15]),
+    ],
+)
+def test_common_grid(positions, grid):
+    """Between neighbours on the grid, every run that still goes was validated."""
+    assert report_sweep.common_grid([np.array(p, float) for p in positions]).tolist() == grid
+
+
+def test_a_mean_is_not_taken_of_the_lucky_runs(tmp_path):
+    """If two of five runs reach the target, their mean says nothing of the arm."""
+    arms = {"a": (3.2795, {"MUON_LR": 0.1}), "b": (3.2, {"MUON_LR": 0.2})}
+    results, rows, text, numbers = sweep(tmp_path, arms, target=3.28, seeds=SEEDS, control="b")
+    met = sum(run.first_at(3.28) is not None for run in results.arms[0].runs)
+    assert 0 < met < 5 and rows["a"].reached == met
+    entry = next(arm for arm in numbers["arms"] if arm["arm"] == "a")["tokens_to_target_loss"]
+    assert (entry["reached"], entry["of"], entry["mean"]) == (met, 5, None)
+    assert f"| a | {met} of 5 | not reached by {5 - met} |" in text
+    assert rows["b"].first_step_all == max(run.first_at(3.28).step for run in results.arms[1].runs)
+
+
+def test_the_target_if_none_is_given(tmp_path):
+    """TARGET_LOSS if some run met it, else what the control's runs all reach: 3.28 would be out of reach."""
+    arms = {
+        "a": (4.2, {"MUON_LR": 0.1, "TARGET_LOSS": 3.28}),
+        "b": (4.1, {"MUON_LR": 0.2, "TARGET_LOSS": 3.28}),
+    }
+    results, rows, text, numbers = sweep(tmp_path, arms, control="a")
+    worst = max(attempt.loss for attempt in results.arms[0].attempts)
+    assert worst <= numbers["target"]["loss"] <= worst + 0.001 and rows["a"].reached == 3
+    assert "what every finished run of a reaches" in text and "Proof" not in text
+    arms = {name: (final, {**settings, "TARGET_LOSS": 4.3}) for name, (final, settings) in arms.items()}
+    assert sweep(tmp_path / "own", arms, control="a")[3]["target"]["loss"] == 4.3
+
+
+def test_public_logs_and_the_proof(tmp_path, capsys):
+    """Logs without settings: trials of one script are one arm, and the proof is the speedrun's."""
+    losses = [3.2779, 3.2791, 3.2786, 3.2770, 3.2775, 3.2783]
+    for trial, loss in enumerate(losses):
+        lines = "".join(
+            f"step:{step}/500 val_loss:{loss + (500 - step) / 300:.4f} train_time:{step * 70}ms\n"
+            for step in range(0, 501, 125)
+        )
+        (tmp_path / f"run{trial}.txt").write_text(f"{SOURCE}{SEPARATOR}\nRunning\n{SEPARATOR}\n{lines}")
+    out = tmp_path / "report"
+    assert report_sweep.main([str(tmp_path), "--target", "3.28", "--out", str(out)]) == 0
+    numbers = json.loads((out / "summary.json").read_text())
+    (arm,) = numbers["arms"]
+    want = scipy_stats.ttest_1samp(losses, 3.28, alternative="less")
+    assert arm["target_test"]["p"] == pytest.approx(want.pvalue) and arm["target_test"]["proven"]
+    assert arm["target_test"]["score"] == pytest.approx((3.28 - np.mean(losses)) * 6**0.5)
+    assert numbers["target"]["x"] == "steps" and arm["steps_to_target_loss"]["reached"] == 6
+    text = (out / "REPORT.md").read_text()
+    assert "Proven to be below 3.28" in text and "Runs: found and done" in text
+    assert "nothing to compare" in capsys.readouterr().out.lower()
+
+
+# ------------------------------------------------------------------------------------------------
+# Learning rate in disguise
+# ------------------------------------------------------------------------------------------------
+
+
+def test_update_is_called_a_learning_rate(tmp_path):
+    """W -= lr (O + wd O): who reads of a win of MUON_DECAY_MODE=update must read that it is the rate's."""
+    arms = {"none": (4.20, {"MUON_DECAY_MODE": "none", "MUON_WEIGHT_DECAY": 0.0})}
+    for mode in ("update", "both"):
+        arms[f"{mode}_-0.2"] = (4.18, {"MUON_DECAY_MODE": mode, "MUON_WEIGHT_DECAY": -0.2})
+    _, _, text, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="none")
+    assert "only a learning-rate change, lr (1 + wd)" in numbers["conclusion"]
+    assert "update_-0.2" in numbers["better"] and "| update_-0.2 | update | -0.2 | 0.8 | none |" in text
+    assert "| both_-0.2 | both | -0.2 | 0.8 | -0.25 |" in text
+    lr, wd, weight, update = 0.02, -0.2, 3.0, 0.7  # the table's numbers give the very step
+    assert weight - lr * (update + wd * (weight + update)) == pytest.approx(
+        weight - lr * 0.8 * (update + -0.25 * weight)
+    )
+    plain = {name: arm for name, arm in arms.items() if not name.startswith("update")}
+    assert "learning-rate" not in sweep(tmp_path / "plain", plain, control="none")[2]
+
+
+def test_strength_is_a_where_there_is_one():
+    """ORD_MODE=post has SPECTRAL_LR_MUL=0.1 among its settings but not in its update."""
+    for settings, a in [
+        ({"spectral_lr_mul": 0.1}, 0.1),
+        ({"spectral_lr_mul": 0, "ord_mode": "project"}, 0.0),
+        ({"spectral_lr_mul": 0.1, "ord_mode": "post"}, None),
+        ({"spectral_lr_mul": 0.1, "spectral_lr_mul_attn": 0.05}, None),
+        ({"spectral_lr_mul": 0.1, "spectral_lr_mul_mlp": None}, 0.1),
+        ({}, None),
+    ]:
+        assert strength(SweepArm("x", "x", [], settings=settings)) == a
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_same_logs_give_the_same_bytes(tmp_path, monkeypatch, capsys):
+    """A report in version control must not change unless its runs did, nor know where it was made."""
+    make_sweep(
+        tmp_path,
+        "lr",
+        spectral_arms(0, 0.1, 1),
+        control="spectral_lr_0",
+        ends={("spectral_lr_1", 2): "crashed"},
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ["sweeps/lr.toml", "--target", "3.28"]
+    files = {}
+    for _ in range(2):
+        assert report_sweep.main(arguments) == 0
+        for path in sorted((tmp_path / "logs" / "lr").iterdir()):
+            content = path.read_bytes()
+            assert files.setdefault(path.name, content) == content, path.name
+            path.unlink()
+    assert set(files) == {"REPORT.md", "summary.json", "bars.png", "curves.png", "spectral.png"}
+    text = files["REPORT.md"].decode()
+    for name in re.findall(r"!\[\w+\]\((.+?)\)", text):
+        assert files[name].startswith(b"\x89PNG")
+    assert text.count("![") == 3 and str(tmp_path) not in text + files["summary.json"].decode()
+    assert text.startswith("# lr\n\n> Does it help? Nobody knows.\n") and "2 hours" not in text
+    assert "logs/lr/REPORT.md" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_arms", [1, 4, 12])
+def test_bars_show_the_numbers(tmp_path, num_arms):
+    """Means and intervals stand where the statistics say, inside the picture, in order of value."""
+    import matplotlib.pyplot as plt
+
+    arms = {f"s_{i}": (3.27 + 0.002 * i, {"RESIDUAL_SCALE": 1 + i / 10}) for i in reversed(range(num_arms))}
+    if num_arms == 12:
+        arms["s_11"] = (9.0, {"RESIDUAL_SCALE": 2.1})
+    file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="s_0", val_every=50)
+    results, rows, _, _ = report_of(file, logs=tmp_path / "logs")
+    figure = report_sweep.picture_of_bars(results, list(rows.values()))
+    figure.draw_without_rendering()
+    left = figure.axes[0]
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names == [f"s_{i}" for i in range(num_arms)] and len(figure.axes) == (2 if num_arms > 1 else 1)
+    drawn = {tuple(np.round(line.get_xdata(), 9)) for line in left.lines}
+    for label in names[:11]:
+        result = rows[label].result
+        assert (round(result.mean, 9),) in drawn and (round(result.low, 9), round(result.high, 9)) in drawn
+    for label in left.get_yticklabels():
+        assert label.get_window_extent().x0 >= 0
+    if num_arms == 12:  # the one that failed to learn is named with its loss, and flattens nobody
+        assert left.get_xlim()[1] < 4 and any(
+            "9.0" in text.get_text() and "→" in text.get_text() for text in left.texts
+        )
+        colours = {line.get_color() for line in figure.axes[1].lines if line.get_marker() == "^"}
+        assert colours == {report_sweep.VERDICTS["worse"][0]}
+    plt.close("all")
+
+
+def test_curves_are_coloured_by_value(tmp_path):
+    import matplotlib.pyplot as plt
+
+    values = [0.5, 0.7, 1.0, 1.4]
+    arms = {f"s_{v}": (3.27, {"RESIDUAL_SCALE": v}) for v in values}
+    file = make_sweep(tmp_path, "sweep", arms, control="s_1.0", val_every=20)
+    results = read_results([file], tmp_path / "logs")
+    looks, order = report_sweep.looks_of(results, report_sweep.ordered(results))
+    lightness = [np.dot(look["color"][:3], (0.3, 0.59, 0.11)) for look in looks]
+    assert order == values and lightness == sorted(lightness) and lightness[-1] < 0.8
+    figure = report_sweep.picture_of_curves(results, 3.28)
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["0.5", "0.7", "1", "1.4"]
+    assert "tokens" in figure.axes[0].get_xlabel()
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["sweeps/none.toml"], "no sweep file sweeps/none.toml; there: sweeps/lr.toml, sweeps/new.toml"),
+        (["sweeps/new.toml"], "launch the sweep first (python launch_lr_sweep.py sweeps/new.toml)"),
+        (["sweeps/lr.toml", "logs"], "give one sweep, or logs, not both"),
+        (["missing.txt"], "no log missing.txt"),
+        (["empty"], "no log in empty"),
+        (["broken.sweep.json"], "is not a sweep's manifest"),
+        (
+            ["sweeps/lr.toml", "--control", "nonsense"],
+            "control 'nonsense' fits none of the arms, wanted one: ",
+        ),
+        (["sweeps/lr.toml", "--control", "spectral"], "control 'spectral' fits 2 of the arms"),
+    ],
+)
+def test_errors_speak_to_a_person(tmp_path, monkeypatch, capsys, arguments, message):
+    make_sweep(tmp_path, "lr", spectral_arms(0, 0.1, baseline=False), seeds=(1,), val_every=100)
+    (tmp_path / "sweeps" / "new.toml").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.sweep.json").write_text('{"runs": [{"tag": 3}]}')
+    monkeypatch.chdir(tmp_path)
+    assert report_sweep.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err and not captured.out
+    assert not list(tmp_path.rglob("REPORT.md"))
+
+
+def test_import_is_light():
+    """Nothing here needs torch, and errors must not wait for matplotlib."""
+    code = (
+        "import sys, report_sweep; print(sorted({'torch', 'matplotlib', 'scipy.stats'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,300 @@
+"""plot_spectral_sweep: what is drawn and ranked is what was logged, and a stranger could read it."""
+
+import csv
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from logs_for_tests import make_log
+from scipy import stats as scipy_stats
+from sweeps_for_tests import STEPS, make_sweep, spectral_arms
+
+import plot_spectral_sweep
+import plot_style
+from stats import summarize
+from sweep_results import read_results
+
+ROOT = Path(plot_spectral_sweep.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+def draw(tmp_path, arms, control="spectral_lr_0", **kwargs):
+    """The figure of a sweep, its results, and its axes: loss, U-curve, [strip], attention, MLP."""
+    kwargs = {"val_every": 20, **kwargs}
+    file = make_sweep(tmp_path, "sweep", arms, control=control, **kwargs)
+    results = read_results([file], tmp_path / "logs")
+    figure = plot_spectral_sweep.figure(results, 3.28)
+    figure.draw_without_rendering()
+    return figure, results
+
+
+def panel(figure, title):
+    return next(ax for ax in figure.axes if ax.get_title(loc="left").startswith(title))
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text"))]
+
+
+def points(ax):
+    """x and y of every single mark in a panel."""
+    lines = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    return {(round(float(line.get_xdata()[0]), 9), round(float(line.get_ydata()[0]), 9)) for line in lines}
+
+
+# ------------------------------------------------------------------------------------------------
+# Panels
+# ------------------------------------------------------------------------------------------------
+
+
+def test_u_curve_shows_means_intervals_and_the_control(tmp_path):
+    """Each a stands at its value with its arm's mean and interval; the band is the control's interval."""
+    figure, results = draw(tmp_path, spectral_arms(0, 0.01, 0.1), seeds=(1, 2, 3, 4))
+    curve, strip = panel(figure, "final validation loss against a"), panel(figure, "no a")
+    want = {arm.label: summarize(arm.samples()[0]) for arm in results.arms}
+    for a in (0, 0.01, 0.1):
+        assert (a, round(want[f"spectral_lr_{a}"].mean, 9)) in points(curve)
+    assert (0, round(want["baseline_std_0"].mean, 9)) in points(strip)
+    bars = [c for c in curve.collections if hasattr(c, "get_segments") and c.get_segments()]
+    drawn = {
+        tuple(np.round([s[0][1], s[1][1]], 9)) for bar in bars for s in bar.get_segments() if len(s) == 2
+    }
+    for a in (0, 0.01, 0.1):
+        result = want[f"spectral_lr_{a}"]
+        assert (round(result.low, 9), round(result.high, 9)) in drawn
+    control = want["spectral_lr_0"]
+    bands = [patch.get_bbox() for patch in (*curve.patches, *strip.patches)]
+    assert [(box.y0, box.y1) for box in bands] == [(control.low, control.high)] * 2
+    joint = next(line for line in curve.lines if len(line.get_xdata()) == 3 and line.get_linestyle() == "-")
+    assert list(joint.get_xdata()) == [0, 0.01, 0.1]
+    assert curve.get_xscale() == "symlog" and curve.get_xlim()[0] < 0 < curve.get_xlim()[1]
+    assert [tick.get_text() for tick in curve.get_xticklabels()] == ["0", "0.01", "0.1"]
+    assert "bars: 95% interval, dots: runs" in curve.get_xlabel()
+
+
+def test_a_bad_arm_does_not_flatten_the_curve(tmp_path):
+    """a = 1 loses 0.13: on its scale nothing of the differences in question could be seen."""
+    figure, results = draw(tmp_path, spectral_arms(0, 0.01, 0.1, 1))
+    curve = panel(figure, "final validation loss against a")
+    assert curve.get_ylim()[1] < 3.3
+    last = summarize(next(arm for arm in results.arms if arm.label == "spectral_lr_1").samples()[0])
+    assert f"{last.mean:.4f}" in [text.get_text() for text in curve.texts]
+    marks = [line for line in curve.lines if line.get_marker() == "^" and line.get_xdata()[0] == 1]
+    assert len(marks) == 1 and curve.get_ylim()[0] < marks[0].get_ydata()[0] < curve.get_ylim()[1]
+    assert "▲ above this range" in curve.get_xlabel()
+
+
+def test_rho_is_signed_and_spans_magnitudes(tmp_path):
+    """|rho| would hide that it is negative; a linear axis that it falls by orders of magnitude."""
+    figure, results = draw(tmp_path, spectral_arms(0.1), control=None, seeds=(1,), val_every=10)
+    run = next(arm for arm in results.arms if arm.label == "spectral_lr_0.1").runs[0]
+    for what, key in (("attention", "spec_attn"), ("MLP", "spec_mlp")):
+        ax = panel(figure, f"mean ρ of {what} matrices")
+        line = next(line for line in ax.lines if len(line.get_xdata()) == len(run.val))
+        np.testing.assert_allclose(line.get_ydata(), run.columns[key].value.mean(1))
+        assert max(line.get_ydata()) < 0 and ax.get_yscale() == "symlog"
+        assert ax.get_ylim()[0] < min(line.get_ydata()) and ax.get_ylim()[1] > 0
+        assert "not logged: baseline_std_0" in ax.get_title(loc="right")
+        assert any(text.get_text().startswith("ρ < 0") for text in ax.texts)
+
+
+def test_both_signs_of_rho(tmp_path):
+    """Where rho changes its sign, both halves are shown with the same scale."""
+    file = make_sweep(tmp_path, "sweep", spectral_arms(0, baseline=False), seeds=(1,), val_every=20)
+    log = next((tmp_path / "logs").glob("*.txt"))
+    head, steps = log.read_text().rsplit("=" * 100, 1)
+    steps = re.sub(r"(step:1\d\d/.*spec_attn:)(\[.*?\])", lambda m: m[1] + m[2].replace("-", ""), steps)
+    log.write_text(head + "=" * 100 + steps)
+    figure = plot_spectral_sweep.figure(read_results([file], tmp_path / "logs"), 3.28)
+    ax = panel(figure, "mean ρ of attention")
+    y = next(line for line in ax.lines if len(line.get_xdata()) > 2).get_ydata()
+    assert min(y) < 0 < max(y) and ax.get_ylim()[0] < min(y) and max(y) < ax.get_ylim()[1]
+
+
+def test_no_rho_logged_is_said(tmp_path):
+    figure, _ = draw(tmp_path, {"x": (3.3, {"script": "train_gpt.py"})}, control=None, seeds=(1, 2))
+    assert sum("only runs with ORD log it" in text for text in texts(figure)) == 2
+    assert any("no finished run with SPECTRAL_LR_MUL" in text for text in texts(figure))
+
+
+def test_arms_without_one_a_are_not_put_on_the_curve(tmp_path):
+    """ORD_MODE=post ignores SPECTRAL_LR_MUL: at a = 0.1 its point would be a lie."""
+    alike = {"ORD_MODE": "interpolate", "SPECTRAL_SCALE": "raw"}
+    arms = {tag: (loss, {**alike, **s}) for tag, (loss, s) in spectral_arms(0, 0.1, baseline=False).items()}
+    arms["post"] = (3.2715, {**alike, "ORD_MODE": "post"})
+    arms["unit_0.1"] = (3.2710, {**alike, "SPECTRAL_SCALE": "unit"})
+    arms["unit_1"] = (3.2720, {**alike, "SPECTRAL_SCALE": "unit", "SPECTRAL_LR_MUL": 1})
+    figure, results = draw(tmp_path, arms)
+    curve, strip = panel(figure, "final validation loss against a"), panel(figure, "no a")
+    mean = {arm.label: round(summarize(arm.samples()[0]).mean, 9) for arm in results.arms}
+    assert mean["post"] not in [y for _, y in points(curve)] and (0, mean["post"]) in points(strip)
+    assert [tick.get_text() for tick in strip.get_xticklabels()] == ["post"]
+    joints = [line for line in curve.lines if len(line.get_xdata()) == 2 and line.get_label()[0] != "_"]
+    found = {tuple(np.round(line.get_ydata(), 9)) for line in joints}
+    assert found == {(mean["spectral_lr_0"], mean["spectral_lr_0.1"]), (mean["unit_0.1"], mean["unit_1"])}
+    labels = {text.get_text() for text in curve.get_legend().get_texts()}
+    assert "spectral_scale=unit" in " ".join(labels) and len(labels) == 2
+
+
+# ------------------------------------------------------------------------------------------------
+# Legibility
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_arms, seeds", [(1, (1,)), (4, (1, 2)), (12, (1, 2, 3))])
+def test_nothing_overlaps(tmp_path, num_arms, seeds):
+    """Panels, titles, labels and legend keep clear of each other and of the picture's edge."""
+    values = [0, *[round(0.01 * 1.4**i, 3) for i in range(num_arms)]]
+    arms = {f"spectral_lr_{a}": (3.27 + 0.0003 * i, {"SPECTRAL_LR_MUL": a}) for i, a in enumerate(values)}
+    arms = dict(list(arms.items())[: num_arms - 1]) | {"baseline_std_0": (3.27, {"script": "train_gpt.py"})}
+    if num_arms == 1:
+        arms = {"spectral_lr_0.1": (3.27, {"SPECTRAL_LR_MUL": 0.1})}
+    figure, results = draw(tmp_path, arms, control=None, seeds=seeds)
+    assert len(results.arms) == num_arms
+    boxes = [ax.get_tightbbox() for ax in figure.axes] + [figure.legends[0].get_window_extent()]
+    for i, a in enumerate(boxes):
+        assert a.x0 >= 0 and a.y0 >= 0 and a.x1 <= figure.bbox.x1 and a.y1 <= figure.bbox.y1, i
+        for b in boxes[i + 1 :]:
+            assert not a.overlaps(b)
+    curve = panel(figure, "final validation loss against a")
+    ticks = [label.get_window_extent() for label in curve.get_xticklabels() if label.get_text()]
+    assert all(not a.overlaps(b) for a, b in zip(ticks[:-1], ticks[1:], strict=True)) and ticks
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(set(legend)) == num_arms
+    assert all(("(a single run)" in text) == (len(seeds) == 1) for text in legend)
+
+
+def test_bulk_limits():
+    """The better half is seen whole with its intervals; one lost arm is not, and no arm is shown by half."""
+    low, high = plot_style.bulk_limits([3.0, 3.1, 3.2, 9.0], [2.9, 3.0, 3.1, 8.0], [3.1, 3.2, 3.3, 9.9])
+    assert low < 2.9 and 3.3 < high < 4
+    low, high = plot_style.bulk_limits([1.0, 1.1, 1.62], [1.0, 1.1, 1.5], [1.0, 1.6, 1.8])
+    assert high > 1.8  # 1.62 is within reach of the interval 1.6, so its own interval is shown, too
+    assert plot_style.bulk_limits([], [], []) == (0, 1) and plot_style.bulk_limits([2.0], [2.0], [2.0])[0] < 2
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+# ------------------------------------------------------------------------------------------------
+
+
+def test_ranked_table(tmp_path):
+    """Rank, differences to best and to a = 0, and their p are scipy's; the control has none to itself."""
+    file = make_sweep(
+        tmp_path, "s", spectral_arms(0, 0.01, 0.1, 0.5), control="spectral_lr_0", seeds=(1, 2, 3, 4)
+    )
+    results = read_results([file], tmp_path / "logs")
+    header, rows = plot_spectral_sweep.table(results)
+    cells = [dict(zip(header[:9], row[:9], strict=True)) for row in rows]
+    means = [float(cell["mean"]) for cell in cells]
+    assert means == sorted(means) and [cell["rank"] for cell in cells] == ["1", "2", "3", "4", "5"]
+    assert header[9:] == ["to a=0", "95% interval", "p (Holm)", "test", "remark"]
+    losses = {arm.label: np.array(arm.samples()[0]) for arm in results.arms}
+    best = cells[0]["arm"]
+    assert best == "spectral_lr_0.1" and rows[0][-1] == "best" and cells[0]["to best"] == "-"
+    for row, cell in zip(rows, cells, strict=True):
+        if cell["arm"] != best:
+            assert cell["to best"] == f"{np.mean(losses[cell['arm']] - losses[best]):+.4f}"
+        if cell["arm"] == "spectral_lr_0":
+            assert row[9:13] == ["-"] * 4 and row[-1] == "control"
+        else:
+            assert row[9] == f"{np.mean(losses[cell['arm']] - losses['spectral_lr_0']):+.4f}"
+    worst = scipy_stats.ttest_rel(losses["spectral_lr_0.5"], losses["spectral_lr_0"])
+    interval = worst.confidence_interval(0.95)
+    assert rows[-1][10] == f"[{interval.low:+.4f}, {interval.high:+.4f}]"
+    assert results.verdict.versus_control["spectral_lr_0.5"].p == pytest.approx(worst.pvalue)
+
+
+def test_single_runs_are_never_best(tmp_path):
+    """The lowest of single runs was lucky as likely as good."""
+    file = make_sweep(tmp_path, "s", spectral_arms(0, 0.1, 0.5), control="spectral_lr_0", seeds=(1,))
+    results = read_results([file], tmp_path / "logs")
+    header, rows = plot_spectral_sweep.table(results)
+    assert "to lowest" in header and not any("best" in cell for row in [header, *rows] for cell in row)
+    assert all("a single run" in row[-1] for row in rows) and {row[8] for row in rows} == {"-"}
+    text = plot_spectral_sweep.markdown(results, "x.png")
+    assert "none is best" in text and "every arm is a single run" in text
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    """Logs are grouped by settings; picture, Markdown and CSV stand side by side, with the same numbers."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for a in (0.0, 0.1):
+        for seed in (1, 2, 3):
+            settings = {"spectral_lr_mul": a, "val_loss_every": 10 * seed}
+            text = make_log(
+                f"a{a}-{seed}", 10 * seed + int(10 * a), settings, STEPS, val_every=20, final=3.27 + a / 10
+            )
+            (logs / f"a{a}-{seed}.txt").write_text(
+                text.replace(f'"seed": {10 * seed + int(10 * a)}', f'"seed": {seed}')
+            )
+    monkeypatch.chdir(tmp_path)
+    assert plot_spectral_sweep.main([]) == 0
+    out = capsys.readouterr().out
+    picture, table, numbers = (next(logs.glob(f"spectral_sweep_*.{kind}")) for kind in ("png", "md", "csv"))
+    assert re.fullmatch(r"spectral_sweep_6runs_\d{8}-\d{6}", picture.stem) and table.stem == picture.stem
+    assert picture.read_bytes().startswith(b"\x89PNG") and str(picture.relative_to(tmp_path)) in out
+    rows = list(csv.DictReader(numbers.open()))
+    assert [(row["arm"], row["n"]) for row in rows] == [
+        ("spectral_lr_mul=0", "3"),
+        ("spectral_lr_mul=0.1", "3"),
+    ]
+    control = read_results([logs]).verdict
+    assert float(rows[1]["to_control"]) == control.versus_control["spectral_lr_mul=0.1"].difference
+    assert float(rows[1]["to_control_p"]) == control.p_control["spectral_lr_mul=0.1"]
+    assert rows[0]["to_control"] == "" and rows[0]["remark"] == "best, control"
+    text = table.read_text()
+    for row in rows:
+        assert f"{float(row['mean']):.4f}" in text and f"{float(row['mean']):.4f}" in out
+    assert f"![the sweep]({picture.name})" in text and "worse than spectral_lr_mul=0" in text
+
+
+def test_failed_and_missing_runs_are_in_the_table(tmp_path):
+    ends = {("spectral_lr_0.1", 2): "diverged", ("spectral_lr_0", 1): "planned"}
+    figure, results = draw(tmp_path, spectral_arms(0, 0.1, baseline=False), ends=ends, seeds=(1, 2, 3, 4))
+    rows = {row[1]: row for row in plot_spectral_sweep.table(results)[1]}
+    assert rows["spectral_lr_0.1"][-1] == "1 of 4 failed" and rows["spectral_lr_0.1"][3] == "3"
+    assert "1 of 4 not ended" in rows["spectral_lr_0"][-1]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert any("n=3, 1 failed" in text for text in legend) and any("1 not ended" in text for text in legend)
+    assert math.isnan(results.arms[1].samples()[0][-1])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "there is no folder logs/"),
+        (["--logs", "empty"], "no log in empty"),
+        (["none.txt"], "no log none.txt"),
+        (["begun"], "none of the 1 runs has logged a step yet"),
+        (["begun", "--out", "x.jpg"], "x.jpg: a plot is written as one of"),
+    ],
+)
+def test_errors_speak_to_a_person(tmp_path, monkeypatch, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "x.txt").write_text(make_log("x", num_steps=STEPS, end=-1, end_event=""))
+    monkeypatch.chdir(tmp_path)
+    assert plot_spectral_sweep.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err and not captured.out
+    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.md"))
+
+
+def test_import_is_light():
+    """Nothing here needs torch, and errors must not wait for matplotlib."""
+    code = "import sys, plot_spectral_sweep; print({'torch', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
