@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import make_tokens, write_shard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from logs_for_tests import make_log
@@ -979,19 +980,10 @@ def test_every_sweep_here_is_accepted_by_its_trainers(place, real_trainer, monke
             assert len(sweep.runs()) < (40 if scale else 400), f"{path.name} at scale {scale}"
 
 
-def write_shard(path, num_tokens, seed):
-    """Documents of bytes, each begun by 0."""
-    tokens = np.random.default_rng(seed).integers(1, 64, num_tokens).astype("<u2")
-    tokens[::100] = 0
-    header = np.zeros(256, "<i4")
-    header[:4] = 20240520, 1, num_tokens, 256
-    path.write_bytes(header.tobytes() + tokens.tobytes())
-
-
 def test_a_sweep_of_the_real_trainers(place, capsys):
     """Else the launcher and the trainers do not fit together: names, settings, exit codes or logs."""
-    write_shard(place / "t_train_0.bin", 20_000, 1)
-    write_shard(place / "t_val_0.bin", 9_000, 2)
+    write_shard(place / "t_train_0.bin", make_tokens([100] * 200, seed=1))
+    write_shard(place / "t_val_0.bin", make_tokens([100] * 90, seed=2))
     text = f"""
 script = "train_gpt_muon_ord.py"
 seeds = [3]

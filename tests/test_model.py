@@ -15,12 +15,7 @@ import train_gpt
 DOCUMENTS = [[0, 5, 6, 20], [0, 11, 31]]  # where documents begin in the two slices of 32 tokens
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------------------------ reference

@@ -11,33 +11,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE, ORD = "train_gpt.py", "train_gpt_muon_ord.py"
 STEPS = 14
 
 
-def write_shard(path: Path, num_tokens: int, seed: int, vocab: int = 256, mark: int = 0):
-    """Documents of a first-order Markov chain: something to learn, made in no time."""
+def made_text(num_tokens: int, seed: int) -> np.ndarray:
+    """Documents of a first-order Markov chain over bytes: something to learn, made in no time."""
     rng = np.random.default_rng(seed)
-    table = np.random.default_rng(0).integers(1, vocab, (vocab, 4))
-    tokens = np.empty(num_tokens, dtype="<u2")
-    state = 1
-    choices = rng.integers(0, 4, num_tokens)
+    table = np.random.default_rng(0).integers(1, 256, (256, 4))
+    tokens, choices, state = np.empty(num_tokens, dtype=int), rng.integers(0, 4, num_tokens), 1
     breaks = set(rng.integers(1, num_tokens, num_tokens // 300).tolist()) | {0}
     for i in range(num_tokens):
-        state = mark if i in breaks else int(table[state, choices[i]])
-        tokens[i] = state
-    header = np.zeros(256, dtype="<i4")
-    header[:4] = 20240520, 1, num_tokens, vocab
-    path.write_bytes(header.tobytes() + tokens.tobytes())
+        state = tokens[i] = 0 if i in breaks else int(table[state, choices[i]])
+    return tokens
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    write_shard(folder / "made_train_000000.bin", 120_000, 1)
-    write_shard(folder / "made_val_000000.bin", 20_000, 2)
+    write_shard(folder / "made_train_000000.bin", made_text(120_000, 1))
+    write_shard(folder / "made_val_000000.bin", made_text(20_000, 2))
     return folder
 
 
