@@ -305,10 +305,6 @@ class Ranks:
             return Done()
         return dist.all_gather_single(full, self.shard(full), async_op=True)
 
-    def broadcast(self, x: Tensor, source: int = 0):
-        if self.world_size > 1:
-            dist.broadcast(x, source)
-
     def shard(self, full: Tensor) -> Tensor:
         """This rank's view of its equal part of full's first dimension."""
         n = full.shape[0] // self.world_size
@@ -365,10 +361,6 @@ class RunLog:
         """A line for the person at the console only."""
         if self.is_main:
             print(("\r\033[K" if self.bar else "") + text, flush=True)
-
-    def warn(self, text: str):
-        self.event("warning", text=json.dumps(text))
-        self.say(f"warning: {text}")
 
     def step(self, step: int, fields: dict):
         """One step line: `fields` in their order, floats already formatted."""
@@ -1406,7 +1398,7 @@ class MatrixBucket(Bucket):
         self.count += 1
         o, state = self.o, (self.mine, self.mantissa, self.grad, self.momentum, self.second_moment)
         if o.optimizer == "adamw":
-            beta1, beta2 = map(scalar, find_role(self.names[0] if self.names else "head").betas)
+            beta1, beta2 = map(scalar, find_role(next(iter(self.params))).betas)
             self.run(*state, scalar(self.count), scalar(o.adam_matrix_lr * lr_mul),
                      scalar(o.adam_matrix_decay), beta1, beta2, "param")
         else:
@@ -1672,10 +1664,9 @@ class Report:
 
     def trained(self, step: int, total: Tensor, tokens: int, ms: float):
         """After update number `step`. On a GPU its line comes an update late: nothing waits for it."""
-        waiting, self.pending = self.pending, (step, total, self.ranks.all_reduce(total), tokens, ms)
-        if waiting and self.ranks.device.type == "cuda":
-            self.write(*waiting)
-        elif self.ranks.device.type == "cpu":
+        self.flush()
+        self.pending = (step, total, self.ranks.all_reduce(total), tokens, ms)
+        if self.ranks.device.type == "cpu":
             self.flush()
 
     def flush(self):
