@@ -12,7 +12,10 @@ optimizer fences, where it adds ORD; sync_twins.py keeps the rest equal.
 Ideas are credited where they are used. The model and its schedule follow the public records of the
 modded-nanogpt speedrun (Keller Jordan and contributors), in our own code.
 """
+import contextlib
 import dataclasses
+import datetime
+import functools
 import glob
 import hashlib
 import json
@@ -21,9 +24,12 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +98,22 @@ class Settings:
     val_loss_last_steps: int = knob(100, "so many last steps are validated more often", low=0)
     val_loss_every_last: int = knob(10, "steps between those validations; 0: as before", low=0)
     target_loss: float = knob(3.28, "validation loss to reach, for log and plots, nats a token", above=0)
+    diverged_above: float = knob(0.0, "a loss above this ends the run; 0: twice ln(vocabulary)", low=0)
+    # checkpoints, faults
+    save_every: int = knob(0, "steps between checkpoints in logs/RUN_ID/; 0: only when stopped", low=0)
+    resume: str = knob("", "auto: go on from RUN_ID's last checkpoint if it has one; or a checkpoint's path")
+    save_model: bool = knob(True, "write the trained weights to logs/RUN_ID/model.safetensors at the end")
+    dist_timeout: float = knob(900.0, "seconds without progress after which a rank gives up", low=5)
+
+
+    @property
+    def log(self) -> Path:
+        return Path("logs") / f"{self.run_id}.txt"
+
+    @property
+    def folder(self) -> Path:
+        """Of checkpoints and the trained model."""
+        return Path("logs") / self.run_id
 
 
 class SettingsError(ValueError):
@@ -274,7 +296,12 @@ class Done:
 class Ranks:
     """This process among the others. Collectives are asynchronous: they return an object with .wait()."""
 
-    def __init__(self, device: str):
+    last_beat = 0.0  # time.monotonic() of the last sign of progress, for Watch
+
+    def beat(self):
+        self.last_beat = time.monotonic()
+
+    def __init__(self, device: str, timeout_s: float = 900.0):
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -285,7 +312,9 @@ class Ranks:
         elif "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
             torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
         if "RANK" in os.environ:  # torchrun, even with a single rank
+            # Watch gives up first and says why; NCCL's own watchdog would end the process without a word
             dist.init_process_group("nccl" if device == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(seconds=1.5 * timeout_s),
                                     **({"device_id": self.device} if device == "cuda" else {}))
 
     def all_reduce(self, x: Tensor, op=dist.ReduceOp.SUM):
@@ -310,9 +339,119 @@ class Ranks:
         n = full.shape[0] // self.world_size
         return full[self.rank * n:(self.rank + 1) * n]
 
+    def whole(self, mine: Tensor) -> Tensor:
+        """Every rank's equal part of a flat tensor, joined in the order of the ranks."""
+        full = mine.new_empty(mine.numel() * self.world_size)
+        self.shard(full).copy_(mine)
+        self.all_gather(full).wait()
+        return full
+
+    def broadcast(self, x: Tensor):
+        if self.world_size > 1:
+            dist.broadcast(x, 0)
+
+    def share(self, value):
+        """Rank 0's value (small, picklable) to all."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, 0, device=self.device)
+        return box[0]
+
+    def collect(self, value) -> list:
+        """Every rank's value (small, picklable), in their order."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def together(self, function):
+        """function()'s value. A ValueError on one rank is raised on all: nobody waits for one that left."""
+        value = error = None
+        try:
+            value = function()
+        except ValueError as found:
+            error = found
+        for rank, text in enumerate(self.collect(None if error is None else str(error))):
+            if text is not None:
+                raise error or ValueError(f"rank {rank}: {text}")
+        return value
+
     def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Stop:
+    """Whether somebody asked the run to stop. The first SIGTERM or SIGINT is a request, which the ranks then
+    agree on; a second one ends the process at once."""
+
+    def __init__(self):
+        self.reason = ""
+
+    def listen(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.reason = self.reason or signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Watch(threading.Thread):
+    """Ends this process, with a line in the log, when the run cannot go on: no beat for DIST_TIMEOUT (a
+    collective hangs), or a rank on this host is gone and the main thread does not notice (NCCL waits for
+    ever). A thread, because the main one is inside C code then. Without its launcher a rank stops."""
+
+    POLL_S, GRACE_S = 0.5, 15.0  # torchrun kills after 30 s
+
+    def __init__(self, ranks: Ranks, timeout_s: float, stop: Stop, on_crash):
+        super().__init__(daemon=True)
+        self.timeout_s, self.stop_request, self.on_crash = timeout_s, stop, on_crash
+        self.ranks, self.parent = ranks, os.getppid()
+        here = (platform.node(), os.getpid())
+        self.pids = {rank: pid for rank, (node, pid) in enumerate(ranks.collect(here)) if node == here[0]}
+        self.over = threading.Event()
+        ranks.beat()
+
+    def missing(self) -> dict[int, str]:
+        """Which ranks of this host are dead or stopped, in words."""
+        states = {rank: process_state(pid) for rank, pid in self.pids.items() if rank != self.ranks.rank}
+        return {rank: f"rank {rank} (process {self.pids[rank]}) is {state}"
+                for rank, state in states.items() if state != "alive"}
+
+    def leads(self, missing: dict) -> bool:
+        """Whether this rank speaks for those that only saw others fail: the first one left beside the log."""
+        return 0 in self.pids and all(rank in missing for rank in self.pids if rank < self.ranks.rank)
+
+    def run(self):
+        lost_since = None
+        while not self.over.wait(self.POLL_S):
+            now, orphan, missing = time.monotonic(), os.getppid() != self.parent, self.missing()
+            if orphan and not self.stop_request.reason:
+                self.stop_request.reason = "its launcher is gone"
+            gone = [text for text in missing.values() if text.endswith("gone")]
+            lost_since = (lost_since or now) if orphan or gone else None
+            silent_s = now - self.ranks.last_beat
+            if silent_s > self.timeout_s:
+                elsewhere = self.ranks.world_size - len(self.pids)
+                why = ", ".join(missing.values()) or (
+                    f"{elsewhere} on other hosts may not answer" if elsewhere else "all ranks are alive")
+                self.on_crash(missing, f"no progress for {silent_s:.0f} s (DIST_TIMEOUT="
+                                       f"{self.timeout_s:g}): {why}")
+            elif lost_since and min(now - lost_since, silent_s) > self.GRACE_S:
+                self.on_crash(missing, ", ".join(gone) or "its launcher is gone")
+
+
+def process_state(pid: int) -> str:
+    """alive, stopped (by SIGSTOP) or gone."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return "gone"
+    except OSError:  # no /proc on this system: alive is all that can be said
+        return "alive"
+    return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(state, "alive")
 
 
 def usable_cores() -> int:
@@ -325,25 +464,85 @@ def usable_cores() -> int:
 
 
 class RunLog:
-    """logs/RUN_ID.txt and the console, on rank 0; silent on the others. One flushed append a line."""
+    """logs/RUN_ID.txt and the console, on rank 0; silent on the others. One flushed append a line. What a
+    full disk does not take is kept and written before the next line."""
 
-    def __init__(self, run_id: str, rank: int, num_steps: int):
-        self.is_main, self.num_steps = rank == 0, num_steps
-        self.path = Path("logs") / f"{run_id}.txt"
+    def __init__(self, path: Path, rank: int, num_steps: int, go_on: bool = False):
+        """go_on: append to a log that exists. Raises SettingsError where the log cannot be had."""
+        self.path, self.is_main, self.num_steps = path, rank == 0, num_steps
         self.bar = self.is_main and sys.stdout.isatty()
+        self.unwritten, self.full, self.ended = b"", False, threading.Lock()
         if not self.is_main:
             return
-        self.path.parent.mkdir(exist_ok=True)
         try:
-            self.file = self.path.open("x", buffering=1)
+            self.path.parent.mkdir(exist_ok=True)
+            self.existed = self.path.exists()
+            if self.existed and not go_on:
+                raise FileExistsError
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | (0 if go_on else os.O_EXCL)
+            self.file = os.open(self.path, flags, 0o644)
+            self.lock()
         except FileExistsError:
             raise SettingsError(f"{self.path} exists already, and logs are never overwritten; choose another "
-                                "RUN_ID") from None
+                                "RUN_ID, or RESUME=auto to go on with that run") from None
+        except OSError as error:
+            raise SettingsError(f"{self.path} cannot be written: {error.strerror}; run where logs/ can be "
+                                "written") from None
+        size = os.fstat(self.file).st_size
+        if size and os.pread(self.file, 1, size - 1) != b"\n":
+            self.write("")  # ends the line that a crash cut short
+
+    def lock(self):
+        """One writer a log, also when two processes resume it; the lock goes with the process."""
+        try:
+            import fcntl
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"{self.path} is being written by another process; wait for it, or choose "
+                                "another RUN_ID") from None
+        except (ImportError, OSError):
+            self.say(f"warning: {self.path} cannot be locked on this file system")
 
     def write(self, line: str):
         if self.is_main:
-            self.file.write(line + "\n")
-            self.file.flush()
+            self.unwritten += (line + "\n").encode()
+            self.flush()
+
+    def flush(self):
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[os.write(self.file, self.unwritten):]
+            self.full = False
+        except OSError as error:
+            if not self.full:
+                self.say(f"warning: {self.path}: {error.strerror}; its lines wait in memory")
+            self.full = True
+
+    def end(self, name: str, whoever: bool = False, **fields):
+        """The last event, once, whichever thread comes first; `whoever`: also from another rank than 0."""
+        if not self.ended.acquire(blocking=False):
+            return
+        if self.is_main:
+            self.event(name, **fields)
+        elif whoever and self.path.exists():
+            with contextlib.suppress(OSError), self.path.open("a") as file:
+                file.write(self.event_line(name, fields) + "\n")
+
+    def sync(self):
+        """To the disk, before a checkpoint that takes it for granted."""
+        if self.is_main:
+            os.fsync(self.file)
+
+    def close(self) -> int:
+        """Exit code: 1 if the disk never took some lines."""
+        if not self.is_main:
+            return 0
+        self.flush()
+        os.close(self.file)
+        if self.unwritten:
+            print(f"error: {self.path} lacks its last lines, the disk did not take them:\n"
+                  f"{self.unwritten.decode()}", file=sys.stderr)
+        return int(bool(self.unwritten))
 
     def header(self, config: dict, started: dict):
         """The sources, the resolved settings and the first event, fenced by two lines of '='."""
@@ -355,7 +554,11 @@ class RunLog:
         self.write("=" * 100)
 
     def event(self, name: str, **fields):
-        self.write(" ".join([f"event:{name}", *(f"{k}:{v}" for k, v in fields.items())]))
+        self.write(self.event_line(name, fields))
+
+    @staticmethod
+    def event_line(name: str, fields: dict) -> str:
+        return " ".join([f"event:{name}", *(f"{k}:{v}" for k, v in fields.items())])
 
     def say(self, text: str):
         """A line for the person at the console only."""
@@ -384,6 +587,20 @@ def source_files() -> list[Path]:
     return [p for p in (SCRIPT, SCRIPT.with_name("triton_kernels.py")) if p.exists()]
 
 
+def source_hash() -> str:
+    return hashlib.sha256(b"".join(p.read_bytes() for p in source_files())).hexdigest()[:16]
+
+
+def launch_id() -> str:
+    """The same for a worker and for those that torchrun starts in its place."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}.{os.getppid()}"
+
+
+def restarted() -> bool:
+    """Whether torchrun started this worker in place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def provenance(ranks: Ranks) -> dict:
     """What ran where, as fields of event:started."""
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=SCRIPT.parent,
@@ -391,7 +608,7 @@ def provenance(ranks: Ranks) -> dict:
     cuda = ranks.device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "script": SCRIPT.name,
-            "source_hash": hashlib.sha256(b"".join(p.read_bytes() for p in source_files())).hexdigest()[:16],
+            "source_hash": source_hash(), "launch": launch_id(),
             "git": git.stdout.strip() if git and git.returncode == 0 else "none",
             "python": platform.python_version(), "torch": torch.__version__,
             "device": name.replace(" ", "_"), "world_size": ranks.world_size,
@@ -418,16 +635,31 @@ class Shard:
     path: Path
     tokens: np.ndarray
     vocab_size: int
+    kept: np.ndarray | None = None
 
-    @property
+    def read(self) -> np.ndarray:
+        """All tokens, in memory: a mapped file that somebody cuts short ends the process with SIGBUS."""
+        try:
+            tokens = np.fromfile(self.path, dtype="<u2", offset=HEADER_INTS * 4)
+        except OSError as error:
+            raise DataError(f"{self.path} was there when the run began and cannot be read now "
+                            f"({error.strerror}); put it back, then RESUME=auto goes on") from None
+        if len(tokens) != len(self.tokens):
+            raise DataError(f"{self.path} had {len(self.tokens)} tokens when the run began and has "
+                            f"{len(tokens)} now; put the old file back, then RESUME=auto goes on")
+        return tokens
+
+    def head(self, num_tokens: int) -> np.ndarray:
+        """The first tokens, read once."""
+        if self.kept is None or len(self.kept) < min(num_tokens, len(self.tokens)):
+            self.kept = np.array(self.tokens[:num_tokens])
+        return self.kept[:num_tokens]
+
+    @functools.cached_property
     def mark(self) -> int:
         """The token that begins every document. Public GPT-2 shards may begin in the middle of one, so their
         first token says nothing; in a shard that states its own vocabulary the first token is the mark."""
         return GPT2_MARK if self.vocab_size == GPT2_VOCAB else int(self.tokens[0])
-
-    def document_starts(self) -> np.ndarray:
-        """Positions of the marks; a beginning without one is no document and is not read in training."""
-        return np.flatnonzero(self.tokens == self.mark)
 
 
 def open_shard(path: Path) -> Shard:
@@ -502,7 +734,7 @@ def stack_slices(slices: list, device: torch.device, max_doc_tokens: int) -> Bat
 class TrainData:
     """Endless batches of whole documents. Every rank plans all slices of a step and reads its own, so that
     1, 2, 4 and 8 ranks see the same tokens. The order of shards and documents is drawn from the seed, each
-    epoch anew."""
+    epoch anew: `position`, where the step after the last one handed out begins, is all the state there is."""
 
     def __init__(self, shards: list[Shard], s: Settings, ranks: Ranks):
         self.shards, self.seed, self.device = shards, s.seed, ranks.device
@@ -511,25 +743,30 @@ class TrainData:
         self.mine = range(ranks.rank * self.num_slices // ranks.world_size,
                           (ranks.rank + 1) * self.num_slices // ranks.world_size)
         self.slices_per_pass = s.slices_per_pass
-        self.epoch, self.place, self.cursor = 0, 0, 0  # place: in the order of shards; cursor: document
+        self.loaded, self.worker = None, ThreadPoolExecutor(1)
+        self.seek((0, 0, 0))
+
+    def seek(self, position: tuple[int, int, int]):
+        """Go to (epoch, place in its order of shards, document in that shard's order)."""
+        self.position = self.epoch, self.place, self.cursor = tuple(position)
         self.load_shard()
-        self.worker = ThreadPoolExecutor(1)
         self.coming = None
 
     def load_shard(self):
         """Index the current shard's documents, in this epoch's order."""
         order = np.random.default_rng([self.seed, 1, self.epoch]).permutation(len(self.shards))
         index = int(order[self.place])
-        shard = self.shards[index]
-        starts = shard.document_starts()
-        lengths = np.diff(starts, append=len(shard.tokens))
+        if self.loaded != index:
+            shard = self.shards[index]
+            self.tokens, self.mark, self.loaded = shard.read(), shard.mark, index
+        starts = np.flatnonzero(self.tokens == self.mark)  # a beginning without a mark is no document
+        lengths = np.diff(starts, append=len(self.tokens))
         if self.split:
             pieces = -(-lengths // self.max_doc_tokens)
             nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
             starts = np.repeat(starts, pieces) + nth * self.max_doc_tokens
             lengths = np.repeat(lengths, pieces) - nth * self.max_doc_tokens
         perm = np.random.default_rng([self.seed, 2, self.epoch, index]).permutation(len(starts))
-        self.tokens, self.mark = shard.tokens, shard.mark
         self.starts = starts[perm]
         self.lengths = np.minimum(lengths[perm], self.max_doc_tokens)
         self.ends = np.cumsum(self.lengths)
@@ -569,6 +806,7 @@ class TrainData:
     def next(self, batch_tokens: int, then: int | None) -> list[Batch]:
         """This rank's passes of this step; those of the step after it, of size `then`, are read meanwhile."""
         now = self.coming.result() if self.coming else self.make(batch_tokens)
+        self.position = self.epoch, self.place, self.cursor
         self.coming = self.worker.submit(self.make, then) if then else None
         return now
 
@@ -576,7 +814,7 @@ class TrainData:
 def val_batches(shards: list[Shard], s: Settings, ranks: Ranks):
     """This rank's passes over the first val_tokens tokens: batches of contiguous slices, documents whole."""
     need = s.val_tokens + 1
-    tokens = np.concatenate([shard.tokens[:need] for shard in shards])[:need]
+    tokens = np.concatenate([shard.head(need) for shard in shards])[:need]
     num_slices = max(NUM_SLICES, ranks.world_size)
     slice_tokens = s.val_batch_tokens // num_slices
     first, end = (r * num_slices // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
@@ -600,10 +838,12 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
         raise DataError(f"training shards have a vocabulary of {train[0].vocab_size}, validation shards of "
                         f"{val[0].vocab_size}; both must come from one tokenizer")
     for shard in train:
-        if not len(shard.document_starts()):
+        if not (shard.tokens == shard.mark).any():
             raise DataError(f"{shard.path} has no document mark (token {shard.mark}), with which every "
                             "document begins; make it again with data/tokenize_text.py")
     have = sum(len(v.tokens) for v in val)
+    for v in val:
+        v.head(s.val_tokens + 1)
     if have < s.val_tokens + 1:
         raise DataError(f"VAL_TOKENS={s.val_tokens}, but the validation shards hold {have}, one of them only "
                         f"a target; set it to a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens} below that")
@@ -1335,6 +1575,51 @@ class Bucket:
         self.grads.zero_()
         self.work = self.ranks.all_gather(self.weights) if self.sharded else Done()
 
+    def state(self) -> dict[str, Tensor]:
+        """This rank's part of all that the next updates depend on, beside weights and count."""
+        raise NotImplementedError
+
+    def parts(self, numel: int) -> list[int]:
+        """How many of a state's numbers belong to each parameter, in order; the padding's come last."""
+        sizes = [p.numel() * numel // len(self.weights) for p in self.params.values()]
+        return [*sizes, numel - sum(sizes)]
+
+    def export(self) -> dict[str, dict[str, Tensor]]:
+        """{parameter: {state: all of it, flat, on the CPU}}, fp32 masters among them, whatever the number of
+        ranks. A collective; only rank 0 gets something."""
+        self.work.wait()
+        out = {name: {} for name in self.params}
+        for key, mine in {"master": read_master(self.mine, self.mantissa), **self.state()}.items():
+            whole = self.ranks.whole(mine.flatten()) if self.sharded else mine.flatten()
+            if self.ranks.rank == 0:
+                for name, part in zip(self.params, whole.split(self.parts(len(whole)))):
+                    out[name][key] = part.to("cpu", copy=True)
+        return out
+
+    def check(self, saved: dict[str, dict[str, Tensor]]):
+        """ValueError if these states of a checkpoint cannot be restored."""
+        for key, mine in {"master": self.mine, **self.state()}.items():
+            for name, wanted in zip(self.params, self.parts(self.whole_numel(mine))):
+                found = saved[name].get(key)
+                if not isinstance(found, Tensor) or found.dtype != torch.float32 or found.numel() != wanted:
+                    raise ValueError(f"the checkpoint has no {key} of {wanted} fp32 numbers for {name}")
+
+    def whole_numel(self, mine: Tensor) -> int:
+        return mine.numel() * (self.ranks.world_size if self.sharded else 1)
+
+    def restore(self, saved: dict[str, dict[str, Tensor]] | None):
+        """export's inverse; `saved` on rank 0, which gives the others theirs."""
+        for key, mine in {"master": self.mine, **self.state()}.items():
+            whole = torch.zeros(self.whole_numel(mine), device=mine.device)
+            if saved is not None:
+                found = torch.cat([saved[name][key].flatten() for name in self.params])
+                whole[:len(found)] = found
+            self.ranks.broadcast(whole)
+            part = (self.ranks.shard(whole) if self.sharded else whole).view(mine.shape)
+            write_master(self.mine, self.mantissa, part) if key == "master" else mine.copy_(part)
+        self.gather()
+        self.work.wait()
+
 
 class AdamBucket(Bucket):
     """A big table, or all small parameters together."""
@@ -1362,6 +1647,9 @@ class AdamBucket(Bucket):
         self.run(self.mine, self.mantissa, self.grad, self.m, self.v, scalar(self.count), lr, decay,
                  *self.betas, "cautious")
         self.gather()
+
+    def state(self):
+        return {"m": self.m, "v": self.v}
 
     def copy_from(self, other: "AdamBucket"):
         """Weights and state of a bucket of the same shape."""
@@ -1392,6 +1680,10 @@ class MatrixBucket(Bucket):
         shape_lr += [0.0] * (num_mine - len(shape_lr))
         self.shape_lr_N11 = torch.tensor(shape_lr, device=self.mine.device).view(-1, 1, 1)
         self.run = compiler(step_adam if o.optimizer == "adamw" else step_muon)
+
+    def state(self):
+        found = {"momentum": self.momentum, "second_moment": self.second_moment}
+        return {key: value for key, value in found.items() if value is not None}
 
     def update(self, lr_mul: float, mu: float, measure: bool):
         self.work.wait()
@@ -1443,6 +1735,10 @@ class Optimizer:
         self.by_name["embed"].copy_from(self.by_name["head"])
         self.by_name["embed"].active = True
 
+    def pending(self, step: int) -> bool:
+        """Whether gradients wait for their update after `step` steps."""
+        return step % ADAM_EVERY != 0
+
     def momentum(self, step: int) -> float:
         """Up from 0.85 over the warm-up, back over the last 50 steps."""
         up = min(1, step / max(1, self.o.beta_warmup_steps))
@@ -1470,6 +1766,30 @@ class Optimizer:
         factor = (self.o.grad_clip / norm_of_mean).clamp(max=1)
         for bucket in due:
             bucket.grad.mul_(factor)
+
+    def export(self) -> tuple[dict, dict]:
+        """(states, counts) of all parameters by name, for a checkpoint; no gradient may be pending."""
+        states = {}
+        for bucket in self.buckets:
+            states.update(bucket.export())
+        return states, {name: bucket.count for name, bucket in self.by_name.items()}
+
+    def check(self, saved: dict):
+        """ValueError if `saved`, the states of a checkpoint, are not this optimizer's."""
+        wrong = sorted(set(self.by_name) ^ set(saved))
+        if wrong:
+            raise ValueError("the checkpoint does not fit the model: only one of them has "
+                             f"{', '.join(wrong[:5])}")
+        for bucket in self.buckets:
+            bucket.check(saved)
+
+    def restore(self, saved: dict | None, counts: dict[str, int], tied: bool):
+        """export's inverse; `saved` on rank 0, counts on all."""
+        for bucket in self.buckets:
+            bucket.restore(saved)
+            bucket.count = counts[next(iter(bucket.params))]
+        if "embed" in self.by_name:
+            self.by_name["embed"].active = not tied
 
     def log_fields(self, step: int, full: bool) -> dict:
         """For the step line; `full` at validations. A collective: every rank calls it."""
@@ -1546,6 +1866,196 @@ class Schedule:
 
 
 # ---------------------------------------------------------------------------------------------------
+# Checkpoints: logs/RUN_ID/step_N.pt, what a run needs to go on as if nothing had happened
+# ---------------------------------------------------------------------------------------------------
+
+# What a checkpoint holds. There is no state of random generators: initial weights and the order of the
+# data are functions of SEED and of `position`, so these are all their state.
+CHECKPOINT_KEYS = {"format": int, "config": dict, "run_id": str, "source_hash": str, "step": int,
+                   "tokens": int, "train_ms": float, "reached": bool, "position": list, "stage": int,
+                   "tied": bool, "rotary_scale": float, "rotary_freqs": Tensor, "counts": dict,
+                   "params": dict}
+CHECKPOINT_FORMAT, CHECKPOINTS_KEPT = 1, 2
+MAY_DIFFER = {"run_id", "nproc_per_node", "compile", "rehearse", "slices_per_pass", "val_loss_every",
+              "val_loss_last_steps", "val_loss_every_last", "target_loss", "diverged_above", "save_every",
+              "resume", "save_model", "dist_timeout", "data_path", "train_files", "val_files", "train_tokens"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read: which, what was found, what to do. Exit code 2."""
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The contents, checked to the last byte (every record has a CRC) and loaded without running code."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+        if bad:
+            raise CheckpointError(f"{path} is damaged ({bad}); use an earlier checkpoint")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"RESUME: there is no {path}; give auto, or the path of a step_*.pt") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a file of any content makes them raise
+        text = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{path} is no checkpoint, or was cut short ({text[:120]}); use another"
+                              ) from None
+    if not isinstance(saved, dict) or saved.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this trainer (format {CHECKPOINT_FORMAT})")
+    for key, kind in CHECKPOINT_KEYS.items():
+        if not isinstance(saved.get(key), kind):
+            raise CheckpointError(f"{path} has no {key} of type {kind.__name__}; use another checkpoint")
+    return saved
+
+
+def write_checkpoint(folder: Path, contents: dict) -> Path:
+    """Written aside, synced, renamed: a reader finds all of it or nothing. Then all but the last two go.
+    Raises OSError, with everything as it was, if the disk does not take it."""
+    path, new = folder / f"step_{contents['step']:08d}.pt", folder / ".new.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with new.open("wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch reports failed writes as RuntimeError
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from None
+    for old in checkpoints_in(folder)[:-CHECKPOINTS_KEPT]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+    return path
+
+
+def sync_folder(folder: Path):
+    """Make a rename survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("step_" + "[0-9]" * 8 + ".pt"))
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """What would train something else, in words."""
+    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
+    return [f"{key.upper()} was {old.get(key)}, now {new.get(key)}"
+            for key in sorted({*old, *new} - MAY_DIFFER) if old.get(key) != new.get(key)]
+
+
+def refuse_differences(where, old: dict, new: dict):
+    found = differences(old, new)
+    if found:
+        raise SettingsError(f"{where} belongs to a run of other settings: {'; '.join(found)}. Give it the "
+                            "same settings, or start a new run under another RUN_ID")
+
+
+class Origin(NamedTuple):
+    """Where a run begins: anew, or from `saved`, a checkpoint's contents (None: step 0)."""
+
+    run_id: str
+    resumed: bool = False
+    saved: dict | None = None
+    path: str = "none"
+    damaged: tuple[str, ...] = ()   # checkpoints that were passed over, and why
+    ended: int | None = None        # the run is over already: its exit code
+
+
+def find_origin(s: Settings, config: dict, run_id: str) -> Origin:
+    """What RESUME and torchrun's restarts mean here. run_id: as the user gave it, maybe empty."""
+    if restarted():  # as RESUME=auto
+        s = dataclasses.replace(s, run_id=run_id or restarted_run_id() or s.run_id)
+        if not s.resume or checkpoints_in(s.folder):
+            return last_checkpoint(s, config)
+    if s.resume == "auto":
+        if not run_id:
+            raise SettingsError("RESUME=auto without RUN_ID: which run? Set RUN_ID to its log's name, "
+                                "without .txt")
+        return last_checkpoint(s, config)
+    if s.resume:
+        saved = read_checkpoint(Path(s.resume))
+        refuse_differences(s.resume, saved["config"], config)
+        s = dataclasses.replace(s, run_id=run_id or saved["run_id"])
+        refuse_differences(s.log, {**config, **log_config(s.log)}, config)
+        return Origin(s.run_id, True, saved, s.resume)
+    if checkpoints_in(s.folder) and not s.log.exists():
+        raise SettingsError(f"{s.folder} holds checkpoints of an earlier run; RESUME=auto goes on with it, "
+                            "or choose another RUN_ID")
+    return Origin(s.run_id)
+
+
+def last_checkpoint(s: Settings, config: dict) -> Origin:
+    """RESUME=auto: the newest checkpoint that can be read; without any, the run from its start."""
+    last, damaged = last_event(s.log), []
+    if last == "finished" or last == "diverged" and restarted():  # it would diverge again
+        return Origin(s.run_id, ended=0 if last == "finished" else 3)
+    for path in reversed(checkpoints_in(s.folder)):
+        try:
+            saved = read_checkpoint(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            with contextlib.suppress(OSError):  # out of the way, but not thrown away
+                path.rename(path.with_suffix(".damaged"))
+            continue
+        refuse_differences(path, saved["config"], config)
+        return Origin(s.run_id, True, saved, str(path), tuple(damaged))
+    if damaged:
+        raise CheckpointError(f"{s.folder} has no checkpoint that can be read: {'; '.join(damaged)}. "
+                              f"Remove the folder and {s.log} to begin the run anew")
+    refuse_differences(s.log, {**config, **log_config(s.log)}, config)
+    return Origin(s.run_id, s.log.exists())
+
+
+def last_event(log: Path) -> str:
+    """How a log ends so far: finished, diverged ..., or started or resumed; empty if there is none."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 65_536))
+        events = rb"^event:(started|resumed|finished|diverged|crashed|stopped)\b"
+        found = re.findall(events, file.read(), re.M)
+    return found[-1].decode() if found else ""
+
+
+def log_config(log: Path) -> dict:
+    """The settings in a log's header; {} if there is none."""
+    found = log.exists() and re.search(r"^config:(\{.*\})$", log.read_text(errors="replace"), re.M)
+    return json.loads(found[1]) if found else {}
+
+
+def restarted_run_id() -> str:
+    """The run that a restarted worker had begun; empty if it had not got so far."""
+    ours = re.compile(rf"^event:started .*launch:{re.escape(launch_id())}( |$)", re.M)
+    logs = sorted(Path("logs").glob("*.txt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return next((log.stem for log in logs if ours.search(log.read_text(errors="replace"))), "")
+
+
+def save_model(path: Path, model: GPT, config: dict, windows: tuple[int, int], tied: bool):
+    """The trained weights, as the forward pass has them, for use elsewhere: safetensors, named as the
+    parameters, with what is needed to build the model in its metadata."""
+    from safetensors.torch import save_file
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    tensors["rotary.freqs"] = model.rotary.freqs.cpu()
+    metadata = {"config": config["model_config"], "vocab_size": config["vocab_size"], "mark": config["mark"],
+                "residual_scale": config["residual_scale"], "rotary_scale": model.rotary.scale,
+                "windows": windows, "tied": tied}
+    new = path.with_name(".new.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.clone() for k, v in tensors.items()}, new,
+              {k: json.dumps(v) for k, v in metadata.items()})
+    os.replace(new, path)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Evaluate, warm up, main
 # ---------------------------------------------------------------------------------------------------
 
@@ -1577,6 +2087,7 @@ def evaluate(forward, shards, s: Settings, ranks: Ranks, windows, tied: bool) ->
     """(mean cross-entropy in nats a token, share of tokens guessed right) over all ranks."""
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in val_batches(shards, s, ranks):
+        ranks.beat()
         loss, right = forward(batch, windows, None, tied)
         sums += torch.stack([loss.double(), right.double()]).cpu()
     sums = sums.to(ranks.device)
@@ -1585,7 +2096,11 @@ def evaluate(forward, shards, s: Settings, ranks: Ranks, windows, tied: bool) ->
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a finite number. Exit code 3."""
+    """The loss ran away, or is no longer a finite number. Exit code 3."""
+
+    def __init__(self, step: int, name: str, value: float):
+        super().__init__(f"step {step}: {name} is {value:g}; try a lower learning rate")
+        self.step, self.name, self.value = step, name, value
 
 
 def torch_compile(function):
@@ -1618,11 +2133,26 @@ class Trainer:
             self.optimizer.untie()
             self.tied = False
 
+    def export(self) -> dict:
+        """All that training depends on beside step and data: tensors and plain values. A collective."""
+        params, counts = self.optimizer.export()
+        return {"stage": self.stage, "tied": self.tied, "rotary_scale": self.model.rotary.scale,
+                "rotary_freqs": self.model.rotary.freqs.cpu(), "counts": counts, "params": params}
+
+    def restore(self, saved: dict, params: dict | None):
+        """export's inverse; params on rank 0 only."""
+        self.stage, self.tied, rotary = saved["stage"], saved["tied"], self.model.rotary
+        rotary.freqs.copy_(saved["rotary_freqs"])
+        rotary.scale = saved["rotary_scale"]
+        rotary.make_tables(rotary.cos.shape[0])
+        self.optimizer.restore(params, saved["counts"], self.tied)
+
     def step(self, step: int, batches: list[Batch]) -> Tensor:
         """One update; returns the cross-entropy summed over this rank's tokens."""
         schedule, total = self.schedule, 0
         weights = schedule.predict_weights(step).to(self.ranks.device)
         for batch in batches:
+            self.ranks.beat()
             loss, cross_entropy = self.forward(batch, schedule.windows(self.stage), weights, self.tied)
             (LOSS_SCALE * loss).backward()
             total = total + cross_entropy
@@ -1653,6 +2183,8 @@ class Report:
     def __init__(self, trainer: Trainer, s: Settings, ranks: Ranks, log: RunLog):
         self.schedule, self.optimizer, self.target = trainer.schedule, trainer.optimizer, s.target_loss
         self.ranks, self.log, self.pending, self.reached = ranks, log, None, False
+        self.stop = False  # whether the ranks agree that somebody asked for it
+        self.highest = s.diverged_above or 2 * math.log(trainer.model.head.shape[0])
 
     def line(self, step: int, loss: dict, tokens: int, ms: float, last: dict, full: bool):
         """One step line. Schedules are those of the update that led to `step`."""
@@ -1662,10 +2194,12 @@ class Report:
             "lr_mul": f"{schedule.lr_mul(update):.4f}", **self.optimizer.log_fields(update, full),
             "batch_size": schedule.batch_tokens(update), "tokens": tokens, **last})
 
-    def trained(self, step: int, total: Tensor, tokens: int, ms: float):
-        """After update number `step`. On a GPU its line comes an update late: nothing waits for it."""
+    def trained(self, step: int, total: Tensor, stop: bool, tokens: int, ms: float):
+        """After update number `step`. On a GPU its line comes an update late: nothing waits for it. A
+        request to stop, which one rank alone may have got, travels with the loss: all see it at one step."""
         self.flush()
-        self.pending = (step, total, self.ranks.all_reduce(total), tokens, ms)
+        sums = torch.stack((total.float(), torch.tensor(float(stop), device=total.device)))
+        self.pending = (step, sums, self.ranks.all_reduce(sums), tokens, ms)
         if self.ranks.device.type == "cpu":
             self.flush()
 
@@ -1674,9 +2208,11 @@ class Report:
             waiting, self.pending = self.pending, None
             self.write(*waiting)
 
-    def write(self, step: int, total: Tensor, work, tokens: int, ms: float):
+    def write(self, step: int, sums: Tensor, work, tokens: int, ms: float):
         work.wait()
-        loss, num_steps = total.item() / self.schedule.batch_tokens(step - 1), self.schedule.num_steps
+        total, stop = sums.tolist()
+        self.stop = self.stop or stop > 0
+        loss, num_steps = total / self.schedule.batch_tokens(step - 1), self.schedule.num_steps
         self.line(step, {"train_loss": f"{loss:.6f}"}, tokens, ms, {}, full=False)
         self.log.progress(step, loss, 1000 * tokens / ms, ms / step * (num_steps - step) / 1000,
                           shown_every=max(1, num_steps // 20))
@@ -1692,81 +2228,232 @@ class Report:
             self.log.event("target_reached", step=step, target=self.target, val_loss=f"{loss:.5f}")
 
     def check(self, step: int, name: str, loss: float):
-        if not math.isfinite(loss):
-            self.log.event("diverged", step=step, **{name: loss})
-            raise Diverged(f"step {step}: {name} is {loss}; try a lower learning rate")
+        if not loss <= self.highest:  # NaN is not
+            raise Diverged(step, name, loss)
 
 
-def train(s, o, config, train_shards, val_shards, ranks, log: RunLog):
-    """The run."""
-    trainer = Trainer(s, o, config, train_shards[0].vocab_size, ranks)
-    data, clock = TrainData(train_shards, s, ranks), Clock(ranks.device)
-    report, schedule, tokens, epoch = Report(trainer, s, ranks, log), trainer.schedule, 0, 0
-    clock.start()
-    for step in range(schedule.num_steps + 1):
-        last = step == schedule.num_steps
-        if schedule.validates(step):
-            report.flush()
-            clock.stop()
-            windows = schedule.final_windows() if last else schedule.windows(trainer.stage)
-            loss, accuracy = evaluate(trainer.forward, val_shards, s, ranks, windows, trainer.tied)
-            report.validated(step, loss, accuracy, tokens, clock.ms())
-            clock.start()
-        if last:
-            break
-        trainer.enter(step)
-        batch_tokens = schedule.batch_tokens(step)
-        total = trainer.step(step, data.next(batch_tokens, schedule.batch_tokens(step + 1)))
-        tokens += batch_tokens
-        report.trained(step + 1, total, tokens, clock.ms())
-        if data.epoch > epoch:
-            epoch = data.epoch
-            log.event("epoch", step=step + 1, epoch=epoch)
+class Run:
+    """The loop, and what it does beside training: validate, save, stop."""
+
+    def __init__(self, start: "Start", stop: Stop):
+        s, ranks = self.s, self.ranks = start.s, start.ranks
+        self.log, self.config, self.stop, self.val_shards = start.log, start.config, stop, start.val_shards
+        self.trainer = Trainer(s, start.o, start.model_config, start.config["vocab_size"], ranks)
+        self.data, self.clock = TrainData(start.train_shards, s, ranks), Clock(ranks.device)
+        self.report, self.schedule = Report(self.trainer, s, ranks, self.log), self.trainer.schedule
+        self.first, self.tokens, self.last_saved = 0, 0, 0
+
+    def resume(self, saved: dict | None):
+        """Go on from a checkpoint, which rank 0 has; refused before anything is taken from it."""
+        self.ranks.together(lambda: self.trainer.optimizer.check(saved["params"]) if saved else None)
+        small = self.ranks.share(saved and {k: v for k, v in saved.items() if k not in ("params", "config")})
+        self.trainer.restore(small, saved and saved["params"])
+        self.data.seek(small["position"])
+        self.clock.spent_ms, self.report.reached = small["train_ms"], small["reached"]
+        self.first = self.last_saved = small["step"]
+        self.tokens = small["tokens"]
+
+    def train(self) -> int | None:
+        """Exit code if the run was stopped, None at its end."""
+        s, schedule, epoch = self.s, self.schedule, self.data.position[0]
+        self.clock.start()
+        for step in range(self.first, schedule.num_steps + 1):
+            last = step == schedule.num_steps
+            if schedule.validates(step) and not step == self.first > 0:  # that was done before it was saved
+                self.validate(step, last)
+            if last:
+                break
+            stopping = self.report.stop
+            due = s.save_every and step // s.save_every > self.last_saved // s.save_every
+            if (stopping or due) and step > self.first and not self.trainer.optimizer.pending(step):
+                saved = self.save(step)
+                if stopping:
+                    self.log.end("stopped", step=step, reason=json.dumps(self.stop.reason or "another rank"))
+                    return 0 if saved else 1
+            self.trainer.enter(step)
+            batch_tokens = schedule.batch_tokens(step)
+            total = self.trainer.step(step, self.data.next(batch_tokens, schedule.batch_tokens(step + 1)))
+            self.tokens += batch_tokens
+            self.report.trained(step + 1, total, bool(self.stop.reason), self.tokens, self.clock.ms())
+            if self.data.position[0] > epoch:
+                epoch = self.data.position[0]
+                self.log.event("epoch", step=step + 1, epoch=epoch)
+        self.clock.stop()
+        return None
+
+    def validate(self, step: int, last: bool):
+        self.report.flush()
+        self.clock.stop()
+        windows = self.schedule.final_windows() if last else self.schedule.windows(self.trainer.stage)
+        loss, accuracy = evaluate(self.trainer.forward, self.val_shards, self.s, self.ranks, windows,
+                                  self.trainer.tied)
+        self.report.validated(step, loss, accuracy, self.tokens, self.clock.ms())
+        self.clock.start()
+
+    def save(self, step: int) -> bool:
+        """A checkpoint, off the clock; whether the disk took it. The run goes on if not."""
+        self.report.flush()
+        self.clock.stop()
+        contents, saved, broken = self.trainer.export(), False, False
+        if self.ranks.rank == 0:
+            contents |= {"format": CHECKPOINT_FORMAT, "config": self.config, "run_id": self.s.run_id,
+                         "source_hash": source_hash(), "step": step, "tokens": self.tokens,
+                         "train_ms": self.clock.ms(), "reached": self.report.reached,
+                         "position": list(self.data.position)}
+            broken = not all(p["master"].isfinite().all() for p in contents["params"].values())
+        if self.ranks.share(broken):  # the last good checkpoint must not make room for this one
+            raise Diverged(step, "weight", math.nan)
+        if self.ranks.rank == 0:
+            try:
+                self.log.sync()
+                path = write_checkpoint(self.s.folder, contents)
+                self.log.event("checkpoint", step=step, path=path)
+                saved = True
+            except OSError as error:
+                self.log.event("save_failed", step=step, error=json.dumps(str(error)))
+                self.log.say(f"warning: {error}; training goes on, checkpoints before it are kept")
+        self.last_saved, saved = step, self.ranks.share(saved)
+        self.clock.start()
+        return saved
+
+    def finish(self) -> int:
+        """The model for use elsewhere, and the log's last line. Exit code."""
+        code, where = 0, {}
+        if self.s.save_model and self.ranks.rank == 0:
+            path = self.s.folder / "model.safetensors"
+            try:
+                save_model(path, self.trainer.model, self.config, self.schedule.final_windows(),
+                           self.trainer.tied)
+                where = {"model": path}
+            except Exception as error:  # safetensors has errors of its own
+                self.log.event("save_failed", step=self.schedule.num_steps, error=json.dumps(str(error)))
+                self.log.say(f"error: {path} could not be written: {error}")
+                code = 1
+        self.log.end("finished", **where)
+        return code
 
 
-def prepare(env):
-    """Everything that can be refused is refused here, before the first step."""
-    s, o, config = read_settings(env)
-    ranks = Ranks(s.device)
-    train_shards, val_shards = open_data(s, ranks.world_size)
-    log = RunLog(s.run_id, ranks.rank, Schedule(s, config).num_steps)
-    settings = {**dataclasses.asdict(s), **dataclasses.asdict(o), "model_config": dataclasses.asdict(config)}
-    log.header(settings, {"run_id": s.run_id, **provenance(ranks), "train_data": shard_fields(train_shards),
-                          "val_data": shard_fields(val_shards)})
-    return s, o, config, train_shards, val_shards, ranks, log
+class Start(NamedTuple):
+    """What prepare() found out."""
+
+    s: Settings
+    o: "OptimizerSettings"
+    model_config: ModelConfig
+    config: dict        # all that decides the numbers of a run, as checkpoints hold it
+    train_shards: list
+    val_shards: list
+    ranks: Ranks
+    log: RunLog | None  # None if the run is over already
+    origin: Origin      # with what the checkpoint holds on rank 0, {} in its place on the others
+
+
+def prepare(env) -> Start:
+    """Everything that can be refused is refused here, on all ranks together, before the first step."""
+    s, o, model_config = read_settings(env)
+    ranks = Ranks(s.device, s.dist_timeout)
+    config = {**dataclasses.asdict(s), **dataclasses.asdict(o),
+              "model_config": dataclasses.asdict(model_config)}
+    run_id = env.get("RUN_ID", "")
+    if len(set(ranks.collect(json.dumps({**config, "run_id": run_id})))) > 1:
+        raise SettingsError("the ranks were started with different settings; give all machines the same ones")
+    train_shards, val_shards = ranks.together(lambda: open_data(s, ranks.world_size))
+    config |= {"train_data": shard_fields(train_shards), "val_data": shard_fields(val_shards),
+               "vocab_size": train_shards[0].vocab_size, "mark": train_shards[0].mark,
+               "num_slices": max(NUM_SLICES, ranks.world_size)}
+    origin = ranks.together(lambda: find_origin(s, config, run_id) if ranks.rank == 0 else None)
+    shared = ranks.share(origin and origin._replace(saved=origin.saved and {}))
+    origin, num_steps = origin or shared, Schedule(s, model_config).num_steps
+    s = dataclasses.replace(s, run_id=origin.run_id)
+    config["run_id"] = s.run_id
+    log = None if origin.ended is not None else ranks.together(
+        lambda: RunLog(s.log, ranks.rank, num_steps, origin.resumed))
+    return Start(s, o, model_config, config, train_shards, val_shards, ranks, log, origin)
+
+
+def write_beginning(start: Start):
+    """The log's header, or its line about going on."""
+    log, origin, config = start.log, start.origin, start.config
+    started = {**provenance(start.ranks), **{k: config[k] for k in ("train_data", "val_data")}}
+    if not log.existed:
+        settings = {k: v for k, v in config.items() if k not in started}
+        log.header(settings, {"run_id": start.s.run_id, **started})
+    for text in origin.damaged:
+        log.event("checkpoint_damaged", error=json.dumps(text))
+        log.say(f"warning: {text}; falling back to the one before it")
+    if origin.resumed:
+        step = origin.saved["step"] if origin.saved else 0
+        log.event("resumed", step=step, path=origin.path, **started)
+        log.say(f"going on from step {step} ({origin.path})")
 
 
 def main(argv: list[str], env=os.environ) -> int:
-    """Exit code: 0 trained, 2 refused what the user gave, 3 diverged."""
+    """Exit code: 0 trained or stopped, 1 crashed, 2 refused what the user gave, 3 diverged."""
     if "--help" in argv or "-h" in argv:
         return print_help() or 0
     if "--settings-json" in argv:
         return print_settings_json() or 0
-    is_main = os.environ.get("RANK", "0") == "0"
     try:
         if argv:
             raise SettingsError(f"arguments {argv}: settings are environment variables instead, see --help")
-        s, o, config, train_shards, val_shards, ranks, log = prepare(env)
+        start = prepare(env)
+        if start.log is None:
+            if start.ranks.rank == 0:
+                print(f"{SCRIPT.name}: {start.s.log} is of a run that is over; nothing to do")
+            return start.origin.ended
+        this = Run(start, Stop())
+        if start.origin.saved is not None:
+            this.resume(start.origin.saved or None)
     except ValueError as error:
-        if is_main:
+        if os.environ.get("RANK", "0") == "0":
             print(f"{SCRIPT.name}: {error}", file=sys.stderr)
         return 2
-    log.say(f"{SCRIPT.name}: {s.model} on {ranks.world_size} rank(s) of {ranks.device.type}, log {log.path}")
+    return run(start, this)
+
+
+def run(start: Start, this: Run) -> int:
+    """Train, and whatever happens leave a last line in the log. Exit code."""
+    log, ranks, stop = start.log, start.ranks, this.stop
+
+    def crashed(missing: dict[int, str], reason: str):
+        """From the rank whose error it is; if others went missing, from the first that is left."""
+        if not missing or watch.leads(missing):
+            log.end("crashed", whoever=True, rank=next(iter(missing), ranks.rank), error=json.dumps(reason))
+
+    def give_up(missing: dict[int, str], reason: str):
+        crashed(missing, reason)
+        print(f"rank {ranks.rank} gives up: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread hangs inside a collective
+
+    watch = Watch(ranks, start.s.dist_timeout, stop, give_up)
+    stop.listen()
+    watch.start()
     try:
-        if s.rehearse == "1":
+        if ranks.rank == 0:
+            write_beginning(start)
+        log.say(f"{SCRIPT.name}: {start.s.model} on {ranks.world_size} rank(s) of {ranks.device.type}, "
+                f"log {log.path}")
+        if start.s.rehearse == "1":
             log.say("rehearsing every stage (compiles; not counted as training time)")
-            rehearse(s, o, config, train_shards, val_shards, ranks)
-        train(s, o, config, train_shards, val_shards, ranks, log)
-        log.event("finished")
+            rehearse(start.s, start.o, start.model_config, start.train_shards, start.val_shards, ranks)
+        code = this.train()
+        watch.over.set()
+        if code is None:
+            code = this.finish()
     except Diverged as error:
+        log.end("diverged", step=error.step, **{error.name: f"{error.value:g}"})
         log.say(f"diverged: {error}")
-        return 3
+        code = 3
     except BaseException as error:
-        log.event("crashed", rank=ranks.rank, error=json.dumps(f"{type(error).__name__}: {error}"))
+        missing = {}
+        if isinstance(error, RuntimeError) and ranks.world_size > 1:
+            time.sleep(1)  # a rank that was killed needs a moment to be gone
+            missing = watch.missing()
+        crashed(missing, ", ".join([*missing.values(), f"{type(error).__name__}: {error}"]))
         raise
     finally:
+        watch.over.set()
         ranks.close()
-    return 0
+    return log.close() or code
 
 
 if __name__ == "__main__":

@@ -9,6 +9,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A folder with made-up shards for whole runs."""
+    from helpers import made_text, write_shard
+
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "made_train_000000.bin", made_text(120_000, 1))
+    write_shard(folder / "made_val_000000.bin", made_text(20_000, 2))
+    return folder
+
+
 @pytest.fixture
 def one_thread():
     """The small tensors of the tests are slower on two threads than on one."""

@@ -1,6 +1,11 @@
-"""What the trainers' tests share: settings, made-up shards, ranks without processes, parameters without a
-model."""
+"""What the trainers' tests share: settings, made-up shards, whole runs in processes of their own, ranks
+without processes, parameters without a model."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +15,8 @@ from torch import nn
 import train_gpt
 import train_gpt_muon_ord
 
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE, ORD = "train_gpt.py", "train_gpt_muon_ord.py"
 TRAINERS = (train_gpt, train_gpt_muon_ord)
 MARK, BYTES_VOCAB = 0, 256
 HEADER = [20240520, 1]  # magic and version of a shard
@@ -54,6 +61,69 @@ def make_text(num_tokens, seed=0, longest=200, predictable=0.9):
     return np.array(out[:num_tokens], dtype=np.uint16)
 
 
+def made_text(num_tokens: int, seed: int) -> np.ndarray:
+    """Documents of a first-order Markov chain over bytes: something to learn, made in no time."""
+    rng = np.random.default_rng(seed)
+    table = np.random.default_rng(0).integers(1, 256, (256, 4))
+    tokens, choices, state = np.empty(num_tokens, dtype=int), rng.integers(0, 4, num_tokens), 1
+    breaks = set(rng.integers(1, num_tokens, num_tokens // 300).tolist()) | {0}
+    for i in range(num_tokens):
+        state = tokens[i] = 0 if i in breaks else int(table[state, choices[i]])
+    return tokens
+
+
+def base_env(shards: Path, **settings) -> dict:
+    """The environment of a 14-step run of the tiny preset on made shards; nothing leaks in from outside."""
+    keep = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG")
+    env = {k: v for k, v in os.environ.items() if k in keep}
+    env.update(
+        MODEL="tiny",
+        DEVICE="cpu",
+        COMPILE="0",
+        DATA_PATH=str(shards),
+        TRAIN_FILES="made_train_*.bin",
+        VAL_FILES="made_val_*.bin",
+        VAL_TOKENS="16384",
+        VAL_BATCH_TOKENS="8192",
+        VAL_LOSS_EVERY="5",
+        NUM_SCHEDULED_ITERATIONS="14",
+        BATCH_SIZES="2048,2048,4096,4096",
+        BETA_WARMUP_STEPS="5",
+        OMP_NUM_THREADS="1",
+    )
+    env.update({k: str(v) for k, v in settings.items()})
+    return env
+
+
+def run(cwd: Path, script: str, env: dict, ranks: int = 1, extra: tuple = ()) -> subprocess.CompletedProcess:
+    """One run in folder cwd; ranks=0 is plain python without torchrun."""
+    return subprocess.run(
+        command(script, ranks, extra), cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def command(script: str, ranks: int, extra: tuple = ()) -> list[str]:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", *(extra or ("--standalone",)))
+    return [
+        *(torchrun if ranks else ()),
+        *((f"--nproc-per-node={ranks}",) if ranks else (sys.executable,)),
+        str(ROOT / script),
+    ]
+
+
+def losses(cwd: Path, run_id: str, kind: str = "val_loss") -> list[float]:
+    text = (cwd / "logs" / f"{run_id}.txt").read_text()
+    return [float(x) for x in re.findall(rf"^step:\d+/\d+ {kind}:(\S+)", text, re.M)]
+
+
+def train(cwd, shards, run_id, script=BASELINE, ranks=0, **settings) -> tuple[list[float], list[float]]:
+    """(validation losses, training losses) of a finished run."""
+    done = run(cwd, script, base_env(shards, RUN_ID=run_id, **settings), ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "event:finished" in (cwd / "logs" / f"{run_id}.txt").read_text()
+    return losses(cwd, run_id), losses(cwd, run_id, "train_loss")
+
+
 def one_rank(rank=0, world_size=1):
     """As much of Ranks as the data needs."""
     return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
@@ -81,11 +151,30 @@ MATRIX_NAMES = (".q", ".k", ".v", ".o", ".up", ".down")
 
 def small_config(trainer, **changes):
     """Every feature of the speedrun's model at once, as small as it gets."""
-    return trainer.ModelConfig(**{**dict(
-        num_layers=4, width=16, num_heads=4, head_dim=8, num_kv_heads=4, window_block=8,
-        windows=((1, 2),) * 4, final_windows=(1, 2), long_layers=(1, 3), paired_layers=(0, 3),
-        value_embed_layers=(0, 3), skip=(0, 2), no_attention=(2,), backout=1, bigram_rows=61,
-        predict=(((1, 1), (0.5, 0)),) * 4, untie_frac=2 / 3), **changes})
+    return trainer.ModelConfig(
+        **{
+            **dict(
+                num_layers=4,
+                width=16,
+                num_heads=4,
+                head_dim=8,
+                num_kv_heads=4,
+                window_block=8,
+                windows=((1, 2),) * 4,
+                final_windows=(1, 2),
+                long_layers=(1, 3),
+                paired_layers=(0, 3),
+                value_embed_layers=(0, 3),
+                skip=(0, 2),
+                no_attention=(2,),
+                backout=1,
+                bigram_rows=61,
+                predict=(((1, 1), (0.5, 0)),) * 4,
+                untie_frac=2 / 3,
+            ),
+            **changes,
+        }
+    )
 
 
 def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_scale=1.0, **changes):

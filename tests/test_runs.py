@@ -1,91 +1,13 @@
 """Whole runs of the trainers in processes of their own: equal arms, equal ranks, equal reruns, exit codes."""
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_shard
-
-ROOT = Path(__file__).resolve().parent.parent
-BASELINE, ORD = "train_gpt.py", "train_gpt_muon_ord.py"
-STEPS = 14
-
-
-def made_text(num_tokens: int, seed: int) -> np.ndarray:
-    """Documents of a first-order Markov chain over bytes: something to learn, made in no time."""
-    rng = np.random.default_rng(seed)
-    table = np.random.default_rng(0).integers(1, 256, (256, 4))
-    tokens, choices, state = np.empty(num_tokens, dtype=int), rng.integers(0, 4, num_tokens), 1
-    breaks = set(rng.integers(1, num_tokens, num_tokens // 300).tolist()) | {0}
-    for i in range(num_tokens):
-        state = tokens[i] = 0 if i in breaks else int(table[state, choices[i]])
-    return tokens
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    write_shard(folder / "made_train_000000.bin", made_text(120_000, 1))
-    write_shard(folder / "made_val_000000.bin", made_text(20_000, 2))
-    return folder
-
-
-def base_env(shards: Path, **settings) -> dict:
-    """The environment of a 14-step run of the tiny preset on made shards; nothing leaks in from outside."""
-    keep = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG")
-    env = {k: v for k, v in os.environ.items() if k in keep}
-    env.update(
-        MODEL="tiny",
-        DEVICE="cpu",
-        COMPILE="0",
-        DATA_PATH=str(shards),
-        TRAIN_FILES="made_train_*.bin",
-        VAL_FILES="made_val_*.bin",
-        VAL_TOKENS="16384",
-        VAL_BATCH_TOKENS="8192",
-        VAL_LOSS_EVERY="5",
-        NUM_SCHEDULED_ITERATIONS=str(STEPS),
-        BATCH_SIZES="2048,2048,4096,4096",
-        BETA_WARMUP_STEPS="5",
-    )
-    env.update({k: str(v) for k, v in settings.items()})
-    return env
-
-
-def run(cwd: Path, script: str, env: dict, ranks: int = 1, extra: tuple = ()) -> subprocess.CompletedProcess:
-    """One run in folder cwd; ranks=0 is plain python without torchrun."""
-    env = {**env, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / script)]
-    if ranks:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            *(extra or ("--standalone",)),
-            f"--nproc-per-node={ranks}",
-            str(ROOT / script),
-        ]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
-def losses(cwd: Path, run_id: str, kind: str = "val_loss") -> list[float]:
-    text = (cwd / "logs" / f"{run_id}.txt").read_text()
-    return [float(x) for x in re.findall(rf"^step:\d+/\d+ {kind}:(\S+)", text, re.M)]
-
-
-def train(cwd, shards, run_id, script=BASELINE, ranks=0, **settings) -> tuple[list[float], list[float]]:
-    """(validation losses, training losses) of a finished run."""
-    done = run(cwd, script, base_env(shards, RUN_ID=run_id, **settings), ranks)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "event:finished" in (cwd / "logs" / f"{run_id}.txt").read_text()
-    return losses(cwd, run_id), losses(cwd, run_id, "train_loss")
+from helpers import BASELINE, ORD, ROOT, base_env, losses, run, train
 
 
 @pytest.fixture(scope="module")
