@@ -293,6 +293,19 @@ class Done:
         pass
 
 
+class Arrival:
+    """A collective of ranks that see each other's memory: wait() until all have arrived, then read, once."""
+
+    def __init__(self, ranks: "Ranks", read):
+        self.arrived, self.read = ranks.all_reduce(torch.zeros(1)), read
+
+    def wait(self):
+        if self.read:
+            self.arrived.wait()
+            self.read()
+            self.read = None
+
+
 class Ranks:
     """This process among the others. Collectives are asynchronous: they return an object with .wait()."""
 
@@ -307,6 +320,7 @@ class Ranks:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.device = torch.device("cuda", self.local_rank) if device == "cuda" else torch.device("cpu")
+        self.everyones = {}  # address of a buffer that zeros() made -> all ranks' buffers, (world_size, numel)
         if device == "cuda":
             torch.cuda.set_device(self.device)
         elif "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
@@ -317,6 +331,26 @@ class Ranks:
                                     timeout=datetime.timedelta(seconds=1.5 * timeout_s),
                                     **({"device_id": self.device} if device == "cuda" else {}))
 
+    def zeros(self, numel: int, like: Tensor) -> Tensor:
+        """What reduce_scatter and all_gather work on. If all ranks are on the CPU of one host, each sees the
+        others': a step's exchange then costs two reads of memory instead of gloo's sockets.
+        The memory is a file without a name, so a killed run leaves nothing behind."""
+        one_host = self.device.type == "cpu" and 1 < self.world_size == self.local_world_size
+        if not (one_host and dist.is_initialized() and hasattr(os, "memfd_create")):
+            return torch.zeros(numel, dtype=like.dtype, device=like.device)
+        path, total = None, numel * self.world_size
+        if self.rank == 0:
+            file = os.memfd_create("ranks")
+            os.ftruncate(file, total * like.dtype.itemsize)
+            path = f"/proc/{os.getpid()}/fd/{file}"
+        everyones = torch.from_file(self.share(path), shared=True, size=total, dtype=like.dtype)
+        self.all_reduce(torch.zeros(1)).wait()  # all have opened it
+        if self.rank == 0:
+            os.close(file)
+        mine = everyones.view(self.world_size, numel)[self.rank]
+        self.everyones[mine.data_ptr()] = everyones.view(self.world_size, numel)
+        return mine
+
     def all_reduce(self, x: Tensor, op=dist.ReduceOp.SUM):
         return dist.all_reduce(x, op=op, async_op=True) if self.world_size > 1 else Done()
 
@@ -324,15 +358,33 @@ class Ranks:
         """Sum over the ranks, in place; afterwards this rank's shard(full) is right, the rest is undefined.
         gloo's own takes 2.6 times as long as its all_reduce (1M numbers, 2 ranks).
         (torch 2.13 renamed this call and the next from *_tensor; this class is the one place to follow.)"""
+        if full.data_ptr() in self.everyones:
+            return Arrival(self, lambda: self.sum_shards(self.everyones[full.data_ptr()]))
         if self.world_size == 1 or self.device.type == "cpu":
             return self.all_reduce(full)
         return dist.reduce_scatter_single(self.shard(full), full, async_op=True)
 
     def all_gather(self, full: Tensor):
         """Every rank's shard(full) to all, in place."""
+        if full.data_ptr() in self.everyones:
+            return Arrival(self, lambda: self.copy_shards(self.everyones[full.data_ptr()]))
         if self.world_size == 1:
             return Done()
         return dist.all_gather_single(full, self.shard(full), async_op=True)
+
+    def sum_shards(self, everyones: Tensor):
+        """Nobody else reads or writes this rank's shard of its own buffer."""
+        mine = self.shard(everyones[self.rank])
+        for rank, theirs in enumerate(everyones):
+            if rank != self.rank:
+                mine += self.shard(theirs)
+
+    def copy_shards(self, everyones: Tensor):
+        """Each rank's shard from its own buffer into this rank's."""
+        mine = everyones[self.rank].view(self.world_size, -1)
+        for rank, theirs in enumerate(everyones):
+            if rank != self.rank:
+                mine[rank].copy_(theirs.view(self.world_size, -1)[rank])
 
     def shard(self, full: Tensor) -> Tensor:
         """This rank's view of its equal part of full's first dimension."""
@@ -924,6 +976,43 @@ class EagerRotate(torch.autograd.Function):
         return EagerRotate.turn(grad, ctx.saved_tensors[0].conj()), None
 
 
+class EagerAttention(torch.autograd.Function):
+    """Softmax attention in blocks of QUERY_BLOCK queries, each against the keys that its window reaches. The
+    probabilities are kept for backward: they are few here, and torch's kernel computes them anew."""
+
+    @staticmethod
+    def forward(ctx, q_BTHD, k_BTHD, v_BTHD, masks, scale):
+        B, T, H, D = q_BTHD.shape
+        q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q_BTHD, k_BTHD, v_BTHD))
+        y, probabilities = torch.empty_like(q), []
+        for queries, keys, bias in masks:
+            scores = torch.bmm(q[:, queries], k[:, keys].mT).unflatten(0, (B, H))
+            p = torch.add(bias, scores, alpha=scale, out=scores).softmax(-1).flatten(0, 1)
+            y[:, queries] = torch.bmm(p, v[:, keys])
+            probabilities.append(p)
+        ctx.save_for_backward(q, k, v, *probabilities)
+        ctx.blocks, ctx.scale = [mask[:2] for mask in masks], scale
+        return y.view(B, H, T, D).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad_BTHD):
+        q, k, v, *probabilities = ctx.saved_tensors
+        grad = grad_BTHD.transpose(1, 2).reshape(q.shape)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (queries, keys), p in zip(ctx.blocks, probabilities):
+            dv[:, keys] += torch.bmm(p.mT, grad[:, queries])
+            dp = torch.bmm(grad[:, queries], v[:, keys].mT)
+            dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dq[:, queries] = torch.bmm(dscores, k[:, keys])
+            dk[:, keys] += torch.bmm(dscores.mT, q[:, queries])
+        B = len(grad_BTHD)
+        dq, dk, dv = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv))
+        return dq, dk, dv, None, None
+
+
+QUERY_BLOCK = 64
+
+
 class Float8Head(torch.autograd.Function):
     """x @ w.T in float8 with fixed scales, the speedrun's idea of 2025-01: activations and weights in e4m3,
     the incoming gradient in e5m2. x_MC, w_VC in bfloat16; result bfloat16 (M, V)."""
@@ -1120,6 +1209,21 @@ class Documents:
             self.masks[window, paired] = block, bias.flatten(0, 1).unsqueeze(1)
         return self.masks[window, paired]
 
+    def query_blocks(self, window: int, paired: bool) -> list[tuple[slice, slice, Tensor]]:
+        """(queries, keys, bias) for EagerAttention; bias is 0 or -inf, (B, 1, queries, keys)."""
+        if (window, paired) not in self.masks:
+            doc, blocks = self.doc_ids(paired), []
+            for start in range(0, doc.shape[1], QUERY_BLOCK):
+                queries = slice(start, min(start + QUERY_BLOCK, doc.shape[1]))
+                keys = slice(max(0, start - window), queries.stop)
+                at = torch.arange(doc.shape[1])
+                ago = at[queries, None] - at[keys]
+                seen = (ago >= 0) & (ago <= window) & (doc[:, queries, None] == doc[:, None, keys])
+                bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
+                blocks.append((queries, keys, bias.unsqueeze(1)))
+            self.masks[window, paired] = blocks
+        return self.masks[window, paired]
+
     def attend(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int, paired: bool,
                scale: float) -> Tensor:
         """Softmax attention. T is 2T here if paired."""
@@ -1131,6 +1235,10 @@ class Documents:
             y = varlen_attn(*(x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD)), cu, cu, longest, longest,
                             scale=scale, window_size=(window, 0), enable_gqa=gqa)
             return y.view(q_BTHD.shape)
+        if self.backend == "sdpa" and eager_cpu(q_BTHD):
+            shared = q_BTHD.shape[2] // k_BTHD.shape[2]
+            k_BTHD, v_BTHD = ((x.repeat_interleave(shared, 2) if gqa else x) for x in (k_BTHD, v_BTHD))
+            return EagerAttention.apply(q_BTHD, k_BTHD, v_BTHD, self.query_blocks(window, paired), scale)
         q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
         if self.backend == "flex":
             return self.flex(q, k, v, window, paired, scale, gqa).transpose(1, 2)
@@ -1551,8 +1659,9 @@ class Bucket:
         self.size = sum(p.numel() for p in params.values())
         self.sharded = len(params) == 1 and self.size >= SMALL or unit > 1
         multiple = unit * ranks.world_size if self.sharded else 1
-        self.weights = torch.zeros(-(-self.size // multiple) * multiple, dtype=like.dtype, device=like.device)
-        self.grads = torch.zeros_like(self.weights)
+        padded = -(-self.size // multiple) * multiple
+        self.weights, self.grads = (ranks.zeros(padded, like) if self.sharded else like.new_zeros(padded)
+                                    for _ in range(2))
         at = 0
         for p in params.values():
             here = slice(at, at := at + p.numel())
@@ -1572,8 +1681,12 @@ class Bucket:
         return self.grad.float().square().sum() * float(counts)
 
     def gather(self):
-        self.grads.zero_()
         self.work = self.ranks.all_gather(self.weights) if self.sharded else Done()
+
+    def finish(self):
+        """The new weights are here. Only now has every rank read these gradients."""
+        self.work.wait()
+        self.grads.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """This rank's part of all that the next updates depend on, beside weights and count."""
@@ -1618,7 +1731,7 @@ class Bucket:
             part = (self.ranks.shard(whole) if self.sharded else whole).view(mine.shape)
             write_master(self.mine, self.mantissa, part) if key == "master" else mine.copy_(part)
         self.gather()
-        self.work.wait()
+        self.finish()
 
 
 class AdamBucket(Bucket):
@@ -1757,7 +1870,7 @@ class Optimizer:
         for bucket in due:
             bucket.update(lr_mul, self.momentum(step), measure)
         for bucket in due:
-            bucket.work.wait()
+            bucket.finish()
 
     def clip(self, due: list[Bucket], batch_tokens: int):
         total = torch.stack([b.square_norm() for b in due]).sum()
