@@ -1550,16 +1550,22 @@ POLAR_COEFFICIENTS = (
 
 def polar_express(G_NRK: Tensor) -> Tensor:
     """The polar factor U V^T of each matrix, approximately; in bfloat16 on CUDA, fp32 elsewhere."""
-    X = G_NRK.mT if G_NRK.size(-2) > G_NRK.size(-1) else G_NRK
+    tall = G_NRK.size(-2) > G_NRK.size(-1)
+    flipped = tall and G_NRK.is_cuda  # a CPU pays for transposed copies, so there tall ones are left standing
+    right = tall and not flipped      # and multiplied from the right, by polynomials in X^T X
+    X = G_NRK.mT if flipped else G_NRK
     X = X / (POLAR_SAFETY * X.norm(dim=(-2, -1), keepdim=True) + POLAR_EPS)
     X = X.bfloat16() if X.is_cuda else X
-    long = not X.is_cuda and X.size(-1) >= 2 * X.size(-2)
+    long = not X.is_cuda and max(X.shape[-2:]) >= 2 * min(X.shape[-2:])
+    gram = (lambda X: X.mT @ X) if right else (lambda X: X @ X.mT)
     for a, b, c in POLAR_COEFFICIENTS[:1] if long else POLAR_COEFFICIENTS:
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        A = gram(X)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, X, B, beta=a) if right else torch.baddbmm(X, B, X, beta=a)
     if long:
-        X = gram_polynomial(X @ X.mT, POLAR_COEFFICIENTS[1:]) @ X
-    return (X.mT if G_NRK.size(-2) > G_NRK.size(-1) else X).float()
+        Q = gram_polynomial(gram(X), POLAR_COEFFICIENTS[1:])
+        X = X @ Q if right else Q @ X
+    return (X.mT if flipped else X).float()
 
 
 def gram_polynomial(S_NRR: Tensor, coefficients) -> Tensor:
@@ -1587,7 +1593,8 @@ def reduce_variance(U_NRK: Tensor, second_moment: Tensor) -> Tensor:
     """NorMuon (arXiv 2510.05491): rows (of a wide matrix, columns) divided by the root of their running mean
     square, then each matrix brought back to its Frobenius norm. second_moment is updated in place."""
     tall = U_NRK.size(-2) >= U_NRK.size(-1)
-    mean_square = U_NRK.square().mean(-1 if tall else -2, keepdim=True)
+    dim = -1 if tall else -2
+    mean_square = torch.linalg.vector_norm(U_NRK, dim=dim, keepdim=True).square() / U_NRK.size(dim)
     second_moment.lerp_(mean_square, 1 - MUON_BETA2)
     scale = second_moment.clamp_min(1e-10).rsqrt()
     before = mean_square.sum((-2, -1), keepdim=True)
@@ -1606,7 +1613,7 @@ def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
     if mode == "none":
         return U
     if mode == "cautious":
-        return U + decay * W * (U * W >= 0)
+        return torch.addcmul(U, (U * W).ge_(0).mul_(W), decay)
     return U + decay * {"param": W, "update": U, "both": W + U}[mode]
 
 
@@ -1615,11 +1622,12 @@ def adam_update(grad: Tensor, m: Tensor, v: Tensor, count: Tensor, beta1: Tensor
     grad = grad.float()
     m.lerp_(grad, 1 - beta1)
     v.lerp_(grad.square(), 1 - beta2)
-    return (m / (1 - beta1 ** count)) / ((v / (1 - beta2 ** count)).sqrt() + ADAM_EPS)
+    root = (v / (1 - beta2 ** count)).sqrt_().add_(ADAM_EPS)
+    return (m / (1 - beta1 ** count)).div_(root)
 
 
 def read_master(weight: Tensor, mantissa: Tensor | None) -> Tensor:
-    """The fp32 master: weight itself, or a bfloat16 weight (high half) and an int16 mantissa (low half)."""
+    """The fp32 master, to be changed and written back: weight itself, or a bfloat16 weight (high half) and an int16 mantissa (low half)."""
     if mantissa is None:
         return weight
     return ((weight.view(torch.int16).int() << 16) | (mantissa.int() & 0xFFFF)).view(torch.float32)
@@ -1638,14 +1646,14 @@ def step_muon(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu
     """One NorMuon (or Muon) step on a shard of matrices, in place."""
     W = read_master(weight, mantissa)
     U = orthogonalize(nesterov(grad, momentum, mu), second_moment)
-    write_master(weight, mantissa, W - lr_N11 * with_decay(U, W, decay, mode))
+    write_master(weight, mantissa, W.addcmul_(with_decay(U, W, decay, mode), lr_N11, value=-1))
 
 
 def step_adam(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode: str):
     """One Adam step on a shard, in place; lr, decay and betas 0-d, or one for each number."""
     W = read_master(weight, mantissa)
     U = adam_update(grad, m, v, count, beta1, beta2)
-    write_master(weight, mantissa, W - lr * with_decay(U, W, decay, mode))
+    write_master(weight, mantissa, W.addcmul_(with_decay(U, W, decay, mode), lr, value=-1))
 
 
 class Bucket:

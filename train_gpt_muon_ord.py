@@ -1576,16 +1576,22 @@ POLAR_COEFFICIENTS = (
 
 def polar_express(G_NRK: Tensor) -> Tensor:
     """The polar factor U V^T of each matrix, approximately; in bfloat16 on CUDA, fp32 elsewhere."""
-    X = G_NRK.mT if G_NRK.size(-2) > G_NRK.size(-1) else G_NRK
+    tall = G_NRK.size(-2) > G_NRK.size(-1)
+    flipped = tall and G_NRK.is_cuda  # a CPU pays for transposed copies, so there tall ones are left standing
+    right = tall and not flipped      # and multiplied from the right, by polynomials in X^T X
+    X = G_NRK.mT if flipped else G_NRK
     X = X / (POLAR_SAFETY * X.norm(dim=(-2, -1), keepdim=True) + POLAR_EPS)
     X = X.bfloat16() if X.is_cuda else X
-    long = not X.is_cuda and X.size(-1) >= 2 * X.size(-2)
+    long = not X.is_cuda and max(X.shape[-2:]) >= 2 * min(X.shape[-2:])
+    gram = (lambda X: X.mT @ X) if right else (lambda X: X @ X.mT)
     for a, b, c in POLAR_COEFFICIENTS[:1] if long else POLAR_COEFFICIENTS:
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        A = gram(X)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, X, B, beta=a) if right else torch.baddbmm(X, B, X, beta=a)
     if long:
-        X = gram_polynomial(X @ X.mT, POLAR_COEFFICIENTS[1:]) @ X
-    return (X.mT if G_NRK.size(-2) > G_NRK.size(-1) else X).float()
+        Q = gram_polynomial(gram(X), POLAR_COEFFICIENTS[1:])
+        X = X @ Q if right else Q @ X
+    return (X.mT if flipped else X).float()
 
 
 def gram_polynomial(S_NRR: Tensor, coefficients) -> Tensor:
@@ -1613,7 +1619,8 @@ def reduce_variance(U_NRK: Tensor, second_moment: Tensor) -> Tensor:
     """NorMuon (arXiv 2510.05491): rows (of a wide matrix, columns) divided by the root of their running mean
     square, then each matrix brought back to its Frobenius norm. second_moment is updated in place."""
     tall = U_NRK.size(-2) >= U_NRK.size(-1)
-    mean_square = U_NRK.square().mean(-1 if tall else -2, keepdim=True)
+    dim = -1 if tall else -2
+    mean_square = torch.linalg.vector_norm(U_NRK, dim=dim, keepdim=True).square() / U_NRK.size(dim)
     second_moment.lerp_(mean_square, 1 - MUON_BETA2)
     scale = second_moment.clamp_min(1e-10).rsqrt()
     before = mean_square.sum((-2, -1), keepdim=True)
@@ -1632,7 +1639,7 @@ def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
     if mode == "none":
         return U
     if mode == "cautious":
-        return U + decay * W * (U * W >= 0)
+        return torch.addcmul(U, (U * W).ge_(0).mul_(W), decay)
     return U + decay * {"param": W, "update": U, "both": W + U}[mode]
 
 
@@ -1641,11 +1648,12 @@ def adam_update(grad: Tensor, m: Tensor, v: Tensor, count: Tensor, beta1: Tensor
     grad = grad.float()
     m.lerp_(grad, 1 - beta1)
     v.lerp_(grad.square(), 1 - beta2)
-    return (m / (1 - beta1 ** count)) / ((v / (1 - beta2 ** count)).sqrt() + ADAM_EPS)
+    root = (v / (1 - beta2 ** count)).sqrt_().add_(ADAM_EPS)
+    return (m / (1 - beta1 ** count)).div_(root)
 
 
 def read_master(weight: Tensor, mantissa: Tensor | None) -> Tensor:
-    """The fp32 master: weight itself, or a bfloat16 weight (high half) and an int16 mantissa (low half)."""
+    """The fp32 master, to be changed and written back: weight itself, or a bfloat16 weight (high half) and an int16 mantissa (low half)."""
     if mantissa is None:
         return weight
     return ((weight.view(torch.int16).int() << 16) | (mantissa.int() & 0xFFFF)).view(torch.float32)
@@ -1668,6 +1676,8 @@ ORD_STATS = ("rho", "cos_gw", "cos_uw", "w_norm", "u_over_w", "radial_over_p")
 
 
 def inner(x: Tensor, y: Tensor, dims=(-2, -1)) -> Tensor:
+    if eager_cpu(x) and dims == (-2, -1):  # in one pass
+        return torch.linalg.vecdot(x.flatten(-2), y.flatten(-2))[..., None, None]
     return (x * y).sum(dims, keepdim=True)
 
 
@@ -1684,20 +1694,21 @@ def radial_strength(rho, a_N11: Tensor, rho_0: Tensor, settled: Tensor, o: Optim
     return a_N11 * torch.where((settled > 0) & (rho_0 > 0), ratio.clamp(0, 1), 1.0)
 
 
-def scaled_radial(G, par, P, radial_moment, o: OptimizerSettings) -> Tensor:
-    """G_par in the unit that SPECTRAL_SCALE and SPECTRAL_VARIANCE ask for."""
+def radial_factor(G, W, rho, P, radial_moment, o: OptimizerSettings) -> Tensor:
+    """What times W is G_par in the unit that SPECTRAL_SCALE and SPECTRAL_VARIANCE ask for; raw: rho."""
     if o.spectral_variance:
+        par = rho * W
         mean_square = par.square().mean(-1 if par.size(-2) >= par.size(-1) else -2, keepdim=True)
         radial_moment.lerp_(mean_square, 1 - MUON_BETA2)
-        return safe_ratio(par, radial_moment.sqrt())
+        return safe_ratio(rho, radial_moment.sqrt())
     if o.spectral_scale == "unit":
-        perp = G - par
-        return par * safe_ratio(inner(P, P).sqrt(), inner(perp, perp).sqrt())
-    return par
+        perp = torch.addcmul(G, rho, W, value=-1)
+        return rho * safe_ratio(inner(P, P).sqrt(), inner(perp, perp).sqrt())
+    return rho
 
 
 def ord_update(G, W, a, rho, second_moment, radial_moment, o: OptimizerSettings):
-    """(P, radial change, norm factor a unit of lr): the update is P + radial change.
+    """(P, f, norm factor a unit of lr): the update is P + f W.
 
     interpolate  P(G - a G_par) + a G_par                        a = 0 is NorMuon to the last bit
     project      P(G_perp) + a G_par                             a = 0 moves along the sphere, at first order
@@ -1712,10 +1723,10 @@ def ord_update(G, W, a, rho, second_moment, radial_moment, o: OptimizerSettings)
         r = safe_ratio(inner(P, W, dims), inner(W, W, dims))
         s = torch.where(r < 0, o.spectral_out, o.spectral_in)
         s = torch.where(inner(W, W, dims) > floor_square(W, dims), s, 1.0)
-        return P, (s - 1) * r * W, s * r
-    par = rho * W
-    P = orthogonalize(G - (par if o.ord_mode == "project" else a * par), second_moment)
-    return P, a * scaled_radial(G, par, P, radial_moment, o), 0.0
+        return P, (s - 1) * r, s * r
+    taken = rho if o.ord_mode == "project" else a * rho
+    P = orthogonalize(torch.addcmul(G, taken, W, value=-1), second_moment)
+    return P, a * radial_factor(G, W, rho, P, radial_moment, o), 0.0
 
 
 def floor_square(W: Tensor, dims) -> float:
@@ -1736,7 +1747,7 @@ def ord_stats(G, W, U, radial, P, rho) -> Tensor:
     size = lambda x: inner(x, x).sqrt()
     values = (rho.mean((-2, -1), keepdim=True), safe_ratio(inner(G, W), size(G) * size(W)),
               safe_ratio(inner(U, W), size(U) * size(W)), size(W), safe_ratio(size(U), size(W)),
-              safe_ratio(size(torch.zeros_like(P) + radial), size(P)))
+              safe_ratio(size(radial), size(P)))
     return torch.cat(values, dim=-1).squeeze(1)
 
 
@@ -1748,14 +1759,14 @@ def step_muon(weight, mantissa, grad, momentum, second_moment, radial_moment, lr
     dims = RHO_DIMS[o.spectral_rho_mode]
     rho = inner(G, W, dims) / (inner(W, W, dims) + o.spectral_proj_eps)
     a = radial_strength(rho, a_N11, rho_0, settled, o)
-    P, radial, shrink = ord_update(G, W, a, rho, second_moment, radial_moment, o)
-    U = P + radial
-    stats = ord_stats(G, W, U, radial, P, rho) if measure else None
+    P, factor, shrink = ord_update(G, W, a, rho, second_moment, radial_moment, o)
+    U = P if o.ord_mode == "off" else torch.addcmul(P, factor, W)
+    stats = ord_stats(G, W, U, factor * W, P, rho) if measure else None
     if o.spectral_rescale:
-        new = rescaled(W - lr_N11 * U, W, lr_N11 * shrink, dims)
+        new = rescaled(torch.addcmul(W, U, lr_N11, value=-1), W, lr_N11 * shrink, dims)
         new = new - lr_N11 * (with_decay(U, new, decay, o.muon_decay_mode) - U)
     else:
-        new = W - lr_N11 * with_decay(U, W, decay, o.muon_decay_mode)
+        new = W.addcmul_(with_decay(U, W, decay, o.muon_decay_mode), lr_N11, value=-1)
     write_master(weight, mantissa, new)
     return rho.abs().mean((-2, -1), keepdim=True), stats
 
@@ -1764,7 +1775,7 @@ def step_adam(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode
     """One Adam step on a shard, in place; lr, decay and betas 0-d, or one for each number."""
     W = read_master(weight, mantissa)
     U = adam_update(grad, m, v, count, beta1, beta2)
-    write_master(weight, mantissa, W - lr * with_decay(U, W, decay, mode))
+    write_master(weight, mantissa, W.addcmul_(with_decay(U, W, decay, mode), lr, value=-1))
 
 
 class Bucket:
