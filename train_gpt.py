@@ -320,7 +320,7 @@ class Ranks:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.device = torch.device("cuda", self.local_rank) if device == "cuda" else torch.device("cpu")
-        self.everyones = {}  # address of a buffer that zeros() made -> all ranks' buffers, (world_size, numel)
+        self.everyones = {}  # address of a buffer of zeros() -> all ranks' buffers, (world_size, numel)
         if device == "cuda":
             torch.cuda.set_device(self.device)
         elif "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
@@ -928,9 +928,19 @@ class EagerNorm(torch.autograd.Function):
     """F.rms_norm in two passes forward and three backward."""
 
     @staticmethod
-    def forward(ctx, x):
+    def scale(x):
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
-        scale = mean_square.add_(torch.finfo(x.dtype).eps).rsqrt_()
+        return mean_square.add_(torch.finfo(x.dtype).eps).rsqrt_()
+
+    @staticmethod
+    def across(grad, y):
+        """grad without its part along y, row by row; times scale this is x's gradient."""
+        along = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.size(-1))
+        return torch.addcmul(grad, y, along)
+
+    @staticmethod
+    def forward(ctx, x):
+        scale = EagerNorm.scale(x)
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
@@ -938,8 +948,7 @@ class EagerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         y, scale = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.size(-1))
-        return torch.addcmul(grad, y, along).mul_(scale)
+        return EagerNorm.across(grad, y).mul_(scale)
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -955,6 +964,46 @@ class SquaredReLU(torch.autograd.Function):
     def backward(ctx, grad):
         positive, = ctx.saved_tensors
         return (grad * positive).mul_(2)
+
+
+class EagerMLP(torch.autograd.Function):
+    """x + relu(norm(x) up^T)^2 down, the second half of a block; up, down (4C, C)."""
+
+    @staticmethod
+    def forward(ctx, x_BTC, up, down):
+        x = x_BTC.flatten(0, 1)
+        scale = EagerNorm.scale(x)
+        n = x * scale
+        positive = (n @ up.T).relu_()
+        hidden = positive * positive
+        ctx.save_for_backward(n, scale, positive, hidden, up, down)
+        return torch.addmm(x, hidden, down).view_as(x_BTC)
+
+    @staticmethod
+    def backward(ctx, grad_BTC):
+        n, scale, positive, hidden, up, down = ctx.saved_tensors
+        grad = grad_BTC.flatten(0, 1)
+        grad_hidden = (grad @ (2 * down).T).mul_(positive)
+        grad_x = torch.addcmul(grad, EagerNorm.across(grad_hidden @ up, n), scale)
+        return grad_x.view_as(grad_BTC), grad_hidden.T @ n, hidden.T @ grad
+
+
+class EagerMix(torch.autograd.Function):
+    """The sum of streams, each times a scalar that learns: mix(scalar, stream, scalar, stream, ...)."""
+
+    @staticmethod
+    def forward(ctx, *pairs):
+        ctx.save_for_backward(*pairs)
+        out = pairs[0] * pairs[1]
+        for factor, x in zip(pairs[2::2], pairs[3::2]):
+            out.add_(x, alpha=factor.item())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        pairs, flat = ctx.saved_tensors, grad.flatten()
+        return tuple(g for factor, x in zip(pairs[::2], pairs[1::2])
+                     for g in (flat @ x.flatten(), grad * factor))
 
 
 class EagerRotate(torch.autograd.Function):
@@ -1005,9 +1054,8 @@ class EagerAttention(torch.autograd.Function):
             dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
             dq[:, queries] = torch.bmm(dscores, k[:, keys])
             dk[:, keys] += torch.bmm(dscores.mT, q[:, queries])
-        B = len(grad_BTHD)
-        dq, dk, dv = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv))
-        return dq, dk, dv, None, None
+        grads = dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv
+        return *(x.unflatten(0, (len(grad_BTHD), -1)).transpose(1, 2) for x in grads), None, None
 
 
 QUERY_BLOCK = 64
@@ -1216,11 +1264,9 @@ class Documents:
             for start in range(0, doc.shape[1], QUERY_BLOCK):
                 queries = slice(start, min(start + QUERY_BLOCK, doc.shape[1]))
                 keys = slice(max(0, start - window), queries.stop)
-                at = torch.arange(doc.shape[1])
-                ago = at[queries, None] - at[keys]
-                seen = (ago >= 0) & (ago <= window) & (doc[:, queries, None] == doc[:, None, keys])
-                bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
-                blocks.append((queries, keys, bias.unsqueeze(1)))
+                same = doc[:, queries, None] == doc[:, None, keys]
+                bias = band_bias(queries.stop - start, start - keys.start, window)
+                blocks.append((queries, keys, torch.where(same, bias, -math.inf).unsqueeze(1)))
             self.masks[window, paired] = blocks
         return self.masks[window, paired]
 
@@ -1264,6 +1310,13 @@ class Documents:
         if key not in self.masks:
             self.masks[key] = create_block_mask(seen, self.B, None, T, T, q.device)
         return flex_attention(q, k, v, block_mask=self.masks[key], scale=scale, enable_gqa=gqa)
+
+
+@functools.cache
+def band_bias(num_queries: int, num_before: int, window: int) -> Tensor:
+    """0 where a query sees a key, else -inf; the keys are num_before earlier ones and the queries' own."""
+    ago = torch.arange(num_queries)[:, None] + num_before - torch.arange(num_before + num_queries)
+    return torch.zeros(ago.shape).masked_fill_((ago < 0) | (ago > window), -math.inf)
 
 
 def weight(value: float) -> nn.Parameter:
@@ -1352,11 +1405,16 @@ class Block(nn.Module):
         self.l_bi = weight(0.1) if c.bigram_rows else None
 
     def forward(self, x, x0, bigram, value, docs, window, rotary, residual_scale):
-        x = self.l_res * x + self.l_x0 * x0
-        if bigram is not None:
-            x = x + self.l_bi * bigram
+        if eager_cpu(x):
+            pairs = (self.l_res, x, self.l_x0, x0, self.l_bi, bigram)
+            x = EagerMix.apply(*(pairs if bigram is not None else pairs[:4]))
+        else:
+            x = self.l_res * x + self.l_x0 * x0
+            x = x if bigram is None else x + self.l_bi * bigram
         if self.attn is not None:
             x = x + self.attn(norm(x), value, docs, window, rotary, residual_scale)
+        if eager_cpu(x):
+            return EagerMLP.apply(x, self.mlp.up, scaled(self.mlp.down, residual_scale))
         return x + self.mlp(norm(x), residual_scale)
 
 
@@ -1415,7 +1473,9 @@ class GPT(nn.Module):
         """Everything between tokens and head. windows: (short, long) in tokens."""
         c = self.config
         x = x0 = self.embed_tokens(tokens_BT, tied)
-        bigram = F.embedding(self.bigram_rows(tokens_BT), self.bigram) if self.bigram is not None else None
+        bigram = None
+        if self.bigram is not None:  # sparse: backward adds its rows to the gradient, not a whole table
+            bigram = F.embedding(self.bigram_rows(tokens_BT), self.bigram, sparse=eager_cpu(x))
         kept = {}
         for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
             if c.skip and i == c.skip[1]:
@@ -1627,7 +1687,8 @@ def adam_update(grad: Tensor, m: Tensor, v: Tensor, count: Tensor, beta1: Tensor
 
 
 def read_master(weight: Tensor, mantissa: Tensor | None) -> Tensor:
-    """The fp32 master, to be changed and written back: weight itself, or a bfloat16 weight (high half) and an int16 mantissa (low half)."""
+    """The fp32 master, to be changed and written back: weight itself, or a bfloat16 weight (high half) and an
+    int16 mantissa (low half)."""
     if mantissa is None:
         return weight
     return ((weight.view(torch.int16).int() << 16) | (mantissa.int() & 0xFFFF)).view(torch.float32)
