@@ -246,6 +246,8 @@ def test_gradients_equal_differences_of_the_slow_model(variant, eager, monkeypat
     changes, tied, residual_scale = VARIANTS[variant]
     config, batch = small_config(train_gpt, **changes), make_batch(train_gpt)
     model = shake(small_model(train_gpt, residual_scale=residual_scale, **changes)).double()
+    for p in model.parameters():  # as the optimizer's buckets do; a table's rows are then added in place
+        p.grad = torch.zeros_like(p)
     loss, _ = model(batch, WINDOWS, torch.tensor(WEIGHTS), tied)
     loss.backward()
     reference, rng = reference_of(model, config, residual_scale), np.random.default_rng(0)
@@ -308,9 +310,14 @@ def attention_case(paired, num_kv_heads, T=32, seed=0):
 
 @pytest.mark.parametrize("window", [1, 4, 8, 16, 7, 100])
 @pytest.mark.parametrize("paired, num_kv_heads", [(False, 4), (True, 4), (False, 2), (True, 1)])
-def test_sdpa_attention_equals_a_loop(paired, num_kv_heads, window):
+@pytest.mark.parametrize("block", [8, 24, 64, None])
+def test_sdpa_attention_equals_a_loop(block, paired, num_kv_heads, window, monkeypatch):
     """Fails if a query sees another document, the future, or past its window, in blocks or whole; or if the
-    gradient goes elsewhere."""
+    gradient goes elsewhere. block: queries at a time of the eager CPU's path; None: the other path."""
+    if block is None:
+        monkeypatch.setattr(train_gpt, "eager_cpu", lambda x: False)
+    else:
+        monkeypatch.setattr(train_gpt, "QUERY_BLOCK", block)
     q, k, v, batch, doc = attention_case(paired, num_kv_heads)
     docs = train_gpt.Documents(batch, "sdpa")
     results = []
@@ -341,6 +348,23 @@ def test_many_short_documents_fit():
     docs = train_gpt.Documents(make_batch(train_gpt, starts, 64), "sdpa")
     expected = naive_attention(q, k, v, [ref_doc_ids(s, 64) for s in starts], 8, 0.1)
     torch.testing.assert_close(docs.attend(q, k, v, 8, False, 0.1), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_passes_add_up_in_the_buffer_that_the_optimizer_gave():
+    """Fails if backward puts another tensor, sparse or dense, in the place of a bucket's view: the optimizer
+    would read zeros. Or if the second pass of a step overwrites the first."""
+    model = shake(small_model(train_gpt))
+    buffers = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    sums = []
+    for _ in range(2):
+        for name, p in model.named_parameters():
+            p.grad = buffers[name]
+        model(make_batch(train_gpt), WINDOWS, torch.tensor(WEIGHTS), False)[0].backward()
+        assert all(p.grad is buffers[name] for name, p in model.named_parameters())
+        sums.append({name: g.clone() for name, g in buffers.items()})
+    for name, once in sums[0].items():
+        assert once.any(), name
+        torch.testing.assert_close(sums[1][name], 2 * once)
 
 
 # ------------------------------------------------------------------------------------------------ rotary

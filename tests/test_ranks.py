@@ -1,0 +1,71 @@
+"""Ranks in processes of their own: the exchange through shared memory against gloo's."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+EXCHANGE = """
+import torch
+from train_gpt import Ranks
+
+ranks = Ranks("cpu")
+n = 6 * ranks.world_size
+like = torch.zeros(1)
+shared = [ranks.zeros(n, like) for _ in range(2)]
+for trial in range(50):
+    for full in shared:  # two at once, as the optimizer has it
+        full.copy_(torch.randn(n, generator=torch.Generator().manual_seed(100 * trial + ranks.rank)))
+    plain = shared[0].clone()
+    works = [ranks.reduce_scatter(full) for full in shared]
+    ranks.reduce_scatter(plain).wait()
+    for full, work in zip(shared, works):
+        work.wait()
+        work.wait()  # a second wait must not add anything
+        torch.testing.assert_close(ranks.shard(full), ranks.shard(plain))
+    works = [ranks.all_gather(full) for full in shared]
+    ranks.all_gather(plain).wait()
+    for full, work in zip(shared, works):
+        work.wait()
+        assert torch.equal(full, torch.cat(ranks.collect(ranks.shard(full).clone())))
+        torch.testing.assert_close(full, plain)
+print("through memory" if ranks.everyones else "through gloo", flush=True)
+ranks.close()
+"""
+
+
+def launch(tmp_path, num_ranks, arguments):
+    script = tmp_path / "exchange.py"
+    script.write_text(EXCHANGE)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, str(script)], env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_exchange_through_memory_equals_gloos(num_ranks, tmp_path):
+    """Fails if a rank reads before another has written, sums a shard twice, or takes somebody else's."""
+    done = launch(tmp_path, num_ranks, ["--standalone"])
+    out, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    assert out.split("\n").count("through memory") == num_ranks
+
+
+def test_ranks_of_two_hosts_use_gloo(tmp_path):
+    """Fails if ranks that no memory joins (here two agents, as on two hosts) take that way."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    both = [launch(tmp_path, 1, ["--nnodes=2", f"--node-rank={node}", f"--master-port={port}",
+                                 "--master-addr=localhost"]) for node in (0, 1)]
+    for agent in both:
+        out, errors = agent.communicate(timeout=120)
+        assert agent.returncode == 0, errors
+        assert out.strip() == "through gloo"
