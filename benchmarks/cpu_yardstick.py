@@ -1,13 +1,14 @@
 """How good is the tiny preset on a CPU? Against a plain GPT of the same size, and against the matmul rate.
 
-    python benchmarks/cpu_yardstick.py                    # about 7 minutes on two cores
+    python benchmarks/cpu_yardstick.py                    # about 8 minutes on two cores
     python benchmarks/cpu_yardstick.py --seconds 20       # a quick look
     python benchmarks/cpu_yardstick.py --breakdown        # only where a step's time goes, half a minute
 
 Plain is a GPT as people usually write one: LayerNorm, GELU, learned positions, torch's AdamW with warm-up,
 cosine and clipping, one process on all cores; three learning rates, the best one counts. Both read the same
 bytes, in steps of as many tokens, and are validated on the same 65,536 held-out bytes in contexts of 256 (the
-preset's own validation gives longer contexts; that advantage is not used here). Time is training time.
+preset's own validation gives longer contexts; that advantage is not used here). Time is training time. Ours
+are train_gpt.py (NorMuon) and train_gpt_muon_ord.py with its default radial part, which counts at the end.
 Absolute figures depend on the machine and its other work: read the ratios, all of which come from one run.
 """
 
@@ -239,18 +240,18 @@ def print_breakdown(ranks: int):
     )
 
 
-def train_ours(seconds: float, ranks: int) -> list[tuple[float, float, int]]:
+def train_ours(script: str, seconds: float, ranks: int) -> list[tuple[float, float, int]]:
     """The tiny preset, cut to the given seconds: [(seconds, validation loss, tokens)] of its log."""
-    _, s, _, _ = tiny()
+    _, s, _, _ = tiny(script)
     speed = json.loads(torchrun([str(Path(__file__).resolve()), "--worker"], ranks).strip().splitlines()[-1])
     step_ms = (
         sum(speed[k] for k in ("data", "forward", "backward", "optimizer"))
         * np.mean(s.batch_sizes)
         / max(s.batch_sizes)
     )
-    run_id = f"yardstick-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_id = f"yardstick-{script}-{time.strftime('%Y%m%d-%H%M%S')}"
     torchrun(
-        ["train_gpt_muon_ord.py"],
+        [f"{script}.py"],
         ranks,
         MODEL="tiny",
         DEVICE="cpu",
@@ -284,9 +285,13 @@ def main():
     print_breakdown(args.ranks)
     if args.breakdown:
         return None
-    curve = train_ours(args.seconds, args.ranks)
-    spent, loss, tokens = curve[-1]
-    print(f"\nours   {loss:.3f} nats a byte after {spent:.0f} s, {tokens / spent:,.0f} tokens/s")
+    print()
+    for script in ("train_gpt", "train_gpt_muon_ord"):  # the second's default has a radial part, a = 0.1
+        curve = train_ours(script, args.seconds, args.ranks)
+        spent, loss, tokens = curve[-1]
+        print(
+            f"ours   {loss:.3f} nats a byte after {spent:.0f} s, {tokens / spent:,.0f} tokens/s, {script}.py"
+        )
     plain = []
     for rate in PLAIN_RATES:
         out = subprocess.run(
