@@ -408,8 +408,8 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.timeout_s, self.stop_request, self.on_crash = timeout_s, stop, on_crash
         self.ranks, self.parent = ranks, os.getppid()
-        here = (platform.node(), os.getpid())
-        self.pids = {rank: pid for rank, (node, pid) in enumerate(ranks.collect(here)) if node == here[0]}
+        everybody = enumerate(ranks.collect((host(), os.getpid())))
+        self.pids = {rank: pid for rank, (where, pid) in everybody if where == host()}
         self.over = threading.Event()
         ranks.beat()
 
@@ -440,6 +440,13 @@ class Watch(threading.Thread):
                                        f"{self.timeout_s:g}): {why}")
             elif lost_since and min(now - lost_since, silent_s) > self.GRACE_S:
                 self.on_crash(missing, ", ".join(gone) or "its launcher is gone")
+
+
+def host() -> str:
+    """Where a process number and a network mean the same: two containers may bear one name."""
+    with contextlib.suppress(OSError):
+        return " ".join((platform.node(), os.readlink("/proc/self/ns/pid"), os.readlink("/proc/self/ns/net")))
+    return platform.node()
 
 
 def process_state(pid: int) -> str:
@@ -475,16 +482,14 @@ class RunLog:
         if not self.is_main:
             return
         try:
-            self.path.parent.mkdir(exist_ok=True)
+            os.makedirs(self.path.parent, exist_ok=True)
             self.existed = self.path.exists()
             if self.existed and not go_on:
-                raise FileExistsError
+                raise SettingsError(f"{self.path} exists already, and logs are never overwritten; choose "
+                                    "another RUN_ID, or RESUME=auto to go on with that run")
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | (0 if go_on else os.O_EXCL)
             self.file = os.open(self.path, flags, 0o644)
             self.lock()
-        except FileExistsError:
-            raise SettingsError(f"{self.path} exists already, and logs are never overwritten; choose another "
-                                "RUN_ID, or RESUME=auto to go on with that run") from None
         except OSError as error:
             raise SettingsError(f"{self.path} cannot be written: {error.strerror}; run where logs/ can be "
                                 "written") from None
