@@ -296,10 +296,7 @@ class Done:
 class Ranks:
     """This process among the others. Collectives are asynchronous: they return an object with .wait()."""
 
-    last_beat = 0.0  # time.monotonic() of the last sign of progress, for Watch
-
-    def beat(self):
-        self.last_beat = time.monotonic()
+    last_beat = 0.0  # time.monotonic() of the last sign of progress
 
     def __init__(self, device: str, timeout_s: float = 900.0):
         self.rank = int(os.environ.get("RANK", 0))
@@ -376,21 +373,27 @@ class Ranks:
                 raise error or ValueError(f"rank {rank}: {text}")
         return value
 
-    def close(self):
+    def beat(self):
+        """A sign of progress, for Watch."""
+        self.last_beat = time.monotonic()
+
+    @staticmethod
+    def close():
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 class Stop:
-    """Whether somebody asked the run to stop. The first SIGTERM or SIGINT is a request, which the ranks then
-    agree on; a second one ends the process at once."""
+    """Whether somebody asked the run to stop. The first SIGTERM, SIGINT or SIGHUP is a request, which the
+    ranks then agree on; a second one ends the process at once."""
 
     def __init__(self):
         self.reason = ""
 
     def listen(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         self.reason = self.reason or signal.Signals(number).name
@@ -2411,17 +2414,18 @@ def main(argv: list[str], env=os.environ) -> int:
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{SCRIPT.name}: {error}", file=sys.stderr)
+        Ranks.close()
         return 2
-    return run(start, this)
+    return supervise(start, this)
 
 
-def run(start: Start, this: Run) -> int:
+def supervise(start: Start, this: Run) -> int:
     """Train, and whatever happens leave a last line in the log. Exit code."""
     log, ranks, stop = start.log, start.ranks, this.stop
 
     def crashed(missing: dict[int, str], reason: str):
-        """From the rank whose error it is; if others went missing, from the first that is left."""
-        if not missing or watch.leads(missing):
+        """From the rank whose error it is; if others went missing without a word, from the first left."""
+        if not missing or watch.leads(missing) and last_event(log.path) != "crashed":
             log.end("crashed", whoever=True, rank=next(iter(missing), ranks.rank), error=json.dumps(reason))
 
     def give_up(missing: dict[int, str], reason: str):

@@ -65,7 +65,7 @@ def test_resumed_on_another_number_of_ranks(undisturbed, shards, tmp_path):
         assert losses(tmp_path, f"on{ranks}") == pytest.approx(wanted[2:], abs=2e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_with_a_checkpoint(undisturbed, shards, tmp_path, number):
     """The step is finished, saved, exit code 0; and resuming goes on as if nothing had been."""
     env = base_env(shards, RUN_ID="asked", **EVERY_STATE)
