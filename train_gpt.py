@@ -308,6 +308,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         elif "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
             torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
+        self.parent = os.getppid()  # before its store is asked, which proves it alive: see Watch
         if "RANK" in os.environ:  # torchrun, even with a single rank
             # Watch gives up first and says why; NCCL's own watchdog would end the process without a word
             dist.init_process_group("nccl" if device == "cuda" else "gloo",
@@ -410,7 +411,7 @@ class Watch(threading.Thread):
     def __init__(self, ranks: Ranks, timeout_s: float, stop: Stop, on_crash):
         super().__init__(daemon=True)
         self.timeout_s, self.stop_request, self.on_crash = timeout_s, stop, on_crash
-        self.ranks, self.parent = ranks, os.getppid()
+        self.ranks = ranks
         everybody = enumerate(ranks.collect((host(), os.getpid())))
         self.pids = {rank: pid for rank, (where, pid) in everybody if where == host()}
         self.over = threading.Event()
@@ -429,7 +430,7 @@ class Watch(threading.Thread):
     def run(self):
         lost_since = None
         while not self.over.wait(self.POLL_S):
-            now, orphan, missing = time.monotonic(), os.getppid() != self.parent, self.missing()
+            now, orphan, missing = time.monotonic(), os.getppid() != self.ranks.parent, self.missing()
             if orphan and not self.stop_request.reason:
                 self.stop_request.reason = "its launcher is gone"
             gone = [text for text in missing.values() if text.endswith("gone")]

@@ -58,7 +58,7 @@ class Job:
     def end(self, seconds: float = 120) -> int:
         """Exit code; afterwards no process of the run may be left."""
         code = self.process.wait(seconds)
-        limit = time.monotonic() + 10
+        limit = time.monotonic() + 60  # a worker without its launcher finishes its step and saves
         while self.ranks() and time.monotonic() < limit:
             time.sleep(0.1)
         assert not self.ranks(), f"workers survived: {self.ranks()}"

@@ -136,6 +136,8 @@ def tear_log(job: Job, rng) -> bool:
 
 def intrude(job: Job, rng) -> bool:
     """Somebody starts the same run a second time; refused, and the first does not notice."""
+    if not job.log.exists():  # it would be the first
+        return False
     env = {**job.env, "RESUME": rng.choice(("", "auto"))}
     done = run(job.log.parent.parent, job.script, env, ranks=0)
     if job.process.poll() is None and done.returncode not in (0, 2):
