@@ -68,7 +68,7 @@ from run_log import LogParser, RunLog, format_value, read_log
 HERE = Path(__file__).resolve().parent
 LOGS = Path("logs")  # where the trainers write, relative to the working directory
 POLL_S = 0.2
-GRACE_S = 10.0  # between SIGTERM and SIGKILL
+GRACE_S = 30.0  # between SIGTERM and SIGKILL: a run finishes its step and saves
 GIVE_UP_S = 70.0  # from then on it is left: a process in uninterruptible sleep cannot be killed
 HISTORY_LOGS = 300  # so many of the newest logs are looked at to guess how long a run takes
 
@@ -77,11 +77,13 @@ ARM_KEYS = ("tag", "script", "seeds")
 SCALE_KEYS = ("seeds", "arms", "grid")
 # They say where to run, so they may come from the environment. DATA_PATH does not change the training.
 MACHINE_SETTINGS = ("DATA_PATH", "DEVICE", "COMPILE", "ATTN_BACKEND", "DISABLE_FP8", "SLICES_PER_PASS")
-NOT_HASHED = ("RUN_ID", "SEED", "DATA_PATH", "NPROC_PER_NODE")
+NOT_HASHED = ("RUN_ID", "SEED", "DATA_PATH", "NPROC_PER_NODE", "RESUME", "SAVE_EVERY", "SAVE_MODEL")
+NOT_HASHED += ("DIST_TIMEOUT",)
 LAUNCHER_SETS = {
     "SEED": "seeds go into `seeds = [...]`",
     "RUN_ID": "the launcher names the runs",
     "NPROC_PER_NODE": "use --nproc-per-run",
+    "RESUME": "a run that left a checkpoint goes on from it by itself",
 }
 # Left over from a torchrun around us, they would make a single process wait for others.
 TORCHRUN_SETS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -540,10 +542,16 @@ class Manifest:
                 why[len(runs)] = reason_to_run(run, attempts.get((run.tag, run.seed)))
             runs.append(same or run)
         stamp = free_stamp([runs[i] for i in why])
+        resumed = {}
         for i in why:
+            before = attempts.get((runs[i].tag, runs[i].seed))
+            if before and before.key == runs[i].key and left_a_checkpoint(before):
+                runs[i].run_id, runs[i].log, resumed[before.run_id] = before.run_id, before.log, before
+                why[i] += ", goes on from its checkpoint"
+                continue
             runs[i].run_id = run_name(runs[i], stamp)
             runs[i].log = str(LOGS / f"{runs[i].run_id}.txt")
-        kept = {id(run) for run in runs}
+        kept = {id(run) for run in [*runs, *resumed.values()]}
         self.earlier = [
             run for run in old if id(run) not in kept and run.state not in ("planned", "submitted")
         ]
@@ -588,6 +596,13 @@ def free_stamp(runs: list[Run]) -> str:
         if not any((LOGS / f"{run_name(run, stamp)}.txt").exists() for run in runs):
             return stamp
         at += 1
+
+
+def left_a_checkpoint(run: Run) -> bool:
+    """Whether the trainer can go on where this attempt was stopped or crashed."""
+    log = Path(run.log)
+    return run.state in ("stopped", "crashed", "hung") and log.exists() and any(
+        log.with_suffix("").glob("step_*.pt"))
 
 
 def reason_to_run(run: Run, before: Run | None) -> str:
@@ -814,7 +829,9 @@ def command_of(script: Path, nproc: int) -> list[str]:
 def settings_of(run: Run) -> dict[str, str]:
     """The settings that make this run, as environment variables."""
     values = {name: env_text(value) for name, value in run.settings.items()}
-    return {**values, "SEED": str(run.seed), "RUN_ID": run.run_id}
+    ours = {"RESUME": "auto", "SAVE_MODEL": "0"}  # hundreds of models fill a disk; [env] can ask for them
+    ours = {name: value for name, value in ours.items() if name in read_trainer(run.script).settings}
+    return {**ours, **values, "SEED": str(run.seed), "RUN_ID": run.run_id}
 
 
 def environment_of(run: Run, slot: Slot) -> dict[str, str]:
@@ -904,7 +921,7 @@ class Launcher:
         run.state, run.started, run.host = "running", now(), platform.node()
         try:
             self.save()  # before it starts: a launcher killed here is known to have wanted it
-            with Path(run.log).with_suffix(".out").open("w") as console:
+            with Path(run.log).with_suffix(".out").open("a") as console:
                 process = subprocess.Popen(
                     command_of(read_trainer(run.script).path, self.nproc),
                     env=environment_of(run, slot),

@@ -3,6 +3,8 @@
 #   ./run.sh                                 two or three minutes on a laptop; all GPUs where there are some
 #   SCRIPT=train_gpt.py SEED=1 ./run.sh      the baseline instead of Muon + ORD
 #   NPROC_PER_NODE=4 ./run.sh                so many ranks
+#   SAVE_EVERY=100 MAX_RESTARTS=3 ./run.sh   checkpoints, from which torchrun restarts the run if it dies
+#   RUN_ID=mine RESUME=auto ./run.sh         go on with a run that was stopped
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source setup_env.sh
@@ -36,7 +38,7 @@ fi
 export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$(basename "$script" .py)-$model-seed${SEED:-0}}
 export MODEL=$model NPROC_PER_NODE OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ "$NPROC_PER_NODE" = 1 ] && unset OMP_NUM_THREADS
-torchrun --standalone --nproc-per-node="$NPROC_PER_NODE" "$script"
+torchrun --standalone --nproc-per-node="$NPROC_PER_NODE" --max-restarts="${MAX_RESTARTS:-0}" "$script"
 python plot_loss.py "logs/$RUN_ID.txt" --out "logs/$RUN_ID.png"
 echo "log    logs/$RUN_ID.txt"
 echo "curves logs/$RUN_ID.png"

@@ -308,10 +308,7 @@ class Arrival:
 class Ranks:
     """This process among the others. Collectives are asynchronous: they return an object with .wait()."""
 
-    last_beat = 0.0  # time.monotonic() of the last sign of progress, for Watch
-
-    def beat(self):
-        self.last_beat = time.monotonic()
+    last_beat = 0.0  # time.monotonic() of the last sign of progress
 
     def __init__(self, device: str, timeout_s: float = 900.0):
         self.rank = int(os.environ.get("RANK", 0))
@@ -324,6 +321,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         elif "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
             torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
+        self.parent = os.getppid()  # before its store is asked, which proves it alive: see Watch
         if "RANK" in os.environ:  # torchrun, even with a single rank
             # Watch gives up first and says why; NCCL's own watchdog would end the process without a word
             dist.init_process_group("nccl" if device == "cuda" else "gloo",
@@ -427,21 +425,27 @@ class Ranks:
                 raise error or ValueError(f"rank {rank}: {text}")
         return value
 
-    def close(self):
+    def beat(self):
+        """A sign of progress, for Watch."""
+        self.last_beat = time.monotonic()
+
+    @staticmethod
+    def close():
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 class Stop:
-    """Whether somebody asked the run to stop. The first SIGTERM or SIGINT is a request, which the ranks then
-    agree on; a second one ends the process at once."""
+    """Whether somebody asked the run to stop. The first SIGTERM, SIGINT or SIGHUP is a request, which the
+    ranks then agree on; a second one ends the process at once."""
 
     def __init__(self):
         self.reason = ""
 
     def listen(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         self.reason = self.reason or signal.Signals(number).name
@@ -458,9 +462,9 @@ class Watch(threading.Thread):
     def __init__(self, ranks: Ranks, timeout_s: float, stop: Stop, on_crash):
         super().__init__(daemon=True)
         self.timeout_s, self.stop_request, self.on_crash = timeout_s, stop, on_crash
-        self.ranks, self.parent = ranks, os.getppid()
-        here = (platform.node(), os.getpid())
-        self.pids = {rank: pid for rank, (node, pid) in enumerate(ranks.collect(here)) if node == here[0]}
+        self.ranks = ranks
+        everybody = enumerate(ranks.collect((host(), os.getpid())))
+        self.pids = {rank: pid for rank, (where, pid) in everybody if where == host()}
         self.over = threading.Event()
         ranks.beat()
 
@@ -477,7 +481,7 @@ class Watch(threading.Thread):
     def run(self):
         lost_since = None
         while not self.over.wait(self.POLL_S):
-            now, orphan, missing = time.monotonic(), os.getppid() != self.parent, self.missing()
+            now, orphan, missing = time.monotonic(), os.getppid() != self.ranks.parent, self.missing()
             if orphan and not self.stop_request.reason:
                 self.stop_request.reason = "its launcher is gone"
             gone = [text for text in missing.values() if text.endswith("gone")]
@@ -491,6 +495,13 @@ class Watch(threading.Thread):
                                        f"{self.timeout_s:g}): {why}")
             elif lost_since and min(now - lost_since, silent_s) > self.GRACE_S:
                 self.on_crash(missing, ", ".join(gone) or "its launcher is gone")
+
+
+def host() -> str:
+    """Where a process number and a network mean the same: two containers may bear one name."""
+    with contextlib.suppress(OSError):
+        return " ".join((platform.node(), os.readlink("/proc/self/ns/pid"), os.readlink("/proc/self/ns/net")))
+    return platform.node()
 
 
 def process_state(pid: int) -> str:
@@ -526,16 +537,14 @@ class RunLog:
         if not self.is_main:
             return
         try:
-            self.path.parent.mkdir(exist_ok=True)
+            os.makedirs(self.path.parent, exist_ok=True)
             self.existed = self.path.exists()
             if self.existed and not go_on:
-                raise FileExistsError
+                raise SettingsError(f"{self.path} exists already, and logs are never overwritten; choose "
+                                    "another RUN_ID, or RESUME=auto to go on with that run")
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | (0 if go_on else os.O_EXCL)
             self.file = os.open(self.path, flags, 0o644)
             self.lock()
-        except FileExistsError:
-            raise SettingsError(f"{self.path} exists already, and logs are never overwritten; choose another "
-                                "RUN_ID, or RESUME=auto to go on with that run") from None
         except OSError as error:
             raise SettingsError(f"{self.path} cannot be written: {error.strerror}; run where logs/ can be "
                                 "written") from None
@@ -2751,17 +2760,18 @@ def main(argv: list[str], env=os.environ) -> int:
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{SCRIPT.name}: {error}", file=sys.stderr)
+        Ranks.close()
         return 2
-    return run(start, this)
+    return supervise(start, this)
 
 
-def run(start: Start, this: Run) -> int:
+def supervise(start: Start, this: Run) -> int:
     """Train, and whatever happens leave a last line in the log. Exit code."""
     log, ranks, stop = start.log, start.ranks, this.stop
 
     def crashed(missing: dict[int, str], reason: str):
-        """From the rank whose error it is; if others went missing, from the first that is left."""
-        if not missing or watch.leads(missing):
+        """From the rank whose error it is; if others went missing without a word, from the first left."""
+        if not missing or watch.leads(missing) and last_event(log.path) != "crashed":
             log.end("crashed", whoever=True, rank=next(iter(missing), ranks.rank), error=json.dumps(reason))
 
     def give_up(missing: dict[int, str], reason: str):

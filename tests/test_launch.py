@@ -980,11 +980,7 @@ def test_every_sweep_here_is_accepted_by_its_trainers(place, real_trainer, monke
             assert len(sweep.runs()) < (40 if scale else 400), f"{path.name} at scale {scale}"
 
 
-def test_a_sweep_of_the_real_trainers(place, capsys):
-    """Else the launcher and the trainers do not fit together: names, settings, exit codes or logs."""
-    write_shard(place / "t_train_0.bin", make_tokens([100] * 200, seed=1))
-    write_shard(place / "t_val_0.bin", make_tokens([100] * 90, seed=2))
-    text = f"""
+REAL = """
 script = "train_gpt_muon_ord.py"
 seeds = [3]
 control = "baseline_std_0"
@@ -995,22 +991,54 @@ TRAIN_FILES = "t_train_*.bin"
 VAL_FILES = "t_val_*.bin"
 DATA_PATH = "{place}"
 BATCH_SIZES = [256, 256, 256, 256]
-NUM_SCHEDULED_ITERATIONS = 3
+NUM_SCHEDULED_ITERATIONS = {steps}
 MAX_DOC_TOKENS = 64
 VAL_TOKENS = 2048
 VAL_BATCH_TOKENS = 2048
-SPECTRAL_RHO_MODE = "row"
 [[arms]]
 tag = "baseline_std_0"
 script = "train_gpt.py"
+"""
+
+
+def real_sweep(place, steps, more=""):
+    write_shard(place / "t_train_0.bin", make_tokens([100] * 200, seed=1))
+    write_shard(place / "t_val_0.bin", make_tokens([100] * 90, seed=2))
+    return REAL.format(place=place, steps=steps) + more
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(place):
+    """Else stopping a sweep of long runs throws away hours, though the trainer has saved them."""
+    process = launch_in_background(sweep_file(real_sweep(place, 60)), grace=30)
+    wait_for(lambda: any("step:3/" in log.read_text() for log in Path("logs").glob("*.txt")))
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    (log,) = Path("logs").glob("*.txt")
+    assert list(states().values()) == ["stopped"] and list(log.with_suffix("").glob("step_*.pt")), output
+    done = launch("trial.toml")
+    assert done.returncode == 0 and "goes on from its checkpoint" in done.stdout, done.stdout + done.stderr
+    (run,) = read_log(log)
+    assert run.state == "finished" and run.last_step == 60 and "event:resumed" in log.read_text()
+    assert list(Path("logs").glob("*.txt")) == [log] and not manifest()["earlier"]
+    assert not (log.with_suffix("") / "model.safetensors").exists(), "a sweep keeps no models unless asked"
+
+
+def test_a_sweep_of_the_real_trainers(place, capsys):
+    """Else the launcher and the trainers do not fit together: names, settings, exit codes or logs."""
+    text = real_sweep(
+        place,
+        3,
+        """
 [[arms]]
 tag = "spectral_lr_0"
 SPECTRAL_LR_MUL = 0
+SPECTRAL_RHO_MODE = "row"
 [[arms]]
 tag = "refused"
 SPECTRAL_VARIANCE = true
 SPECTRAL_SCALE = "unit"
-"""
+""",
+    )
     done = launch(sweep_file(text))
     assert done.returncode == 1, done.stdout + done.stderr
     runs = {run["tag"]: run for run in manifest()["runs"]}

@@ -1,0 +1,128 @@
+"""Continue a prompt with a trained model: python sample.py logs/RUN_ID/model.safetensors --prompt "import os"
+
+    python sample.py logs/RUN_ID/model.safetensors --tokens 300 --temperature 0.8 --seed 1
+    echo "def main" | python sample.py logs/RUN_ID/model.safetensors --prompt -
+
+Runs on a CPU, or on CUDA with --device cuda. The whole text so far goes through the model for each new
+token, without a key cache: simple, and fast enough to see what a model has learnt. The trainer writes the
+file at the end of a run (SAVE_MODEL=1, the default).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from train_gpt import GPT, SOFTCAP, Batch, Documents, ModelConfig
+
+
+class SampleError(ValueError):
+    """What the user gave cannot be used: what was found, what to do. Exit code 2."""
+
+
+def load_model(path: Path, device: str) -> tuple[GPT, dict]:
+    """(model in fp32 on the device, metadata); SampleError if the file is not one of the trainer's."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118, no dict
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise SampleError(f"{path} cannot be read as a model ({error}); wanted a model.safetensors that a "
+                          "trainer wrote, logs/RUN_ID/model.safetensors") from None
+    if "config" not in metadata:
+        raise SampleError(f"{path} has no configuration in its metadata; wanted one that a trainer wrote")
+    to_tuples = lambda x: tuple(map(to_tuples, x)) if isinstance(x, list) else x
+    config = ModelConfig(**{key: to_tuples(value) for key, value in metadata["config"].items()})
+    model = GPT(config, metadata["vocab_size"], "sdpa", False, metadata["residual_scale"])
+    model.rotary.freqs.copy_(tensors.pop("rotary.freqs"))
+    model.rotary.scale = metadata["rotary_scale"]
+    missing = model.load_state_dict(tensors, strict=False)
+    if missing.unexpected_keys or set(missing.missing_keys) - {"rotary.freqs"}:
+        raise SampleError(f"{path} does not fit its own configuration: {missing}")
+    return model.to(device).eval(), metadata
+
+
+def text_codec(vocab_size: int):
+    """(text -> tokens, tokens -> text): bytes for a vocabulary of 256, else GPT-2's."""
+    if vocab_size == 256:
+        return lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode(errors="replace")
+    import tiktoken
+    try:
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests' errors, as many as there are ways to be offline
+        raise SampleError(f"tiktoken cannot get its gpt2 vocabulary ({error}); with a copy of it, set "
+                          "TIKTOKEN_CACHE_DIR (data/README.md)") from None
+    return gpt2.encode_ordinary, gpt2.decode
+
+
+@torch.no_grad()
+def next_logits(model: GPT, tokens: list[int], metadata: dict) -> torch.Tensor:
+    """Logits (vocab_size,) of the token after these, which are one document."""
+    device, (gain, shift, width) = model.head.device, SOFTCAP
+    inputs = torch.tensor([tokens], dtype=torch.int32, device=device)
+    ends = torch.tensor([0, len(tokens)], dtype=torch.int32, device=device)
+    docs = Documents(Batch(inputs, inputs.long(), ends, len(tokens)), "sdpa")
+    x_C = model.trunk(inputs, docs, tuple(metadata["windows"]), metadata["tied"])[0, -1]
+    return gain * torch.sigmoid((model.head[:metadata["vocab_size"]] @ x_C + shift) / width)
+
+
+def sample(model: GPT, metadata: dict, tokens: list[int], count: int, temperature: float, top_k: int,
+           seed: int):
+    """Yields up to `count` new tokens, until the model ends the document. temperature 0: the likeliest."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [metadata["mark"], *tokens]
+    model.rotary.make_tables((len(tokens) + count) * (2 if model.config.paired_layers else 1))
+    for _ in range(count):
+        logits = next_logits(model, tokens, metadata).float().cpu()
+        if temperature > 0:
+            logits = logits / temperature
+            if top_k:
+                logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
+            token = int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+        else:
+            token = int(logits.argmax())
+        if token == metadata["mark"]:
+            return
+        tokens.append(token)
+        yield token
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a model.safetensors that a trainer wrote")
+    parser.add_argument("--prompt", default="", help="text to continue; - reads it from standard input")
+    parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add at most (200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="only from the k likeliest tokens; 0: from all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    args = parser.parse_args(argv)
+    try:
+        model, metadata = load_model(args.model, args.device)
+        encode, decode = text_codec(metadata["vocab_size"])
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        if args.tokens < 1 or args.temperature < 0 or args.top_k < 0:
+            raise SampleError("--tokens must be at least 1, --temperature and --top-k at least 0")
+        given = encode(prompt)
+        if metadata["mark"] in given:
+            raise SampleError(f"the prompt holds the document mark (token {metadata['mark']}); leave it out")
+    except SampleError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    new = []
+    print(prompt, end="", flush=True)
+    for token in sample(model, metadata, given, args.tokens, args.temperature, args.top_k, args.seed):
+        shown, new = decode(new), [*new, token]
+        whole = decode(new)
+        if not whole.endswith("\ufffd"):  # wait for the rest of a character of several bytes
+            print(whole[len(shown.rstrip("\ufffd")):], end="", flush=True)
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,446 @@
+"""What goes wrong on rented machines, done to real runs: killed and hung ranks, signals, damaged checkpoints,
+full disks, vanished data, two runs of one name. tests/README.md has the table of faults and outcomes."""
+
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers import BASELINE, ORD, ROOT, base_env, command, losses, make_text, run, train, write_shard
+from jobs import Job, events, lines
+
+from run_log import read_log
+
+EVERY_STATE = dict(  # all that the optimizer can have to remember
+    SPECTRAL_SCHEDULE="adaptive", SPECTRAL_VARIANCE=1, GRAD_CLIP=1.0, ADAM_LR=0.008, SPECTRAL_RHO_MODE="row"
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    """(folder, settings) of a 2-rank run that nothing happened to."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    train(cwd, shards, "twin", ORD, ranks=2, **EVERY_STATE)
+    return cwd / "logs" / "twin.txt"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Killed and resumed
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 6, 13])
+def test_killed_at_any_step_and_resumed_ends_with_the_same_digits(undisturbed, shards, tmp_path, step):
+    """Fails if anything that the next update depends on is not in the checkpoint."""
+    env = base_env(shards, RUN_ID="killed", SAVE_EVERY=2, **EVERY_STATE)
+    job = Job(tmp_path, ORD, env, ranks=2)
+    job.wait_for(rf"^step:{step}/")
+    job.kill()
+    if events(job.log, "finished"):
+        pytest.fail("the run was over before it could be killed")
+    done = run(tmp_path, ORD, {**env, "RESUME": "auto"}, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert events(job.log, "resumed") and lines(job.log) == lines(undisturbed)
+    assert [r.state for r in read_log(job.log)] == ["finished"]
+
+
+def test_resumed_on_another_number_of_ranks(undisturbed, shards, tmp_path):
+    """A checkpoint of 2 ranks goes on with 1 and with 4, within rounding."""
+    env = base_env(shards, RUN_ID="two", SAVE_EVERY=6, **EVERY_STATE)
+    train(tmp_path, shards, "two", ORD, ranks=2, SAVE_EVERY=6, **EVERY_STATE)
+    path = tmp_path / "logs" / "two" / "step_00000006.pt"
+    wanted = losses(undisturbed.parent.parent, "twin")
+    for ranks in (0, 4):
+        env |= dict(RUN_ID=f"on{ranks}", RESUME=str(path))
+        done = run(tmp_path, ORD, env, ranks)
+        assert done.returncode == 0, done.stderr
+        assert losses(tmp_path, f"on{ranks}") == pytest.approx(wanted[2:], abs=2e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_with_a_checkpoint(undisturbed, shards, tmp_path, number):
+    """The step is finished, saved, exit code 0; and resuming goes on as if nothing had been."""
+    env = base_env(shards, RUN_ID="asked", **EVERY_STATE)
+    job = Job(tmp_path, ORD, env)
+    job.wait_for(r"^step:3/")
+    job.process.send_signal(number)
+    assert job.end() == 0, job.out.read_text()
+    stopped = events(job.log, "stopped")
+    assert len(stopped) == 1 and number.name in stopped[0]
+    assert read_log(job.log)[-1].state == "stopped"
+    done = run(tmp_path, ORD, {**env, "RESUME": "auto"}, ranks=2)
+    assert done.returncode == 0, done.stderr
+    found = read_log(job.log)[-1]
+    twin = read_log(undisturbed)[-1]
+    assert found.state == "finished" and found.val.loss == pytest.approx(twin.val.loss, abs=2e-4)
+
+
+def test_a_signal_to_one_rank_stops_all(shards, tmp_path):
+    job = Job(tmp_path, BASELINE, base_env(shards, RUN_ID="one", NUM_SCHEDULED_ITERATIONS=400), ranks=2)
+    job.wait_for(r"^step:2/")
+    os.kill(job.ranks()[1], signal.SIGTERM)
+    assert job.end() == 0, job.out.read_text()
+    assert events(job.log, "stopped") and list((tmp_path / "logs" / "one").glob("step_*.pt"))
+
+
+def test_a_finished_run_is_left_alone(shards, tmp_path):
+    train(tmp_path, shards, "over", NUM_SCHEDULED_ITERATIONS=2)
+    before = (tmp_path / "logs" / "over.txt").read_bytes()
+    env = base_env(shards, RUN_ID="over", NUM_SCHEDULED_ITERATIONS=2, RESUME="auto")
+    done = run(tmp_path, BASELINE, env, ranks=0)
+    assert done.returncode == 0 and "nothing to do" in done.stdout
+    assert (tmp_path / "logs" / "over.txt").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is refused, what is fallen back from
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(shards, tmp_path_factory):
+    """A folder with a stopped run, `saved`, with checkpoints of steps 4 and 8."""
+    cwd = tmp_path_factory.mktemp("saved")
+    env = base_env(shards, RUN_ID="saved", SAVE_EVERY=4)
+    job = Job(cwd, BASELINE, env)
+    job.wait_for(r"^event:checkpoint step:8 ")
+    job.kill()
+    for late in (cwd / "logs" / "saved").glob("step_*12.pt"):
+        late.unlink()
+        pytest.skip("this machine was too fast for the kill between steps 8 and 12")
+    return cwd
+
+
+@pytest.fixture
+def copy_of_saved(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def resume(cwd, shards, ranks=0, **settings):
+    env = base_env(shards, **{"RUN_ID": "saved", "SAVE_EVERY": 4, "RESUME": "auto", **settings})
+    return run(cwd, BASELINE, env, ranks)
+
+
+def test_other_settings_are_refused_with_the_list(copy_of_saved, shards):
+    done = resume(copy_of_saved, shards, MUON_LR=0.5, SEED=3)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "MUON_LR was 0.012, now 0.5" in done.stderr and "SEED was 0, now 3" in done.stderr
+    assert "event:resumed" not in (copy_of_saved / "logs" / "saved.txt").read_text()
+
+
+def test_how_often_to_save_or_validate_may_differ(copy_of_saved, shards):
+    done = resume(copy_of_saved, shards, SAVE_EVERY=2, VAL_LOSS_EVERY=3, TARGET_LOSS=2)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
+def test_a_damaged_checkpoint_is_passed_over_loudly(copy_of_saved, shards, damage):
+    """And never by going on from wrong numbers: one flipped bit is found."""
+    path = copy_of_saved / "logs" / "saved" / "step_00000008.pt"
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+    new = {"cut": data[: len(data) // 3], "flipped": data, "empty": b"", "other": b"hello"}[damage]
+    path.write_bytes(new)
+    done = resume(copy_of_saved, shards)
+    assert done.returncode == 0, done.stderr
+    log = copy_of_saved / "logs" / "saved.txt"
+    assert "step_00000008.pt" in events(log, "checkpoint_damaged")[0] and "warning" in done.stdout
+    assert "step:4 " in events(log, "resumed")[0]
+    assert path.with_suffix(".damaged").exists()
+
+
+def test_without_a_good_checkpoint_nothing_is_thrown_away(copy_of_saved, shards):
+    folder = copy_of_saved / "logs" / "saved"
+    for path in folder.glob("step_*.pt"):
+        path.write_bytes(b"rubbish")
+    done = resume(copy_of_saved, shards)
+    assert done.returncode == 2 and "no checkpoint that can be read" in done.stderr
+
+
+class Runs:
+    """A pickle that runs code when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_strangers_checkpoint_runs_no_code(copy_of_saved, shards, tmp_path):
+    import torch
+
+    bad, trap = tmp_path / "stranger.pt", tmp_path / "code_was_run"
+    torch.save({"format": 1, "config": Runs(trap)}, bad)
+    assert pickle.dumps(Runs(trap))  # it can be pickled, so the file has it
+    done = resume(copy_of_saved, shards, RESUME=str(bad))
+    assert done.returncode == 2 and not trap.exists(), done.stderr
+
+
+@pytest.mark.parametrize("path", ["nowhere.pt", "logs", "logs/saved.txt", "logs/saved/model.safetensors"])
+def test_a_path_that_is_no_checkpoint_is_refused(copy_of_saved, shards, path):
+    (copy_of_saved / "logs" / "saved" / "model.safetensors").write_bytes(b"\0" * 100)
+    done = resume(copy_of_saved, shards, ranks=2, RESUME=path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr.partition("torch/distributed")[0]
+    assert done.stderr.count(f"train_gpt.py: {'RESUME' if path == 'nowhere.pt' else path}") == 1
+
+
+def test_auto_needs_to_know_which_run(shards, tmp_path):
+    env = base_env(shards, RESUME="auto")
+    done = run(tmp_path, BASELINE, env, ranks=0)
+    assert done.returncode == 2 and "RUN_ID" in done.stderr
+
+
+def test_more_ranks_than_divide_the_batch(shards, tmp_path):
+    done = run(tmp_path, BASELINE, base_env(shards, RUN_ID="three"), ranks=3)
+    assert done.returncode == 1 and done.stderr.count("3 ranks do not divide 8 slices") == 1
+
+
+def test_machines_with_different_settings_are_refused_together(shards, tmp_path):
+    """Each agent has its own environment; a seed set on one of them would train nonsense."""
+
+    port = 29_000 + os.getpid() % 1000
+
+    def agent(node):
+        extra = ("--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}")
+        return run(tmp_path, BASELINE, base_env(shards, RUN_ID="nodes", SEED=node), 1, extra)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(agent, (0, 1)))
+    assert [d.returncode for d in done] == [1, 1]
+    assert "different settings" in done[0].stderr and not (tmp_path / "logs").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# A rank dies, hangs or is cut off
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_run_and_is_named(shards, tmp_path, victim):
+    job = Job(tmp_path, BASELINE, base_env(shards, RUN_ID="dead", NUM_SCHEDULED_ITERATIONS=400), ranks=2)
+    job.wait_for(r"^step:2/")
+    start, pid = time.monotonic(), job.ranks()[victim]
+    os.kill(pid, signal.SIGKILL)
+    assert job.end() != 0
+    assert time.monotonic() - start < 40
+    crashed = events(job.log, "crashed")
+    assert len(crashed) == 1 and f"rank:{victim} " in crashed[0] and f"(process {pid}) is gone" in crashed[0]
+
+
+def test_a_killed_rank_is_restarted_and_goes_on(undisturbed, shards, tmp_path):
+    """torchrun --max-restarts: from the last checkpoint, without anybody's help, to the same digits."""
+    env = base_env(shards, RUN_ID="restarted", SAVE_EVERY=2, **EVERY_STATE)
+    job = Job(tmp_path, ORD, env, 2, ("--standalone", "--max-restarts=2"))
+    job.wait_for(r"^step:5/")
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    job.wait_for(r"^event:resumed")
+    assert job.end() == 0, job.out.read_text()[-3000:]
+    assert lines(job.log) == lines(undisturbed)
+
+
+def test_a_stopped_rank_is_given_up_in_time(shards, tmp_path):
+    """SIGSTOP: the process is there and silent, as on a machine that swaps or a GPU that hangs."""
+    env = base_env(shards, RUN_ID="hung", NUM_SCHEDULED_ITERATIONS=400, DIST_TIMEOUT=5)
+    job = Job(tmp_path, BASELINE, env, ranks=2)
+    job.wait_for(r"^step:2/")
+    start, pid = time.monotonic(), job.ranks()[1]
+    os.kill(pid, signal.SIGSTOP)
+    assert job.end() != 0
+    assert time.monotonic() - start < 60
+    crashed = events(job.log, "crashed")
+    assert len(crashed) == 1 and "no progress" in crashed[0] and f"(process {pid}) is stopped" in crashed[0]
+
+
+def test_without_their_launcher_the_workers_stop_by_themselves(shards, tmp_path):
+    job = Job(tmp_path, BASELINE, base_env(shards, RUN_ID="orphans", NUM_SCHEDULED_ITERATIONS=4000), ranks=2)
+    job.wait_for(r"^step:2/")
+    os.kill(job.process.pid, signal.SIGKILL)
+    job.end()
+    stopped = events(job.log, "stopped")
+    assert len(stopped) == 1 and "launcher is gone" in stopped[0]
+
+
+def can_make_namespaces() -> bool:
+    if not shutil.which("ip") or os.geteuid():
+        return False
+    made = subprocess.run(["ip", "netns", "add", "ord-probe"], capture_output=True).returncode == 0
+    if made:
+        subprocess.run(["ip", "netns", "del", "ord-probe"], capture_output=True)
+    return made
+
+
+@pytest.mark.skipif(not can_make_namespaces(), reason="needs root and iproute2 for network namespaces")
+def test_a_cut_link_between_two_machines_ends_both(shards, tmp_path):
+    """Two torchrun agents in network namespaces; the link goes down without a word to either side."""
+    names = [f"ord{os.getpid() % 10_000}{i}" for i in (0, 1)]
+
+    def ip(*args):
+        subprocess.run(["ip", *args], check=True, capture_output=True)
+
+    def inside(i):
+        extra = ("--nnodes=2", f"--node-rank={i}", "--master-addr=10.99.0.1", "--master-port=29511")
+        interface = {"GLOO_SOCKET_IFNAME": names[i], "TP_SOCKET_IFNAME": names[i]}
+        env = base_env(shards, RUN_ID="cut", NUM_SCHEDULED_ITERATIONS=4000, DIST_TIMEOUT=8, **interface)
+        cwd = tmp_path / f"machine{i}"
+        cwd.mkdir()
+        argv = ["ip", "netns", "exec", names[i], *command(BASELINE, 1, extra)]
+        with (cwd / "out").open("w") as out:
+            return subprocess.Popen(argv, cwd=cwd, env=env, stdout=out, stderr=out, start_new_session=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
+        for i, name in enumerate(names):
+            ip("link", "set", name, "netns", name)
+            ip("-n", name, "addr", "add", f"10.99.0.{i + 1}/24", "dev", name)
+            ip("-n", name, "link", "set", name, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        agents = [inside(i) for i in (0, 1)]
+        log = tmp_path / "machine0" / "logs" / "cut.txt"
+        end = time.monotonic() + 120
+        while not (log.exists() and re.search(r"^step:2/", log.read_text(), re.M)):
+            assert time.monotonic() < end, (tmp_path / "machine0" / "out").read_text()[-2000:]
+            time.sleep(0.1)
+        ip("-n", names[0], "link", "set", names[0], "down")
+        cut = time.monotonic()
+        for agent in agents:
+            agent.wait(120)
+        assert time.monotonic() - cut < 100
+        crashed = events(log, "crashed")
+        assert len(crashed) == 1 and ("on other hosts" in crashed[0] or "gloo" in crashed[0])
+    finally:
+        for name in names:
+            pids = subprocess.run(
+                ["ip", "netns", "pids", name], capture_output=True, text=True
+            ).stdout.split()
+            for pid in pids:
+                os.kill(int(pid), signal.SIGKILL)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Loss, disk, data
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_a_runaway_loss_ends_the_run_and_keeps_the_last_good_state(copy_of_saved, shards):
+    done = resume(copy_of_saved, shards, DIVERGED_ABOVE="0.01")
+    assert done.returncode == 3, done.stderr
+    log = copy_of_saved / "logs" / "saved.txt"
+    assert re.match(r"event:diverged step:9 train_loss:\d", events(log, "diverged")[0])
+    assert (copy_of_saved / "logs" / "saved" / "step_00000008.pt").exists()
+
+
+def test_a_full_disk_costs_neither_the_run_nor_the_checkpoint_before(copy_of_saved, shards):
+    """No file may grow beyond 3 MB, as if the disk were full: checkpoints fail, the log goes on."""
+    env = base_env(shards, RUN_ID="saved", SAVE_EVERY=2, RESUME="auto")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+    job = Job(copy_of_saved, BASELINE, env, setup=limit)
+    assert job.end() == 1  # finished, but the final model could not be written
+    assert len(events(job.log, "save_failed")) == 3 and events(job.log, "finished")
+    folder = copy_of_saved / "logs" / "saved"
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000004.pt", "step_00000008.pt"]
+    assert lines(job.log)[14]
+
+
+def test_log_lines_wait_for_a_full_disk(tmp_path):
+    """Lines that the disk does not take are written when it does, in order; if it never does, exit code 1."""
+    code = f"""
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt
+log = train_gpt.RunLog(Path("logs/full.txt"), 0, 9)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+for i in range(100):
+    log.write(f"line {{i}} " + "." * 30)
+if sys.argv[1] == "room":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+log.end("finished")
+sys.exit(log.close())
+"""
+    for room, wanted in (("room", 0), ("none", 1)):
+        shutil.rmtree(tmp_path / "logs", ignore_errors=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, room], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == wanted, done.stderr
+        assert done.stdout.count("warning") == 1 and "wait in memory" in done.stdout
+        text = (tmp_path / "logs" / "full.txt").read_text()
+        found = [int(n) for n in re.findall(r"^line (\d+) \.{30}$", text + done.stderr, re.M)]
+        if room == "room":
+            assert found == list(range(100)) and text.endswith("event:finished\n")
+        else:
+            assert found[-1] == 99 and "event:finished" in done.stderr
+
+
+def test_logs_that_cannot_be_written_are_refused(shards, tmp_path):
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    done = run(tmp_path, BASELINE, base_env(shards, RUN_ID="x"), ranks=2)
+    assert done.returncode == 1 and done.stderr.count("logs/x.txt cannot be written") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root to mount")
+def test_read_only_logs_are_refused(shards, tmp_path):
+    (tmp_path / "logs").mkdir()
+    mount = 'mount -t tmpfs -o ro none logs || exit 77; exec "$@"'
+    argv = ["unshare", "-m", "sh", "-c", mount, "sh", *command(BASELINE, 0)]
+    env = base_env(shards, RUN_ID="x")
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+    if done.returncode in (1, 77) and "mount" in done.stderr:
+        pytest.skip("mounting is not allowed here")
+    assert done.returncode == 2 and "logs/x.txt cannot be written: Read-only file system" in done.stderr
+
+
+def test_vanished_data_ends_the_run_and_resuming_with_it_goes_on(tmp_path):
+    """Two shards; the one that is needed next goes away during the run."""
+    names = [tmp_path / f"made_train_00000{i}.bin" for i in (0, 1)]
+    for i, name in enumerate(names):
+        write_shard(name, make_text(9000, seed=i))
+    write_shard(tmp_path / "made_val_000000.bin", make_text(17_000, seed=9))
+    train(tmp_path, tmp_path, "whole", SAVE_EVERY=2)
+    env = base_env(tmp_path, RUN_ID="lost", SAVE_EVERY=2)
+    job = Job(tmp_path, BASELINE, env)
+    job.wait_for(r"^step:1/")
+    for name in names:
+        name.rename(name.with_suffix(".away"))
+    assert job.end() == 1
+    crashed = events(job.log, "crashed")
+    assert len(crashed) == 1 and "DataError" in crashed[0] and "put it back" in crashed[0]
+    for name in names:
+        name.with_suffix(".away").rename(name)
+    done = run(tmp_path, BASELINE, {**env, "RESUME": "auto"}, ranks=0)
+    assert done.returncode == 0, done.stderr
+    assert lines(job.log) == lines(tmp_path / "logs" / "whole.txt")
+    assert events(job.log, "epoch")  # 18,000 tokens were used up: the next epoch began
+
+
+# ---------------------------------------------------------------------------------------------------
+# Two at once
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_folder_and_one_name_twice(shards, tmp_path):
+    long = dict(NUM_SCHEDULED_ITERATIONS=400)
+    first = Job(tmp_path, BASELINE, base_env(shards, RUN_ID="first", **long))
+    first.wait_for(r"^step:2/")
+    again = run(tmp_path, BASELINE, base_env(shards, RUN_ID="first", **long), ranks=0)
+    assert again.returncode == 2 and "exists already" in again.stderr
+    thief = run(tmp_path, BASELINE, base_env(shards, RUN_ID="first", RESUME="auto", **long), ranks=2)
+    assert thief.returncode == 1 and thief.stderr.count("being written by another process") == 1
+    train(tmp_path, shards, "second")
+    assert first.process.poll() is None
+    first.process.send_signal(signal.SIGTERM)
+    assert first.end() == 0
