@@ -335,16 +335,22 @@ class Ranks:
         The memory is a file without a name, so a killed run leaves nothing behind."""
         one_host = self.device.type == "cpu" and 1 < self.world_size == self.local_world_size
         if not (one_host and dist.is_initialized() and hasattr(os, "memfd_create")):
-            return torch.zeros(numel, dtype=like.dtype, device=like.device)
+            return like.new_zeros(numel)
         path, total = None, numel * self.world_size
         if self.rank == 0:
             file = os.memfd_create("ranks")
             os.ftruncate(file, total * like.dtype.itemsize)
             path = f"/proc/{os.getpid()}/fd/{file}"
-        everyones = torch.from_file(self.share(path), shared=True, size=total, dtype=like.dtype)
-        self.all_reduce(torch.zeros(1)).wait()  # all have opened it
+        path = self.share(path)
+        try:
+            everyones = torch.from_file(path, shared=True, size=total, dtype=like.dtype)
+        except RuntimeError:  # a host that does not let one process open another's files
+            everyones = None
+        opened_by_all = all(self.collect(everyones is not None))
         if self.rank == 0:
             os.close(file)
+        if not opened_by_all:
+            return like.new_zeros(numel)
         mine = everyones.view(self.world_size, numel)[self.rank]
         self.everyones[mine.data_ptr()] = everyones.view(self.world_size, numel)
         return mine
