@@ -26,6 +26,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from flops import flop_per_token  # noqa: E402
 
 CONTEXT, VAL_TOKENS = 256, 65_536
 PLAIN_RATES = (1e-3, 3e-3, 6e-3)
@@ -131,25 +134,6 @@ def train_plain(rate: float, seconds: float) -> dict:
 # ---------------------------------------------------------------------------------------------------
 # Where a step's time goes
 # ---------------------------------------------------------------------------------------------------
-
-
-def visible_keys(T: int, window: int) -> float:
-    """Mean number of keys that a query of a T-token document sees."""
-    return sum(min(i, window) + 1 for i in range(T)) / T
-
-
-def flop_per_token(c, T: int, vocab: int) -> float:
-    """Of forward and backward: 6 a matrix weight, 12 a key seen and channel; not norms, gates and tables."""
-    total = 6 * vocab * c.width
-    for i in range(c.num_layers):
-        total += 6 * 8 * c.width**2
-        if i not in c.no_attention:
-            heads = c.num_heads + 2 * c.num_kv_heads + c.num_heads
-            window = c.windows[0][i in c.long_layers] * c.window_block
-            total += (
-                6 * heads * c.head_dim * c.width + 12 * visible_keys(T, window) * c.num_heads * c.head_dim
-            )
-    return total
 
 
 def breakdown_worker():

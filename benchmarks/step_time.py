@@ -1,0 +1,541 @@
+"""How long a training step takes, where the time goes, and how far that is from the device's own matmul rate.
+
+    python benchmarks/step_time.py                                   # all stages of this machine's default preset
+    python benchmarks/step_time.py --steps 40 --ord --json out.json  # and train_gpt_muon_ord.py over train_gpt.py
+    torchrun --standalone --nproc-per-node=8 benchmarks/step_time.py --stages 1,3
+    MODEL=tiny BATCH_SIZES=4096,4096,4096,4096 python benchmarks/step_time.py --script train_gpt.py
+
+Settings are the trainer's environment variables. The step is the trainer's own: its Trainer, TrainData, Ranks
+and evaluate, with the shards that a run would read. Nothing is written but --json.
+
+* Whole steps are timed without anything inside: in pairs of two, because Adam moves on every second step. The
+  parts come from other steps, on which the trainer's calls (data.next, forward, backward, optimizer.step, the
+  collectives and the waits for them) are wrapped: time belongs to the innermost call. So "communication" is
+  what is not hidden behind other work. On CUDA all times are events on the stream; nothing waits inside a step.
+* The ceiling is a square product in the type that the model computes in, on all ranks at once; on a CPU it is
+  taken again before every pair of steps, because other work on the machine comes and goes.
+* FLOP are those of benchmarks/flops.py, with the documents' lengths of the batches that were timed.
+* A step that a validation follows also measures ORD's statistics; such a step is timed only where it falls
+  among the timed ones. Evaluation is timed on one validation batch and scaled to VAL_TOKENS; the last
+  validation's longer windows are not timed apart.
+* --ord interleaves both trainers in one process, pair by pair in changing order, on the same tokens: the median
+  of the paired ratios with the interval of the order statistics (no assumption on the noise).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from flops import forward_flop  # noqa: E402
+
+PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
+WARM_PAIRS = 2
+TWINS = ("train_gpt", "train_gpt_muon_ord")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Clocks
+# ---------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Marks in time: of the CPU, or events on the current CUDA stream, which cost no synchronisation."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+
+    def mark(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms(self, start, end) -> float:
+        """Between two marks; call sync() first."""
+        return start.elapsed_time(end) if self.cuda else 1000 * (end - start)
+
+    def sync(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+class Parts:
+    """Time by part: each interval between two marks belongs to the innermost of the wrapped calls under way."""
+
+    def __init__(self, clock: Clock):
+        self.clock, self.on, self.stack, self.marks = clock, False, [], []
+
+    def note(self):
+        self.marks.append((self.clock.mark(), self.stack[-1] if self.stack else None))
+
+    @contextlib.contextmanager
+    def part(self, name: str):
+        if not self.on:
+            yield
+            return
+        self.stack.append(name)
+        self.note()
+        try:
+            yield
+        finally:
+            self.stack.pop()
+            self.note()
+
+    def wrap(self, name: str, function):
+        def timed(*args, **kwargs):
+            with self.part(name):
+                return function(*args, **kwargs)
+        return timed
+
+    def wrap_collective(self, function):
+        """A collective of Ranks: its start counts, and so does waiting for what it returns."""
+        def timed(*args, **kwargs):
+            with self.part("communication"):
+                work = function(*args, **kwargs)
+            return Waited(work, self) if self.on else work
+        return timed
+
+    @contextlib.contextmanager
+    def recording(self):
+        """Everything inside is recorded; what no wrapped call covers is 'other'."""
+        self.on, backward = True, torch.Tensor.backward
+        torch.Tensor.backward = self.wrap("backward", backward)
+        try:
+            with self.part("other"):
+                yield
+        finally:
+            torch.Tensor.backward, self.on = backward, False
+
+    def take(self) -> list:
+        """What was recorded since the last call, for spent()."""
+        marks, self.marks = self.marks, []
+        return marks
+
+    def spent(self, marks: list) -> dict[str, float]:
+        """ms of each part; after clock.sync()."""
+        spent = dict.fromkeys(PARTS, 0.0)
+        for (start, name), (end, _) in zip(marks, marks[1:]):
+            if name is not None:
+                spent[name] += self.clock.ms(start, end)
+        return spent
+
+
+class Waited:
+    """A collective under way, whose wait() counts as communication."""
+
+    def __init__(self, work, parts: Parts):
+        self.work, self.wait = work, parts.wrap("communication", work.wait)
+
+    def __getattr__(self, name):
+        return getattr(self.work, name)
+
+
+# ---------------------------------------------------------------------------------------------------
+# A trainer to be timed
+# ---------------------------------------------------------------------------------------------------
+
+
+class Timed:
+    """One trainer with its data, stepped as its own train() does, its calls wrapped from outside."""
+
+    def __init__(self, module, s, o, config, shards, ranks):
+        self.module, self.s, self.config, self.ranks = module, s, config, ranks
+        self.train_shards, self.val_shards = shards
+        self.vocab_size = self.train_shards[0].vocab_size
+        self.trainer = module.Trainer(s, o, config, self.vocab_size, ranks)
+        self.data = module.TrainData(self.train_shards, s, ranks)
+        self.schedule, self.pending, self.entered = self.trainer.schedule, None, -1
+        self.clock = Clock(ranks.device)
+        self.parts, self.seen = Parts(self.clock), []
+        trainer, parts = self.trainer, self.parts
+        trainer.forward = parts.wrap("forward", trainer.forward)
+        trainer.optimizer.step = parts.wrap("optimizer", trainer.optimizer.step)
+        self.next_batches = parts.wrap("data", self.data.next)
+
+    @contextlib.contextmanager
+    def wrapped_collectives(self):
+        """Only while this trainer is recorded: twins share one Ranks. Instance attributes shadow the methods."""
+        names = ("all_reduce", "reduce_scatter", "all_gather")
+        for name in names:
+            setattr(self.ranks, name, self.parts.wrap_collective(getattr(self.ranks, name)))
+        try:
+            yield
+        finally:
+            for name in names:
+                delattr(self.ranks, name)
+
+    def steps_of(self, stage: int) -> range:
+        """The stage's steps; those with the embedding untied, if it is untied in this stage."""
+        steps = [i for i in range(self.schedule.num_steps) if self.schedule.stage(i) == stage]
+        untie = self.schedule.untie_step
+        first = untie if steps and untie in steps[:-2] else steps[0] if steps else 0
+        return range(first, steps[-1] + 1 if steps else 0)
+
+    def enter(self, stage: int):
+        """Stages are entered in order; what lies between is skipped, but for the untying."""
+        self.steps, self.at = self.steps_of(stage), 0
+        first, untie = self.steps[0], self.schedule.untie_step
+        for step in sorted({first, *([untie] if untie is not None else [])}):
+            if self.entered < step <= first:
+                self.trainer.enter(step)
+        self.entered = first
+        self.flush()
+        self.data.coming = None  # read for the stage before, at its batch size
+
+    def flush(self):
+        """As the trainer's report: the loss is summed over the ranks and read, on a GPU a step late."""
+        if self.pending:
+            (total, work), self.pending = self.pending, None
+            work.wait()
+            total.item()
+
+    def step(self):
+        length = len(self.steps) - len(self.steps) % 2 or 1  # so that steps keep their parity when they repeat
+        step = self.steps[self.at % length]
+        self.at += 1
+        tokens = self.schedule.batch_tokens(step)
+        batches = self.next_batches(tokens, tokens)
+        self.seen.append([batch.cu_seqlens for batch in batches])
+        total = self.trainer.step(step, batches)
+        self.flush()
+        self.pending = total, self.ranks.all_reduce(total)
+        if not self.clock.cuda:
+            self.flush()
+
+    def pair(self, recorded: bool):
+        """Two steps; marks around them."""
+        with contextlib.ExitStack() as stack:
+            if recorded:
+                stack.enter_context(self.wrapped_collectives())
+                stack.enter_context(self.parts.recording())
+            start = self.clock.mark()
+            self.step()
+            self.step()
+            return start, self.clock.mark()
+
+    def evaluation_ms(self) -> float:
+        """One whole validation, from one batch of it."""
+        one_batch = dataclasses.replace(self.s, val_tokens=self.s.val_batch_tokens)
+        windows = self.schedule.windows(self.trainer.stage)
+        for _ in range(2 if self.clock.cuda or self.s.compile == "1" else 1):  # the first one compiles
+            self.clock.sync()
+            start = time.perf_counter()
+            self.module.evaluate(self.trainer.forward, self.val_shards, one_batch, self.ranks, windows,
+                                 self.trainer.tied)
+            self.clock.sync()
+            ms = 1000 * (time.perf_counter() - start)
+        return ms * self.s.val_tokens / self.s.val_batch_tokens
+
+    def flop_per_step(self, stage: int) -> float:
+        """This rank's, forward and backward, the mean over the steps seen since the last call."""
+        total = 0.0
+        for step in self.seen:
+            for cu_seqlens in step:
+                lengths = np.diff(cu_seqlens.cpu().numpy())
+                lengths = lengths[lengths > 0]
+                forward = forward_flop(self.config, lengths, self.vocab_size, self.config.windows[stage])
+                total += 3 * forward.total * lengths.sum()
+        count, self.seen = len(self.seen), []
+        return total / count
+
+
+def build(script: str, env: dict, ranks=None) -> Timed:
+    """The trainer of this script under these settings; `ranks`: those of the process, if it has them already."""
+    module = importlib.import_module(script)
+    if script == TWINS[0]:  # it refuses the other's settings
+        env = {k: v for k, v in env.items() if not k.startswith(("SPECTRAL_", "ORD_"))}
+    s, o, config = module.read_settings(env)
+    ranks = ranks or module.Ranks(s.device)
+    return Timed(module, s, o, config, module.open_data(s, ranks.world_size), ranks)
+
+
+def matmul_flops(timed: Timed, repeats: int) -> float:
+    """FLOP/s of a square product in the model's type on this rank, all ranks at once; the median."""
+    cuda, dtype = timed.clock.cuda, timed.trainer.model.head.dtype
+    n = 8192 if cuda else 1024
+    a = torch.ones(n, n, dtype=dtype, device=timed.ranks.device)
+    marks = []
+    timed.ranks.all_reduce(torch.zeros(1, device=a.device)).wait()
+    for _ in range(repeats):
+        start = timed.clock.mark()
+        a @ a
+        marks.append((start, timed.clock.mark()))
+    timed.clock.sync()
+    return 2 * n**3 / (float(np.median([timed.clock.ms(*m) for m in marks])) / 1000)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Measurements
+# ---------------------------------------------------------------------------------------------------
+
+
+def measure_stage(timed: Timed, stage: int, steps: int) -> dict:
+    """Whole steps and parts of one stage (0 is the first), in ms a step of this rank."""
+    clock, pairs, whole, parts_ms, rates = timed.clock, max(1, -(-steps // 2)), [], [], []
+    timed.enter(stage)
+    for _ in range(WARM_PAIRS):
+        timed.pair(recorded=False)
+    timed.seen = []
+    if clock.cuda:  # in a row, so that the GPU never waits for the start of a pair
+        rates.append(matmul_flops(timed, 20))
+        whole = [timed.pair(recorded=False) for _ in range(pairs)]
+        for _ in range(pairs):
+            timed.pair(recorded=True)
+        clock.sync()
+        parts_ms = [timed.parts.spent(timed.parts.take())]
+        parts_ms = [{name: ms / (2 * pairs) for name, ms in parts_ms[0].items()}]
+    else:
+        for _ in range(pairs):
+            rates.append(matmul_flops(timed, 2))
+            whole.append(timed.pair(recorded=False))
+            timed.pair(recorded=True)
+            spent = timed.parts.spent(timed.parts.take())
+            parts_ms.append({name: ms / 2 for name, ms in spent.items()})
+    ms = np.array([clock.ms(*marks) / 2 for marks in whole])
+    parts = {name: float(np.median([p[name] for p in parts_ms])) for name in PARTS}
+    step, schedule = timed.steps[0], timed.schedule
+    tokens, ms_step = schedule.batch_tokens(step), float(np.median(ms))
+    flop, ceiling = timed.flop_per_step(stage), float(np.median(rates))
+    compute_ms = parts["forward"] + parts["backward"]
+    return {
+        "stage": stage + 1, "first_step": step, "batch_tokens": tokens, "windows": schedule.windows(stage),
+        "predicted_tokens": len(schedule.predict_weights(step)), "tied": timed.trainer.tied, "pairs": pairs,
+        "ms_step": ms_step, "ms_step_quartiles": np.percentile(ms, [25, 75]).tolist(),
+        "tokens_per_s": 1000 * tokens / ms_step, "parts_ms": parts,
+        "shares": {name: value / sum(parts.values()) for name, value in parts.items()},
+        "evaluation_ms": timed.evaluation_ms(), "flop_per_rank_step": flop, "ceiling_flops": ceiling,
+        "of_ceiling_forward_backward": flop / (compute_ms / 1000) / ceiling,
+        "of_ceiling_step": flop / (ms_step / 1000) / ceiling,
+    }
+
+
+def alike(timed: Timed, stage: int) -> tuple:
+    """Stages for which this is equal take the same step."""
+    step, schedule = timed.steps_of(stage)[0], timed.schedule
+    untied = schedule.untie_step is not None and step >= schedule.untie_step
+    return schedule.batch_tokens(step), schedule.windows(stage), len(schedule.predict_weights(step)), untied
+
+
+def measure(timed: Timed, stages: list[int], steps: int, say) -> list[dict]:
+    """A result for each stage; one that equals an earlier one is not timed again."""
+    results, done = [], {}
+    for stage in stages:
+        key = alike(timed, stage)
+        if key in done:
+            results.append({**done[key], "stage": stage + 1, "same_as": done[key]["stage"]})
+        else:
+            results.append(measure_stage(timed, stage, steps))
+            done[key] = results[-1]
+        print_stage(results[-1], say)
+    return results
+
+
+def whole_schedule(timed: Timed, results: list[dict]) -> dict | None:
+    """Minutes of all steps and validations, and the shares of all the time; None if a stage was not timed."""
+    schedule, by_stage = timed.schedule, {r["stage"] - 1: r for r in results}
+    of_step = [schedule.stage(i) for i in range(schedule.num_steps)]
+    if not set(of_step) <= set(by_stage):
+        return None
+    validations = [of_step[max(0, i - 1)] for i in range(schedule.num_steps + 1) if schedule.validates(i)]
+    train_ms = sum(by_stage[i]["ms_step"] for i in of_step)
+    eval_ms = sum(by_stage[i]["evaluation_ms"] for i in validations)
+    shares = {name: sum(by_stage[i]["shares"][name] * by_stage[i]["ms_step"] for i in of_step)
+              / (train_ms + eval_ms) for name in PARTS}
+    tokens = sum(schedule.batch_tokens(i) for i in range(schedule.num_steps))
+    return {"steps": schedule.num_steps, "tokens": tokens, "validations": len(validations),
+            "train_minutes": train_ms / 60_000, "minutes_with_evaluation": (train_ms + eval_ms) / 60_000,
+            "tokens_per_s": 1000 * tokens / train_ms, "ms_step": train_ms / schedule.num_steps,
+            "shares": {**shares, "evaluation": eval_ms / (train_ms + eval_ms)}}
+
+
+def memory(timed: Timed) -> dict:
+    """Peak of any rank, in MiB."""
+    found = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if sys.platform == "darwin":  # bytes there
+        found["peak_rss_mib"] /= 1024
+    if timed.clock.cuda:
+        found["cuda_max_allocated_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    largest = torch.tensor(list(found.values()), dtype=torch.float64, device=timed.ranks.device)
+    timed.ranks.all_reduce(largest, op=torch.distributed.ReduceOp.MAX).wait()
+    return dict(zip(found, largest.tolist()))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The twins
+# ---------------------------------------------------------------------------------------------------
+
+
+def median_interval(values, confidence: float = 0.95) -> dict:
+    """The median and the narrowest interval of order statistics that covers it at least so often, whatever the
+    distribution; too few values: smallest and largest, with the coverage they have."""
+    x = np.sort(np.asarray(values, dtype=float))
+    n = len(x)
+    k = max(1, int(stats.binom.ppf((1 - confidence) / 2, n, 0.5)))
+    return {"median": float(np.median(x)), "low": float(x[k - 1]), "high": float(x[n - k]), "n": n,
+            "confidence": float(1 - 2 * stats.binom.cdf(k - 1, n, 0.5))}
+
+
+def compare_twins(twins: list[Timed], stage: int, pairs: int) -> dict:
+    """train_gpt_muon_ord.py over train_gpt.py: pairs of steps of both, one after the other."""
+    for twin in twins:
+        twin.enter(stage)
+        for _ in range(WARM_PAIRS):
+            twin.pair(recorded=False)
+    clock, whole, inside = twins[0].clock, ([], []), ([], [])
+    for i in range(pairs):
+        for which in ((0, 1), (1, 0))[i % 2]:
+            whole[which].append(twins[which].pair(recorded=True))
+            inside[which].append(twins[which].parts.take())
+    clock.sync()
+    base, ord_ = (np.array([clock.ms(*marks) / 2 for marks in arm]) for arm in whole)
+    base_optimizer, ord_optimizer = (np.array([twin.parts.spent(marks)["optimizer"] / 2 for marks in arm])
+                                     for twin, arm in zip(twins, inside))
+    return {"stage": stage + 1, "pairs": pairs, "steps_each": 2 * pairs,
+            "ms_step": {TWINS[0]: float(np.median(base)), TWINS[1]: float(np.median(ord_))},
+            "ms_optimizer": {TWINS[0]: float(np.median(base_optimizer)),
+                             TWINS[1]: float(np.median(ord_optimizer))},
+            "ratio": median_interval(ord_ / base),
+            "optimizer_extra_share_of_step": median_interval((ord_optimizer - base_optimizer) / base)}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------------
+
+
+def in_words(parts: dict[str, float], whole: float | None = None) -> str:
+    if whole is None:
+        return "  ".join(f"{name} {share:.1%}" for name, share in parts.items())
+    return "  ".join(f"{name} {ms:.2f} ms ({ms / whole:.1%})" for name, ms in parts.items())
+
+
+def print_stage(r: dict, say):
+    if "same_as" in r:
+        return say(f"\nstage {r['stage']}: the same step as stage {r['same_as']}")
+    low, high = r["ms_step_quartiles"]
+    parts = r["parts_ms"]
+    say(f"\nstage {r['stage']}: {r['batch_tokens']} tokens a step, windows {r['windows']}, "
+        f"{r['predicted_tokens']} predicted token(s), {'tied' if r['tied'] else 'untied'}; "
+        f"{2 * r['pairs']} steps timed whole, {2 * r['pairs']} in parts")
+    say(f"  {r['ms_step']:.2f} ms a step (quartiles {low:.2f} to {high:.2f}), {r['tokens_per_s']:,.0f} tokens/s; "
+        f"steps in parts took {sum(parts.values()):.2f} ms")
+    say(f"  {in_words(parts, sum(parts.values()))}")
+    say(f"  {r['flop_per_rank_step'] / 1e9:,.2f} GFLOP a rank and step; matmul ceiling "
+        f"{r['ceiling_flops'] / 1e9:,.0f} GFLOP/s a rank: forward and backward run at "
+        f"{r['of_ceiling_forward_backward']:.1%} of it, the whole step at {r['of_ceiling_step']:.1%}")
+    return say(f"  evaluation: {r['evaluation_ms'] / 1000:.2f} s a validation")
+
+
+def print_schedule(total: dict | None, say):
+    if total is None:
+        return say("\nnot all stages were timed, so the schedule's total is not known")
+    say(f"\nwhole schedule: {total['steps']} steps, {total['tokens']:,} tokens, {total['validations']} "
+        f"validations: {total['train_minutes']:.2f} minutes of training ({total['ms_step']:.2f} ms a step, "
+        f"{total['tokens_per_s']:,.0f} tokens/s), {total['minutes_with_evaluation']:.2f} with evaluation")
+    return say(f"  {in_words(total['shares'])}")
+
+
+def print_twins(r: dict, say):
+    ratio, extra = r["ratio"], r["optimizer_extra_share_of_step"]
+    say(f"\nstage {r['stage']}, train_gpt_muon_ord.py over train_gpt.py, {r['pairs']} pairs of 2 steps each, "
+        "interleaved:")
+    say(f"  step {r['ms_step'][TWINS[1]]:.2f} / {r['ms_step'][TWINS[0]]:.2f} ms, median of paired ratios "
+        f"{ratio['median']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f}, {ratio['confidence']:.1%}, "
+        f"n = {ratio['n']})")
+    say(f"  optimizer {r['ms_optimizer'][TWINS[1]]:.2f} / {r['ms_optimizer'][TWINS[0]]:.2f} ms; its extra time is "
+        f"{extra['median']:.2%} of a baseline step ({extra['low']:.2%} to {extra['high']:.2%})")
+
+
+def machine(timed: Timed) -> dict:
+    cuda, threads = timed.clock.cuda, torch.get_num_threads()
+    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    return {"device": name, "world_size": timed.ranks.world_size, "threads_a_rank": threads,
+            "torch": torch.__version__, "dtype": str(timed.trainer.model.head.dtype).removeprefix("torch."),
+            "time": time.strftime("%Y-%m-%d %H:%M")}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--script", default="train_gpt_muon_ord.py", help="trainer (default %(default)s)")
+    parser.add_argument("--stages", help="comma-separated, 1 is the first, 4 the extension (default: all)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps a stage, whole, and in parts (20)")
+    parser.add_argument("--ord", type=int, nargs="?", const=40, default=0, metavar="PAIRS",
+                        help="also the paired ratio of the twins, from so many pairs of two steps (40)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    return parser.parse_args(argv)
+
+
+def choose_stages(timed: Timed, text: str | None) -> list[int]:
+    """Stages from 0, in order; those that have steps unless the user says which."""
+    having = [i for i in range(timed.module.NUM_STAGES) if len(timed.steps_of(i))]
+    try:
+        chosen = sorted({int(part) - 1 for part in text.split(",")}) if text else having
+    except ValueError:
+        chosen = [-1]
+    if not set(chosen) <= set(having):
+        raise ValueError(f"--stages {text}: wanted some of {','.join(str(i + 1) for i in having)}, the stages "
+                         "that have steps under these settings")
+    return chosen
+
+
+def run(args, env: dict) -> tuple[dict, object]:
+    """(everything that --json gets, the process's Ranks)."""
+    timed = build(Path(args.script).stem, env)
+    ranks = timed.ranks
+    say = print if ranks.rank == 0 else lambda text: None
+    stages = choose_stages(timed, args.stages)
+    result = {"script": args.script, "model": timed.s.model, **machine(timed), "settings":
+              dataclasses.asdict(timed.s)}
+    say(f"{args.script}: {timed.s.model} in {result['dtype']} on {result['world_size']} rank(s) of "
+        f"{result['device']}, {result['threads_a_rank']} thread(s) each, torch {result['torch']}, "
+        f"compile {timed.s.compile}")
+    result["stages"] = measure(timed, stages, args.steps, say)
+    result["schedule"] = whole_schedule(timed, result["stages"])
+    print_schedule(result["schedule"], say)
+    result["memory"] = memory(timed)
+    say("\npeak memory of a rank: " + ", ".join(f"{k} {v:,.0f}" for k, v in result["memory"].items()))
+    result["ord"] = []
+    if args.ord:
+        distinct = [r["stage"] - 1 for r in result["stages"] if "same_as" not in r]
+        timed.flush()
+        del timed  # its memory, for the two
+        twins = [build(script, env, ranks) for script in TWINS]
+        for stage in distinct:
+            result["ord"].append(compare_twins(twins, stage, args.ord))
+            print_twins(result["ord"][-1], say)
+    return result, ranks
+
+
+def main(argv: list[str], env=os.environ) -> int:
+    """Exit code: 0, or 2 for settings and options that cannot be used."""
+    args, env = parse(argv), dict(env)
+    try:
+        result, ranks = run(args, env)
+    except (ValueError, ModuleNotFoundError) as error:
+        if env.get("RANK", "0") == "0":
+            print(f"step_time.py: {error}", file=sys.stderr)
+        return 2
+    if args.json and ranks.rank == 0:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    ranks.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
