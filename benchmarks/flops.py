@@ -1,11 +1,11 @@
 """How many operations and parameters a preset takes: the one place where they are counted.
 
-Everything is a function of a trainer's ModelConfig, of the vocabulary, and of the documents' lengths. No torch.
+Everything is a function of a trainer's ModelConfig, of the vocabulary and of the documents' lengths. No torch.
 A FLOP is a multiplication or an addition, so a product of (M, K) and (K, N) is 2 M K N. Backward is twice
-forward: one product for the gradient of either factor (checked against torch's own counter on the real model,
-tests/test_benchmarks.py). Flash attention's recomputation of the scores is not counted, nor are norms,
-softmax, rotary, softcap, and the lookups of embeddings (value and bigram tables cost memory traffic, no FLOP).
-The loss on several next tokens reads the same logits, so the head counts once.
+forward: one product for the gradient of either factor (tests/test_benchmarks.py checks it against torch's own
+counter on the real model). Flash attention's recomputation of the scores is not counted, nor are norms,
+softmax, rotary, softcap and embedding lookups (value and bigram tables cost memory traffic, no FLOP). The loss
+on several next tokens reads the same logits, so the head counts once.
 """
 
 import math
@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 VOCAB_MULTIPLE = 128     # as in the trainers
-SMALL = 2**16            # parameters of fewer numbers share one bucket, in the trainers
 GATE_CHANNELS = 12
 POLAR_STEPS = 5
 
@@ -30,7 +29,7 @@ def padded_vocab(vocab: int) -> int:
 
 
 def visible_pairs(lengths, window: int) -> int:
-    """Pairs (query, key) with 0 <= query - key <= window, summed over documents of these lengths in tokens."""
+    """Pairs (query, key) with 0 <= query - key <= window, over all documents of these lengths in tokens."""
     lengths = np.atleast_1d(np.asarray(lengths, dtype=np.int64))
     rising = np.minimum(lengths, window + 1)  # queries that see all that came before them
     return int((rising * (rising + 1) // 2 + (lengths - rising) * (window + 1)).sum())
@@ -42,7 +41,7 @@ def visible_keys(lengths, window: int) -> float:
 
 
 def layer_windows(c, windows: tuple[int, int]) -> list[int | None]:
-    """Every layer's window in tokens, None where a layer has no attention. windows: (short, long) in blocks."""
+    """Each layer's window in tokens, None where it has no attention. windows: (short, long) in blocks."""
     return [
         None if i in c.no_attention else windows[i in c.long_layers] * c.window_block
         for i in range(c.num_layers)
@@ -74,7 +73,7 @@ class Forward(NamedTuple):
 
 
 def forward_flop(c, lengths, vocab: int, windows: tuple[int, int] | None = None) -> Forward:
-    """For one token of documents of these lengths; windows (short, long) in blocks, else the first stage's."""
+    """For one token of documents of these lengths. windows: (short, long) in blocks; None: the first stage's."""
     with_attention = [i for i in range(c.num_layers) if i not in c.no_attention]
     weights = sum(n * rows * columns for (rows, columns), n in matrix_shapes(c).items())
     gates = len(with_attention) * c.num_heads * c.attn_gate
@@ -131,5 +130,5 @@ def polar_flop(rows: int, columns: int, gram: bool = False) -> int:
     if not gram:
         return POLAR_STEPS * (2 * long + short)
     later = POLAR_STEPS - 1
-    # the first step; X X^T and the last product; each later step's square, and from the second on P S P and P Q
+    # first step; X X^T and the last product; each later step's square, and but for the first P S P and P Q
     return (2 * long + short) + 2 * long + later * short + (later - 1) * 3 * short

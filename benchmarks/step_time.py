@@ -1,7 +1,7 @@
-"""How long a training step takes, where the time goes, and how far that is from the device's own matmul rate.
+"""How long a training step takes, where the time goes, and how far it is from the device's own matmul rate.
 
-    python benchmarks/step_time.py                                   # all stages of this machine's default preset
-    python benchmarks/step_time.py --steps 40 --ord --json out.json  # and train_gpt_muon_ord.py over train_gpt.py
+    python benchmarks/step_time.py                                   # all stages of the default preset
+    python benchmarks/step_time.py --steps 40 --ord --json out.json  # and train_gpt_muon_ord.py / train_gpt.py
     torchrun --standalone --nproc-per-node=8 benchmarks/step_time.py --stages 1,3
     MODEL=tiny BATCH_SIZES=4096,4096,4096,4096 python benchmarks/step_time.py --script train_gpt.py
 
@@ -11,15 +11,16 @@ and evaluate, with the shards that a run would read. Nothing is written but --js
 * Whole steps are timed without anything inside: in pairs of two, because Adam moves on every second step. The
   parts come from other steps, on which the trainer's calls (data.next, forward, backward, optimizer.step, the
   collectives and the waits for them) are wrapped: time belongs to the innermost call. So "communication" is
-  what is not hidden behind other work. On CUDA all times are events on the stream; nothing waits inside a step.
+  what is not hidden behind other work, waiting for slower ranks included. On CUDA all times are events on the
+  stream; nothing waits inside a step.
 * The ceiling is a square product in the type that the model computes in, on all ranks at once; on a CPU it is
   taken again before every pair of steps, because other work on the machine comes and goes.
 * FLOP are those of benchmarks/flops.py, with the documents' lengths of the batches that were timed.
 * A step that a validation follows also measures ORD's statistics; such a step is timed only where it falls
   among the timed ones. Evaluation is timed on one validation batch and scaled to VAL_TOKENS; the last
   validation's longer windows are not timed apart.
-* --ord interleaves both trainers in one process, pair by pair in changing order, on the same tokens: the median
-  of the paired ratios with the interval of the order statistics (no assumption on the noise).
+* --ord interleaves both trainers in one process, pair by pair in changing order, on the same tokens: the
+  median of the paired ratios with the interval of the order statistics (no assumption on the noise).
 """
 
 import argparse
@@ -76,7 +77,7 @@ class Clock:
 
 
 class Parts:
-    """Time by part: each interval between two marks belongs to the innermost of the wrapped calls under way."""
+    """Time by part: what passes between two marks belongs to the innermost wrapped call under way."""
 
     def __init__(self, clock: Clock):
         self.clock, self.on, self.stack, self.marks = clock, False, [], []
@@ -170,7 +171,7 @@ class Timed:
 
     @contextlib.contextmanager
     def wrapped_collectives(self):
-        """Only while this trainer is recorded: twins share one Ranks. Instance attributes shadow the methods."""
+        """While this trainer is recorded: twins share one Ranks. Instance attributes shadow the methods."""
         names = ("all_reduce", "reduce_scatter", "all_gather")
         for name in names:
             setattr(self.ranks, name, self.parts.wrap_collective(getattr(self.ranks, name)))
@@ -206,7 +207,7 @@ class Timed:
             total.item()
 
     def step(self):
-        length = len(self.steps) - len(self.steps) % 2 or 1  # so that steps keep their parity when they repeat
+        length = len(self.steps) - len(self.steps) % 2 or 1  # steps that repeat keep their parity
         step = self.steps[self.at % length]
         self.at += 1
         tokens = self.schedule.batch_tokens(step)
@@ -256,7 +257,7 @@ class Timed:
 
 
 def build(script: str, env: dict, ranks=None) -> Timed:
-    """The trainer of this script under these settings; `ranks`: those of the process, if it has them already."""
+    """The trainer of this script under these settings. ranks: the process's, if it has them already."""
     module = importlib.import_module(script)
     if script == TWINS[0]:  # it refuses the other's settings
         env = {k: v for k, v in env.items() if not k.startswith(("SPECTRAL_", "ORD_"))}
@@ -382,8 +383,8 @@ def memory(timed: Timed) -> dict:
 
 
 def median_interval(values, confidence: float = 0.95) -> dict:
-    """The median and the narrowest interval of order statistics that covers it at least so often, whatever the
-    distribution; too few values: smallest and largest, with the coverage they have."""
+    """The median, and the narrowest interval of order statistics that covers it at least so often, whatever
+    the distribution. Of too few values smallest and largest, with the coverage that they have."""
     x = np.sort(np.asarray(values, dtype=float))
     n = len(x)
     k = max(1, int(stats.binom.ppf((1 - confidence) / 2, n, 0.5)))
@@ -433,8 +434,8 @@ def print_stage(r: dict, say):
     say(f"\nstage {r['stage']}: {r['batch_tokens']} tokens a step, windows {r['windows']}, "
         f"{r['predicted_tokens']} predicted token(s), {'tied' if r['tied'] else 'untied'}; "
         f"{2 * r['pairs']} steps timed whole, {2 * r['pairs']} in parts")
-    say(f"  {r['ms_step']:.2f} ms a step (quartiles {low:.2f} to {high:.2f}), {r['tokens_per_s']:,.0f} tokens/s; "
-        f"steps in parts took {sum(parts.values()):.2f} ms")
+    say(f"  {r['ms_step']:.2f} ms a step (quartiles {low:.2f} to {high:.2f}), {r['tokens_per_s']:,.0f} "
+        f"tokens/s; steps in parts took {sum(parts.values()):.2f} ms")
     say(f"  {in_words(parts, sum(parts.values()))}")
     say(f"  {r['flop_per_rank_step'] / 1e9:,.2f} GFLOP a rank and step; matmul ceiling "
         f"{r['ceiling_flops'] / 1e9:,.0f} GFLOP/s a rank: forward and backward run at "
@@ -458,8 +459,8 @@ def print_twins(r: dict, say):
     say(f"  step {r['ms_step'][TWINS[1]]:.2f} / {r['ms_step'][TWINS[0]]:.2f} ms, median of paired ratios "
         f"{ratio['median']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f}, {ratio['confidence']:.1%}, "
         f"n = {ratio['n']})")
-    say(f"  optimizer {r['ms_optimizer'][TWINS[1]]:.2f} / {r['ms_optimizer'][TWINS[0]]:.2f} ms; its extra time is "
-        f"{extra['median']:.2%} of a baseline step ({extra['low']:.2%} to {extra['high']:.2%})")
+    say(f"  optimizer {r['ms_optimizer'][TWINS[1]]:.2f} / {r['ms_optimizer'][TWINS[0]]:.2f} ms; its extra time "
+        f"is {extra['median']:.2%} of a baseline step ({extra['low']:.2%} to {extra['high']:.2%})")
 
 
 def machine(timed: Timed) -> dict:
@@ -471,7 +472,8 @@ def machine(timed: Timed) -> dict:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", default="train_gpt_muon_ord.py", help="trainer (default %(default)s)")
     parser.add_argument("--stages", help="comma-separated, 1 is the first, 4 the extension (default: all)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps a stage, whole, and in parts (20)")
@@ -489,8 +491,8 @@ def choose_stages(timed: Timed, text: str | None) -> list[int]:
     except ValueError:
         chosen = [-1]
     if not set(chosen) <= set(having):
-        raise ValueError(f"--stages {text}: wanted some of {','.join(str(i + 1) for i in having)}, the stages "
-                         "that have steps under these settings")
+        raise ValueError(f"--stages {text}: wanted some of {','.join(str(i + 1) for i in having)}, the "
+                         "stages that have steps under these settings")
     return chosen
 
 

@@ -1,0 +1,525 @@
+"""What a training step should take on 1, 8, 16, 64, ... GPUs, what bounds it, where the sharding stops paying.
+
+    python benchmarks/scaling_model.py                                   # three presets, 1 to 256 GPUs
+    python benchmarks/scaling_model.py --preset gpt2-1b --gpus 8,64 --table markdown --csv out.csv
+    python benchmarks/scaling_model.py --set network_bytes=25e9 --set matmul_share=0.6
+    python benchmarks/scaling_model.py --shard-over 8                    # what if a node shared the optimizer?
+
+A model, not a measurement: products at a share of the peak rate, memory traffic at a share of the bandwidth,
+collectives as rings, launches at a fixed cost, put in the order in which the trainers do them. Every assumption
+is a field of Machine below with its reason, printed with the tables and changed with --set. One constant is
+fitted, `passes`, to one published figure (July 2026, one H100); the other figures are predictions, printed beside
+what was published. They are of the public record's code on H100s: this project has not been timed on a GPU.
+
+How the trainers split the work: the global batch in 8 slices, or as many as there are ranks; all gradients of
+a bucket reduce-scattered over all ranks and all new weights gathered from them; matrices of one shape are one
+bucket, of which a rank owns whole matrices, so that with fewer matrices than ranks the bucket is padded to one
+a rank: padding is sent like the rest, and ranks that own none wait. --shard-over N instead shares each bucket
+among the N ranks of a group and sums over the groups (not built; it shows what building it would bring).
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from flops import (  # noqa: E402
+    flop_per_token,
+    forward_flop,
+    matrix_shapes,
+    num_matrix_params,
+    padded_vocab,
+    polar_flop,
+    table_sizes,
+)
+
+VOCAB = 50257
+NUM_SLICES = 8           # of a global batch, or as many as ranks
+PASS_TOKENS = 65_536     # slices are stacked into passes of so many tokens
+ADAM_EVERY = 2           # tables move, and are sent, on every second step
+SMALL_BUCKETS = 2        # scalars in fp32, gates in bf16; all-reduced
+PARTS = ("matmul", "head", "attention", "elementwise", "logits", "tables", "launches", "polar", "updates",
+         "communication")
+
+
+def assumed(default: float, why: str):
+    return dataclasses.field(default=default, metadata={"why": why})
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A cluster of H100s. Rates in FLOP/s or bytes/s, times in seconds."""
+
+    bf16_flops: float = assumed(989e12, "dense bf16, H100 SXM datasheet")
+    fp8_flops: float = assumed(1979e12, "dense float8, H100 SXM datasheet")
+    memory_bytes: float = assumed(3.35e12, "HBM3 bandwidth, datasheet")
+    memory_gib: float = assumed(74.5, "80 GB")
+    nvlink_bytes: float = assumed(370e9, "bus bandwidth of large NCCL rings in a node (450e9 on paper)")
+    network_bytes: float = assumed(50e9, "a GPU's network card, 400 Gb/s")
+    network_share: float = assumed(0.85, "of that, reached by NCCL; a ring crosses nodes by all cards at once")
+    gpus_per_node: int = assumed(8, "")
+    collective_s: float = assumed(15e-6, "to start a collective")
+    hop_s: float = assumed(1.5e-6, "a ring's hop inside a node")
+    network_hop_s: float = assumed(6e-6, "a ring's hop between nodes")
+    launch_s: float = assumed(4e-6, "of CPU time a kernel; no CUDA graphs")
+    layer_kernels: float = assumed(45, "kernels a layer and pass, forward and backward, compiled")
+    pass_kernels: float = assumed(80, "kernels of a pass beside the layers: embedding, head, loss, tables")
+    bucket_kernels: float = assumed(12, "kernels of a bucket's update beside the polar steps' three each")
+    matmul_share: float = assumed(0.8, "of the peak, large products (790e12 measured on an H200)")
+    head_share: float = assumed(0.6, "of the float8 peak: tall products, fixed scales")
+    attention_share: float = assumed(0.35, "of the bf16 peak: short documents and windows, causal blocks")
+    polar_share: float = assumed(0.5, "of the bf16 peak: batches of small square products")
+    memory_share: float = assumed(0.85, "of the bandwidth, streaming kernels")
+    logit_bytes: float = assumed(8, "memory traffic a logit: written, read by the loss, its float8 gradient "
+                                    "written, transposed, read (fused loss)")
+    table_pass_bytes: float = assumed(8, "traffic a table entry and pass: dense bf16 gradient zeroed, written, "
+                                         "added to the one before")
+    adam_bytes: float = assumed(30, "traffic an entry and Adam update: m, v, master, gradient, zeroing")
+    matrix_bytes: float = assumed(48, "traffic an entry and NorMuon update: gradient, momentum, variance, "
+                                      "decay, master")
+    saved_bytes: float = assumed(32, "memory for backward a token, layer and channel (rough)")
+    passes: float = assumed(0, "times that a token's vector of width C crosses memory in a layer, forward and "
+                               "backward, beside its products' own operands; FITTED")
+
+    @property
+    def memory_rate(self) -> float:
+        return self.memory_bytes * self.memory_share
+
+    def ring(self, num_bytes: float, ranks: int, stride: int = 1) -> float:
+        """A reduce-scatter or an all-gather of a buffer of so many bytes over `ranks` GPUs, `stride` apart. A
+        ring over whole nodes crosses each border by all cards of the node; one of GPUs a node apart each, by
+        one card."""
+        if ranks == 1:
+            return 0.0
+        nodes = min(ranks, math.ceil(ranks * stride / self.gpus_per_node))
+        rate, hops = self.nvlink_bytes, ranks * self.hop_s
+        if nodes > 1:
+            cards = min(ranks, max(1, self.gpus_per_node // stride))
+            rate = min(rate, self.network_bytes * self.network_share * cards)
+            hops = (ranks - nodes) * self.hop_s + nodes * self.network_hop_s
+        return self.collective_s + hops + num_bytes * (ranks - 1) / ranks / rate
+
+
+# ---------------------------------------------------------------------------------------------------
+# Documents
+# ---------------------------------------------------------------------------------------------------
+
+MEAN_DOC_TOKENS, MEDIAN_DOC_TOKENS, MAX_DOC_TOKENS = 700, 420, 2048
+DOC_NOTE = (f"documents: log-normal lengths, mean {MEAN_DOC_TOKENS}, median {MEDIAN_DOC_TOKENS} tokens (about "
+            f"FineWeb's), cut at {MAX_DOC_TOKENS}; a slice takes whole documents, the last one cut to fill it")
+
+
+class Slices(NamedTuple):
+    lengths: np.ndarray     # of the pieces of documents that are trained on
+    dropped: float          # share of the tokens read that no slice holds, because a slice was full
+
+
+@functools.cache
+def draw_slices(slice_tokens: int) -> Slices:
+    """What slices of this size hold, from drawn documents; the same ones each time."""
+    sigma = math.sqrt(2 * math.log(MEAN_DOC_TOKENS / MEDIAN_DOC_TOKENS))
+    drawn = np.random.default_rng(0).lognormal(math.log(MEDIAN_DOC_TOKENS), sigma, 20_000)
+    pieces, filled, dropped = [], 0, 0
+    for length in np.clip(drawn, 16, MAX_DOC_TOKENS).astype(int).tolist():
+        take = min(length, slice_tokens - filled)
+        pieces.append(take)
+        filled, dropped = filled + take, dropped + length - take
+        filled = 0 if filled == slice_tokens else filled
+    return Slices(np.array(pieces), dropped / (dropped + sum(pieces)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# One step
+# ---------------------------------------------------------------------------------------------------
+
+
+def owned(matrices: int, ranks: int) -> int:
+    """Matrices of one shape that a rank owns; the bucket is padded to as many on every rank."""
+    return math.ceil(matrices / ranks)
+
+
+def busy_share(matrices: int, ranks: int) -> float:
+    """Share of the ranks' update of one bucket that is real work, not padding or waiting."""
+    return matrices / (ranks * owned(matrices, ranks))
+
+
+def padded_matrix_params(c, ranks: int) -> int:
+    """Of all buckets of matrices, padding included: what is kept and sent."""
+    return sum(owned(n, ranks) * ranks * math.prod(shape) for shape, n in matrix_shapes(c).items())
+
+
+class Bucket(NamedTuple):
+    """Seconds of one bucket's steps."""
+
+    reduce_s: float
+    update_s: float
+    gather_s: float
+    polar_s: float      # of update_s
+
+
+def bucket_times(m: Machine, entries: float, ranks: int, shard_over: int, update_s: float,
+                 polar_s: float = 0.0) -> Bucket:
+    """Of a sharded bf16 bucket of `entries` numbers, padding included, shared among groups of shard_over."""
+    inside, groups = m.ring(2 * entries, shard_over), ranks // shard_over
+    across = 2 * m.ring(2 * entries / shard_over, groups, shard_over)  # all-reduce of each shard
+    zeroing = 2 * entries / m.memory_rate
+    return Bucket(inside + across, update_s + zeroing, inside, polar_s)
+
+
+def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bool) -> list[Bucket]:
+    """In the order of the trainers: small parameters and tables on Adam's steps, then matrices, by size."""
+    due = []
+    overhead = m.bucket_kernels * m.launch_s
+    if adam:
+        small = 2 * m.ring(2**14, ranks)
+        due += [Bucket(small, overhead, 0.0, 0.0)] * SMALL_BUCKETS
+        for name, entries in sorted(table_sizes(c, VOCAB).items(), key=lambda item: item[1]):
+            if name != "embed" or not tied:
+                traffic = entries / shard_over * m.adam_bytes / m.memory_rate
+                due.append(bucket_times(m, entries, ranks, shard_over, max(overhead, traffic)))
+    for (rows, columns), n in sorted(matrix_shapes(c).items(), key=lambda item: item[1] * math.prod(item[0])):
+        mine = owned(n, shard_over)
+        polar = mine * polar_flop(rows, columns) / (m.bf16_flops * m.polar_share)
+        polar = max(polar, 15 * m.launch_s)
+        traffic = max(overhead, mine * rows * columns * m.matrix_bytes / m.memory_rate)
+        due.append(bucket_times(m, mine * shard_over * rows * columns, ranks, shard_over, polar + traffic, polar))
+    return due
+
+
+def optimizer_seconds(due: list[Bucket]) -> tuple[float, float]:
+    """(all of it, the part in which the GPU only waits for transfers). All reductions are queued first; a bucket
+    is updated when it has arrived and then gathered; the network does one thing at a time."""
+    arrived = np.cumsum([b.reduce_s for b in due])
+    now, network = 0.0, float(arrived[-1])
+    for bucket, here in zip(due, arrived):
+        now = max(now, float(here)) + bucket.update_s
+        network = max(network, now) + bucket.gather_s
+    end = max(now, network)
+    return end, end - sum(b.update_s for b in due)
+
+
+def num_passes(batch_tokens: int, ranks: int) -> int:
+    """Passes of a rank in a step, as TrainData stacks slices."""
+    slices = max(NUM_SLICES, ranks)
+    return math.ceil(slices // ranks / max(1, PASS_TOKENS * slices // batch_tokens))
+
+
+def step_seconds(c, m: Machine, batch_tokens: int, windows, ranks: int, tied: bool = True,
+                 shard_over: int | None = None) -> dict[str, float]:
+    """Seconds of each of PARTS in a mean step; they add up to the step. ValueError if ranks do not fit."""
+    shard_over, slices = shard_over or ranks, max(NUM_SLICES, ranks)
+    if slices % ranks or batch_tokens % slices or ranks % shard_over:
+        raise ValueError(f"{ranks} ranks do not divide {slices} slices of {batch_tokens} tokens, or groups of "
+                         f"{shard_over} do not divide them; use powers of two")
+    tokens, count = batch_tokens / ranks, num_passes(batch_tokens, ranks)
+    forward = forward_flop(c, draw_slices(batch_tokens // slices).lengths, VOCAB, windows)
+    V, tables = padded_vocab(VOCAB), sum(table_sizes(c, VOCAB).values())
+    parts = {
+        "matmul": 3 * tokens * forward.matrices / (m.bf16_flops * m.matmul_share),
+        "head": 3 * tokens * forward.head / (m.fp8_flops * m.head_share),
+        "attention": 3 * tokens * forward.attention / (m.bf16_flops * m.attention_share),
+        "elementwise": tokens * c.num_layers * c.width * 2 * m.passes / m.memory_rate,
+        "logits": tokens * V * m.logit_bytes / m.memory_rate,
+        "tables": count * tables * m.table_pass_bytes / m.memory_rate,
+    }
+    launches = count * (c.num_layers * m.layer_kernels + m.pass_kernels) * m.launch_s
+    parts["launches"] = max(0.0, launches - sum(parts.values()))
+    parts.update(polar=0.0, updates=0.0, communication=0.0)
+    for adam in (True, *(False,) * (ADAM_EVERY - 1)):
+        due = buckets_due(c, m, ranks, shard_over, adam, tied)
+        seconds, waiting = optimizer_seconds(due)
+        polar = sum(b.polar_s for b in due)
+        for name, part in (("polar", polar), ("updates", seconds - waiting - polar), ("communication", waiting)):
+            parts[name] += part / ADAM_EVERY
+    return parts
+
+
+def memory_gib(c, m: Machine, batch_tokens: int, ranks: int, shard_over: int | None = None) -> float:
+    """Of one rank, roughly: bf16 weights and gradients of everything, its shard of the state, and a pass."""
+    shard_over, slices = shard_over or ranks, max(NUM_SLICES, ranks)
+    matrices = padded_matrix_params(c, shard_over)
+    tables = sum(table_sizes(c, VOCAB).values())
+    slice_tokens = batch_tokens // slices
+    tokens = min(batch_tokens // ranks, slice_tokens * max(1, PASS_TOKENS // slice_tokens))
+    saved = tokens * (c.num_layers * c.width * m.saved_bytes + 4 * padded_vocab(VOCAB))
+    state = (matrices * (2 + 4) + tables * (2 + 8)) / shard_over
+    return (4 * (matrices + tables) + state + saved) / 2**30
+
+
+# ---------------------------------------------------------------------------------------------------
+# A whole schedule
+# ---------------------------------------------------------------------------------------------------
+
+
+class Preset(NamedTuple):
+    """What the model takes of a preset: its sizes, and the schedule's stages."""
+
+    name: str
+    config: object
+    batch_sizes: tuple[int, ...]
+    steps: tuple[int, ...]          # of each stage
+
+    def with_steps(self, total: int) -> "Preset":
+        """The same with so many steps, extension included."""
+        scheduled = total - self.steps[-1]
+        return self._replace(steps=(*(scheduled / 3 for _ in range(3)), self.steps[-1]))
+
+
+def read_presets() -> dict[str, Preset]:
+    """From the trainer's own table; torch is imported with it and not used."""
+    import train_gpt
+
+    defaults, presets = {f.name: f.default for f in dataclasses.fields(train_gpt.Settings)}, {}
+    for name, (config, changed) in train_gpt.PRESETS.items():
+        values = {**defaults, **changed}
+        third = values["num_scheduled_iterations"] / 3
+        presets[name] = Preset(name, config, values["batch_sizes"],
+                               (third, third, third, values["num_extension_iterations"]))
+    return presets
+
+
+class Run(NamedTuple):
+    """A whole schedule on so many GPUs."""
+
+    preset: str
+    ranks: int
+    seconds: float
+    steps: float
+    tokens: float
+    parts: dict[str, float]     # seconds
+    flop: float
+    dropped: float              # share of tokens read and not trained on
+    gib: float
+
+    @property
+    def ms_step(self) -> float:
+        return 1000 * self.seconds / self.steps
+
+    @property
+    def bound(self) -> str:
+        return max(self.parts, key=self.parts.get)
+
+
+def run_schedule(p: Preset, m: Machine, ranks: int, shard_over: int | None = None) -> Run:
+    """shard_over: ranks that share one copy of the optimizer, all if None; groups never exceed the ranks."""
+    shard_over = min(shard_over or ranks, ranks)
+    c, parts, tokens, flop, dropped = p.config, dict.fromkeys(PARTS, 0.0), 0.0, 0.0, 0.0
+    for stage, (steps, batch) in enumerate(zip(p.steps, p.batch_sizes)):
+        tied = (stage + 0.5) / 3 < c.untie_frac
+        for name, s in step_seconds(c, m, batch, c.windows[stage], ranks, tied, shard_over).items():
+            parts[name] += steps * s
+        slices = draw_slices(batch // max(NUM_SLICES, ranks))
+        tokens += steps * batch
+        flop += steps * batch * flop_per_token(c, slices.lengths, VOCAB, c.windows[stage])
+        dropped += steps * batch * slices.dropped
+    gib = max(memory_gib(c, m, batch, ranks, shard_over) for batch in p.batch_sizes)
+    return Run(p.name, ranks, sum(parts.values()), sum(p.steps), tokens, parts, flop, dropped / tokens, gib)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Published figures
+# ---------------------------------------------------------------------------------------------------
+
+
+class Published(NamedTuple):
+    what: str
+    ranks: int
+    steps: int
+    ms_step: float
+
+
+PUBLISHED = (  # of the speedrun's public records and of the runs that first tried ORD
+    Published("one H100, July 2026", 1, 1375, 432.2),
+    Published("one H100, January 2026", 1, 1775, 457.9),
+    Published("8xH100, 1600 steps in 99 s", 8, 1600, 99e3 / 1600),
+    Published("8xH100, July 2026, 1.23 minutes (1375 steps assumed)", 8, 1375, 73.8e3 / 1375),
+)
+
+
+def fit_passes(p: Preset, m: Machine, published: Published = PUBLISHED[0]) -> Machine:
+    """`passes` such that this figure is met: a step is linear in it while launches do not bound it."""
+    at = [run_schedule(p.with_steps(published.steps), dataclasses.replace(m, passes=x), published.ranks).ms_step
+          for x in (100, 200)]
+    return dataclasses.replace(m, passes=100 + 100 * (published.ms_step - at[0]) / (at[1] - at[0]))
+
+
+def check_published(p: Preset, m: Machine) -> list[tuple]:
+    """(figure, published ms, predicted ms, error, what it is)."""
+    rows = []
+    for published in PUBLISHED:
+        predicted = run_schedule(p.with_steps(published.steps), m, published.ranks).ms_step
+        kind = "fitted" if published is PUBLISHED[0] else "predicted"
+        rows.append((published.what, published.ms_step, predicted, predicted / published.ms_step - 1, kind))
+    return rows
+
+
+def arithmetic_limit(c, flops: float) -> float:
+    """Tokens/s if nothing but the products with matrices and head took time, all at this rate."""
+    return flops / (6 * (num_matrix_params(c) + padded_vocab(VOCAB) * c.width))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------------
+
+PAYS = 1.5      # a doubling of the GPUs pays if it makes the run so many times as fast
+
+
+def table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
+    if markdown:
+        return "\n".join("| " + " | ".join(r) + " |" for r in (header, ["---"] * len(header), *rows))
+    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                               for i, (cell, w) in enumerate(zip(r, widths))) for r in (header, *rows))
+
+
+def run_row(run: Run, one: Run, m: Machine) -> list[str]:
+    speedup = one.seconds / run.seconds
+    return [str(run.ranks), f"{run.ms_step:.1f}", f"{run.seconds / 60:.2f}", f"{run.tokens / run.seconds:,.0f}",
+            f"{speedup:.1f}", f"{speedup / run.ranks:.0%}",
+            f"{run.flop / run.seconds / run.ranks / m.bf16_flops:.0%}", run.bound, f"{run.dropped:.0%}",
+            f"{run.gib:.0f}" + ("" if run.gib < m.memory_gib else " (too much)")]
+
+
+RUN_HEADER = ["GPUs", "ms a step", "minutes", "tokens/s", "speed-up", "of linear", "of bf16 peak", "most time",
+              "tokens dropped", "GiB a GPU"]
+
+
+def parts_row(run: Run) -> list[str]:
+    return [str(run.ranks), *(f"{1000 * run.parts[name] / run.steps:.2f}" for name in PARTS)]
+
+
+def sharding_row(c, ranks: int, shard_over: int) -> list[str]:
+    """How each bucket of matrices fares."""
+    row = [str(ranks)]
+    for n in matrix_shapes(c).values():
+        row += [f"{owned(n, shard_over)}", f"{busy_share(n, shard_over):.0%}"]
+    return [*row, f"{padded_matrix_params(c, shard_over) / num_matrix_params(c):.2f}"]
+
+
+def stops_paying(runs: list[Run]) -> str:
+    """The last doubling that pays, in words."""
+    steps = [(a, b, (a.seconds / b.seconds) ** (1 / math.log2(b.ranks / a.ranks))) for a, b in zip(runs, runs[1:])]
+    failing = next(((a, b, gain) for a, b, gain in steps if gain < PAYS), None)
+    if not failing:
+        return f"every doubling shown makes the run at least {PAYS} times as fast"
+    a, b, gain = failing
+    return (f"from {a.ranks} to {b.ranks} GPUs a doubling makes it only {gain:.3f} times as fast (less than "
+            f"{PAYS}); at {b.ranks} most time goes to {b.bound} ({b.parts[b.bound] / b.seconds:.0%} of a step)")
+
+
+def print_preset(p: Preset, m: Machine, gpus: list[int], shard_over: int | None, markdown: bool) -> list[Run]:
+    c, heading = p.config, "### " if markdown else ""
+    runs = [run_schedule(p, m, ranks, shard_over) for ranks in gpus]
+    one = run_schedule(p, m, 1)
+    how = f", each bucket shared among {shard_over} ranks" if shard_over else ""
+    print(f"\n{heading}{p.name}: {num_matrix_params(c) / 1e6:.1f}M in matrices, "
+          f"{sum(table_sizes(c, VOCAB).values()) / 1e6:.1f}M in tables and head, {one.steps:.0f} steps, "
+          f"{one.tokens / 1e6:,.0f}M tokens{how}\n")
+    print(f"arithmetic limit, {num_matrix_params(c) / 1e6 + padded_vocab(VOCAB) * c.width / 1e6:.0f}M matrix "
+          f"parameters in bf16: {arithmetic_limit(c, 790e12):,.0f} tokens/s a GPU at 790 TFLOP/s, "
+          f"{arithmetic_limit(c, 990e12):,.0f} at 990\n")
+    print(table(RUN_HEADER, [run_row(run, one, m) for run in runs], markdown))
+    print("\nms of a mean step:\n")
+    print(table(["GPUs", *PARTS], [parts_row(run) for run in runs], markdown))
+    print("\nmatrices that a rank owns, share of ranks' polar work that is real, and what is sent over what "
+          "there is:\n")
+    header = [text for (r, k), n in matrix_shapes(c).items() for text in (f"of {n} {r}x{k}", "real")]
+    print(table(["GPUs", *header, "sent"],
+                [sharding_row(c, r, min(shard_over or r, r)) for r in gpus], markdown))
+    print(f"\n{stops_paying(runs)}")
+    return runs
+
+
+def print_assumptions(m: Machine):
+    print("Assumptions (--set NAME=VALUE changes one; a fit follows):")
+    for f in dataclasses.fields(m):
+        print(f"  {f.name} = {getattr(m, f.name):g}" + (f": {f.metadata['why']}" if f.metadata["why"] else ""))
+    print(f"  {DOC_NOTE}\n  norms, softmax, gates, stragglers, data and evaluation cost no time of their own")
+
+
+def print_published(p: Preset, m: Machine, markdown: bool):
+    print(f"\n{'### ' if markdown else ''}Against published figures (gpt2-small; passes = {m.passes:.0f} fitted "
+          "to the first, nothing else)\n")
+    rows = [[what, f"{ms:.1f}", f"{predicted:.1f}", f"{error:+.1%}", kind]
+            for what, ms, predicted, error, kind in check_published(p, m)]
+    print(table(["figure", "published ms a step", "model", "error", "kind"], rows, markdown))
+
+
+def write_csv(path: Path, runs: list[Run]):
+    with path.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["preset", "gpus", "steps", "ms_step", "minutes", "tokens_per_s", "dropped_share",
+                      "gib_a_gpu", *(f"{name}_ms" for name in PARTS)])
+        for r in runs:
+            out.writerow([r.preset, r.ranks, round(r.steps), f"{r.ms_step:.4f}", f"{r.seconds / 60:.4f}",
+                          f"{r.tokens / r.seconds:.0f}", f"{r.dropped:.4f}", f"{r.gib:.2f}",
+                          *(f"{1000 * r.parts[name] / r.steps:.4f}" for name in PARTS)])
+
+
+def machine_from(changes: list[str]) -> Machine:
+    """Machine with NAME=VALUE applied; ValueError names what is wrong."""
+    fields = {f.name: type(f.default) for f in dataclasses.fields(Machine)}
+    values = {}
+    for text in changes:
+        name, _, value = text.partition("=")
+        if name not in fields:
+            raise ValueError(f"--set {text}: wanted NAME=VALUE with one of {', '.join(fields)}")
+        try:
+            values[name] = int(value) if fields[name] is int else float(value)
+        except ValueError:
+            raise ValueError(f"--set {text}: {value!r} is not a number") from None
+        if not values[name] > 0:
+            raise ValueError(f"--set {text}: wanted a number above 0")
+    return Machine(**values)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="gpt2-small,gpt2-medium,gpt2-1b", help="comma-separated")
+    parser.add_argument("--gpus", default="1,8,16,32,64,128,256", help="comma-separated (default %(default)s)")
+    parser.add_argument("--shard-over", type=int, help="ranks that share one optimizer (default: all)")
+    parser.add_argument("--table", choices=("text", "markdown"), default="text")
+    parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an assumption")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, or 2 for options that cannot be used."""
+    args = parse(argv)
+    markdown = args.table == "markdown"
+    try:
+        presets, m = read_presets(), machine_from(args.set)
+        names = args.preset.split(",")
+        if not set(names) <= set(presets):
+            raise ValueError(f"--preset {args.preset}: wanted some of {', '.join(presets)}")
+        gpus = sorted({int(part) for part in args.gpus.split(",")})
+        if gpus[0] < 1 or (args.shard_over or 1) < 1:
+            raise ValueError("--gpus and --shard-over want numbers above 0")
+        if "passes" not in {text.partition("=")[0] for text in args.set}:
+            m = fit_passes(presets["gpt2-small"], m)
+        print_assumptions(m)
+        print_published(presets["gpt2-small"], m, markdown)
+        runs = [run for name in names for run in print_preset(presets[name], m, gpus, args.shard_over, markdown)]
+    except ValueError as error:
+        print(f"scaling_model.py: {error}", file=sys.stderr)
+        return 2
+    if args.csv:
+        write_csv(args.csv, runs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

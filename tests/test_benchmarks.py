@@ -1,0 +1,428 @@
+"""The benchmarks: FLOP against torch's counter on the real model, the scaling model against the trainers' own
+sharding and against hand-made cases, step_time.py on a tiny run."""
+
+import csv
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    lone_ranks,
+    make_optimizer,
+    make_tokens,
+    one_rank,
+    read,
+    small_config,
+    small_model,
+    write_shard,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import flops  # noqa: E402
+import scaling_model  # noqa: E402
+import step_time  # noqa: E402
+
+VOCAB = 100  # padded to 128
+KINDS = {
+    "everything": {},
+    "fewer key heads": dict(num_kv_heads=2, paired_layers=(), value_embed_layers=(1,)),
+    "plain": dict(**train_gpt.PLAIN),
+}
+
+# ---------------------------------------------------------------------------------------------------
+# FLOP and parameters
+# ---------------------------------------------------------------------------------------------------
+
+
+def make_batch(lengths):
+    """One slice of documents of these lengths."""
+    tokens = torch.from_numpy(make_tokens([*lengths, 1], vocab_size=VOCAB).astype(np.int64))
+    ends = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+    return train_gpt.Batch(tokens[:-1].int()[None], tokens[1:][None], ends, max(lengths))
+
+
+def masks(model, batch, windows):
+    """(query heads, the layer's mask of -inf and 0) of every layer with attention, as the model makes them."""
+    docs = train_gpt.Documents(batch, "sdpa")
+    for block, plan in zip(model.blocks, model.plans):
+        if plan.attention:
+            heads = block.attn.num_heads // (2 if plan.paired else 1)
+            yield heads, docs.band(windows[plan.long_window], plan.paired)[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flop_equal_torchs_count_on_the_real_model(kind):
+    """Every product of forward and backward, counted while it runs. The math backend computes all pairs of a
+    block, so attention's count is compared through the number of pairs, which the next test checks."""
+    model, lengths = small_model(train_gpt, vocab_size=VOCAB, **KINDS[kind]), [9, 23]
+    batch, c = make_batch(lengths), model.config
+    windows = tuple(w * c.window_block for w in c.windows[0])
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        loss, _ = model(batch, windows, torch.tensor([1.0, 0.5]), tied=c.untie_frac == 1)
+        forward_only = counted.get_total_flops()
+        loss.backward()
+    one_token = flops.forward_flop(c, lengths, VOCAB)
+    pairs = sum(heads * mask.numel() for heads, mask in masks(model, batch, windows))
+    expected = sum(lengths) * (one_token.matrices + one_token.head + one_token.gates) + 4 * c.head_dim * pairs
+    assert forward_only == expected
+    assert counted.get_total_flops() == 3 * expected
+    assert flops.flop_per_token(c, lengths, VOCAB) == 3 * one_token.total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", ([32], [9, 23], [1] * 32, [3, 1, 28]))
+def test_keys_counted_are_those_that_the_models_masks_show(kind, lengths):
+    model = small_model(train_gpt, vocab_size=VOCAB, **KINDS[kind])
+    c = model.config
+    windows = tuple(w * c.window_block for w in c.windows[0])
+    shown = sum(heads * int((mask == 0).sum()) for heads, mask in masks(model, make_batch(lengths), windows))
+    assert flops.keys_per_token(c, lengths, c.windows[0]) * sum(lengths) == pytest.approx(shown, rel=1e-12)
+    attention = flops.forward_flop(c, lengths, VOCAB).attention
+    assert attention * sum(lengths) == pytest.approx(4 * c.head_dim * shown, rel=1e-12)
+
+
+@pytest.mark.parametrize("window", (0, 1, 7, 64))
+def test_visible_pairs_against_counting_them(window):
+    for lengths in (5, [1], [3, 9, 1], [70, 8]):
+        counted = sum(min(i, window) + 1 for n in np.atleast_1d(lengths) for i in range(n))
+        assert flops.visible_pairs(lengths, window) == counted
+
+
+@pytest.mark.parametrize("preset", train_gpt.PRESETS)
+def test_parameters_of_every_preset_are_those_of_its_model(preset):
+    config = train_gpt.PRESETS[preset][0]
+    with torch.device("meta"):
+        model = train_gpt.GPT(config, 50257, "sdpa", False, 1.0)
+    found = {name: p.numel() for name, p in model.named_parameters()}
+    tables = flops.table_sizes(config, 50257)
+    assert {name: found[name] for name in tables} == tables
+    matrices = sum(n for name, n in found.items() if train_gpt.find_role(name).rule == "matrix")
+    assert flops.num_matrix_params(config) == matrices
+    assert sum(found.values()) - matrices - sum(tables.values()) < 2e4  # gates and scalars
+
+
+@pytest.mark.parametrize("shape", ((16, 16), (16, 24), (24, 16), (16, 32), (64, 16)))
+def test_polar_flop_equals_torchs_count(shape):
+    """On a CPU a matrix at least twice as long as wide takes the way over its Gram matrix."""
+    with FlopCounterMode(display=False) as counted:
+        train_gpt.polar_express(torch.randn(3, *shape))
+    gram = max(shape) >= 2 * min(shape)
+    assert counted.get_total_flops() == 3 * flops.polar_flop(*shape, gram=gram)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The scaling model
+# ---------------------------------------------------------------------------------------------------
+
+MACHINE = scaling_model.Machine(passes=100)
+PRESETS = scaling_model.read_presets()
+SMALL = PRESETS["gpt2-small"]
+
+
+@pytest.mark.parametrize("world_size", (1, 2, 3, 8, 16))
+@pytest.mark.parametrize("kind", ("everything", "fewer key heads"))
+def test_owned_matrices_and_padding_are_those_of_the_real_optimizer(kind, world_size):
+    """busy_share, owned and padding against the optimizer of every rank, built one after the other."""
+    model = small_model(train_gpt, vocab_size=VOCAB, **KINDS[kind])
+    o, shapes, real = read(train_gpt)[1], flops.matrix_shapes(model.config), {}
+    for rank in range(world_size):
+        optimizer = make_optimizer(train_gpt, model, o, ranks=lone_ranks(train_gpt, rank, world_size))
+        buckets = [b for b in optimizer.buckets if isinstance(b, train_gpt.MatrixBucket)]
+        assert {tuple(b.mine.shape[1:]): len(b.params) for b in buckets} == shapes
+        for bucket in buckets:
+            n = len(bucket.params)
+            assert bucket.mine.shape[0] == scaling_model.owned(n, world_size)
+            real.setdefault(n, []).append(len(bucket.names))
+        padded = sum(len(b.weights) for b in buckets)
+        assert padded == scaling_model.padded_matrix_params(model.config, world_size)
+    for n, names in real.items():
+        assert sum(names) % n == 0  # each matrix has one owner (two shapes may have as many)
+        slots = len(names) * scaling_model.owned(n, world_size)
+        assert scaling_model.busy_share(n, world_size) == pytest.approx(sum(names) / slots)
+
+
+def test_passes_a_step_are_those_of_the_trainers_data(tmp_path):
+    path = write_shard(tmp_path / "made_train_0.bin", make_tokens([500] * 1200))
+    shard = train_gpt.open_shard(path)
+    for batch in (131_072, 262_144, 393_216):
+        for ranks in (1, 2, 8, 16):
+            s = read(train_gpt, MAX_DOC_TOKENS=2048)[0]
+            data = train_gpt.TrainData([shard], s, one_rank(0, ranks))
+            assert scaling_model.num_passes(batch, ranks) == len(data.make(batch)), (batch, ranks)
+
+
+def step(ranks, machine=MACHINE, preset=SMALL, **changes):
+    config = preset.config
+    return scaling_model.step_seconds(config, machine, 393_216, config.windows[2], ranks, **changes)
+
+
+def test_one_gpu_sends_nothing_and_its_time_is_the_sum_of_its_work():
+    parts = step(1)
+    assert parts["communication"] == 0
+    tokens = 393_216
+    assert parts["matmul"] == pytest.approx(6 * tokens * 75_497_472 / (0.8 * 989e12))
+    assert parts["elementwise"] == pytest.approx(tokens * 11 * 768 * 2 * 100 / (0.85 * 3.35e12))
+
+
+def test_more_gpus_do_not_add_work_and_do_not_send_less():
+    runs = [step(r) for r in (1, 2, 4, 8, 16, 32, 64)]
+    for a, b in zip(runs, runs[1:]):
+        for part in ("matmul", "head", "elementwise", "logits"):
+            assert b[part] == pytest.approx(a[part] / 2)
+        assert b["attention"] <= a["attention"] / 2 * 1.01  # documents cut by smaller slices see less
+        assert b["polar"] <= a["polar"]
+        assert b["communication"] > a["communication"]
+
+
+def test_slower_parts_make_a_slower_step():
+    usual = sum(step(16).values())
+    for field in ("bf16_flops", "fp8_flops", "memory_bytes", "network_bytes", "matmul_share"):
+        slower = dataclasses.replace(MACHINE, **{field: getattr(MACHINE, field) / 2})
+        assert sum(step(16, slower).values()) > usual, field
+    assert sum(step(16, dataclasses.replace(MACHINE, passes=200)).values()) > usual
+    assert sum(step(256, dataclasses.replace(MACHINE, launch_s=1e-4)).values()) > sum(step(256).values())
+
+
+def test_rings_by_hand():
+    m = dataclasses.replace(MACHINE, collective_s=0.0, hop_s=0.0, network_hop_s=0.0, nvlink_bytes=100.0,
+                            network_bytes=10.0, network_share=1.0, gpus_per_node=8)
+    assert m.ring(800, 1) == 0
+    assert m.ring(800, 8) == pytest.approx(700 / 100)
+    assert m.ring(1600, 16) == pytest.approx(1500 / 80)  # eight cards cross the border together
+    assert m.ring(800, 2, stride=8) == pytest.approx(400 / 10)  # each of eight rings has one card
+    assert m.ring(800, 2, stride=4) == pytest.approx(400 / 100)  # inside a node
+    assert m.ring(800, 4, stride=16) == pytest.approx(600 / 10)
+    latency = dataclasses.replace(m, collective_s=1.0, hop_s=0.1, network_hop_s=0.5)
+    assert latency.ring(0, 16) == pytest.approx(1 + 14 * 0.1 + 2 * 0.5)
+
+
+def test_optimizer_timeline_by_hand():
+    """Reductions in a row; updates when theirs is there; gathers after the reductions and in order."""
+    first = scaling_model.Bucket(reduce_s=1, update_s=2, gather_s=3, polar_s=0)
+    second = scaling_model.Bucket(reduce_s=4, update_s=1, gather_s=1, polar_s=0)
+    assert scaling_model.optimizer_seconds([first]) == (6, 4)
+    assert scaling_model.optimizer_seconds([first, second]) == (9, 6)
+
+
+def test_sharing_the_optimizer_in_groups():
+    assert step(64, shard_over=64) == step(64)
+    grouped, everywhere = step(256, shard_over=8), step(256)
+    assert grouped["polar"] == pytest.approx(step(8)["polar"])  # every node does all of it
+    assert grouped["communication"] < everywhere["communication"]  # no padding to one matrix a rank
+
+
+def test_ranks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="3 ranks do not divide 8 slices"):
+        step(3)
+    with pytest.raises(ValueError, match="groups of 6"):
+        step(16, shard_over=6)
+
+
+def test_slices_hold_their_tokens_and_drop_more_when_small():
+    shares = []
+    for size in (512, 2048, 16_384):
+        slices = scaling_model.draw_slices(size)
+        ends = np.cumsum(slices.lengths)
+        boundaries = np.arange(size, ends[-1] + 1, size)
+        assert np.isin(boundaries, ends).all() and slices.lengths.max() <= min(size, 2048)
+        shares.append(slices.dropped)
+    assert shares[0] > shares[1] > shares[2] > 0
+
+
+def test_published_figures_one_fitted_the_others_within_a_tenth():
+    """What the record and the docstring claim."""
+    m = scaling_model.fit_passes(SMALL, scaling_model.Machine())
+    errors = {kind: [] for kind in ("fitted", "predicted")}
+    for _, _, _, error, kind in scaling_model.check_published(SMALL, m):
+        errors[kind].append(abs(error))
+    assert len(errors["fitted"]) == 1 and errors["fitted"][0] < 1e-9
+    assert len(errors["predicted"]) == 3 and max(errors["predicted"]) < 0.1
+    assert scaling_model.arithmetic_limit(SMALL.config, 790e12) == pytest.approx(1.15e6, rel=0.01)
+    assert scaling_model.arithmetic_limit(SMALL.config, 990e12) == pytest.approx(1.44e6, rel=0.01)
+
+
+def test_run_adds_up_the_stages():
+    run = scaling_model.run_schedule(SMALL, MACHINE, 8)
+    assert run.steps == 1600 and run.tokens == pytest.approx(520 * (131_072 + 262_144 + 393_216) + 40 * 393_216)
+    by_hand = 0.0
+    for stage, (steps, batch) in enumerate(zip((520, 520, 520, 40), (131_072, 262_144, 393_216, 393_216))):
+        windows, tied = SMALL.config.windows[stage], stage < 2
+        by_hand += steps * sum(scaling_model.step_seconds(SMALL.config, MACHINE, batch, windows, 8, tied).values())
+    assert run.seconds == pytest.approx(by_hand) and run.seconds == pytest.approx(sum(run.parts.values()))
+
+
+@pytest.mark.parametrize("style", ("text", "markdown"))
+def test_scaling_model_prints_and_writes(style, tmp_path, capsys):
+    arguments = ["--preset", "gpt2-small", "--gpus", "1,8", "--table", style, "--csv", str(tmp_path / "out.csv")]
+    assert scaling_model.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "1,153,646 tokens/s" in out and "fitted" in out and "network_bytes = 5e+10" in out
+    assert ("| 8 |" in out) == (style == "markdown")
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert [r["gpus"] for r in rows] == ["1", "8"]
+    for r in rows:
+        parts = sum(float(r[f"{name}_ms"]) for name in scaling_model.PARTS)
+        assert parts == pytest.approx(float(r["ms_step"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("arguments, message", (
+    (["--preset", "gpt3"], "gpt3"), (["--gpus", "3"], "powers of two"), (["--gpus", "x"], "'x'"),
+    (["--set", "speed=1"], "speed"), (["--set", "launch_s=fast"], "not a number"), (["--gpus", "0"], "above 0")))
+def test_scaling_model_refuses(arguments, message, capsys):
+    assert scaling_model.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------
+# step_time.py
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_env(tmp_path, monkeypatch, one_thread):
+    """The tiny preset with steps of 256 tokens on made shards; stage 2 differs."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    write_shard(tmp_path / "made_train_0.bin", make_tokens([60, 200, 90] * 80))
+    write_shard(tmp_path / "made_val_0.bin", make_tokens([100] * 40))
+    return dict(MODEL="tiny", DEVICE="cpu", DATA_PATH=str(tmp_path), TRAIN_FILES="made_train_*.bin",
+                VAL_FILES="made_val_*.bin", VAL_TOKENS="2048", VAL_BATCH_TOKENS="1024", VAL_LOSS_EVERY="10",
+                NUM_SCHEDULED_ITERATIONS="30", BATCH_SIZES="256,512,256,256")
+
+
+def test_step_time_tells_everything(tiny_env, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    assert step_time.main(["--steps", "2", "--ord", "2", "--json", str(out)], tiny_env) == 0
+    result = json.loads(out.read_text())
+    stages, total = result["stages"], result["schedule"]
+    assert [r["stage"] for r in stages] == [1, 2, 3] and stages[2]["same_as"] == 1
+    assert [r["batch_tokens"] for r in stages] == [256, 512, 256]
+    for r in stages:
+        assert set(r["shares"]) == set(step_time.PARTS)
+        assert sum(r["shares"].values()) == pytest.approx(1)
+        assert min(r["shares"][name] for name in ("data", "forward", "backward", "optimizer")) > 0
+        assert r["shares"]["forward"] + r["shares"]["backward"] + r["shares"]["optimizer"] > 0.5
+        assert r["tokens_per_s"] == pytest.approx(1000 * r["batch_tokens"] / r["ms_step"])
+        assert 0 < r["of_ceiling_step"] < 1.5 and r["evaluation_ms"] > 0 and r["pairs"] == 1
+        matrices = 6 * (786_432 + 256 * 128) * r["batch_tokens"]
+        assert matrices < r["flop_per_rank_step"] < 1.5 * matrices  # the rest is attention
+    assert sum(total["shares"].values()) == pytest.approx(1) and total["shares"]["evaluation"] > 0
+    assert total["steps"] == 30 and total["validations"] == 4 and total["tokens"] == 10 * (256 + 512 + 256)
+    ms = 10 * sum(r["ms_step"] for r in stages)
+    assert total["train_minutes"] == pytest.approx(ms / 60_000)
+    evaluation = stages[0]["evaluation_ms"] * 3 + stages[1]["evaluation_ms"]
+    assert total["minutes_with_evaluation"] == pytest.approx((ms + evaluation) / 60_000)
+    assert result["memory"]["peak_rss_mib"] > 100 and result["settings"]["val_tokens"] == 2048
+    assert [r["stage"] for r in result["ord"]] == [1, 2]
+    for r in result["ord"]:
+        assert r["ratio"]["n"] == 2 and r["ratio"]["low"] <= r["ratio"]["median"] <= r["ratio"]["high"]
+    text = capsys.readouterr().out
+    assert "the same step as stage 1" in text and "whole schedule: 30 steps" in text
+    assert "median of paired ratios" in text
+
+
+def test_step_time_refuses_a_stage_without_steps(tiny_env, capsys):
+    assert step_time.main(["--stages", "4"], tiny_env) == 2
+    assert "wanted some of 1,2,3" in capsys.readouterr().err
+    assert step_time.main([], {**tiny_env, "BATCH_SIZES": "7"}) == 2
+    assert "BATCH_SIZES" in capsys.readouterr().err
+
+
+def test_timing_changes_no_number(tiny_env):
+    """Recorded steps leave the very weights that the trainer's own loop leaves, and the methods as they were."""
+    backward = torch.Tensor.backward
+    timed = step_time.build("train_gpt", tiny_env)
+    timed.enter(0)
+    timed.pair(recorded=True)
+    timed.pair(recorded=False)
+    assert torch.Tensor.backward is backward and "all_reduce" not in vars(timed.ranks)
+    s, o, config = train_gpt.read_settings(tiny_env)
+    ranks = train_gpt.Ranks("cpu")
+    shards, _ = train_gpt.open_data(s, 1)
+    trainer, data = (train_gpt.Trainer(s, o, config, 256, ranks), train_gpt.TrainData(shards, s, ranks))
+    trainer.enter(0)
+    for i in range(4):
+        trainer.step(i, data.next(256, 256))
+    for (name, a), b in zip(trainer.model.named_parameters(), timed.trainer.model.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_stages_are_entered_with_what_lies_between(tiny_env):
+    """Stage 3 alone: the long window has grown, the embedding is untied, and timed steps come after that."""
+    config = small_config(train_gpt, windows=((1, 2), (1, 3), (1, 3), (1, 4)))
+    s, o, _ = train_gpt.read_settings({**tiny_env, "BATCH_SIZES": "256,256,256,256"})
+    timed = step_time.Timed(train_gpt, s, o, config, train_gpt.open_data(s, 1), train_gpt.Ranks("cpu"))
+    assert timed.schedule.untie_step == 21 and list(timed.steps_of(2)) == list(range(21, 30))
+    timed.enter(2)
+    assert not timed.trainer.tied and timed.trainer.optimizer.by_name["embed"].active
+    assert timed.trainer.stage == 2
+    assert timed.trainer.model.rotary.scale == pytest.approx(0.1 * (1 + 0.2 * math.log(3 / 2)))
+    assert step_time.alike(timed, 2) != step_time.alike(timed, 1)  # untied
+    timed.pair(recorded=False)
+
+
+class Ticks:
+    """A clock that a test turns."""
+
+    cuda, now = False, 0.0
+
+    def mark(self):
+        return self.now
+
+    def ms(self, start, end):
+        return end - start
+
+
+def test_time_belongs_to_the_innermost_call():
+    clock = Ticks()
+    parts = step_time.Parts(clock)
+
+    def spend(ms):
+        clock.now += ms
+
+    class Work:
+        def wait(self):
+            spend(5)
+
+    start = parts.wrap_collective(lambda: spend(2) or Work())
+
+    def optimizer():
+        spend(10)
+        work = start()
+        spend(1)
+        work.wait()
+
+    timed, backward = parts.wrap("optimizer", optimizer), parts.wrap("backward", lambda: spend(100))
+    timed()  # not recording
+    assert parts.take() == []
+    with parts.recording():
+        spend(3)
+        timed()
+        backward()
+    spend(1000)
+    with parts.recording():
+        timed()
+    spent = parts.spent(parts.take())
+    assert spent == {"data": 0, "forward": 0, "backward": 100, "communication": 14, "optimizer": 22, "other": 3}
+
+
+def test_interval_of_the_median():
+    """Textbook order statistics: for n = 10 the second and the ninth cover the median in 97.9%."""
+    ten = step_time.median_interval([3, 1, 2, 10, 9, 8, 4, 7, 5, 6])
+    assert (ten["low"], ten["median"], ten["high"], ten["n"]) == (2, 5.5, 9, 10)
+    assert ten["confidence"] == pytest.approx(1 - 22 / 1024)
+    three = step_time.median_interval([1, 2, 4])
+    assert (three["low"], three["high"]) == (1, 4) and three["confidence"] == pytest.approx(0.75)
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        found = step_time.median_interval(rng.exponential(size=21))
+        hits += found["low"] <= math.log(2) <= found["high"]
+    assert hits / 400 == pytest.approx(found["confidence"], abs=0.03)
