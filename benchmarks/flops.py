@@ -1,11 +1,11 @@
 """How many operations and parameters a preset takes: the one place where they are counted.
 
-Everything is a function of a trainer's ModelConfig, of the vocabulary and of the documents' lengths. No torch.
-A FLOP is a multiplication or an addition, so a product of (M, K) and (K, N) is 2 M K N. Backward is twice
+Everything is a function of a trainer's ModelConfig, the vocabulary and the documents' lengths. No torch. A
+FLOP is a multiplication or an addition, so a product of (M, K) and (K, N) is 2 M K N. Backward is twice
 forward: one product for the gradient of either factor (tests/test_benchmarks.py checks it against torch's own
 counter on the real model). Flash attention's recomputation of the scores is not counted, nor are norms,
-softmax, rotary, softcap and embedding lookups (value and bigram tables cost memory traffic, no FLOP). The loss
-on several next tokens reads the same logits, so the head counts once.
+softmax, rotary, softcap and embedding lookups (value and bigram tables cost memory traffic, no FLOP). The
+loss on several next tokens reads the same logits, so the head counts once.
 """
 
 import math
@@ -73,7 +73,7 @@ class Forward(NamedTuple):
 
 
 def forward_flop(c, lengths, vocab: int, windows: tuple[int, int] | None = None) -> Forward:
-    """For one token of documents of these lengths. windows: (short, long) in blocks; None: the first stage's."""
+    """For one token of such documents. windows: (short, long) in blocks; None: those of the first stage."""
     with_attention = [i for i in range(c.num_layers) if i not in c.no_attention]
     weights = sum(n * rows * columns for (rows, columns), n in matrix_shapes(c).items())
     gates = len(with_attention) * c.num_heads * c.attn_gate

@@ -1,21 +1,21 @@
-"""What a training step should take on 1, 8, 16, 64, ... GPUs, what bounds it, where the sharding stops paying.
+"""What a training step should take on 1, 8, 16, 64, ... GPUs, what bounds it, where sharding stops paying.
 
     python benchmarks/scaling_model.py                                   # three presets, 1 to 256 GPUs
     python benchmarks/scaling_model.py --preset gpt2-1b --gpus 8,64 --table markdown --csv out.csv
     python benchmarks/scaling_model.py --set network_bytes=25e9 --set matmul_share=0.6
-    python benchmarks/scaling_model.py --shard-over 8                    # what if a node shared the optimizer?
+    python benchmarks/scaling_model.py --shard-over 8                    # what if nodes shared the optimizer?
 
 A model, not a measurement: products at a share of the peak rate, memory traffic at a share of the bandwidth,
-collectives as rings, launches at a fixed cost, put in the order in which the trainers do them. Every assumption
-is a field of Machine below with its reason, printed with the tables and changed with --set. One constant is
-fitted, `passes`, to one published figure (July 2026, one H100); the other figures are predictions, printed beside
-what was published. They are of the public record's code on H100s: this project has not been timed on a GPU.
+collectives as rings, launches at a fixed cost, put in the order in which the trainers do them. Every
+assumption is a field of Machine below with its reason, printed with the tables and changed with --set. One
+constant is fitted, `passes`, to one published figure (July 2026, one H100); the other figures are
+predictions, printed beside what was published. They are of the public record's code on H100s, not of this project's.
 
 How the trainers split the work: the global batch in 8 slices, or as many as there are ranks; all gradients of
 a bucket reduce-scattered over all ranks and all new weights gathered from them; matrices of one shape are one
-bucket, of which a rank owns whole matrices, so that with fewer matrices than ranks the bucket is padded to one
-a rank: padding is sent like the rest, and ranks that own none wait. --shard-over N instead shares each bucket
-among the N ranks of a group and sums over the groups (not built; it shows what building it would bring).
+bucket, of which a rank owns whole matrices. With fewer matrices than ranks it is padded to one a rank:
+padding is sent like the rest, and ranks that own none wait. --shard-over N instead shares each bucket among
+the N ranks of a group and sums over the groups (not built; it shows what building it would bring).
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Machine:
     memory_gib: float = assumed(74.5, "80 GB")
     nvlink_bytes: float = assumed(370e9, "bus bandwidth of large NCCL rings in a node (450e9 on paper)")
     network_bytes: float = assumed(50e9, "a GPU's network card, 400 Gb/s")
-    network_share: float = assumed(0.85, "of that, reached by NCCL; a ring crosses nodes by all cards at once")
+    network_share: float = assumed(0.85, "of that, reached by NCCL; a ring crosses nodes by all cards")
     gpus_per_node: int = assumed(8, "")
     collective_s: float = assumed(15e-6, "to start a collective")
     hop_s: float = assumed(1.5e-6, "a ring's hop inside a node")
@@ -82,14 +82,14 @@ class Machine:
     memory_share: float = assumed(0.85, "of the bandwidth, streaming kernels")
     logit_bytes: float = assumed(8, "memory traffic a logit: written, read by the loss, its float8 gradient "
                                     "written, transposed, read (fused loss)")
-    table_pass_bytes: float = assumed(8, "traffic a table entry and pass: dense bf16 gradient zeroed, written, "
-                                         "added to the one before")
+    table_pass_bytes: float = assumed(8, "traffic a table entry and pass: dense bf16 gradient zeroed, "
+                                         "written, added to the one before")
     adam_bytes: float = assumed(30, "traffic an entry and Adam update: m, v, master, gradient, zeroing")
     matrix_bytes: float = assumed(48, "traffic an entry and NorMuon update: gradient, momentum, variance, "
                                       "decay, master")
     saved_bytes: float = assumed(32, "memory for backward a token, layer and channel (rough)")
-    passes: float = assumed(0, "times that a token's vector of width C crosses memory in a layer, forward and "
-                               "backward, beside its products' own operands; FITTED")
+    passes: float = assumed(0, "times that a token's vector of width C crosses memory in a layer, forward "
+                               "and backward, beside its products' own operands; FITTED")
 
     @property
     def memory_rate(self) -> float:
@@ -115,8 +115,8 @@ class Machine:
 # ---------------------------------------------------------------------------------------------------
 
 MEAN_DOC_TOKENS, MEDIAN_DOC_TOKENS, MAX_DOC_TOKENS = 700, 420, 2048
-DOC_NOTE = (f"documents: log-normal lengths, mean {MEAN_DOC_TOKENS}, median {MEDIAN_DOC_TOKENS} tokens (about "
-            f"FineWeb's), cut at {MAX_DOC_TOKENS}; a slice takes whole documents, the last one cut to fill it")
+DOC_NOTE = (f"documents: log-normal lengths, mean {MEAN_DOC_TOKENS}, median {MEDIAN_DOC_TOKENS} tokens "
+            f"(about FineWeb's), cut at {MAX_DOC_TOKENS}; slices take whole documents, the last cut to fit")
 
 
 class Slices(NamedTuple):
@@ -192,13 +192,14 @@ def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bo
         polar = mine * polar_flop(rows, columns) / (m.bf16_flops * m.polar_share)
         polar = max(polar, 15 * m.launch_s)
         traffic = max(overhead, mine * rows * columns * m.matrix_bytes / m.memory_rate)
-        due.append(bucket_times(m, mine * shard_over * rows * columns, ranks, shard_over, polar + traffic, polar))
+        entries = mine * shard_over * rows * columns
+        due.append(bucket_times(m, entries, ranks, shard_over, polar + traffic, polar))
     return due
 
 
 def optimizer_seconds(due: list[Bucket]) -> tuple[float, float]:
-    """(all of it, the part in which the GPU only waits for transfers). All reductions are queued first; a bucket
-    is updated when it has arrived and then gathered; the network does one thing at a time."""
+    """(all of it, the part in which the GPU only waits for transfers). All reductions are queued first; a
+    bucket is updated when it has arrived and then gathered; the network does one thing at a time."""
     arrived = np.cumsum([b.reduce_s for b in due])
     now, network = 0.0, float(arrived[-1])
     for bucket, here in zip(due, arrived):
@@ -219,8 +220,8 @@ def step_seconds(c, m: Machine, batch_tokens: int, windows, ranks: int, tied: bo
     """Seconds of each of PARTS in a mean step; they add up to the step. ValueError if ranks do not fit."""
     shard_over, slices = shard_over or ranks, max(NUM_SLICES, ranks)
     if slices % ranks or batch_tokens % slices or ranks % shard_over:
-        raise ValueError(f"{ranks} ranks do not divide {slices} slices of {batch_tokens} tokens, or groups of "
-                         f"{shard_over} do not divide them; use powers of two")
+        raise ValueError(f"{ranks} ranks do not divide {slices} slices of {batch_tokens} tokens, or groups "
+                         f"of {shard_over} do not divide them; use powers of two")
     tokens, count = batch_tokens / ranks, num_passes(batch_tokens, ranks)
     forward = forward_flop(c, draw_slices(batch_tokens // slices).lengths, VOCAB, windows)
     V, tables = padded_vocab(VOCAB), sum(table_sizes(c, VOCAB).values())
@@ -239,8 +240,9 @@ def step_seconds(c, m: Machine, batch_tokens: int, windows, ranks: int, tied: bo
         due = buckets_due(c, m, ranks, shard_over, adam, tied)
         seconds, waiting = optimizer_seconds(due)
         polar = sum(b.polar_s for b in due)
-        for name, part in (("polar", polar), ("updates", seconds - waiting - polar), ("communication", waiting)):
-            parts[name] += part / ADAM_EVERY
+        parts["polar"] += polar / ADAM_EVERY
+        parts["updates"] += (seconds - waiting - polar) / ADAM_EVERY
+        parts["communication"] += waiting / ADAM_EVERY
     return parts
 
 
@@ -348,8 +350,8 @@ PUBLISHED = (  # of the speedrun's public records and of the runs that first tri
 
 def fit_passes(p: Preset, m: Machine, published: Published = PUBLISHED[0]) -> Machine:
     """`passes` such that this figure is met: a step is linear in it while launches do not bound it."""
-    at = [run_schedule(p.with_steps(published.steps), dataclasses.replace(m, passes=x), published.ranks).ms_step
-          for x in (100, 200)]
+    p = p.with_steps(published.steps)
+    at = [run_schedule(p, dataclasses.replace(m, passes=x), published.ranks).ms_step for x in (100, 200)]
     return dataclasses.replace(m, passes=100 + 100 * (published.ms_step - at[0]) / (at[1] - at[0]))
 
 
@@ -385,14 +387,14 @@ def table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
 
 def run_row(run: Run, one: Run, m: Machine) -> list[str]:
     speedup = one.seconds / run.seconds
-    return [str(run.ranks), f"{run.ms_step:.1f}", f"{run.seconds / 60:.2f}", f"{run.tokens / run.seconds:,.0f}",
-            f"{speedup:.1f}", f"{speedup / run.ranks:.0%}",
+    return [str(run.ranks), f"{run.ms_step:.1f}", f"{run.seconds / 60:.2f}",
+            f"{run.tokens / run.seconds:,.0f}", f"{speedup:.1f}", f"{speedup / run.ranks:.0%}",
             f"{run.flop / run.seconds / run.ranks / m.bf16_flops:.0%}", run.bound, f"{run.dropped:.0%}",
             f"{run.gib:.0f}" + ("" if run.gib < m.memory_gib else " (too much)")]
 
 
-RUN_HEADER = ["GPUs", "ms a step", "minutes", "tokens/s", "speed-up", "of linear", "of bf16 peak", "most time",
-              "tokens dropped", "GiB a GPU"]
+RUN_HEADER = ["GPUs", "ms a step", "minutes", "tokens/s", "speed-up", "of linear", "of bf16 peak",
+              "most time", "tokens dropped", "GiB a GPU"]
 
 
 def parts_row(run: Run) -> list[str]:
@@ -409,13 +411,13 @@ def sharding_row(c, ranks: int, shard_over: int) -> list[str]:
 
 def stops_paying(runs: list[Run]) -> str:
     """The last doubling that pays, in words."""
-    steps = [(a, b, (a.seconds / b.seconds) ** (1 / math.log2(b.ranks / a.ranks))) for a, b in zip(runs, runs[1:])]
-    failing = next(((a, b, gain) for a, b, gain in steps if gain < PAYS), None)
+    gains = ((a.seconds / b.seconds) ** (1 / math.log2(b.ranks / a.ranks)) for a, b in zip(runs, runs[1:]))
+    failing = next(((a, b, gain) for a, b, gain in zip(runs, runs[1:], gains) if gain < PAYS), None)
     if not failing:
         return f"every doubling shown makes the run at least {PAYS} times as fast"
     a, b, gain = failing
     return (f"from {a.ranks} to {b.ranks} GPUs a doubling makes it only {gain:.3f} times as fast (less than "
-            f"{PAYS}); at {b.ranks} most time goes to {b.bound} ({b.parts[b.bound] / b.seconds:.0%} of a step)")
+            f"{PAYS}); at {b.ranks} most time goes to {b.bound} ({b.parts[b.bound] / b.seconds:.0%})")
 
 
 def print_preset(p: Preset, m: Machine, gpus: list[int], shard_over: int | None, markdown: bool) -> list[Run]:
@@ -444,13 +446,14 @@ def print_preset(p: Preset, m: Machine, gpus: list[int], shard_over: int | None,
 def print_assumptions(m: Machine):
     print("Assumptions (--set NAME=VALUE changes one; a fit follows):")
     for f in dataclasses.fields(m):
-        print(f"  {f.name} = {getattr(m, f.name):g}" + (f": {f.metadata['why']}" if f.metadata["why"] else ""))
+        why = f.metadata["why"]
+        print(f"  {f.name} = {getattr(m, f.name):g}" + (f": {why}" if why else ""))
     print(f"  {DOC_NOTE}\n  norms, softmax, gates, stragglers, data and evaluation cost no time of their own")
 
 
 def print_published(p: Preset, m: Machine, markdown: bool):
-    print(f"\n{'### ' if markdown else ''}Against published figures (gpt2-small; passes = {m.passes:.0f} fitted "
-          "to the first, nothing else)\n")
+    print(f"\n{'### ' if markdown else ''}Against published figures (gpt2-small; passes = {m.passes:.0f} "
+          "fitted to the first, nothing else)\n")
     rows = [[what, f"{ms:.1f}", f"{predicted:.1f}", f"{error:+.1%}", kind]
             for what, ms, predicted, error, kind in check_published(p, m)]
     print(table(["figure", "published ms a step", "model", "error", "kind"], rows, markdown))
@@ -488,7 +491,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="gpt2-small,gpt2-medium,gpt2-1b", help="comma-separated")
-    parser.add_argument("--gpus", default="1,8,16,32,64,128,256", help="comma-separated (default %(default)s)")
+    parser.add_argument("--gpus", default="1,8,16,32,64,128,256", help="default %(default)s")
     parser.add_argument("--shard-over", type=int, help="ranks that share one optimizer (default: all)")
     parser.add_argument("--table", choices=("text", "markdown"), default="text")
     parser.add_argument("--csv", type=Path, metavar="FILE")
@@ -512,7 +515,9 @@ def main(argv: list[str]) -> int:
             m = fit_passes(presets["gpt2-small"], m)
         print_assumptions(m)
         print_published(presets["gpt2-small"], m, markdown)
-        runs = [run for name in names for run in print_preset(presets[name], m, gpus, args.shard_over, markdown)]
+        runs = []
+        for name in names:
+            runs += print_preset(presets[name], m, gpus, args.shard_over, markdown)
     except ValueError as error:
         print(f"scaling_model.py: {error}", file=sys.stderr)
         return 2

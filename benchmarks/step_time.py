@@ -1,7 +1,7 @@
 """How long a training step takes, where the time goes, and how far it is from the device's own matmul rate.
 
     python benchmarks/step_time.py                                   # all stages of the default preset
-    python benchmarks/step_time.py --steps 40 --ord --json out.json  # and train_gpt_muon_ord.py / train_gpt.py
+    python benchmarks/step_time.py --steps 40 --ord --json out.json  # and the ratio of the twins
     torchrun --standalone --nproc-per-node=8 benchmarks/step_time.py --stages 1,3
     MODEL=tiny BATCH_SIZES=4096,4096,4096,4096 python benchmarks/step_time.py --script train_gpt.py
 
@@ -459,8 +459,8 @@ def print_twins(r: dict, say):
     say(f"  step {r['ms_step'][TWINS[1]]:.2f} / {r['ms_step'][TWINS[0]]:.2f} ms, median of paired ratios "
         f"{ratio['median']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f}, {ratio['confidence']:.1%}, "
         f"n = {ratio['n']})")
-    say(f"  optimizer {r['ms_optimizer'][TWINS[1]]:.2f} / {r['ms_optimizer'][TWINS[0]]:.2f} ms; its extra time "
-        f"is {extra['median']:.2%} of a baseline step ({extra['low']:.2%} to {extra['high']:.2%})")
+    say(f"  optimizer {r['ms_optimizer'][TWINS[1]]:.2f} / {r['ms_optimizer'][TWINS[0]]:.2f} ms; its "
+        f"extra time is {extra['median']:.2%} of a baseline step ({extra['low']:.2%} to {extra['high']:.2%})")
 
 
 def machine(timed: Timed) -> dict:

@@ -51,7 +51,7 @@ def make_batch(lengths):
 
 
 def masks(model, batch, windows):
-    """(query heads, the layer's mask of -inf and 0) of every layer with attention, as the model makes them."""
+    """(query heads, the layer's mask of -inf and 0) of each layer with attention, as the model makes them."""
     docs = train_gpt.Documents(batch, "sdpa")
     for block, plan in zip(model.blocks, model.plans):
         if plan.attention:
@@ -252,18 +252,19 @@ def test_published_figures_one_fitted_the_others_within_a_tenth():
 
 def test_run_adds_up_the_stages():
     run = scaling_model.run_schedule(SMALL, MACHINE, 8)
-    assert run.steps == 1600 and run.tokens == pytest.approx(520 * (131_072 + 262_144 + 393_216) + 40 * 393_216)
-    by_hand = 0.0
-    for stage, (steps, batch) in enumerate(zip((520, 520, 520, 40), (131_072, 262_144, 393_216, 393_216))):
-        windows, tied = SMALL.config.windows[stage], stage < 2
-        by_hand += steps * sum(scaling_model.step_seconds(SMALL.config, MACHINE, batch, windows, 8, tied).values())
+    batches, c, by_hand = (131_072, 262_144, 393_216, 393_216), SMALL.config, 0.0
+    assert run.steps == 1600
+    assert run.tokens == pytest.approx(520 * sum(batches[:3]) + 40 * batches[3])
+    for stage, (steps, batch) in enumerate(zip((520, 520, 520, 40), batches)):
+        parts = scaling_model.step_seconds(c, MACHINE, batch, c.windows[stage], 8, tied=stage < 2)
+        by_hand += steps * sum(parts.values())
     assert run.seconds == pytest.approx(by_hand) and run.seconds == pytest.approx(sum(run.parts.values()))
 
 
 @pytest.mark.parametrize("style", ("text", "markdown"))
 def test_scaling_model_prints_and_writes(style, tmp_path, capsys):
-    arguments = ["--preset", "gpt2-small", "--gpus", "1,8", "--table", style, "--csv", str(tmp_path / "out.csv")]
-    assert scaling_model.main(arguments) == 0
+    arguments = ["--preset", "gpt2-small", "--gpus", "1,8", "--table", style]
+    assert scaling_model.main([*arguments, "--csv", str(tmp_path / "out.csv")]) == 0
     out = capsys.readouterr().out
     assert "1,153,646 tokens/s" in out and "fitted" in out and "network_bytes = 5e+10" in out
     assert ("| 8 |" in out) == (style == "markdown")
@@ -276,7 +277,8 @@ def test_scaling_model_prints_and_writes(style, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, message", (
     (["--preset", "gpt3"], "gpt3"), (["--gpus", "3"], "powers of two"), (["--gpus", "x"], "'x'"),
-    (["--set", "speed=1"], "speed"), (["--set", "launch_s=fast"], "not a number"), (["--gpus", "0"], "above 0")))
+    (["--set", "speed=1"], "speed"), (["--set", "launch_s=fast"], "not a number"),
+    (["--gpus", "0"], "above 0")))
 def test_scaling_model_refuses(arguments, message, capsys):
     assert scaling_model.main(arguments) == 2
     assert message in capsys.readouterr().err
@@ -337,7 +339,7 @@ def test_step_time_refuses_a_stage_without_steps(tiny_env, capsys):
 
 
 def test_timing_changes_no_number(tiny_env):
-    """Recorded steps leave the very weights that the trainer's own loop leaves, and the methods as they were."""
+    """Recorded steps leave the weights that the trainer's own loop leaves, and the methods as they were."""
     backward = torch.Tensor.backward
     timed = step_time.build("train_gpt", tiny_env)
     timed.enter(0)
@@ -411,7 +413,8 @@ def test_time_belongs_to_the_innermost_call():
     with parts.recording():
         timed()
     spent = parts.spent(parts.take())
-    assert spent == {"data": 0, "forward": 0, "backward": 100, "communication": 14, "optimizer": 22, "other": 3}
+    assert spent == {"data": 0, "forward": 0, "backward": 100, "communication": 14, "optimizer": 22,
+                     "other": 3}
 
 
 def test_interval_of_the_median():
