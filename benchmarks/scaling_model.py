@@ -8,8 +8,8 @@
 A model, not a measurement: products at a share of the peak rate, memory traffic at a share of the bandwidth,
 collectives as rings, launches at a fixed cost, put in the order in which the trainers do them. Every
 assumption is a field of Machine below with its reason, printed with the tables and changed with --set. One
-constant is fitted, `passes`, to one published figure (July 2026, one H100); the other figures are
-predictions, printed beside what was published. They are of the public record's code on H100s, not of this project's.
+constant is fitted, `passes`, to one published figure (July 2026, one H100); the others are predictions,
+printed beside what was published. Those are of the public record's code on H100s, not of this project's.
 
 How the trainers split the work: the global batch in 8 slices, or as many as there are ranks; all gradients of
 a bucket reduce-scattered over all ranks and all new weights gathered from them; matrices of one shape are one

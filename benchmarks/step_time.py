@@ -318,6 +318,7 @@ def measure_stage(timed: Timed, stage: int, steps: int) -> dict:
         "stage": stage + 1, "first_step": step, "batch_tokens": tokens, "windows": schedule.windows(stage),
         "predicted_tokens": len(schedule.predict_weights(step)), "tied": timed.trainer.tied, "pairs": pairs,
         "ms_step": ms_step, "ms_step_quartiles": np.percentile(ms, [25, 75]).tolist(),
+        "ms_step_fastest": float(ms.min()),
         "tokens_per_s": 1000 * tokens / ms_step, "parts_ms": parts,
         "shares": {name: value / sum(parts.values()) for name, value in parts.items()},
         "evaluation_ms": timed.evaluation_ms(), "flop_per_rank_step": flop, "ceiling_flops": ceiling,
@@ -411,7 +412,7 @@ def compare_twins(twins: list[Timed], stage: int, pairs: int) -> dict:
             "ms_step": {TWINS[0]: float(np.median(base)), TWINS[1]: float(np.median(ord_))},
             "ms_optimizer": {TWINS[0]: float(np.median(base_optimizer)),
                              TWINS[1]: float(np.median(ord_optimizer))},
-            "ratio": median_interval(ord_ / base),
+            "ratio": median_interval(ord_ / base), "ratio_of_fastest": float(ord_.min() / base.min()),
             "optimizer_extra_share_of_step": median_interval((ord_optimizer - base_optimizer) / base)}
 
 
@@ -434,8 +435,9 @@ def print_stage(r: dict, say):
     say(f"\nstage {r['stage']}: {r['batch_tokens']} tokens a step, windows {r['windows']}, "
         f"{r['predicted_tokens']} predicted token(s), {'tied' if r['tied'] else 'untied'}; "
         f"{2 * r['pairs']} steps timed whole, {2 * r['pairs']} in parts")
-    say(f"  {r['ms_step']:.2f} ms a step (quartiles {low:.2f} to {high:.2f}), {r['tokens_per_s']:,.0f} "
-        f"tokens/s; steps in parts took {sum(parts.values()):.2f} ms")
+    say(f"  {r['ms_step']:.2f} ms a step (quartiles {low:.2f} to {high:.2f}, fastest pair "
+        f"{r['ms_step_fastest']:.2f}), {r['tokens_per_s']:,.0f} tokens/s; "
+        f"steps in parts took {sum(parts.values()):.2f} ms")
     say(f"  {in_words(parts, sum(parts.values()))}")
     say(f"  {r['flop_per_rank_step'] / 1e9:,.2f} GFLOP a rank and step; matmul ceiling "
         f"{r['ceiling_flops'] / 1e9:,.0f} GFLOP/s a rank: forward and backward run at "
@@ -458,7 +460,7 @@ def print_twins(r: dict, say):
         "interleaved:")
     say(f"  step {r['ms_step'][TWINS[1]]:.2f} / {r['ms_step'][TWINS[0]]:.2f} ms, median of paired ratios "
         f"{ratio['median']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f}, {ratio['confidence']:.1%}, "
-        f"n = {ratio['n']})")
+        f"n = {ratio['n']}); fastest pair over fastest pair {r['ratio_of_fastest']:.4f}")
     say(f"  optimizer {r['ms_optimizer'][TWINS[1]]:.2f} / {r['ms_optimizer'][TWINS[0]]:.2f} ms; its "
         f"extra time is {extra['median']:.2%} of a baseline step ({extra['low']:.2%} to {extra['high']:.2%})")
 
