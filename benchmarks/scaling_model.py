@@ -454,7 +454,7 @@ def print_assumptions(m: Machine):
 def print_published(p: Preset, m: Machine, markdown: bool):
     print(f"\n{'### ' if markdown else ''}Against published figures (gpt2-small; passes = {m.passes:.0f} "
           "fitted to the first, nothing else)\n")
-    rows = [[what, f"{ms:.1f}", f"{predicted:.1f}", f"{error:+.1%}", kind]
+    rows = [[what, f"{ms:.1f}", f"{predicted:.1f}", f"{round(error, 6) + 0:+.1%}", kind]
             for what, ms, predicted, error, kind in check_published(p, m)]
     print(table(["figure", "published ms a step", "model", "error", "kind"], rows, markdown))
 
