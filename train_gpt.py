@@ -67,8 +67,8 @@ class Settings:
     compile: str = knob("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     rehearse: str = knob("auto", "try all stages on a copy first, off the clock; auto: if compiled or CUDA",
                          choices=("auto", "0", "1"))
-    attn_backend: str = knob("auto", "auto: varlen on CUDA, sdpa elsewhere; varlen: FlashAttention-3 where its "
-                             "package is installed and the GPU is sm_90, else torch's FlashAttention-2",
+    attn_backend: str = knob("auto", "auto: varlen on CUDA, sdpa elsewhere; varlen: FlashAttention-3 where "
+                             "its package is installed and the GPU is sm_90, else torch's FlashAttention-2",
                              choices=("auto", "varlen", "flex", "sdpa"))
     disable_fp8: bool = knob(False, "head in bfloat16 even where float8 is to be had (sm_89 and later)")
     # data
@@ -277,8 +277,8 @@ def print_help():
             default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
             print(f"  {f.name.upper()}  ({allowed_values(f)}; default {default!r})")
             print(f"      {f.metadata['help']}")
-    print(f"\nCompiled code is kept in {COMPILE_CACHE.name}/ beside this script, for later runs and those of a "
-          "\nsweep; TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR put it elsewhere.")
+    print(f"\nCompiled code is kept in {COMPILE_CACHE.name}/ beside this script, for later runs and whole\n"
+          "sweeps; TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR put it elsewhere.")
     print("\nPresets (MODEL) and the defaults they change:\n")
     for name, (config, defaults) in PRESETS.items():
         print(f"  {name}: {config.num_layers} layers of width {config.width}, {config.num_heads} heads")
@@ -637,6 +637,7 @@ def provenance(ranks: Ranks) -> dict:
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 GPT2_VOCAB, GPT2_MARK = 50257, 50256
+PASS_TOKENS = 65_536  # of one forward pass if it is up to us: gpt2-small then takes some 50 of 80 GB
 NUM_SLICES = 8  # a global batch is always cut so (or into as many slices as there are ranks, if more)
 
 
@@ -852,7 +853,7 @@ class TrainData:
         slice_tokens = batch_tokens // self.num_slices
         plans = [self.plan_slice(slice_tokens) for _ in range(self.num_slices)]
         slices = [self.read_slice(*plans[i]) for i in self.mine]
-        n = self.slices_per_pass or max(1, 65_536 // slice_tokens)
+        n = self.slices_per_pass or max(1, PASS_TOKENS // slice_tokens)
         longest = min(self.max_doc_tokens, slice_tokens)
         return [stack_slices(slices[i:i + n], self.device, longest) for i in range(0, len(slices), n)]
 
@@ -871,7 +872,7 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks):
     num_slices = max(NUM_SLICES, ranks.world_size)
     slice_tokens = s.val_batch_tokens // num_slices
     first, end = (r * num_slices // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
-    n = max(1, 65_536 // slice_tokens)
+    n = max(1, PASS_TOKENS // slice_tokens)
     marks = np.flatnonzero(tokens[:-1] == shards[0].mark)
     bounds = np.union1d(marks, np.arange(0, need, slice_tokens))
     longest = int(np.diff(bounds).max())  # one number for all passes, because compiled code is made for it
@@ -1395,17 +1396,30 @@ class GPT(nn.Module):
         B, T = batch.inputs_BT.shape
         docs = Documents(batch, self.backend)
         x = self.trunk(batch.inputs_BT, docs, windows, tied)
-        if self.float8_head and weights_K is not None:
+        if weights_K is None:
+            return self.score(x.flatten(0, 1), batch.targets_BT.flatten())
+        if self.float8_head:
             logits = Float8Head.apply(x.flatten(0, 1), self.head).view(B, T, -1)
         else:
             logits = F.linear(x, self.head)
-        gain, shift, width = SOFTCAP
-        logits = gain * torch.sigmoid((logits.float() + shift) / width)
-        lse_BT = logits.logsumexp(-1)
-        if weights_K is None:
-            picked = logits.gather(-1, batch.targets_BT.unsqueeze(-1)).squeeze(-1)
-            return (lse_BT - picked).sum(), (logits.argmax(-1) == batch.targets_BT).sum()
-        return multi_token_loss(logits, lse_BT, batch.targets_BT, weights_K)
+        logits = softcap(logits)
+        return multi_token_loss(logits, logits.logsumexp(-1), batch.targets_BT, weights_K)
+
+    def score(self, x_MC: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+        """(cross-entropy, right guesses), sums. In pieces: a slice of validation is longer than a pass of
+        training, and the logits of all of it (262,144 x 50,304) would not fit beside each other."""
+        loss, right = 0, 0
+        for x, targets in zip(x_MC.split(PASS_TOKENS), targets_M.split(PASS_TOKENS)):
+            logits = softcap(F.linear(x, self.head))
+            picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            loss = loss + (logits.logsumexp(-1) - picked).sum()
+            right = right + (logits.argmax(-1) == targets).sum()
+        return loss, right
+
+
+def softcap(logits: Tensor) -> Tensor:
+    gain, shift, width = SOFTCAP
+    return gain * torch.sigmoid((logits.float() + shift) / width)
 
 
 def multi_token_loss(logits_BTV: Tensor, lse_BT: Tensor, targets_BT: Tensor, weights_K: Tensor):
@@ -2229,6 +2243,12 @@ def compiled_forward(model: GPT):
     return with_any_number_of_documents
 
 
+def graphs_compiled() -> int:
+    """By this process, so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # its import takes a second; eager runs do without
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
 class Trainer:
     """Model, optimizer and schedule, and the step that joins them."""
 
@@ -2400,7 +2420,7 @@ class Run:
     def train(self) -> int | None:
         """Exit code if the run was stopped, None at its end."""
         s, schedule, epoch = self.s, self.schedule, self.data.position[0]
-        graphs = self.graphs_compiled()
+        self.graphs = graphs_compiled()
         self.clock.start()
         for step in range(self.first, schedule.num_steps + 1):
             last = step == schedule.num_steps
@@ -2420,20 +2440,19 @@ class Run:
             total = self.trainer.step(step, self.data.next(batch_tokens, schedule.batch_tokens(step + 1)))
             self.tokens += batch_tokens
             self.report.trained(step + 1, total, bool(self.stop.reason), self.tokens, self.clock.ms())
-            if self.graphs_compiled() > graphs > 0:
-                graphs = self.graphs_compiled()
-                self.log.event("recompiled", step=step + 1, graphs=graphs)
-                self.log.say(f"warning: step {step + 1} compiled something that the rehearsal had not met")
+            self.note_compilation(step + 1)
             if self.data.position[0] > epoch:
                 epoch = self.data.position[0]
                 self.log.event("epoch", step=step + 1, epoch=epoch)
         self.clock.stop()
         return None
 
-    def graphs_compiled(self) -> int:
-        """So far in this process; 0 if this run does not compile beforehand."""
-        compiles = self.s.compile == "1" and self.s.rehearse == "1"
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"] if compiles else 0
+    def note_compilation(self, step: int):
+        """A line if the run has just compiled something, which the rehearsal is there to prevent."""
+        before, self.graphs = self.graphs, graphs_compiled()
+        if self.graphs > before and self.s.rehearse == "1":
+            self.log.event("recompiled", step=step, graphs=self.graphs - before)
+            self.log.say(f"warning: step {step} compiled something that the rehearsal had not met")
 
     def validate(self, step: int, last: bool):
         self.report.flush()
@@ -2442,6 +2461,7 @@ class Run:
         loss, accuracy = evaluate(self.trainer.forward, self.val_shards, self.s, self.ranks, windows,
                                   self.trainer.tied)
         self.report.validated(step, loss, accuracy, self.tokens, self.clock.ms())
+        self.note_compilation(step)
         self.clock.start()
 
     def save(self, step: int) -> bool:
