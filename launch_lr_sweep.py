@@ -41,7 +41,6 @@ import dataclasses
 import difflib
 import fcntl
 import functools
-import getpass
 import glob
 import hashlib
 import itertools
@@ -55,7 +54,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterable
@@ -1043,7 +1041,7 @@ def warm_marker(run: Run, nproc: int, slot: Slot) -> Path | None:
     kinds = {name: spec["type"] for name, spec in trainer.settings.items() if name not in NOT_HASHED}
     shapes = {name: resolved[name] for name, kind in kinds.items() if kind in ("str", "int,...")}
     text = json.dumps([run.source_hash, nproc, shapes], sort_keys=True)
-    default = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"  # as torch has it
+    default = Path(run.script).resolve().with_name(".compile_cache") / "inductor"  # as the trainers have it
     cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default)
     return cache / f"launched-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

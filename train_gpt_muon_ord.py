@@ -15,8 +15,10 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -64,7 +66,8 @@ class Settings:
     compile: str = knob("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     rehearse: str = knob("auto", "try all stages on a copy first, off the clock; auto: if compiled or CUDA",
                          choices=("auto", "0", "1"))
-    attn_backend: str = knob("auto", "auto: varlen on CUDA, sdpa elsewhere",
+    attn_backend: str = knob("auto", "auto: varlen on CUDA, sdpa elsewhere; varlen: FlashAttention-3 where "
+                             "its package is installed and the GPU is sm_90, else torch's FlashAttention-2",
                              choices=("auto", "varlen", "flex", "sdpa"))
     disable_fp8: bool = knob(False, "head in bfloat16 even where float8 is to be had (sm_89 and later)")
     # data
@@ -199,6 +202,10 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     if device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("DEVICE='cuda', but torch finds no CUDA device here; use DEVICE=cpu or auto")
     cuda = device != "cpu" and torch.cuda.is_available()
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cuda and num_local > torch.cuda.device_count():
+        raise SettingsError(f"{num_local} ranks on this machine, but torch finds {torch.cuda.device_count()} "
+                            "CUDA devices here; start one rank a device, or set DEVICE=cpu")
     model = env.get("MODEL", "auto")
     model = {"auto": "gpt2-small" if cuda else "tiny"}.get(model, model)
     if model not in PRESETS:
@@ -240,13 +247,18 @@ def check_settings(s: Settings, env):
         raise SettingsError(f"ATTN_BACKEND={s.attn_backend} trains on CUDA only; elsewhere use sdpa or auto")
 
 
+def capability() -> tuple[int, int]:
+    """(major, minor) of this rank's own GPU: 9, 0 for sm_90."""
+    return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", 0)))
+
+
 def resolve(s: Settings) -> Settings:
     """Settings with every 'auto' and 0-means-derived replaced by what it means here."""
     cuda = s.device == "cuda"
     changes = {"compile": str(int(cuda)) if s.compile == "auto" else s.compile}
     changes["rehearse"] = str(int(cuda or changes["compile"] == "1")) if s.rehearse == "auto" else s.rehearse
     changes["attn_backend"] = ("varlen" if cuda else "sdpa") if s.attn_backend == "auto" else s.attn_backend
-    if cuda and torch.cuda.get_device_capability() < (8, 9) or not cuda:
+    if not cuda or capability() < (8, 9):
         changes["disable_fp8"] = True
     if s.train_tokens:
         mean_batch = sum(s.batch_sizes[:-1]) / (NUM_STAGES - 1)
@@ -264,6 +276,8 @@ def print_help():
             default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
             print(f"  {f.name.upper()}  ({allowed_values(f)}; default {default!r})")
             print(f"      {f.metadata['help']}")
+    print(f"\nCompiled code is kept in {COMPILE_CACHE.name}/ beside this script, for later runs and whole\n"
+          "sweeps; TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR put it elsewhere.")
     print("\nPresets (MODEL) and the defaults they change:\n")
     for name, (config, defaults) in PRESETS.items():
         print(f"  {name}: {config.num_layers} layers of width {config.width}, {config.num_heads} heads")
@@ -318,6 +332,8 @@ class Ranks:
         self.device = torch.device("cuda", self.local_rank) if device == "cuda" else torch.device("cpu")
         self.everyones = {}  # address of a buffer of zeros() -> all ranks' buffers, (world_size, numel)
         if device == "cuda":
+            # the stages' shapes differ; segments that grow do not fall to pieces between them
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(self.device)
         elif "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
             torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
@@ -687,6 +703,7 @@ def provenance(ranks: Ranks) -> dict:
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 GPT2_VOCAB, GPT2_MARK = 50257, 50256
+PASS_TOKENS = 65_536  # of one forward pass if it is up to us: gpt2-small then takes some 50 of 80 GB
 NUM_SLICES = 8  # a global batch is always cut so (or into as many slices as there are ranks, if more)
 
 
@@ -775,26 +792,63 @@ class Batch(NamedTuple):
 
     inputs_BT: Tensor   # int32
     targets_BT: Tensor  # int64, the token that follows each input in the shard
-    cu_seqlens: Tensor  # int32: where documents begin in the B*T inputs, then B*T to the end
+    cu_seqlens: Tensor  # int32: where documents begin in the B*T inputs, then B*T; its length is not fixed
     max_doc_tokens: int
 
 
 def stack_slices(slices: list, device: torch.device, max_doc_tokens: int) -> Batch:
-    """slices: (inputs, targets, document lengths) in numpy. The number of boundaries is padded to a fixed
-    size, so that compiled code sees one shape; a batch of very many documents gets a multiple of it."""
-    B, T = len(slices), len(slices[0][0])
-    lengths = np.concatenate([s[2] for s in slices])
-    size = B * max(16, T // 128)
-    while size < len(lengths):
-        size *= 2
-    cu_seqlens = np.full(size + 1, B * T, dtype=np.int32)
-    cu_seqlens[0] = 0
-    cu_seqlens[1:len(lengths) + 1] = np.cumsum(lengths)
+    """slices: (inputs, targets, document lengths) in numpy."""
     inputs, targets = (np.stack([s[i] for s in slices]) for i in (0, 1))
-    tensors = [torch.from_numpy(a) for a in (inputs.astype(np.int32), targets.astype(np.int64), cu_seqlens)]
-    if device.type == "cuda":
-        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    return Batch(*tensors, max_doc_tokens)
+    cu_seqlens = np.cumsum(np.concatenate([[0], *(s[2] for s in slices)]))
+    arrays = inputs.astype(np.int32), targets.astype(np.int64), cu_seqlens.astype(np.int32)
+    return Batch(*(to_device(torch.from_numpy(a), device) for a in arrays), max_doc_tokens)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """From the host, which does not wait: a copy from pageable memory would make it wait for all that the
+    device was given before."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+class Ahead:
+    """Batches made by a thread while the device computes. On CUDA their copies go through a stream of their
+    own; taking them makes the device wait for the copies, not the host."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.worker = device, ThreadPoolExecutor(1)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, make, *args):
+        """A ticket for make(*args): a Batch, or a list of them."""
+        return self.worker.submit(self.run, make, args)
+
+    def run(self, make, args):
+        if self.stream is None:
+            return make(*args), None
+        # a new thread stands on device 0 and its default stream
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            return make(*args), self.stream.record_event()
+
+    def take(self, ticket):
+        made, copied = ticket.result()
+        if copied is not None:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_event(copied)
+            for batch in [made] if isinstance(made, Batch) else made or []:
+                for x in batch[:3]:  # their memory is the copying stream's, which must not reuse it early
+                    x.record_stream(computing)
+        return made
+
+    def each(self, batches):
+        """The items of an iterator, each made while the one before it is in use."""
+        batches = iter(batches)
+        ticket = self.start(next, batches, None)
+        while (batch := self.take(ticket)) is not None:
+            ticket = self.start(next, batches, None)
+            yield batch
+
+    def close(self):
+        self.worker.shutdown()
 
 
 class TrainData:
@@ -809,7 +863,7 @@ class TrainData:
         self.mine = range(ranks.rank * self.num_slices // ranks.world_size,
                           (ranks.rank + 1) * self.num_slices // ranks.world_size)
         self.slices_per_pass = s.slices_per_pass
-        self.loaded, self.worker = None, ThreadPoolExecutor(1)
+        self.loaded, self.ahead = None, Ahead(ranks.device)
         self.seek((0, 0, 0))
 
     def seek(self, position: tuple[int, int, int]):
@@ -865,15 +919,15 @@ class TrainData:
         slice_tokens = batch_tokens // self.num_slices
         plans = [self.plan_slice(slice_tokens) for _ in range(self.num_slices)]
         slices = [self.read_slice(*plans[i]) for i in self.mine]
-        n = self.slices_per_pass or max(1, 65_536 // slice_tokens)
+        n = self.slices_per_pass or max(1, PASS_TOKENS // slice_tokens)
         longest = min(self.max_doc_tokens, slice_tokens)
         return [stack_slices(slices[i:i + n], self.device, longest) for i in range(0, len(slices), n)]
 
     def next(self, batch_tokens: int, then: int | None) -> list[Batch]:
         """This rank's passes of this step; those of the step after it, of size `then`, are read meanwhile."""
-        now = self.coming.result() if self.coming else self.make(batch_tokens)
+        now = self.ahead.take(self.coming or self.ahead.start(self.make, batch_tokens))
         self.position = self.epoch, self.place, self.cursor
-        self.coming = self.worker.submit(self.make, then) if then else None
+        self.coming = self.ahead.start(self.make, then) if then else None
         return now
 
 
@@ -884,7 +938,10 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks):
     num_slices = max(NUM_SLICES, ranks.world_size)
     slice_tokens = s.val_batch_tokens // num_slices
     first, end = (r * num_slices // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
-    n = max(1, 65_536 // slice_tokens)
+    n = max(1, PASS_TOKENS // slice_tokens)
+    marks = np.flatnonzero(tokens[:-1] == shards[0].mark)
+    bounds = np.union1d(marks, np.arange(0, need, slice_tokens))
+    longest = int(np.diff(bounds).max())  # one number for all passes, because compiled code is made for it
     for batch_start in range(0, s.val_tokens, s.val_batch_tokens):
         slices = []
         for i in range(first, end):
@@ -893,7 +950,7 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks):
             inner = np.flatnonzero(part[1:-1] == shards[0].mark) + 1
             slices.append((part[:-1], part[1:], np.diff(inner, prepend=0, append=slice_tokens)))
         for i in range(0, len(slices), n):
-            yield stack_slices(slices[i:i + n], ranks.device, slice_tokens)
+            yield stack_slices(slices[i:i + n], ranks.device, longest)
 
 
 def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
@@ -1237,6 +1294,19 @@ class Rotary(nn.Module):
         return torch.cat((turned.type_as(x_BTHD), x_BTHD[..., D // 2:]), -1)
 
 
+@functools.cache
+def choose_attention(backend: str) -> tuple[str, str]:
+    """(what computes attention, a warning or ""). For varlen: torch's own FlashAttention-2, or, activated
+    here, FlashAttention-3 where its package is installed and the GPU is sm_90. Nothing is downloaded."""
+    if backend != "varlen" or capability()[0] != 9 or not importlib.util.find_spec("flash_attn_interface"):
+        return backend + "-FA2" * (backend == "varlen"), ""
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    except Exception as error:  # whatever is wrong with somebody's build of it
+        return "varlen-FA2", f"flash_attn_interface is installed, but cannot be used: {error!r}"
+    return "varlen-FA3", ""
+
+
 class Documents:
     """Who may see whom, for one pass: query i sees key j of its document where 0 <= i - j <= window. With
     `paired`, every token stands twice in a sequence of 2T. Built once a pass, asked by every layer."""
@@ -1508,17 +1578,30 @@ class GPT(nn.Module):
         B, T = batch.inputs_BT.shape
         docs = Documents(batch, self.backend)
         x = self.trunk(batch.inputs_BT, docs, windows, tied)
-        if self.float8_head and weights_K is not None:
+        if weights_K is None:
+            return self.score(x.flatten(0, 1), batch.targets_BT.flatten())
+        if self.float8_head:
             logits = Float8Head.apply(x.flatten(0, 1), self.head).view(B, T, -1)
         else:
             logits = F.linear(x, self.head)
-        gain, shift, width = SOFTCAP
-        logits = gain * torch.sigmoid((logits.float() + shift) / width)
-        lse_BT = logits.logsumexp(-1)
-        if weights_K is None:
-            picked = logits.gather(-1, batch.targets_BT.unsqueeze(-1)).squeeze(-1)
-            return (lse_BT - picked).sum(), (logits.argmax(-1) == batch.targets_BT).sum()
-        return multi_token_loss(logits, lse_BT, batch.targets_BT, weights_K)
+        logits = softcap(logits)
+        return multi_token_loss(logits, logits.logsumexp(-1), batch.targets_BT, weights_K)
+
+    def score(self, x_MC: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+        """(cross-entropy, right guesses), sums. In pieces: a slice of validation is longer than a pass of
+        training, and the logits of all of it (262,144 x 50,304) would not fit beside each other."""
+        loss, right = 0, 0
+        for x, targets in zip(x_MC.split(PASS_TOKENS), targets_M.split(PASS_TOKENS)):
+            logits = softcap(F.linear(x, self.head))
+            picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            loss = loss + (logits.logsumexp(-1) - picked).sum()
+            right = right + (logits.argmax(-1) == targets).sum()
+        return loss, right
+
+
+def softcap(logits: Tensor) -> Tensor:
+    gain, shift, width = SOFTCAP
+    return gain * torch.sigmoid((logits.float() + shift) / width)
 
 
 def multi_token_loss(logits_BTV: Tensor, lse_BT: Tensor, targets_BT: Tensor, weights_K: Tensor):
@@ -1858,6 +1941,8 @@ class Bucket:
     """Parameters in one flat buffer, which they and their gradients are views of. If sharded, it is padded
     so that every rank owns an equal part: gradients arrive by reduce(), new weights leave by gather()."""
 
+    missing = 0  # gradients that this step's reduction still waits for
+
     def __init__(self, params: dict[str, nn.Parameter], ranks: Ranks, unit: int, every: int):
         """unit: numbers that must stay on one rank, a matrix's for matrices. every: steps an update."""
         self.params, self.ranks, self.active, self.work, self.every = params, ranks, True, Done(), every
@@ -1952,7 +2037,9 @@ class AdamBucket(Bucket):
 
         def each(values):  # the roles' values, one for each number of the bucket
             values = torch.tensor(values, dtype=torch.float32)
-            return values[0] if len(roles) == 1 else values.repeat_interleave(lengths).to(self.mine.device)
+            if len(roles) == 1:
+                return values[0]
+            return values.repeat_interleave(lengths, output_size=self.size).to(self.mine.device)
 
         self.lr, self.decay = each([r.lr for r in roles]), each([r.decay for r in roles])
         self.betas = [each([r.betas[i] for r in roles]) for i in (0, 1)]
@@ -2064,6 +2151,10 @@ class Optimizer:
         self.by_name = {name: b for b in self.buckets for name in b.params}
         if "embed" in self.by_name:
             self.by_name["embed"].active = False
+        self.queue = None  # of this step's buckets, those whose reduction has not begun; None: none expected
+        for bucket in self.buckets:
+            for p in bucket.params.values():
+                p.register_post_accumulate_grad_hook(functools.partial(self.arrived, bucket))
 
     def untie(self):
         """From here on the embedding learns by itself, from where the head is."""
@@ -2081,12 +2172,32 @@ class Optimizer:
         low = min(MUON_START_MOMENTUM, self.o.muon_momentum)
         return low + min(up, down) * (self.o.muon_momentum - low)
 
+    def due(self, step: int) -> list[Bucket]:
+        """What moves at this step."""
+        return [b for b in self.buckets if b.active and step % b.every == b.every - 1]
+
+    def expect(self, step: int):
+        """Before a step's last backward pass: from here on a bucket's reduction begins once its gradients are
+        complete, in the buckets' order, because all ranks must call their collectives in one order."""
+        self.queue = self.due(step)
+        for bucket in self.queue:
+            bucket.missing = len(bucket.params)
+
+    def arrived(self, bucket: Bucket, param: nn.Parameter):
+        """A gradient has been added; called by autograd."""
+        bucket.missing -= 1
+        while self.queue and self.queue[0].missing <= 0:
+            self.queue.pop(0).reduce()
+
     @torch.no_grad()
     def step(self, step: int, lr_mul: float, batch_tokens: int, measure: bool):
         """Reduce, update, gather. measure: the next line of the log wants log_fields(full=True)."""
-        due = [b for b in self.buckets if b.active and step % b.every == b.every - 1]
-        for bucket in due:
+        if self.queue is None:
+            self.expect(step)
+        due = self.due(step)
+        for bucket in self.queue:
             bucket.reduce()
+        self.queue = None
         if self.o.grad_clip:
             self.clip(due, batch_tokens)
         for bucket in due:
@@ -2445,14 +2556,15 @@ class Clock:
 @torch.no_grad()
 def evaluate(forward, shards, s: Settings, ranks: Ranks, windows, tied: bool) -> tuple[float, float]:
     """(mean cross-entropy in nats a token, share of tokens guessed right) over all ranks."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    for batch in val_batches(shards, s, ranks):
+    sums, ahead = torch.zeros(2, dtype=torch.float64, device=ranks.device), Ahead(ranks.device)
+    for batch in ahead.each(val_batches(shards, s, ranks)):
         ranks.beat()
         loss, right = forward(batch, windows, None, tied)
-        sums += torch.stack([loss.double(), right.double()]).cpu()
-    sums = sums.to(ranks.device)
+        sums += torch.stack([loss.double(), right.double()])
+    ahead.close()
     ranks.all_reduce(sums).wait()
-    return sums[0].item() / s.val_tokens, sums[1].item() / s.val_tokens
+    loss, right = sums.tolist()
+    return loss / s.val_tokens, right / s.val_tokens
 
 
 class Diverged(RuntimeError):
@@ -2463,12 +2575,38 @@ class Diverged(RuntimeError):
         self.step, self.name, self.value = step, name, value
 
 
+MAX_VARIANTS = 64  # compiled forms of one function: gpt2-small's forward has 11, more than dynamo's 8
+COMPILE_CACHE = SCRIPT.with_name(".compile_cache")  # of all runs, those of a sweep too, and across restarts
+
+
 def torch_compile(function):
     """One graph and fixed shapes, or an error: graph breaks and recompilations cost time silently."""
+    for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(name, str(COMPILE_CACHE / folder))
+    import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_VARIANTS)
     # torch 2.13 asserts ("16384 v.s. 16383") when it fuses reductions over T and over T - 1; retry in 2.14
     inductor.triton.mix_order_reduction = False
     return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def compiled_forward(model: GPT):
+    """The compiled model. Only the number of documents is left open: every pass has another one, and nothing
+    but attention's own kernel reads them."""
+    forward = torch_compile(model)
+
+    def with_any_number_of_documents(batch: Batch, *args):
+        torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
+        return forward(batch, *args)
+
+    return with_any_number_of_documents
+
+
+def graphs_compiled() -> int:
+    """By this process, so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # its import takes a second; eager runs do without
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 class Trainer:
@@ -2476,9 +2614,10 @@ class Trainer:
 
     def __init__(self, s: Settings, o: OptimizerSettings, config: ModelConfig, vocab_size: int, ranks: Ranks):
         self.s, self.ranks, self.schedule = s, ranks, Schedule(s, config)
+        choose_attention(s.attn_backend)  # before anything is compiled
         self.model = build_model(s, config, vocab_size, ranks.device)
         compiler = torch_compile if s.compile == "1" else lambda function: function
-        self.forward = compiler(self.model)
+        self.forward = compiled_forward(self.model) if s.compile == "1" else self.model
         self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler)
         self.stage, self.tied = 0, True
 
@@ -2507,22 +2646,26 @@ class Trainer:
         rotary.make_tables(rotary.cos.shape[0])
         self.optimizer.restore(params, saved["counts"], self.tied)
 
-    def step(self, step: int, batches: list[Batch]) -> Tensor:
-        """One update; returns the cross-entropy summed over this rank's tokens."""
+    def step(self, step: int, batches: list[Batch], measure: bool = False) -> Tensor:
+        """One update; returns the cross-entropy summed over this rank's tokens. measure: take the optimizer's
+        statistics too, even if the next line of the log does not want them."""
         schedule, total = self.schedule, 0
-        weights = schedule.predict_weights(step).to(self.ranks.device)
-        for batch in batches:
+        weights = to_device(schedule.predict_weights(step), self.ranks.device)
+        for i, batch in enumerate(batches):
             self.ranks.beat()
+            if i == len(batches) - 1:
+                self.optimizer.expect(step)
             loss, cross_entropy = self.forward(batch, schedule.windows(self.stage), weights, self.tied)
             (LOSS_SCALE * loss).backward()
             total = total + cross_entropy
         self.optimizer.step(step, schedule.lr_mul(step), schedule.batch_tokens(step),
-                            measure=schedule.validates(step + 1))
+                            measure=measure or schedule.validates(step + 1))
         return total
 
 
 def rehearse(s, o, config, train_shards, val_shards, ranks):
-    """Compile and autotune every stage on a trainer and data of its own, which are thrown away."""
+    """Compile and autotune all that the run will meet, on a trainer and data of its own, which are thrown
+    away: every stage, tied or not, training and evaluation, steps with and without Adam and statistics."""
     trainer = Trainer(s, o, config, train_shards[0].vocab_size, ranks)
     data = TrainData(train_shards, s, ranks)
     schedule, one_batch = trainer.schedule, dataclasses.replace(s, val_tokens=s.val_batch_tokens)
@@ -2531,10 +2674,26 @@ def rehearse(s, o, config, train_shards, val_shards, ranks):
     for step in sorted(firsts | {i + 1 for i in firsts}):  # two steps each: Adam moves on every second
         if step < schedule.num_steps:
             trainer.enter(step)
-            trainer.step(step, data.next(schedule.batch_tokens(step), None))
+            trainer.step(step, data.next(schedule.batch_tokens(step), None), measure=step == 0)
             windows = schedule.windows(trainer.stage)
             evaluate(trainer.forward, val_shards, one_batch, ranks, windows, trainer.tied)
     evaluate(trainer.forward, val_shards, one_batch, ranks, schedule.final_windows(), trainer.tied)
+    data.ahead.close()
+    del trainer, data
+    gc.collect()  # hooks and their optimizer are a cycle, and gigabytes of the device hang on it
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Recorded:
+    """What a CUDA device had been given up to now, as something to wait for."""
+
+    def __init__(self):
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def wait(self):
+        self.event.synchronize()
 
 
 class Report:
@@ -2558,8 +2717,13 @@ class Report:
         """After update number `step`. On a GPU its line comes an update late: nothing waits for it. A
         request to stop, which one rank alone may have got, travels with the loss: all see it at one step."""
         self.flush()
-        sums = torch.stack((total.float(), torch.tensor(float(stop), device=total.device)))
-        self.pending = (step, sums, self.ranks.all_reduce(sums), tokens, ms)
+        total = total.float()
+        sums = torch.stack((total, torch.full_like(total, float(stop))))
+        work = self.ranks.all_reduce(sums)
+        if sums.is_cuda:  # copied now: a copy asked for later would stand in line behind the next update
+            work.wait()
+            sums, work = sums.to("cpu", non_blocking=True), Recorded()
+        self.pending = (step, sums, work, tokens, ms)
         if self.ranks.device.type == "cpu":
             self.flush()
 
@@ -2616,6 +2780,7 @@ class Run:
     def train(self) -> int | None:
         """Exit code if the run was stopped, None at its end."""
         s, schedule, epoch = self.s, self.schedule, self.data.position[0]
+        self.graphs = graphs_compiled()
         self.clock.start()
         for step in range(self.first, schedule.num_steps + 1):
             last = step == schedule.num_steps
@@ -2635,11 +2800,19 @@ class Run:
             total = self.trainer.step(step, self.data.next(batch_tokens, schedule.batch_tokens(step + 1)))
             self.tokens += batch_tokens
             self.report.trained(step + 1, total, bool(self.stop.reason), self.tokens, self.clock.ms())
+            self.note_compilation(step + 1)
             if self.data.position[0] > epoch:
                 epoch = self.data.position[0]
                 self.log.event("epoch", step=step + 1, epoch=epoch)
         self.clock.stop()
         return None
+
+    def note_compilation(self, step: int):
+        """A line if the run has just compiled something, which the rehearsal is there to prevent."""
+        before, self.graphs = self.graphs, graphs_compiled()
+        if self.graphs > before and self.s.rehearse == "1":
+            self.log.event("recompiled", step=step, graphs=self.graphs - before)
+            self.log.say(f"warning: step {step} compiled something that the rehearsal had not met")
 
     def validate(self, step: int, last: bool):
         self.report.flush()
@@ -2648,6 +2821,7 @@ class Run:
         loss, accuracy = evaluate(self.trainer.forward, self.val_shards, self.s, self.ranks, windows,
                                   self.trainer.tied)
         self.report.validated(step, loss, accuracy, self.tokens, self.clock.ms())
+        self.note_compilation(step)
         self.clock.start()
 
     def save(self, step: int) -> bool:
@@ -2733,10 +2907,15 @@ def prepare(env) -> Start:
 def write_beginning(start: Start):
     """The log's header, or its line about going on."""
     log, origin, config = start.log, start.origin, start.config
-    started = {**provenance(start.ranks), **{k: config[k] for k in ("train_data", "val_data")}}
+    attention, warning = choose_attention(start.s.attn_backend)
+    started = {**provenance(start.ranks), "attn": attention,
+               **{k: config[k] for k in ("train_data", "val_data")}}
     if not log.existed:
         settings = {k: v for k, v in config.items() if k not in started}
         log.header(settings, {"run_id": start.s.run_id, **started})
+    if warning:
+        log.event("warning", text=json.dumps(warning))
+        log.say(f"warning: {warning}; FlashAttention-2 takes its place")
     for text in origin.damaged:
         log.event("checkpoint_damaged", error=json.dumps(text))
         log.say(f"warning: {text}; falling back to the one before it")

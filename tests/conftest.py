@@ -9,6 +9,22 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def pytest_addoption(parser):
+    text = "also compile the whole train step for sm_90 (needs a C++ compiler and minutes, no GPU)"
+    parser.addoption("--fake-cuda", action="store_true", help=text)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "fake_cuda: runs only with --fake-cuda")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--fake-cuda"):
+        for item in items:
+            if item.get_closest_marker("fake_cuda"):
+                item.add_marker(pytest.mark.skip(reason="minutes long; ./test.sh --fake-cuda runs it"))
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     """A folder with made-up shards for whole runs."""

@@ -207,7 +207,7 @@ def steps_of(s, steps, rank=0, world_size=1, tokens=1024):
     """The passes of some steps, all of them, as one rank gets them."""
     data = train_data(s, rank, world_size)
     out = [data.next(tokens, tokens if i + 1 < steps else None) for i in range(steps)]
-    data.worker.shutdown()
+    data.ahead.close()
     return out
 
 

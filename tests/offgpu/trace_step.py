@@ -1,0 +1,126 @@
+"""Trace, or compile for sm_90, what a train step of gpt2-small runs on a GPU; prints one line a part.
+
+    python trace_step.py stage|variants|inductor
+
+stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins
+variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
+inductor  the first stage's step, twin with ORD, by inductor to sm_90 machine code
+"""
+import sys
+import time
+from pathlib import Path
+
+import pretend_cuda
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_gpt
+import train_gpt_muon_ord
+
+DEVICE = torch.device("cuda", 0)
+VOCAB = 50257
+MODES = ("stage", "variants", "inductor")
+
+
+def ranks(trainer):
+    """This process alone, on the pretended device."""
+    class Alone(trainer.Ranks):
+        def __init__(self):
+            self.rank, self.local_rank, self.world_size, self.device = 0, 0, 1, DEVICE
+
+    return Alone()
+
+
+def build(trainer, backend: str):
+    """A Trainer of gpt2-small whose compiled parts go to `backend`."""
+    pretend_cuda.on_device(trainer)
+    assert callable(trainer.torch_compile)
+    trainer.torch_compile = lambda function: torch.compile(
+        function, dynamic=False, fullgraph=True, backend=backend)
+    torch._dynamo.config.recompile_limit = trainer.MAX_VARIANTS
+    env = {"MODEL": "gpt2-small", "NUM_SCHEDULED_ITERATIONS": "12", "NUM_EXTENSION_ITERATIONS": "2"}
+    s, o, config = trainer.read_settings(env)
+    assert (s.device, s.attn_backend, s.compile, s.disable_fp8) == ("cuda", "varlen", "1", False)
+    return trainer.Trainer(s, o, config, VOCAB, ranks(trainer))
+
+
+def batch(trainer, num_slices: int, slice_tokens: int, num_docs: int, longest: int):
+    """A pass of the shapes that TrainData makes."""
+    empty = lambda *shape, dtype=torch.int32: torch.zeros(shape, dtype=dtype, device=DEVICE)
+    return trainer.Batch(empty(num_slices, slice_tokens), empty(num_slices, slice_tokens, dtype=torch.int64),
+                         empty(num_docs + 1), longest)
+
+
+def stage_batch(trainer, run, stage: int, num_docs: int):
+    slice_tokens = run.s.batch_sizes[stage] // trainer.NUM_SLICES
+    return batch(trainer, max(1, 65_536 // slice_tokens), slice_tokens, num_docs, run.s.max_doc_tokens)
+
+
+def report(name: str, since: float):
+    print(f"{name}: {train_gpt.graphs_compiled()} graphs, {time.perf_counter() - since:.1f} s", flush=True)
+
+
+def optimizer_steps(run):
+    """Both kinds: statistics or not, with and without Adam."""
+    run.optimizer.step(0, 1.0, 131_072, measure=True)
+    run.optimizer.step(1, 1.0, 131_072, measure=False)
+
+
+def stage(backend: str):
+    """One step with two passes, whose numbers of documents differ; then the optimizer's other forms."""
+    for trainer in (train_gpt, train_gpt_muon_ord):
+        since, run = time.perf_counter(), build(trainer, backend)
+        if trainer is train_gpt:
+            run.step(0, [stage_batch(trainer, run, 0, n) for n in (94, 131)])
+            report("train_gpt step", since)
+            graphs = trainer.graphs_compiled()
+            run.step(2, [stage_batch(trainer, run, 0, 77)])
+            assert trainer.graphs_compiled() == graphs, "the same form was compiled again"
+        optimizer_steps(run)
+        report(f"{trainer.__name__} optimizer", since)
+
+
+def variants():
+    """Everything rehearse() would compile of the model, in the schedule's order."""
+    since, run = time.perf_counter(), build(train_gpt, "eager")
+    schedule, val_slice = run.schedule, run.s.val_batch_tokens // train_gpt.NUM_SLICES
+    val = batch(train_gpt, 1, val_slice, 400, 100_000)
+    evaluate = torch.no_grad()(lambda windows: run.forward(val, windows, None, run.tied))
+    firsts = {schedule.stage(i): i for i in range(schedule.num_steps - 1, -1, -1)}
+    for step in sorted({*firsts.values(), schedule.untie_step}):
+        run.enter(step)
+        windows, weights = schedule.windows(run.stage), schedule.predict_weights(step)
+        weights = train_gpt.to_device(weights, DEVICE)
+        run.forward(stage_batch(train_gpt, run, run.stage, 100), windows, weights, run.tied)
+        evaluate(windows)
+    evaluate(schedule.final_windows())
+    report("variants", since)
+
+
+def main(mode: str):
+    with pretend_cuda.fake_mode():
+        if mode == "variants":
+            variants()
+        elif mode == "stage":
+            stage("aot_eager")
+        else:
+            since, run = time.perf_counter(), build(train_gpt_muon_ord, "inductor")
+            run.step(0, [stage_batch(train_gpt_muon_ord, run, 0, 94)])
+            report("inductor step", since)
+            optimizer_steps(run)
+            report("inductor optimizer", since)
+
+
+if __name__ == "__main__":
+    code = 1
+    try:
+        if sys.argv[1:] not in [[mode] for mode in MODES]:
+            raise SystemExit(f"wanted one of {', '.join(MODES)}, got {sys.argv[1:]}")
+        main(sys.argv[1])
+        code = 0
+    except BaseException:
+        import traceback
+        text = [line for line in traceback.format_exc().splitlines() if "registered at" not in line]
+        print("\n".join(text), flush=True)
+    sys.stdout.flush()
+    pretend_cuda.os._exit(code)

@@ -1,0 +1,53 @@
+"""What torch.compile makes of gpt2-small on a GPU, without one: a pretended CUDA device under fake tensors,
+in a process of its own (tests/offgpu/pretend_cuda.py)."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRACE = Path(__file__).parent / "offgpu" / "trace_step.py"
+NO_COMPILER = 77
+
+
+def trace(mode: str, tmp_path, timeout_s: int) -> dict[str, int]:
+    """Part of the step -> graphs made so far."""
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "CXX")}
+    env |= {
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+    }
+    command = [sys.executable, str(TRACE), mode]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=timeout_s)
+    if done.returncode == NO_COMPILER:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return {name: int(n) for name, n in re.findall(r"^(.*): (\d+) graphs", done.stdout, re.M)}
+
+
+def test_the_step_is_one_graph_forward_and_backward(tmp_path):
+    """Else a graph break, a tensor on the wrong device or a host read stops the run on a GPU; and a pass with
+    another number of documents would compile the model anew."""
+    graphs = trace("stage", tmp_path, 900)
+    assert set(graphs) == {"train_gpt step", "train_gpt optimizer", "train_gpt_muon_ord optimizer"}
+    assert graphs["train_gpt step"] >= 1
+
+
+def test_every_stage_and_validation_is_one_graph(tmp_path):
+    """Five trained forms (three stages, untied, extension) and a validation of each, the last with its own
+    windows: more than the eight that dynamo allows by default, after which fullgraph is an error."""
+    assert trace("variants", tmp_path, 900) == {"variants": 11}
+
+
+@pytest.mark.fake_cuda
+def test_the_step_compiles_for_hopper(tmp_path):
+    """On demand (./test.sh --fake-cuda): inductor makes sm_90 machine code of the whole step, which its own
+    templates and the trainer's kernels may fail at although the trace is fine."""
+    trace("inductor", tmp_path, 3600)
+    assert len(list(tmp_path.rglob("*.cubin"))) > 50
+    assert all(".target sm_90" in ptx.read_text() for ptx in tmp_path.rglob("*.ptx"))

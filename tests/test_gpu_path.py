@@ -1,0 +1,248 @@
+"""What the trainers do on a GPU, as far as a CPU can tell: nothing is compiled after the rehearsal,
+reductions start from gradients, choices that depend on the device."""
+
+import dataclasses
+import gc
+import os
+import sys
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    TRAINERS,
+    lone_ranks,
+    make_optimizer,
+    make_text,
+    one_rank,
+    read,
+    small_config,
+    small_model,
+    write_shard,
+)
+
+import launch_lr_sweep
+import train_gpt
+import train_gpt_muon_ord
+
+STAGES = dict(
+    num_layers=3,
+    skip=(0, 2),
+    no_attention=(2,),
+    backout=1,
+    long_layers=(1,),
+    paired_layers=(0,),
+    value_embed_layers=(0,),
+    windows=((1, 3), (3, 7), (5, 11), (6, 13)),
+    final_windows=(6, 20),
+    predict=(((1, 1), (0.5, 0.5), (0.25, 0)), ((1, 1), (0.5, 0)), ((1, 1),), ((1, 1),)),
+)
+
+
+def staged_start(trainer, folder, **settings):
+    """What main() would start from: a model with everything and four stages that all differ in shape, with
+    passes of three and of two slices, on documents of all lengths."""
+    write_shard(folder / "made_train_0.bin", make_text(60_000))
+    write_shard(folder / "made_val_0.bin", make_text(9_000, 1))
+    s, o, _ = read(
+        trainer,
+        DATA_PATH=folder,
+        TRAIN_FILES="made_train_*.bin",
+        VAL_FILES="made_val_*.bin",
+        VAL_TOKENS=4096,
+        VAL_BATCH_TOKENS=2048,
+        VAL_LOSS_EVERY=5,
+        MAX_DOC_TOKENS=64,
+        BATCH_SIZES="512,1024,1536,1536",
+        NUM_SCHEDULED_ITERATIONS=9,
+        NUM_EXTENSION_ITERATIONS=3,
+        SLICES_PER_PASS=3,
+        COMPILE=1,
+        **settings,
+    )
+    ranks, train_shards_val_shards = lone_ranks(trainer), trainer.open_data(s, 1)
+    log = trainer.RunLog(folder / "run.txt", 0, s.num_scheduled_iterations + s.num_extension_iterations)
+    return trainer.Start(
+        s,
+        o,
+        small_config(trainer, **STAGES),
+        {"vocab_size": 256},
+        *train_shards_val_shards,
+        ranks,
+        log,
+        trainer.Origin("run"),
+    )
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """torch.compile by dynamo alone: the graphs it makes are what would be compiled."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", train_gpt.MAX_VARIANTS)
+    for trainer in TRAINERS:
+        monkeypatch.setattr(
+            trainer,
+            "torch_compile",
+            lambda function: torch.compile(function, dynamic=False, fullgraph=True, backend="eager"),
+        )
+    yield
+    torch._dynamo.reset()
+
+
+def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thread):
+    """Else a stage begins with a minute of compiling on the clock. And what the rehearsal made must be gone:
+    its model and optimizer are as large as the run's."""
+    trainer = train_gpt_muon_ord  # compiles all that the baseline does, and a form of the step that measures
+    start = staged_start(trainer, tmp_path)
+    trainers, build = [], trainer.Trainer.__init__
+
+    def remember(self, *args):
+        trainers.append(weakref.ref(self))
+        build(self, *args)
+
+    trainer.Trainer.__init__ = remember
+    try:
+        before = trainer.graphs_compiled()
+        trainer.rehearse(*start[:3], start.train_shards, start.val_shards, start.ranks)
+        rehearsed = trainer.graphs_compiled()
+        assert rehearsed - before > 15
+        gc.collect()
+        assert trainers[0]() is None, "the rehearsal's trainer is still there"
+        run = trainer.Run(start, trainer.Stop())
+        assert run.train() is None
+    finally:
+        trainer.Trainer.__init__ = build
+    assert trainer.graphs_compiled() == rehearsed
+    text = (tmp_path / "run.txt").read_text()
+    assert "step:12/12 val_loss:" in text and "recompiled" not in text
+    # the alarm works
+    run.s = dataclasses.replace(run.s, rehearse="1")
+    trainer.evaluate(run.trainer.forward, run.val_shards, run.s, run.ranks, (8, 8), run.trainer.tied)
+    run.note_compilation(12)
+    assert "event:recompiled step:12 graphs:1" in (tmp_path / "run.txt").read_text()
+
+
+def test_too_many_forms_are_an_error(traced_only, monkeypatch):
+    """Else the ninth form would silently run uncompiled."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    compiled = train_gpt.torch_compile(lambda x, n: x * n)
+    with pytest.raises(Exception, match="recompile_limit"):
+        for n in range(4):
+            compiled(torch.ones(2), n)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_reductions_begin_with_the_last_gradient_and_in_order(trainer, monkeypatch):
+    """Else communication waits for Python, or two ranks call their collectives in different orders."""
+    model = small_model(trainer)
+    optimizer = make_optimizer(trainer, model, read(trainer, MODEL="gpt2-small")[1])
+    begun = []
+    monkeypatch.setattr(trainer.Bucket, "reduce", lambda self: begun.append(optimizer.buckets.index(self)))
+
+    def backward(but=()):
+        sum((p * 1.0).sum() for n, p in model.named_parameters() if n not in but and n != "embed").backward()
+
+    due = lambda step: [optimizer.buckets.index(b) for b in optimizer.due(step)]
+    backward()
+    assert not begun, "not the step's last pass"
+    optimizer.expect(0)
+    backward()
+    assert begun == due(0), "matrices alone move at an even step"
+    optimizer.step(0, 1.0, 64, False)
+    assert begun == due(0), "none twice"
+    begun.clear()
+    optimizer.expect(1)
+    late = next(n for n in optimizer.buckets[due(1)[1]].params)
+    backward(but={late})
+    assert begun == due(1)[:1], "those behind an incomplete one wait for it"
+    optimizer.step(1, 1.0, 64, False)
+    assert begun == due(1), "a parameter without a gradient holds nothing up for good"
+
+
+def test_validation_passes_share_one_longest_document(tmp_path):
+    """It is a constant of compiled code, and attention launches blocks for it: not the slice's size."""
+    write_shard(tmp_path / "val.bin", make_text(5000, longest=90))
+    s = SimpleNamespace(val_tokens=4096, val_batch_tokens=2048)
+    shards = [train_gpt.open_shard(tmp_path / "val.bin")]
+    batches = list(train_gpt.val_batches(shards, s, one_rank()))
+    lengths = np.concatenate([np.diff(b.cu_seqlens.numpy()) for b in batches])
+    assert {b.max_doc_tokens for b in batches} == {lengths.max()}
+    assert lengths.min() > 0 and lengths.max() < 100
+
+
+def test_batches_made_ahead_come_in_order_and_errors_reach_the_caller():
+    ahead = train_gpt.Ahead(torch.device("cpu"))
+    assert list(ahead.each(iter(range(1, 6)))) == [1, 2, 3, 4, 5]
+    with pytest.raises(train_gpt.DataError, match="used up"):
+        ahead.take(ahead.start(lambda: (_ for _ in ()).throw(train_gpt.DataError("used up"))))
+    ahead.close()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A function that makes torch say it has a GPU of some capability."""
+
+    def pretend(*capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    train_gpt.choose_attention.cache_clear()
+    yield pretend
+    train_gpt.choose_attention.cache_clear()
+
+
+@pytest.mark.parametrize("capability,float8", [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_float8_needs_sm_89(on_gpu, capability, float8):
+    """Else an A100 fails in its first head product, or an H100 runs the slow one."""
+    on_gpu(*capability)
+    assert train_gpt.read_settings({"MODEL": "tiny"})[0].disable_fp8 is not float8
+    assert train_gpt.read_settings({"MODEL": "tiny", "DISABLE_FP8": "1"})[0].disable_fp8
+
+
+def test_more_ranks_than_gpus_are_refused(on_gpu, monkeypatch):
+    on_gpu(9, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(train_gpt.SettingsError, match="8 ranks on this machine.* 1 CUDA"):
+        train_gpt.read_settings({"MODEL": "tiny"})
+    train_gpt.read_settings({"MODEL": "tiny", "DEVICE": "cpu"})
+
+
+def test_flash_attention_3_where_it_can_be_had(on_gpu, monkeypatch, tmp_path):
+    """Without its package, or on another GPU, torch's own; a package that is broken is a warning."""
+    on_gpu(9, 0)
+    assert train_gpt.choose_attention("sdpa") == ("sdpa", "")
+    assert train_gpt.choose_attention("varlen") == ("varlen-FA2", "")
+    (tmp_path / "flash_attn_interface.py").write_text("")  # it has no kernels
+    monkeypatch.syspath_prepend(str(tmp_path))
+    train_gpt.choose_attention.cache_clear()
+    name, warning = train_gpt.choose_attention("varlen")
+    assert name == "varlen-FA2" and "flash_attn_interface is installed, but" in warning
+    on_gpu(8, 0)
+    train_gpt.choose_attention.cache_clear()
+    assert train_gpt.choose_attention("varlen") == ("varlen-FA2", "")
+    on_gpu(9, 0)
+    activated = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    train_gpt.choose_attention.cache_clear()
+    assert train_gpt.choose_attention("varlen") == ("varlen-FA3", "") and activated == ["FA3"]
+    sys.modules.pop("flash_attn_interface", None)
+
+
+def test_compiled_code_is_kept_beside_the_script(monkeypatch):
+    """Else every run of a sweep compiles for itself, and the launcher looks for the cache elsewhere."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+    train_gpt.torch_compile(abs)
+    folder = train_gpt.SCRIPT.parent / ".compile_cache"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    settings = {"COMPILE": "1", "MODEL": "tiny"}
+    run = SimpleNamespace(script=str(train_gpt.SCRIPT), settings=settings, source_hash="0")
+    marker = launch_lr_sweep.warm_marker(run, 1, SimpleNamespace(gpus=()))
+    assert marker.parent == folder / "inductor"
