@@ -1,0 +1,92 @@
+"""A GPU that compiles and does not run: after install(90), every `kernel[grid](cpu_tensors)` is compiled for
+Hopper exactly as its launch would be (types, divisibility and constants specialised alike) and then not
+launched. So a test may call the project's own wrappers and read what the compiler made of each launch.
+"""
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may have; the compiler does not check it
+MAX_REGISTERS = 65_536                     # of a multiprocessor
+
+
+class NoLaunch:
+    """Stands where the C function that launches would."""
+
+    launch_cooperative_grid = False
+
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, *args):
+        pass
+
+
+class Utils:
+    """What the compiler asks the device."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_device_properties(self, device) -> dict:
+        return {"max_shared_mem": SHARED_LIMIT[self.arch], "multiprocessor_count": 132, "warpSize": 32,
+                "max_num_regs": MAX_REGISTERS}
+
+    def load_binary(self, name, cubin, shared, device) -> tuple:
+        return 0, 0, 0, 0, 1024  # module, function, registers, spills (see read_resources), threads
+
+
+class Driver:
+    launcher_cls = NoLaunch
+
+    def __init__(self, arch: int):
+        self.target, self.utils = GPUTarget("cuda", arch, 32), Utils(arch)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+
+def install(arch: int):
+    triton.runtime.driver.set_active(Driver(arch))
+
+
+def launches(kernel) -> list:
+    """The compiled variants of one @triton.jit function."""
+    return list(kernel.device_caches[0][0].values())
+
+
+def read_resources(compiled) -> dict:
+    """Registers, spilled bytes and stack a thread, shared bytes a block, and which instructions multiply and
+    copy; from ptxas and the PTX."""
+    arch = compiled.metadata.target.arch
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        target = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+        said = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", target, str(ptx), "-o", f"{ptx}.cubin"],
+                              capture_output=True, text=True, check=True).stderr
+    number = lambda pattern: int(re.search(pattern, said).group(1))
+    count = lambda pattern: len(re.findall(pattern, compiled.asm["ptx"]))
+    return {
+        "registers": number(r"Used (\d+) registers"), "stack": number(r"(\d+) bytes stack frame"),
+        "spilled": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        "shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps,
+        "wgmma": count(r"wgmma\.mma_async"), "mma": count(r"\bmma\.sync"),
+        "async_copies": count(r"cp\.async\.c[ag]"), "bulk_copies": count(r"cp\.async\.bulk\.tensor")}
