@@ -15,6 +15,7 @@ modded-nanogpt speedrun (Keller Jordan and contributors), in our own code.
 import dataclasses
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -61,6 +62,8 @@ class Settings:
                          choices=("auto", "0", "1"))
     attn_backend: str = knob("auto", "auto: varlen on CUDA, sdpa elsewhere",
                              choices=("auto", "varlen", "flex", "sdpa"))
+    kernels: str = knob("auto", "auto: triton on CUDA from sm_80 on, where it is installed, else torch",
+                        choices=("auto", "triton", "torch"))
     disable_fp8: bool = knob(False, "head in bfloat16 even where float8 is to be had (sm_89 and later)")
     # data
     data_path: str = knob(".", "folder that TRAIN_FILES and VAL_FILES are relative to")
@@ -217,6 +220,9 @@ def check_settings(s: Settings, env):
                             ". _ - = , + that begins with a letter or digit")
     if s.device == "cpu" and s.attn_backend in ("varlen", "flex"):
         raise SettingsError(f"ATTN_BACKEND={s.attn_backend} trains on CUDA only; elsewhere use sdpa or auto")
+    if s.kernels == "triton" and (s.device == "cpu" or not importlib.util.find_spec("triton")):
+        lacks = "no CUDA device is used" if s.device == "cpu" else "triton is not installed"
+        raise SettingsError(f"KERNELS=triton, but {lacks} here; use KERNELS=torch or auto")
 
 
 def resolve(s: Settings) -> Settings:
@@ -227,6 +233,9 @@ def resolve(s: Settings) -> Settings:
     changes["attn_backend"] = ("varlen" if cuda else "sdpa") if s.attn_backend == "auto" else s.attn_backend
     if cuda and torch.cuda.get_device_capability() < (8, 9) or not cuda:
         changes["disable_fp8"] = True
+    if s.kernels == "auto":
+        able = cuda and torch.cuda.get_device_capability() >= (8, 0) and importlib.util.find_spec("triton")
+        changes["kernels"] = "triton" if able else "torch"
     if s.train_tokens:
         mean_batch = sum(s.batch_sizes[:-1]) / (NUM_STAGES - 1)
         changes["num_scheduled_iterations"] = max(1, round(s.train_tokens / mean_batch))
@@ -985,21 +994,25 @@ def pair_heads(x_BTHD: Tensor) -> Tensor:
 class MLP(nn.Module):
     """W2 relu(W1 n)^2; both matrices stored (4C, C)."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, kernels: bool):
         super().__init__()
+        self.kernels = kernels
         self.up, self.down = (nn.Parameter(torch.empty(4 * c.width, c.width)) for _ in range(2))
 
     def forward(self, n_BTC: Tensor, out_scale: float) -> Tensor:
+        if self.kernels:
+            import triton_kernels
+            return triton_kernels.mlp(n_BTC, self.up, scaled(self.down, out_scale))
         return SquaredReLU.apply(F.linear(n_BTC, self.up)) @ scaled(self.down, out_scale)
 
 
 class Block(nn.Module):
     """One layer: its input is mixed from the stream, the embedding and the bigram embedding."""
 
-    def __init__(self, c: ModelConfig, plan: LayerPlan):
+    def __init__(self, c: ModelConfig, plan: LayerPlan, kernels: bool):
         super().__init__()
         self.attn = Attention(c, plan) if plan.attention else None
-        self.mlp = MLP(c)
+        self.mlp = MLP(c, kernels)
         self.l_res, self.l_x0 = weight(1.1), weight(0.0)
         self.l_bi = weight(0.1) if c.bigram_rows else None
 
@@ -1016,9 +1029,9 @@ class GPT(nn.Module):
     """The speedrun's GPT. Knows nothing of ranks or optimizers."""
 
     def __init__(self, c: ModelConfig, vocab_size: int, backend: str, float8_head: bool,
-                 residual_scale: float):
+                 residual_scale: float, kernels: bool = False):
         super().__init__()
-        self.config, self.plans = c, layer_plans(c)
+        self.config, self.plans, self.kernels = c, layer_plans(c), kernels
         self.backend, self.float8_head, self.residual_scale = backend, float8_head, residual_scale
         V = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.head = nn.Parameter(torch.empty(V, c.width))
@@ -1033,7 +1046,7 @@ class GPT(nn.Module):
         if c.backout is not None:
             self.l_back = weight(0.5)
         self.rotary = Rotary(c.head_dim)
-        self.blocks = nn.ModuleList(Block(c, plan) for plan in self.plans)
+        self.blocks = nn.ModuleList(Block(c, plan, kernels) for plan in self.plans)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator):
@@ -1086,6 +1099,11 @@ class GPT(nn.Module):
         B, T = batch.inputs_BT.shape
         docs = Documents(batch, self.backend)
         x = self.trunk(batch.inputs_BT, docs, windows, tied)
+        if self.kernels and weights_K is not None:
+            import triton_kernels
+            scales = (HEAD_X_SCALE, HEAD_W_SCALE, HEAD_GRAD_SCALE) if self.float8_head else None
+            return triton_kernels.head_loss(x.flatten(0, 1), self.head, batch.targets_BT, weights_K, SOFTCAP,
+                                            scales)
         if self.float8_head and weights_K is not None:
             logits = Float8Head.apply(x.flatten(0, 1), self.head).view(B, T, -1)
         else:
@@ -1112,7 +1130,8 @@ def multi_token_loss(logits_BTV: Tensor, lse_BT: Tensor, targets_BT: Tensor, wei
 
 def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch.device) -> GPT:
     """A freshly initialised model; on CUDA everything with two dimensions is bfloat16, scalars stay fp32."""
-    model = GPT(config, vocab_size, s.attn_backend, not s.disable_fp8, s.residual_scale)
+    model = GPT(config, vocab_size, s.attn_backend, not s.disable_fp8, s.residual_scale,
+                kernels=s.kernels == "triton")
     seed = np.random.SeedSequence([s.seed, 0]).generate_state(1, np.uint64)[0]
     model.init_weights(torch.Generator().manual_seed(int(seed) >> 1))
     model.to(device)
@@ -1228,6 +1247,18 @@ def gram_polynomial(S_NRR: Tensor, coefficients) -> Tensor:
     return Q
 
 
+def polar_steps(X_NRK: Tensor) -> Tensor:
+    """polar_express on a GPU, of matrices brought to norm 1 already, in bfloat16: both of a step's symmetric
+    products cost half. A tall matrix is multiplied from the right and never turned."""
+    import triton_kernels
+    tall = X_NRK.size(-2) > X_NRK.size(-1)
+    for a, b, c in POLAR_COEFFICIENTS:
+        A = triton_kernels.gram(X_NRK.mT if tall else X_NRK)
+        B = triton_kernels.gram_polynomial(A, b, c)
+        X_NRK = torch.baddbmm(X_NRK, X_NRK, B, beta=a) if tall else torch.baddbmm(X_NRK, B, X_NRK, beta=a)
+    return X_NRK
+
+
 def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
     """Updates momentum in place; the gradient averaged with it, once more."""
     grad = grad.float()
@@ -1293,6 +1324,18 @@ def step_muon(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu
     write_master(weight, mantissa, W - lr_N11 * with_decay(U, W, decay, mode))
 
 
+def step_muon_fused(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, mode: str):
+    """step_muon on a GPU: each line reads what is as large as the matrices once."""
+    import triton_kernels
+    state, mu = (grad, momentum, weight, mantissa), float(mu)
+    norm = triton_kernels.momentum_sums(*state, mu, ord=False)[:, 0].sqrt()
+    X = triton_kernels.polar_input(*state, None, 1 / (POLAR_SAFETY * norm + POLAR_EPS), mu)
+    U, scales = polar_steps(X), None
+    if second_moment is not None:
+        scales, _ = triton_kernels.row_scales(U, second_moment, MUON_BETA2)
+    triton_kernels.apply_update(weight, mantissa, U, scales, None, lr_N11.flatten(), float(decay), mode)
+
+
 def step_adam(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode: str):
     """One Adam step on a shard, in place; lr, decay and betas 0-d, or one for each number."""
     W = read_master(weight, mantissa)
@@ -1337,9 +1380,9 @@ class Bucket:
 
 
 class AdamBucket(Bucket):
-    """A big table, or all small parameters together."""
+    """A big table, or all small parameters together. kernels: none here, a compiler fuses Adam by itself."""
 
-    def __init__(self, params, ranks, o: OptimizerSettings, compiler):
+    def __init__(self, params, ranks, o: OptimizerSettings, compiler, kernels: bool):
         super().__init__(params, ranks, 1, ADAM_EVERY)
         self.o, self.count = o, 0
         self.m, self.v = (torch.zeros_like(self.mine, dtype=torch.float32) for _ in range(2))
@@ -1375,7 +1418,7 @@ class AdamBucket(Bucket):
 class MatrixBucket(Bucket):
     """All matrices of one shape, stacked, so that one batched product serves them all."""
 
-    def __init__(self, params, ranks, o: OptimizerSettings, compiler):
+    def __init__(self, params, ranks, o: OptimizerSettings, compiler, kernels: bool):
         R, K = next(iter(params.values())).shape
         super().__init__(params, ranks, R * K, every=1)
         self.o, self.count = o, 0
@@ -1391,7 +1434,10 @@ class MatrixBucket(Bucket):
         shape_lr = [max(1, R / K) ** 0.5 * (DOWN_LR if name.endswith("down") else 1) for name in self.names]
         shape_lr += [0.0] * (num_mine - len(shape_lr))
         self.shape_lr_N11 = torch.tensor(shape_lr, device=self.mine.device).view(-1, 1, 1)
-        self.run = compiler(step_adam if o.optimizer == "adamw" else step_muon)
+        if o.optimizer == "adamw":
+            self.run = compiler(step_adam)
+        else:
+            self.run = step_muon_fused if kernels else compiler(step_muon)
 
     def update(self, lr_mul: float, mu: float, measure: bool):
         self.work.wait()
@@ -1422,7 +1468,8 @@ def find_role(name: str) -> Role:
 class Optimizer:
     """All buckets, small ones first, so that the big transfers overlap with the work on what has arrived."""
 
-    def __init__(self, model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiler):
+    def __init__(self, model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiler,
+                 kernels: bool = False):
         self.o, self.ranks, self.num_steps = o, ranks, num_steps
         groups = {}
         for name, p in model.named_parameters():
@@ -1432,7 +1479,7 @@ class Optimizer:
             else:  # the head stays alone, because the embedding takes over its state
                 key = AdamBucket, name if p.numel() >= SMALL or role.name == "head" else p.dtype
             groups.setdefault(key, {})[name] = p
-        self.buckets = [make(params, ranks, o, compiler) for (make, _), params in groups.items()]
+        self.buckets = [make(params, ranks, o, compiler, kernels) for (make, _), params in groups.items()]
         self.buckets.sort(key=lambda b: (isinstance(b, MatrixBucket), b.size))
         self.by_name = {name: b for b in self.buckets for name in b.params}
         if "embed" in self.by_name:
@@ -1604,7 +1651,8 @@ class Trainer:
         self.model = build_model(s, config, vocab_size, ranks.device)
         compiler = torch_compile if s.compile == "1" else lambda function: function
         self.forward = compiler(self.model)
-        self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler)
+        self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler,
+                                   kernels=s.kernels == "triton")
         self.stage, self.tied = 0, True
 
     def enter(self, step: int):

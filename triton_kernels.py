@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)  # else max and clamp would hide that a run has diverged
@@ -127,18 +128,35 @@ MLP_BLOCKS = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=8)
 
 
 @triton.jit
+def grouped(tile, blocks_m, blocks_n, GROUP: tl.constexpr):
+    """Row and column of a block: GROUP rows of blocks at a time, column by column, so that what is read at
+    the same time stays in the L2 cache."""
+    first = tile // (GROUP * blocks_n) * GROUP
+    height = min(blocks_m - first, GROUP)
+    within = tile % (GROUP * blocks_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def activation(acc):
+    positive = tl.maximum(acc, 0.0, propagate_nan=KEEP_NAN)
+    return positive * positive
+
+
+@triton.jit
+def activation_backward(acc, hidden):
+    """acc times the derivative of relu(x)^2, by its value: 2 relu(x) = 2 sqrt(hidden)."""
+    return acc * (2.0 * tl.sqrt(hidden.to(tl.float32)))
+
+
+@triton.jit
 def mlp_kernel(a, b, hidden, out, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr,
                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
-    """relu(a b^T)^2, or backward, with h = relu(x)^2 at hand, (a b^T) 2 relu(x), as relu(x) = sqrt(h).
-    a (M, K), b (N, K), hidden and out (M, N), all contiguous; N a multiple of BLOCK_N, K of BLOCK_K."""
-    pid = tl.program_id(0)
-    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), N // BLOCK_N
-    # GROUP rows of blocks at a time, column by column, so that what is read together stays in the L2 cache
-    first = pid // (GROUP * blocks_n) * GROUP
-    height = min(blocks_m - first, GROUP)
-    within = pid % (GROUP * blocks_n)
-    rows = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    """relu(a b^T)^2 or, backward, (a b^T) 2 sqrt(hidden); before Hopper. a (M, K), b (N, K), hidden and out
+    (M, N), all contiguous; N a multiple of BLOCK_N, K of BLOCK_K."""
+    row, col = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), N // BLOCK_N, GROUP)
+    rows = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = col * BLOCK_N + tl.arange(0, BLOCK_N)
     at_k = tl.arange(0, BLOCK_K)
     left = a + rows.to(tl.int64)[:, None] * K + at_k[None, :]
     right = b + cols[None, :] * K + at_k[:, None]
@@ -149,24 +167,64 @@ def mlp_kernel(a, b, hidden, out, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.c
         right += BLOCK_K
     place = rows.to(tl.int64)[:, None] * N + cols[None, :]
     if BACKWARD:
-        h = tl.load(hidden + place, mask=rows[:, None] < M, other=0.0)
-        value = acc * (2.0 * tl.sqrt(h.to(tl.float32)))
+        value = activation_backward(acc, tl.load(hidden + place, mask=rows[:, None] < M, other=0.0))
     else:
-        positive = tl.maximum(acc, 0.0, propagate_nan=KEEP_NAN)
-        value = positive * positive
+        value = activation(acc)
     tl.store(out + place, value.to(out.dtype.element_ty), mask=rows[:, None] < M)
+
+
+@triton.jit
+def mlp_hopper_kernel(a, b, hidden, out, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr,
+                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+                      PROGRAMS: tl.constexpr):
+    """The same by tensor descriptors, which copy whole blocks in the background; each program works on one
+    block after another, so that the next one's copies start while this one is finished, in halves that need
+    less shared memory. Blocks that reach beyond M are filled with zeros and cut when stored."""
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), N // BLOCK_N
+    HALF: tl.constexpr = BLOCK_N // 2
+    for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, PROGRAMS, flatten=True):
+        row, col = grouped(tile, blocks_m, blocks_n, GROUP)
+        m, n = row * BLOCK_M, col * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            acc = tl.dot(a.load([m, k]), b.load([n, k]).T, acc)
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        if BACKWARD:
+            out.store([m, n], activation_backward(left, hidden.load([m, n])).to(tl.bfloat16))
+            out.store([m, n + HALF], activation_backward(right, hidden.load([m, n + HALF])).to(tl.bfloat16))
+        else:
+            out.store([m, n], activation(left).to(tl.bfloat16))
+            out.store([m, n + HALF], activation(right).to(tl.bfloat16))
+
+
+def has_tensor_descriptors() -> bool:
+    """In hardware: Hopper and later. (The interpreter has them too.)"""
+    return triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().arch >= 90
 
 
 def launch_mlp(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
     a, b = a.contiguous(), b.contiguous()
     (M, K), N = a.shape, b.shape[0]
-    check_multiple("the MLP's hidden width", N, MLP_BLOCKS["BLOCK_N"])
-    check_multiple("the MLP's width", K, MLP_BLOCKS["BLOCK_K"])
+    block_m, block_n, block_k = (MLP_BLOCKS[f"BLOCK_{d}"] for d in "MNK")
+    check_multiple("the MLP's hidden width", N, block_n)
+    check_multiple("the MLP's width", K, block_k)
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    grid = triton.cdiv(M, MLP_BLOCKS["BLOCK_M"]) * (N // MLP_BLOCKS["BLOCK_N"])
-    mlp_kernel[grid,](a, b, out if hidden is None else hidden, out, M, N, K, BACKWARD=hidden is not None,
-                      **MLP_BLOCKS, num_warps=8, num_stages=3)
+    tensors = a, b, out if hidden is None else hidden, out
+    num_tiles = triton.cdiv(M, block_m) * (N // block_n)
+    sizes = dict(M=M, N=N, K=K, BACKWARD=hidden is not None, **MLP_BLOCKS, num_warps=8, num_stages=3)
+    if not has_tensor_descriptors():
+        mlp_kernel[num_tiles,](*tensors, **sizes)
+        return out
+    half = [block_m, block_n // 2]
+    blocks = [block_m, block_k], [block_n, block_k], half, half
+    descriptors = map(TensorDescriptor.from_tensor, tensors, blocks)
+    programs = num_multiprocessors(a.device)
+    mlp_hopper_kernel[min(num_tiles, programs),](*descriptors, **sizes, PROGRAMS=programs)
     return out
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def check_multiple(name: str, value: int, of: int):
@@ -226,7 +284,7 @@ def mlp_reference(x_BTC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
 # Float8
 # ---------------------------------------------------------------------------------------------------
 
-TILE = dict(BLOCK_R=128, BLOCK_C=128)
+TILE = dict(BLOCK_R=128, BLOCK_C=64)  # rows of at least 64 bytes each way, registers for 3 blocks at a time
 
 
 @triton.jit

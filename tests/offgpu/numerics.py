@@ -8,6 +8,9 @@ import torch.nn.functional as functional
 import triton
 import triton.language as tl
 
+import helpers
+import train_gpt
+import train_gpt_muon_ord
 import triton_kernels as kernels
 
 SOFTCAP = (23.0, 5.0, 7.5)
@@ -79,9 +82,12 @@ def test_gram_polynomial(size):
 # the MLP
 
 
+@pytest.mark.parametrize("hopper", [True, False], ids=["sm_90", "before"])
 @pytest.mark.parametrize("M, C, F", [(130, 64, 256), (1200, 64, 512), (1, 128, 256)])
-def test_mlp(M, C, F):
+def test_mlp(M, C, F, hopper, monkeypatch):
     """Values and all three gradients against fp32 on the same bfloat16 numbers; a few roundings between."""
+    monkeypatch.setattr(kernels, "has_tensor_descriptors", lambda: hopper)
+    monkeypatch.setattr(kernels, "num_multiprocessors", lambda device: 3)  # so that each has several blocks
     shapes = ((M, C), (F, C), (F, C))
     inputs = [draw(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
     exact = [x.detach().float().requires_grad_() for x in inputs]
@@ -326,3 +332,128 @@ def test_one_graph_holds_forward_and_backward(scales):
         results.append([loss.detach(), entropy, *(x.grad for x in mine)])
     for eager, traced in zip(*results):
         assert_close(traced, eager)
+
+
+# the trainers with kernels
+
+
+TRAINERS = (train_gpt, train_gpt_muon_ord)
+
+
+@pytest.mark.parametrize("shape", [(1, 130, 130), (1, 100, 40), (2, 40, 70)])
+def test_polar_steps_give_the_polar_factor(shape):
+    """Within what bfloat16 leaves of it: all singular values near 1, the directions those of an exact SVD."""
+    U, _, Vh = torch.linalg.svd(draw(*shape, dtype=torch.float64), full_matrices=False)
+    spectrum = torch.linspace(1, 0.05, U.shape[-1], dtype=torch.float64)
+    X = U * spectrum @ Vh
+    got = train_gpt.polar_steps((X / (1.02 * X.norm(dim=(1, 2), keepdim=True))).bfloat16()).double()
+    values = torch.linalg.svdvals(got)
+    assert 0.75 < values.min() and values.max() < 1.25
+    assert (got * (U @ Vh)).sum() / (got.norm() * (U @ Vh).norm()) > 0.99
+
+
+def plain_polar_bfloat16(G_NRK):
+    """polar_express as the trainers have it for CUDA, in plain torch."""
+    X = G_NRK / (1.02 * G_NRK.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    X, tall = X.bfloat16(), G_NRK.size(-2) > G_NRK.size(-1)
+    X = X.mT if tall else X
+    for a, b, c in train_gpt.POLAR_COEFFICIENTS:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X.mT if tall else X).float()
+
+
+ORD_CASES = [dict(ORD_MODE="off"), dict(), dict(SPECTRAL_LR_MUL="0.7"), dict(ORD_MODE="project"),
+             dict(SPECTRAL_SCALE="unit"), dict(SPECTRAL_SCHEDULE="adaptive"), dict(OPTIMIZER="muon"),
+             dict(OPTIMIZER="muon", SPECTRAL_SCALE="unit"),
+             dict(MUON_DECAY_MODE="param", MUON_WEIGHT_DECAY="0.1")]
+
+
+def twin_step(step, case, env, measure=True):
+    """One step of the twin on copies of a case: (masters, momentum, second moment, |rho|, stats)."""
+    o = train_gpt_muon_ord.read_settings({"DEVICE": "cpu", "MODEL": "gpt2-small", **env})[1]
+    grad, momentum, weight, mantissa = copies(*case)
+    N, R, K = grad.shape
+    moment = torch.full((N, R, 1) if R >= K else (N, 1, K), 1e-3) if o.optimizer == "normuon" else None
+    scalar = train_gpt_muon_ord.scalar
+    a, rho_0 = torch.full((N, 1, 1), o.spectral_lr_mul), torch.full((N, 1, 1), 0.02)
+    rho, stats = step(weight, mantissa, grad, momentum, moment, None, torch.full((N, 1, 1), 0.02),
+                      scalar(0.03), scalar(0.9), a, rho_0, scalar(1.0), o, measure)
+    return kernels.master_reference(weight, mantissa), momentum, moment, rho, stats
+
+
+@pytest.mark.parametrize("env", ORD_CASES, ids=lambda env: "-".join(env.values()) or "default")
+@pytest.mark.parametrize("shape", [(2, 90, 48), (2, 40, 56)])
+def test_fused_step_is_the_plain_step(shape, env, monkeypatch):
+    """Weights, states and measurements against the torch path with the same bfloat16 polar iterations, whose
+    roundings differ in places: the update agrees to 2%, everything that does not pass through it closely."""
+    monkeypatch.setattr(train_gpt_muon_ord, "polar_express", plain_polar_bfloat16)
+    case = tail_case(shape)
+    case[0].add_(case[2], alpha=3)  # else rho is all but zero
+    want = twin_step(train_gpt_muon_ord.step_muon, case, env)
+    got = twin_step(train_gpt_muon_ord.step_muon_fused, case, env)
+    before = kernels.master_reference(*case[2:])
+    moved = [x[0] - before for x in (got, want)]
+    assert (moved[0] - moved[1]).norm() / moved[1].norm() < 0.02
+    assert_close(got[1], want[1], rtol=1e-6)
+    if want[2] is not None:
+        assert_close(got[2], want[2], rtol=0.02)
+    assert_close(got[3], want[3], rtol=1e-4)
+    assert torch.allclose(got[4], want[4], rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(2, 90, 48), (2, 40, 56)])
+@pytest.mark.parametrize("env", [dict(SPECTRAL_LR_MUL="0"), dict(ORD_MODE="off")], ids=["a=0", "off"])
+def test_twins_with_kernels_agree_bit_for_bit(shape, env):
+    """SPECTRAL_LR_MUL=0 is NorMuon on a GPU too; and what is measured for the log changes no weight."""
+    case, scalar = tail_case(shape), train_gpt.scalar
+    grad, momentum, weight, mantissa = copies(*case)
+    N, R, K = shape
+    moment = torch.full((N, R, 1) if R >= K else (N, 1, K), 1e-3)
+    train_gpt.step_muon_fused(weight, mantissa, grad, momentum, moment, torch.full((N, 1, 1), 0.02),
+                              scalar(0.03), scalar(0.9), "cautious")
+    for measure in (True, False):
+        twin = twin_step(train_gpt_muon_ord.step_muon_fused, case, env, measure)
+        for a, b in zip(twin, (kernels.master_reference(weight, mantissa), momentum, moment)):
+            assert torch.equal(a, b)
+
+
+def model_of_every_feature(with_kernels, float8, dtype):
+    """A GPT wide enough for the kernels, tables and matrices in dtype, as build_model makes it for CUDA."""
+    c = helpers.small_config(train_gpt, width=64, num_heads=4, head_dim=16, num_kv_heads=4)
+    model = train_gpt.GPT(c, 160, "sdpa", float8, 1.0, kernels=with_kernels)
+    generator = torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.data = (p.data + 0.02 * torch.randn(p.shape, generator=generator)).bfloat16().to(dtype)
+    model.rotary.make_tables(128)
+    return model
+
+
+def loss_and_grads(model):
+    """Loss, cross-entropy and gradients; those of everything small as one vector, as each alone is noise."""
+    tokens = torch.randint(0, 160, (2, 33), generator=torch.Generator().manual_seed(1))
+    ends = torch.tensor([0, 20, 32, 64], dtype=torch.int32)
+    batch = train_gpt.Batch(tokens[:, :-1].int(), tokens[:, 1:], ends, 32)
+    loss, entropy = model(batch, (8, 16), torch.tensor([1.0, 0.5]), True)
+    (train_gpt.LOSS_SCALE * loss).backward()
+    grads = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+    small = [n for n in sorted(grads) if grads[n].numel() < 64]
+    return loss.item(), entropy.item(), {**{n: g for n, g in grads.items() if n not in small},
+                                         "small": torch.stack([grads[n].norm() for n in small])}
+
+
+@pytest.mark.parametrize("float8", [False, True], ids=["bfloat16", "float8"])
+def test_whole_model_with_kernels(float8, monkeypatch):
+    """Loss and every gradient are as near to fp32's as plain torch's are in the same types."""
+    monkeypatch.setattr(train_gpt, "eager_cpu", lambda x: False)  # the path that CUDA takes
+    exact = loss_and_grads(model_of_every_feature(False, False, torch.float32))
+    plain = loss_and_grads(model_of_every_feature(False, float8, torch.bfloat16))
+    got = loss_and_grads(model_of_every_feature(True, float8, torch.bfloat16))
+    assert got[:2] == pytest.approx(exact[:2], rel=5e-3)
+    assert got[2].keys() == exact[2].keys()
+    for name, want in exact[2].items():
+        if want.norm() > 0:
+            error, usual = ((x[2][name] - want).norm() / want.norm() for x in (got, plain))
+            assert error < 1.3 * usual + 0.005, (name, error, usual)
