@@ -19,6 +19,8 @@ every launch for Hopper, both without a GPU. Predicted gains: records/2026-11-24
 M rows (tokens), C width, F hidden width, V vocabulary, B slices of T tokens, K predicted tokens;
 N matrices of R rows and K columns
 """
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by the tests; it knows no assembly
 KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)  # else max and clamp would hide that a run has diverged
 NAMESPACE = "speedrun_ord"
 
@@ -125,6 +128,7 @@ def gram_polynomial_reference(A_NRR: Tensor, b: float, c: float) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 MLP_BLOCKS = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=8)
+HOPPER_SHARED, WIDE_SHARED = 213_032, 147_456  # bytes that mlp_hopper_kernel takes so; mlp_kernel
 
 
 @triton.jit
@@ -197,27 +201,35 @@ def mlp_hopper_kernel(a, b, hidden, out, M, N, K, BACKWARD: tl.constexpr, BLOCK_
             out.store([m, n + HALF], activation(right).to(tl.bfloat16))
 
 
-def has_tensor_descriptors() -> bool:
-    """In hardware: Hopper and later. (The interpreter has them too.)"""
-    return triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().arch >= 90
+@functools.cache
+def gpu_limits() -> tuple[int, int]:
+    """Architecture, 90 for sm_90, and the bytes of shared memory that a block may have. The interpreter has
+    no limits."""
+    if INTERPRETED.value:
+        return 90, HOPPER_SHARED
+    driver = triton.runtime.driver.active
+    properties = driver.utils.get_device_properties(driver.get_current_device())
+    return driver.get_current_target().arch, properties["max_shared_mem"]
 
 
 def launch_mlp(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
     a, b = a.contiguous(), b.contiguous()
     (M, K), N = a.shape, b.shape[0]
-    block_m, block_n, block_k = (MLP_BLOCKS[f"BLOCK_{d}"] for d in "MNK")
+    arch, shared = gpu_limits()
+    blocks = MLP_BLOCKS if shared >= WIDE_SHARED else {**MLP_BLOCKS, "BLOCK_N": 128}  # sm_86, 89, 120
+    block_m, block_n, block_k = (blocks[f"BLOCK_{d}"] for d in "MNK")
     check_multiple("the MLP's hidden width", N, block_n)
     check_multiple("the MLP's width", K, block_k)
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
     tensors = a, b, out if hidden is None else hidden, out
     num_tiles = triton.cdiv(M, block_m) * (N // block_n)
-    sizes = dict(M=M, N=N, K=K, BACKWARD=hidden is not None, **MLP_BLOCKS, num_warps=8, num_stages=3)
-    if not has_tensor_descriptors():
+    sizes = dict(M=M, N=N, K=K, BACKWARD=hidden is not None, **blocks, num_warps=8, num_stages=3)
+    if arch < 90 or shared < HOPPER_SHARED:
         mlp_kernel[num_tiles,](*tensors, **sizes)
         return out
     half = [block_m, block_n // 2]
-    blocks = [block_m, block_k], [block_n, block_k], half, half
-    descriptors = map(TensorDescriptor.from_tensor, tensors, blocks)
+    shapes = [block_m, block_k], [block_n, block_k], half, half
+    descriptors = map(TensorDescriptor.from_tensor, tensors, shapes)
     programs = num_multiprocessors(a.device)
     mlp_hopper_kernel[min(num_tiles, programs),](*descriptors, **sizes, PROGRAMS=programs)
     return out
@@ -288,9 +300,9 @@ TILE = dict(BLOCK_R=128, BLOCK_C=64)  # rows of at least 64 bytes each way, regi
 
 
 @triton.jit
-def to_float8(x, scale, LIMIT: tl.constexpr, dtype: tl.constexpr):
-    """x / scale, clamped: e5m2 would overflow to inf, e4m3 to nan."""
-    return tl.clamp(x / scale, -LIMIT, LIMIT, propagate_nan=KEEP_NAN).to(dtype)
+def to_float8(x, LIMIT: tl.constexpr, dtype: tl.constexpr):
+    """Clamped: e5m2 would overflow to inf, e4m3 to nan."""
+    return tl.clamp(x, -LIMIT, LIMIT, propagate_nan=KEEP_NAN).to(dtype)
 
 
 @triton.jit
@@ -300,7 +312,7 @@ def quantize_kernel(x, out, out_t, R, C, scale, LIMIT: tl.constexpr, BLOCK_R: tl
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (rows[:, None] < R) & (cols[None, :] < C)
     value = tl.load(x + rows[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    value = to_float8(value, scale, LIMIT, out.dtype.element_ty)
+    value = to_float8(value / scale, LIMIT, out.dtype.element_ty)
     tl.store(out + rows[:, None] * C + cols[None, :], value, mask=inside)
     inside = (cols[:, None] < C) & (rows[None, :] < R)
     tl.store(out_t + cols.to(tl.int64)[:, None] * R + rows[None, :], tl.trans(value), mask=inside)
@@ -345,9 +357,26 @@ LOSS_BLOCK = 2048
 
 
 @triton.jit
+def exp2(x):
+    """One instruction. tl.exp2 takes four, to serve subnormal numbers, and the loss is bound by such."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def reciprocal(x):
+    """One instruction, off by at most 1 in the last place; a division takes six."""
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
 def squash(z, shift, width):
     """sigmoid((z + shift) / width)"""
-    return 1.0 / (1.0 + tl.exp2((z.to(tl.float32) + shift) * (-LOG2E / width)))
+    slope = -LOG2E / width
+    return reciprocal(1.0 + exp2(z.to(tl.float32) * slope + shift * slope))
 
 
 @triton.jit
@@ -360,7 +389,7 @@ def loss_kernel(z, targets, weights, losses, entropies, lses, T, V, gain, shift,
     total = tl.zeros((BLOCK,), tl.float32)
     for v in range(0, V, BLOCK):
         s = squash(tl.load(z + v + at, mask=at < V - v, other=0.0), shift, width)
-        total += tl.where(at < V - v, tl.exp2((s - 1.0) * (gain * LOG2E)), 0.0)
+        total += tl.where(at < V - v, exp2(s * (gain * LOG2E) - gain * LOG2E), 0.0)
     lse = gain + tl.log(tl.sum(total, 0))
     loss = 0.0
     for k in tl.static_range(K):
@@ -376,27 +405,28 @@ def loss_kernel(z, targets, weights, losses, entropies, lses, T, V, gain, shift,
 @triton.jit
 def loss_backward_kernel(z, lses, targets, weights, grad, out, out_t, M, T, V, gain, shift, width, scale,
                          K: tl.constexpr, LIMIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One tile of the gradient with respect to z; float8 also transposed, where LIMIT is not 0."""
+    """One tile of the gradient with respect to z, divided by scale; float8, and transposed too, if LIMIT."""
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     row64 = rows.to(tl.int64)
     inside = (rows[:, None] < M) & (cols[None, :] < V)
     s = squash(tl.load(z + row64[:, None] * V + cols[None, :], mask=inside, other=0.0), shift, width)
     lse = tl.load(lses + rows, mask=rows < M, other=0.0)
-    probability = tl.exp2(s * (gain * LOG2E) - (lse * LOG2E)[:, None])
+    probability = exp2(s * (gain * LOG2E) - (lse * LOG2E)[:, None])
+    factor = tl.load(grad) * gain / width / scale
     strength = tl.zeros((BLOCK_R,), tl.float32)
     picked = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for k in tl.static_range(K):
         has = (rows < M) & (rows % T < T - k)
-        w = tl.where(has, tl.load(weights + k), 0.0)
+        w = tl.where(has, tl.load(weights + k) * factor, 0.0)
         target = tl.load(targets + rows + k, mask=has, other=0).to(tl.int32)
         strength += w
         picked += tl.where(cols[None, :] == target[:, None], w[:, None], 0.0)
-    value = (strength[:, None] * probability - picked) * (s * (1.0 - s)) * (tl.load(grad) * gain / width)
+    value = (strength[:, None] * probability - picked) * (s - s * s)
     if LIMIT == 0:
         tl.store(out + row64[:, None] * V + cols[None, :], value.to(out.dtype.element_ty), mask=inside)
     else:
-        value = to_float8(value, scale, LIMIT, out.dtype.element_ty)
+        value = to_float8(value, LIMIT, out.dtype.element_ty)
         tl.store(out + row64[:, None] * V + cols[None, :], value, mask=inside)
         inside = (cols[:, None] < V) & (rows[None, :] < M)
         tl.store(out_t + cols.to(tl.int64)[:, None] * M + rows[None, :], tl.trans(value), mask=inside)

@@ -4,7 +4,6 @@ this file with pytest in a process of its own: interpreter and compiler do not m
 import interpreter  # noqa: F401, I001  (first: it must be there before kernels are defined)
 import pytest
 import torch
-import torch.nn.functional as functional
 import triton
 import triton.language as tl
 
@@ -82,11 +81,11 @@ def test_gram_polynomial(size):
 # the MLP
 
 
-@pytest.mark.parametrize("hopper", [True, False], ids=["sm_90", "before"])
+@pytest.mark.parametrize("limits", [(90, 232_448), (80, 166_912), (89, 101_376)], ids=["sm_90", "80", "89"])
 @pytest.mark.parametrize("M, C, F", [(130, 64, 256), (1200, 64, 512), (1, 128, 256)])
-def test_mlp(M, C, F, hopper, monkeypatch):
+def test_mlp(M, C, F, limits, monkeypatch):
     """Values and all three gradients against fp32 on the same bfloat16 numbers; a few roundings between."""
-    monkeypatch.setattr(kernels, "has_tensor_descriptors", lambda: hopper)
+    monkeypatch.setattr(kernels, "gpu_limits", lambda: limits)
     monkeypatch.setattr(kernels, "num_multiprocessors", lambda device: 3)  # so that each has several blocks
     shapes = ((M, C), (F, C), (F, C))
     inputs = [draw(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
@@ -312,24 +311,26 @@ def test_apply_update(shape, mode):
 # what compiled code sees
 
 
-def head_and_mlp(x, up, down, head, targets, weights, scales):
-    y = x + kernels.mlp(functional.rms_norm(x, (x.shape[-1],)), up, down)
+def head_and_mlp(mlp, x, head, targets, weights, scales):
+    y = x + mlp(train_gpt.norm(x), 1.0)
     return kernels.head_loss(y.flatten(0, 1), head, targets, weights, SOFTCAP, scales)
 
 
 @pytest.mark.parametrize("scales", [None, (100 / 448, 6 / 448, 0.1 / 448)], ids=["bfloat16", "float8"])
 def test_one_graph_holds_forward_and_backward(scales):
     """fullgraph: dynamo traces through the autograd functions; the kernels are operations of the graph."""
-    leaves = [draw(2, 16, 64), draw(256, 64, seed=1, scale=0.1), draw(256, 64, seed=2, scale=0.1),
-              draw(160, 64, seed=3, scale=0.1)]
+    mlp = train_gpt.MLP(helpers.small_config(train_gpt, width=64), kernels=True).bfloat16()
+    mlp.up.data, mlp.down.data = draw(256, 64, seed=1, scale=0.1), draw(256, 64, seed=2, scale=0.1)
+    x, head = draw(2, 16, 64).requires_grad_(), draw(160, 64, seed=3, scale=0.1).requires_grad_()
     targets, weights = torch.randint(0, 160, (2, 16)), torch.tensor([1.0, 0.5])
-    results = []
+    leaves, results = (x, head, mlp.up, mlp.down), []
     compiled = torch.compile(head_and_mlp, backend="aot_eager", fullgraph=True, dynamic=False)
     for run in (head_and_mlp, compiled):
-        mine = [x.clone().requires_grad_() for x in leaves]
-        loss, entropy = run(*mine, targets, weights, scales)
+        for leaf in leaves:
+            leaf.grad = None
+        loss, entropy = run(mlp, x, head, targets, weights, scales)
         (0.25 * loss).backward()
-        results.append([loss.detach(), entropy, *(x.grad for x in mine)])
+        results.append([loss.detach(), entropy, *(leaf.grad for leaf in leaves)])
     for eager, traced in zip(*results):
         assert_close(traced, eager)
 
