@@ -70,6 +70,8 @@ class Settings:
     attn_backend: str = knob("auto", "auto: varlen on CUDA, sdpa elsewhere; varlen: FlashAttention-3 where "
                              "its package is installed and the GPU is sm_90, else torch's FlashAttention-2",
                              choices=("auto", "varlen", "flex", "sdpa"))
+    kernels: str = knob("auto", "auto: triton on CUDA from sm_80 on, where it is installed, else torch",
+                        choices=("auto", "triton", "torch"))
     disable_fp8: bool = knob(False, "head in bfloat16 even where float8 is to be had (sm_89 and later)")
     # data
     data_path: str = knob(".", "folder that TRAIN_FILES and VAL_FILES are relative to")
@@ -246,6 +248,9 @@ def check_settings(s: Settings, env):
                             ". _ - = , + that begins with a letter or digit")
     if s.device == "cpu" and s.attn_backend in ("varlen", "flex"):
         raise SettingsError(f"ATTN_BACKEND={s.attn_backend} trains on CUDA only; elsewhere use sdpa or auto")
+    if s.kernels == "triton" and (s.device == "cpu" or not importlib.util.find_spec("triton")):
+        lacks = "no CUDA device is used" if s.device == "cpu" else "triton is not installed"
+        raise SettingsError(f"KERNELS=triton, but {lacks} here; use KERNELS=torch or auto")
 
 
 def capability() -> tuple[int, int]:
@@ -261,6 +266,9 @@ def resolve(s: Settings) -> Settings:
     changes["attn_backend"] = ("varlen" if cuda else "sdpa") if s.attn_backend == "auto" else s.attn_backend
     if not cuda or capability() < (8, 9):
         changes["disable_fp8"] = True
+    if s.kernels == "auto":
+        able = cuda and capability() >= (8, 0) and importlib.util.find_spec("triton")
+        changes["kernels"] = "triton" if able else "torch"
     if s.train_tokens:
         mean_batch = sum(s.batch_sizes[:-1]) / (NUM_STAGES - 1)
         changes["num_scheduled_iterations"] = max(1, round(s.train_tokens / mean_batch))
@@ -1471,21 +1479,25 @@ def pair_heads(x_BTHD: Tensor) -> Tensor:
 class MLP(nn.Module):
     """W2 relu(W1 n)^2; both matrices stored (4C, C)."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, kernels: bool):
         super().__init__()
+        self.kernels = kernels
         self.up, self.down = (nn.Parameter(torch.empty(4 * c.width, c.width)) for _ in range(2))
 
     def forward(self, n_BTC: Tensor, out_scale: float) -> Tensor:
+        if self.kernels:
+            import triton_kernels
+            return triton_kernels.mlp(n_BTC, self.up, scaled(self.down, out_scale))
         return SquaredReLU.apply(F.linear(n_BTC, self.up)) @ scaled(self.down, out_scale)
 
 
 class Block(nn.Module):
     """One layer: its input is mixed from the stream, the embedding and the bigram embedding."""
 
-    def __init__(self, c: ModelConfig, plan: LayerPlan):
+    def __init__(self, c: ModelConfig, plan: LayerPlan, kernels: bool):
         super().__init__()
         self.attn = Attention(c, plan) if plan.attention else None
-        self.mlp = MLP(c)
+        self.mlp = MLP(c, kernels)
         self.l_res, self.l_x0 = weight(1.1), weight(0.0)
         self.l_bi = weight(0.1) if c.bigram_rows else None
 
@@ -1507,9 +1519,9 @@ class GPT(nn.Module):
     """The speedrun's GPT. Knows nothing of ranks or optimizers."""
 
     def __init__(self, c: ModelConfig, vocab_size: int, backend: str, float8_head: bool,
-                 residual_scale: float):
+                 residual_scale: float, kernels: bool = False):
         super().__init__()
-        self.config, self.plans = c, layer_plans(c)
+        self.config, self.plans, self.kernels = c, layer_plans(c), kernels
         self.backend, self.float8_head, self.residual_scale = backend, float8_head, residual_scale
         V = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.head = nn.Parameter(torch.empty(V, c.width))
@@ -1524,7 +1536,7 @@ class GPT(nn.Module):
         if c.backout is not None:
             self.l_back = weight(0.5)
         self.rotary = Rotary(c.head_dim)
-        self.blocks = nn.ModuleList(Block(c, plan) for plan in self.plans)
+        self.blocks = nn.ModuleList(Block(c, plan, kernels) for plan in self.plans)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator):
@@ -1581,6 +1593,11 @@ class GPT(nn.Module):
         x = self.trunk(batch.inputs_BT, docs, windows, tied)
         if weights_K is None:
             return self.score(x.flatten(0, 1), batch.targets_BT.flatten())
+        if self.kernels:
+            import triton_kernels
+            scales = (HEAD_X_SCALE, HEAD_W_SCALE, HEAD_GRAD_SCALE) if self.float8_head else None
+            return triton_kernels.head_loss(x.flatten(0, 1), self.head, batch.targets_BT, weights_K, SOFTCAP,
+                                            scales)
         if self.float8_head:
             logits = Float8Head.apply(x.flatten(0, 1), self.head).view(B, T, -1)
         else:
@@ -1618,7 +1635,8 @@ def multi_token_loss(logits_BTV: Tensor, lse_BT: Tensor, targets_BT: Tensor, wei
 
 def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch.device) -> GPT:
     """A freshly initialised model; on CUDA everything with two dimensions is bfloat16, scalars stay fp32."""
-    model = GPT(config, vocab_size, s.attn_backend, not s.disable_fp8, s.residual_scale)
+    model = GPT(config, vocab_size, s.attn_backend, not s.disable_fp8, s.residual_scale,
+                kernels=s.kernels == "triton")
     seed = np.random.SeedSequence([s.seed, 0]).generate_state(1, np.uint64)[0]
     model.init_weights(torch.Generator().manual_seed(int(seed) >> 1))
     model.to(device)
@@ -1740,6 +1758,18 @@ def gram_polynomial(S_NRR: Tensor, coefficients) -> Tensor:
     return Q
 
 
+def polar_steps(X_NRK: Tensor) -> Tensor:
+    """polar_express on a GPU, of matrices brought to norm 1 already, in bfloat16: both of a step's symmetric
+    products cost half. A tall matrix is multiplied from the right and never turned."""
+    import triton_kernels
+    tall = X_NRK.size(-2) > X_NRK.size(-1)
+    for a, b, c in POLAR_COEFFICIENTS:
+        A = triton_kernels.gram(X_NRK.mT if tall else X_NRK)
+        B = triton_kernels.gram_polynomial(A, b, c)
+        X_NRK = torch.baddbmm(X_NRK, X_NRK, B, beta=a) if tall else torch.baddbmm(X_NRK, B, X_NRK, beta=a)
+    return X_NRK
+
+
 def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
     """Updates momentum in place; the gradient averaged with it, once more."""
     grad = grad.float()
@@ -1806,6 +1836,18 @@ def step_muon(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu
     W = read_master(weight, mantissa)
     U = orthogonalize(nesterov(grad, momentum, mu), second_moment)
     write_master(weight, mantissa, W.addcmul_(with_decay(U, W, decay, mode), lr_N11, value=-1))
+
+
+def step_muon_fused(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, mode: str):
+    """step_muon on a GPU: each line reads what is as large as the matrices once."""
+    import triton_kernels
+    state, mu = (grad, momentum, weight, mantissa), float(mu)
+    norm = triton_kernels.momentum_sums(*state, mu, ord=False)[:, 0].sqrt()
+    X = triton_kernels.polar_input(*state, None, 1 / (POLAR_SAFETY * norm + POLAR_EPS), mu)
+    U, scales = polar_steps(X), None
+    if second_moment is not None:
+        scales, _ = triton_kernels.row_scales(U, second_moment, MUON_BETA2)
+    triton_kernels.apply_update(weight, mantissa, U, scales, None, lr_N11.flatten(), float(decay), mode)
 
 
 def step_adam(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode: str):
@@ -1904,9 +1946,9 @@ class Bucket:
 
 
 class AdamBucket(Bucket):
-    """A big table, or all small parameters together."""
+    """A big table, or all small parameters together. kernels: none here, a compiler fuses Adam by itself."""
 
-    def __init__(self, params, ranks, o: OptimizerSettings, compiler):
+    def __init__(self, params, ranks, o: OptimizerSettings, compiler, kernels: bool):
         super().__init__(params, ranks, 1, ADAM_EVERY)
         self.o, self.count = o, 0
         self.m, self.v = (torch.zeros_like(self.mine, dtype=torch.float32) for _ in range(2))
@@ -1947,7 +1989,7 @@ class AdamBucket(Bucket):
 class MatrixBucket(Bucket):
     """All matrices of one shape, stacked, so that one batched product serves them all."""
 
-    def __init__(self, params, ranks, o: OptimizerSettings, compiler):
+    def __init__(self, params, ranks, o: OptimizerSettings, compiler, kernels: bool):
         R, K = next(iter(params.values())).shape
         super().__init__(params, ranks, R * K, every=1)
         self.o, self.count = o, 0
@@ -1963,7 +2005,10 @@ class MatrixBucket(Bucket):
         shape_lr = [max(1, R / K) ** 0.5 * (DOWN_LR if name.endswith("down") else 1) for name in self.names]
         shape_lr += [0.0] * (num_mine - len(shape_lr))
         self.shape_lr_N11 = torch.tensor(shape_lr, device=self.mine.device).view(-1, 1, 1)
-        self.run = compiler(step_adam if o.optimizer == "adamw" else step_muon)
+        if o.optimizer == "adamw":
+            self.run = compiler(step_adam)
+        else:
+            self.run = step_muon_fused if kernels else compiler(step_muon)
 
     def state(self):
         found = {"momentum": self.momentum, "second_moment": self.second_moment}
@@ -1998,7 +2043,8 @@ def find_role(name: str) -> Role:
 class Optimizer:
     """All buckets, small ones first, so that the big transfers overlap with the work on what has arrived."""
 
-    def __init__(self, model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiler):
+    def __init__(self, model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiler,
+                 kernels: bool = False):
         self.o, self.ranks, self.num_steps = o, ranks, num_steps
         groups = {}
         for name, p in model.named_parameters():
@@ -2008,7 +2054,7 @@ class Optimizer:
             else:  # the head stays alone, because the embedding takes over its state
                 key = AdamBucket, name if p.numel() >= SMALL or role.name == "head" else p.dtype
             groups.setdefault(key, {})[name] = p
-        self.buckets = [make(params, ranks, o, compiler) for (make, _), params in groups.items()]
+        self.buckets = [make(params, ranks, o, compiler, kernels) for (make, _), params in groups.items()]
         self.buckets.sort(key=lambda b: (isinstance(b, MatrixBucket), b.size))
         self.by_name = {name: b for b in self.buckets for name in b.params}
         if "embed" in self.by_name:
@@ -2184,9 +2230,10 @@ CHECKPOINT_KEYS = {"format": int, "config": dict, "run_id": str, "source_hash": 
                    "tied": bool, "rotary_scale": float, "rotary_freqs": Tensor, "counts": dict,
                    "params": dict}
 CHECKPOINT_FORMAT, CHECKPOINTS_KEPT = 1, 2
-MAY_DIFFER = {"run_id", "nproc_per_node", "compile", "rehearse", "slices_per_pass", "val_loss_every",
-              "val_loss_last_steps", "val_loss_every_last", "target_loss", "diverged_above", "save_every",
-              "resume", "save_model", "dist_timeout", "data_path", "train_files", "val_files", "train_tokens"}
+MAY_DIFFER = {"run_id", "nproc_per_node", "compile", "rehearse", "kernels", "slices_per_pass",
+              "val_loss_every", "val_loss_last_steps", "val_loss_every_last", "target_loss", "diverged_above",
+              "save_every", "resume", "save_model", "dist_timeout", "data_path", "train_files", "val_files",
+              "train_tokens"}
 
 
 class CheckpointError(ValueError):
@@ -2455,7 +2502,8 @@ class Trainer:
         self.model = build_model(s, config, vocab_size, ranks.device)
         compiler = torch_compile if s.compile == "1" else lambda function: function
         self.forward = compiled_forward(self.model) if s.compile == "1" else self.model
-        self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler)
+        self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler,
+                                   kernels=s.kernels == "triton")
         self.stage, self.tied = 0, True
 
     def enter(self, step: int):

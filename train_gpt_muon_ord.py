@@ -69,6 +69,8 @@ class Settings:
     attn_backend: str = knob("auto", "auto: varlen on CUDA, sdpa elsewhere; varlen: FlashAttention-3 where "
                              "its package is installed and the GPU is sm_90, else torch's FlashAttention-2",
                              choices=("auto", "varlen", "flex", "sdpa"))
+    kernels: str = knob("auto", "auto: triton on CUDA from sm_80 on, where it is installed, else torch",
+                        choices=("auto", "triton", "torch"))
     disable_fp8: bool = knob(False, "head in bfloat16 even where float8 is to be had (sm_89 and later)")
     # data
     data_path: str = knob(".", "folder that TRAIN_FILES and VAL_FILES are relative to")
@@ -245,6 +247,9 @@ def check_settings(s: Settings, env):
                             ". _ - = , + that begins with a letter or digit")
     if s.device == "cpu" and s.attn_backend in ("varlen", "flex"):
         raise SettingsError(f"ATTN_BACKEND={s.attn_backend} trains on CUDA only; elsewhere use sdpa or auto")
+    if s.kernels == "triton" and (s.device == "cpu" or not importlib.util.find_spec("triton")):
+        lacks = "no CUDA device is used" if s.device == "cpu" else "triton is not installed"
+        raise SettingsError(f"KERNELS=triton, but {lacks} here; use KERNELS=torch or auto")
 
 
 def capability() -> tuple[int, int]:
@@ -260,6 +265,9 @@ def resolve(s: Settings) -> Settings:
     changes["attn_backend"] = ("varlen" if cuda else "sdpa") if s.attn_backend == "auto" else s.attn_backend
     if not cuda or capability() < (8, 9):
         changes["disable_fp8"] = True
+    if s.kernels == "auto":
+        able = cuda and capability() >= (8, 0) and importlib.util.find_spec("triton")
+        changes["kernels"] = "triton" if able else "torch"
     if s.train_tokens:
         mean_batch = sum(s.batch_sizes[:-1]) / (NUM_STAGES - 1)
         changes["num_scheduled_iterations"] = max(1, round(s.train_tokens / mean_batch))
@@ -1470,21 +1478,25 @@ def pair_heads(x_BTHD: Tensor) -> Tensor:
 class MLP(nn.Module):
     """W2 relu(W1 n)^2; both matrices stored (4C, C)."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, kernels: bool):
         super().__init__()
+        self.kernels = kernels
         self.up, self.down = (nn.Parameter(torch.empty(4 * c.width, c.width)) for _ in range(2))
 
     def forward(self, n_BTC: Tensor, out_scale: float) -> Tensor:
+        if self.kernels:
+            import triton_kernels
+            return triton_kernels.mlp(n_BTC, self.up, scaled(self.down, out_scale))
         return SquaredReLU.apply(F.linear(n_BTC, self.up)) @ scaled(self.down, out_scale)
 
 
 class Block(nn.Module):
     """One layer: its input is mixed from the stream, the embedding and the bigram embedding."""
 
-    def __init__(self, c: ModelConfig, plan: LayerPlan):
+    def __init__(self, c: ModelConfig, plan: LayerPlan, kernels: bool):
         super().__init__()
         self.attn = Attention(c, plan) if plan.attention else None
-        self.mlp = MLP(c)
+        self.mlp = MLP(c, kernels)
         self.l_res, self.l_x0 = weight(1.1), weight(0.0)
         self.l_bi = weight(0.1) if c.bigram_rows else None
 
@@ -1506,9 +1518,9 @@ class GPT(nn.Module):
     """The speedrun's GPT. Knows nothing of ranks or optimizers."""
 
     def __init__(self, c: ModelConfig, vocab_size: int, backend: str, float8_head: bool,
-                 residual_scale: float):
+                 residual_scale: float, kernels: bool = False):
         super().__init__()
-        self.config, self.plans = c, layer_plans(c)
+        self.config, self.plans, self.kernels = c, layer_plans(c), kernels
         self.backend, self.float8_head, self.residual_scale = backend, float8_head, residual_scale
         V = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.head = nn.Parameter(torch.empty(V, c.width))
@@ -1523,7 +1535,7 @@ class GPT(nn.Module):
         if c.backout is not None:
             self.l_back = weight(0.5)
         self.rotary = Rotary(c.head_dim)
-        self.blocks = nn.ModuleList(Block(c, plan) for plan in self.plans)
+        self.blocks = nn.ModuleList(Block(c, plan, kernels) for plan in self.plans)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator):
@@ -1580,6 +1592,11 @@ class GPT(nn.Module):
         x = self.trunk(batch.inputs_BT, docs, windows, tied)
         if weights_K is None:
             return self.score(x.flatten(0, 1), batch.targets_BT.flatten())
+        if self.kernels:
+            import triton_kernels
+            scales = (HEAD_X_SCALE, HEAD_W_SCALE, HEAD_GRAD_SCALE) if self.float8_head else None
+            return triton_kernels.head_loss(x.flatten(0, 1), self.head, batch.targets_BT, weights_K, SOFTCAP,
+                                            scales)
         if self.float8_head:
             logits = Float8Head.apply(x.flatten(0, 1), self.head).view(B, T, -1)
         else:
@@ -1617,7 +1634,8 @@ def multi_token_loss(logits_BTV: Tensor, lse_BT: Tensor, targets_BT: Tensor, wei
 
 def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch.device) -> GPT:
     """A freshly initialised model; on CUDA everything with two dimensions is bfloat16, scalars stay fp32."""
-    model = GPT(config, vocab_size, s.attn_backend, not s.disable_fp8, s.residual_scale)
+    model = GPT(config, vocab_size, s.attn_backend, not s.disable_fp8, s.residual_scale,
+                kernels=s.kernels == "triton")
     seed = np.random.SeedSequence([s.seed, 0]).generate_state(1, np.uint64)[0]
     model.init_weights(torch.Generator().manual_seed(int(seed) >> 1))
     model.to(device)
@@ -1764,6 +1782,18 @@ def gram_polynomial(S_NRR: Tensor, coefficients) -> Tensor:
         P.diagonal(dim1=-2, dim2=-1).add_(a)
         Q = P if Q is None else P @ Q
     return Q
+
+
+def polar_steps(X_NRK: Tensor) -> Tensor:
+    """polar_express on a GPU, of matrices brought to norm 1 already, in bfloat16: both of a step's symmetric
+    products cost half. A tall matrix is multiplied from the right and never turned."""
+    import triton_kernels
+    tall = X_NRK.size(-2) > X_NRK.size(-1)
+    for a, b, c in POLAR_COEFFICIENTS:
+        A = triton_kernels.gram(X_NRK.mT if tall else X_NRK)
+        B = triton_kernels.gram_polynomial(A, b, c)
+        X_NRK = torch.baddbmm(X_NRK, X_NRK, B, beta=a) if tall else torch.baddbmm(X_NRK, B, X_NRK, beta=a)
+    return X_NRK
 
 
 def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
@@ -1930,6 +1960,56 @@ def step_muon(weight, mantissa, grad, momentum, second_moment, radial_moment, lr
     return rho.abs().mean((-2, -1), keepdim=True), stats
 
 
+def fused_covers(o: OptimizerSettings) -> bool:
+    """Whether step_muon_fused knows these settings; it wants one number a matrix for the radial part."""
+    return o.ord_mode != "post" and o.spectral_rho_mode == "global" and not o.spectral_variance
+
+
+def per_matrix(sums_N3: Tensor):
+    return (x.view(-1, 1, 1) for x in sums_N3.unbind(-1))
+
+
+def radial_part(sums_N3, a_N11, rho_0, settled, o: OptimizerSettings):
+    """From <G, G>, <G, W>, <W, W> of each matrix, all (N, 1, 1): rho, how much W the input of P loses, how
+    much the update gains, and the norms of P's input and of G_perp."""
+    GG, GW, WW = per_matrix(sums_N3)
+    rho = GW / (WW + o.spectral_proj_eps)
+    a_rho = 0 * rho if o.ord_mode == "off" else radial_strength(rho, a_N11, rho_0, settled, o) * rho
+    lost = rho if o.ord_mode == "project" else a_rho
+    norm_without = lambda part: (GG - 2 * part * GW + part.square() * WW).clamp_min(0).sqrt()
+    return rho, lost, a_rho, norm_without(lost), norm_without(rho)
+
+
+def fused_stats(sums_N3, applied_N3, rho, gained) -> Tensor:
+    """ord_stats from the sums that the kernels leave."""
+    (GG, GW, WW), (UW, UU, PP) = per_matrix(sums_N3), per_matrix(applied_N3)
+    G_norm, W_norm, U_norm = GG.sqrt(), WW.sqrt(), UU.sqrt()
+    values = (rho, safe_ratio(GW, G_norm * W_norm), safe_ratio(UW, U_norm * W_norm), W_norm,
+              safe_ratio(U_norm, W_norm), safe_ratio(gained.abs() * W_norm, PP.sqrt()))
+    return torch.cat(values, dim=-1).squeeze(1)
+
+
+def step_muon_fused(weight, mantissa, grad, momentum, second_moment, radial_moment, lr_N11, decay, mu,
+                    a_N11, rho_0, settled, o: OptimizerSettings, measure: bool, radial_part=radial_part):
+    """step_muon on a GPU, where fused_covers: the radial part is a number times W, so ORD costs two reads of
+    W, one for the sums that give rho, one where P's input loses it. radial_part: perhaps compiled."""
+    import triton_kernels
+    state, mu = (grad, momentum, weight, mantissa), float(mu)
+    sums = triton_kernels.momentum_sums(*state, mu, ord=True)
+    rho, lost, gained, norm, perp_norm = radial_part(sums, a_N11, rho_0, settled, o)
+    scale = 1 / (POLAR_SAFETY * norm + POLAR_EPS)
+    U = polar_steps(triton_kernels.polar_input(*state, lost.flatten(), scale.flatten(), mu))
+    scales = None
+    if second_moment is not None:
+        scales, squares = triton_kernels.row_scales(U, second_moment, MUON_BETA2)
+    if o.spectral_scale == "unit":  # variance reduction keeps the norm of U
+        squares = inner(U.float(), U.float()) if second_moment is None else squares.view(-1, 1, 1)
+        gained = gained * safe_ratio(squares.sqrt(), perp_norm)
+    applied = triton_kernels.apply_update(weight, mantissa, U, scales, gained.flatten(), lr_N11.flatten(),
+                                          float(decay), o.muon_decay_mode, measure)
+    return rho.abs(), fused_stats(sums, applied, rho, gained) if measure else None
+
+
 def step_adam(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode: str):
     """One Adam step on a shard, in place; lr, decay and betas 0-d, or one for each number."""
     W = read_master(weight, mantissa)
@@ -2026,9 +2106,9 @@ class Bucket:
 
 
 class AdamBucket(Bucket):
-    """A big table, or all small parameters together."""
+    """A big table, or all small parameters together. kernels: none here, a compiler fuses Adam by itself."""
 
-    def __init__(self, params, ranks, o: OptimizerSettings, compiler):
+    def __init__(self, params, ranks, o: OptimizerSettings, compiler, kernels: bool):
         super().__init__(params, ranks, 1, ADAM_EVERY)
         self.o, self.count = o, 0
         self.m, self.v = (torch.zeros_like(self.mine, dtype=torch.float32) for _ in range(2))
@@ -2070,7 +2150,7 @@ class AdamBucket(Bucket):
 class MatrixBucket(Bucket):
     """All matrices of one shape, stacked, so that one batched product serves them all."""
 
-    def __init__(self, params, ranks, o: OptimizerSettings, compiler):
+    def __init__(self, params, ranks, o: OptimizerSettings, compiler, kernels: bool):
         R, K = next(iter(params.values())).shape
         super().__init__(params, ranks, R * K, every=1)
         self.o, self.count = o, 0
@@ -2095,7 +2175,12 @@ class MatrixBucket(Bucket):
         self.a_N11 = torch.tensor(a, device=self.mine.device).view(-1, 1, 1)
         self.rho_sum = torch.zeros_like(self.a_N11)
         self.stats = None
-        self.run = compiler(step_adam if o.optimizer == "adamw" else step_muon)
+        if o.optimizer == "adamw":
+            self.run = compiler(step_adam)
+        else:
+            small = compiler(radial_part)
+            fused = lambda *state: step_muon_fused(*state, radial_part=small)
+            self.run = fused if kernels and fused_covers(o) else compiler(step_muon)
 
     def state(self):
         found = {"momentum": self.momentum, "second_moment": self.second_moment,
@@ -2136,7 +2221,8 @@ def find_role(name: str) -> Role:
 class Optimizer:
     """All buckets, small ones first, so that the big transfers overlap with the work on what has arrived."""
 
-    def __init__(self, model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiler):
+    def __init__(self, model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiler,
+                 kernels: bool = False):
         self.o, self.ranks, self.num_steps = o, ranks, num_steps
         groups = {}
         for name, p in model.named_parameters():
@@ -2146,7 +2232,7 @@ class Optimizer:
             else:  # the head stays alone, because the embedding takes over its state
                 key = AdamBucket, name if p.numel() >= SMALL or role.name == "head" else p.dtype
             groups.setdefault(key, {})[name] = p
-        self.buckets = [make(params, ranks, o, compiler) for (make, _), params in groups.items()]
+        self.buckets = [make(params, ranks, o, compiler, kernels) for (make, _), params in groups.items()]
         self.buckets.sort(key=lambda b: (isinstance(b, MatrixBucket), b.size))
         self.by_name = {name: b for b in self.buckets for name in b.params}
         if "embed" in self.by_name:
@@ -2347,9 +2433,10 @@ CHECKPOINT_KEYS = {"format": int, "config": dict, "run_id": str, "source_hash": 
                    "tied": bool, "rotary_scale": float, "rotary_freqs": Tensor, "counts": dict,
                    "params": dict}
 CHECKPOINT_FORMAT, CHECKPOINTS_KEPT = 1, 2
-MAY_DIFFER = {"run_id", "nproc_per_node", "compile", "rehearse", "slices_per_pass", "val_loss_every",
-              "val_loss_last_steps", "val_loss_every_last", "target_loss", "diverged_above", "save_every",
-              "resume", "save_model", "dist_timeout", "data_path", "train_files", "val_files", "train_tokens"}
+MAY_DIFFER = {"run_id", "nproc_per_node", "compile", "rehearse", "kernels", "slices_per_pass",
+              "val_loss_every", "val_loss_last_steps", "val_loss_every_last", "target_loss", "diverged_above",
+              "save_every", "resume", "save_model", "dist_timeout", "data_path", "train_files", "val_files",
+              "train_tokens"}
 
 
 class CheckpointError(ValueError):
@@ -2618,7 +2705,8 @@ class Trainer:
         self.model = build_model(s, config, vocab_size, ranks.device)
         compiler = torch_compile if s.compile == "1" else lambda function: function
         self.forward = compiled_forward(self.model) if s.compile == "1" else self.model
-        self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler)
+        self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler,
+                                   kernels=s.kernels == "triton")
         self.stage, self.tied = 0, True
 
     def enter(self, step: int):

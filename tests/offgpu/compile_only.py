@@ -11,7 +11,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may have; the compiler does not check it
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes a block may have; nothing checks it
 MAX_REGISTERS = 65_536                     # of a multiprocessor
 
 

@@ -1,0 +1,93 @@
+"""Triton's interpreter, made right for bfloat16 and float8: import before any kernel is defined.
+
+    TRITON_INTERPRET=1 python -c "import interpreter, triton_kernels"
+
+The interpreter of triton 3.7 holds a bfloat16 as its bits in a uint16 and a float8 as those in a uint8, and
+hands these integers to numpy: products and sums of them are silently wrong, and casts cut digits off. Here
+every operation on such a value widens to fp32, computes, and rounds to nearest even; float8 saturates, as
+the hardware's conversion does. Not covered, because no kernel uses it: inline assembly, libdevice, atomics.
+test_triton_interpreter.py first tests this file itself. May go when the interpreter does this itself.
+"""
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
+
+assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+
+NARROW = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+CARRIERS = {1: torch.uint8, 2: torch.uint16}  # of their bits
+
+
+def is_narrow(*types) -> bool:
+    return any(t.scalar in NARROW for t in types)
+
+
+def widen(handle: TensorHandle) -> TensorHandle:
+    """The same numbers in fp32; other types as they are."""
+    if not is_narrow(handle.dtype):
+        return handle
+    raw = torch.from_numpy(np.array(handle.data, order="C"))
+    return TensorHandle(raw.view(NARROW[handle.dtype.scalar]).float().numpy(), tl.float32)
+
+
+def narrow(values: np.ndarray, to: tl.dtype) -> TensorHandle:
+    """Numbers in type `to`, rounded to nearest even."""
+    if not is_narrow(to):
+        return TensorHandle(values.astype(_get_np_dtype(to)), to.scalar)
+    dtype = NARROW[to.scalar]
+    x = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
+    if dtype.itemsize == 1:
+        x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return TensorHandle(x.to(dtype).view(CARRIERS[dtype.itemsize]).numpy(), to.scalar)
+
+
+def mend_arithmetic(name: str, num_operands: int):
+    """Make one method of the interpreter compute in fp32; the result has the type of its first number."""
+    original = getattr(InterpreterBuilder, name)
+    numbers_from = 1 if name == "ternary_op" else 0  # that is where(condition, x, y)
+
+    def mended(self, *args):
+        operands, rest = args[:num_operands], args[num_operands:]
+        if not is_narrow(*(h.dtype for h in operands)):
+            return original(self, *args)
+        result = original(self, *map(widen, operands), *rest).data
+        if result.dtype == np.bool_:
+            return TensorHandle(result, tl.int1)
+        return narrow(result, operands[numbers_from].dtype)
+
+    setattr(InterpreterBuilder, name, mended)
+
+
+for method, operands in (("binary_op", 2), ("unary_op", 1), ("ternary_op", 3), ("create_fma", 3),
+                         ("create_rsqrt", 1)):
+    mend_arithmetic(method, operands)
+
+
+def cast(self, value, to, *_):
+    if is_narrow(value.dtype, to):
+        return narrow(widen(value).data, to)
+    return TensorHandle(value.data.astype(_get_np_dtype(to)), to.scalar)
+
+
+original_float_cast, original_dot = InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.create_dot
+
+
+def float_cast(self, value, to, rounding):
+    if is_narrow(value.dtype, to):
+        return cast(self, value, to)
+    return original_float_cast(self, value, to, rounding)
+
+
+def dot(self, a, b, acc, *options):
+    if not is_narrow(a.dtype, b.dtype, acc.dtype):
+        return original_dot(self, a, b, acc, *options)
+    product = np.matmul(widen(a).data, widen(b).data, dtype=np.float32)
+    return narrow(product + widen(acc).data, acc.dtype)
+
+
+InterpreterBuilder.cast_impl = cast
+InterpreterBuilder.create_fp_to_fp = float_cast
+InterpreterBuilder.create_dot = dot
+InterpreterBuilder.get_bf16 = lambda self, value: narrow(np.array([value], np.float32), tl.bfloat16)

@@ -1,0 +1,778 @@
+"""GPU kernels of the two trainers, in Triton: CUDA only, each beside the plain torch that defines it.
+
+    KERNELS=auto python train_gpt.py     # these on CUDA from sm_80 on with triton installed, else torch
+    KERNELS=torch python train_gpt.py    # plain torch everywhere
+
+| what | replaces | why |
+|---|---|---|
+| gram, gram_polynomial | X X^T and b A + c A A in the polar iterations | symmetric: half suffices |
+| mlp | relu(x W^T)^2, forward and backward | the elementwise halves ride on the products |
+| quantize | two casts and a transposition for a float8 product | one read |
+| head_loss | head, softcap and cross-entropy on K tokens | no fp32 logits; the gradient is born in float8 |
+| momentum_sums ... apply_update | the tail of a Muon step | reads gradient and weight as rarely as it can |
+
+Nothing uses atomics: sums over blocks are stored and added in a fixed order, so two runs agree bit for bit.
+What compiled code must trace is a torch.library custom op; the optimizer's kernels are called as they are.
+tests/test_triton_interpreter.py compares each with its reference, tests/test_triton_compile.py compiles
+every launch for Hopper, both without a GPU. Predicted gains: records/2026-11-24_kernels/README.md.
+
+M rows (tokens), C width, F hidden width, V vocabulary, B slices of T tokens, K predicted tokens;
+N matrices of R rows and K columns
+"""
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by the tests; it knows no assembly
+KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)  # else max and clamp would hide that a run has diverged
+NAMESPACE = "speedrun_ord"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Symmetric products
+# ---------------------------------------------------------------------------------------------------
+
+GRAM_BLOCK, GRAM_BLOCK_K = 128, 64
+
+
+@triton.jit
+def triangle(t):
+    """Row and column, column <= row, of the t-th block of a lower triangle."""
+    row = ((tl.sqrt(8.0 * t + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row += (row + 1) * (row + 2) // 2 <= t  # where the root was rounded
+    row -= row * (row + 1) // 2 > t
+    return row, t - row * (row + 1) // 2
+
+
+@triton.jit
+def gram_kernel(x, out, R, K, x_n, x_r, x_k, b, c, POLYNOMIAL: tl.constexpr, BLOCK: tl.constexpr,
+                BLOCK_K: tl.constexpr):
+    """One block on or below the diagonal, stored twice: X X^T or, X being symmetric, b X + c X X."""
+    row, col = triangle(tl.program_id(0))
+    n = tl.program_id(1).to(tl.int64)
+    x += n * x_n
+    out += n * R * R
+    rows = row * BLOCK + tl.arange(0, BLOCK)
+    cols = col * BLOCK + tl.arange(0, BLOCK)
+    at_k = tl.arange(0, BLOCK_K)
+    left = x + rows[:, None] * x_r + at_k[None, :] * x_k
+    right = x + cols[None, :] * x_r + at_k[:, None] * x_k
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = tl.load(left, mask=(rows[:, None] < R) & (at_k[None, :] < K - k), other=0.0)
+        bt = tl.load(right, mask=(cols[None, :] < R) & (at_k[:, None] < K - k), other=0.0)
+        acc = tl.dot(a, bt, acc)
+        left += BLOCK_K * x_k
+        right += BLOCK_K * x_k
+    inside = (rows[:, None] < R) & (cols[None, :] < R)
+    if POLYNOMIAL:
+        here = tl.load(x + rows[:, None] * x_r + cols[None, :] * x_k, mask=inside, other=0.0)
+        acc = b * here.to(tl.float32) + c * acc
+    value = acc.to(out.dtype.element_ty)
+    tl.store(out + rows[:, None] * R + cols[None, :], value, mask=inside)
+    if row != col:
+        inside = (cols[:, None] < R) & (rows[None, :] < R)
+        tl.store(out + cols[:, None] * R + rows[None, :], tl.trans(value), mask=inside)
+
+
+def launch_gram(X: Tensor, b: float, c: float, polynomial: bool) -> Tensor:
+    N, R, K = X.shape
+    out = torch.empty(N, R, R, dtype=X.dtype, device=X.device)
+    blocks = triton.cdiv(R, GRAM_BLOCK)
+    gram_kernel[blocks * (blocks + 1) // 2, N](
+        X, out, R, K, *X.stride(), b, c, POLYNOMIAL=polynomial, BLOCK=GRAM_BLOCK, BLOCK_K=GRAM_BLOCK_K,
+        num_warps=8, num_stages=3)
+    return out
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gram", mutates_args=())
+def gram(X_NRK: Tensor) -> Tensor:
+    """X X^T of each matrix, (N, R, R), contiguous; sums in fp32. Any strides: gram(X.mT) is X^T X."""
+    return launch_gram(X_NRK, 0.0, 1.0, False)
+
+
+@gram.register_fake
+def _(X_NRK):
+    N, R, _ = X_NRK.shape
+    return X_NRK.new_empty(N, R, R)
+
+
+def gram_reference(X_NRK: Tensor) -> Tensor:
+    return (X_NRK.float() @ X_NRK.float().mT).to(X_NRK.dtype)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gram_polynomial", mutates_args=())
+def gram_polynomial(A_NRR: Tensor, b: float, c: float) -> Tensor:
+    """b A + c A A of symmetric matrices, (N, R, R), mirrored from its lower half. One step of Polar Express
+    (arXiv 2505.16932) is A = X X^T; X = a X + (b A + c A A) X."""
+    return launch_gram(A_NRR, b, c, True)
+
+
+@gram_polynomial.register_fake
+def _(A_NRR, b, c):
+    return torch.empty_like(A_NRR)
+
+
+def gram_polynomial_reference(A_NRR: Tensor, b: float, c: float) -> Tensor:
+    A = A_NRR.float()
+    return (b * A + c * A @ A).to(A_NRR.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------
+# MLP: W2 relu(W1 x)^2
+# ---------------------------------------------------------------------------------------------------
+
+MLP_BLOCKS = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=8)
+HOPPER_SHARED, WIDE_SHARED = 213_032, 147_456  # bytes that mlp_hopper_kernel takes so; mlp_kernel
+
+
+@triton.jit
+def grouped(tile, blocks_m, blocks_n, GROUP: tl.constexpr):
+    """Row and column of a block: GROUP rows of blocks at a time, column by column, so that what is read at
+    the same time stays in the L2 cache."""
+    first = tile // (GROUP * blocks_n) * GROUP
+    height = min(blocks_m - first, GROUP)
+    within = tile % (GROUP * blocks_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def activation(acc):
+    positive = tl.maximum(acc, 0.0, propagate_nan=KEEP_NAN)
+    return positive * positive
+
+
+@triton.jit
+def activation_backward(acc, hidden):
+    """acc times the derivative of relu(x)^2, by its value: 2 relu(x) = 2 sqrt(hidden)."""
+    return acc * (2.0 * tl.sqrt(hidden.to(tl.float32)))
+
+
+@triton.jit
+def mlp_kernel(a, b, hidden, out, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr,
+               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+    """relu(a b^T)^2 or, backward, (a b^T) 2 sqrt(hidden); before Hopper. a (M, K), b (N, K), hidden and out
+    (M, N), all contiguous; N a multiple of BLOCK_N, K of BLOCK_K."""
+    row, col = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), N // BLOCK_N, GROUP)
+    rows = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = col * BLOCK_N + tl.arange(0, BLOCK_N)
+    at_k = tl.arange(0, BLOCK_K)
+    left = a + rows.to(tl.int64)[:, None] * K + at_k[None, :]
+    right = b + cols[None, :] * K + at_k[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(0, K, BLOCK_K):
+        acc = tl.dot(tl.load(left, mask=rows[:, None] < M, other=0.0), tl.load(right), acc)
+        left += BLOCK_K
+        right += BLOCK_K
+    place = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    if BACKWARD:
+        value = activation_backward(acc, tl.load(hidden + place, mask=rows[:, None] < M, other=0.0))
+    else:
+        value = activation(acc)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=rows[:, None] < M)
+
+
+@triton.jit
+def mlp_hopper_kernel(a, b, hidden, out, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr,
+                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+                      PROGRAMS: tl.constexpr):
+    """The same by tensor descriptors, which copy whole blocks in the background; each program works on one
+    block after another, so that the next one's copies start while this one is finished, in halves that need
+    less shared memory. Blocks that reach beyond M are filled with zeros and cut when stored."""
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), N // BLOCK_N
+    HALF: tl.constexpr = BLOCK_N // 2
+    for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, PROGRAMS, flatten=True):
+        row, col = grouped(tile, blocks_m, blocks_n, GROUP)
+        m, n = row * BLOCK_M, col * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            acc = tl.dot(a.load([m, k]), b.load([n, k]).T, acc)
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        if BACKWARD:
+            out.store([m, n], activation_backward(left, hidden.load([m, n])).to(tl.bfloat16))
+            out.store([m, n + HALF], activation_backward(right, hidden.load([m, n + HALF])).to(tl.bfloat16))
+        else:
+            out.store([m, n], activation(left).to(tl.bfloat16))
+            out.store([m, n + HALF], activation(right).to(tl.bfloat16))
+
+
+@functools.cache
+def gpu_limits() -> tuple[int, int]:
+    """Architecture, 90 for sm_90, and the bytes of shared memory that a block may have. The interpreter has
+    no limits."""
+    if INTERPRETED.value:
+        return 90, HOPPER_SHARED
+    driver = triton.runtime.driver.active
+    properties = driver.utils.get_device_properties(driver.get_current_device())
+    return driver.get_current_target().arch, properties["max_shared_mem"]
+
+
+def launch_mlp(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
+    a, b = a.contiguous(), b.contiguous()
+    (M, K), N = a.shape, b.shape[0]
+    arch, shared = gpu_limits()
+    blocks = MLP_BLOCKS if shared >= WIDE_SHARED else {**MLP_BLOCKS, "BLOCK_N": 128}  # sm_86, 89, 120
+    block_m, block_n, block_k = (blocks[f"BLOCK_{d}"] for d in "MNK")
+    check_multiple("the MLP's hidden width", N, block_n)
+    check_multiple("the MLP's width", K, block_k)
+    out = torch.empty(M, N, dtype=a.dtype, device=a.device)
+    tensors = a, b, out if hidden is None else hidden, out
+    num_tiles = triton.cdiv(M, block_m) * (N // block_n)
+    sizes = dict(M=M, N=N, K=K, BACKWARD=hidden is not None, **blocks, num_warps=8, num_stages=3)
+    if arch < 90 or shared < HOPPER_SHARED:
+        mlp_kernel[num_tiles,](*tensors, **sizes)
+        return out
+    half = [block_m, block_n // 2]
+    shapes = [block_m, block_k], [block_n, block_k], half, half
+    descriptors = map(TensorDescriptor.from_tensor, tensors, shapes)
+    programs = num_multiprocessors(a.device)
+    mlp_hopper_kernel[min(num_tiles, programs),](*descriptors, **sizes, PROGRAMS=programs)
+    return out
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def check_multiple(name: str, value: int, of: int):
+    if value % of:
+        raise ValueError(f"{name} is {value}, the Triton kernel wants a multiple of {of}; use KERNELS=torch")
+
+
+@torch.library.custom_op(f"{NAMESPACE}::mlp_up", mutates_args=())
+def mlp_up(x_MC: Tensor, up_FC: Tensor) -> Tensor:
+    """relu(x up^T)^2, (M, F). Backward needs no more: relu(x up^T) is its root, and a root halves the
+    relative rounding error. One tensor of M x F is written where the plain way writes two and reads one."""
+    return launch_mlp(x_MC, up_FC, None)
+
+
+@mlp_up.register_fake
+def _(x_MC, up_FC):
+    return x_MC.new_empty(x_MC.shape[0], up_FC.shape[0])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::mlp_up_backward", mutates_args=())
+def mlp_up_backward(grad_MC: Tensor, down_FC: Tensor, hidden_MF: Tensor) -> Tensor:
+    """The gradient of x up^T in y = relu(x up^T)^2 down, given that of y: (grad down^T) 2 relu(x up^T)."""
+    return launch_mlp(grad_MC, down_FC, hidden_MF)
+
+
+@mlp_up_backward.register_fake
+def _(grad_MC, down_FC, hidden_MF):
+    return torch.empty_like(hidden_MF)
+
+
+class FusedMLP(torch.autograd.Function):
+    """relu(x up^T)^2 down; the elementwise parts ride on the products, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x_MC, up_FC, down_FC):
+        hidden_MF = mlp_up(x_MC, up_FC)
+        ctx.save_for_backward(x_MC, up_FC, down_FC, hidden_MF)
+        return hidden_MF @ down_FC
+
+    @staticmethod
+    def backward(ctx, grad_MC):
+        x_MC, up_FC, down_FC, hidden_MF = ctx.saved_tensors
+        grad_MF = mlp_up_backward(grad_MC, down_FC, hidden_MF)
+        return grad_MF @ up_FC, grad_MF.T @ x_MC, hidden_MF.T @ grad_MC
+
+
+def mlp(x_BTC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
+    """W2 relu(W1 x)^2 (arXiv 2109.08668), both matrices stored (F, C), bfloat16."""
+    return FusedMLP.apply(x_BTC.flatten(0, -2), up_FC, down_FC).view(x_BTC.shape)
+
+
+def mlp_reference(x_BTC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
+    return (x_BTC @ up_FC.T).relu().square() @ down_FC
+
+
+# ---------------------------------------------------------------------------------------------------
+# Float8
+# ---------------------------------------------------------------------------------------------------
+
+TILE = dict(BLOCK_R=128, BLOCK_C=64)  # rows of at least 64 bytes each way, registers for 3 blocks at a time
+
+
+@triton.jit
+def to_float8(x, LIMIT: tl.constexpr, dtype: tl.constexpr):
+    """Clamped: e5m2 would overflow to inf, e4m3 to nan."""
+    return tl.clamp(x, -LIMIT, LIMIT, propagate_nan=KEEP_NAN).to(dtype)
+
+
+@triton.jit
+def quantize_kernel(x, out, out_t, R, C, scale, LIMIT: tl.constexpr, BLOCK_R: tl.constexpr,
+                    BLOCK_C: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (rows[:, None] < R) & (cols[None, :] < C)
+    value = tl.load(x + rows[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    value = to_float8(value / scale, LIMIT, out.dtype.element_ty)
+    tl.store(out + rows[:, None] * C + cols[None, :], value, mask=inside)
+    inside = (cols[:, None] < C) & (rows[None, :] < R)
+    tl.store(out_t + cols.to(tl.int64)[:, None] * R + rows[None, :], tl.trans(value), mask=inside)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::quantize", mutates_args=())
+def quantize(x_RC: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """x / scale in float8 e4m3, clamped, as (R, C) and as (C, R), both contiguous: float8 products on Hopper
+    want the summed dimension innermost in both factors, and backward sums over another than forward."""
+    x, (R, C) = x_RC.contiguous(), x_RC.shape
+    out, out_t = (torch.empty(s, dtype=torch.float8_e4m3fn, device=x.device) for s in ((R, C), (C, R)))
+    quantize_kernel[triton.cdiv(R, TILE["BLOCK_R"]), triton.cdiv(C, TILE["BLOCK_C"])](
+        x, out, out_t, R, C, scale, LIMIT=torch.finfo(out.dtype).max, **TILE, num_warps=8)
+    return out, out_t
+
+
+@quantize.register_fake
+def _(x_RC, scale):
+    R, C = x_RC.shape
+    return tuple(x_RC.new_empty(s, dtype=torch.float8_e4m3fn) for s in ((R, C), (C, R)))
+
+
+def quantize_reference(x_RC: Tensor, scale: float, dtype=torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
+    limit = torch.finfo(dtype).max
+    x8 = (x_RC.float() / scale).clamp(-limit, limit).to(dtype)
+    return x8, x8.T.contiguous()
+
+
+def float8_product(a: Tensor, b_t: Tensor, a_scale: float, b_scale: float, fast: bool = False) -> Tensor:
+    """a @ b_t.T in bfloat16, of contiguous a (M, K) and b_t (N, K), by cuBLAS."""
+    scale_a, scale_b = (torch.full((), scale, device=a.device) for scale in (a_scale, b_scale))
+    return torch._scaled_mm(a, b_t.T, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16,
+                            use_fast_accum=fast)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Head and loss
+# logits = gain sigmoid((z + shift) / width) of the head's output z, so 0 < logits < gain
+# ---------------------------------------------------------------------------------------------------
+
+LOSS_BLOCK = 2048
+
+
+@triton.jit
+def exp2(x):
+    """One instruction. tl.exp2 takes four, to serve subnormal numbers, and the loss is bound by such."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def reciprocal(x):
+    """One instruction, off by at most 1 in the last place; a division takes six."""
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def squash(z, shift, width):
+    """sigmoid((z + shift) / width)"""
+    slope = -LOG2E / width
+    return reciprocal(1.0 + exp2(z.to(tl.float32) * slope + shift * slope))
+
+
+@triton.jit
+def loss_kernel(z, targets, weights, losses, entropies, lses, T, V, gain, shift, width, K: tl.constexpr,
+                BLOCK: tl.constexpr):
+    """One row. Logits are below gain, so gain stands in for their maximum and one pass suffices."""
+    m = tl.program_id(0)
+    z += m.to(tl.int64) * V
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for v in range(0, V, BLOCK):
+        s = squash(tl.load(z + v + at, mask=at < V - v, other=0.0), shift, width)
+        total += tl.where(at < V - v, exp2(s * (gain * LOG2E) - gain * LOG2E), 0.0)
+    lse = gain + tl.log(tl.sum(total, 0))
+    loss = 0.0
+    for k in tl.static_range(K):
+        if m % T < T - k:
+            entropy = lse - gain * squash(tl.load(z + tl.load(targets + m + k)), shift, width)
+            loss += tl.load(weights + k) * entropy
+            if k == 0:
+                tl.store(entropies + m, entropy)
+    tl.store(losses + m, loss)
+    tl.store(lses + m, lse)
+
+
+@triton.jit
+def loss_backward_kernel(z, lses, targets, weights, grad, out, out_t, M, T, V, gain, shift, width, scale,
+                         K: tl.constexpr, LIMIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One tile of the gradient with respect to z, divided by scale; float8, and transposed too, if LIMIT."""
+    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row64 = rows.to(tl.int64)
+    inside = (rows[:, None] < M) & (cols[None, :] < V)
+    s = squash(tl.load(z + row64[:, None] * V + cols[None, :], mask=inside, other=0.0), shift, width)
+    lse = tl.load(lses + rows, mask=rows < M, other=0.0)
+    probability = exp2(s * (gain * LOG2E) - (lse * LOG2E)[:, None])
+    factor = tl.load(grad) * gain / width / scale
+    strength = tl.zeros((BLOCK_R,), tl.float32)
+    picked = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for k in tl.static_range(K):
+        has = (rows < M) & (rows % T < T - k)
+        w = tl.where(has, tl.load(weights + k) * factor, 0.0)
+        target = tl.load(targets + rows + k, mask=has, other=0).to(tl.int32)
+        strength += w
+        picked += tl.where(cols[None, :] == target[:, None], w[:, None], 0.0)
+    value = (strength[:, None] * probability - picked) * (s - s * s)
+    if LIMIT == 0:
+        tl.store(out + row64[:, None] * V + cols[None, :], value.to(out.dtype.element_ty), mask=inside)
+    else:
+        value = to_float8(value, LIMIT, out.dtype.element_ty)
+        tl.store(out + row64[:, None] * V + cols[None, :], value, mask=inside)
+        inside = (cols[:, None] < V) & (rows[None, :] < M)
+        tl.store(out_t + cols.to(tl.int64)[:, None] * M + rows[None, :], tl.trans(value), mask=inside)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::softcapped_loss", mutates_args=())
+def softcapped_loss(z_MV: Tensor, targets_BT: Tensor, weights_K: Tensor, gain: float, shift: float,
+                    width: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row, fp32 (M): sum_k w_k CE(logits, target_{t+k}) over the targets within its slice, the plain
+    cross-entropy, and the logits' logsumexp (arXiv 2404.19737, with one head). One pass over z; M = B T."""
+    z, M = z_MV.contiguous(), z_MV.shape[0]
+    outs = tuple(torch.empty(M, device=z.device) for _ in range(3))
+    loss_kernel[M,](z, targets_BT.contiguous(), weights_K, *outs, targets_BT.shape[1], z.shape[1], gain,
+                    shift, width, K=weights_K.shape[0], BLOCK=LOSS_BLOCK, num_warps=4)
+    return outs
+
+
+@softcapped_loss.register_fake
+def _(z_MV, targets_BT, weights_K, gain, shift, width):
+    return tuple(z_MV.new_empty(z_MV.shape[0], dtype=torch.float32) for _ in range(3))
+
+
+def softcapped_loss_reference(z_MV: Tensor, targets_BT: Tensor, weights_K: Tensor, gain, shift, width):
+    logits = gain * torch.sigmoid((z_MV.float() + shift) / width)
+    T, lse = targets_BT.shape[1], logits.logsumexp(-1)
+    losses, entropies = torch.zeros_like(lse), []
+    for k in range(len(weights_K)):
+        has = torch.arange(len(lse), device=lse.device) % T < T - k
+        target = targets_BT.flatten().roll(-k)
+        entropies.append(lse - logits.gather(-1, target[:, None]).squeeze(-1))
+        losses = losses + torch.where(has, weights_K[k] * entropies[k], 0.0)
+    return losses, entropies[0], lse
+
+
+def launch_loss_backward(z, lse, targets_BT, weights_K, grad, outs, gain, shift, width, scale, limit):
+    z, (M, V) = z.contiguous(), z.shape
+    grid = triton.cdiv(V, TILE["BLOCK_C"]), triton.cdiv(M, TILE["BLOCK_R"])
+    loss_backward_kernel[grid](z, lse, targets_BT.contiguous(), weights_K, grad, outs[0], outs[-1], M,
+                               targets_BT.shape[1], V, gain, shift, width, scale, K=weights_K.shape[0],
+                               LIMIT=limit, **TILE, num_warps=8)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::softcapped_loss_backward", mutates_args=())
+def softcapped_loss_backward(z_MV: Tensor, lse_M: Tensor, targets_BT: Tensor, weights_K: Tensor, grad: Tensor,
+                             gain: float, shift: float, width: float) -> Tensor:
+    """The gradient with respect to z in z's dtype, for `grad` (0-d, fp32) on the sum of softcapped_loss."""
+    out = torch.empty_like(z_MV, memory_format=torch.contiguous_format)
+    launch_loss_backward(z_MV, lse_M, targets_BT, weights_K, grad, (out,), gain, shift, width, 1.0, 0)
+    return out
+
+
+@softcapped_loss_backward.register_fake
+def _(z_MV, lse_M, targets_BT, weights_K, grad, gain, shift, width):
+    return torch.empty_like(z_MV, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::softcapped_loss_backward_float8", mutates_args=())
+def softcapped_loss_backward_float8(z_MV: Tensor, lse_M: Tensor, targets_BT: Tensor, weights_K: Tensor,
+                                    grad: Tensor, gain: float, shift: float, width: float,
+                                    scale: float) -> tuple[Tensor, Tensor]:
+    """The same divided by scale in float8 e5m2, clamped, as (M, V) and as (V, M): each of the two float8
+    products that follow takes one of them."""
+    M, V = z_MV.shape
+    outs = [torch.empty(s, dtype=torch.float8_e5m2, device=z_MV.device) for s in ((M, V), (V, M))]
+    limit = torch.finfo(torch.float8_e5m2).max
+    launch_loss_backward(z_MV, lse_M, targets_BT, weights_K, grad, outs, gain, shift, width, scale, limit)
+    return outs[0], outs[1]
+
+
+@softcapped_loss_backward_float8.register_fake
+def _(z_MV, lse_M, targets_BT, weights_K, grad, gain, shift, width, scale):
+    M, V = z_MV.shape
+    return tuple(z_MV.new_empty(s, dtype=torch.float8_e5m2) for s in ((M, V), (V, M)))
+
+
+def softcapped_loss_backward_reference(z_MV, lse_M, targets_BT, weights_K, grad, gain, shift, width):
+    """In fp32, by the formula; the tests compare that with autograd of softcapped_loss_reference."""
+    T, M = targets_BT.shape[1], z_MV.shape[0]
+    s = torch.sigmoid((z_MV.float() + shift) / width)
+    probability = (gain * s - lse_M[:, None]).exp()
+    total = torch.zeros_like(s)
+    for k in range(len(weights_K)):
+        has = torch.arange(M, device=s.device) % T < T - k
+        one_hot = torch.nn.functional.one_hot(targets_BT.flatten().roll(-k), s.shape[1])
+        total += weights_K[k] * has[:, None] * (probability - one_hot)
+    return total * s * (1 - s) * (grad * gain / width)
+
+
+class FusedHeadLoss(torch.autograd.Function):
+    """See head_loss. The plain cross-entropy has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x_MC, w_VC, targets_BT, weights_K, softcap, scales):
+        if scales is None:
+            z_MV, x_t, w_t = x_MC @ w_VC.T, x_MC, w_VC
+        else:
+            x8, x_t = quantize(x_MC, scales[0])
+            w8, w_t = quantize(w_VC, scales[1])
+            z_MV = float8_product(x8, w8, scales[0], scales[1], fast=True)
+        losses, entropies, lse_M = softcapped_loss(z_MV, targets_BT, weights_K, *softcap)
+        ctx.save_for_backward(z_MV, lse_M, targets_BT, weights_K, x_t, w_t)
+        ctx.softcap, ctx.scales = softcap, scales
+        entropy = entropies.sum()
+        ctx.mark_non_differentiable(entropy)
+        return losses.sum(), entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        z_MV, lse_M, targets_BT, weights_K, x_t, w_t = ctx.saved_tensors
+        known = (z_MV, lse_M, targets_BT, weights_K, grad, *ctx.softcap)
+        if ctx.scales is None:
+            g_MV = softcapped_loss_backward(*known)
+            return g_MV @ w_t, g_MV.T @ x_t, None, None, None, None
+        x_scale, w_scale, grad_scale = ctx.scales
+        g_MV, g_VM = softcapped_loss_backward_float8(*known, grad_scale)
+        grad_x = float8_product(g_MV, w_t, grad_scale, w_scale)
+        return grad_x, float8_product(g_VM, x_t, grad_scale, x_scale), None, None, None, None
+
+
+def head_loss(x_MC: Tensor, w_VC: Tensor, targets_BT: Tensor, weights_K: Tensor, softcap: tuple,
+              scales: tuple | None) -> tuple[Tensor, Tensor]:
+    """(sum over rows of sum_k w_k CE(softcapped x w^T, target_{t+k}), the plain cross-entropy's sum).
+
+    x, w bfloat16, targets int64, weights fp32. softcap: gain, shift, width. scales: those of x, w (float8
+    e4m3) and of the gradient (e5m2), the speedrun's idea of 2025-01; None: bfloat16 throughout."""
+    return FusedHeadLoss.apply(x_MC, w_VC, targets_BT, weights_K, softcap, scales)
+
+
+def head_loss_reference(x_MC, w_VC, targets_BT, weights_K, softcap):
+    losses, entropies, _ = softcapped_loss_reference(x_MC @ w_VC.T, targets_BT, weights_K, *softcap)
+    return losses.sum(), entropies.sum().detach()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tail of a Muon step: matrices in bfloat16 with their masters' lower halves in an int16 mantissa
+# Bytes a number, without / with ORD: momentum_sums 10 / 14, polar_input 8 / 12, row_scales 2, apply_update 10
+# ---------------------------------------------------------------------------------------------------
+
+FLAT_BLOCK = 4096
+ROW_BLOCKS = dict(BLOCK_R=16, BLOCK_C=256)
+
+
+@triton.jit
+def read_master(weight, mantissa, at, mask):
+    """fp32 from a bfloat16 weight's bits and the mantissa that follows them; both pointers are to int16."""
+    high = tl.load(weight + at, mask=mask, other=0).to(tl.int32) << 16
+    low = tl.load(mantissa + at, mask=mask, other=0).to(tl.int32) & 0xFFFF
+    return (high | low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def momentum_kernel(grad, momentum, weight, mantissa, sums, size, rest, ORD: tl.constexpr,
+                    BLOCK: tl.constexpr):
+    """One block of one matrix: momentum in place, and the block's <G, G>, <G, W>, <W, W>. rest: 1 - mu."""
+    block, n = tl.program_id(0), tl.program_id(1)
+    start = n.to(tl.int64) * size
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    g = tl.load(grad + start + at, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(momentum + start + at, mask=mask, other=0.0)
+    m += rest * (g - m)
+    tl.store(momentum + start + at, m, mask=mask)
+    G = m - (m - g) * rest
+    sums += (n * tl.num_programs(0) + block) * 3
+    tl.store(sums, tl.sum(G * G, 0))
+    if ORD:
+        W = read_master(weight + start, mantissa + start, at, mask)
+        tl.store(sums + 1, tl.sum(G * W, 0))
+        tl.store(sums + 2, tl.sum(W * W, 0))
+
+
+def momentum_sums(grad: Tensor, momentum: Tensor, weight: Tensor, mantissa: Tensor, mu: float,
+                  ord: bool) -> Tensor:
+    """Updates momentum in place, m = lerp(m, grad, 1 - mu); returns, of G = lerp(grad, m, mu), <G, G> and, if
+    ord, <G, W>, <W, W> of each matrix, fp32 (N, 3). G itself is not stored: polar_input makes it again."""
+    N, size = grad.shape[0], grad[0].numel()
+    blocks = triton.cdiv(size, FLAT_BLOCK)
+    sums = torch.zeros(N, blocks, 3, device=grad.device)
+    momentum_kernel[blocks, N](grad, momentum, bits(weight), mantissa, sums, size, 1 - mu, ORD=ord,
+                               BLOCK=FLAT_BLOCK, num_warps=8)
+    return sums.sum(1)
+
+
+def momentum_sums_reference(grad, momentum, weight, mantissa, mu):
+    G = nesterov_reference(grad, momentum, mu)
+    W = master_reference(weight, mantissa)
+    return torch.stack([(x * y).sum((-2, -1)) for x, y in ((G, G), (G, W), (W, W))], -1)
+
+
+def nesterov_reference(grad: Tensor, momentum: Tensor, mu: float) -> Tensor:
+    momentum.lerp_(grad.float(), 1 - mu)
+    return grad.float().lerp(momentum, mu)
+
+
+def master_reference(weight: Tensor, mantissa: Tensor) -> Tensor:
+    return ((weight.view(torch.int16).int() << 16) | (mantissa.int() & 0xFFFF)).view(torch.float32)
+
+
+def bits(weight: Tensor) -> Tensor:
+    assert weight.dtype == torch.bfloat16, f"the fused Muon step wants bfloat16 weights, not {weight.dtype}"
+    return weight.view(torch.int16)
+
+
+@triton.jit
+def polar_input_kernel(grad, momentum, weight, mantissa, removed, scale, out, size, rest, ORD: tl.constexpr,
+                       BLOCK: tl.constexpr):
+    n = tl.program_id(1)
+    start = n.to(tl.int64) * size
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    g = tl.load(grad + start + at, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(momentum + start + at, mask=mask, other=0.0)
+    G = m - (m - g) * rest
+    if ORD:
+        G -= tl.load(removed + n) * read_master(weight + start, mantissa + start, at, mask)
+    tl.store(out + start + at, (G * tl.load(scale + n)).to(out.dtype.element_ty), mask=mask)
+
+
+def polar_input(grad: Tensor, momentum: Tensor, weight: Tensor, mantissa: Tensor, removed_N: Tensor | None,
+                scale_N: Tensor, mu: float) -> Tensor:
+    """(G - removed W) scale in bfloat16, (N, R, K); momentum as momentum_sums left it."""
+    N, size = grad.shape[0], grad[0].numel()
+    out = torch.empty_like(grad)
+    polar_input_kernel[triton.cdiv(size, FLAT_BLOCK), N](
+        grad, momentum, bits(weight), mantissa, scale_N if removed_N is None else removed_N, scale_N, out,
+        size, 1 - mu, ORD=removed_N is not None, BLOCK=FLAT_BLOCK, num_warps=8)
+    return out
+
+
+def polar_input_reference(grad, momentum, weight, mantissa, removed_N, scale_N, mu):
+    G = grad.float().lerp(momentum, mu)
+    if removed_N is not None:
+        G = G - removed_N[:, None, None] * master_reference(weight, mantissa)
+    return (G * scale_N[:, None, None]).to(grad.dtype)
+
+
+@triton.jit
+def row_scales_kernel(u, moment, scales, sums, R, K, u_n, u_r, u_k, rest, BLOCK_R: tl.constexpr,
+                      BLOCK_C: tl.constexpr):
+    """Whole rows of one matrix (columns, by the strides): their mean squares, what NorMuon makes of them."""
+    n = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    at = tl.arange(0, BLOCK_C)
+    u += n.to(tl.int64) * u_n
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for k in range(0, K, BLOCK_C):
+        mask = (rows[:, None] < R) & (at[None, :] < K - k)
+        x = tl.load(u + rows[:, None] * u_r + (k + at)[None, :] * u_k, mask=mask, other=0.0).to(tl.float32)
+        total += x * x
+    mean_square = tl.sum(total, 1) / K
+    place, mask = n * R + rows, rows < R
+    v = tl.load(moment + place, mask=mask, other=0.0)
+    v += rest * (mean_square - v)
+    tl.store(moment + place, v, mask=mask)
+    scale = 1.0 / tl.sqrt(tl.maximum(v, 1e-10, propagate_nan=KEEP_NAN))
+    tl.store(scales + place, scale, mask=mask)
+    sums += (n * tl.num_programs(0) + tl.program_id(0)) * 2
+    tl.store(sums, tl.sum(mean_square, 0))
+    tl.store(sums + 1, tl.sum(mean_square * scale * scale, 0))
+
+
+def row_scales(U_NRK: Tensor, second_moment: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
+    """NorMuon's variance reduction (arXiv 2510.05491) as factors on the rows (of a wide matrix, columns):
+    each divided by the root of its running mean square, the matrix brought back to its Frobenius norm.
+    Updates second_moment in place. Returns the factors in its shape, and <U, U> of each matrix (N)."""
+    tall = U_NRK.size(-2) >= U_NRK.size(-1)
+    U = U_NRK if tall else U_NRK.mT
+    N, R, K = U.shape
+    blocks = triton.cdiv(R, ROW_BLOCKS["BLOCK_R"])
+    scales = torch.empty_like(second_moment)
+    sums = torch.empty(N, blocks, 2, device=U.device)
+    row_scales_kernel[blocks, N](U, second_moment, scales, sums, R, K, *U.stride(), 1 - beta2, **ROW_BLOCKS,
+                                 num_warps=4)
+    before, after = sums.sum(1).unbind(-1)
+    scales *= (before / after.clamp_min(1e-30)).sqrt()[:, None, None]
+    return scales, before * K
+
+
+def row_scales_reference(U_NRK, second_moment, beta2):
+    U = U_NRK.float()
+    mean_square = U.square().mean(-1 if U.size(-2) >= U.size(-1) else -2, keepdim=True)
+    second_moment.lerp_(mean_square, 1 - beta2)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    reduced = U * scale
+    size = lambda x: x.square().sum((-2, -1), keepdim=True).sqrt()
+    return scale * size(U) / size(reduced).clamp_min(1e-15), U.square().sum((-2, -1))
+
+
+@triton.jit
+def apply_kernel(weight, mantissa, u, scales, added, lr, sums, size, decay, COLS: tl.constexpr,
+                 TALL: tl.constexpr, SCALED: tl.constexpr, ORD: tl.constexpr, MODE: tl.constexpr,
+                 MEASURE: tl.constexpr, BLOCK: tl.constexpr):
+    """W -= lr (U + decay), U the polar factor scaled by rows or columns, plus, for ORD, added W."""
+    block, n = tl.program_id(0), tl.program_id(1)
+    start = n.to(tl.int64) * size
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    W = read_master(weight + start, mantissa + start, at, mask)
+    P = tl.load(u + start + at, mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        line = at // COLS if TALL else at % COLS
+        P *= tl.load(scales + n * (size // COLS if TALL else COLS) + line, mask=mask, other=0.0)
+    U = P
+    if ORD:
+        U += tl.load(added + n) * W
+    if MEASURE:
+        sums += (n * tl.num_programs(0) + block) * 3
+        tl.store(sums, tl.sum(U * W, 0))
+        tl.store(sums + 1, tl.sum(U * U, 0))
+        tl.store(sums + 2, tl.sum(P * P, 0))
+    if MODE == "cautious":
+        U += tl.where(U * W >= 0, decay * W, 0.0)
+    elif MODE == "param":
+        U += decay * W
+    elif MODE == "update":
+        U += decay * U
+    elif MODE == "both":
+        U += decay * (W + U)
+    new = (W - tl.load(lr + n) * U).to(tl.int32, bitcast=True)
+    tl.store(weight + start + at, (new >> 16).to(tl.int16), mask=mask)
+    tl.store(mantissa + start + at, new.to(tl.int16), mask=mask)
+
+
+def apply_update(weight: Tensor, mantissa: Tensor, U_NRK: Tensor, scales: Tensor | None,
+                 added_N: Tensor | None, lr_N: Tensor, decay: float, mode: str,
+                 measure: bool = False) -> Tensor | None:
+    """W -= lr (U + decay), in place, for U = U_NRK scales + added W; decay by `mode` as the trainers'
+    with_decay. If asked, returns <U, W>, <U, U> and <P, P> of P = U_NRK scales, fp32 (N, 3)."""
+    (N, R, K), size = U_NRK.shape, U_NRK[0].numel()
+    blocks = triton.cdiv(size, FLAT_BLOCK)
+    sums = torch.empty(N, blocks, 3, device=U_NRK.device) if measure else lr_N
+    apply_kernel[blocks, N](
+        bits(weight), mantissa, U_NRK.contiguous(), lr_N if scales is None else scales,
+        lr_N if added_N is None else added_N, lr_N, sums, size, decay, COLS=K, TALL=R >= K,
+        SCALED=scales is not None, ORD=added_N is not None, MODE=mode, MEASURE=measure, BLOCK=FLAT_BLOCK,
+        num_warps=8)
+    return sums.sum(1) if measure else None
+
+
+def apply_update_reference(weight, mantissa, U_NRK, scales, added_N, lr_N, decay, mode):
+    W, P = master_reference(weight, mantissa), U_NRK.float()
+    P = P if scales is None else P * scales
+    U = P if added_N is None else P + added_N[:, None, None] * W
+    sums = torch.stack([(x * y).sum((-2, -1)) for x, y in ((U, W), (U, U), (P, P))], -1)
+    decays = {"none": 0 * W, "cautious": W * (U * W >= 0), "param": W, "update": U, "both": W + U}
+    value = (W - lr_N[:, None, None] * (U + decay * decays[mode])).view(torch.int32)
+    mantissa.copy_(value.short())
+    weight.view(torch.int16).copy_((value >> 16).short())
+    return sums
