@@ -31,17 +31,21 @@ def ranks(trainer):
     return Alone()
 
 
-def build(trainer, backend: str):
-    """A Trainer of gpt2-small whose compiled parts go to `backend`."""
+def build(trainer, backend: str, kernels: str = "auto"):
+    """A Trainer of gpt2-small whose compiled parts go to `backend`. Its optimizer is the compiled one in any
+    case: the Triton kernels' Muon step is launched from plain Python (test_triton_compile.py has those)."""
     pretend_cuda.on_device(trainer)
     assert callable(trainer.torch_compile)
     trainer.torch_compile = lambda function: torch.compile(
         function, dynamic=False, fullgraph=True, backend=backend)
     torch._dynamo.config.recompile_limit = trainer.MAX_VARIANTS
-    env = {"MODEL": "gpt2-small", "NUM_SCHEDULED_ITERATIONS": "12", "NUM_EXTENSION_ITERATIONS": "2"}
+    env = {"MODEL": "gpt2-small", "NUM_SCHEDULED_ITERATIONS": "12", "NUM_EXTENSION_ITERATIONS": "2",
+           "KERNELS": kernels}
     s, o, config = trainer.read_settings(env)
     assert (s.device, s.attn_backend, s.compile, s.disable_fp8) == ("cuda", "varlen", "1", False)
-    return trainer.Trainer(s, o, config, VOCAB, ranks(trainer))
+    run = trainer.Trainer(s, o, config, VOCAB, ranks(trainer))
+    run.optimizer = trainer.Optimizer(run.model, o, run.ranks, run.schedule.num_steps, trainer.torch_compile)
+    return run
 
 
 def batch(trainer, num_slices: int, slice_tokens: int, num_docs: int, longest: int):
@@ -67,15 +71,15 @@ def optimizer_steps(run):
 
 
 def stage(backend: str):
-    """One step with two passes, whose numbers of documents differ; then the optimizer's other forms."""
-    for trainer in (train_gpt, train_gpt_muon_ord):
-        since, run = time.perf_counter(), build(trainer, backend)
-        if trainer is train_gpt:
-            run.step(0, [stage_batch(trainer, run, 0, n) for n in (94, 131)])
-            report("train_gpt step", since)
-            graphs = trainer.graphs_compiled()
-            run.step(2, [stage_batch(trainer, run, 0, 77)])
-            assert trainer.graphs_compiled() == graphs, "the same form was compiled again"
+    """One step with two passes, whose numbers of documents differ; then the optimizer's other forms. One twin
+    with the Triton kernels, the other without: their models are the same."""
+    for trainer, kernels in ((train_gpt, "triton"), (train_gpt_muon_ord, "torch")):
+        since, run = time.perf_counter(), build(trainer, backend, kernels)
+        run.step(0, [stage_batch(trainer, run, 0, n) for n in (94, 131)])
+        report(f"{kernels} step", since)
+        graphs = trainer.graphs_compiled()
+        run.step(2, [stage_batch(trainer, run, 0, 77)])
+        assert trainer.graphs_compiled() == graphs, "the same form was compiled again"
         optimizer_steps(run)
         report(f"{trainer.__name__} optimizer", since)
 
