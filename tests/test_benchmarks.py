@@ -21,7 +21,6 @@ from helpers import (
     small_model,
     write_shard,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
@@ -51,27 +50,27 @@ def make_batch(lengths):
 
 
 def masks(model, batch, windows):
-    """(query heads, the layer's mask of -inf and 0) of each layer with attention, as the model makes them."""
+    """(query heads, masks of -inf and 0 by block) of each layer with attention, as the model makes them."""
     docs = train_gpt.Documents(batch, "sdpa")
     for block, plan in zip(model.blocks, model.plans):
         if plan.attention:
             heads = block.attn.num_heads // (2 if plan.paired else 1)
-            yield heads, docs.band(windows[plan.long_window], plan.paired)[1]
+            yield heads, [mask for _, _, mask in docs.query_blocks(windows[plan.long_window], plan.paired)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flop_equal_torchs_count_on_the_real_model(kind):
-    """Every product of forward and backward, counted while it runs. The math backend computes all pairs of a
-    block, so attention's count is compared through the number of pairs, which the next test checks."""
+    """Every product of forward and backward, counted while it runs. On a CPU all pairs of a block are
+    computed, so attention's count is compared through the number of pairs, which the next test checks."""
     model, lengths = small_model(train_gpt, vocab_size=VOCAB, **KINDS[kind]), [9, 23]
     batch, c = make_batch(lengths), model.config
     windows = tuple(w * c.window_block for w in c.windows[0])
-    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counted:
         loss, _ = model(batch, windows, torch.tensor([1.0, 0.5]), tied=c.untie_frac == 1)
         forward_only = counted.get_total_flops()
         loss.backward()
     one_token = flops.forward_flop(c, lengths, VOCAB)
-    pairs = sum(heads * mask.numel() for heads, mask in masks(model, batch, windows))
+    pairs = sum(heads * m.numel() for heads, blocks in masks(model, batch, windows) for m in blocks)
     expected = sum(lengths) * (one_token.matrices + one_token.head + one_token.gates) + 4 * c.head_dim * pairs
     assert forward_only == expected
     assert counted.get_total_flops() == 3 * expected
@@ -84,7 +83,8 @@ def test_keys_counted_are_those_that_the_models_masks_show(kind, lengths):
     model = small_model(train_gpt, vocab_size=VOCAB, **KINDS[kind])
     c = model.config
     windows = tuple(w * c.window_block for w in c.windows[0])
-    shown = sum(heads * int((mask == 0).sum()) for heads, mask in masks(model, make_batch(lengths), windows))
+    shown = sum(heads * int((mask == 0).sum())
+                for heads, blocks in masks(model, make_batch(lengths), windows) for mask in blocks)
     assert flops.keys_per_token(c, lengths, c.windows[0]) * sum(lengths) == pytest.approx(shown, rel=1e-12)
     attention = flops.forward_flop(c, lengths, VOCAB).attention
     assert attention * sum(lengths) == pytest.approx(4 * c.head_dim * shown, rel=1e-12)
