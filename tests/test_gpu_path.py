@@ -80,14 +80,14 @@ def staged_start(trainer, folder, **settings):
 def traced_only(monkeypatch):
     """torch.compile by dynamo alone: the graphs it makes are what would be compiled."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", train_gpt.MAX_VARIANTS)
     for trainer in TRAINERS:
         monkeypatch.setattr(
             trainer,
             "torch_compile",
             lambda function: torch.compile(function, dynamic=False, fullgraph=True, backend="eager"),
         )
-    yield
+    with torch._dynamo.config.patch(recompile_limit=train_gpt.MAX_VARIANTS):
+        yield
     torch._dynamo.reset()
 
 
@@ -124,11 +124,11 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thre
     assert "event:recompiled step:12 graphs:1" in (tmp_path / "run.txt").read_text()
 
 
-def test_too_many_forms_are_an_error(traced_only, monkeypatch):
+def test_too_many_forms_are_an_error(traced_only):
     """Else the ninth form would silently run uncompiled."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     compiled = train_gpt.torch_compile(lambda x, n: x * n)
-    with pytest.raises(Exception, match="recompile_limit"):
+    error = torch._dynamo.exc.FailOnRecompileLimitHit
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(error, match="fullgraph"):
         for n in range(4):
             compiled(torch.ones(2), n)
 
