@@ -13,6 +13,7 @@ from helpers import TRAINERS, lone_ranks, make_optimizer, optimizer_settings, re
 def settings_on_cuda(trainer, monkeypatch, capability, installed=True, **env):
     """What a machine with one such GPU would resolve to; nothing is put on a device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     return trainer.read_settings({"MODEL": "tiny", **env})[0]
