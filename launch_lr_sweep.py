@@ -139,8 +139,8 @@ def read_trainer(script: str) -> Trainer:
 
 def source_hash(script: Path) -> str:
     """As the trainers log it: of the script and the kernels beside it."""
-    files = [path for path in (script, script.with_name("triton_kernels.py")) if path.exists()]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    beside = [script.with_name(name) for name in ("cpu_kernels.py", "triton_kernels.py")]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in (script, *beside) if p.exists())).hexdigest()[:16]
 
 
 def check_value(name: str, value: object, spec: dict, where: str) -> object:

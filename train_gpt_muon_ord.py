@@ -42,6 +42,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cpu_kernels
+
 SCRIPT = Path(__file__).resolve()
 
 # ---------------------------------------------------------------------------------------------------
@@ -679,7 +681,8 @@ class RunLog:
 
 def source_files() -> list[Path]:
     """What decides the numbers: this script, and the kernels it uses."""
-    return [p for p in (SCRIPT, SCRIPT.with_name("triton_kernels.py")) if p.exists()]
+    beside = [SCRIPT.with_name(name) for name in ("cpu_kernels.py", "triton_kernels.py")]
+    return [p for p in (SCRIPT, *beside) if p.exists()]
 
 
 def source_hash() -> str:
@@ -999,40 +1002,13 @@ LOSS_SCALE = 2 / 8  # on the summed loss: the gradient size in which raw radial 
 
 def norm(x: Tensor) -> Tensor:
     """x / rms(x) over the last dimension, without gain."""
-    return EagerNorm.apply(x) if eager_cpu(x) else F.rms_norm(x, (x.size(-1),))
+    return cpu_kernels.Norm.apply(x) if eager_cpu(x) else F.rms_norm(x, (x.size(-1),))
 
 
 def eager_cpu(x: Tensor) -> bool:
-    """Whether to take the hand-written backward passes below. Eager torch on a CPU walks memory once an
-    operation; they walk it half as often. A compiler does better by itself: it and CUDA see plain torch."""
+    """Whether to take cpu_kernels' hand-written passes. A compiler does better by itself: it and CUDA see
+    plain torch."""
     return not (x.is_cuda or torch.compiler.is_compiling())
-
-
-class EagerNorm(torch.autograd.Function):
-    """F.rms_norm in two passes forward and three backward."""
-
-    @staticmethod
-    def scale(x):
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
-        return mean_square.add_(torch.finfo(x.dtype).eps).rsqrt_()
-
-    @staticmethod
-    def across(grad, y):
-        """grad without its part along y, row by row; times scale this is x's gradient."""
-        along = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.size(-1))
-        return torch.addcmul(grad, y, along)
-
-    @staticmethod
-    def forward(ctx, x):
-        scale = EagerNorm.scale(x)
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, scale = ctx.saved_tensors
-        return EagerNorm.across(grad, y).mul_(scale)
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -1048,101 +1024,6 @@ class SquaredReLU(torch.autograd.Function):
     def backward(ctx, grad):
         positive, = ctx.saved_tensors
         return (grad * positive).mul_(2)
-
-
-class EagerMLP(torch.autograd.Function):
-    """x + relu(norm(x) up^T)^2 down, the second half of a block; up, down (4C, C)."""
-
-    @staticmethod
-    def forward(ctx, x_BTC, up, down):
-        x = x_BTC.flatten(0, 1)
-        scale = EagerNorm.scale(x)
-        n = x * scale
-        positive = (n @ up.T).relu_()
-        hidden = positive * positive
-        ctx.save_for_backward(n, scale, positive, hidden, up, down)
-        return torch.addmm(x, hidden, down).view_as(x_BTC)
-
-    @staticmethod
-    def backward(ctx, grad_BTC):
-        n, scale, positive, hidden, up, down = ctx.saved_tensors
-        grad = grad_BTC.flatten(0, 1)
-        grad_hidden = (grad @ (2 * down).T).mul_(positive)
-        grad_x = torch.addcmul(grad, EagerNorm.across(grad_hidden @ up, n), scale)
-        return grad_x.view_as(grad_BTC), grad_hidden.T @ n, hidden.T @ grad
-
-
-class EagerMix(torch.autograd.Function):
-    """The sum of streams, each times a scalar that learns: mix(scalar, stream, scalar, stream, ...)."""
-
-    @staticmethod
-    def forward(ctx, *pairs):
-        ctx.save_for_backward(*pairs)
-        out = pairs[0] * pairs[1]
-        for factor, x in zip(pairs[2::2], pairs[3::2]):
-            out.add_(x, alpha=factor.item())
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        pairs, flat = ctx.saved_tensors, grad.flatten()
-        return tuple(g for factor, x in zip(pairs[::2], pairs[1::2])
-                     for g in (flat @ x.flatten(), grad * factor))
-
-
-class EagerRotate(torch.autograd.Function):
-    """Rotary embedding of the first half of the last dimension, pairs as complex numbers turned in place."""
-
-    @staticmethod
-    def turn(x, cis):
-        y = x.clone(memory_format=torch.contiguous_format)
-        torch.view_as_complex(y.unflatten(-1, (-1, 2))[..., :cis.size(-1), :]).mul_(cis)
-        return y
-
-    @staticmethod
-    def forward(ctx, x_BTHD, cis_T1F):
-        ctx.save_for_backward(cis_T1F)
-        return EagerRotate.turn(x_BTHD, cis_T1F)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return EagerRotate.turn(grad, ctx.saved_tensors[0].conj()), None
-
-
-class EagerAttention(torch.autograd.Function):
-    """Softmax attention in blocks of QUERY_BLOCK queries, each against the keys that its window reaches. The
-    probabilities are kept for backward: they are few here, and torch's kernel computes them anew."""
-
-    @staticmethod
-    def forward(ctx, q_BTHD, k_BTHD, v_BTHD, masks, scale):
-        B, T, H, D = q_BTHD.shape
-        q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q_BTHD, k_BTHD, v_BTHD))
-        y, probabilities = torch.empty_like(q), []
-        for queries, keys, bias in masks:
-            scores = torch.bmm(q[:, queries], k[:, keys].mT).unflatten(0, (B, H))
-            p = torch.add(bias, scores, alpha=scale, out=scores).softmax(-1).flatten(0, 1)
-            y[:, queries] = torch.bmm(p, v[:, keys])
-            probabilities.append(p)
-        ctx.save_for_backward(q, k, v, *probabilities)
-        ctx.blocks, ctx.scale = [mask[:2] for mask in masks], scale
-        return y.view(B, H, T, D).transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx, grad_BTHD):
-        q, k, v, *probabilities = ctx.saved_tensors
-        grad = grad_BTHD.transpose(1, 2).reshape(q.shape)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (queries, keys), p in zip(ctx.blocks, probabilities):
-            dv[:, keys] += torch.bmm(p.mT, grad[:, queries])
-            dp = torch.bmm(grad[:, queries], v[:, keys].mT)
-            dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, queries] = torch.bmm(dscores, k[:, keys])
-            dk[:, keys] += torch.bmm(dscores.mT, q[:, queries])
-        grads = dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv
-        return *(x.unflatten(0, (len(grad_BTHD), -1)).transpose(1, 2) for x in grads), None, None
-
-
-QUERY_BLOCK = 64
 
 
 class Float8Head(torch.autograd.Function):
@@ -1301,7 +1182,7 @@ class Rotary(nn.Module):
         T, D = x_BTHD.shape[1], x_BTHD.shape[-1]
         cos, sin = self.cos[:T, None], self.sin[:T, None]
         if eager_cpu(x_BTHD):
-            return EagerRotate.apply(x_BTHD, torch.complex(cos, sin).to(x_BTHD.dtype.to_complex()))
+            return cpu_kernels.Rotate.apply(x_BTHD, torch.complex(cos, sin).to(x_BTHD.dtype.to_complex()))
         even, odd = x_BTHD[..., :D // 2].float().unflatten(-1, (D // 4, 2)).unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
         return torch.cat((turned.type_as(x_BTHD), x_BTHD[..., D // 2:]), -1)
@@ -1354,19 +1235,6 @@ class Documents:
             self.masks[window, paired] = block, bias.flatten(0, 1).unsqueeze(1)
         return self.masks[window, paired]
 
-    def query_blocks(self, window: int, paired: bool) -> list[tuple[slice, slice, Tensor]]:
-        """(queries, keys, bias) for EagerAttention; bias is 0 or -inf, (B, 1, queries, keys)."""
-        if (window, paired) not in self.masks:
-            doc, blocks = self.doc_ids(paired), []
-            for start in range(0, doc.shape[1], QUERY_BLOCK):
-                queries = slice(start, min(start + QUERY_BLOCK, doc.shape[1]))
-                keys = slice(max(0, start - window), queries.stop)
-                same = doc[:, queries, None] == doc[:, None, keys]
-                bias = band_bias(queries.stop - start, start - keys.start, window)
-                blocks.append((queries, keys, torch.where(same, bias, -math.inf).unsqueeze(1)))
-            self.masks[window, paired] = blocks
-        return self.masks[window, paired]
-
     def attend(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int, paired: bool,
                scale: float) -> Tensor:
         """Softmax attention. T is 2T here if paired."""
@@ -1381,7 +1249,9 @@ class Documents:
         if self.backend == "sdpa" and eager_cpu(q_BTHD):
             shared = q_BTHD.shape[2] // k_BTHD.shape[2]
             k_BTHD, v_BTHD = ((x.repeat_interleave(shared, 2) if gqa else x) for x in (k_BTHD, v_BTHD))
-            return EagerAttention.apply(q_BTHD, k_BTHD, v_BTHD, self.query_blocks(window, paired), scale)
+            if (window, paired) not in self.masks:
+                self.masks[window, paired] = cpu_kernels.query_blocks(self.doc_ids(paired), window)
+            return cpu_kernels.Attention.apply(q_BTHD, k_BTHD, v_BTHD, self.masks[window, paired], scale)
         q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
         if self.backend == "flex":
             return self.flex(q, k, v, window, paired, scale, gqa).transpose(1, 2)
@@ -1407,13 +1277,6 @@ class Documents:
         if key not in self.masks:
             self.masks[key] = create_block_mask(seen, self.B, None, T, T, q.device)
         return flex_attention(q, k, v, block_mask=self.masks[key], scale=scale, enable_gqa=gqa)
-
-
-@functools.cache
-def band_bias(num_queries: int, num_before: int, window: int) -> Tensor:
-    """0 where a query sees a key, else -inf; the keys are num_before earlier ones and the queries' own."""
-    ago = torch.arange(num_queries)[:, None] + num_before - torch.arange(num_before + num_queries)
-    return torch.zeros(ago.shape).masked_fill_((ago < 0) | (ago > window), -math.inf)
 
 
 def weight(value: float) -> nn.Parameter:
@@ -1508,14 +1371,14 @@ class Block(nn.Module):
     def forward(self, x, x0, bigram, value, docs, window, rotary, residual_scale):
         if eager_cpu(x):
             pairs = (self.l_res, x, self.l_x0, x0, self.l_bi, bigram)
-            x = EagerMix.apply(*(pairs if bigram is not None else pairs[:4]))
+            x = cpu_kernels.Mix.apply(*(pairs if bigram is not None else pairs[:4]))
         else:
             x = self.l_res * x + self.l_x0 * x0
             x = x if bigram is None else x + self.l_bi * bigram
         if self.attn is not None:
             x = x + self.attn(norm(x), value, docs, window, rotary, residual_scale)
         if eager_cpu(x):
-            return EagerMLP.apply(x, self.mlp.up, scaled(self.mlp.down, residual_scale))
+            return cpu_kernels.MLP.apply(x, self.mlp.up, scaled(self.mlp.down, residual_scale))
         return x + self.mlp(norm(x), residual_scale)
 
 

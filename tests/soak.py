@@ -244,7 +244,7 @@ def main(argv: list[str]) -> int:
     cwd = Path(tempfile.mkdtemp(prefix="soak-"))
     write_shard(cwd / "made_train_000000.bin", make_text(40_000, 1))  # two epochs, nearly
     write_shard(cwd / "made_val_000000.bin", make_text(20_000, 2))
-    for script in (BASELINE, ORD):
+    for script in (BASELINE, ORD, "cpu_kernels.py"):
         shutil.copy(Path(__file__).resolve().parent.parent / script, cwd / script)
     for arm, (_, _, ranks) in ARMS.items():
         job = start(cwd, arm, f"twin_{arm}", ranks)

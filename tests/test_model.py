@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import MATRIX_NAMES, TRAINERS, lone_ranks, read, small_config, small_model
 
+import cpu_kernels
 import train_gpt
 
 DOCUMENTS = [[0, 5, 6, 20], [0, 11, 31]]  # where documents begin in the two slices of 32 tokens
@@ -317,7 +318,7 @@ def test_sdpa_attention_equals_a_loop(block, paired, num_kv_heads, window, monke
     if block is None:
         monkeypatch.setattr(train_gpt, "eager_cpu", lambda x: False)
     else:
-        monkeypatch.setattr(train_gpt, "QUERY_BLOCK", block)
+        monkeypatch.setattr(cpu_kernels, "QUERY_BLOCK", block)
     q, k, v, batch, doc = attention_case(paired, num_kv_heads)
     docs = train_gpt.Documents(batch, "sdpa")
     results = []
