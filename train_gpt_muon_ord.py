@@ -138,6 +138,8 @@ def parse_value(name: str, text: str, field: dataclasses.Field):
             refuse(allowed_values(field))
         if isinstance(value, float) and not math.isfinite(value):
             refuse("a finite number")
+        if isinstance(value, int) and abs(value) > 2**62:
+            refuse("a number below 2**62")
         low, high, above = (field.metadata.get(k, d) for k, d in
                             (("low", -math.inf), ("high", math.inf), ("above", -math.inf)))
         if not low <= value <= high or value <= above:

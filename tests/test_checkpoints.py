@@ -95,7 +95,7 @@ def test_masters_in_two_halves_are_saved_whole(tmp_path):
 
     def bucket(dtype):
         param = torch.nn.Parameter(torch.zeros(300, 300, dtype=dtype))
-        return train_gpt.AdamBucket({"bigram": param}, ranks, o, lambda function: function)
+        return train_gpt.AdamBucket({"bigram": param}, ranks, o, lambda function: function, False)
 
     half, full = bucket(torch.bfloat16), bucket(torch.float32)
     train_gpt.write_master(half.mine, half.mantissa, values.flatten())
