@@ -40,8 +40,9 @@ def test_the_step_is_one_graph_forward_and_backward(tmp_path):
 
 @pytest.mark.fake_cuda
 def test_every_stage_and_validation_is_one_graph(tmp_path):
-    """On demand, because test_gpu_path.py counts the same on a small model. Five trained forms (three stages, untied, extension) and a validation of each, the last with its own
-    windows: more than the eight that dynamo allows by default, after which fullgraph is an error."""
+    """On demand, because test_gpu_path.py counts the same on a small model. Five trained forms (three stages,
+    untied, extension) and a validation of each, the last with its own windows: more than the eight that
+    dynamo allows by default, after which fullgraph is an error."""
     assert trace("variants", tmp_path, 900) == {"variants": 11}
 
 
