@@ -60,7 +60,7 @@ except NoCompiler as error:
 import torch
 import torch._inductor.config as inductor
 from torch._dynamo.device_interface import CudaInterface
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(HERE))
 import compile_only
@@ -158,9 +158,9 @@ install_driver()
 
 
 def on_device(trainer):
-    """Make a trainer module buildable under fake_mode: parameters are moved one by one, because
-    Module.to wants to swap fake tensors; initial values do not exist; hyperparameters stay real numbers,
-    because generated code asks for them."""
+    """Make a trainer module buildable under fake_mode: parameters are moved one by one, because Module.to
+    wants to swap fake tensors, and initial values do not exist. (Hyperparameters do: a fake tensor made of
+    one number on the CPU keeps it, and generated code asks for it.)"""
 
     class OnDevice(trainer.GPT):
         def to(self, device):
@@ -176,9 +176,5 @@ def on_device(trainer):
         def init_weights(self, generator):
             pass
 
-    def real(x):
-        with unset_fake_temporarily():
-            return torch.tensor(x, dtype=torch.float32)
-
-    trainer.GPT, trainer.scalar = OnDevice, real
+    trainer.GPT = OnDevice
     trainer.to_device = lambda x, device: torch.empty(x.shape, dtype=x.dtype, device=device)
