@@ -10,6 +10,12 @@ from pathlib import Path
 from helpers import command
 
 
+def heed_signals():
+    """Tests that are started in the background or by nohup pass on that these are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Job:
     """A run in the background, in a session of its own, whose log can be waited for."""
 
@@ -24,7 +30,7 @@ class Job:
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
-                preexec_fn=setup,
+                preexec_fn=lambda: (heed_signals(), setup() if setup else None),
             )
 
     def wait_for(self, pattern: str, seconds: float = 90):
