@@ -24,6 +24,7 @@ from helpers import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
+from cpu_kernels import query_blocks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import flops  # noqa: E402
@@ -55,7 +56,7 @@ def masks(model, batch, windows):
     for block, plan in zip(model.blocks, model.plans):
         if plan.attention:
             heads = block.attn.num_heads // (2 if plan.paired else 1)
-            yield heads, [mask for _, _, mask in docs.query_blocks(windows[plan.long_window], plan.paired)]
+            yield heads, [b for *_, b in query_blocks(docs.doc_ids(plan.paired), windows[plan.long_window])]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -255,7 +255,7 @@ def test_restarted_workers_find_their_log_without_run_id(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
     (tmp_path / "logs").mkdir()
     line = "event:started run_id:{0} launch:{1} git:none\n"
-    for name, launch in (("mine", train_gpt.launch_id()), ("other", "abc.1"), ("old", "none.7")):
+    for name, launch in (("mine", train_gpt.launch_id()), ("other", "abc.0"), ("old", "none.7")):
         (tmp_path / "logs" / f"{name}.txt").write_text(line.format(name, launch))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train_gpt.restarted_run_id() == "mine"
