@@ -30,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -138,12 +139,12 @@ def parse_value(name: str, text: str, field: dataclasses.Field):
             refuse(allowed_values(field))
         if isinstance(value, float) and not math.isfinite(value):
             refuse("a finite number")
-        if isinstance(value, int) and abs(value) > 2**62:
-            refuse("a number below 2**62")
         low, high, above = (field.metadata.get(k, d) for k, d in
                             (("low", -math.inf), ("high", math.inf), ("above", -math.inf)))
         if not low <= value <= high or value <= above:
             refuse(allowed_values(field))
+        if isinstance(value, int) and abs(value) > 2**62:
+            refuse("a number below 2**62")
         return value
 
     if not text.strip() and field.default is None:
@@ -345,8 +346,6 @@ class Ranks:
         self.device = torch.device("cuda", self.local_rank) if device == "cuda" else torch.device("cpu")
         self.everyones = {}  # not the class's
         if device == "cuda":
-            # the stages' shapes differ; segments that grow do not fall to pieces between them
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(self.device)
         elif "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
             torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
@@ -2541,11 +2540,14 @@ def torch_compile(function):
     for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         os.environ.setdefault(name, str(COMPILE_CACHE / folder))
     import torch._dynamo.config as dynamo
-    import torch._inductor.config as inductor
+    import torch._functorch.config as functorch
     dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_VARIANTS)
+    # options are each thread's own in torch 2.13, and backward runs in autograd's: so it is compiled with
+    # forward, here, and the option below travels with the function
+    functorch.force_non_lazy_backward_lowering = True
     # torch 2.13 asserts ("16384 v.s. 16383") when it fuses reductions over T and over T - 1; retry in 2.14
-    inductor.triton.mix_order_reduction = False
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return torch.compile(function, dynamic=False, fullgraph=True,
+                         options={"triton.mix_order_reduction": False})
 
 
 def compiled_forward(model: GPT):
@@ -2841,6 +2843,10 @@ class Start(NamedTuple):
 
 def prepare(env) -> Start:
     """Everything that can be refused is refused here, on all ranks together, before the first step."""
+    # the stages' shapes differ; segments that grow do not fall to pieces between them. The first question to
+    # CUDA, while the settings are read, fixes the allocator's options
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     s, o, model_config = read_settings(env)
     ranks = Ranks(s.device, s.dist_timeout)
     config = {**dataclasses.asdict(s), **dataclasses.asdict(o),
@@ -2947,6 +2953,11 @@ def supervise(start: Start, this: Run) -> int:
             time.sleep(1)  # a rank that was killed needs a moment to be gone
             missing = watch.missing()
         crashed(missing, ", ".join([*missing.values(), f"{type(error).__name__}: {error}"]))
+        if ranks.device.type == "cuda" and ranks.world_size > 1:
+            traceback.print_exc()  # closing the group would wait for collectives that the others never join
+            sys.stderr.flush()
+            log.close()
+            os._exit(1)
         raise
     finally:
         watch.over.set()

@@ -297,7 +297,8 @@ def test_live_table_follows_and_ends_cleanly(tmp_path):
     ours, theirs = pty.openpty()
     env = {**os.environ, "COLUMNS": "120", "LINES": "20", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
     command = [sys.executable, str(ROOT / "monitor_runs.py"), "--logs", str(tmp_path), "--interval", "0.1"]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests run in the background may ignore it
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, preexec_fn=heed)
     try:
         first = read_terminal(ours, 30, "100/200")
         assert "100/200" in first and "\x1b[?1049h" in first  # the alternate screen
