@@ -7,6 +7,10 @@
 #   RUN_ID=mine RESUME=auto ./run.sh         go on with a run that was stopped
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+if [ -n "${RESUME:-}" ] && [ -z "${RUN_ID:-}" ]; then
+  echo "RESUME=$RESUME without RUN_ID: which run? Set RUN_ID to the name of its log in logs/, without .txt" >&2
+  exit 2
+fi
 source setup_env.sh
 setup_env
 source .venv/bin/activate

@@ -34,6 +34,16 @@ def load_model(path: Path, device: str) -> tuple[GPT, dict]:
                           "trainer wrote, logs/RUN_ID/model.safetensors") from None
     if "config" not in metadata:
         raise SampleError(f"{path} has no configuration in its metadata; wanted one that a trainer wrote")
+    try:
+        model = build(tensors, metadata)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise SampleError(f"{path} does not fit its own configuration ({type(error).__name__}: {error}); "
+                          "wanted one that this version's trainers wrote") from None
+    return model.to(device).eval(), metadata
+
+
+def build(tensors: dict, metadata: dict) -> GPT:
+    """The model of this configuration with these weights."""
     to_tuples = lambda x: tuple(map(to_tuples, x)) if isinstance(x, list) else x
     config = ModelConfig(**{key: to_tuples(value) for key, value in metadata["config"].items()})
     model = GPT(config, metadata["vocab_size"], "sdpa", False, metadata["residual_scale"])
@@ -41,8 +51,8 @@ def load_model(path: Path, device: str) -> tuple[GPT, dict]:
     model.rotary.scale = metadata["rotary_scale"]
     missing = model.load_state_dict(tensors, strict=False)
     if missing.unexpected_keys or set(missing.missing_keys) - {"rotary.freqs"}:
-        raise SampleError(f"{path} does not fit its own configuration: {missing}")
-    return model.to(device).eval(), metadata
+        raise ValueError(str(missing))
+    return model
 
 
 def text_codec(vocab_size: int):

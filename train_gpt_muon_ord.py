@@ -350,11 +350,30 @@ class Ranks:
         elif "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
             torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
         self.parent = os.getppid()  # before its store is asked, which proves it alive: see Watch
-        if "RANK" in os.environ:  # torchrun, even with a single rank
+        self.launched = "RANK" in os.environ  # by torchrun, even with a single rank
+        self.watched = threading.Event()
+        if self.launched:
+            threading.Thread(target=self.leave_with_launcher, daemon=True).start()
             # Watch gives up first and says why; NCCL's own watchdog would end the process without a word
-            dist.init_process_group("nccl" if device == "cuda" else "gloo",
-                                    timeout=datetime.timedelta(seconds=1.5 * timeout_s),
+            timeout = datetime.timedelta(seconds=1.5 * timeout_s)
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+                # torchrun keeps one store for all its restarts, in which dead ranks' addresses still stand
+                # (pytorch#135712). Agents on several machines count restarts each for itself: see README
+                store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
+                                    world_size=world_size, timeout=timeout,
                                     **({"device_id": self.device} if device == "cuda" else {}))
+
+    def orphan(self) -> bool:
+        """Whether torchrun is gone. Without it the parent is a shell, whose end means nothing (nohup)."""
+        return self.launched and os.getppid() != self.parent
+
+    def leave_with_launcher(self):
+        """Until Watch takes over: who waits for ranks that nobody starts any more would wait very long."""
+        while not self.watched.wait(0.5):
+            if self.orphan():
+                os._exit(1)
 
     def zeros(self, numel: int, like: Tensor) -> Tensor:
         """What reduce_scatter and all_gather work on. If all ranks are on the CPU of one host, each sees the
@@ -452,12 +471,15 @@ class Ranks:
         return values
 
     def together(self, function):
-        """function()'s value. A ValueError on one rank is raised on all: nobody waits for one that left."""
+        """function()'s value. What one rank refuses, or the system refuses it, is a ValueError on all:
+        nobody waits for one that left."""
         value = error = None
         try:
             value = function()
         except ValueError as found:
             error = found
+        except OSError as found:
+            error = ValueError(f"{found.filename or 'a file'} cannot be used: {found.strerror or found}")
         for rank, text in enumerate(self.collect(None if error is None else str(error))):
             if text is not None:
                 raise error or ValueError(f"rank {rank}: {text}")
@@ -475,10 +497,13 @@ class Ranks:
 
 class Stop:
     """Whether somebody asked the run to stop. The first SIGTERM, SIGINT or SIGHUP is a request, which the
-    ranks then agree on; a second one ends the process at once."""
+    ranks then agree on; so are others that come with it (a terminal's and torchrun's, for one Ctrl-C). One
+    that comes later ends the process at once."""
+
+    TOGETHER_S = 5.0
 
     def __init__(self):
-        self.reason = ""
+        self.reason, self.since = "", 0.0
 
     def listen(self):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -486,8 +511,11 @@ class Stop:
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        self.reason = self.reason or signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        if not self.reason:
+            self.reason, self.since = signal.Signals(number).name, time.monotonic()
+        elif self.since and time.monotonic() - self.since > self.TOGETHER_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 class Watch(threading.Thread):
@@ -505,6 +533,7 @@ class Watch(threading.Thread):
         self.pids = {rank: pid for rank, (where, pid) in everybody if where == host()}
         self.over = threading.Event()
         ranks.beat()
+        ranks.watched.set()
 
     def missing(self) -> dict[int, str]:
         """Which ranks of this host are dead or stopped, in words."""
@@ -517,13 +546,16 @@ class Watch(threading.Thread):
         return 0 in self.pids and all(rank in missing for rank in self.pids if rank < self.ranks.rank)
 
     def run(self):
-        lost_since = None
+        lost_since, polled = None, time.monotonic()
         while not self.over.wait(self.POLL_S):
-            now, orphan, missing = time.monotonic(), os.getppid() != self.ranks.parent, self.missing()
-            if orphan and not self.stop_request.reason:
+            now, missing = time.monotonic(), self.missing()
+            if now - polled > 10 * self.POLL_S:  # this whole process slept (SIGSTOP, a suspended machine)
+                self.ranks.last_beat += now - polled
+            polled = now
+            if self.ranks.orphan() and not self.stop_request.reason:
                 self.stop_request.reason = "its launcher is gone"
             gone = [text for text in missing.values() if text.endswith("gone")]
-            lost_since = (lost_since or now) if orphan or gone else None
+            lost_since = (lost_since or now) if gone else None
             silent_s = now - self.ranks.last_beat
             if silent_s > self.timeout_s:
                 elsewhere = self.ranks.world_size - len(self.pids)
@@ -532,7 +564,7 @@ class Watch(threading.Thread):
                 self.on_crash(missing, f"no progress for {silent_s:.0f} s (DIST_TIMEOUT="
                                        f"{self.timeout_s:g}): {why}")
             elif lost_since and min(now - lost_since, silent_s) > self.GRACE_S:
-                self.on_crash(missing, ", ".join(gone) or "its launcher is gone")
+                self.on_crash(missing, ", ".join(gone))
 
 
 def host() -> str:
@@ -576,13 +608,14 @@ class RunLog:
             return
         try:
             os.makedirs(self.path.parent, exist_ok=True)
-            self.existed = self.path.exists()
+            self.existed = has_begun(self.path)
             if self.existed and not go_on:
                 raise SettingsError(f"{self.path} exists already, and logs are never overwritten; choose "
                                     "another RUN_ID, or RESUME=auto to go on with that run")
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | (0 if go_on else os.O_EXCL)
-            self.file = os.open(self.path, flags, 0o644)
+            self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             self.lock()
+            if not self.existed:
+                os.ftruncate(self.file, 0)
         except OSError as error:
             raise SettingsError(f"{self.path} cannot be written: {error.strerror}; run where logs/ can be "
                                 "written") from None
@@ -627,8 +660,11 @@ class RunLog:
                 file.write(self.event_line(name, fields) + "\n")
 
     def sync(self):
-        """To the disk, before a checkpoint that takes it for granted."""
+        """To the disk, before a checkpoint that takes it for granted. OSError if there is no room."""
         if self.is_main:
+            self.flush()
+            if self.unwritten:
+                raise OSError(f"{self.path} has lines that the disk does not take")
             os.fsync(self.file)
 
     def close(self) -> int:
@@ -638,18 +674,19 @@ class RunLog:
         self.flush()
         os.close(self.file)
         if self.unwritten:
-            print(f"error: {self.path} lacks its last lines, the disk did not take them:\n"
-                  f"{self.unwritten.decode()}", file=sys.stderr)
+            show(f"error: {self.path} lacks its last lines, the disk did not take them:\n"
+                 f"{self.unwritten.decode()}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # what the console does not take would become the exit code 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(bool(self.unwritten))
 
     def header(self, config: dict, started: dict):
-        """The sources, the resolved settings and the first event, fenced by two lines of '='."""
-        if not self.is_main:
-            return
-        self.write("".join(p.read_text() for p in source_files()) + "\n" + "=" * 100)
-        self.write("config:" + json.dumps(config))
-        self.event("started", **started)
-        self.write("=" * 100)
+        """The sources, the resolved settings and the first event, fenced by two lines of '='. One write: a
+        kill leaves none of it or, on a disk that is full, a part that has_begun() knows."""
+        self.write("\n".join([sources(), "=" * 100, "config:" + json.dumps(config),
+                              self.event_line("started", started), "=" * 100]))
 
     def event(self, name: str, **fields):
         self.write(self.event_line(name, fields))
@@ -661,7 +698,7 @@ class RunLog:
     def say(self, text: str):
         """A line for the person at the console only."""
         if self.is_main:
-            print(("\r\033[K" if self.bar else "") + text, flush=True)
+            show(("\r\033[K" if self.bar else "") + text)
 
     def step(self, step: int, fields: dict):
         """One step line: `fields` in their order, floats already formatted."""
@@ -677,13 +714,34 @@ class RunLog:
             width = max(10, min(40, shutil.get_terminal_size().columns - len(text) - 4))
             done = round(width * step / self.num_steps)
             text = f"\r\033[K[{'#' * done}{'.' * (width - done)}] {text}"
-        print(text, end="" if self.bar else "\n", flush=True)
+        show(text, end="" if self.bar else "\n")
+
+
+def show(text: str, **options):
+    """To the console, which may be a closed terminal or a file on a full disk: no reason to end a run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, flush=True, **options)
 
 
 def source_files() -> list[Path]:
     """What decides the numbers: this script, and the kernels it uses."""
     beside = [SCRIPT.with_name(name) for name in ("cpu_kernels.py", "triton_kernels.py")]
     return [p for p in (SCRIPT, *beside) if p.exists()]
+
+
+def sources() -> str:
+    return "".join(p.read_text() for p in source_files())
+
+
+def has_begun(log: Path) -> bool:
+    """Whether there is a log with more in it than the piece of a header that a run killed in its first
+    moment leaves behind."""
+    if not log.exists():
+        return False
+    ours = sources().encode()
+    with log.open("rb") as file:
+        text, rest = file.read(len(ours)), file.read(65_536)
+    return not ours.startswith(text) or b"\nevent:started " in rest
 
 
 def source_hash() -> str:
@@ -764,10 +822,13 @@ class Shard:
 
 def open_shard(path: Path) -> Shard:
     """Map a shard, checked: magic, version, count against the file's size, every token in the vocabulary."""
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    except OSError as error:  # a folder, a link to nothing, a file of somebody else's
+        raise DataError(f"{path} cannot be read ({error.strerror}); a token shard is wanted") from None
     if size < HEADER_INTS * 4:
         raise DataError(f"{path} has {size} bytes, a shard's header alone {HEADER_INTS * 4}; make it again")
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     magic, version, count, vocab_size = (int(x) for x in header[:4])
     if magic != SHARD_MAGIC or version != SHARD_VERSION:
         raise DataError(f"{path} begins with [{magic}, {version}], a token shard with [{SHARD_MAGIC}, "
@@ -797,10 +858,10 @@ def open_shards(root: str, pattern: str, name: str) -> list[Shard]:
 
 
 def shard_fields(shards: list[Shard]) -> str:
-    """name/tokens/sha256 of each file for the log; files over 64 MiB are not hashed, it would take long."""
+    """name/tokens/sha256 of each file for the log; of files over 64 MiB only the ends are hashed."""
     def digest(s):
-        small = s.tokens.nbytes <= 64 << 20
-        return hashlib.sha256(s.tokens.tobytes()).hexdigest()[:16] if small else "not_hashed"
+        ends = (s.tokens,) if s.tokens.nbytes <= 64 << 20 else (s.tokens[:1 << 19], s.tokens[-(1 << 19):])
+        return hashlib.sha256(b"".join(part.tobytes() for part in ends)).hexdigest()[:16]
     return ",".join(f"{s.path.name.replace(' ', '_')}/{len(s.tokens)}/{digest(s)}" for s in shards)
 
 
@@ -2298,8 +2359,8 @@ class Schedule:
 # What a checkpoint holds. There is no state of random generators: initial weights and the order of the
 # data are functions of SEED and of `position`, so these are all their state.
 CHECKPOINT_KEYS = {"format": int, "config": dict, "run_id": str, "source_hash": str, "step": int,
-                   "tokens": int, "train_ms": float, "reached": bool, "position": list, "stage": int,
-                   "tied": bool, "rotary_scale": float, "rotary_freqs": Tensor, "counts": dict,
+                   "tokens": int, "train_ms": float, "reached": bool, "validated": int, "position": list,
+                   "stage": int, "tied": bool, "rotary_scale": float, "rotary_freqs": Tensor, "counts": dict,
                    "params": dict}
 CHECKPOINT_FORMAT, CHECKPOINTS_KEPT = 1, 2
 MAY_DIFFER = {"run_id", "nproc_per_node", "compile", "rehearse", "kernels", "slices_per_pass",
@@ -2324,6 +2385,8 @@ def read_checkpoint(path: Path) -> dict:
         raise CheckpointError(f"RESUME: there is no {path}; give auto, or the path of a step_*.pt") from None
     except CheckpointError:
         raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # whatever a file of any content makes them raise
         text = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{path} is no checkpoint, or was cut short ({text[:120]}); use another"
@@ -2375,7 +2438,9 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def differences(old: dict, new: dict) -> list[str]:
     """What would train something else, in words."""
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
-    return [f"{key.upper()} was {old.get(key)}, now {new.get(key)}"
+    hints = {"num_slices": " (as many as there are ranks, at least 8: take as many ranks as it had, or at "
+                           "most 8 if it had no more)"}
+    return [f"{key.upper()} was {old.get(key)}, now {new.get(key)}{hints.get(key, '')}"
             for key in sorted({*old, *new} - MAY_DIFFER) if old.get(key) != new.get(key)]
 
 
@@ -2393,15 +2458,15 @@ class Origin(NamedTuple):
     resumed: bool = False
     saved: dict | None = None
     path: str = "none"
-    damaged: tuple[str, ...] = ()   # checkpoints that were passed over, and why
+    damaged: tuple[tuple[Path, str], ...] = ()  # checkpoints that were passed over, and why
     ended: int | None = None        # the run is over already: its exit code
 
 
 def find_origin(s: Settings, config: dict, run_id: str) -> Origin:
     """What RESUME and torchrun's restarts mean here. run_id: as the user gave it, maybe empty."""
-    if restarted():  # as RESUME=auto
+    if restarted():  # as RESUME=auto, if the worker in whose place this one is had come so far
         s = dataclasses.replace(s, run_id=run_id or restarted_run_id() or s.run_id)
-        if not s.resume or checkpoints_in(s.folder):
+        if begun_by_this_launch(s.log) and (not s.resume or checkpoints_in(s.folder)):
             return last_checkpoint(s, config)
     if s.resume == "auto":
         if not run_id:
@@ -2414,7 +2479,7 @@ def find_origin(s: Settings, config: dict, run_id: str) -> Origin:
         s = dataclasses.replace(s, run_id=run_id or saved["run_id"])
         refuse_differences(s.log, {**config, **log_config(s.log)}, config)
         return Origin(s.run_id, True, saved, s.resume)
-    if checkpoints_in(s.folder) and not s.log.exists():
+    if checkpoints_in(s.folder) and not has_begun(s.log):
         raise SettingsError(f"{s.folder} holds checkpoints of an earlier run; RESUME=auto goes on with it, "
                             "or choose another RUN_ID")
     return Origin(s.run_id)
@@ -2429,17 +2494,25 @@ def last_checkpoint(s: Settings, config: dict) -> Origin:
         try:
             saved = read_checkpoint(path)
         except CheckpointError as error:
-            damaged.append(str(error))
-            with contextlib.suppress(OSError):  # out of the way, but not thrown away
-                path.rename(path.with_suffix(".damaged"))
+            damaged.append((path, str(error)))
             continue
         refuse_differences(path, saved["config"], config)
         return Origin(s.run_id, True, saved, str(path), tuple(damaged))
     if damaged:
-        raise CheckpointError(f"{s.folder} has no checkpoint that can be read: {'; '.join(damaged)}. "
-                              f"Remove the folder and {s.log} to begin the run anew")
+        found = "; ".join(text for _, text in damaged)
+        raise CheckpointError(f"{s.folder} has no checkpoint that can be read: {found}. Remove the folder "
+                              f"and {s.log} to begin the run anew")
     refuse_differences(s.log, {**config, **log_config(s.log)}, config)
-    return Origin(s.run_id, s.log.exists())
+    return Origin(s.run_id, has_begun(s.log))
+
+
+def set_aside(origin: Origin, folder: Path):
+    """Rename what is not to be gone on with, but not throw it away: of the checkpoints that are left, the
+    last by number is then the last by time."""
+    for path in checkpoints_in(folder):
+        if origin.saved and path > folder / f"step_{origin.saved['step']:08d}.pt":
+            with contextlib.suppress(OSError):
+                path.rename(path.with_suffix(".damaged" if path in dict(origin.damaged) else ".superseded"))
 
 
 def last_event(log: Path) -> str:
@@ -2461,9 +2534,14 @@ def log_config(log: Path) -> dict:
 
 def restarted_run_id() -> str:
     """The run that a restarted worker had begun; empty if it had not got so far."""
-    ours = re.compile(rf"^event:started .*launch:{re.escape(launch_id())}( |$)", re.M)
     logs = sorted(Path("logs").glob("*.txt"), key=lambda p: p.stat().st_mtime, reverse=True)
-    return next((log.stem for log in logs if ours.search(log.read_text(errors="replace"))), "")
+    return next((log.stem for log in logs if begun_by_this_launch(log)), "")
+
+
+def begun_by_this_launch(log: Path) -> bool:
+    """Whether a worker of this torchrun, maybe one that died since, began or resumed it."""
+    ours = rf"^event:(?:started|resumed) .*launch:{re.escape(launch_id())}( |$)"
+    return log.is_file() and re.search(ours, log.read_text(errors="replace"), re.M) is not None
 
 
 def save_model(path: Path, model: GPT, config: dict, windows: tuple[int, int], tied: bool):
@@ -2476,10 +2554,15 @@ def save_model(path: Path, model: GPT, config: dict, windows: tuple[int, int], t
                 "residual_scale": config["residual_scale"], "rotary_scale": model.rotary.scale,
                 "windows": windows, "tied": tied}
     new = path.with_name(".new.safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.clone() for k, v in tensors.items()}, new,
-              {k: json.dumps(v) for k, v in metadata.items()})
-    os.replace(new, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.clone() for k, v in tensors.items()}, new,
+                  {k: json.dumps(v) for k, v in metadata.items()})
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2623,21 +2706,25 @@ class Trainer:
         return total
 
 
-def rehearse(s, o, config, train_shards, val_shards, ranks):
+def rehearse(s, o, config, train_shards, val_shards, ranks, stop: Stop):
     """Compile and autotune all that the run will meet, on a trainer and data of its own, which are thrown
-    away: every stage, tied or not, training and evaluation, steps with and without Adam and statistics."""
+    away: every stage, tied or not, training and evaluation, steps with and without Adam and statistics.
+    Ends early if a rank was asked to stop."""
     trainer = Trainer(s, o, config, train_shards[0].vocab_size, ranks)
     data = TrainData(train_shards, s, ranks)
     schedule, one_batch = trainer.schedule, dataclasses.replace(s, val_tokens=s.val_batch_tokens)
     starts = {schedule.stage(i): i for i in range(schedule.num_steps - 1, -1, -1)}.values()
     firsts = {*starts, schedule.untie_step or 0}
     for step in sorted(firsts | {i + 1 for i in firsts}):  # two steps each: Adam moves on every second
+        if any(ranks.collect(stop.reason)):
+            break
         if step < schedule.num_steps:
             trainer.enter(step)
             trainer.step(step, data.next(schedule.batch_tokens(step), None), measure=step == 0)
             windows = schedule.windows(trainer.stage)
             evaluate(trainer.forward, val_shards, one_batch, ranks, windows, trainer.tied)
-    evaluate(trainer.forward, val_shards, one_batch, ranks, schedule.final_windows(), trainer.tied)
+    else:
+        evaluate(trainer.forward, val_shards, one_batch, ranks, schedule.final_windows(), trainer.tied)
     data.ahead.close()
     del trainer, data
     gc.collect()  # hooks and their optimizer are a cycle, and gigabytes of the device hang on it
@@ -2725,26 +2812,35 @@ class Run:
         self.trainer = Trainer(s, start.o, start.model_config, start.config["vocab_size"], ranks)
         self.data, self.clock = TrainData(start.train_shards, s, ranks), Clock(ranks.device)
         self.report, self.schedule = Report(self.trainer, s, ranks, self.log), self.trainer.schedule
-        self.first, self.tokens, self.last_saved = 0, 0, 0
+        self.first, self.tokens, self.last_saved, self.validated = 0, 0, 0, -1
 
     def resume(self, saved: dict | None):
         """Go on from a checkpoint, which rank 0 has; refused before anything is taken from it."""
-        self.ranks.together(lambda: self.trainer.optimizer.check(saved["params"]) if saved else None)
+        try:
+            self.ranks.together(lambda: self.trainer.optimizer.check(saved["params"]) if saved else None)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
         small = self.ranks.share(saved and {k: v for k, v in saved.items() if k not in ("params", "config")})
         self.trainer.restore(small, saved and saved["params"])
         self.data.seek(small["position"])
         self.clock.spent_ms, self.report.reached = small["train_ms"], small["reached"]
         self.first = self.last_saved = small["step"]
-        self.tokens = small["tokens"]
+        self.tokens, self.validated = small["tokens"], small["validated"]
+        if saved:
+            saved.clear()  # gigabytes, which `start` would hold to the end
 
     def train(self) -> int | None:
         """Exit code if the run was stopped, None at its end."""
         s, schedule, epoch = self.s, self.schedule, self.data.position[0]
         self.graphs = graphs_compiled()
+        self.report.stop = any(self.ranks.collect(self.stop.reason))
+        if self.report.stop:  # during the rehearsal; what there is to go on with exists already
+            self.end_stopped(self.first)
+            return 0
         self.clock.start()
         for step in range(self.first, schedule.num_steps + 1):
             last = step == schedule.num_steps
-            if schedule.validates(step) and not step == self.first > 0:  # that was done before it was saved
+            if schedule.validates(step) and step > self.validated:
                 self.validate(step, last)
             if last:
                 break
@@ -2753,7 +2849,7 @@ class Run:
             if (stopping or due) and step > self.first and not self.trainer.optimizer.pending(step):
                 saved = self.save(step)
                 if stopping:
-                    self.log.end("stopped", step=step, reason=json.dumps(self.stop.reason or "another rank"))
+                    self.end_stopped(step)
                     return 0 if saved else 1
             self.trainer.enter(step)
             batch_tokens = schedule.batch_tokens(step)
@@ -2766,6 +2862,9 @@ class Run:
                 self.log.event("epoch", step=step + 1, epoch=epoch)
         self.clock.stop()
         return None
+
+    def end_stopped(self, step: int):
+        self.log.end("stopped", step=step, reason=json.dumps(self.stop.reason or "another rank"))
 
     def note_compilation(self, step: int):
         """A line if the run has just compiled something, which the rehearsal is there to prevent."""
@@ -2780,6 +2879,7 @@ class Run:
         windows = self.schedule.final_windows() if last else self.schedule.windows(self.trainer.stage)
         loss, accuracy = evaluate(self.trainer.forward, self.val_shards, self.s, self.ranks, windows,
                                   self.trainer.tied)
+        self.validated = step
         self.report.validated(step, loss, accuracy, self.tokens, self.clock.ms())
         self.note_compilation(step)
         self.clock.start()
@@ -2793,7 +2893,7 @@ class Run:
             contents |= {"format": CHECKPOINT_FORMAT, "config": self.config, "run_id": self.s.run_id,
                          "source_hash": source_hash(), "step": step, "tokens": self.tokens,
                          "train_ms": self.clock.ms(), "reached": self.report.reached,
-                         "position": list(self.data.position)}
+                         "validated": self.validated, "position": list(self.data.position)}
             broken = not all(p["master"].isfinite().all() for p in contents["params"].values())
         if self.ranks.share(broken):  # the last good checkpoint must not make room for this one
             raise Diverged(step, "weight", math.nan)
@@ -2811,8 +2911,9 @@ class Run:
         return saved
 
     def finish(self) -> int:
-        """The model for use elsewhere, and the log's last line. Exit code."""
-        code, where = 0, {}
+        """The model for use elsewhere, and the log's last line. Exit code. Without its model a run is not
+        finished: RESUME=auto then repeats what follows the last checkpoint."""
+        where = {}
         if self.s.save_model and self.ranks.rank == 0:
             path = self.s.folder / "model.safetensors"
             try:
@@ -2820,11 +2921,12 @@ class Run:
                            self.trainer.tied)
                 where = {"model": path}
             except Exception as error:  # safetensors has errors of its own
-                self.log.event("save_failed", step=self.schedule.num_steps, error=json.dumps(str(error)))
-                self.log.say(f"error: {path} could not be written: {error}")
-                code = 1
+                reason = f"{path} could not be written: {error}"
+                self.log.say(f"error: {reason}; make room, then RESUME=auto ends the run")
+                self.log.end("crashed", rank=0, error=json.dumps(reason))
+                return 1
         self.log.end("finished", **where)
-        return code
+        return 0
 
 
 class Start(NamedTuple):
@@ -2880,11 +2982,16 @@ def write_beginning(start: Start):
     if warning:
         log.event("warning", text=json.dumps(warning))
         log.say(f"warning: {warning}; FlashAttention-2 takes its place")
-    for text in origin.damaged:
+    for _, text in origin.damaged:
         log.event("checkpoint_damaged", error=json.dumps(text))
         log.say(f"warning: {text}; falling back to the one before it")
     if origin.resumed:
+        set_aside(origin, start.s.folder)
         step = origin.saved["step"] if origin.saved else 0
+        if origin.saved and origin.saved["source_hash"] != source_hash():
+            text = f"the code is not that of the checkpoint (source_hash {origin.saved['source_hash']})"
+            log.event("warning", text=json.dumps(text))
+            log.say(f"warning: {text}")
         log.event("resumed", step=step, path=origin.path, **started)
         log.say(f"going on from step {step} ({origin.path})")
 
@@ -2903,46 +3010,54 @@ def main(argv: list[str], env=os.environ) -> int:
             if start.ranks.rank == 0:
                 print(f"{SCRIPT.name}: {start.s.log} is of a run that is over; nothing to do")
             return start.origin.ended
-        this = Run(start, Stop())
-        if start.origin.saved is not None:
-            this.resume(start.origin.saved or None)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{SCRIPT.name}: {error}", file=sys.stderr)
-        Ranks.close()
-        return 2
-    return supervise(start, this)
+        return refuse(error)
+    return supervise(start, Stop())
 
 
-def supervise(start: Start, this: Run) -> int:
+def refuse(error: ValueError) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        show(f"{SCRIPT.name}: {error}", file=sys.stderr)
+    Ranks.close()
+    return 2
+
+
+def supervise(start: Start, stop: Stop) -> int:
     """Train, and whatever happens leave a last line in the log. Exit code."""
-    log, ranks, stop = start.log, start.ranks, this.stop
+    s, log, ranks, saved = start.s, start.log, start.ranks, start.origin.saved
 
     def crashed(missing: dict[int, str], reason: str):
         """From the rank whose error it is; if others went missing without a word, from the first left."""
-        if not missing or watch.leads(missing) and last_event(log.path) != "crashed":
+        if (not missing or watch.leads(missing)) and last_event(log.path) != "crashed":
             log.end("crashed", whoever=True, rank=next(iter(missing), ranks.rank), error=json.dumps(reason))
 
     def give_up(missing: dict[int, str], reason: str):
         crashed(missing, reason)
-        print(f"rank {ranks.rank} gives up: {reason}", file=sys.stderr, flush=True)
+        show(f"rank {ranks.rank} gives up: {reason}", file=sys.stderr)
         os._exit(1)  # the main thread hangs inside a collective
 
-    watch = Watch(ranks, start.s.dist_timeout, stop, give_up)
+    watch = Watch(ranks, s.dist_timeout, stop, give_up)
     stop.listen()
     watch.start()
     try:
         if ranks.rank == 0:
             write_beginning(start)
-        log.say(f"{SCRIPT.name}: {start.s.model} on {ranks.world_size} rank(s) of {ranks.device.type}, "
+        log.say(f"{SCRIPT.name}: {s.model} on {ranks.world_size} rank(s) of {ranks.device.type}, "
                 f"log {log.path}")
-        if start.s.rehearse == "1":
+        if s.rehearse == "1":
             log.say("rehearsing every stage (compiles; not counted as training time)")
-            rehearse(start.s, start.o, start.model_config, start.train_shards, start.val_shards, ranks)
+            rehearse(s, start.o, start.model_config, start.train_shards, start.val_shards, ranks, stop)
+        this = Run(start, stop)
+        if saved is not None:
+            this.resume(saved or None)
         code = this.train()
         watch.over.set()
         if code is None:
             code = this.finish()
+    except CheckpointError as error:  # of a form that these parameters cannot take: found out by all ranks
+        watch.over.set()
+        log.end("crashed", error=json.dumps(str(error)))
+        return refuse(error)
     except Diverged as error:
         log.end("diverged", step=error.step, **{error.name: f"{error.value:g}"})
         log.say(f"diverged: {error}")

@@ -219,10 +219,13 @@ def disturb(cwd: Path, this: Disturbed, rng: random.Random, most_faults: int):
 def compare(log: Path, twin: Path, this: Disturbed):
     found, wanted = lines(log), lines(twin)
     value = lambda text: float(text.split()[0].partition(":")[2])
-    pairs = [
-        (value(a), value(b)) for step in wanted for a, b in zip(found.get(step, ["x:nan"]), wanted[step])
-    ]
-    this.difference = max(abs(a - b) for a, b in pairs)
+    how_many = lambda steps: {step: len(kinds) for step, kinds in steps.items()}
+    if how_many(found) != how_many(wanted):
+        this.problem = f"has lines of {how_many(found)}, its twin of {how_many(wanted)}"
+        return
+    pairs = [(value(a), value(b)) for step in wanted for a, b in zip(found[step], wanted[step])]
+    gaps = [abs(a - b) for a, b in pairs]
+    this.difference = max(gaps) if all(gap == gap for gap in gaps) else float("nan")
     this.exact = found == wanted
     if not this.exact and not (this.ranks_changed and this.difference <= TOLERANCE):
         this.problem = f"differs from its twin by {this.difference:g}"

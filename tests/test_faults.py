@@ -17,6 +17,7 @@ import pytest
 from helpers import BASELINE, ORD, ROOT, base_env, command, losses, make_text, run, train, write_shard
 from jobs import Job, events, lines
 
+import train_gpt
 from run_log import read_log
 
 EVERY_STATE = dict(  # all that the optimizer can have to remember
@@ -91,6 +92,37 @@ def test_a_signal_to_one_rank_stops_all(shards, tmp_path):
     assert events(job.log, "stopped") and list((tmp_path / "logs" / "one").glob("step_*.pt"))
 
 
+def test_two_signals_at_once_are_one_request(shards, tmp_path):
+    """Ctrl-C reaches a rank from the terminal and from torchrun; that is no wish to lose the run."""
+    job = Job(tmp_path, BASELINE, base_env(shards, RUN_ID="twice", NUM_SCHEDULED_ITERATIONS=400))
+    job.wait_for(r"^step:2/")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        job.process.send_signal(number)
+    assert job.end() == 0, job.out.read_text()
+    assert len(events(job.log, "stopped")) == 1 and list((tmp_path / "logs" / "twice").glob("step_*.pt"))
+
+
+def test_a_signal_during_the_rehearsal_stops_before_the_first_step(shards, tmp_path):
+    job = Job(tmp_path, BASELINE, base_env(shards, RUN_ID="early", REHEARSE=1), ranks=2)
+    job.wait_for(r"^event:started")
+    os.kill(job.ranks()[1], signal.SIGTERM)
+    assert job.end() == 0, job.out.read_text()
+    assert "step:0 " in events(job.log, "stopped")[0] and not lines(job.log)
+
+
+def test_a_run_outlives_its_shell(shards, tmp_path):
+    """nohup python train_gpt.py &, then the terminal goes: without torchrun the parent means nothing."""
+    env = base_env(shards, RUN_ID="nohup")
+    argv = [*command(BASELINE, 0)]
+    subprocess.run(["sh", "-c", f"{' '.join(argv)} >out 2>&1 & sleep 0.1"], cwd=tmp_path, env=env, check=True)
+    log = tmp_path / "logs" / "nohup.txt"
+    end = time.monotonic() + 90
+    while not (log.exists() and re.search("^event:(finished|stopped|crashed)", log.read_text(), re.M)):
+        assert time.monotonic() < end, (tmp_path / "out").read_text()
+        time.sleep(0.1)
+    assert events(log, "finished")
+
+
 def test_a_finished_run_is_left_alone(shards, tmp_path):
     train(tmp_path, shards, "over", NUM_SCHEDULED_ITERATIONS=2)
     before = (tmp_path / "logs" / "over.txt").read_bytes()
@@ -138,8 +170,44 @@ def test_other_settings_are_refused_with_the_list(copy_of_saved, shards):
 
 
 def test_how_often_to_save_or_validate_may_differ(copy_of_saved, shards):
-    done = resume(copy_of_saved, shards, SAVE_EVERY=2, VAL_LOSS_EVERY=3, TARGET_LOSS=2)
+    """Step 8 is validated now, which the run that saved it had not done."""
+    done = resume(copy_of_saved, shards, SAVE_EVERY=2, VAL_LOSS_EVERY=4, TARGET_LOSS=2)
     assert done.returncode == 0, done.stderr
+    assert "step:8/14 val_loss" in (copy_of_saved / "logs" / "saved.txt").read_text()
+
+
+def test_other_code_is_said(copy_of_saved, shards):
+    import torch
+
+    path = copy_of_saved / "logs" / "saved" / "step_00000008.pt"
+    torch.save({**torch.load(path), "source_hash": "0123"}, path)
+    done = resume(copy_of_saved, shards)
+    assert done.returncode == 0 and "warning: the code is not that of the checkpoint" in done.stdout
+    assert "0123" in events(copy_of_saved / "logs" / "saved.txt", "warning")[0]
+
+
+def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(copy_of_saved, shards):
+    """Fails if a restart goes on from what was given up, or the last two by number are not those by time."""
+    folder = copy_of_saved / "logs" / "saved"
+    done = resume(copy_of_saved, shards, RESUME="logs/saved/step_00000004.pt", SAVE_EVERY=2)
+    assert done.returncode == 0, done.stderr
+    names = sorted(p.name for p in folder.glob("step_*"))
+    assert names == ["step_00000008.superseded", "step_00000010.pt", "step_00000012.pt"]
+
+
+@pytest.mark.parametrize("part", [0, 5000, -1])
+def test_a_log_that_was_only_begun_does_not_block_its_name(shards, tmp_path, part):
+    """A run killed in its first moment leaves a file that is empty, or holds a piece of the header."""
+    header = train_gpt.sources() + "\n" + "=" * 100 + "\nconfig:{"
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "torn.txt").write_text(header[:part])
+    train(tmp_path, shards, "torn", NUM_SCHEDULED_ITERATIONS=2)
+    log = read_log(tmp_path / "logs" / "torn.txt")
+    assert [r.state for r in log] == ["finished"] and log[0].config["run_id"] == "torn"
+    (tmp_path / "logs" / "notes.txt").write_text("somebody's notes")
+    done = run(tmp_path, BASELINE, base_env(shards, RUN_ID="notes"), ranks=0)
+    assert done.returncode == 2 and "exists already" in done.stderr
+    assert (tmp_path / "logs" / "notes.txt").read_text() == "somebody's notes"
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
@@ -249,6 +317,16 @@ def test_a_killed_rank_is_restarted_and_goes_on(undisturbed, shards, tmp_path):
     assert lines(job.log) == lines(undisturbed)
 
 
+def test_restarts_do_not_take_an_older_run_of_the_same_name(copy_of_saved, shards):
+    """A name that exists is refused, and by torchrun's second attempt too."""
+    log = copy_of_saved / "logs" / "saved.txt"
+    before = log.read_bytes()
+    env = base_env(shards, RUN_ID="saved", SAVE_EVERY=4)
+    done = run(copy_of_saved, BASELINE, env, 2, ("--standalone", "--max-restarts=1"))
+    assert done.returncode == 1 and done.stderr.count("exists already") == 2
+    assert log.read_bytes() == before
+
+
 def test_a_stopped_rank_is_given_up_in_time(shards, tmp_path):
     """SIGSTOP: the process is there and silent, as on a machine that swaps or a GPU that hangs."""
     env = base_env(shards, RUN_ID="hung", NUM_SCHEDULED_ITERATIONS=400, DIST_TIMEOUT=5)
@@ -348,11 +426,14 @@ def test_a_full_disk_costs_neither_the_run_nor_the_checkpoint_before(copy_of_sav
     env = base_env(shards, RUN_ID="saved", SAVE_EVERY=2, RESUME="auto")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
     job = Job(copy_of_saved, BASELINE, env, setup=limit)
-    assert job.end() == 1  # finished, but the final model could not be written
-    assert len(events(job.log, "save_failed")) == 3 and events(job.log, "finished")
+    assert job.end() == 1  # trained to the end, but without its model a run is not finished
+    assert len(events(job.log, "save_failed")) == 2 and "model.safetensors" in events(job.log, "crashed")[0]
     folder = copy_of_saved / "logs" / "saved"
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000004.pt", "step_00000008.pt"]
-    assert lines(job.log)[14]
+    digits = lines(job.log)
+    done = resume(copy_of_saved, shards)
+    assert done.returncode == 0 and (folder / "model.safetensors").exists()
+    assert events(job.log, "finished") and lines(job.log) == digits and digits[14]
 
 
 def test_log_lines_wait_for_a_full_disk(tmp_path):
@@ -366,6 +447,10 @@ log = train_gpt.RunLog(Path("logs/full.txt"), 0, 9)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for i in range(100):
     log.write(f"line {{i}} " + "." * 30)
+try:
+    log.sync()
+except OSError:
+    print("no checkpoint of steps that the log does not have")
 if sys.argv[1] == "room":
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 log.end("finished")
@@ -378,12 +463,23 @@ sys.exit(log.close())
         )
         assert done.returncode == wanted, done.stderr
         assert done.stdout.count("warning") == 1 and "wait in memory" in done.stdout
+        assert "no checkpoint" in done.stdout
         text = (tmp_path / "logs" / "full.txt").read_text()
         found = [int(n) for n in re.findall(r"^line (\d+) \.{30}$", text + done.stderr, re.M)]
         if room == "room":
             assert found == list(range(100)) and text.endswith("event:finished\n")
         else:
             assert found[-1] == 99 and "event:finished" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
+def test_a_console_that_takes_nothing_ends_no_run(shards, tmp_path):
+    """The .out file on a full disk, a terminal that was closed."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command(BASELINE, 0), cwd=tmp_path, env=base_env(shards, RUN_ID="mute"),
+                              stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert events(tmp_path / "logs" / "mute.txt", "finished")
 
 
 def test_logs_that_cannot_be_written_are_refused(shards, tmp_path):

@@ -4,9 +4,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from train_gpt import process_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +37,8 @@ for trial in range(50):
         work.wait()
         assert torch.equal(full, torch.cat(ranks.collect(ranks.shard(full).clone())))
         torch.testing.assert_close(full, plain)
-print("through memory" if ranks.everyones else "through gloo", flush=True)
+with open(f"rank{ranks.rank}", "w") as file:  # the console mixes the ranks' lines
+    file.write("through memory" if ranks.everyones else "through gloo")
 ranks.close()
 """
 
@@ -44,8 +48,12 @@ def launch(tmp_path, num_ranks, arguments):
     script.write_text(EXCHANGE)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, str(script)], env=env, text=True, stdout=subprocess.PIPE,
+    return subprocess.Popen([*command, str(script)], env=env, text=True, cwd=tmp_path,
                             stderr=subprocess.PIPE)
+
+
+def ways(tmp_path, num_ranks) -> set[str]:
+    return {(tmp_path / f"rank{rank}").read_text() for rank in range(num_ranks)}
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
@@ -53,9 +61,9 @@ def launch(tmp_path, num_ranks, arguments):
 def test_exchange_through_memory_equals_gloos(num_ranks, tmp_path):
     """Fails if a rank reads before another has written, sums a shard twice, or takes somebody else's."""
     done = launch(tmp_path, num_ranks, ["--standalone"])
-    out, errors = done.communicate(timeout=120)
+    _, errors = done.communicate(timeout=120)
     assert done.returncode == 0, errors
-    assert out.split("\n").count("through memory") == num_ranks
+    assert ways(tmp_path, num_ranks) == {"through memory"}
 
 
 def test_ranks_of_two_hosts_use_gloo(tmp_path):
@@ -66,6 +74,27 @@ def test_ranks_of_two_hosts_use_gloo(tmp_path):
     both = [launch(tmp_path, 1, ["--nnodes=2", f"--node-rank={node}", f"--master-port={port}",
                                  "--master-addr=localhost"]) for node in (0, 1)]
     for agent in both:
-        out, errors = agent.communicate(timeout=120)
+        _, errors = agent.communicate(timeout=120)
         assert agent.returncode == 0, errors
-        assert out.strip() == "through gloo"
+    assert ways(tmp_path, 2) == {"through gloo"}
+
+
+def test_who_waits_for_the_others_leaves_with_its_launcher(tmp_path):
+    """Fails if a rank whose torchrun was killed while the group came together waits for long."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+           "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    waits = "import os; from train_gpt import Ranks; print(os.getpid(), flush=True); Ranks('cpu')"
+    shell = subprocess.Popen(["sh", "-c", f'{sys.executable} -c "{waits}"; true'], env=env, text=True,
+                             cwd=tmp_path, stdout=subprocess.PIPE)
+    pid = int(shell.stdout.readline())
+    time.sleep(1)
+    assert process_state(pid) == "alive"
+    shell.kill()
+    shell.wait()
+    end = time.monotonic() + 30
+    while process_state(pid) == "alive" and time.monotonic() < end:
+        time.sleep(0.1)
+    assert process_state(pid) == "gone"

@@ -443,6 +443,17 @@ def test_shards_cut_short_are_refused(tmp_path, size):
         train_data(data_settings(tmp_path))
 
 
+def test_folders_and_links_to_nothing_are_refused(tmp_path):
+    """Fails if what only has a shard's name ends in a traceback."""
+    (tmp_path / "train_0.bin").mkdir()
+    with pytest.raises(train_gpt.DataError, match="train_0.bin cannot be read"):
+        train_data(data_settings(tmp_path))
+    (tmp_path / "train_0.bin").rmdir()
+    (tmp_path / "train_0.bin").symlink_to(tmp_path / "gone")
+    with pytest.raises(train_gpt.DataError, match="train_0.bin cannot be read"):
+        train_data(data_settings(tmp_path))
+
+
 def test_data_that_does_not_fit_together_is_refused(tmp_path):
     """Fails if shards of two tokenizers are mixed, or validation is shorter than it was asked to be."""
     write_shard(tmp_path / "train_0.bin", **GOOD)
