@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set everything up and run the tests: CPU only, no network. ./test.sh -k name runs some of them;
 # ./test.sh --fake-cuda also compiles the whole train step for a Hopper GPU, which takes minutes and no GPU.
+# TEST_PROCESSES=4 ./test.sh where there are more cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source setup_env.sh
@@ -8,4 +9,5 @@ setup_env
 .venv/bin/python data/embedded_corpus.py
 .venv/bin/python sync_twins.py --check
 .venv/bin/ruff check .
-.venv/bin/python -m pytest -q tests "$@"
+# a file of tests on each core: its runs of two ranks and its NumPy references leave gaps that others fill
+.venv/bin/python -m pytest -q tests -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"

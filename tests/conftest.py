@@ -1,6 +1,7 @@
 """The scripts are plain files at the repository's root; the tests import them from there, never from
 elsewhere."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "fake_cuda: runs only with --fake-cuda")
+    if hasattr(config, "workerinput"):  # one of several processes: a thread each
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -52,12 +52,13 @@ class Job:
                 env = dict(
                     x.split(b"=", 1) for x in (folder / "environ").read_bytes().split(b"\0") if b"=" in x
                 )
-                cmdline = (folder / "cmdline").read_bytes()
+                cmdline, cwd = (folder / "cmdline").read_bytes(), Path(os.readlink(folder / "cwd"))
                 dead = (folder / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
             except (OSError, ValueError):
                 continue
             worker = b"train_gpt" in cmdline and b"torch.distributed.run" not in cmdline
-            if worker and not dead and env.get(b"RUN_ID") == self.run_id.encode():
+            ours = cwd == self.log.parent.parent.resolve() and env.get(b"RUN_ID") == self.run_id.encode()
+            if worker and ours and not dead:
                 found[int(env.get(b"RANK", 0))] = int(folder.name)
         return found
 
