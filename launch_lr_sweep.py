@@ -1015,10 +1015,10 @@ def how_it_ended(run: Run, log: RunLog | None) -> tuple[str, str]:
     if log and log.state == "finished":
         return "finished", ""
     if run.exit_code == 3 or (log and log.state == "diverged"):
-        return "diverged", "the loss is not a finite number"
+        return "diverged", "the loss is not a number, or above DIVERGED_ABOVE"
     if run.exit_code is not None and run.exit_code < 0:
         return "crashed", f"killed by signal {-run.exit_code} ({signal.strsignal(-run.exit_code)})"
-    crash = log.event("crashed") if log else None
+    crash = log.event("crashed") if log and log.state == "crashed" else None  # not one it resumed from
     try:
         lines = Path(run.log).with_suffix(".out").read_text(errors="replace").strip().splitlines()
     except OSError:
