@@ -1175,6 +1175,8 @@ def expected_time(runs: list[Run], slots: list[Slot], nproc: int) -> str:
     history = read_history(set(wanted))
     device = device_name(bool(slots[0].gpus))
     threads = str(max(1, len(slots[0].cores or usable_cores()) // nproc))
+    if nproc == 1:  # as the trainers have it: for several ranks they set it themselves
+        threads = os.environ.get("OMP_NUM_THREADS", threads)
     total, used = 0.0, set()
     for run in runs:
         fits = [

@@ -105,7 +105,7 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thre
     trainer.Trainer.__init__ = remember
     try:
         before = trainer.graphs_compiled()
-        trainer.rehearse(*start[:3], start.train_shards, start.val_shards, start.ranks)
+        trainer.rehearse(*start[:3], start.train_shards, start.val_shards, start.ranks, trainer.Stop())
         rehearsed = trainer.graphs_compiled()
         assert rehearsed - before > 15
         gc.collect()

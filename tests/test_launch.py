@@ -569,6 +569,7 @@ def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
     Path("logs").mkdir()
     monkeypatch.setattr(launcher, "device_name", lambda gpu: "laptop")
     monkeypatch.setattr(launcher, "usable_cores", lambda: (0, 1))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     sweep = read_sweep(sweep_file(TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'MODEL = "tiny"')), None)
     slots, nproc = launcher.share_out(sweep, 1, 0)
     assert "unknown" in launcher.expected_time(sweep.runs(), slots, nproc)
@@ -595,6 +596,8 @@ def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
     assert "about 11 min (160 s" in launcher.expected_time(sweep.runs(), slots, nproc).replace(
         "3 min", "160 s"
     )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the runs would heed
+    assert "from 1 earlier log" in launcher.expected_time(sweep.runs(), slots, nproc)
 
 
 # ------------------------------------------------------------------------------------------------
