@@ -550,7 +550,12 @@ def without_nan(value: object) -> object:
 
 
 def by_value(results: Results) -> str | None:
-    """The numeric setting that varies most, by which arms are ordered and coloured; None if there is none."""
+    """The numeric setting that varies most, by which arms are ordered and coloured; None if there is none.
+
+    Of settings tied to each other the one that `results.by` names or, if it names none, the last by name.
+    """
+    if results.by:
+        return results.by
     counts = {}
     for name in results.varied():
         values = {
@@ -566,13 +571,18 @@ def by_value(results: Results) -> str | None:
 
 def kinds_of(results: Results, name: str) -> dict[str, str]:
     """What arms share beside that setting's value, as key -> words: arms of one kind have one line style."""
-    others = [other for other in results.varied() if other != name]
+    others = beside(results, name)
     found = {}
     for arm in results.arms:
         if name in arm.settings:
             words = " ".join(f"{o}={format_value(arm.settings[o])}" for o in others if o in arm.settings)
             found.setdefault(kind_of(arm, others), words)
     return found
+
+
+def beside(results: Results, name: str) -> list[str]:
+    """What varies beside that setting and is not tied to it."""
+    return [other for other in results.varied() if other not in (name, *results.tied(name))]
 
 
 def kind_of(arm: SweepArm, names: Sequence[str]) -> str:
@@ -702,7 +712,7 @@ def picture_of_curves(results: Results, target: float):
 def briefly(results: Results, arms: Sequence[SweepArm]) -> tuple[list[SweepArm], list[str]]:
     """The arms with names that fit beside a line; where they do not, letters to be put before their names."""
     name = by_value(results)
-    if name and len(results.varied()) == 1:
+    if name and not beside(results, name):
         names = [format_value(arm.settings[name]) if name in arm.settings else arm.label for arm in arms]
     else:
         names = [arm.label for arm in arms]
@@ -728,7 +738,7 @@ def legend_of(
         for arm, look, before in zip(arms, looks, letters, strict=True)
         if name is None or len(arms) <= MAX_LEGEND or name not in arm.settings
     ]
-    if name and len(results.varied()) == 1 and not any(letters):
+    if name and not beside(results, name) and not any(letters):
         lacking = {style.shorten(arm.label, 44) for arm in arms if name not in arm.settings}
         shown = [(label, look) for label, look in shown if label in lacking]
     elif name and len(arms) > MAX_LEGEND:
@@ -749,7 +759,7 @@ def looks_of(results: Results, arms: Sequence[SweepArm]) -> tuple[list[dict], li
     if name is None:
         return looks, []
     values = sorted({float(arm.settings[name]) for arm in arms if name in arm.settings})
-    others, kinds = [o for o in results.varied() if o != name], list(kinds_of(results, name))
+    others, kinds = beside(results, name), list(kinds_of(results, name))
     for arm, look in zip(arms, looks, strict=True):
         look.update(color=style.GREY, linestyle=style.LINES[1])
         if name in arm.settings:
