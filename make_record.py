@@ -15,12 +15,12 @@ record.toml, whose `commands` are the tools of this project that make the rest, 
 --new copies a sweep's file, manifest and logs from logs/ into a new record, writes its record.toml, and calls
 the commands. Logs are compressed (.txt.xz, which every tool here reads); the source code at their heads, the
 same in all runs, is kept once, in logs/sources/HASH.txt.xz, if its hash is the one that the run logged.
---also adds a command; the sweep's file, if it names none, is put in, and `--out .` if it has no --out. Nothing
-is ever overwritten by --new.
+--also adds a command; the sweep's file, if it names none, is put in, and `--out .` if it has no --out. --new
+never overwrites anything.
 
 --check changes nothing, and exits with 1 if a table (.md .json .csv) is not what the commands make of the
-logs, byte for byte. The bytes of pictures change with matplotlib's version and the fonts of a machine: they are
-compared, too, but differences are only told.
+logs, byte for byte. The bytes of pictures change with matplotlib's version and the fonts of a machine: they
+are compared, too, but differences are only told.
 """
 
 import argparse

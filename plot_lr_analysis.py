@@ -39,7 +39,7 @@ from sweep_results import Attempt, Results, SweepArm, format_interval, read_resu
 
 RATES = ("muon_lr", "adam_lr", "router_lr")  # looked at first, if no setting is named
 GOOD = 0.98  # share of the best's fall that a good value keeps
-LOST = 0.05  # share of the fall that an unstable run has lost again at its end
+LOST = 0.05  # share of the fall that an unstable run lost again on its way
 SPREAD = 5.0  # an unstable value's runs differ by so many times the noise, and by 1 - GOOD of the fall
 TOP = 0.2
 MIN_INTERVAL = report_sweep.MIN_INTERVAL
@@ -48,9 +48,9 @@ RULES = {
     "good": f"its mean loss fell by at least {GOOD:.0%} of the fall",
     "too low": "not good, and lower than the best value",
     "declining": "not good, and higher than the best value",
-    "unstable": "some but not all of its runs diverged; or a run ended above its own lowest validation loss "
-    f"by more than {LOST:.0%} of the fall; or its runs' sd exceeds {SPREAD:g} times the sweep's "
-    f"noise and {1 - GOOD:.0%} of the fall",
+    "unstable": "some but not all of its runs diverged; or a run's validation loss stood at some time more "
+    f"than {LOST:.0%} of the fall above its lowest until then; or its runs' sd exceeds {SPREAD:g} times the "
+    f"sweep's noise and {1 - GOOD:.0%} of the fall",
     "diverged": "all its runs diverged, or ended no lower than they began",
     "no result": "no run has finished and none diverged: they crashed, hung or have not ended",
 }
@@ -101,9 +101,11 @@ def diverged(attempt: Attempt) -> bool:
     return attempt.state in ("diverged", "finished")
 
 
-def lost_again(attempt: Attempt) -> float:
-    """By how much a run ended above its own lowest validation loss."""
-    return attempt.loss - attempt.log.best_val_loss if attempt.outcome == "done" and attempt.log else math.nan
+def largest_rise(attempt: Attempt) -> float:
+    """The most that a run's validation loss stood above its lowest until then, NaN if it has none."""
+    losses = attempt.log.val.loss if attempt.log else np.zeros(0)
+    losses = losses[np.isfinite(losses)]
+    return float((losses - np.minimum.accumulate(losses)).max()) if len(losses) else math.nan
 
 
 # ------------------------------------------------------------------------------------------------
@@ -325,7 +327,7 @@ def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
 
 def is_unstable(rate: Rate, learnt: Sequence[Attempt], analysis: Analysis) -> bool:
     fall = analysis.fall
-    if any(lost_again(attempt) > LOST * fall for attempt in learnt):
+    if any(largest_rise(attempt) > LOST * fall for attempt in learnt):
         return True
     wide = max(SPREAD * analysis.by_loss.sd, (1 - GOOD) * fall)  # NaN if the noise is unknown: never wider
     return analysis.noise_known and rate.loss.sd > wide
