@@ -723,7 +723,7 @@ def draw_heatmap(ax, analysis: Analysis) -> None:
                 ranks[row, column] = known.index(sign * value) / max(1, len(known) - 1)
     # from green to purple, which the colour-blind tell apart; light enough for black text on it
     colours = LinearSegmentedColormap.from_list("good", colormaps["PRGn"](np.linspace(0.88, 0.15, 64)))
-    colours.set_bad("#dddddd")
+    colours = colours.with_extremes(bad="#dddddd")
     ax.imshow(np.ma.masked_invalid(ranks), cmap=colours, aspect="auto", vmin=0, vmax=1)
     many = len(rates) > 30
     for row, (_, values, _, form) in enumerate(rows):
