@@ -579,9 +579,10 @@ def as_csv(analysis: Analysis) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for number, rate in enumerate(analysis.rates):
-        record = {**rate_record(rate, analysis), "remark": remark(rate, analysis)}
+        record = rate_record(rate, analysis)
         for name in ("loss", "accuracy", "perplexity"):
             record[f"{name}_low"], record[f"{name}_high"] = record.pop(f"{name}_interval")
+        record["remark"] = remark(rate, analysis)
         if not number:
             writer.writerow(record)
         finite = report_sweep.without_nan(record)

@@ -356,7 +356,8 @@ def target_section(results: Results, rows: Sequence[Row], target: Target) -> str
             line.append(f"{change:+.1%}" if math.isfinite(change) and row is not control else "-")
         line += [reach_text(row, row.minutes_to_target, ".4g", ".2g")]
         first = "not all ended" if row.arm.count("missing") else "not reached"
-        cells.append([*line, first if row.first_step_all is None else row.first_step_all])
+        first = first if row.first_step_all is None else row.first_step_all
+        cells.append([*line, "-" if target.on == "train" else first])  # that one is of validations
     where = "validations"
     if target.on == "train":
         where = f"steps (training loss, its mean over the last {SMOOTH:.0%} of all steps)"

@@ -240,7 +240,6 @@ def test_a_new_record_of_packed_logs(tmp_path, monkeypatch, capsys):
     table.write_text(table.read_text().replace("good", "best"))
     assert make_record.main(["records/x", "--check"]) == 1
     assert "results.csv: differs" in capsys.readouterr().out
-    assert make_record.main(["records/x"]) == 0 and "best," not in table.read_text()
     assert make_record.main(["records/x", "--new", "sweeps/lr.toml"]) == 2
 
 
