@@ -3,6 +3,7 @@
     python report_sweep.py sweeps/residual_scale.toml                # from its manifest and logs in logs/
     python report_sweep.py sweeps/spectral_lr.toml --target 3.28     # with the speedrun's proof
     python report_sweep.py records/logs --target 3.28 --out report   # public logs, and a folder of one's own
+    python report_sweep.py sweeps/muon_decay.toml --target-on train  # when the smoothed training loss met it
 
 The table ranks the arms by their mean final loss, with the difference to the control (without one, to the
 best arm), its interval, p after Holm's correction, the effect's size, and how many more runs would settle it.
@@ -24,7 +25,7 @@ import numpy as np
 
 import plot_loss
 import plot_style as style
-from run_log import RunLog, format_value
+from run_log import Curve, RunLog, format_value
 from stats import (
     SPEEDRUN_P,
     SQRT_N_MARGIN,
@@ -48,6 +49,7 @@ from sweep_results import (
     strength,
 )
 
+SMOOTH = 0.02  # share of a run's steps that a training loss is averaged over
 MAX_COLUMNS = 3  # settings that vary get a column each; of more, the arm's name must do
 MAX_LEGEND = 21  # arms that are told apart by their looks
 MIN_INTERVAL = 3  # as in the plots: an interval from two runs is wider than the plot
@@ -75,24 +77,26 @@ class Target:
     loss: float
     reason: str
     proof: bool = False  # whether the user asked for the speedrun's proof
+    on: str = "val"  # or train: the smoothed training loss
 
 
-def choose_target(results: Results, given: float | None) -> Target:
+def choose_target(results: Results, given: float | None, on: str = "val") -> Target:
     """The one given, else the runs' TARGET_LOSS if one of them met it, else what the control reaches."""
     if given is not None:
-        return Target(given, "as --target asked", True)
+        return Target(given, "as --target asked", True, on)
     own = {run.target_loss for run in results.runs if run.target_loss}
     done = [attempt for attempt in results.attempts if attempt.outcome == "done"]
     if len(own) == 1 and any(attempt.log.first_at(min(own)) for attempt in done):
-        return Target(own.pop(), "the runs' TARGET_LOSS")
+        return Target(own.pop(), "the runs' TARGET_LOSS", on=on)
     arms = [arm for arm in results.ranked() if arm.count("done")]
     reference = next(
         (arm for arm in arms if arm.label == results.control), arms[len(arms) // 2] if arms else None
     )
     if reference is None:
-        return Target(style.SPEEDRUN_TARGET, "the speedrun's")
+        return Target(style.SPEEDRUN_TARGET, "the speedrun's", on=on)
     highest = max(attempt.loss for attempt in reference.attempts if attempt.outcome == "done")
-    return Target(math.ceil(highest * 1000) / 1000, f"what every finished run of {reference.label} reaches")
+    reason = f"what every finished run of {reference.label} reaches{' in validation' * (on == 'train')}"
+    return Target(math.ceil(highest * 1000) / 1000, reason, on=on)
 
 
 def common_grid(positions: Sequence[np.ndarray]) -> np.ndarray:
@@ -112,18 +116,39 @@ def in_tokens(results: Results) -> bool:
     return bool(runs) and all(np.isfinite(run.val.tokens).all() for run in runs)
 
 
-def reaches(results: Results, target: float) -> dict[str, Reach | None]:
+def reaches(results: Results, target: Target) -> dict[str, Reach | None]:
     """By run_id of the finished runs, where each reached the target; None if it did not."""
     tokens, curves = in_tokens(results), {}
     for attempt in results.attempts:
         if attempt.outcome == "done":
-            val = attempt.log.val
-            known = np.isfinite(val.loss)
-            x = (val.tokens if tokens else val.step.astype(float))[known]
-            fresh = np.concatenate([[True], np.diff(x) > 0])
-            curves[attempt.run_id] = x[fresh], val.loss[known][fresh], val.time_ms[known][fresh]
+            curve = attempt.log.val if target.on == "val" else smoothed(attempt.log.train)
+            known = np.isfinite(curve.loss)
+            x = (curve.tokens if tokens else curve.step.astype(float))[known]
+            fresh = np.concatenate([[True], np.diff(x) > 0])[: len(x)]
+            curves[attempt.run_id] = x[fresh], curve.loss[known][fresh], curve.time_ms[known][fresh]
+    lacking = [run_id for run_id, (x, _, _) in curves.items() if not len(x)]
+    if lacking:
+        raise ValueError(f"{lacking[0]} logs too few training losses for --target-on train")
     grid = common_grid([x for x, _, _ in curves.values()]) if curves else np.zeros(0)
-    return {run_id: reach(*curve, grid, target) for run_id, curve in curves.items()}
+    return {run_id: reach(*curve, grid, target.loss) for run_id, curve in curves.items()}
+
+
+def smoothed(curve: Curve) -> Curve:
+    """A training curve's mean over the last SMOOTH of the run's steps, from where that many have been seen.
+
+    Steps, not lines: a run that logs every 10th step is smoothed over as long a time as one that logs all.
+    """
+    known = np.isfinite(curve.loss)
+    step, loss = curve.step[known], curve.loss[known]
+    if not len(step):
+        return curve
+    window = max(1, round(SMOOTH * int(step[-1])))
+    sums = np.concatenate([[0.0], np.cumsum(loss)])
+    first = np.searchsorted(step, step - window, side="right")
+    means = (sums[1:] - sums[first]) / (np.arange(len(step)) + 1 - first)
+    whole = step - window >= step[0] - 1
+    fields = {name: getattr(curve, name)[known][whole] for name in ("step", "time_ms", "tokens", "acc")}
+    return Curve(loss=means[whole], **fields)
 
 
 def reach(
@@ -177,7 +202,7 @@ class Row:
 
 def rows_of(results: Results, target: Target) -> list[Row]:
     """Ranked by mean final loss."""
-    verdict, where = results.verdict, reaches(results, target.loss)
+    verdict, where = results.verdict, reaches(results, target)
     rows = []
     for arm in results.ranked():
         losses = arm.samples()[0]
@@ -331,9 +356,13 @@ def target_section(results: Results, rows: Sequence[Row], target: Target) -> str
             line.append(f"{change:+.1%}" if math.isfinite(change) and row is not control else "-")
         line += [reach_text(row, row.minutes_to_target, ".4g", ".2g")]
         first = "not all ended" if row.arm.count("missing") else "not reached"
-        cells.append([*line, first if row.first_step_all is None else row.first_step_all])
+        first = first if row.first_step_all is None else row.first_step_all
+        cells.append([*line, "-" if target.on == "train" else first])  # that one is of validations
+    where = "validations"
+    if target.on == "train":
+        where = f"steps (training loss, its mean over the last {SMOOTH:.0%} of all steps)"
     return (
-        f"## Reaching {target.loss:g}\n\nThe target is {target.reason}. Losses are read at validations "
+        f"## Reaching {target.loss:g}\n\nThe target is {target.reason}. Losses are read at {where} "
         "common to all runs and interpolated between them, so that a run that was validated more often does "
         "not seem faster. Where not every run reached it, there is no mean. None of this is tested; minutes "
         f"are those of the machine that ran.\n\n{style.format_markdown(header, cells)}"
@@ -462,7 +491,7 @@ def report(results: Results, rows: Sequence[Row], target: Target, pictures: Sequ
 
 def summary(results: Results, rows: Sequence[Row], target: Target) -> dict:
     """All numbers of the report, unrounded; null where there is none."""
-    verdict, where = results.verdict, reaches(results, target.loss)
+    verdict, where = results.verdict, reaches(results, target)
     return {
         "sweep": results.name,
         "scale": results.scale,
@@ -478,6 +507,7 @@ def summary(results: Results, rows: Sequence[Row], target: Target) -> dict:
             "loss": target.loss,
             "reason": target.reason,
             "x": "tokens" if in_tokens(results) else "steps",
+            **({"on": f"training loss, mean over {SMOOTH:.0%} of the steps"} if target.on == "train" else {}),
         },
         "runs_planned": len(results.attempts) if results.planned else None,
         "runs": {outcome: results.count(outcome) for outcome in ("done", "failed", "missing")},
@@ -550,7 +580,12 @@ def without_nan(value: object) -> object:
 
 
 def by_value(results: Results) -> str | None:
-    """The numeric setting that varies most, by which arms are ordered and coloured; None if there is none."""
+    """The numeric setting that varies most, by which arms are ordered and coloured; None if there is none.
+
+    Of settings tied to each other the one that `results.by` names or, if it names none, the last by name.
+    """
+    if results.by:
+        return results.by
     counts = {}
     for name in results.varied():
         values = {
@@ -566,13 +601,18 @@ def by_value(results: Results) -> str | None:
 
 def kinds_of(results: Results, name: str) -> dict[str, str]:
     """What arms share beside that setting's value, as key -> words: arms of one kind have one line style."""
-    others = [other for other in results.varied() if other != name]
+    others = beside(results, name)
     found = {}
     for arm in results.arms:
         if name in arm.settings:
             words = " ".join(f"{o}={format_value(arm.settings[o])}" for o in others if o in arm.settings)
             found.setdefault(kind_of(arm, others), words)
     return found
+
+
+def beside(results: Results, name: str) -> list[str]:
+    """What varies beside that setting and is not tied to it."""
+    return [other for other in results.varied() if other not in (name, *results.tied(name))]
 
 
 def kind_of(arm: SweepArm, names: Sequence[str]) -> str:
@@ -702,7 +742,7 @@ def picture_of_curves(results: Results, target: float):
 def briefly(results: Results, arms: Sequence[SweepArm]) -> tuple[list[SweepArm], list[str]]:
     """The arms with names that fit beside a line; where they do not, letters to be put before their names."""
     name = by_value(results)
-    if name and len(results.varied()) == 1:
+    if name and not beside(results, name):
         names = [format_value(arm.settings[name]) if name in arm.settings else arm.label for arm in arms]
     else:
         names = [arm.label for arm in arms]
@@ -728,7 +768,7 @@ def legend_of(
         for arm, look, before in zip(arms, looks, letters, strict=True)
         if name is None or len(arms) <= MAX_LEGEND or name not in arm.settings
     ]
-    if name and len(results.varied()) == 1 and not any(letters):
+    if name and not beside(results, name) and not any(letters):
         lacking = {style.shorten(arm.label, 44) for arm in arms if name not in arm.settings}
         shown = [(label, look) for label, look in shown if label in lacking]
     elif name and len(arms) > MAX_LEGEND:
@@ -749,7 +789,7 @@ def looks_of(results: Results, arms: Sequence[SweepArm]) -> tuple[list[dict], li
     if name is None:
         return looks, []
     values = sorted({float(arm.settings[name]) for arm in arms if name in arm.settings})
-    others, kinds = [o for o in results.varied() if o != name], list(kinds_of(results, name))
+    others, kinds = beside(results, name), list(kinds_of(results, name))
     for arm, look in zip(arms, looks, strict=True):
         look.update(color=style.GREY, linestyle=style.LINES[1])
         if name in arm.settings:
@@ -804,13 +844,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("paths", nargs="+", type=Path, metavar="SWEEP.toml|LOG", help="a sweep, or logs")
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of logs and manifests")
     parser.add_argument("--target", type=float, help="target loss; adds the speedrun's proof")
+    on = {"choices": ("val", "train"), "default": "val"}
+    parser.add_argument("--target-on", **on, help="reached in validation, or in the smoothed training loss")
     parser.add_argument("--control", help="the arm to compare with (default: the sweep's)")
     parser.add_argument("--pool-sources", action="store_true", help="pool runs of different source code")
     parser.add_argument("--out", type=Path, help="folder to write to (default: logs/SWEEP/)")
     options = parser.parse_args(arguments)
     try:
         results = read_results(options.paths, options.logs, options.control, options.pool_sources)
-        target = choose_target(results, options.target)
+        target = choose_target(results, options.target, options.target_on)
         rows = rows_of(results, target)
         folder = options.out or results.folder / results.name
         pictures = save_pictures(results, rows, target.loss, folder)

@@ -8,16 +8,20 @@
 
 Understood are our own logs, the public speedrun's logs of every age (several trials in a file, times in ms
 or s, `step_avg:nanms`), any other order of keys, and llm.c's lines (`s:250 tel:3.45`, `s:250 trl:3.6`).
+A log may be compressed (run.txt.xz, run.txt.gz), as in records/.
 A log begins with the source code of its trainer, which contains lines that look like steps; see
 `LogParser._read_chunk` for how they are told apart. No content makes the reader fail: what it cannot read is
 counted in `RunLog.unread_lines`. Times are in milliseconds, losses in nats a token, steps are integers.
 """
 
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +34,7 @@ NOT_TRAINING = frozenset(
     ["seed", "run_id", "resume", "save_every", "manifold_every", "target_loss", "nproc_per_node", "rehearse"]
     + ["val_loss_every", "val_loss_last_steps", "val_loss_every_last"]
 )
+OPENERS = {".xz": lzma.open, ".gz": gzip.open}  # how a compressed log is read, by its suffix
 END_EVENTS = ("finished", "stopped", "crashed", "diverged")
 SEPARATOR_WIDTH = 80  # ours and the public logs write 100 '='; nothing else in them is this long
 BLOCK_LINES = 2048  # lines parsed at once: a line that cannot be read slows down its block only
@@ -177,14 +182,28 @@ def read_log(path: str | Path) -> list[RunLog]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a log: name a file in it, as {path}/RUN_ID.txt")
     try:
-        data = path.read_bytes()
+        with OPENERS.get(path.suffix, open)(path, "rb") as file:
+            data = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"no log {path}: logs are logs/RUN_ID.txt; see `ls {path.parent}`") from None
+    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise OSError(f"{path} is damaged, or not compressed as its name says: {error}") from None
     return parse_log(data, path)
 
 
+def log_stem(path: Path) -> str:
+    """The name of a log's file without .txt, .txt.xz or .txt.gz."""
+    return Path(path.stem).stem if path.suffix in OPENERS else path.stem
+
+
+def find_log(folder: str | Path, name: str) -> Path | None:
+    """The log of that name (RUN_ID.txt) in a folder, plain or compressed; None if there is none."""
+    paths = [Path(folder) / f"{name}{suffix}" for suffix in ("", *OPENERS)]
+    return next((path for path in paths if path.is_file()), None)
+
+
 def read_runs(paths: str | Path | Iterable[str | Path]) -> list[RunLog]:
-    """The runs of a folder (its *.txt, in order of name), of a file, or of several of either."""
+    """The runs of a folder (see `list_logs`), of a file, or of several of either."""
     if isinstance(paths, (str, Path)):
         paths = [paths]
     runs = []
@@ -195,10 +214,13 @@ def read_runs(paths: str | Path | Iterable[str | Path]) -> list[RunLog]:
 
 
 def list_logs(folder: str | Path) -> list[Path]:
-    """The logs directly in a folder, by name: its files that end in .txt."""
+    """The logs directly in a folder, by name: its .txt, and its .txt.xz and .txt.gz that lie there alone."""
+    endings = (".txt", *(f".txt{suffix}" for suffix in OPENERS))
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.endswith(".txt") and entry.is_file()]
-    return [Path(folder) / name for name in sorted(names)]
+        names = {entry.name for entry in entries if entry.name.endswith(endings) and entry.is_file()}
+    plain = {name for name in names if name.endswith(".txt")}
+    alone = {name for name in names - plain if os.path.splitext(name)[0] not in plain}
+    return [Path(folder) / name for name in sorted(plain | alone)]
 
 
 def newest_log(folder: str | Path) -> Path | None:
@@ -872,7 +894,7 @@ class LogParser:
         trial.batches = _merge(trial.batches)
         config = trial.config
         started = next((event.fields for event in trial.events if event.name == "started"), {})
-        stem = self.path.stem if self.path else ""
+        stem = log_stem(self.path) if self.path else ""
         run_id = str(config.get("run_id") or stem)
         source_hash = str(config.get("source_hash") or started.get("source_hash") or "")
         if not source_hash and self._source:

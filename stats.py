@@ -5,6 +5,7 @@
     compare(arm, control, arm_seeds, control_seeds)  # paired if the seeds are the same ones, else Welch
     target_test(losses, 3.28)                  # the speedrun's proof: is the mean below the target?
     judge({"a": [...], "b": [...]}, control="a").better    # the arms of a sweep; Holm's correction, no luck
+    contenders({"a": [...], "b": [...]}).names      # which of many arms may be the best
 
 Losses are values per run; a run that crashed or diverged is passed as NaN or inf: it is left out of means and
 counted in `failed`, so that who reports can say it. Only scipy.special is imported, which takes a tenth of
@@ -318,6 +319,94 @@ def _reverse(pair: Comparison) -> Comparison:
         failed_arm=pair.failed_control,
         failed_control=pair.failed_arm,
     )
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """Which arms may be the best: the truly best one is among `names` in at least 1 - alpha of sweeps.
+
+    `noise` is each arm's standard deviation of one run, in the units of the losses; `sd` (NaN: unknown, then
+    `names` has the lowest mean alone) is the pooled one. `names` are in the order of their means.
+    """
+
+    lowest: str | None
+    names: tuple[str, ...]
+    means: dict[str, float]
+    counts: dict[str, int]
+    noise: dict[str, float]
+    sd: float
+    df: int
+    paired: bool
+    alpha: float
+
+    def half_width(self, a: str, b: str, tests: int = 1) -> float:
+        """How far the difference of two arms' means can be off, one-sided, at alpha shared among `tests`."""
+        if not self.df or a not in self.noise or b not in self.noise:
+            return math.nan
+        error = math.hypot(*(self.noise[name] / math.sqrt(self.counts[name]) for name in (a, b)))
+        return float(stdtrit(self.df, 1 - self.alpha / tests) * error)
+
+
+def contenders(
+    losses: Mapping[str, Sequence[float]],
+    seeds: Mapping[str, Sequence[Hashable]] | None = None,
+    alpha: float = 0.05,
+) -> Contenders:
+    """The arms that cannot be told from the best one, for a sweep of many arms and few runs each.
+
+    Multiple comparisons with the best (Hsu 1984), by Bonferroni: an arm is out if it is worse than any other
+    by more than a one-sided t test at alpha / (arms - 1) allows. Which arm looks best plays no part, so that
+    luck in looking does not count. A few runs an arm say little of its noise, so it is pooled over the better
+    half of the arms (of a normal sample, mean and spread are independent), without what all runs of a seed
+    share if all arms have the same seeds; an arm whose own runs vary more keeps its own. Arms with failed
+    runs are out; an arm with a single run is compared by the others' noise.
+    """
+    finite = {name: _split(values)[0] for name, values in losses.items() if not _split(values)[1]}
+    finite = {name: values for name, values in finite.items() if len(values)}
+    means = {name: float(values.mean()) for name, values in finite.items()}
+    order = sorted(finite, key=lambda name: (means[name], name))
+    counts = {name: len(finite[name]) for name in order}
+    matrix = _by_seed(losses, seeds or {}, order)
+    several = [name for name in order if counts[name] > 1]
+    pool = several[: max(3, (len(several) + 1) // 2)]
+    if matrix is not None and len(pool) > 1:
+        shared = np.array([matrix[name] for name in pool]).mean(0)
+        left = {name: matrix[name] - shared for name in order}
+        df = (len(pool) - 1) * (counts[order[0]] - 1)
+    else:
+        matrix, left = None, finite
+        df = sum(counts[name] - 1 for name in pool)
+    squares = sum(((left[name] - left[name].mean()) ** 2).sum() for name in pool)
+    sd = math.sqrt(squares / df) if df else math.nan
+    if not sd > 1e-12 * max(map(abs, means.values()), default=1):
+        sd, df = math.nan, 0
+    own = {name: _sd(left[name]) for name in several}
+    noise = {name: max(sd, own.get(name, 0.0)) for name in order} if df else {}
+    found = Contenders(
+        order[0] if order else None, (), means, counts, noise, sd, df, matrix is not None, alpha
+    )
+
+    def is_out(name: str) -> bool:
+        if not df:
+            return name != order[0]
+        others = [other for other in order if means[other] < means[name]]
+        return any(
+            means[name] - means[other] > found.half_width(name, other, len(order) - 1) for other in others
+        )
+
+    return replace(found, names=tuple(name for name in order if not is_out(name)))
+
+
+def _by_seed(losses, seeds: Mapping, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """Losses in the same order of seeds for all arms; None unless all have the same seeds, each once."""
+    if not names or any(len(seeds.get(name, ())) != len(losses[name]) for name in names):
+        return None
+    tables = {name: dict(zip(seeds[name], losses[name], strict=True)) for name in names}
+    order = list(tables[names[0]])
+    for name in names:
+        if None in order or set(tables[name]) != set(order) or len(order) != len(losses[name]):
+            return None
+    return {name: np.array([table[seed] for seed in order], dtype=float) for name, table in tables.items()}
 
 
 def power(difference: float, sd: float, n: int, alpha: float = 0.05, pairs: bool = False) -> float:

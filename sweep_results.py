@@ -15,14 +15,14 @@ import json
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from launch_lr_sweep import Run
 from plot_style import shorten
-from run_log import NOT_TRAINING, Arm, RunLog, format_value, group_by_arm, read_log, read_runs
+from run_log import NOT_TRAINING, Arm, RunLog, find_log, format_value, group_by_arm, read_log, read_runs
 from stats import Comparison, Verdict, detectable, judge
 
 FAILED = ("crashed", "diverged", "hung")  # they count as runs; all other states but finished: not ended (yet)
@@ -66,8 +66,10 @@ class SweepArm(Arm):
     settings: dict = field(default_factory=dict)
     foreign: str = ""
 
-    def samples(self) -> tuple[list[float], list[int | None]]:
-        """A loss and a seed for each seed that finished, then NaN for each run that failed.
+    def samples(
+        self, measure: Callable[[Attempt], float] = lambda attempt: attempt.loss
+    ) -> tuple[list[float], list[int | None]]:
+        """A loss (or what else is measured) and a seed for each seed that finished, NaN for each failed run.
 
         Repeats of one seed differ by the machine alone: they are no sample of runs, and averaged to one.
         Runs whose seed is unknown are taken for different ones.
@@ -76,7 +78,7 @@ class SweepArm(Arm):
         for number, attempt in enumerate(self.attempts):
             if attempt.outcome == "done":
                 key = ("run", number) if attempt.seed is None else attempt.seed
-                by_seed.setdefault(key, []).append(attempt.loss)
+                by_seed.setdefault(key, []).append(measure(attempt))
         losses = [math.fsum(values) / len(values) for values in by_seed.values()]
         seeds = [None if isinstance(key, tuple) else key for key in by_seed]
         failed = [attempt for attempt in self.attempts if attempt.outcome == "failed"]
@@ -99,6 +101,7 @@ class Results:
     question: str = ""
     earlier: list[Attempt] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    by: str | None = None  # the setting, in lower case, to order and colour arms by, if one was asked for
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -130,6 +133,18 @@ class Results:
         names = sorted(set().union(*(arm.settings for arm in self.arms)) - NOT_TRAINING)
         values = {name: {repr(a.settings[name]) for a in self.arms if name in a.settings} for name in names}
         return [name for name in names if len(values[name]) > 1]
+
+    def tied(self, name: str) -> list[str]:
+        """Settings that vary with this one alone, as ADAM_LR = 0.1 x MUON_LR does: each of its values comes
+        with one of theirs, and the other way round. Two values of each are no rule."""
+        found = []
+        for other in self.varied():
+            both = [arm.settings for arm in self.arms if name in arm.settings and other in arm.settings]
+            pairs = {(repr(settings[name]), repr(settings[other])) for settings in both}
+            firsts, seconds = ({pair[i] for pair in pairs} for i in (0, 1))
+            if other != name and len(pairs) == len(firsts) == len(seconds) > 2:
+                found.append(other)
+        return found
 
 
 def strength(arm: SweepArm) -> float | None:
@@ -248,8 +263,9 @@ def _read_manifest(path: Path, file: Path) -> dict:
 def _attempt(record: Run, folder: Path) -> Attempt:
     """A planned run with its log, if there is one. Where the two disagree on how it ended, the log knows."""
     log = None
-    for path in (folder / Path(record.log).name, Path(record.log)):
-        if record.log and path.is_file():
+    for place in (folder, Path(record.log).parent):
+        path = find_log(place, Path(record.log).name) if record.log else None
+        if path:
             log = read_log(path)[-1]
             break
     attempt = Attempt(record.run_id, record.seed, record.state, math.nan, record.tag, record.reason)
@@ -325,7 +341,8 @@ def _question(file: Path) -> str:
 def _of_logs(paths: Sequence[Path], pool_sources: bool) -> Results:
     runs = read_runs(paths)
     if not runs:
-        raise ValueError(f"no log in {', '.join(map(str, paths))}: logs are files that end in .txt")
+        places = ", ".join(map(str, paths))
+        raise ValueError(f"no log in {places}: logs are files that end in .txt or .txt.xz")
     notes = []
     if pool_sources:
         notes.append(_pooled([run.source_hash for run in runs if run.source_hash]))

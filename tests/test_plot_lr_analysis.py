@@ -1,0 +1,271 @@
+"""plot_lr_analysis and make_record: labels follow their rules, luck is not called a win, bytes come back."""
+
+import csv
+import hashlib
+import json
+import lzma
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sweeps_for_tests import STEPS, make_sweep
+
+import make_record
+import plot_lr_analysis
+import report_sweep
+from run_log import Curve, list_logs, read_log, read_runs
+from stats import contenders
+from sweep_results import Results, read_results
+
+ROOT = Path(plot_lr_analysis.__file__).parent
+RECORD = ROOT / "records" / "2026-11-22_spectral_lr_tiny"
+LOSSES = {0.001: 6.0, 0.01: 4.0, 0.03: 3.3, 0.05: 3.3005, 0.08: 3.4, 0.2: 5.0, 0.5: 6.0, 0.8: 7.0, 1.0: 8.0}
+ENDS = {("lr_0.5", 2): "diverged", **{("lr_1", seed): "diverged" for seed in (1, 2, 3)}}
+ENDS |= {("lr_0.8", seed): "crashed" for seed in (1, 2, 3)}
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+def arms_of(losses, **more):
+    return {
+        f"lr_{rate:g}": (loss, {"script": "train_gpt.py", "MUON_LR": rate, "ADAM_LR": 0.1 * rate, **more})
+        for rate, loss in losses.items()
+    }
+
+
+def analyse(tmp_path, losses=LOSSES, ends=ENDS, asked=None, conditions=(), **kwargs):
+    file = make_sweep(tmp_path, "lr", arms_of(losses), ends=ends, val_every=40, **kwargs)
+    return plot_lr_analysis.analyse(read_results([file], tmp_path / "logs"), asked, conditions)
+
+
+def test_labels_follow_their_rules(tmp_path):
+    """The fall is from 10.8 to 3.3: good is at most 0.15 above the best; crashes are not divergence."""
+    analysis = analyse(tmp_path)
+    labels = {rate.value: rate.label for rate in analysis.rates}
+    assert labels == {
+        0.001: "too low", 0.01: "too low", 0.03: "optimal", 0.05: "optimal", 0.08: "good", 0.2: "declining",
+        0.5: "unstable", 0.8: "no result", 1.0: "diverged",
+    }  # fmt: skip
+    assert analysis.setting == "muon_lr" and analysis.results.tied("muon_lr") == ["adam_lr"]
+    assert analysis.fall == pytest.approx(7.5, abs=0.02)
+    found = json.loads(plot_lr_analysis.as_json(plot_lr_analysis.insights(analysis)))
+    assert found["stable_range"] == [0.001, 0.2] and found["divergence_threshold"] == 0.5
+    assert found["good_range"] == [0.03, 0.08] and found["range_tested"] == [0.001, 1.0]
+    assert found["top_20_percent"]["rates"] == [0.03, 0.05] and found["counts"]["diverged"] == 4
+    best = found["best_by_loss"]
+    others = {0.03, 0.05} - {best["rate"]}
+    assert set(best["cannot_be_told_from"]) == others and best["n"] == 3 and not best["single_run"]
+    rate = next(rate for rate in analysis.rates if rate.value == best["rate"])
+    losses = [attempt.loss for attempt in rate.arm.attempts]
+    assert best["mean"] == pytest.approx(np.mean(losses)) and best["sd"] == pytest.approx(
+        np.std(losses, ddof=1)
+    )
+    assert rate.perplexity == pytest.approx(np.exp(np.mean(losses)))
+    assert rate.status == "3 finished" and analysis.rates[6].status == "2 finished, 1 diverged"
+
+
+def test_a_run_that_lost_and_learnt_again_is_unstable(tmp_path):
+    """Near the limit the loss rises by nats and falls again with the cooldown: no rate to recommend."""
+    file = make_sweep(tmp_path, "lr", arms_of({0.01: 3.4, 0.02: 3.3, 0.04: 3.35}), val_every=40)
+    log = next(path for path in list_logs(tmp_path / "logs") if "lr_0.04" in path.name)
+    lines = log.read_text().split("\n")
+    place = next(i for i, line in enumerate(lines) if line.startswith(f"step:120/{STEPS} val_loss:"))
+    lines[place] = lines[place].replace(lines[place].split()[1], "val_loss:5.50000")
+    log.write_text("\n".join(lines))
+    analysis = plot_lr_analysis.analyse(read_results([file], tmp_path / "logs"))
+    assert [rate.label for rate in analysis.rates] == ["good", "optimal", "unstable"]
+
+
+def test_single_runs_are_called_so(tmp_path):
+    """Of one run a rate nothing is known of luck: the lowest is named, and that it may be luck."""
+    analysis = analyse(tmp_path, {0.01: 3.4, 0.02: 3.3, 0.04: 3.3001}, {}, seeds=(1,))
+    best = plot_lr_analysis.insights(analysis)["best_by_loss"]
+    assert best["single_run"] and best["cannot_be_told_from"] is None
+    assert [rate.label for rate in analysis.rates].count("optimal") == 1 and analysis.rates[0].sure is None
+    text = plot_lr_analysis.markdown(analysis)
+    assert "a single run); how much runs differ by luck is unknown" in text
+
+
+def test_the_best_at_the_edge_is_said(tmp_path):
+    analysis = analyse(tmp_path, {0.01: 3.4, 0.02: 3.3, 0.04: 3.2}, {})
+    assert plot_lr_analysis.insights(analysis)["best_by_loss"]["edge_of_the_range"] == "highest"
+    assert "a better one may lie beyond" in plot_lr_analysis.markdown(analysis)
+
+
+@pytest.mark.parametrize("luck", [0.0, 0.014])
+def test_the_true_best_is_among_the_contenders(luck):
+    """In 150 sweeps of 12 arms it is missed in fewer than 5% and a margin; an arm clearly worse is out."""
+    rng = np.random.default_rng(20261124)
+    means = {f"a{i}": 3.3 + 0.002 * abs(i - 5) for i in range(12)} | {"far": 3.5}
+    missed, far = 0, 0
+    for _ in range(150):
+        shared = luck * rng.normal(size=3)
+        losses = {name: mean + shared + 0.005 * rng.normal(size=3) for name, mean in means.items()}
+        found = contenders(losses, dict.fromkeys(means, (1, 2, 3)) if luck else None)
+        missed += "a5" not in found.names
+        far += "far" in found.names
+        assert found.paired == bool(luck) and found.names[0] == found.lowest
+    assert missed <= 13 and far == 0
+
+
+def test_contenders_without_noise_or_with_failures():
+    """Failed arms cannot be best; with no spread known, only the lowest is named and df is 0."""
+    found = contenders({"a": [3.0, np.nan], "b": [3.1, 3.12], "c": [3.11, 3.13], "d": [9.0, 9.1]})
+    assert found.lowest == "b" and "a" not in found.names and "c" in found.names and "d" not in found.names
+    single = contenders({"a": [3.0], "b": [3.0001]})
+    assert single.names == ("a",) and single.df == 0 and np.isnan(single.half_width("a", "b"))
+    assert contenders({}).lowest is None
+
+
+def test_everything_is_written_and_the_same_again(tmp_path, monkeypatch, capsys):
+    """All outputs that EXPERIMENTS.md lists; tables know neither the time nor the place."""
+    arms = arms_of({0.015: 3.4, 0.065: 3.3, 1.0: 6})
+    make_sweep(tmp_path, "lr", arms, val_every=40, ends={("lr_1", 1): "diverged"})
+    monkeypatch.chdir(tmp_path)
+    files = {}
+    for _ in range(2):
+        assert plot_lr_analysis.main(["sweeps/lr.toml"]) == 0
+        for path in sorted((tmp_path / "logs" / "lr" / "lr_analysis").rglob("*.*")):
+            name = str(path.relative_to(tmp_path / "logs" / "lr" / "lr_analysis"))
+            assert files.setdefault(name, path.read_bytes()) == path.read_bytes(), name
+            path.unlink()
+    assert set(files) == {
+        "results.md", "results.csv", "final_results.json", "comprehensive_insights.json",
+        *(f"{name}.png" for name in plot_lr_analysis.PICTURES),
+        *(f"individual_plots/lr_{rate}_loss_vs_steps.png" for rate in ("0.0150", "0.0650", "1.0000")),
+    }  # fmt: skip
+    for name, data in files.items():
+        assert data.startswith(b"\x89PNG") if name.endswith(".png") else str(tmp_path).encode() not in data
+    rows = list(csv.DictReader(files["results.csv"].decode().splitlines()))
+    records = json.loads(files["final_results.json"])["results"]
+    for row, record in zip(rows, records, strict=True):
+        assert float(row["loss"]) == record["loss"] and row["label"] == record["label"]
+        assert f"{record['loss']:.4f}" in files["results.md"].decode()
+        assert {"rate", "loss", "accuracy", "perplexity", "time_minutes", "status"} <= set(record)
+    assert "best by loss: MUON_LR = 0.065" in capsys.readouterr().out
+
+
+def test_any_setting_and_what_to_choose(tmp_path, monkeypatch, capsys):
+    """Two arms of one value are not mixed: the message names the condition that tells them apart."""
+    arms = {
+        f"{mode}_{wd}": (3.3 + wd, {"MUON_DECAY_MODE": mode, "MUON_WEIGHT_DECAY": wd})
+        for mode in ("param", "update")
+        for wd in (-0.1, 0.0, 0.1)
+    }
+    file = make_sweep(tmp_path, "decay", arms, val_every=100)
+    results = read_results([file], tmp_path / "logs")
+    with pytest.raises(
+        ValueError, match="both have MUON_WEIGHT_DECAY=-0.1: .*--where MUON_DECAY_MODE=update"
+    ):
+        plot_lr_analysis.analyse(results)
+    analysis = plot_lr_analysis.analyse(results, None, ["MUON_DECAY_MODE=param"])
+    assert [rate.value for rate in analysis.rates] == [-0.1, 0.0, 0.1]
+    name = plot_lr_analysis.plot_names(analysis)[-0.1]
+    assert name == "muon_weight_decay_-0.1000_loss_vs_steps.png"
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        (["--setting", "MUON_LR"], "it is not a number that varies in decay; numbers that vary: MUON_WEIGHT"),
+        (["--where", "MUON_DECAY_MODE=none"], "MUON_DECAY_MODE is one of param, update"),
+    ):
+        assert plot_lr_analysis.main(["sweeps/decay.toml", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_tied_settings_are_one(tmp_path):
+    """A sweep of MUON_LR with ADAM_LR = 0.1 x is coloured by MUON_LR: else every arm is a kind of its own."""
+    results = analyse(tmp_path, ends={}).results
+    results = Results("lr", results.arms)
+    assert report_sweep.by_value(results) == "muon_lr" and report_sweep.beside(results, "muon_lr") == []
+
+
+def test_smoothed_training_loss_by_hand():
+    """The mean over 2% of the run's steps, of as many steps however often they were logged."""
+    step = np.arange(1, 101)
+    curve = Curve(step, step.astype(float), 10.0 * step, 100.0 * step, np.full(100, np.nan))
+    found = report_sweep.smoothed(curve)
+    assert found.step.tolist() == list(range(2, 101)) and found.loss.tolist() == (found.step - 0.5).tolist()
+    sparse = Curve(*(getattr(curve, name)[9::10] for name in ("step", "loss", "time_ms", "tokens", "acc")))
+    assert report_sweep.smoothed(sparse).loss.tolist() == list(range(20, 101, 10))
+
+
+# ------------------------------------------------------------------------------------------------
+# Records
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_record_comes_back_byte_for_byte(capsys):
+    """Wrong if a tool changed what it makes of logs that are committed, or a table was edited by hand."""
+    assert make_record.main([str(RECORD), "--check"]) == 0
+    out = capsys.readouterr().out
+    for table in ("REPORT.md", "summary.json", "spectral_sweep.md", "spectral_sweep.csv"):
+        assert f"{table}: the same" in out
+
+
+def test_a_new_record_of_packed_logs(tmp_path, monkeypatch, capsys):
+    """Packed logs read as the originals do, nothing of them is lost, and a changed table is noticed."""
+    make_sweep(tmp_path, "lr", arms_of({0.01: 3.4, 0.02: 3.3, 0.04: 3.35}), val_every=100, seeds=(1, 2))
+    monkeypatch.chdir(tmp_path)
+    logs = list_logs("logs")
+    source = logs[0].read_text().partition("\n" + "=" * 100)[0]
+    for (
+        log
+    ) in logs:  # one log whose source is what its hash says, as the trainers' are; the others stay whole
+        if log is logs[0]:
+            old = read_log(log)[0].source_hash
+            log.write_text(log.read_text().replace(old, hashlib.sha256(source.encode()).hexdigest()[:16]))
+    new = ["records/x", "--new", "sweeps/lr.toml", "--also", "plot_lr_analysis.py"]
+    assert make_record.main(new) == 0
+    record = Path("records/x")
+    packed = list_logs(record / "logs")
+    assert [path.name for path in packed] == [f"{path.name}.xz" for path in logs]
+    for before, after in zip(read_runs("logs"), read_runs(record / "logs"), strict=True):
+        np.testing.assert_array_equal(before.val.loss, after.val.loss)
+        assert (before.run_id, before.config, before.events) == (after.run_id, after.config, after.events)
+        assert (before.source_hash, after.unread_lines) == (after.source_hash, 0)
+    (kept,) = (record / "logs" / "sources").iterdir()
+    stripped = lzma.decompress(packed[0].read_bytes()).decode()
+    assert len(stripped) < logs[0].stat().st_size
+    whole = lzma.decompress(kept.read_bytes()).decode() + stripped[stripped.index("\n" + "=" * 100) :]
+    assert whole == logs[0].read_text() and lzma.decompress(packed[1].read_bytes()) == logs[1].read_bytes()
+    assert (record / "results.md").exists() and (record / "REPORT.md").exists()
+    shutil.rmtree("logs")
+    table = record / "results.csv"
+    table.write_text(table.read_text().replace("good", "best"))
+    assert make_record.main(["records/x", "--check"]) == 1
+    assert "results.csv: differs" in capsys.readouterr().out
+    assert make_record.main(["records/x", "--new", "sweeps/lr.toml"]) == 2
+
+
+@pytest.mark.parametrize(
+    "recipe, message",
+    [
+        (None, "no records/x/record.toml"),
+        ("commands = 3", "wanted commands ="),
+        ('commands = ["rm -r ."]', "rm is none of the tools"),
+        ('commands = ["../x.py"]', "../x.py is none of the tools"),
+        ("commands = [", "is not valid TOML"),
+        ('commands = ["report_sweep.py none.toml"]', "no sweep file none.toml"),
+    ],
+)
+def test_errors_speak_to_a_person(tmp_path, monkeypatch, capsys, recipe, message):
+    monkeypatch.chdir(tmp_path)
+    Path("records/x").mkdir(parents=True)
+    if recipe:
+        Path("records/x/record.toml").write_text(recipe)
+    assert make_record.main(["records/x"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    (tmp_path / "a.txt.xz").write_bytes(b"step:1/2 val_loss:3")
+    (tmp_path / "b.txt.gz").write_bytes(b"\x1f\x8b\x08\x00")
+    for name in ("a.txt.xz", "b.txt.gz"):
+        with pytest.raises(OSError, match=f"{name} is damaged"):
+            read_log(tmp_path / name)
