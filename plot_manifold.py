@@ -3,10 +3,10 @@
     python plot_manifold.py sweeps/muon_vs_adamw.toml      # the runs of a sweep, by its manifest in logs/
     python plot_manifold.py logs/a.txt logs/b.txt --out pictures
 
-Reads logs/RUN_ID.manifold.jsonl (written with MANIFOLD_EVERY=250; manifold.py says what a line holds) beside
-each log. Runs that differ only in their seed are one arm. Written to logs/NAME_manifold/:
-    heatmap_METRIC.png      layer x step for each projection, runs side by side, one colour scale a metric (1st
-                            to 99th percentile of all runs together); what was not measured stays grey
+Reads logs/RUN_ID.manifold.jsonl (written with MANIFOLD_EVERY=250; manifold.py says what a line holds)
+beside each log. Runs that differ only in their seed are one arm. Written to logs/NAME_manifold/:
+    heatmap_METRIC.png      layer x step for each projection, runs side by side, one colour scale (the 1st
+                            to 99th percentile of all runs together); what was not measured is grey
     quick_scan.png          arms x seeds, some metrics, the mean over projections
     by_projection.png, by_layer.png     means over the rest, a line a seed thin; dotted: the level of chance
     losses.png              validation loss and accuracy: all seeds, their mean, and the band of one sd
@@ -238,7 +238,7 @@ def quick_scan(runs: Sequence[Measured]):
 
 
 def lines(runs: Sequence[Measured], by: str):
-    """Metrics down, arms across; a colour a projection or layer: thick the mean over seeds, thin each seed."""
+    """Metrics down, arms across; a colour a projection or layer: thick the seeds' mean, thin each seed."""
     plt = style.load_matplotlib()
     arms, grid = list(dict.fromkeys(run.arm for run in runs)), step_grid(runs)
     layers = sorted({layer for run in runs for layer in run.layers})

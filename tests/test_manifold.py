@@ -25,14 +25,14 @@ def measure(W, dW):
 
 
 def test_spectra_that_are_known():
-    """Orthogonal: all directions alike. Diagonal: NumPy's formulas on the diagonal. Both wide and tall."""
+    """Orthogonal: all directions alike. Diagonal: NumPy's formulas on the diagonal."""
     diagonal = np.linspace(4, 1, 12)
     D = np.zeros((12, 20))
     D[:, :12] = np.diag(diagonal)
-    row = measure(3 * orthonormal(20, 8, 0), D.T)
-    assert row["effective_rank"] == pytest.approx(8) and row["entropy"] == pytest.approx(math.log(8))
-    assert row["stable_rank"] == pytest.approx(8, rel=1e-5) and row["gap"] == pytest.approx(1, rel=1e-5)
-    assert row["sigma_max"] == pytest.approx(3) and row["weight_norm"] == pytest.approx(3 * math.sqrt(8))
+    row = measure(3 * orthonormal(20, 12, 0), D.T)
+    assert row["effective_rank"] == pytest.approx(12) and row["entropy"] == pytest.approx(math.log(12))
+    assert row["stable_rank"] == pytest.approx(12, rel=1e-5) and row["gap"] == pytest.approx(1, rel=1e-5)
+    assert row["sigma_max"] == pytest.approx(3) and row["weight_norm"] == pytest.approx(3 * math.sqrt(12))
     p = diagonal / diagonal.sum()
     assert row["update_entropy"] == pytest.approx(-(p * np.log(p)).sum())
     assert row["update_effective_rank"] == pytest.approx(math.exp(-(p * np.log(p)).sum()))
@@ -175,7 +175,8 @@ def test_runs(shards, tmp_path):
     path.write_bytes(whole[:-3000])  # killed while it wrote step 6
     text = log.read_text()
     log.write_text(text[:text.rindex("step:6/")])
-    done = run(tmp_path, BASELINE, base_env(shards, RUN_ID="one", RESUME="auto", MANIFOLD_EVERY=2, **SHORT), 0)
+    again = base_env(shards, RUN_ID="one", RESUME="auto", MANIFOLD_EVERY=2, **SHORT)
+    done = run(tmp_path, BASELINE, again, 0)
     assert done.returncode == 0, done.stderr
     assert path.read_bytes() == whole and "event:resumed step:4" in log.read_text()
 
@@ -183,7 +184,7 @@ def test_runs(shards, tmp_path):
     both = rows_of(tmp_path, "one"), rows_of(tmp_path, "two")
     assert len(both[1]) == 72
     for a, b in zip(*both):
-        assert [a[k] for k in ("step", "tokens", "layer", "proj")] == [b[k] for k in ("step", "tokens", "layer", "proj")]
+        assert all(a[key] == b[key] for key in ("step", "tokens", "layer", "proj"))
         for key in ("grad_norm", "update_norm", "weight_norm", "effective_rank", "update_effective_rank"):
             assert a[key] == pytest.approx(b[key], rel=2e-3)
 
@@ -192,13 +193,14 @@ def test_runs(shards, tmp_path):
 def test_its_time_is_not_training_time(trainer, tmp_path):
     """The clock stands still from before the first copy to after the last line."""
     running, seen, clock = [True], [], SimpleNamespace()
-    clock.stop, clock.start = lambda: running.__setitem__(0, False), lambda: running.__setitem__(0, True)
+    clock.stop = lambda: running.__setitem__(0, False)
+    clock.start = lambda: running.__setitem__(0, True)
     this, data = small_trainer(trainer, tmp_path, 0)
-    this.ranks.collect, this.ranks.beat = lambda v: seen.append(running[0]) or [v], lambda: seen.append(running[0])
+    this.ranks.collect = lambda value: seen.append(running[0]) or [value]
     m = manifold.Manifold(tmp_path / "a.manifold.jsonl", 1, this.optimizer, this.ranks, clock, Log())
     m.expect(1)
     look = this.optimizer.watch
-    this.optimizer.watch = lambda: (look(), seen.append(not running[0]))
+    this.optimizer.watch = lambda: (look(), seen.append(not running[0]))  # the update itself counts
     this.ranks.beat = lambda: None  # of the passes, which are training
     batches = data.next(this.schedule.batch_tokens(0), None)
     this.step(0, batches)
