@@ -201,16 +201,21 @@ def heatmap(runs: Sequence[Measured], metric: str):
                 ax.set_ylabel(f"{projection}\nlayer")
             if row == shape[0] - 1:
                 ax.set_xlabel("step")
-    fig.colorbar(image, ax=axes, extend="both", fraction=0.05 if len(runs) > 2 else 0.1)
+    fig.colorbar(image, ax=axes, extend="both", fraction=0.15, aspect=40, pad=0.01)
     fig.suptitle(METRICS[metric], fontweight="bold")
     return fig
+
+
+def seeds_of(runs: Sequence[Measured]) -> list:
+    """In order; an unknown one last."""
+    return sorted({run.seed for run in runs}, key=lambda seed: (seed is None, seed or 0))
 
 
 def quick_scan(runs: Sequence[Measured]):
     """For each metric a block of arms x seeds, each cell a heatmap of the mean over projections."""
     plt = style.load_matplotlib()
     grid, layers = step_grid(runs), sorted({layer for run in runs for layer in run.layers})
-    arms, seeds = list(dict.fromkeys(run.arm for run in runs)), sorted({run.seed for run in runs}, key=str)
+    arms, seeds = list(dict.fromkeys(run.arm for run in runs)), seeds_of(runs)
     size = 2 * (1.2 + 2.0 * len(seeds)), 2 * (0.9 + 1.5 * len(arms))
     fig = plt.figure(figsize=size, layout="constrained")
     for block, metric in zip(fig.subfigures(2, 2).flat, SCANNED):
@@ -258,7 +263,8 @@ def lines(runs: Sequence[Measured], by: str):
                 for curve in curves if len(curves) > 1 else ():
                     ax.plot(grid, curve, color=colour, linewidth=0.6, alpha=0.5)
                 label = str(groups[number])
-                ax.plot(grid, mean_over(curves, 0), color=colour, label=label, marker=".", markersize=3)
+                # a mean over fewer seeds would jump: where one of them lacks a step, it has a gap
+                ax.plot(grid, curves.mean(0), color=colour, label=label, marker=".", markersize=3)
                 if metric in CHANCE:
                     chance = [_curve(run, CHANCE[metric], by, number, grid, layers) for run in members]
                     ax.plot(grid, mean_over(np.stack(chance), 0), color=colour, linewidth=1, linestyle=":")
@@ -270,6 +276,8 @@ def lines(runs: Sequence[Measured], by: str):
         ax.set_xlabel("step")
         ax.xaxis.set_major_locator(_few_ticks())
     handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles += [plt.Line2D([], [], color=style.GREY, linewidth=1, linestyle=look) for look in ("-", ":")]
+    labels += ["a seed", "chance"]
     fig.legend(handles, labels, title=by, loc="outside right upper", fontsize=9)
     return fig
 
@@ -301,7 +309,8 @@ def losses(results: Results):
             if not steps:
                 continue
             table = np.stack([getattr(c, key)[np.searchsorted(c.step, steps)] for c in curves])
-            mean, label = table.mean(0), f"{style.shorten(arm.label, 40)} (n={len(curves)})"
+            extra = ", ± sd" if len(curves) > 1 else ""
+            mean, label = table.mean(0), f"{style.shorten(arm.label, 40)} (n={len(curves)}{extra})"
             ax.plot(steps, mean, color=colour, label=label)
             if len(curves) > 1:
                 sd = table.std(0, ddof=1)
