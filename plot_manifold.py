@@ -269,7 +269,7 @@ def lines(runs: Sequence[Measured], by: str):
                     chance = [_curve(run, CHANCE[metric], by, number, grid, layers) for run in members]
                     ax.plot(grid, mean_over(np.stack(chance), 0), color=colour, linewidth=1, linestyle=":")
             if row == 0:
-                ax.set_title(style.shorten(arm, 40))
+                ax.set_title(style.shorten(arm, 34))
             if column == 0:
                 ax.set_ylabel(METRICS[metric].replace(" of ", "\nof ", 1), fontsize=9)
     for ax in axes[-1]:
