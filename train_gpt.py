@@ -106,6 +106,8 @@ class Settings:
     val_loss_last_steps: int = knob(100, "so many last steps are validated more often", low=0)
     val_loss_every_last: int = knob(10, "steps between those validations; 0: as before", low=0)
     target_loss: float = knob(3.28, "validation loss to reach, for log and plots, nats a token", above=0)
+    manifold_every: int = knob(0, "steps between measurements of the spectra of weights and updates, to "
+                               "logs/RUN_ID.manifold.jsonl; 0: none", low=0)
     diverged_above: float = knob(0.0, "a loss above this ends the run; 0: twice ln(vocabulary)", low=0)
     # checkpoints, faults
     save_every: int = knob(0, "steps between checkpoints in logs/RUN_ID/; 0: only when stopped", low=0)
@@ -1989,6 +1991,7 @@ class Optimizer:
         self.by_name = {name: b for b in self.buckets for name in b.params}
         if "embed" in self.by_name:
             self.by_name["embed"].active = False
+        self.watch = None  # called when all gradients of a step are reduced and none has been used
         self.queue = None  # of this step's buckets, those whose reduction has not begun; None: none expected
         for bucket in self.buckets:
             for p in bucket.params.values():
@@ -2036,6 +2039,8 @@ class Optimizer:
         for bucket in self.queue:
             bucket.reduce()
         self.queue = None
+        if self.watch:
+            self.watch()
         if self.o.grad_clip:
             self.clip(due, batch_tokens)
         for bucket in due:
@@ -2050,6 +2055,14 @@ class Optimizer:
         factor = (self.o.grad_clip / norm_of_mean).clamp(max=1)
         for bucket in due:
             bucket.grad.mul_(factor)
+
+    def matrices(self):
+        """(names, fp32 masters, gradients) of the matrices this rank owns, a shape at a time, to look at."""
+        for bucket in self.buckets:
+            if isinstance(bucket, MatrixBucket) and bucket.names:
+                bucket.work.wait()
+                num = len(bucket.names)
+                yield bucket.names, read_master(bucket.mine, bucket.mantissa)[:num], bucket.grad[:num]
 
     def export(self) -> tuple[dict, dict]:
         """(states, counts) of all parameters by name, for a checkpoint; no gradient may be pending."""
@@ -2163,7 +2176,7 @@ CHECKPOINT_FORMAT, CHECKPOINTS_KEPT = 1, 2
 MAY_DIFFER = {"run_id", "nproc_per_node", "compile", "rehearse", "kernels", "slices_per_pass",
               "val_loss_every", "val_loss_last_steps", "val_loss_every_last", "target_loss", "diverged_above",
               "save_every", "resume", "save_model", "dist_timeout", "data_path", "train_files", "val_files",
-              "train_tokens"}
+              "train_tokens", "manifold_every"}
 
 
 class CheckpointError(ValueError):
@@ -2609,7 +2622,11 @@ class Run:
         self.trainer = Trainer(s, start.o, start.model_config, start.config["vocab_size"], ranks)
         self.data, self.clock = TrainData(start.train_shards, s, ranks), Clock(ranks.device)
         self.report, self.schedule = Report(self.trainer, s, ranks, self.log), self.trainer.schedule
-        self.first, self.tokens, self.last_saved, self.validated = 0, 0, 0, -1
+        self.first, self.tokens, self.last_saved, self.validated, self.manifold = 0, 0, 0, -1, None
+        if s.manifold_every:
+            from manifold import Manifold
+            self.manifold = Manifold(s.log.with_suffix(".manifold.jsonl"), s.manifold_every,
+                                     self.trainer.optimizer, ranks, self.clock, self.log)
 
     def resume(self, saved: dict | None):
         """Go on from a checkpoint, which rank 0 has; refused before anything is taken from it."""
@@ -2634,6 +2651,8 @@ class Run:
         if self.report.stop:  # during the rehearsal; what there is to go on with exists already
             self.end_stopped(self.first)
             return 0
+        if self.manifold:
+            self.manifold.go_on(self.first)
         self.clock.start()
         for step in range(self.first, schedule.num_steps + 1):
             last = step == schedule.num_steps
@@ -2650,8 +2669,12 @@ class Run:
                     return 0 if saved else 1
             self.trainer.enter(step)
             batch_tokens = schedule.batch_tokens(step)
+            if self.manifold:
+                self.manifold.expect(step + 1)
             total = self.trainer.step(step, self.data.next(batch_tokens, schedule.batch_tokens(step + 1)))
             self.tokens += batch_tokens
+            if self.manifold:
+                self.manifold.measure(step + 1, self.tokens)
             self.report.trained(step + 1, total, bool(self.stop.reason), self.tokens, self.clock.ms())
             self.note_compilation(step + 1)
             if self.data.position[0] > epoch:

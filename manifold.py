@@ -1,0 +1,247 @@
+"""The manifold measurement: spectra of weights and of their updates, while a trainer trains (MANIFOLD_EVERY).
+
+Every so many steps one JSON line per matrix goes to logs/RUN_ID.manifold.jsonl. Each rank measures the
+matrices it owns, where they lie; what travels is a line each. Both trainers use this file, and only if asked.
+It reads weights and gradients and writes neither, so that training has the same digits with and without it.
+
+A line, of the update that made `step` of them (W before it, dW = W after - W before, both fp32 masters):
+    step tokens layer proj shape        proj: q k v o up down; `expert` too, in a mixture of experts
+    entropy effective_rank stable_rank sigma_max gap      of W's full spectrum s: H = -sum p ln p with
+        p = s / sum s; exp(H); ||W||_F^2 / s_1^2; s_1; s_1 / s_2
+    update_entropy ... update_gap       the same of dW
+    weight_norm update_norm             Frobenius
+    grad_norm                           of the raw gradient as it reaches the optimizer, before clipping and
+        momentum: of 2 x the loss summed over a slice's tokens, the mean over 8 slices, on any number of ranks
+    left_alignment right_alignment      mean singular value of U_W[:, :5]^T U_dW[:, :5], and of V's; 1: the
+        same space. update_alignment = left_alignment
+    left_chance right_chance            what random spaces of these sizes give
+    quantiles update_quantiles          of the spectra, from the smallest up; for pictures only
+null is what cannot be said: the spectrum of a zero matrix, the directions of one of rank below 5.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NUM_DIRECTIONS = 5      # leading singular vectors that alignment compares
+NUM_QUANTILES = 25
+CHANCE_DRAWS = 2000     # of random spaces; their mean is right to about 1%
+PROJECTIONS = ("q", "k", "v", "o", "up", "down")
+SVD_NUMBERS = 2**26     # in one batch: bounds the memory it takes
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def chance_alignment(dim: int, num: int = NUM_DIRECTIONS) -> float:
+    """Mean singular value of A^T B for two independent, uniformly random orthonormal frames of `num` vectors
+    (at most `dim`) in `dim` dimensions. Seeded Monte Carlo: one frame may stand still on the first axes, the
+    other is the Q of a Gaussian matrix. For num = 1 it is Gamma(dim/2) / (sqrt(pi) Gamma((dim+1)/2))."""
+    num, rng = min(num, dim), np.random.default_rng(dim)
+    total, at_once = 0.0, max(1, 2**20 // (dim * num))
+    for done in range(0, CHANCE_DRAWS, at_once):
+        draws = min(at_once, CHANCE_DRAWS - done)
+        frames = np.linalg.qr(rng.standard_normal((draws, dim, num)))[0]
+        total += np.linalg.svd(frames[:, :num], compute_uv=False).mean(-1).sum()
+    return float(total / CHANCE_DRAWS)
+
+
+def spectrum_facts(s: np.ndarray) -> dict:
+    """What one line says about singular values, the largest first. None: of a zero matrix, or NaN."""
+    facts = dict.fromkeys(("entropy", "effective_rank", "stable_rank", "sigma_max", "gap", "quantiles"))
+    if not np.isfinite(s).all():
+        return facts
+    facts["sigma_max"] = s[0]
+    facts["quantiles"] = np.quantile(s, np.linspace(0, 1, min(NUM_QUANTILES, len(s)))).tolist()
+    if s[0] > 0:
+        p = s[s > 0] / s.sum()
+        facts["entropy"] = max(0.0, -(p * np.log(p)).sum())
+        facts["effective_rank"] = math.exp(facts["entropy"])
+        facts["stable_rank"] = np.square(s / s[0]).sum()
+        facts["gap"] = s[0] / s[1] if len(s) > 1 and s[1] > 0 else None
+    return facts
+
+
+def decompose(X_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U_NRM, s_NM, V_NKM) with the first M = NUM_DIRECTIONS columns of U and V but all singular values;
+    NaN for a matrix that holds one, or that LAPACK gives up on: a measurement must not end a run."""
+    finite_N = X_NRK.isfinite().all(-1).all(-1)
+    X_NRK = torch.where(finite_N[:, None, None], X_NRK, 0.0)
+    try:
+        U, s, Vh = torch.linalg.svd(X_NRK, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        if len(X_NRK) > 1:
+            return tuple(map(torch.cat, zip(*(decompose(X) for X in X_NRK.split(1)))))
+        R, K = X_NRK.shape[1:]
+        U, s, Vh = (X_NRK.new_full((1, *shape), math.nan) for shape in ((R, R), (min(R, K),), (K, K)))
+    s = torch.where(finite_N[:, None], s, math.nan)
+    return U[..., :NUM_DIRECTIONS], s, Vh[..., :NUM_DIRECTIONS, :].mT
+
+
+def has_directions(s: np.ndarray, dim: int) -> bool:
+    """Whether the leading singular vectors are more than rounding: numpy's rule for the rank."""
+    return bool(s[:NUM_DIRECTIONS][-1] > s[0] * dim * np.finfo(np.float32).eps)
+
+
+def measure_matrices(W_NRK: Tensor, dW_NRK: Tensor) -> list[dict]:
+    """A line's numbers for each of N matrices and their updates: two singular value decompositions each."""
+    (R, K), rows = W_NRK.shape[1:], []
+    (U, s, V), (dU, ds, dV) = decompose(W_NRK), decompose(dW_NRK)
+    cosines = [torch.linalg.svdvals((x.mT @ y).nan_to_num()) for x, y in ((U, dU), (V, dV))]
+    left, right = (x.mean(-1).tolist() for x in cosines)
+    norms = [torch.linalg.vector_norm(x, dim=(-2, -1)).tolist() for x in (W_NRK, dW_NRK)]
+    spectra = [x.double().cpu().numpy() for x in (s, ds)]
+    for i in range(len(W_NRK)):
+        facts, of_update = (spectrum_facts(spectrum[i]) for spectrum in spectra)
+        quantiles = facts.pop("quantiles"), of_update.pop("quantiles")
+        aligned = all(has_directions(spectrum[i], max(R, K)) for spectrum in spectra)
+        alignment = (left[i], right[i]) if aligned else (None, None)
+        rows.append({
+            **facts, **{f"update_{key}": value for key, value in of_update.items()},
+            "weight_norm": norms[0][i], "update_norm": norms[1][i],
+            "left_alignment": alignment[0], "right_alignment": alignment[1], "update_alignment": alignment[0],
+            "left_chance": chance_alignment(R), "right_chance": chance_alignment(K),
+            "quantiles": quantiles[0], "update_quantiles": quantiles[1]})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# The file
+# ---------------------------------------------------------------------------------------------------
+
+
+def rounded(value, digits: int = 8):
+    """For JSON, which knows no NaN; quantiles are for pictures, so four digits do."""
+    if isinstance(value, list):
+        return [rounded(x, 4) for x in value]
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value
+
+
+def place(name: str) -> dict:
+    """layer, projection and expert of a parameter: blocks.3.attn.q, blocks.0.mlp.up, blocks.0.mlp.up.7."""
+    found = re.fullmatch(r"blocks\.(\d+)\.\w+\.([a-z]+)(?:\.(\d+))?", name)
+    assert found, f"{name} is no matrix of a block"
+    expert = {} if found[3] is None else {"expert": int(found[3])}
+    return {"layer": int(found[1]), "proj": found[2], **expert}
+
+
+def order(row: dict) -> tuple:
+    """As the lines of a step are written, whoever measured them."""
+    proj = row["proj"]
+    return row["layer"], PROJECTIONS.index(proj) if proj in PROJECTIONS else len(PROJECTIONS), proj, \
+        row.get("expert", -1)
+
+
+def trim(path: Path, last_step: int):
+    """Leaves whole lines of steps up to last_step: a run that goes on from there writes the others again. A
+    reader never sees half of it."""
+    if not path.exists():
+        return
+    kept, half = [], path.with_name(f".{path.name}.{os.getpid()}")
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= last_step and line.endswith(b"\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # cut short by a crash
+    try:
+        with half.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def append(path: Path, rows: list[dict]):
+    """All of a step's lines or, where the disk refuses, none; on the disk before that step's checkpoint."""
+    data = "".join(json.dumps({k: rounded(v) for k, v in row.items()}) + "\n" for row in rows).encode()
+    with path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data):]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+# ---------------------------------------------------------------------------------------------------
+# The measurement within a run
+# ---------------------------------------------------------------------------------------------------
+
+
+class Manifold:
+    """Takes the measurement when it is due, off the training clock.
+
+    optimizer: has .watch, which it calls once a step's gradients are reduced and before anything uses them,
+    and .matrices(): (names, fp32 masters, gradients) of what this rank owns, one shape at a time.
+    """
+
+    def __init__(self, path: Path, every: int, optimizer, ranks, clock, log):
+        self.path, self.every, self.optimizer, self.ranks = path, every, optimizer, ranks
+        self.clock, self.log, self.before, self.ms = clock, log, None, 0.0
+
+    def go_on(self, step: int):
+        """Before the first step: what an earlier attempt wrote about later steps will be written again."""
+        self.on_disk(step, lambda: trim(self.path, step))
+
+    def expect(self, step: int):
+        """Before the update that makes `step` of them."""
+        self.optimizer.watch = self.look if self.every and step % self.every == 0 else None
+
+    def look(self):
+        """The optimizer calls it: what the update will overwrite."""
+        found = list(self.optimizer.matrices())  # waits for the gradients, as the update would
+        self.clock.stop()
+        start = time.perf_counter()
+        norms = [torch.linalg.vector_norm(grad.float(), dim=(-2, -1)).tolist() for _, _, grad in found]
+        self.before = [(names, W.clone(), norm) for (names, W, _), norm in zip(found, norms)]
+        self.ms = 1000 * (time.perf_counter() - start)
+        self.clock.start()
+
+    def measure(self, step: int, tokens: int):
+        """After the update; a collective if one was expected, else nothing."""
+        if self.before is None:
+            return
+        self.clock.stop()
+        start, rows = time.perf_counter(), []
+        for (names, W, grad_norms), (_, after, _) in zip(self.before, self.optimizer.matrices()):
+            for i in range(0, len(names), at_once := max(1, SVD_NUMBERS // W[0].numel())):
+                self.ranks.beat()
+                part = slice(i, i + at_once)
+                facts = measure_matrices(W[part], after[part] - W[part])
+                rows += [{"step": step, "tokens": tokens, **place(name), "shape": list(W.shape[1:]),
+                          "grad_norm": norm, **row}
+                         for name, norm, row in zip(names[part], grad_norms[part], facts)]
+        self.before = None
+        rows = sorted((row for part in self.ranks.collect(rows) for row in part), key=order)
+        self.on_disk(step, lambda: append(self.path, rows))
+        self.ms += 1000 * (time.perf_counter() - start)
+        self.log.event("manifold", step=step, ms=f"{self.ms:.0f}")
+        self.clock.start()
+
+    def on_disk(self, step: int, action):
+        """On rank 0. The run goes on if the disk does not take it."""
+        if self.ranks.rank:
+            return
+        try:
+            action()
+        except OSError as error:
+            self.log.event("manifold_failed", step=step, error=json.dumps(str(error)))
+            self.log.say(f"warning: {self.path} could not be written ({error}); training goes on")

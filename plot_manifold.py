@@ -1,0 +1,437 @@
+"""Draws the manifold measurement: spectra of weights and of their updates over layers and steps.
+
+    python plot_manifold.py sweeps/muon_vs_adamw.toml      # the runs of a sweep, by its manifest in logs/
+    python plot_manifold.py logs/a.txt logs/b.txt --out pictures
+
+Reads logs/RUN_ID.manifold.jsonl (written with MANIFOLD_EVERY=250; manifold.py says what a line holds)
+beside each log. Runs that differ only in their seed are one arm. Written to logs/NAME_manifold/:
+    heatmap_METRIC.png      layer x step for each projection, runs side by side, one colour scale (the 1st
+                            to 99th percentile of all runs together); what was not measured is grey
+    quick_scan.png          arms x seeds, some metrics, the mean over projections
+    by_projection.png, by_layer.png     means over the rest, a line a seed thin; dotted: the level of chance
+    losses.png              validation loss and accuracy: all seeds, their mean, and the band of one sd
+    results.md .csv         final loss and accuracy, mean and sd over seeds
+    differences.md .csv     where the seeds of one arm differ most
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import plot_style as style
+from run_log import RunLog
+from stats import summarize
+from sweep_results import Results, read_results
+
+PROJECTIONS = ("q", "k", "v", "o", "up", "down")
+METRICS = {  # what a line holds -> what a picture calls it
+    "entropy": "entropy of W's spectrum, nats",
+    "effective_rank": "effective rank of W",
+    "stable_rank": "stable rank of W",
+    "sigma_max": "largest singular value of W",
+    "gap": "σ₁/σ₂ of W",
+    "update_entropy": "entropy of the update's spectrum, nats",
+    "update_effective_rank": "effective rank of the update",
+    "update_stable_rank": "stable rank of the update",
+    "update_sigma_max": "largest singular value of the update",
+    "update_gap": "σ₁/σ₂ of the update",
+    "weight_norm": "norm of W",
+    "grad_norm": "norm of the raw gradient",
+    "update_norm": "norm of the update",
+    "left_alignment": "left alignment of update and W",
+    "right_alignment": "right alignment of update and W",
+}
+SCANNED = ("effective_rank", "update_effective_rank", "left_alignment", "weight_norm")
+LINED = ("effective_rank", "update_effective_rank", "stable_rank", "weight_norm", "left_alignment")
+CHANCE = {"left_alignment": "left_chance", "right_alignment": "right_chance"}
+NUM_DIFFERENCES = 5  # of each metric
+
+
+@dataclass
+class Measured:
+    """One run's measurement: values[metric][projection, layer, step], NaN where there is none."""
+
+    arm: str
+    seed: int | None
+    run: RunLog
+    steps: np.ndarray
+    layers: list[int]
+    values: dict[str, np.ndarray]
+    unread: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm} seed {self.seed}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> tuple[list[dict], int]:
+    """The lines of a measurement and how many could not be read; of one matrix and step, the later counts."""
+    if not path.exists():
+        raise ValueError(f"there is no {path}: train with MANIFOLD_EVERY=250 (steps) to get one")
+    found, unread = {}, 0
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+            found[int(row["step"]), int(row["layer"]), str(row["proj"]), row.get("expert")] = row
+        except (ValueError, KeyError, TypeError):
+            unread += 1  # cut short by a crash
+    if not found:
+        raise ValueError(f"{path} holds no measurement: the run ended before its first (MANIFOLD_EVERY)")
+    return list(found.values()), unread
+
+
+def read_measured(run: RunLog, arm: str) -> Measured:
+    rows, unread = read_lines(run.path.with_suffix(".manifold.jsonl"))
+    steps = np.unique([row["step"] for row in rows])
+    layers = sorted({row["layer"] for row in rows})
+    shape = len(PROJECTIONS), len(layers), len(steps)
+    values = {}
+    for metric in (*METRICS, *CHANCE.values()):
+        total, count = np.zeros(shape), np.zeros(shape)
+        for row in rows:  # experts of one layer are averaged
+            value = row.get(metric)
+            if row["proj"] in PROJECTIONS and isinstance(value, (int, float)) and math.isfinite(value):
+                at = PROJECTIONS.index(row["proj"]), layers.index(row["layer"])
+                at = (*at, np.searchsorted(steps, row["step"]))
+                total[at] += value
+                count[at] += 1
+        values[metric] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return Measured(arm, run.seed, run, steps, layers, values, unread)
+
+
+def read_all(results: Results) -> list[Measured]:
+    found = [read_measured(run, arm.label) for arm in results.arms for run in arm.runs if run.path]
+    if not found:
+        raise ValueError("none of these runs has a log: nothing to draw")
+    return found
+
+
+def mean_over(values: np.ndarray, axes) -> np.ndarray:
+    """Of what there is; NaN, without a warning, where there is nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(values, axis=axes)
+
+
+# ------------------------------------------------------------------------------------------------
+# Heatmaps
+# ------------------------------------------------------------------------------------------------
+
+
+def step_grid(runs: Sequence[Measured]) -> np.ndarray:
+    """All steps; evenly spaced if that is how they were measured, so that a gap takes up its room."""
+    steps = np.unique(np.concatenate([run.steps for run in runs]))
+    if len(steps) < 2:
+        return steps
+    grid = np.arange(steps[0], steps[-1] + 1, np.diff(steps).min())
+    return grid if np.isin(steps, grid).all() else steps
+
+
+def on_grid(values: np.ndarray, run: Measured, grid: np.ndarray, layers: Sequence[int]) -> np.ndarray:
+    """values[layer, step] of one run, at its places among all layers and steps."""
+    out = np.full((len(layers), len(grid)), np.nan)
+    rows = [layers.index(layer) for layer in run.layers]
+    out[np.ix_(rows, np.searchsorted(grid, run.steps))] = values
+    return out
+
+
+def colour_limits(values: Sequence[np.ndarray]) -> tuple[float, float]:
+    """1st and 99th percentile of all together."""
+    pooled = np.concatenate([x[np.isfinite(x)] for x in values])
+    if not len(pooled):
+        return 0.0, 1.0
+    low, high = np.percentile(pooled, (1, 99))
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def draw_heat(ax, values: np.ndarray, grid: np.ndarray, layers: Sequence[int], limits):
+    """Cells of layer x step; grey where nothing was measured."""
+    half = np.diff(grid).min() / 2 if len(grid) > 1 else 0.5
+    middles = (grid[1:] + grid[:-1]) / 2
+    edges = np.concatenate([[grid[0] - half], middles, [grid[-1] + half]])
+    ax.set_facecolor("#bbbbbb")
+    ax.grid(False)
+    image = ax.pcolormesh(
+        edges, np.arange(len(layers) + 1) - 0.5, np.ma.masked_invalid(values), cmap="viridis",
+        vmin=limits[0], vmax=limits[1], rasterized=True,
+    )  # fmt: skip
+    every = max(1, math.ceil(len(layers) / 6))
+    ax.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
+    ax.xaxis.set_major_locator(_few_ticks())
+    return image
+
+
+def _few_ticks():
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=3, integer=True)
+
+
+def heatmap(runs: Sequence[Measured], metric: str):
+    """Projections down, runs across."""
+    plt = style.load_matplotlib()
+    grid, layers = step_grid(runs), sorted({layer for run in runs for layer in run.layers})
+    limits = colour_limits([run.values[metric] for run in runs])
+    shape = len(PROJECTIONS), len(runs)
+    fig, axes = plt.subplots(
+        *shape, figsize=(2.2 + 2.3 * len(runs), 1.4 * shape[0] + 1.2), sharex=True, sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for row, projection in enumerate(PROJECTIONS):
+        for column, run in enumerate(runs):
+            ax = axes[row, column]
+            image = draw_heat(ax, on_grid(run.values[metric][row], run, grid, layers), grid, layers, limits)
+            if row == 0:
+                ax.set_title(f"{style.shorten(run.arm, 22)}\nseed {run.seed}", fontsize=9)
+            if column == 0:
+                ax.set_ylabel(f"{projection}\nlayer")
+            if row == shape[0] - 1:
+                ax.set_xlabel("step")
+    fig.colorbar(image, ax=axes, extend="both", fraction=0.15, aspect=40, pad=0.01)
+    fig.suptitle(METRICS[metric], fontweight="bold")
+    return fig
+
+
+def seeds_of(runs: Sequence[Measured]) -> list:
+    """In order; an unknown one last."""
+    return sorted({run.seed for run in runs}, key=lambda seed: (seed is None, seed or 0))
+
+
+def quick_scan(runs: Sequence[Measured]):
+    """For each metric a block of arms x seeds, each cell a heatmap of the mean over projections."""
+    plt = style.load_matplotlib()
+    grid, layers = step_grid(runs), sorted({layer for run in runs for layer in run.layers})
+    arms, seeds = list(dict.fromkeys(run.arm for run in runs)), seeds_of(runs)
+    size = 2 * (1.2 + 2.0 * len(seeds)), 2 * (0.9 + 1.5 * len(arms))
+    fig = plt.figure(figsize=size, layout="constrained")
+    for block, metric in zip(fig.subfigures(2, 2).flat, SCANNED):
+        means = [mean_over(run.values[metric], 0) for run in runs]
+        limits = colour_limits(means)
+        axes = block.subplots(len(arms), len(seeds), squeeze=False, sharex=True, sharey=True)
+        for ax in axes.flat:
+            image = draw_heat(ax, np.full((len(layers), len(grid)), np.nan), grid, layers, limits)
+        for run, mean in zip(runs, means, strict=True):
+            ax = axes[arms.index(run.arm), seeds.index(run.seed)]
+            image = draw_heat(ax, on_grid(mean, run, grid, layers), grid, layers, limits)
+        for column, seed in enumerate(seeds):
+            axes[0, column].set_title(f"seed {seed}", fontsize=9)
+            axes[-1, column].set_xlabel("step")
+        for row, arm in enumerate(arms):
+            axes[row, 0].set_ylabel(f"{style.shorten(arm, 16)}\nlayer", fontsize=9)
+        block.colorbar(image, ax=axes, extend="both", fraction=0.08)
+        block.suptitle(METRICS[metric], fontsize=11, fontweight="bold")
+    return fig
+
+
+# ------------------------------------------------------------------------------------------------
+# Lines
+# ------------------------------------------------------------------------------------------------
+
+
+def lines(runs: Sequence[Measured], by: str):
+    """Metrics down, arms across; a colour a projection or layer: thick the seeds' mean, thin each seed."""
+    plt = style.load_matplotlib()
+    arms, grid = list(dict.fromkeys(run.arm for run in runs)), step_grid(runs)
+    layers = sorted({layer for run in runs for layer in run.layers})
+    groups = list(PROJECTIONS) if by == "projection" else layers
+    fig, axes = plt.subplots(
+        len(LINED), len(arms), figsize=(2 + 4.2 * len(arms), 2.3 * len(LINED)), sharex=True, sharey="row",
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    cmap = plt.get_cmap("viridis")
+    colours = style.COLOURS if by == "projection" else [cmap(0.95 * i / max(1, len(layers) - 1))
+                                                        for i in range(len(layers))]
+    for row, metric in enumerate(LINED):
+        for column, arm in enumerate(arms):
+            ax, members = axes[row, column], [run for run in runs if run.arm == arm]
+            for number, colour in enumerate(colours[: len(groups)]):
+                curves = np.stack([_curve(run, metric, by, number, grid, layers) for run in members])
+                for curve in curves if len(curves) > 1 else ():
+                    ax.plot(grid, curve, color=colour, linewidth=0.6, alpha=0.5)
+                label = str(groups[number])
+                # a mean over fewer seeds would jump: where one of them lacks a step, it has a gap
+                ax.plot(grid, curves.mean(0), color=colour, label=label, marker=".", markersize=3)
+                if metric in CHANCE:
+                    chance = [_curve(run, CHANCE[metric], by, number, grid, layers) for run in members]
+                    ax.plot(grid, mean_over(np.stack(chance), 0), color=colour, linewidth=1, linestyle=":")
+            if row == 0:
+                ax.set_title(style.shorten(arm, 34))
+            if column == 0:
+                ax.set_ylabel(METRICS[metric].replace(" of ", "\nof ", 1), fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
+        ax.xaxis.set_major_locator(_few_ticks())
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles += [plt.Line2D([], [], color=style.GREY, linewidth=1, linestyle=look) for look in ("-", ":")]
+    labels += ["a seed", "chance"]
+    fig.legend(handles, labels, title=by, loc="outside right upper", fontsize=9)
+    return fig
+
+
+def _curve(run: Measured, metric: str, by: str, number: int, grid, layers) -> np.ndarray:
+    """One run's mean for a projection (over layers), or a layer (over projections), on the grid."""
+    out, values = np.full(len(grid), np.nan), run.values[metric]
+    if by == "projection":
+        found = mean_over(values[number], 0)
+    elif layers[number] in run.layers:
+        found = mean_over(values[:, run.layers.index(layers[number])], 0)
+    else:
+        return out
+    out[np.searchsorted(grid, run.steps)] = found
+    return out
+
+
+def losses(results: Results):
+    """Validation loss and accuracy: all seeds thin, the mean thick, and a band of one standard deviation."""
+    plt = style.load_matplotlib()
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    for number, arm in enumerate(results.arms):
+        colour = style.arm_style(number)["color"]
+        for ax, key in zip(axes, ("loss", "acc"), strict=True):
+            curves = [run.val for run in arm.runs if len(run.val)]
+            steps = sorted(set.intersection(*(set(c.step.tolist()) for c in curves))) if curves else []
+            for curve in curves if len(curves) > 1 else ():
+                ax.plot(curve.step, getattr(curve, key), color=colour, linewidth=0.6, alpha=0.6)
+            if not steps:
+                continue
+            table = np.stack([getattr(c, key)[np.searchsorted(c.step, steps)] for c in curves])
+            extra = ", ± sd" if len(curves) > 1 else ""
+            mean, label = table.mean(0), f"{style.shorten(arm.label, 40)} (n={len(curves)}{extra})"
+            ax.plot(steps, mean, color=colour, label=label)
+            if len(curves) > 1:
+                sd = table.std(0, ddof=1)
+                ax.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
+    for ax, title in zip(axes, ("validation loss, nats a token", "validation accuracy"), strict=True):
+        ax.set_title(title)
+        ax.set_xlabel("step")
+    ends = [run.val.loss[np.isfinite(run.val.loss)] for run in results.runs if len(run.val)]
+    ends = [x for x in ends if len(x)]
+    if ends:  # the start is the same for all and would flatten the rest
+        top = max(x[min(len(x) - 1, max(1, len(x) // 6))] for x in ends)
+        low = min(x.min() for x in ends)
+        axes[0].set_ylim(low - 0.05 * (top - low + 0.01), top + 0.05 * (top - low + 0.01))
+    axes[0].legend()
+    return fig
+
+
+# ------------------------------------------------------------------------------------------------
+# Tables
+# ------------------------------------------------------------------------------------------------
+
+
+def final_table(results: Results) -> tuple[list[str], list[list]]:
+    header = ["arm", "n", "seeds", "final loss", "sd", "final accuracy", "sd accuracy", "each seed's loss"]
+    rows = []
+    for arm in results.arms:
+        done = [run for run in arm.runs if run.state == "finished" and len(run.val)]
+        loss = summarize([run.final_val_loss for run in done])
+        acc = summarize([float(run.val.acc[-1]) for run in done])
+        each = " ".join(f"{run.final_val_loss:.4f}" for run in done)
+        seeds = " ".join(str(run.seed) for run in done)
+        rows.append([arm.label, loss.n, seeds, *map(_number, (loss.mean, loss.sd, acc.mean, acc.sd)), each])
+    return header, rows
+
+
+def _number(x: float) -> str:
+    return f"{x:.4f}" if math.isfinite(x) else "-"
+
+
+def difference_table(runs: Sequence[Measured]) -> tuple[list[str], list[list]]:
+    """By arm and metric, the largest |a - b| / mean of |a|, |b| between two seeds at one matrix and step."""
+    header = ["arm", "metric", "layer", "projection", "step", "seeds", "value", "other", "relative"]
+    rows = []
+    for arm in dict.fromkeys(run.arm for run in runs):
+        members = [run for run in runs if run.arm == arm]
+        pairs = [(a, b) for i, a in enumerate(members) for b in members[i + 1 :] if a.seed != b.seed]
+        for metric in METRICS:
+            found = [item for a, b in pairs for item in _differences(a, b, metric)]
+            for size, *place, one, other in sorted(found, reverse=True)[:NUM_DIFFERENCES]:
+                rows.append([arm, metric, *place, f"{one:.5g}", f"{other:.5g}", f"{size:.3f}"])
+    return header, rows
+
+
+def _differences(a: Measured, b: Measured, metric: str) -> list[tuple]:
+    """The largest few of one pair of seeds."""
+    steps, layers = np.intersect1d(a.steps, b.steps), sorted(set(a.layers) & set(b.layers))
+    x, y = (run.values[metric][:, [run.layers.index(layer) for layer in layers]]
+            [:, :, np.searchsorted(run.steps, steps)] for run in (a, b))
+    scale = (np.abs(x) + np.abs(y)) / 2
+    size = np.nan_to_num(np.divide(np.abs(x - y), scale, out=np.zeros_like(x), where=scale > 0))
+    best = np.argsort(-size, axis=None, kind="stable")[:NUM_DIFFERENCES]
+    out = []
+    for p, l, t in zip(*np.unravel_index(best, size.shape)):
+        if size[p, l, t] > 0:
+            out.append((float(size[p, l, t]), layers[l], PROJECTIONS[p], int(steps[t]), f"{a.seed} {b.seed}",
+                        float(x[p, l, t]), float(y[p, l, t])))
+    return out
+
+
+def as_csv(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([header, *rows])
+    return out.getvalue()
+
+
+def write_tables(results: Results, runs: Sequence[Measured], out: Path) -> list[Path]:
+    paths = []
+    titles = {"results": "Final validation loss and accuracy; sd over seeds",
+              "differences": "Where the seeds of an arm differ most: |a - b| over the mean of |a| and |b|"}
+    for name, table in (("results", final_table(results)), ("differences", difference_table(runs))):
+        style.write_text(f"# {titles[name]}\n\n{style.format_markdown(*table)}\n", out / f"{name}.md")
+        style.write_text(as_csv(*table), out / f"{name}.csv")
+        paths += [out / f"{name}.md", out / f"{name}.csv"]
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="LOG|SWEEP.toml", help="a sweep, or logs")
+    parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of logs and manifests")
+    parser.add_argument("--out", type=Path, help="folder for pictures and tables")
+    parser.add_argument("--metrics", default=",".join(METRICS), help="of which to draw heatmaps")
+    parser.add_argument("--pool-sources", action="store_true", help="pool runs of different source code")
+    options = parser.parse_args(arguments)
+    metrics = [name for name in options.metrics.split(",") if name]
+    try:
+        if unknown := set(metrics) - set(METRICS):
+            raise ValueError(f"--metrics {', '.join(sorted(unknown))}: there are {', '.join(METRICS)}")
+        results = read_results(options.paths, options.logs, None, options.pool_sources)
+        runs = read_all(results)
+        out = options.out or results.folder / f"{results.name}_manifold"
+        figures = {f"heatmap_{metric}": lambda metric=metric: heatmap(runs, metric) for metric in metrics}
+        figures |= {"quick_scan": lambda: quick_scan(runs), "losses": lambda: losses(results),
+                    "by_projection": lambda: lines(runs, "projection"),
+                    "by_layer": lambda: lines(runs, "layer")}
+        for name, draw in figures.items():
+            style.save(draw(), out / f"{name}.png")
+        tables = write_tables(results, runs, out)
+    except (ValueError, OSError) as error:
+        return style.complain(error)
+    print(style.format_table(*final_table(results)))
+    for note in results.notes:
+        print(f"note: {note}")
+    for run in runs:
+        if run.unread:
+            print(f"note: {run.run.path.stem}: {run.unread} lines of its measurement could not be read")
+    print("\n" + "\n".join(map(str, [*(out / f"{name}.png" for name in figures), *tables])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

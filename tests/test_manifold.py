@@ -1,0 +1,234 @@
+"""The manifold measurement: against NumPy on known spectra, and within real runs of the trainers."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import BASELINE, TRAINERS, base_env, made_text, run, train, write_shard
+from test_checkpoints import small_trainer
+
+import manifold
+import train_gpt
+import train_gpt_muon_ord
+
+
+def orthonormal(rows, columns, seed):
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((rows, columns)))[0]
+
+
+def measure(W, dW):
+    (row,) = manifold.measure_matrices(*(torch.tensor(x, dtype=torch.float32)[None] for x in (W, dW)))
+    return row
+
+
+def test_spectra_that_are_known():
+    """Orthogonal: all directions alike. Diagonal: NumPy's formulas on the diagonal."""
+    diagonal = np.linspace(4, 1, 12)
+    D = np.zeros((12, 20))
+    D[:, :12] = np.diag(diagonal)
+    row = measure(3 * orthonormal(20, 12, 0), D.T)
+    assert row["effective_rank"] == pytest.approx(12) and row["entropy"] == pytest.approx(math.log(12))
+    assert row["stable_rank"] == pytest.approx(12, rel=1e-5) and row["gap"] == pytest.approx(1, rel=1e-5)
+    assert row["sigma_max"] == pytest.approx(3) and row["weight_norm"] == pytest.approx(3 * math.sqrt(12))
+    p = diagonal / diagonal.sum()
+    assert row["update_entropy"] == pytest.approx(-(p * np.log(p)).sum())
+    assert row["update_effective_rank"] == pytest.approx(math.exp(-(p * np.log(p)).sum()))
+    assert row["update_stable_rank"] == pytest.approx((diagonal**2).sum() / 16)
+    assert row["update_gap"] == pytest.approx(diagonal[0] / diagonal[1])
+    assert row["update_quantiles"] == pytest.approx(np.quantile(diagonal, np.linspace(0, 1, 12)).tolist())
+
+
+def test_rank_one_and_zero():
+    """One direction; and where nothing can be said, None instead of rounding's noise or NaN."""
+    u, v = np.random.default_rng(0).standard_normal((2, 16))
+    row = measure(np.outer(u, v), np.zeros((16, 16)))
+    assert row["effective_rank"] == pytest.approx(1, abs=1e-4)
+    assert row["stable_rank"] == pytest.approx(1, abs=1e-5) and row["gap"] > 1e5
+    assert row["left_alignment"] is None and row["update_entropy"] is None and row["update_gap"] is None
+    assert row["update_norm"] == 0
+    bad = measure(np.full((6, 6), np.nan), np.eye(6))
+    assert bad["entropy"] is None and bad["update_effective_rank"] == pytest.approx(6)
+
+
+def test_alignment_equals_numpys():
+    rng = np.random.default_rng(3)
+    W, dW = rng.standard_normal((2, 30, 18)) @ np.diag(np.linspace(9, 1, 18))
+    row = measure(W, dW)
+    (U, _, V), (dU, _, dV) = np.linalg.svd(W), np.linalg.svd(dW)
+    cosines = lambda a, b: np.linalg.svd(a[:, :5].T @ b[:, :5], compute_uv=False).mean()
+    assert row["left_alignment"] == row["update_alignment"] == pytest.approx(cosines(U, dU), abs=1e-4)
+    assert row["right_alignment"] == pytest.approx(cosines(V.T, dV.T), abs=1e-4)
+    assert measure(W, 0.1 * W)["left_alignment"] == pytest.approx(1, abs=1e-4)
+
+
+def test_chance_is_what_random_matrices_give():
+    """Two random frames, neither standing still; one direction has a closed form; 5 of 5 is all of space."""
+    for dim in (8, 40):
+        found = [np.linalg.svd(orthonormal(dim, 5, 2 * i).T @ orthonormal(dim, 5, 2 * i + 1),
+                               compute_uv=False).mean() for i in range(1500)]
+        assert manifold.chance_alignment(dim) == pytest.approx(np.mean(found), rel=0.015)
+    wanted = math.exp(math.lgamma(32) - math.lgamma(32.5)) / math.sqrt(math.pi)
+    assert manifold.chance_alignment(64, 1) == pytest.approx(wanted, rel=0.05)
+    assert manifold.chance_alignment(5) == pytest.approx(1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Within the trainers
+# ---------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """As much of RunLog as the measurement needs."""
+
+    def __init__(self):
+        self.events = []
+
+    def event(self, name, **fields):
+        self.events.append(name)
+
+    say = event
+
+
+def watched(trainer, folder, env, steps=3):
+    """(the last measured update's lines, the parameters before and after it, its raw gradients)."""
+    this, data = small_trainer(trainer, folder, 0, **env)
+    this.ranks.collect, this.ranks.beat = lambda value: [value], lambda: None
+    clock = SimpleNamespace(stop=lambda: None, start=lambda: None)
+    path = folder / "a.manifold.jsonl"
+    m = manifold.Manifold(path, steps, this.optimizer, this.ranks, clock, Log())
+    for step in range(steps):
+        this.enter(step)
+        batches = data.next(this.schedule.batch_tokens(step), this.schedule.batch_tokens(step + 1))
+        before = {name: p.detach().clone() for name, p in this.model.named_parameters()}
+        this.optimizer.expect(step)
+        grads = []
+        for batch in batches:  # the same forward and backward, by autograd alone
+            loss, _ = this.forward(batch, this.schedule.windows(this.stage),
+                                   this.schedule.predict_weights(step), this.tied)
+            names = [n for n in before if n.endswith((".q", ".k", ".v", ".o", ".up", ".down"))]
+            params = dict(this.model.named_parameters())
+            grads.append(torch.autograd.grad(trainer.LOSS_SCALE * loss, [params[n] for n in names]))
+        m.expect(step + 1)
+        this.step(step, batches)
+        m.measure(step + 1, 0)
+    grads = {name: sum(g) for name, *g in zip(names, *grads)}
+    after = {name: p.detach().clone() for name, p in this.model.named_parameters()}
+    return [json.loads(line) for line in path.read_text().splitlines()], before, after, grads
+
+
+OPTIMIZERS = [
+    (train_gpt, dict(OPTIMIZER="normuon")),
+    (train_gpt, dict(OPTIMIZER="muon", GRAD_CLIP=1e-4)),
+    (train_gpt, dict(OPTIMIZER="adamw")),
+    (train_gpt_muon_ord, dict(ORD_MODE="interpolate")),
+    (train_gpt_muon_ord, dict(ORD_MODE="project")),
+    (train_gpt_muon_ord, dict(ORD_MODE="post", SPECTRAL_OUT=0.5, SPECTRAL_RESCALE=1)),
+    (train_gpt_muon_ord, dict(ORD_MODE="off")),
+]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("trainer, env", OPTIMIZERS)
+def test_update_is_after_minus_before_and_the_gradient_is_raw(trainer, env, tmp_path):
+    """The optimizers know nothing of the test, and clipping and momentum do not show in grad_norm."""
+    rows, before, after, grads = watched(trainer, tmp_path, env)
+    assert {row["step"] for row in rows} == {3} and len(rows) == len(grads)
+    for row in rows:
+        name = f"blocks.{row['layer']}.{'mlp' if row['proj'] in ('up', 'down') else 'attn'}.{row['proj']}"
+        dW = (after[name] - before[name]).double()
+        s = np.linalg.svd(dW.numpy(), compute_uv=False)
+        assert row["update_norm"] == pytest.approx(dW.norm().item(), rel=1e-4)
+        assert row["update_sigma_max"] == pytest.approx(s[0], rel=1e-4)
+        assert row["weight_norm"] == pytest.approx(before[name].norm().item(), rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(grads[name].norm().item(), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "made_train_0.bin", made_text(60_000, 1))
+    write_shard(folder / "made_val_0.bin", made_text(20_000, 2))
+    return folder
+
+
+SHORT = dict(NUM_SCHEDULED_ITERATIONS=6, BATCH_SIZES="1024,1024,1024,1024", VAL_LOSS_EVERY=3)
+
+
+def rows_of(folder, run_id):
+    return [json.loads(x) for x in (folder / "logs" / f"{run_id}.manifold.jsonl").read_text().splitlines()]
+
+
+def test_runs(shards, tmp_path):
+    """No digit of training changes; two ranks measure what one does; a run that goes on writes what an
+    undisturbed one wrote, whatever a crash left in the file."""
+    plain = train(tmp_path, shards, "plain", **SHORT)
+    one = train(tmp_path, shards, "one", MANIFOLD_EVERY=2, SAVE_EVERY=4, **SHORT)
+    assert one == plain and not (tmp_path / "logs" / "plain.manifold.jsonl").exists()
+    path = tmp_path / "logs" / "one.manifold.jsonl"
+    whole, log = path.read_bytes(), path.with_name("one.txt")
+    assert [r["step"] for r in rows_of(tmp_path, "one")] == [2] * 24 + [4] * 24 + [6] * 24
+    assert log.read_text().count("\nevent:manifold ") == 3
+
+    path.write_bytes(whole[:-3000])  # killed while it wrote step 6
+    text = log.read_text()
+    log.write_text(text[:text.rindex("step:6/")])
+    again = base_env(shards, RUN_ID="one", RESUME="auto", MANIFOLD_EVERY=2, **SHORT)
+    done = run(tmp_path, BASELINE, again, 0)
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == whole and "event:resumed step:4" in log.read_text()
+
+    train(tmp_path, shards, "two", ranks=2, MANIFOLD_EVERY=2, **SHORT)
+    both = rows_of(tmp_path, "one"), rows_of(tmp_path, "two")
+    assert len(both[1]) == 72
+    for a, b in zip(*both):
+        assert all(a[key] == b[key] for key in ("step", "tokens", "layer", "proj"))
+        for key in ("grad_norm", "update_norm", "weight_norm", "effective_rank", "update_effective_rank"):
+            assert a[key] == pytest.approx(b[key], rel=2e-3)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_its_time_is_not_training_time(trainer, tmp_path):
+    """The clock stands still from before the first copy to after the last line."""
+    running, seen, clock = [True], [], SimpleNamespace()
+    clock.stop = lambda: running.__setitem__(0, False)
+    clock.start = lambda: running.__setitem__(0, True)
+    this, data = small_trainer(trainer, tmp_path, 0)
+    this.ranks.collect = lambda value: seen.append(running[0]) or [value]
+    m = manifold.Manifold(tmp_path / "a.manifold.jsonl", 1, this.optimizer, this.ranks, clock, Log())
+    m.expect(1)
+    look = this.optimizer.watch
+    this.optimizer.watch = lambda: (look(), seen.append(not running[0]))  # the update itself counts
+    this.ranks.beat = lambda: None  # of the passes, which are training
+    batches = data.next(this.schedule.batch_tokens(0), None)
+    this.step(0, batches)
+    this.ranks.beat = lambda: seen.append(running[0])
+    m.measure(1, 0)
+    assert len(seen) > 2 and not any(seen) and running[0] and m.ms > 0
+
+
+def test_trimmed_to_the_step_it_goes_on_from(tmp_path):
+    path = tmp_path / "a.manifold.jsonl"
+    manifold.trim(path, 5)
+    assert not path.exists()
+    lines = [json.dumps({"step": step}) + "\n" for step in (2, 4, 6)]
+    path.write_text(lines[0] + '{"step": 2, "la\n' + "".join(lines[1:]) + '{"step": 4')
+    manifold.trim(path, 4)
+    assert path.read_text() == "".join(lines[:2]) and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_no_half_measurement(tmp_path, monkeypatch):
+    """And the run goes on."""
+    path, log = tmp_path / "a.manifold.jsonl", Log()
+    manifold.append(path, [{"step": 1}])
+    whole = path.read_bytes()
+
+    def no_space(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifold.os, "fsync", no_space)
+    m = manifold.Manifold(path, 1, None, SimpleNamespace(rank=0), None, log)
+    m.on_disk(2, lambda: manifold.append(path, [{"step": 2, "x": math.nan}]))
+    assert path.read_bytes() == whole and "manifold_failed" in log.events

@@ -1,0 +1,101 @@
+"""The manifold's pictures and tables, from made measurements: what is drawn, and said if none."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from logs_for_tests import make_log
+
+import plot_manifold as plot
+
+LAYERS, STEPS = 3, (50, 100, 150, 200)
+
+
+def make_run(folder, arm, seed, skip=(), scale=1.0):
+    run_id = f"{arm}-{seed}"
+    settings = {"optimizer": arm}
+    log = folder / f"{run_id}.txt"
+    log.write_text(make_log(run_id, seed, settings, num_steps=200, script="train_gpt.py", spec=False))
+    rng, rows = np.random.default_rng(seed), []
+    for step in STEPS:
+        for layer in range(LAYERS):
+            for proj in plot.PROJECTIONS:
+                values = {m: scale * (1 + layer + 0.1 * rng.random()) for m in plot.METRICS}
+                row = {"step": step, "tokens": 10 * step, "layer": layer, "proj": proj, **values,
+                       "left_chance": 0.1, "right_chance": 0.1}
+                if step not in skip:
+                    rows.append(json.dumps(row))
+    log.with_suffix(".manifold.jsonl").write_text("\n".join(rows) + "\n")
+    return log
+
+
+@pytest.fixture
+def logs(tmp_path):
+    return [make_run(tmp_path, arm, seed, skip=(100,) if seed == 2 else ())
+            for arm in ("muon", "adamw") for seed in (1, 2)]
+
+
+def test_everything_is_drawn_and_tabled(logs, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = plot.main([*map(str, logs), "--out", str(out), "--metrics", "effective_rank,gap"])
+    assert code == 0, capsys.readouterr().err
+    names = {"heatmap_effective_rank", "heatmap_gap", "quick_scan", "losses", "by_projection", "by_layer"}
+    assert {p.stem for p in out.glob("*.png")} == names
+    table = (out / "results.csv").read_text().splitlines()
+    assert len(table) == 3 and table[1].split(",")[1] == "2"
+    finals = [float(x) for x in table[1].split(",")[-1].split()]
+    assert math.isclose(float(table[1].split(",")[3]), np.mean(finals), abs_tol=2e-4)
+
+
+def test_gaps_stay_gaps(logs):
+    """Fails if a step that one run lacks is bridged, or takes no room."""
+    results = plot.read_results(logs)
+    runs = plot.read_all(results)
+    gapped = next(run for run in runs if run.seed == 2)
+    grid = plot.step_grid([gapped])
+    assert grid.tolist() == list(STEPS)
+    drawn = plot.on_grid(gapped.values["gap"][0], gapped, grid, [0, 1, 2])
+    assert np.isnan(drawn[:, 1]).all() and np.isfinite(drawn[:, [0, 2, 3]]).all()
+
+
+def test_one_colour_scale_for_all_runs():
+    low, high = plot.colour_limits([np.arange(0, 101.0), np.array([np.nan])])
+    assert (low, high) == (1, 99)
+    low, high = plot.colour_limits([np.full(5, 3.0)])
+    assert low < 3 < high
+
+
+def test_the_later_line_counts_and_a_torn_one_is_counted(tmp_path):
+    path = tmp_path / "a.manifold.jsonl"
+    row = {"step": 5, "layer": 0, "proj": "q", "gap": 1}
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "gap": 2}) + '\n{"step": 10, "la')
+    rows, unread = plot.read_lines(path)
+    assert [r["gap"] for r in rows] == [2] and unread == 1
+
+
+def test_the_largest_difference_of_seeds_is_found(tmp_path):
+    logs = [make_run(tmp_path, "muon", 1), make_run(tmp_path, "muon", 2)]
+    path = logs[0].with_suffix(".manifold.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    wanted = next(r for r in rows if (r["step"], r["layer"], r["proj"]) == (150, 2, "o"))
+    wanted["gap"] = 1000.0
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    header, table = plot.difference_table(plot.read_all(plot.read_results(logs)))
+    top = next(row for row in table if row[1] == "gap")
+    assert top[2:5] == [2, "o", 150] and "1000" in top[6:8]
+
+
+@pytest.mark.parametrize("content, said", [(None, "MANIFOLD_EVERY"), ("", "holds no measurement")])
+def test_no_measurement_is_said_clearly(content, said, tmp_path, capsys):
+    log = make_run(tmp_path, "muon", 1)
+    path = log.with_suffix(".manifold.jsonl")
+    path.unlink() if content is None else path.write_text(content)
+    assert plot.main([str(log), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert said in error and str(path) in error and not (tmp_path / "out").exists()
+
+
+def test_an_unknown_metric_is_refused_by_name(logs, capsys):
+    assert plot.main([str(logs[0]), "--metrics", "rank"]) == 2
+    assert "--metrics rank" in capsys.readouterr().err
