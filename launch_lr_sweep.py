@@ -1141,7 +1141,12 @@ def print_plan(sweep: Sweep, manifest: Manifest, why: dict[int, str], slots: lis
     for arm in arms:
         for name, value in arm.settings.items():
             values.setdefault(name, []).append(format_value(value))
-    common = {name: v[0] for name, v in values.items() if len(v) > 1 and len(set(v)) == 1}
+    having = {name: {arm.script for arm in arms if name in arm.settings} for name in values}
+    common = {  # of all arms whose script has the setting
+        name: v[0]
+        for name, v in values.items()
+        if 1 < len(v) == sum(arm.script in having[name] for arm in arms) and len(set(v)) == 1
+    }
     width = max(len(arm.tag) for arm in arms)
     for arm in arms:
         mine = [f"{name}={format_value(v)}" for name, v in arm.settings.items() if name not in common]
