@@ -63,7 +63,7 @@ class Settings:
     """The trainer's settings. A preset (MODEL) may change defaults; the environment has the last word."""
 
     run_id: str = knob("", "name of the log logs/RUN_ID.txt; empty: time, model and seed")
-    seed: int = knob(0, "drives initial weights and data order, a stream each", low=0, high=2**62)
+    seed: int = knob(0, "drives initial weights, data order, router noise, a stream each", low=0, high=2**62)
     model: str = knob("auto", "preset; auto: gpt2-small on CUDA, tiny without")
     device: str = knob("auto", "auto: cuda where there is one", choices=("auto", "cuda", "cpu"))
     nproc_per_node: int = knob(0, "ranks that run.sh starts; 0: one a GPU or core, up to 8", low=0, high=1024)
@@ -2302,8 +2302,8 @@ class Schedule:
 # Checkpoints: logs/RUN_ID/step_N.pt, what a run needs to go on as if nothing had happened
 # ---------------------------------------------------------------------------------------------------
 
-# What a checkpoint holds. There is no state of random generators: initial weights and the order of the
-# data are functions of SEED and of `position`, so these are all their state.
+# What a checkpoint holds. There is no state of random generators: initial weights, the order of the data and
+# router noise are functions of SEED, `position` and `step`, so these are all their state.
 CHECKPOINT_KEYS = {"format": int, "config": dict, "run_id": str, "source_hash": str, "step": int,
                    "tokens": int, "train_ms": float, "reached": bool, "position": list, "stage": int,
                    "tied": bool, "rotary_scale": float, "rotary_freqs": Tensor, "counts": dict,
