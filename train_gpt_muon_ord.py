@@ -1514,17 +1514,18 @@ class MixtureOfExperts(nn.Module):
         logits_BTE = F.linear(n_BTC.type_as(self.router), self.router)
         if routing.noise_LBTE is not None:
             logits_BTE = logits_BTE + routing.noise_LBTE[len(routing.loads_E)]
-        top = logits_BTE.topk(self.top_k)
-        chosen = top.indices.unsqueeze(-1) == torch.arange(num_experts, device=n_BTC.device)
-        load_BE = chosen.sum((1, 2))
+        experts_BTk = logits_BTE.topk(self.top_k).indices
+        chosen_BTkE = experts_BTk.unsqueeze(-1) == torch.arange(num_experts, device=n_BTC.device)
+        # topk's own values would do, but torch 2.13's inductor loses their gradient beside the balance loss's
+        gates_BTk = torch.where(chosen_BTkE, logits_BTE.unsqueeze(-2), 0).sum(-1).softmax(-1)
+        load_BE = chosen_BTkE.sum((1, 2))
         share_BE = load_BE.type_as(logits_BTE) / (n_BTC.shape[1] * self.top_k)
         routing.balance.append(num_experts * (share_BE * logits_BTE.softmax(-1).mean(1)).sum())
         routing.loads_E.append(load_BE.sum(0))
         multiple = GROUP_MULTIPLE if grouped(n_BTC) else 1
-        rows = sort_by_expert(top.indices.flatten(0, 1), routing.loads_E[-1], multiple)
-        gates_Mk = top.values.softmax(-1).flatten(0, 1)
-        return ExpertMLPs.apply(n_BTC.flatten(0, 1), gates_Mk, self.up, scaled(self.down, out_scale),
-                                *rows).view_as(n_BTC)
+        rows = sort_by_expert(experts_BTk.flatten(0, 1), routing.loads_E[-1], multiple)
+        return ExpertMLPs.apply(n_BTC.flatten(0, 1), gates_BTk.flatten(0, 1), self.up,
+                                scaled(self.down, out_scale), *rows).view_as(n_BTC)
 
 
 class Block(nn.Module):

@@ -1,6 +1,7 @@
 """Mixture of experts: against naive loops, its balance and noise, and whole runs of the moe-tiny preset."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -84,6 +85,21 @@ def test_output_and_gradients_equal_a_naive_loop(num_experts, top_k, grouped, mo
     for g, w in zip(got, wanted):
         assert w.abs().max() > 0
         close(g, w, dtype)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_inductors_gradients_are_the_eager_ones():
+    """COMPILE=1 as it is. torch 2.13's inductor lost the gates' gradient when they were topk's own values."""
+    moe, n, noise = layer(torch.float32)
+    direction, inputs = torch.randn_like(n), (n, *moe.parameters())
+
+    def loss(n):
+        routing = train_gpt.Routing(noise)
+        return (moe(n, 1.0, routing) * direction).sum() + 3 * routing.balance[0]
+
+    wanted = torch.autograd.grad(loss(n), inputs)
+    for g, w in zip(torch.autograd.grad(train_gpt.torch_compile(loss)(n), inputs), wanted):
+        close(g, w, torch.float32)
 
 
 @PATHS
