@@ -4,6 +4,7 @@ call in the trainers, as the path that CUDA and compiled code take, and tests/te
 gradients included. records/2026-11-24_tiny_speed has what they gain.
 
 B sequences, T tokens, H heads, D head dim, C width, F rotary frequencies
+E experts, P rows, an expert's together
 """
 import functools
 import math
@@ -61,6 +62,32 @@ class MLP(torch.autograd.Function):
         grad_hidden = (grad @ (2 * down).T).mul_(positive)
         grad_x = torch.addcmul(grad, Norm.across(grad_hidden @ up, n), scale)
         return grad_x.view_as(grad_BTC), grad_hidden.T @ n, hidden.T @ grad
+
+
+def row_products(x_PK: Tensor, w_EKN: Tensor, ends_E: Tensor) -> Tensor:
+    """(P, N): rows up to each end times that expert's matrix; the last end is P."""
+    out, start = x_PK.new_empty(x_PK.shape[0], w_EKN.shape[-1]), 0
+    for w, end in zip(w_EKN, ends_E.tolist()):
+        torch.mm(x_PK[start:end], w, out=out[start:end])
+        start = end
+    return out
+
+
+def group_products(x_PK: Tensor, y_PN: Tensor, ends_E: Tensor) -> Tensor:
+    """(E, K, N): x^T y over the rows up to each end."""
+    out, start = x_PK.new_empty(len(ends_E), x_PK.shape[1], y_PN.shape[1]), 0
+    for matrix, end in zip(out, ends_E.tolist()):
+        torch.mm(x_PK[start:end].T, y_PN[start:end], out=matrix)
+        start = end
+    return out
+
+
+# the same for compiled code, which could not look into ends_E
+custom_op = functools.partial(torch.library.custom_op, mutates_args=())
+compiled_row_products = custom_op("cpu_kernels::row_products", row_products)
+compiled_group_products = custom_op("cpu_kernels::group_products", group_products)
+compiled_row_products.register_fake(lambda x, w, ends: x.new_empty(x.shape[0], w.shape[-1]))
+compiled_group_products.register_fake(lambda x, y, ends: x.new_empty(len(ends), x.shape[1], y.shape[1]))
 
 
 class Mix(torch.autograd.Function):

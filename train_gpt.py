@@ -63,7 +63,7 @@ class Settings:
     """The trainer's settings. A preset (MODEL) may change defaults; the environment has the last word."""
 
     run_id: str = knob("", "name of the log logs/RUN_ID.txt; empty: time, model and seed")
-    seed: int = knob(0, "drives initial weights and data order, a stream each", low=0, high=2**62)
+    seed: int = knob(0, "drives initial weights, data order, router noise, a stream each", low=0, high=2**62)
     model: str = knob("auto", "preset; auto: gpt2-small on CUDA, tiny without")
     device: str = knob("auto", "auto: cuda where there is one", choices=("auto", "cuda", "cpu"))
     nproc_per_node: int = knob(0, "ranks that run.sh starts; 0: one a GPU or core, up to 8", low=0, high=1024)
@@ -92,6 +92,13 @@ class Settings:
     batch_sizes: tuple[int, ...] = knob((131072, 262144, 393216, 393216), "tokens a step, by stage", low=128)
     slices_per_pass: int = knob(0, "slices a rank stacks into one pass; 0: what fits 65536 tokens", low=0)
     residual_scale: float = knob(1.0, "factor on the output of every attention and MLP branch")
+    # mixture of experts, for presets that have one
+    num_experts: int = knob(0, "experts of a layer, each of the preset's hidden width; 0: none, an MLP",
+                            low=0, high=256)
+    moe_top_k: int = knob(2, "experts that a token goes to", low=2)
+    moe_balance_weight: float = knob(0.01, "weight of the balance loss, in training; even load is 1 a layer",
+                                     low=0)
+    router_noise: float = knob(0.1, "standard deviation of the noise on router logits, in training", low=0)
     # learning rate
     lr_muls: tuple[float, ...] = knob((1.0, 1.52, 1.73, 1.0), "learning-rate multiplier, by stage", low=0)
     warmup_steps: int = knob(0, "steps of linear learning-rate warm-up", low=0)
@@ -191,7 +198,7 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-OUR_PREFIXES = ("SPECTRAL_", "ORD_", "MUON_", "ADAM_", "LR_DECAY_", "VAL_LOSS_", "NUM_SCHEDULED_")
+OUR_PREFIXES = ("SPECTRAL_", "ORD_", "MUON_", "ADAM_", "MOE_", "LR_DECAY_", "VAL_LOSS_", "NUM_SCHEDULED_")
 
 
 def refuse_lookalikes(env, known: list[str]):
@@ -230,7 +237,7 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
             for c in (Settings, OptimizerSettings))
     check_settings(s, env)
     check_optimizer_settings(o)
-    return resolve(s), o, config
+    return resolve(s), o, with_experts(config, s, o)
 
 
 def check_settings(s: Settings, env):
@@ -258,6 +265,23 @@ def check_settings(s: Settings, env):
     if s.kernels == "triton" and (s.device == "cpu" or not importlib.util.find_spec("triton")):
         lacks = "no CUDA device is used" if s.device == "cpu" else "triton is not installed"
         raise SettingsError(f"KERNELS=triton, but {lacks} here; use KERNELS=torch or auto")
+
+
+def with_experts(config: "ModelConfig", s: Settings, o: "OptimizerSettings") -> "ModelConfig":
+    """The preset's sizes with NUM_EXPERTS and MOE_TOP_K; a dense preset refuses what is for experts."""
+    if not config.num_experts:
+        defaults = {f.name: f.default for c in (s, o) for f in dataclasses.fields(c)}
+        mixtures = " and ".join(name for name, (c, _) in PRESETS.items() if c.num_experts)
+        for name in ("num_experts", "moe_top_k", "moe_balance_weight", "router_noise", "router_lr"):
+            value = getattr(s if hasattr(s, name) else o, name)
+            if value != defaults[name]:
+                raise SettingsError(f"{name.upper()}={value} does nothing with MODEL={s.model}, which has no "
+                                    f"experts; it is for {mixtures}")
+        return config
+    if not 2 <= s.moe_top_k <= s.num_experts:
+        raise SettingsError(f"MOE_TOP_K={s.moe_top_k} of NUM_EXPERTS={s.num_experts}; MODEL={s.model} wants "
+                            "at least 2 experts, and from 2 up to all of them for a token")
+    return dataclasses.replace(config, num_experts=s.num_experts, moe_top_k=s.moe_top_k)
 
 
 def capability() -> tuple[int, int]:
@@ -296,7 +320,8 @@ def print_help():
           "sweeps; TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR put it elsewhere.")
     print("\nPresets (MODEL) and the defaults they change:\n")
     for name, (config, defaults) in PRESETS.items():
-        print(f"  {name}: {config.num_layers} layers of width {config.width}, {config.num_heads} heads")
+        print(f"  {name}: {config.num_layers} layers of width {config.width}, {config.num_heads} heads"
+              + (f", {config.num_experts} experts of {config.expert_hidden}" if config.num_experts else ""))
         for key, value in defaults.items():
             print(f"      {key.upper()}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
 
@@ -877,6 +902,13 @@ class Batch(NamedTuple):
     max_doc_tokens: int
 
 
+def my_slices(ranks: Ranks) -> range:
+    """Which slices of a global batch are this rank's."""
+    num_slices = max(NUM_SLICES, ranks.world_size)
+    return range(ranks.rank * num_slices // ranks.world_size,
+                 (ranks.rank + 1) * num_slices // ranks.world_size)
+
+
 def stack_slices(slices: list, device: torch.device, max_doc_tokens: int) -> Batch:
     """slices: (inputs, targets, document lengths) in numpy."""
     inputs, targets = (np.stack([s[i] for s in slices]) for i in (0, 1))
@@ -940,9 +972,7 @@ class TrainData:
     def __init__(self, shards: list[Shard], s: Settings, ranks: Ranks):
         self.shards, self.seed, self.device = shards, s.seed, ranks.device
         self.max_doc_tokens, self.split = s.max_doc_tokens, s.long_docs == "split"
-        self.num_slices = max(NUM_SLICES, ranks.world_size)
-        self.mine = range(ranks.rank * self.num_slices // ranks.world_size,
-                          (ranks.rank + 1) * self.num_slices // ranks.world_size)
+        self.num_slices, self.mine = max(NUM_SLICES, ranks.world_size), my_slices(ranks)
         self.slices_per_pass = s.slices_per_pass
         self.loaded, self.ahead = None, Ahead(ranks.device)
         self.seek((0, 0, 0))
@@ -1128,6 +1158,7 @@ def to_float8(x: Tensor, scale: float, dtype=torch.float8_e4m3fn) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 # Model
 # B slices, T tokens of a slice, H heads, D head dim, C width, V vocabulary (padded), K predicted tokens
+# in a mixture of experts: E experts, F hidden width of one, M tokens of a pass, k experts a token, P rows
 # ---------------------------------------------------------------------------------------------------
 
 NUM_STAGES = 4                    # three scheduled, and the extension
@@ -1138,6 +1169,8 @@ ROTARY_BASE = 1024
 HASH_MULTIPLIERS = (36313, 27191)
 VOCAB_MULTIPLE = 128              # so that the head's product has aligned shapes
 INIT_GAIN = 0.5                   # matrices start uniform with standard deviation INIT_GAIN / sqrt(width)
+ROUTER_STD = 0.02                 # of a router's first weights
+GROUP_MULTIPLE = 8                # rows of a group on CUDA: 16 bytes of bfloat16, which its kernel asks for
 
 
 @dataclass(frozen=True)
@@ -1164,6 +1197,9 @@ class ModelConfig:
     # weights of the losses on token t+1, t+2, ... by stage, each (at its start, at its end)
     predict: tuple = (((1, 1), (0.5, 0.5), (0.25, 0)), ((1, 1), (0.5, 0)), ((1, 1),), ((1, 1),))
     untie_frac: float = 2 / 3                                    # of training; 1: embedding, head stay tied
+    num_experts: int = 0                                         # in place of each MLP; 0: none
+    moe_top_k: int = 2
+    expert_hidden: int = 0                                       # hidden width of one expert
 
 
 @dataclass(frozen=True)
@@ -1184,6 +1220,17 @@ def layer_plans(c: ModelConfig) -> list[LayerPlan]:
 PLAIN = dict(paired_layers=(), value_embed_layers=(), skip=None, no_attention=(), backout=None, bigram_rows=0,
              smear=False, attn_gate=False, untie_frac=1.0)
 
+TINY = dict(num_layers=4, width=128, num_heads=2, head_dim=64, num_kv_heads=2, window_block=64,
+            windows=((1, 4),) * 4, final_windows=(1, 4), long_layers=(1, 3), paired_layers=(),
+            value_embed_layers=(0, 3), skip=None, no_attention=(), backout=None, bigram_rows=4096,
+            predict=(((1, 1),),) * 4, untie_frac=1.0)
+TINY_SETTINGS = dict(
+    train_files="data/embedded/embedded_train_*.bin", val_files="data/embedded/embedded_val_*.bin",
+    batch_sizes=(2048,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=1000,
+    num_extension_iterations=0, max_doc_tokens=256, long_docs="split", val_tokens=131_072,
+    val_batch_tokens=65_536, val_loss_every=100, val_loss_last_steps=0, target_loss=1.0,
+    muon_lr=0.012, adam_lr=0.016)
+
 # MODEL -> (ModelConfig, defaults of settings that the preset changes)
 PRESETS = {
     "gpt2-small": (ModelConfig(), {}),
@@ -1201,16 +1248,17 @@ PRESETS = {
         dict(batch_sizes=(65_536,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=25_940,
              num_extension_iterations=0, cooldown_frac=0.0, lr_decay_type="constant", max_doc_tokens=512,
              long_docs="split", val_loss_every=250)),
-    "tiny": (ModelConfig(
-        num_layers=4, width=128, num_heads=2, head_dim=64, num_kv_heads=2, window_block=64,
-        windows=((1, 4),) * 4, final_windows=(1, 4), long_layers=(1, 3), paired_layers=(),
-        value_embed_layers=(0, 3), skip=None, no_attention=(), backout=None, bigram_rows=4096,
-        predict=(((1, 1),),) * 4, untie_frac=1.0),
-        dict(train_files="data/embedded/embedded_train_*.bin", val_files="data/embedded/embedded_val_*.bin",
-             batch_sizes=(2048,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=1000,
-             num_extension_iterations=0, max_doc_tokens=256, long_docs="split", val_tokens=131_072,
-             val_batch_tokens=65_536, val_loss_every=100, val_loss_last_steps=0, target_loss=1.0,
-             muon_lr=0.012, adam_lr=0.016)),
+    "moe-79m": (ModelConfig(
+        num_layers=6, width=384, num_heads=8, head_dim=48, num_kv_heads=8, long_layers=tuple(range(6)),
+        windows=((4, 4),) * 4, final_windows=(4, 4), predict=(((1, 1),),) * 4, num_experts=8,
+        expert_hidden=1536, **PLAIN),
+        dict(num_experts=8, batch_sizes=(32_768,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=2000,
+             num_extension_iterations=0, warmup_steps=100, cooldown_frac=1.0, lr_decay_type="cosine",
+             lr_decay_final=0.0, max_doc_tokens=512, long_docs="split", val_loss_every=100,
+             val_loss_last_steps=0, target_loss=4.5)),
+    "tiny": (ModelConfig(**TINY), TINY_SETTINGS),
+    "moe-tiny": (ModelConfig(num_experts=8, expert_hidden=128, **TINY),
+                 dict(TINY_SETTINGS, num_experts=8)),
 }
 
 
@@ -1423,17 +1471,138 @@ class MLP(nn.Module):
         return SquaredReLU.apply(F.linear(n_BTC, self.up)) @ scaled(self.down, out_scale)
 
 
+def grouped(x: Tensor) -> bool:
+    """Whether experts' products are torch's grouped ones, which wait for nothing, or one an expert."""
+    return x.is_cuda
+
+
+def row_products(x_PK: Tensor, w_EKN: Tensor, ends_E: Tensor) -> Tensor:
+    """(P, N): each expert's group of rows times its matrix. ends_E: where the groups end, int32."""
+    if grouped(x_PK):
+        return F.grouped_mm(x_PK, w_EKN, offs=ends_E)  # rows after the last group are not written
+    product = cpu_kernels.row_products if eager_cpu(x_PK) else cpu_kernels.compiled_row_products
+    return product(x_PK, w_EKN, ends_E)
+
+
+def group_products(x_PK: Tensor, y_PN: Tensor, ends_E: Tensor) -> Tensor:
+    """(E, K, N): the sum over each expert's rows of x_p y_p^T, the gradient of its matrix."""
+    if grouped(x_PK):
+        return F.grouped_mm(x_PK.T, y_PN, offs=ends_E)
+    product = cpu_kernels.group_products if eager_cpu(x_PK) else cpu_kernels.compiled_group_products
+    return product(x_PK, y_PN, ends_E)
+
+
+def sort_by_expert(experts_Mk: Tensor, counts_E: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the (token, expert) pairs stand as rows, an expert's together: (token of each row, M in padding;
+    row of each pair; where groups end). Shapes do not depend on the routing and nothing waits for a device.
+    multiple > 1: groups are filled up to it, empty ones too, and some rows follow the last group."""
+    M, k = experts_Mk.shape
+    flat = experts_Mk.flatten()
+    order = flat.argsort(stable=True)
+    if multiple == 1:
+        ends = counts_E.cumsum(0)
+        rows, num_rows = torch.arange(M * k, device=flat.device), M * k
+    else:
+        sizes = (counts_E + multiple - 1).clamp_min(multiple) // multiple * multiple
+        ends, num_rows = sizes.cumsum(0), M * k + multiple * (len(counts_E) + 1)
+        shift = (ends - sizes) - (counts_E.cumsum(0) - counts_E)  # of a group, by the padding before it
+        rows = torch.arange(M * k, device=flat.device) + shift[flat[order]]
+    token_P = torch.full((num_rows,), M, device=flat.device).scatter(0, rows, order // k)
+    row_Mk = torch.empty_like(rows).scatter(0, order, rows).view(M, k)
+    return token_P, row_Mk, ends.int()
+
+
+class ExpertMLPs(torch.autograd.Function):
+    """y_t = sum_j gate_tj W2_e relu(W1_e n_t)^2 with e = expert j of token t, every pair of them. up, down
+    (E, F, C); token_P, row_Mk, ends_E as sort_by_expert gives them."""
+
+    @staticmethod
+    def take(x_MC, token_P, padded: bool):
+        """Rows of x; zeros where token_P is M."""
+        if not padded:
+            return x_MC[token_P]
+        M = x_MC.shape[0]
+        return torch.where((token_P < M).unsqueeze(-1), x_MC[token_P.clamp(max=M - 1)], 0)
+
+    @staticmethod
+    def forward(ctx, n_MC, gates_Mk, up, down, token_P, row_Mk, ends_E):
+        ctx.padded = len(token_P) != row_Mk.numel()
+        x_PC = ExpertMLPs.take(n_MC, token_P, ctx.padded)
+        positive_PF = row_products(x_PC, up.mT, ends_E).relu()
+        hidden_PF = positive_PF * positive_PF
+        y_PC = row_products(hidden_PF, down, ends_E)
+        ctx.save_for_backward(x_PC, positive_PF, gates_Mk, up, down, token_P, row_Mk, ends_E)
+        return (y_PC[row_Mk] * gates_Mk.unsqueeze(-1)).sum(1).to(n_MC.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_MC):
+        x_PC, positive_PF, gates_Mk, up, down, token_P, row_Mk, ends_E = ctx.saved_tensors
+        grad_PC = ExpertMLPs.take(grad_MC, token_P, ctx.padded)
+        gate_P = gates_Mk.new_zeros(len(token_P)).scatter(0, row_Mk.flatten(), gates_Mk.flatten())
+        gate_P1 = gate_P.unsqueeze(-1)
+        hidden_PF = positive_PF * positive_PF
+        back_PF = row_products(grad_PC, down.mT, ends_E)  # hidden's gradient, but for the gate
+        grad_gates = (back_PF * hidden_PF).sum(-1, dtype=gates_Mk.dtype)[row_Mk]
+        grad_down = group_products((hidden_PF * gate_P1).to(grad_PC.dtype), grad_PC, ends_E)
+        pre_PF = (back_PF * positive_PF * (2 * gate_P1)).to(grad_PC.dtype)
+        grad_n = row_products(pre_PF, up, ends_E)[row_Mk].sum(1)
+        return grad_n, grad_gates, group_products(pre_PF, x_PC, ends_E), grad_down, None, None, None
+
+
+class Routing:
+    """What one pass's routers are given, noise in training, and what each leaves here, in layers' order."""
+
+    def __init__(self, noise_LBTE: Tensor | None = None):
+        self.noise_LBTE = noise_LBTE
+        self.balance = []  # E sum_i f_i P_i, summed over the slices; 1 a slice where the load is even
+        self.loads_E = []  # tokens that went to each expert
+
+
+class MixtureOfExperts(nn.Module):
+    """In place of an MLP: each token goes to the k experts with the largest router logits, weighted by the
+    softmax of these k logits (arXiv 1701.06538, 2401.04088). No expert has a limit, so no token is dropped.
+
+    The balance loss (arXiv 2101.03961) is taken slice by slice: f_i is expert i's share of a slice's pairs,
+    P_i the slice's mean router probability. Any number of ranks has the same slices, so all agree; over the
+    global batch it would need an exchange within forward, and would let slices be uneven that even out."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.top_k = c.moe_top_k
+        self.router = nn.Parameter(torch.empty(c.num_experts, c.width))  # fp32 everywhere
+        self.up, self.down = (nn.Parameter(torch.empty(c.num_experts, c.expert_hidden, c.width))
+                              for _ in range(2))
+
+    def forward(self, n_BTC: Tensor, out_scale: float, routing: Routing) -> Tensor:
+        num_experts = len(self.router)
+        logits_BTE = F.linear(n_BTC.type_as(self.router), self.router)
+        if routing.noise_LBTE is not None:
+            logits_BTE = logits_BTE + routing.noise_LBTE[len(routing.loads_E)]
+        experts_BTk = logits_BTE.topk(self.top_k).indices
+        chosen_BTkE = experts_BTk.unsqueeze(-1) == torch.arange(num_experts, device=n_BTC.device)
+        # topk's own values would do, but torch 2.13's inductor loses their gradient beside the balance loss's
+        gates_BTk = torch.where(chosen_BTkE, logits_BTE.unsqueeze(-2), 0).sum(-1).softmax(-1)
+        load_BE = chosen_BTkE.sum((1, 2))
+        share_BE = load_BE.type_as(logits_BTE) / (n_BTC.shape[1] * self.top_k)
+        routing.balance.append(num_experts * (share_BE * logits_BTE.softmax(-1).mean(1)).sum())
+        routing.loads_E.append(load_BE.sum(0))
+        multiple = GROUP_MULTIPLE if grouped(n_BTC) else 1
+        rows = sort_by_expert(experts_BTk.flatten(0, 1), routing.loads_E[-1], multiple)
+        return ExpertMLPs.apply(n_BTC.flatten(0, 1), gates_BTk.flatten(0, 1), self.up,
+                                scaled(self.down, out_scale), *rows).view_as(n_BTC)
+
+
 class Block(nn.Module):
     """One layer: its input is mixed from the stream, the embedding and the bigram embedding."""
 
     def __init__(self, c: ModelConfig, plan: LayerPlan, kernels: bool):
         super().__init__()
         self.attn = Attention(c, plan) if plan.attention else None
-        self.mlp = MLP(c, kernels)
+        self.mlp = MixtureOfExperts(c) if c.num_experts else MLP(c, kernels)
         self.l_res, self.l_x0 = weight(1.1), weight(0.0)
         self.l_bi = weight(0.1) if c.bigram_rows else None
 
-    def forward(self, x, x0, bigram, value, docs, window, rotary, residual_scale):
+    def forward(self, x, x0, bigram, value, docs, window, rotary, residual_scale, routing):
         if eager_cpu(x):
             pairs = (self.l_res, x, self.l_x0, x0, self.l_bi, bigram)
             x = cpu_kernels.Mix.apply(*(pairs if bigram is not None else pairs[:4]))
@@ -1442,6 +1611,8 @@ class Block(nn.Module):
             x = x if bigram is None else x + self.l_bi * bigram
         if self.attn is not None:
             x = x + self.attn(norm(x), value, docs, window, rotary, residual_scale)
+        if isinstance(self.mlp, MixtureOfExperts):
+            return x + self.mlp(norm(x), residual_scale, routing)
         if eager_cpu(x):
             return cpu_kernels.MLP.apply(x, self.mlp.up, scaled(self.mlp.down, residual_scale))
         return x + self.mlp(norm(x), residual_scale)
@@ -1451,10 +1622,14 @@ class GPT(nn.Module):
     """The speedrun's GPT. Knows nothing of ranks or optimizers."""
 
     def __init__(self, c: ModelConfig, vocab_size: int, backend: str, float8_head: bool,
-                 residual_scale: float, kernels: bool = False):
+                 residual_scale: float, kernels: bool = False, balance_weight: float = 0.0):
         super().__init__()
         self.config, self.plans, self.kernels = c, layer_plans(c), kernels
         self.backend, self.float8_head, self.residual_scale = backend, float8_head, residual_scale
+        self.balance_weight = balance_weight
+        if c.num_experts:  # tokens that validation sent to each expert of each layer; see take_expert_load
+            load = torch.zeros(c.num_layers, c.num_experts, dtype=torch.int64)
+            self.register_buffer("expert_load_LE", load, persistent=False)
         V = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.head = nn.Parameter(torch.empty(V, c.width))
         self.embed = nn.Parameter(torch.empty(V, c.width)) if c.untie_frac < 1 else None
@@ -1479,7 +1654,9 @@ class GPT(nn.Module):
             elif name.endswith((".q", ".k", ".v", ".o", ".up")):
                 bound = math.sqrt(3) * INIT_GAIN * self.config.width ** -0.5
                 p.uniform_(-bound, bound, generator=generator)
-            elif p.ndim == 2:
+            elif name.endswith(".router"):
+                p.normal_(0, ROUTER_STD, generator=generator)
+            elif p.ndim >= 2:
                 p.zero_()
         if self.embed is not None:
             self.embed.copy_(self.head)
@@ -1498,9 +1675,10 @@ class GPT(nn.Module):
             x = torch.cat((x[:, :1], x[:, 1:] + gate.to(x.dtype).unsqueeze(-1) * x[:, :-1]), dim=1)
         return norm(x)
 
-    def trunk(self, tokens_BT: Tensor, docs: Documents, windows: tuple[int, int], tied: bool) -> Tensor:
+    def trunk(self, tokens_BT: Tensor, docs: Documents, windows: tuple[int, int], tied: bool,
+              routing: Routing | None = None) -> Tensor:
         """Everything between tokens and head. windows: (short, long) in tokens."""
-        c = self.config
+        c, routing = self.config, routing or Routing()
         x = x0 = self.embed_tokens(tokens_BT, tied)
         bigram = None
         if self.bigram is not None:  # sparse: backward adds its rows to the gradient, not a whole table
@@ -1511,31 +1689,51 @@ class GPT(nn.Module):
                 gate = 2 * torch.sigmoid(x0[..., :GATE_CHANNELS] @ self.skip_gate.to(x.dtype)).unsqueeze(-1)
                 x = x + torch.sigmoid(self.l_skip) * gate * kept[c.skip[0]]
             value = F.embedding(tokens_BT, self.value_embeds[str(i)]) if plan.value_embed else None
-            x = block(x, x0, bigram, value, docs, windows[plan.long_window], self.rotary, self.residual_scale)
+            x = block(x, x0, bigram, value, docs, windows[plan.long_window], self.rotary, self.residual_scale,
+                      routing)
             kept[i] = x if i == c.backout or c.skip and i == c.skip[0] else None
         if c.backout is not None:
             x = x - self.l_back * kept[c.backout]
         return norm(x)
 
-    def forward(self, batch: Batch, windows: tuple[int, int], weights_K: Tensor | None, tied: bool):
+    def forward(self, batch: Batch, windows: tuple[int, int], weights_K: Tensor | None, tied: bool,
+                noise_LBTE: Tensor | None = None):
         """One pass; sums over tokens, in nats. Training: (loss, cross-entropy), where the loss counts the
-        tokens after the next too, weighted. Evaluation (weights_K None): (cross-entropy, right guesses)."""
-        B, T = batch.inputs_BT.shape
-        docs = Documents(batch, self.backend)
-        x = self.trunk(batch.inputs_BT, docs, windows, tied)
+        tokens after the next too, weighted, and the experts' balance. Evaluation (weights_K None):
+        (cross-entropy, right guesses). noise_LBTE is added to the router logits."""
+        docs, routing = Documents(batch, self.backend), Routing(noise_LBTE)
+        x = self.trunk(batch.inputs_BT, docs, windows, tied, routing)
         if weights_K is None:
+            if routing.loads_E:
+                self.expert_load_LE += torch.stack(routing.loads_E)
             return self.score(x.flatten(0, 1), batch.targets_BT.flatten())
+        loss, cross_entropy = self.train_loss(x, batch.targets_BT, weights_K)
+        if routing.balance:  # as much as one nat a token of loss would be
+            loss = loss + self.balance_weight * batch.inputs_BT.shape[1] * torch.stack(routing.balance).sum()
+        return loss, cross_entropy
+
+    def train_loss(self, x_BTC: Tensor, targets_BT: Tensor, weights_K: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss on the next tokens, weighted; cross-entropy of the next one, detached), sums."""
+        x, (B, T) = x_BTC, targets_BT.shape
         if self.kernels:
             import triton_kernels
             scales = (HEAD_X_SCALE, HEAD_W_SCALE, HEAD_GRAD_SCALE) if self.float8_head else None
-            return triton_kernels.head_loss(x.flatten(0, 1), self.head, batch.targets_BT, weights_K, SOFTCAP,
+            return triton_kernels.head_loss(x.flatten(0, 1), self.head, targets_BT, weights_K, SOFTCAP,
                                             scales)
         if self.float8_head:
             logits = Float8Head.apply(x.flatten(0, 1), self.head).view(B, T, -1)
         else:
             logits = F.linear(x, self.head)
         logits = softcap(logits)
-        return multi_token_loss(logits, logits.logsumexp(-1), batch.targets_BT, weights_K)
+        return multi_token_loss(logits, logits.logsumexp(-1), targets_BT, weights_K)
+
+    def take_expert_load(self, ranks: Ranks) -> Tensor:
+        """Tokens that went to each expert of each layer, (L, E), in all ranks' evaluations since it was
+        last taken. A collective."""
+        load = self.expert_load_LE.clone()
+        self.expert_load_LE.zero_()
+        ranks.all_reduce(load).wait()
+        return load
 
     def score(self, x_MC: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
         """(cross-entropy, right guesses), sums. In pieces: a slice of validation is longer than a pass of
@@ -1566,15 +1764,15 @@ def multi_token_loss(logits_BTV: Tensor, lse_BT: Tensor, targets_BT: Tensor, wei
 
 
 def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch.device) -> GPT:
-    """A freshly initialised model; on CUDA everything with two dimensions is bfloat16, scalars stay fp32."""
+    """A freshly initialised model; on CUDA matrices and tables are bfloat16, scalars and routers fp32."""
     model = GPT(config, vocab_size, s.attn_backend, not s.disable_fp8, s.residual_scale,
-                kernels=s.kernels == "triton")
+                kernels=s.kernels == "triton", balance_weight=s.moe_balance_weight)
     seed = np.random.SeedSequence([s.seed, 0]).generate_state(1, np.uint64)[0]
     model.init_weights(torch.Generator().manual_seed(int(seed) >> 1))
     model.to(device)
     if device.type == "cuda":
-        for p in model.parameters():
-            p.data = p.data.bfloat16() if p.ndim == 2 else p.data
+        for name, p in model.named_parameters():
+            p.data = p.data.bfloat16() if p.ndim >= 2 and not name.endswith(".router") else p.data
     stage_slices = [t // NUM_SLICES for t in s.batch_sizes]
     longest = max(*stage_slices, s.val_batch_tokens // NUM_SLICES)
     model.rotary.make_tables(longest * (2 if config.paired_layers else 1))
@@ -1602,6 +1800,7 @@ class OptimizerSettings:
                                 "all weights, the update, or both",
                                 choices=("cautious", "none", "param", "update", "both"))
     adam_lr: float = knob(0.008, "base learning rate of everything but the matrices", low=0)
+    router_lr: float = knob(0.001, "learning rate of the experts' routers, in ADAM_LR's place", low=0)
     adam_weight_decay: float = knob(0.005, "their cautious decay, times learning rate and role", low=0)
     adam_matrix_lr: float = knob(5e-4, "learning rate of matrices under OPTIMIZER=adamw", low=0)
     adam_matrix_decay: float = knob(0.1, "their decoupled weight decay under OPTIMIZER=adamw", low=0)
@@ -1617,7 +1816,8 @@ def check_optimizer_settings(o: OptimizerSettings):
 
 @dataclass(frozen=True)
 class Role:
-    """How the parameters whose names match are updated. lr and decay multiply the settings'."""
+    """How the parameters whose names match are updated. lr and decay multiply the settings'; base names the
+    setting that lr multiplies."""
 
     name: str
     pattern: str
@@ -1625,6 +1825,7 @@ class Role:
     lr: float = 1.0
     decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
+    base: str = "adam_lr"
 
 
 ROLES = (  # complete and disjoint: every parameter matches exactly one
@@ -1635,6 +1836,7 @@ ROLES = (  # complete and disjoint: every parameter matches exactly one
     Role("smear gate", r"smear_gate", lr=0.01),
     Role("skip gate", r"skip_gate", lr=0.05),
     Role("gates", r"blocks\.\d+\.attn\.(attn|value)_gate", decay=1),
+    Role("routers", r"blocks\.\d+\.mlp\.router", base="router_lr"),
     Role("head", r"head|embed", decay=150, betas=(0.5, 0.95)),
 )
 
@@ -1894,13 +2096,15 @@ class AdamBucket(Bucket):
             return values.repeat_interleave(lengths, output_size=self.size).to(self.mine.device)
 
         self.lr, self.decay = each([r.lr for r in roles]), each([r.decay for r in roles])
+        base = [getattr(o, r.base) for r in roles]
+        self.base_lr = base[0] if len(set(base)) == 1 else each(base)
         self.betas = [each([r.betas[i] for r in roles]) for i in (0, 1)]
         self.run = compiler(step_adam)
 
     def update(self, lr_mul: float, mu: float, measure: bool):
         self.work.wait()
         self.count += 1
-        lr = self.o.adam_lr * lr_mul * self.lr
+        lr = self.base_lr * lr_mul * self.lr
         decay = self.o.adam_weight_decay * lr * self.decay
         self.run(self.mine, self.mantissa, self.grad, self.m, self.v, scalar(self.count), lr, decay,
                  *self.betas, "cautious")
@@ -1919,22 +2123,24 @@ class AdamBucket(Bucket):
 
 
 class MatrixBucket(Bucket):
-    """All matrices of one shape, stacked, so that one batched product serves them all."""
+    """All matrices of one shape, stacked, so that one batched product serves them all. A parameter of three
+    dimensions holds one matrix for each expert."""
 
     def __init__(self, params, ranks, o: OptimizerSettings, compiler, kernels: bool):
-        R, K = next(iter(params.values())).shape
+        R, K = next(iter(params.values())).shape[-2:]
         super().__init__(params, ranks, R * K, every=1)
         self.o, self.count = o, 0
         self.mine, self.grad = self.mine.view(-1, R, K), self.grad.view(-1, R, K)
         self.mantissa = None if self.mantissa is None else self.mantissa.view(-1, R, K)
         num_mine = self.mine.shape[0]
         first = ranks.rank * num_mine
-        self.names = list(params)[first:first + num_mine]  # padding, at the end, has no name
+        self.all_names = [part for name, p in params.items() for part in matrix_names(name, p)]
+        self.names = self.all_names[first:first + num_mine]  # padding, at the end, has no name
         self.momentum = torch.zeros_like(self.mine, dtype=torch.float32)
         rows_or_columns = (num_mine, R, 1) if R >= K else (num_mine, 1, K)
         self.second_moment = {"normuon": torch.zeros(rows_or_columns, device=self.mine.device), "muon": None,
                               "adamw": torch.zeros_like(self.momentum)}[o.optimizer]
-        shape_lr = [max(1, R / K) ** 0.5 * (DOWN_LR if name.endswith("down") else 1) for name in self.names]
+        shape_lr = [max(1, R / K) ** 0.5 * (DOWN_LR if ".down" in name else 1) for name in self.names]
         shape_lr += [0.0] * (num_mine - len(shape_lr))
         self.shape_lr_N11 = torch.tensor(shape_lr, device=self.mine.device).view(-1, 1, 1)
         if o.optimizer == "adamw":
@@ -1966,6 +2172,11 @@ def scalar(x: float) -> Tensor:
     return torch.tensor(x, dtype=torch.float32)
 
 
+def matrix_names(name: str, p: Tensor) -> list[str]:
+    """blocks.0.mlp.up of a mixture of experts holds blocks.0.mlp.up.0, blocks.0.mlp.up.1, ..."""
+    return [name] if p.ndim == 2 else [f"{name}.{expert}" for expert in range(len(p))]
+
+
 def find_role(name: str) -> Role:
     found = [role for role in ROLES if re.fullmatch(role.pattern, name)]
     assert len(found) == 1, f"parameter {name} matches {len(found)} roles: {[r.name for r in found]}"
@@ -1982,7 +2193,7 @@ class Optimizer:
         for name, p in model.named_parameters():
             role = find_role(name)
             if role.rule == "matrix":
-                key = MatrixBucket, tuple(p.shape)
+                key = MatrixBucket, tuple(p.shape[-2:])
             else:  # the head stays alone, because the embedding takes over its state
                 key = AdamBucket, name if p.numel() >= SMALL or role.name == "head" else p.dtype
             groups.setdefault(key, {})[name] = p
@@ -2166,8 +2377,8 @@ class Schedule:
 # Checkpoints: logs/RUN_ID/step_N.pt, what a run needs to go on as if nothing had happened
 # ---------------------------------------------------------------------------------------------------
 
-# What a checkpoint holds. There is no state of random generators: initial weights and the order of the
-# data are functions of SEED and of `position`, so these are all their state.
+# What a checkpoint holds. There is no state of random generators: initial weights, the order of the data and
+# router noise are functions of SEED, `position` and `step`, so these are all their state.
 CHECKPOINT_KEYS = {"format": int, "config": dict, "run_id": str, "source_hash": str, "step": int,
                    "tokens": int, "train_ms": float, "reached": bool, "validated": int, "position": list,
                    "stage": int, "tied": bool, "rotary_scale": float, "rotary_freqs": Tensor, "counts": dict,
@@ -2499,16 +2710,29 @@ class Trainer:
         rotary.make_tables(rotary.cos.shape[0])
         self.optimizer.restore(params, saved["counts"], self.tied)
 
+    def router_noise(self, step: int, slices, batch: Batch) -> Tensor | None:
+        """Normal noise for the router logits of a pass, (L, B, T, E), from a stream of its own for each step
+        and slice of the global batch: the ranks agree, and a resumed run needs no state for it."""
+        c, (B, T) = self.model.config, batch.inputs_BT.shape
+        if not (c.num_experts and self.s.router_noise):
+            return None
+        shape = c.num_layers, T, c.num_experts
+        streams = (np.random.default_rng([self.s.seed, 3, step, next(slices)]) for _ in range(B))
+        noise = np.stack([stream.standard_normal(shape, np.float32) for stream in streams], 1)
+        return to_device(self.s.router_noise * torch.from_numpy(noise), self.ranks.device)
+
     def step(self, step: int, batches: list[Batch], measure: bool = False) -> Tensor:
         """One update; returns the cross-entropy summed over this rank's tokens. measure: take the optimizer's
         statistics too, even if the next line of the log does not want them."""
         schedule, total = self.schedule, 0
         weights = to_device(schedule.predict_weights(step), self.ranks.device)
+        slices = iter(my_slices(self.ranks))
         for i, batch in enumerate(batches):
             self.ranks.beat()
             if i == len(batches) - 1:
                 self.optimizer.expect(step)
-            loss, cross_entropy = self.forward(batch, schedule.windows(self.stage), weights, self.tied)
+            loss, cross_entropy = self.forward(batch, schedule.windows(self.stage), weights, self.tied,
+                                               self.router_noise(step, slices, batch))
             (LOSS_SCALE * loss).backward()
             total = total + cross_entropy
         self.optimizer.step(step, schedule.lr_mul(step), schedule.batch_tokens(step),
@@ -2559,6 +2783,7 @@ class Report:
     def __init__(self, trainer: Trainer, s: Settings, ranks: Ranks, log: RunLog):
         self.schedule, self.optimizer, self.target = trainer.schedule, trainer.optimizer, s.target_loss
         self.ranks, self.log, self.pending, self.reached = ranks, log, None, False
+        self.model = trainer.model
         self.stop = False  # whether the ranks agree that somebody asked for it
         self.highest = s.diverged_above or 2 * math.log(trainer.model.head.shape[0])
 
@@ -2599,8 +2824,19 @@ class Report:
                           shown_every=max(1, num_steps // 20))
         self.check(step, "train_loss", loss)
 
+    def expert_load(self) -> dict:
+        """By layer, the share of this validation's tokens that the busiest and the idlest expert got. A token
+        counts with each of its k experts: even is k / E. A collective."""
+        if not self.model.config.num_experts:
+            return {}
+        load = self.model.take_expert_load(self.ranks)
+        share = load / load.sum(1, keepdim=True) * self.model.config.moe_top_k
+        ends = {"moe_load_max": share.amax(1), "moe_load_min": share.amin(1)}
+        return {key: "[" + ",".join(f"{x:.4f}" for x in value.tolist()) + "]" for key, value in ends.items()}
+
     def validated(self, step: int, loss: float, accuracy: float, tokens: int, ms: float):
-        self.line(step, {"val_loss": f"{loss:.5f}"}, tokens, ms, {"val_acc": f"{accuracy:.5f}"}, full=True)
+        self.line(step, {"val_loss": f"{loss:.5f}"}, tokens, ms,
+                  {"val_acc": f"{accuracy:.5f}", **self.expert_load()}, full=True)
         self.log.say(f"step {step:>5}/{self.schedule.num_steps}  validation loss {loss:.4f}, "
                      f"{accuracy:.1%} of tokens right, {ms / 1000:.1f} s of training")
         self.check(step, "val_loss", loss)

@@ -62,7 +62,7 @@ def keys_per_token(c, lengths, windows: tuple[int, int]) -> float:
 class Forward(NamedTuple):
     """FLOP of the forward pass for one token."""
 
-    matrices: float     # attention's four and the MLP's two
+    matrices: float     # attention's four and the MLP's two, or a token's experts' and the router
     head: float
     attention: float    # scores and mixing
     gates: float        # from 12 channels, a head each
@@ -75,11 +75,10 @@ class Forward(NamedTuple):
 def forward_flop(c, lengths, vocab: int, windows: tuple[int, int] | None = None) -> Forward:
     """For one token of such documents. windows: (short, long) in blocks; None: those of the first stage."""
     with_attention = [i for i in range(c.num_layers) if i not in c.no_attention]
-    weights = sum(n * rows * columns for (rows, columns), n in matrix_shapes(c).items())
     gates = len(with_attention) * c.num_heads * c.attn_gate
     gates += c.num_kv_heads * len(set(with_attention) & set(c.value_embed_layers))
     return Forward(
-        matrices=2 * weights,
+        matrices=2 * active_matrix_params(c),
         head=2 * padded_vocab(vocab) * c.width,
         attention=4 * c.head_dim * keys_per_token(c, lengths, windows or c.windows[0]),
         gates=2 * GATE_CHANNELS * gates,
@@ -101,7 +100,8 @@ def matrix_shapes(c) -> dict[tuple[int, int], int]:
     queries, keys, shapes = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, {}
     attention = [(queries, c.width), (keys, c.width), (keys, c.width), (c.width, queries)]
     for i in range(c.num_layers):
-        for shape in [*(attention if i not in c.no_attention else ()), *[(4 * c.width, c.width)] * 2]:
+        mlp = [(c.expert_hidden, c.width)] * 2 * c.num_experts or [(4 * c.width, c.width)] * 2
+        for shape in [*(attention if i not in c.no_attention else ()), *mlp]:
             shapes[shape] = shapes.get(shape, 0) + 1
     return shapes
 
@@ -120,6 +120,14 @@ def table_sizes(c, vocab: int) -> dict[str, int]:
 
 def num_matrix_params(c) -> int:
     return sum(n * rows * columns for (rows, columns), n in matrix_shapes(c).items())
+
+
+def active_matrix_params(c) -> int:
+    """Those that one token is multiplied with: of a mixture of experts its k experts', and the router's."""
+    if not c.num_experts:
+        return num_matrix_params(c)
+    idle = (c.num_experts - c.moe_top_k) * 2 * c.expert_hidden * c.width
+    return num_matrix_params(c) + c.num_layers * (c.num_experts * c.width - idle)
 
 
 def polar_flop(rows: int, columns: int, gram: bool = False) -> int:

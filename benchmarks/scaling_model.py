@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from flops import (  # noqa: E402
+    active_matrix_params,
     flop_per_token,
     forward_flop,
     matrix_shapes,
@@ -367,7 +368,7 @@ def check_published(p: Preset, m: Machine) -> list[tuple]:
 
 def arithmetic_limit(c, flops: float) -> float:
     """Tokens/s if nothing but the products with matrices and head took time, all at this rate."""
-    return flops / (6 * (num_matrix_params(c) + padded_vocab(VOCAB) * c.width))
+    return flops / (6 * (active_matrix_params(c) + padded_vocab(VOCAB) * c.width))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -428,8 +429,9 @@ def print_preset(p: Preset, m: Machine, gpus: list[int], shard_over: int | None,
     print(f"\n{heading}{p.name}: {num_matrix_params(c) / 1e6:.1f}M in matrices, "
           f"{sum(table_sizes(c, VOCAB).values()) / 1e6:.1f}M in tables and head, {one.steps:.0f} steps, "
           f"{one.tokens / 1e6:,.0f}M tokens{how}\n")
-    print(f"arithmetic limit, {num_matrix_params(c) / 1e6 + padded_vocab(VOCAB) * c.width / 1e6:.0f}M matrix "
-          f"parameters in bf16: {arithmetic_limit(c, 790e12):,.0f} tokens/s a GPU at 790 TFLOP/s, "
+    active = active_matrix_params(c) + padded_vocab(VOCAB) * c.width
+    print(f"arithmetic limit, {active / 1e6:.0f}M matrix parameters in bf16: "
+          f"{arithmetic_limit(c, 790e12):,.0f} tokens/s a GPU at 790 TFLOP/s, "
           f"{arithmetic_limit(c, 990e12):,.0f} at 990\n")
     print(table(RUN_HEADER, [run_row(run, one, m) for run in runs], markdown))
     print("\nms of a mean step:\n")

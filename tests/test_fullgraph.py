@@ -40,6 +40,15 @@ def test_the_step_is_one_graph_forward_and_backward(tmp_path):
 
 
 @pytest.mark.fake_cuda
+def test_a_mixture_of_experts_is_one_graph(tmp_path):
+    """On demand, test_moe.py compiles the CPU's. Shapes that depend on the routing, a read by the host, or
+    operands that torch's grouped products refuse would stop moe-79m on a GPU. Four graphs: a pass of
+    training, one of validation, and Muon's step for two shapes of matrices."""
+    graphs = trace("experts", tmp_path, 900)
+    assert graphs["train_gpt experts"] == 4
+
+
+@pytest.mark.fake_cuda
 def test_every_stage_and_validation_is_one_graph(tmp_path):
     """On demand, because test_gpu_path.py counts the same on a small model. Five trained forms (three stages,
     untied, extension) and a validation of each, the last with its own windows: more than the eight that

@@ -1,9 +1,10 @@
 """Trace, or compile for sm_90, what a train step of gpt2-small runs on a GPU; prints one line a part.
 
-    python trace_step.py stage|variants|inductor
+    python trace_step.py stage|variants|experts|inductor
 
 stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins
 variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
+experts   a step and a validation of moe-79m, which has grouped products, and its optimizer's steps
 inductor  the first stage's step, twin with ORD, by inductor to sm_90 machine code
 """
 import sys
@@ -19,7 +20,7 @@ import train_gpt_muon_ord
 
 DEVICE = torch.device("cuda", 0)
 VOCAB = 50257
-MODES = ("stage", "variants", "inductor")
+MODES = ("stage", "variants", "experts", "inductor")
 
 
 def ranks(trainer):
@@ -31,15 +32,15 @@ def ranks(trainer):
     return Alone()
 
 
-def build(trainer, backend: str, kernels: str = "auto"):
-    """A Trainer of gpt2-small whose compiled parts go to `backend`. Its optimizer is the compiled one in any
+def build(trainer, backend: str, kernels: str = "auto", model: str = "gpt2-small"):
+    """A Trainer of this preset whose compiled parts go to `backend`. Its optimizer is the compiled one in any
     case: the Triton kernels' Muon step is launched from plain Python (test_triton_compile.py has those)."""
     pretend_cuda.on_device(trainer)
     assert callable(trainer.torch_compile)
     trainer.torch_compile = lambda function: torch.compile(
         function, dynamic=False, fullgraph=True, backend=backend)
     torch._dynamo.config.recompile_limit = trainer.MAX_VARIANTS
-    env = {"MODEL": "gpt2-small", "NUM_SCHEDULED_ITERATIONS": "12", "NUM_EXTENSION_ITERATIONS": "2",
+    env = {"MODEL": model, "NUM_SCHEDULED_ITERATIONS": "12", "NUM_EXTENSION_ITERATIONS": "2",
            "KERNELS": kernels}
     s, o, config = trainer.read_settings(env)
     assert (s.device, s.attn_backend, s.compile, s.disable_fp8) == ("cuda", "varlen", "1", False)
@@ -101,12 +102,29 @@ def variants():
     report("variants", since)
 
 
+def experts(backend: str):
+    """As in stage(), but of a mixture of experts: nothing may depend on where the tokens go."""
+    for trainer in (train_gpt, train_gpt_muon_ord):
+        since, run = time.perf_counter(), build(trainer, backend, model="moe-79m")
+        slice_tokens = run.s.batch_sizes[0] // trainer.NUM_SLICES
+        for num_docs in (94, 131):
+            run.step(0, [batch(trainer, trainer.NUM_SLICES, slice_tokens, num_docs, run.s.max_doc_tokens)])
+        with torch.no_grad():
+            val = batch(trainer, 1, run.s.val_batch_tokens // trainer.NUM_SLICES, 400, 100_000)
+            run.forward(val, run.schedule.final_windows(), None, run.tied)
+        report(f"{trainer.__name__} experts", since)
+        optimizer_steps(run)
+        report(f"{trainer.__name__} optimizer", since)
+
+
 def main(mode: str):
     with pretend_cuda.fake_mode():
         if mode == "variants":
             variants()
         elif mode == "stage":
             stage("aot_eager")
+        elif mode == "experts":
+            experts("aot_eager")
         else:
             since, run = time.perf_counter(), build(train_gpt_muon_ord, "inductor")
             run.step(0, [stage_batch(train_gpt_muon_ord, run, 0, 94)])

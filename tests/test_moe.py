@@ -1,0 +1,393 @@
+"""Mixture of experts: against naive loops, its balance and noise, and whole runs of the moe-tiny preset."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ORD, TRAINERS, lone_ranks, make_optimizer, optimizer_settings, read, small_config, train
+from test_checkpoints import steps
+from test_model import WINDOWS, make_batch
+
+import train_gpt
+import train_gpt_muon_ord
+from run_log import read_log
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import flops  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EXPERTS = dict(num_experts=5, moe_top_k=2, expert_hidden=24)
+PATHS = pytest.mark.parametrize("grouped", [False, True], ids=["sorted", "grouped"])
+
+
+def take_path(grouped, monkeypatch):
+    """Products by expert, or torch's grouped ones as on CUDA, which it computes on a CPU in fp32."""
+    monkeypatch.setattr(train_gpt, "grouped", lambda x: grouped)
+    return torch.float32 if grouped else torch.float64
+
+
+def close(got, wanted, dtype):
+    size = wanted.abs().max().item() + 1e-30
+    torch.testing.assert_close(got, wanted, rtol=0, atol=size * (1e-12 if dtype == torch.float64 else 1e-5))
+
+
+# ------------------------------------------------------------------------------------------------ one layer
+
+
+def naive_mixture(n_BTC, router, up, down, top_k, noise_BTE=None):
+    """(output, balance summed over slices) token by token and expert by expert, for autograd."""
+    rows, balance = [], 0.0
+    for b, slice_TC in enumerate(n_BTC):
+        probabilities, sent = [], torch.zeros(len(router), dtype=n_BTC.dtype)
+        for t, n in enumerate(slice_TC):
+            logits = router @ n if noise_BTE is None else router @ n + noise_BTE[b, t]
+            best = sorted(range(len(router)), key=lambda e: -logits[e].item())[:top_k]
+            gates = torch.softmax(logits[best], 0)
+            rows.append(sum(g * (down[e].T @ (up[e] @ n).relu() ** 2) for g, e in zip(gates, best)))
+            probabilities.append(logits.softmax(0))
+            sent[best] += 1
+        f = sent / (len(slice_TC) * top_k)
+        balance = balance + len(router) * (f * torch.stack(probabilities).mean(0)).sum()
+    return torch.stack(rows).view_as(n_BTC), balance
+
+
+def layer(dtype, seed=0, B=2, T=13, **changes):
+    """A MixtureOfExperts with random weights, its input, and noise."""
+    c, rng = small_config(train_gpt, **{**EXPERTS, **changes}), np.random.default_rng(seed)
+    draw = lambda *shape: torch.tensor(rng.normal(size=shape), dtype=dtype)
+    moe = train_gpt.MixtureOfExperts(c).to(dtype)
+    with torch.no_grad():
+        for p in moe.parameters():
+            p.copy_(0.3 * draw(*p.shape))
+    return moe, draw(B, T, c.width).requires_grad_(), draw(1, B, T, c.num_experts)
+
+
+@PATHS
+@pytest.mark.parametrize("num_experts, top_k", [(5, 2), (8, 2), (4, 3), (3, 3), (40, 2)])
+def test_output_and_gradients_equal_a_naive_loop(num_experts, top_k, grouped, monkeypatch):
+    """Fails if a token reaches another expert, a gate or a gradient is wrong, or an expert without tokens (as
+    most of 40 are) gets something. The balance loss is part of what is differentiated."""
+    dtype = take_path(grouped, monkeypatch)
+    moe, n, noise = layer(dtype, num_experts=num_experts, moe_top_k=top_k)
+    routing = train_gpt.Routing(noise)
+    out = moe(n, 0.7, routing)
+    wanted, balance = naive_mixture(n, moe.router, moe.up, 0.7 * moe.down, top_k, noise[0])
+    close(out, wanted, dtype)
+    close(routing.balance[0], balance, dtype)
+    direction, inputs = torch.randn_like(out), (n, *moe.parameters())
+    got = torch.autograd.grad((out * direction).sum() + 3 * routing.balance[0], inputs)
+    wanted = torch.autograd.grad((wanted * direction).sum() + 3 * balance, inputs)
+    for g, w in zip(got, wanted):
+        assert w.abs().max() > 0
+        close(g, w, dtype)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_inductors_gradients_are_the_eager_ones():
+    """COMPILE=1 as it is. torch 2.13's inductor lost the gates' gradient when they were topk's own values."""
+    moe, n, noise = layer(torch.float32)
+    direction, inputs = torch.randn_like(n), (n, *moe.parameters())
+
+    def loss(n):
+        routing = train_gpt.Routing(noise)
+        return (moe(n, 1.0, routing) * direction).sum() + 3 * routing.balance[0]
+
+    wanted = torch.autograd.grad(loss(n), inputs)
+    for g, w in zip(torch.autograd.grad(train_gpt.torch_compile(loss)(n), inputs), wanted):
+        close(g, w, torch.float32)
+
+
+@PATHS
+def test_all_tokens_to_the_same_experts(grouped, monkeypatch):
+    """The worst imbalance: two experts get everything and nothing is dropped; the others' gradients are 0."""
+    dtype = take_path(grouped, monkeypatch)
+    moe, n, _ = layer(dtype)
+    noise = torch.zeros(1, 2, 13, 5, dtype=dtype)
+    noise[..., 1], noise[..., 3] = 90, 80
+    routing = train_gpt.Routing(noise)
+    out = moe(n, 1.0, routing)
+    close(out, naive_mixture(n, moe.router, moe.up, moe.down, 2, noise[0])[0], dtype)
+    assert routing.loads_E[0].tolist() == [0, 26, 0, 26, 0]
+    out.square().sum().backward()
+    for p in (moe.up, moe.down):
+        assert p.grad[[1, 3]].flatten(1).any(1).all() and not p.grad[[0, 2, 4]].any()
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_rows_are_sorted_by_expert(multiple):
+    """Fails if two pairs share a row, a group holds a stranger, or a filled group is not a multiple of what
+    CUDA's kernel asks for."""
+    experts = torch.tensor(np.random.default_rng(0).integers(0, 6, (50, 2)))
+    counts = torch.bincount(experts.flatten(), minlength=7)
+    token_P, row_Mk, ends = train_gpt.sort_by_expert(experts, counts, multiple)
+    assert len(row_Mk.unique()) == 100 and (token_P < 50).sum() == 100
+    assert torch.equal(token_P[row_Mk], torch.arange(50)[:, None].expand(50, 2))
+    starts = torch.cat((torch.zeros(1), ends[:-1]))
+    assert (row_Mk >= starts[experts]).all() and (row_Mk < ends[experts]).all()
+    sizes = torch.diff(ends, prepend=torch.zeros(1)).int()
+    assert torch.equal(sizes, counts.int()) if multiple == 1 else (sizes % 8 == 0).all() and sizes.min() == 8
+    assert ends.dtype == torch.int32 and (len(token_P) == 100 if multiple == 1 else ends[-1] < len(token_P))
+
+
+def test_balance_loss_equals_numpys():
+    """E sum_i f_i P_i, slice by slice; 1 a slice for a router that knows nothing, whatever k is."""
+    moe, n, noise = layer(torch.float64)
+    routing = train_gpt.Routing(noise)
+    moe(n, 1.0, routing)
+    logits = (n @ moe.router.T).detach().numpy() + noise[0].numpy()
+    P = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chosen = np.argsort(-logits, -1)[..., :2]
+    f = np.stack([np.bincount(x.ravel(), minlength=5) / x.size for x in chosen])
+    assert routing.balance[0].item() == pytest.approx((5 * f * P.mean(1)).sum(), rel=1e-12)
+    with torch.no_grad():
+        moe.router.zero_()
+    moe(n, 1.0, know_nothing := train_gpt.Routing())
+    assert know_nothing.balance[0].item() == pytest.approx(2)
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def moe_model(balance_weight=0.5, **changes):
+    config = small_config(train_gpt, **{**EXPERTS, **changes})
+    model = train_gpt.GPT(config, 100, "sdpa", False, 1.0, balance_weight=balance_weight)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.rotary.make_tables(512)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("down"):
+                p.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def test_balance_is_trained_but_not_reported():
+    """Training: loss = cross-entropy + weight x tokens of a slice x balance; neither the reported
+    cross-entropy nor validation has it."""
+    batch, ones = make_batch(train_gpt), torch.ones(1)
+    with torch.no_grad():
+        plain, ce = moe_model(0.0)(batch, WINDOWS, ones, True)
+        model = moe_model(0.5)
+        loss, same_ce = model(batch, WINDOWS, ones, True)
+        routing = train_gpt.Routing()
+        model.trunk(batch.inputs_BT, train_gpt.Documents(batch, "sdpa"), WINDOWS, True, routing)
+        validation, _ = model(batch, WINDOWS, None, True)
+    assert plain.item() == ce.item() == same_ce.item()
+    assert validation.item() == pytest.approx(ce.item(), rel=1e-6)
+    assert loss.item() == pytest.approx(ce.item() + 0.5 * 32 * sum(routing.balance).item(), rel=1e-6)
+    assert sum(routing.balance).item() > 4 * 2 * 0.9  # 4 layers, 2 slices; 1 each if even
+
+
+def test_no_token_is_dropped_and_the_load_is_validations():
+    """Each layer's load adds up to k tokens a token; training passes do not count."""
+    model, batch = moe_model(), make_batch(train_gpt)
+    with torch.no_grad():
+        model(batch, WINDOWS, torch.ones(1), True)
+        assert not model.expert_load_LE.any()
+        for _ in range(3):
+            model(batch, WINDOWS, None, True)
+    load = model.take_expert_load(lone_ranks(train_gpt))
+    assert load.sum(1).tolist() == [2 * 3 * batch.inputs_BT.numel()] * 4 and load.shape == (4, 5)
+    assert not model.expert_load_LE.any()
+
+
+def tiny_trainer(trainer, shards, ranks=None, **env):
+    ranks = ranks or lone_ranks(trainer)
+    common = dict(MODEL="moe-tiny", DATA_PATH=shards, TRAIN_FILES="made_train_*.bin", VAL_TOKENS=16384,
+                  VAL_FILES="made_val_*.bin", VAL_BATCH_TOKENS=8192, NUM_SCHEDULED_ITERATIONS=12)
+    s, o, config = read(trainer, **common, **env)
+    run = trainer.Trainer(s, o, config, 256, ranks)
+    return run, trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
+
+
+def test_noise_is_a_function_of_seed_step_and_slice(shards):
+    """The ranks must draw the slices' noise as one rank does; steps, seeds and slices must differ; a layer
+    must not get another's."""
+    run, data = tiny_trainer(train_gpt, shards)
+    batch, = data.next(2048, None)
+    whole = run.router_noise(4, iter(range(8)), batch)
+    assert whole.shape == (4, 8, 256, 8) and whole.std().item() == pytest.approx(0.1, rel=0.02)
+    half = batch._replace(inputs_BT=batch.inputs_BT[4:])
+    assert torch.equal(run.router_noise(4, iter(train_gpt.my_slices(lone_ranks(train_gpt, 1, 2))), half),
+                       whole[:, 4:])
+    other_seed, off = (tiny_trainer(train_gpt, shards, **x)[0] for x in ({"SEED": 1}, {"ROUTER_NOISE": 0}))
+    others = [r.router_noise(step, iter(range(8)), batch)[0, 0] for r, step in ((run, 5), (other_seed, 4))]
+    flat = torch.stack([x.flatten() for x in (*whole[:, 0], *whole[:, 1], *others)])
+    assert torch.corrcoef(flat).fill_diagonal_(0).abs().max() < 0.12
+    assert off.router_noise(4, iter(range(8)), batch) is None
+
+
+def test_noise_only_in_training(shards, monkeypatch):
+    """Fails if a training pass gets none, or a validation pass gets some."""
+    run, data = tiny_trainer(train_gpt, shards)
+    seen, forward = [], run.forward
+    run.forward = lambda *args: (seen.append((args[2] is not None, args[4] if len(args) > 4 else None)),
+                                 forward(*args))[1]
+    steps(run, data, 0, 1)
+    train_gpt.evaluate(run.forward, train_gpt.open_data(run.s, 1)[1], run.s, run.ranks, (64, 256), True)
+    assert {training for training, _ in seen} == {True, False}
+    assert all((noise is not None) == training for training, noise in seen)
+
+
+def test_zero_initialised_experts_train(shards):
+    """down starts at zero, so at first nothing but down can move; after a few steps all experts and routers
+    have, and the loss falls."""
+    run, data = tiny_trainer(train_gpt, shards)
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters() if ".mlp." in n}
+    assert all(not p.any() for n, p in before.items() if n.endswith("down"))
+    losses = steps(run, data, 0, 6)
+    for name, p in run.model.named_parameters():
+        if ".mlp." in name:
+            assert (p != before[name]).flatten(1).any(1).all(), name
+    assert losses[-1] < losses[0] * 0.95
+
+
+def test_the_model_compiles_to_one_graph():
+    """COMPILE=1 allows no break, forward and backward, and nothing that depends on the routing; eagerly from
+    there on, because inductor takes a minute. What a GPU compiles, test_fullgraph.py traces."""
+    plain = dict(paired_layers=(), value_embed_layers=(), no_attention=(), skip=None, backout=None)
+    model, one = moe_model(num_layers=2, **plain), torch.ones(1)
+    graphs = train_gpt.graphs_compiled() + 1
+    compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
+    for seed in range(3):  # other tokens, another routing, the same code
+        batch = make_batch(train_gpt, seed=seed)
+        noise = torch.randn(2, 2, 32, 5)
+        grads = [torch.autograd.grad(f(batch, WINDOWS, one, True, noise)[0], list(model.parameters()),
+                                     allow_unused=True) for f in (model, compiled)]
+        for name, eager, other in zip(dict(model.named_parameters()), *grads):
+            assert (eager is None) == (other is None) == (name == "embed"), name
+            if eager is not None:
+                torch.testing.assert_close(other, eager.to_dense(), rtol=1e-4, atol=1e-4)
+    assert train_gpt.graphs_compiled() == graphs
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------ optimizer
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_experts_are_matrices_of_their_own_and_routers_adams(trainer):
+    """One bank holds every expert's matrix; ROUTER_LR moves the routers alone."""
+    config = small_config(trainer, **EXPERTS)
+    model = trainer.GPT(config, 100, "sdpa", False, 1.0)
+    o = read(trainer, MODEL="moe-79m", ROUTER_LR=0.003, ADAM_LR=0.01)[1]
+    optimizer = make_optimizer(trainer, model, o)
+    bank = optimizer.by_name["blocks.0.mlp.up"]
+    assert bank is optimizer.by_name["blocks.3.mlp.down"] and isinstance(bank, trainer.MatrixBucket)
+    assert bank.mine.shape == (2 * 4 * 5, 24, 16) and len(set(bank.names)) == len(bank.names) == 40
+    down = [".down." in name for name in bank.names]
+    assert bank.shape_lr_N11.flatten().tolist() == pytest.approx([1.5**0.5 * (2 if d else 1) for d in down])
+    small = optimizer.by_name["blocks.0.mlp.router"]
+    lr = dict(zip(small.params, (small.base_lr * small.lr).split([p.numel() for p in small.params.values()])))
+    assert lr["blocks.0.mlp.router"].unique().tolist() == pytest.approx([0.003])
+    assert lr["blocks.0.l_res"].unique().tolist() == pytest.approx([0.05])
+    assert trainer.find_role("blocks.11.mlp.router").rule == "adam"
+
+
+def test_each_expert_is_orthogonalised_by_itself():
+    """A step of the bank is, expert by expert, the step of that matrix alone; ORD's rho is one an expert."""
+    trainer = train_gpt_muon_ord
+    o, rng = optimizer_settings(trainer, SPECTRAL_LR_MUL=0.5), np.random.default_rng(0)
+    W, G = (torch.tensor(rng.normal(size=(4, 24, 16)), dtype=torch.float32) for _ in range(2))
+
+    def stepped(weights):
+        params = {n: torch.nn.Parameter(w.clone()) for n, w in weights.items()}
+        bucket = trainer.MatrixBucket(params, lone_ranks(trainer), o, lambda function: function, False)
+        bucket.grad.copy_(torch.cat([g.view(-1, 24, 16) for g in grads.values()]))
+        bucket.update(1.0, 0.9, True)
+        return [p.detach() for p in params.values()], bucket.stats
+
+    grads = {"blocks.0.mlp.up": G}
+    (together,), stats = stepped({"blocks.0.mlp.up": W})
+    for i in range(4):
+        grads = {"blocks.0.mlp.up": G[i]}
+        (alone,), stat = stepped({"blocks.0.mlp.up": W[i]})
+        torch.testing.assert_close(together[i], alone)
+        torch.testing.assert_close(stats[i:i + 1], stat)
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("env, said", [
+    (dict(MODEL="tiny", NUM_EXPERTS=4), "NUM_EXPERTS=4 does nothing with MODEL=tiny"),
+    (dict(MODEL="tiny", MOE_TOP_K=3), "for moe-79m and moe-tiny"),
+    (dict(MODEL="tiny", ROUTER_NOISE=0), "ROUTER_NOISE=0.0"),
+    (dict(MODEL="tiny", ROUTER_LR=0.1), "ROUTER_LR=0.1"),
+    (dict(MODEL="gpt2-small", MOE_BALANCE_WEIGHT=1), "MOE_BALANCE_WEIGHT=1.0"),
+    (dict(MODEL="moe-tiny", MOE_TOP_K=1), "MOE_TOP_K='1': wanted int, at least 2"),
+    (dict(MODEL="moe-tiny", MOE_TOP_K=9), "MOE_TOP_K=9 of NUM_EXPERTS=8"),
+    (dict(MODEL="moe-tiny", NUM_EXPERTS=0), "at least 2 experts"),
+    (dict(MODEL="moe-tiny", ROUTER_NOISE=-1), "ROUTER_NOISE='-1': wanted float, at least 0"),
+    (dict(MODEL="moe-tiny", MOE_TOPK=2), "the nearest is MOE_TOP_K"),
+])
+def test_settings_that_do_not_fit_are_refused(trainer, env, said):
+    with pytest.raises(trainer.SettingsError, match=re.escape(said)):
+        read(trainer, **env)
+
+
+def test_settings_reach_the_model():
+    s, o, config = read(train_gpt, MODEL="moe-tiny", NUM_EXPERTS=4, MOE_TOP_K=3, ROUTER_LR=0.5,
+                        MOE_BALANCE_WEIGHT=0.2)
+    assert (config.num_experts, config.moe_top_k, o.router_lr) == (4, 3, 0.5)
+    model = train_gpt.build_model(s, config, 256, torch.device("cpu"))
+    assert model.blocks[0].mlp.up.shape == (4, 128, 128) and model.balance_weight == 0.2
+    for name, (c, defaults) in train_gpt.PRESETS.items():
+        assert c.num_experts == defaults.get("num_experts", 0), name
+
+
+def test_moe_79m_is_the_experiments():
+    c = train_gpt.PRESETS["moe-79m"][0]
+    with torch.device("meta"):
+        model = train_gpt.GPT(c, 50257, "sdpa", False, 1.0)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert shapes["blocks.5.mlp.up"] == shapes["blocks.0.mlp.down"] == (8, 1536, 384)
+    assert shapes["blocks.0.mlp.router"] == (8, 384) and shapes["blocks.0.attn.q"] == (384, 384)
+    assert 79e6 < sum(p.numel() for p in model.parameters()) < 80e6
+    forward = flops.forward_flop(c, [512], 50257)  # a quarter of the experts' products
+    assert forward.matrices == 2 * 6 * (4 * 384**2 + 2 * 2 * 384 * 1536 + 8 * 384)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+RUN = dict(MODEL="moe-tiny", NUM_SCHEDULED_ITERATIONS=6, VAL_LOSS_EVERY=4, BATCH_SIZES="2048,2048,2048,2048")
+
+
+@pytest.fixture(scope="module")
+def baseline(shards, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("moe")
+    return cwd, *train(cwd, shards, "baseline", **RUN)
+
+
+def test_the_load_is_in_the_log(baseline):
+    """By layer, the busiest and the idlest expert's share of tokens; even is 2 of 8."""
+    log = read_log(baseline[0] / "logs" / "baseline.txt")[0]
+    most, least = (log.columns[key].value for key in ("moe_load_max", "moe_load_min"))
+    assert most.shape == least.shape == (3, 4)
+    assert (most >= 0.25).all() and (most <= 1).all() and (least <= 0.25).all() and (least >= 0).all()
+
+
+def test_two_ranks_and_the_twin_without_strength_agree(baseline, shards, tmp_path):
+    """1 and 2 ranks within 2e-4; the twin with a = 0 digit for digit, and so a rerun too."""
+    _, val, trained = baseline
+    assert val[-1] < val[0] - 0.3
+    two, _ = train(tmp_path, shards, "two", ranks=2, **RUN)
+    assert two == pytest.approx(val, abs=2e-4)
+    assert train(tmp_path, shards, "a0", ORD, SPECTRAL_LR_MUL=0, **RUN) == (val, trained)
+
+
+def test_a_resumed_run_prints_the_same_digits(baseline, shards, tmp_path):
+    """The twin with ORD: stopped by a checkpoint's age, then gone on with, it must draw the same noise."""
+    whole = train(tmp_path, shards, "whole", ORD, SAVE_EVERY=4, **RUN)
+    assert whole[0][1:] != baseline[1][1:]
+    text = (tmp_path / "logs" / "whole.txt").read_text()
+    assert re.search(r"^step:6/6 .* spec_mlp:\[(-?[\d.e-]+,){3}-?[\d.e-]+\]", text, re.M)
+    saved = tmp_path / "logs" / "whole" / "step_00000004.pt"
+    resumed = train(tmp_path, shards, "resumed", ORD, RESUME=saved, **RUN)
+    assert resumed == (whole[0][2:], whole[1][4:])
