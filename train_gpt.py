@@ -949,8 +949,9 @@ class TrainData:
         return now
 
 
-def val_batches(shards: list[Shard], s: Settings, ranks: Ranks):
-    """This rank's passes over the first val_tokens tokens: batches of contiguous slices, documents whole."""
+def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int | None = None):
+    """This rank's passes over the first val_tokens tokens: batches of contiguous slices, documents whole.
+    num_batches: only the first so many."""
     need = s.val_tokens + 1
     tokens = np.concatenate([shard.head(need) for shard in shards])[:need]
     num_slices = max(NUM_SLICES, ranks.world_size)
@@ -959,8 +960,8 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks):
     n = max(1, PASS_TOKENS // slice_tokens)
     marks = np.flatnonzero(tokens[:-1] == shards[0].mark)
     bounds = np.union1d(marks, np.arange(0, need, slice_tokens))
-    longest = int(np.diff(bounds).max())  # one number for all passes, because compiled code is made for it
-    for batch_start in range(0, s.val_tokens, s.val_batch_tokens):
+    longest = int(np.diff(bounds).max())  # of all batches, because compiled code is made for this number
+    for batch_start in range(0, s.val_tokens, s.val_batch_tokens)[:num_batches]:
         slices = []
         for i in range(first, end):
             at = batch_start + i * slice_tokens
@@ -2307,17 +2308,19 @@ class Clock:
 
 
 @torch.no_grad()
-def evaluate(forward, shards, s: Settings, ranks: Ranks, windows, tied: bool) -> tuple[float, float]:
-    """(mean cross-entropy in nats a token, share of tokens guessed right) over all ranks."""
-    sums, ahead = torch.zeros(2, dtype=torch.float64, device=ranks.device), Ahead(ranks.device)
-    for batch in ahead.each(val_batches(shards, s, ranks)):
+def evaluate(forward, shards, s: Settings, ranks: Ranks, windows, tied: bool, ahead: Ahead,
+             num_batches: int | None = None) -> tuple[float, float]:
+    """(mean cross-entropy in nats a token, share of tokens guessed right) over all ranks. num_batches: of the
+    first so many batches only."""
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for batch in ahead.each(val_batches(shards, s, ranks, num_batches)):
         ranks.beat()
         loss, right = forward(batch, windows, None, tied)
         sums += torch.stack([loss.double(), right.double()])
-    ahead.close()
     ranks.all_reduce(sums).wait()
+    num_tokens = len(range(0, s.val_tokens, s.val_batch_tokens)[:num_batches]) * s.val_batch_tokens
     loss, right = sums.tolist()
-    return loss / s.val_tokens, right / s.val_tokens
+    return loss / num_tokens, right / num_tokens
 
 
 class Diverged(RuntimeError):
@@ -2425,16 +2428,19 @@ def rehearse(s, o, config, train_shards, val_shards, ranks):
     away: every stage, tied or not, training and evaluation, steps with and without Adam and statistics."""
     trainer = Trainer(s, o, config, train_shards[0].vocab_size, ranks)
     data = TrainData(train_shards, s, ranks)
-    schedule, one_batch = trainer.schedule, dataclasses.replace(s, val_tokens=s.val_batch_tokens)
+    schedule = trainer.schedule
+
+    def evaluate_once(windows):  # on one batch, of whose like the run's are
+        evaluate(trainer.forward, val_shards, s, ranks, windows, trainer.tied, data.ahead, num_batches=1)
+
     starts = {schedule.stage(i): i for i in range(schedule.num_steps - 1, -1, -1)}.values()
     firsts = {*starts, schedule.untie_step or 0}
     for step in sorted(firsts | {i + 1 for i in firsts}):  # two steps each: Adam moves on every second
         if step < schedule.num_steps:
             trainer.enter(step)
             trainer.step(step, data.next(schedule.batch_tokens(step), None), measure=step == 0)
-            windows = schedule.windows(trainer.stage)
-            evaluate(trainer.forward, val_shards, one_batch, ranks, windows, trainer.tied)
-    evaluate(trainer.forward, val_shards, one_batch, ranks, schedule.final_windows(), trainer.tied)
+            evaluate_once(schedule.windows(trainer.stage))
+    evaluate_once(schedule.final_windows())
     data.ahead.close()
     del trainer, data
     gc.collect()  # hooks and their optimizer are a cycle, and gigabytes of the device hang on it
@@ -2576,7 +2582,7 @@ class Run:
         self.clock.stop()
         windows = self.schedule.final_windows() if last else self.schedule.windows(self.trainer.stage)
         loss, accuracy = evaluate(self.trainer.forward, self.val_shards, self.s, self.ranks, windows,
-                                  self.trainer.tied)
+                                  self.trainer.tied, self.data.ahead)
         self.report.validated(step, loss, accuracy, self.tokens, self.clock.ms())
         self.note_compilation(step)
         self.clock.start()
