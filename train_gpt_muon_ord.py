@@ -1193,14 +1193,40 @@ class Rotary(nn.Module):
 @functools.cache
 def choose_attention(backend: str) -> tuple[str, str]:
     """(what computes attention, a warning or ""). For varlen: torch's own FlashAttention-2, or, activated
-    here, FlashAttention-3 where its package is installed and the GPU is sm_90. Nothing is downloaded."""
+    here, FlashAttention-3 where its package is installed, the GPU is sm_90 and it works. Nothing is
+    downloaded."""
     if backend != "varlen" or capability()[0] != 9 or not importlib.util.find_spec("flash_attn_interface"):
         return backend + "-FA2" * (backend == "varlen"), ""
     try:
         torch.nn.attention.activate_flash_attention_impl("FA3")
+        check_varlen(torch.device("cuda", torch.cuda.current_device()))
     except Exception as error:  # whatever is wrong with somebody's build of it
-        return "varlen-FA2", f"flash_attn_interface is installed, but cannot be used: {error!r}"
+        if torch.nn.attention.current_flash_attention_impl():
+            torch.nn.attention.restore_flash_attention_impl()
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        return "varlen-FA2", f"flash_attn_interface is installed, but cannot be used: {reason}"
     return "varlen-FA3", ""
+
+
+def check_varlen(device: torch.device):
+    """ValueError if varlen's attention, forward or backward, is not what plain torch computes: a package
+    built for another torch may fail at its first call, or not fail and be wrong. Small, once a run."""
+    bounds = torch.tensor([0, 90, 256], dtype=torch.int32, device=device)
+    batch = Batch(torch.zeros(1, 256), None, bounds, max_doc_tokens=166)
+    for head_dim, kv_heads in ((128, 2), (64, 1)):
+        draw = torch.Generator().manual_seed(0)
+        shapes = ((1, 256, heads, head_dim) for heads in (2, kv_heads, kv_heads, 2))
+        *qkv, grad = (torch.randn(x, generator=draw).to(device, torch.bfloat16) for x in shapes)
+        results = []
+        for backend, dtype in (("varlen", torch.bfloat16), ("sdpa", torch.float32)):
+            leaves = [x.to(dtype, copy=True).requires_grad_() for x in qkv]
+            y = Documents(batch, backend).attend(*leaves, window=64, paired=False, scale=ATTN_SCALE)
+            y.backward(grad.to(dtype))
+            results.append([y.detach(), *(x.grad for x in leaves)])
+        for name, found, wanted in zip(("output", "gradient of q", "of k", "of v"), *results):
+            off = float((found - wanted).norm() / wanted.norm())
+            if not off < 0.02:  # bfloat16 gives 0.002 to 0.005
+                raise ValueError(f"its {name} is off by {off:.0%} for heads of {head_dim}")
 
 
 class Documents:
@@ -1319,10 +1345,11 @@ class Attention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_BTC.view_as(v)
         if self.plan.long_window:
             qk = torch.cat((qk[:, :, :heads[0]], offset_keys(qk[:, :, heads[0]:])), dim=2)
-        if self.plan.paired:
-            qk = torch.cat([pair_heads(x) for x in qk.split(heads, dim=2)], dim=2)
-            v, heads = pair_heads(v), (heads[0] // 2, heads[1] // 2)
-        q, k = rotary(qk).split(heads, dim=2)
+        if self.plan.paired:  # each by itself: joined again, q and k would pass through memory once more
+            q, k = (rotary(pair_heads(x)) for x in qk.split(heads, dim=2))
+            v = pair_heads(v)
+        else:
+            q, k = rotary(qk).split(heads, dim=2)
         y = docs.attend(q, k, v, window, self.plan.paired, rotary.scale)
         if self.plan.paired:
             y = y.view(B, T, 2, self.num_heads // 2, self.head_dim).flatten(2, 3)
@@ -2631,21 +2658,17 @@ def rehearse(s, o, config, train_shards, val_shards, ranks):
     away: every stage, tied or not, training and evaluation, steps with and without Adam and statistics."""
     trainer = Trainer(s, o, config, train_shards[0].vocab_size, ranks)
     data = TrainData(train_shards, s, ranks)
-    schedule = trainer.schedule
-
-    def evaluate_once(windows):  # on one batch, of whose like the run's are
-        evaluate(trainer.forward, val_shards, s, ranks, windows, trainer.tied, data.ahead, num_batches=1)
-
+    schedule, validation = trainer.schedule, (trainer.forward, val_shards, s, ranks)
     starts = {schedule.stage(i): i for i in range(schedule.num_steps - 1, -1, -1)}.values()
     firsts = {*starts, schedule.untie_step or 0}
     for step in sorted(firsts | {i + 1 for i in firsts}):  # two steps each: Adam moves on every second
         if step < schedule.num_steps:
             trainer.enter(step)
             trainer.step(step, data.next(schedule.batch_tokens(step), None), measure=step == 0)
-            evaluate_once(schedule.windows(trainer.stage))
-    evaluate_once(schedule.final_windows())
+            evaluate(*validation, schedule.windows(trainer.stage), trainer.tied, data.ahead, num_batches=1)
+    evaluate(*validation, schedule.final_windows(), trainer.tied, data.ahead, num_batches=1)
     data.ahead.close()
-    del trainer, data
+    del trainer, data, validation
     gc.collect()  # hooks and their optimizer are a cycle, and gigabytes of the device hang on it
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
