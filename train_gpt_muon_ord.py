@@ -1345,11 +1345,13 @@ class Attention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_BTC.view_as(v)
         if self.plan.long_window:
             qk = torch.cat((qk[:, :, :heads[0]], offset_keys(qk[:, :, heads[0]:])), dim=2)
-        if self.plan.paired:  # each by itself: joined again, q and k would pass through memory once more
-            q, k = (rotary(pair_heads(x)) for x in qk.split(heads, dim=2))
-            v = pair_heads(v)
-        else:
-            q, k = rotary(qk).split(heads, dim=2)
+        if self.plan.paired:
+            if heads[0] == heads[1]:  # not taken apart and joined: a permutation fuses with what follows
+                qk = pair_heads(qk, groups=2)
+            else:
+                qk = torch.cat([pair_heads(x) for x in qk.split(heads, dim=2)], dim=2)
+            v, heads = pair_heads(v), (heads[0] // 2, heads[1] // 2)
+        q, k = rotary(qk).split(heads, dim=2)
         y = docs.attend(q, k, v, window, self.plan.paired, rotary.scale)
         if self.plan.paired:
             y = y.view(B, T, 2, self.num_heads // 2, self.head_dim).flatten(2, 3)
@@ -1364,11 +1366,12 @@ def offset_keys(k_BTHD: Tensor) -> Tensor:
     return torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
 
 
-def pair_heads(x_BTHD: Tensor) -> Tensor:
-    """Heads h and h + H/2 side by side along the sequence, positions 2t and 2t+1: (B, 2T, H/2, D). The public
-    record mixes the two by a view of the flat channels; this is the clean form of its idea."""
+def pair_heads(x_BTHD: Tensor, groups: int = 1) -> Tensor:
+    """Heads h and h + H/2 side by side along the sequence, positions 2t and 2t+1: (B, 2T, H/2, D); in each of
+    as many equal groups of heads, if asked. The public record mixes the two by a view of the flat channels;
+    this is the clean form of its idea."""
     B, T, H, D = x_BTHD.shape
-    return x_BTHD.reshape(B, 2 * T, H // 2, D)
+    return x_BTHD.unflatten(2, (groups, 2, -1)).transpose(2, 3).reshape(B, 2 * T, H // 2, D)
 
 
 
