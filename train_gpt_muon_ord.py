@@ -1820,7 +1820,7 @@ def ord_update(G, W, a, rho, second_moment, radial_moment, o: OptimizerSettings)
 
 def floor_square(W: Tensor, dims) -> float:
     """The square norm under which post leaves the radial part alone."""
-    return RESCALE_FLOOR ** 2 / W.size(-1) * math.prod(W.size(d) for d in dims)
+    return RESCALE_FLOOR ** 2 / W.size(-1) * math.prod([W.size(d) for d in dims])
 
 
 def rescaled(new: Tensor, W: Tensor, shrink: Tensor, dims) -> Tensor:

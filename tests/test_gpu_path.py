@@ -13,10 +13,12 @@ import pytest
 import torch
 from helpers import (
     TRAINERS,
+    WAYS_OF_ORD,
     lone_ranks,
     make_optimizer,
     make_text,
     one_rank,
+    optimizer_settings,
     read,
     small_config,
     small_model,
@@ -153,6 +155,21 @@ def test_nothing_is_compiled_in_a_resumed_run(tmp_path, traced_only, one_thread,
     assert run.train() is None
     assert trainer.graphs_compiled() == rehearsed
     assert (tmp_path / "run.txt").read_text().count("step:12/12 val_loss:") == 1
+
+
+@pytest.mark.parametrize("way", WAYS_OF_ORD)
+def test_every_way_of_ord_is_one_graph(way, traced_only, one_thread):
+    """Else an arm of a sweep ends in its rehearsal, on a GPU alone: dynamo refuses what eager torch takes."""
+    trainer = train_gpt_muon_ord
+    model, o = small_model(trainer), optimizer_settings(trainer, **WAYS_OF_ORD[way])
+    optimizer = trainer.Optimizer(model, o, lone_ranks(trainer), 200, trainer.torch_compile)
+    matrices = [b for b in optimizer.buckets if isinstance(b, trainer.MatrixBucket)]
+    before = trainer.graphs_compiled()
+    with torch.no_grad():
+        for bucket in matrices:
+            for measure in (True, False):
+                bucket.update(1.0, 0.95, measure)
+    assert trainer.graphs_compiled() - before == 2 * len(matrices)
 
 
 def test_too_many_forms_are_an_error(traced_only):

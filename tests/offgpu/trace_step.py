@@ -14,18 +14,16 @@ from pathlib import Path
 import pretend_cuda
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from helpers import WAYS_OF_ORD
+
 import train_gpt
 import train_gpt_muon_ord
 
 DEVICE = torch.device("cuda", 0)
 VOCAB = 50257
 MODES = ("stage", "variants", "inductor", "ord")
-ORD_SETTINGS = {
-    "interpolate": {}, "project": {"ORD_MODE": "project"}, "unit": {"SPECTRAL_SCALE": "unit"},
-    "post": {"ORD_MODE": "post", "SPECTRAL_OUT": "0.5", "SPECTRAL_RESCALE": "1"},
-    "adaptive": {"SPECTRAL_SCHEDULE": "adaptive", "ORD_MODE": "project"},
-    "row variance": {"SPECTRAL_RHO_MODE": "row", "SPECTRAL_VARIANCE": "1"}}
 
 
 def ranks(trainer):
@@ -112,7 +110,7 @@ def ord_updates():
     trainer, since = train_gpt_muon_ord, time.perf_counter()
     run = build(trainer, "inductor")
     small = trainer.torch_compile(trainer.radial_part)
-    for name, env in ORD_SETTINGS.items():
+    for name, env in WAYS_OF_ORD.items():
         o = trainer.read_settings({"MODEL": "gpt2-small", **env})[1]
         optimizer = trainer.Optimizer(run.model, o, run.ranks, 14, trainer.torch_compile)
         for bucket in optimizer.buckets:
