@@ -1041,8 +1041,9 @@ class TrainData:
         return now
 
 
-def val_batches(shards: list[Shard], s: Settings, ranks: Ranks):
-    """This rank's passes over the first val_tokens tokens: batches of contiguous slices, documents whole."""
+def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int | None = None):
+    """This rank's passes over the first val_tokens tokens: batches of contiguous slices, documents whole.
+    num_batches: only the first so many."""
     need = s.val_tokens + 1
     tokens = np.concatenate([shard.head(need) for shard in shards])[:need]
     num_slices = max(NUM_SLICES, ranks.world_size)
@@ -1051,8 +1052,8 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks):
     n = max(1, PASS_TOKENS // slice_tokens)
     marks = np.flatnonzero(tokens[:-1] == shards[0].mark)
     bounds = np.union1d(marks, np.arange(0, need, slice_tokens))
-    longest = int(np.diff(bounds).max())  # one number for all passes, because compiled code is made for it
-    for batch_start in range(0, s.val_tokens, s.val_batch_tokens):
+    longest = int(np.diff(bounds).max())  # of all batches, because compiled code is made for this number
+    for batch_start in range(0, s.val_tokens, s.val_batch_tokens)[:num_batches]:
         slices = []
         for i in range(first, end):
             at = batch_start + i * slice_tokens
@@ -1303,14 +1304,40 @@ class Rotary(nn.Module):
 @functools.cache
 def choose_attention(backend: str) -> tuple[str, str]:
     """(what computes attention, a warning or ""). For varlen: torch's own FlashAttention-2, or, activated
-    here, FlashAttention-3 where its package is installed and the GPU is sm_90. Nothing is downloaded."""
+    here, FlashAttention-3 where its package is installed, the GPU is sm_90 and it works. Nothing is
+    downloaded."""
     if backend != "varlen" or capability()[0] != 9 or not importlib.util.find_spec("flash_attn_interface"):
         return backend + "-FA2" * (backend == "varlen"), ""
     try:
         torch.nn.attention.activate_flash_attention_impl("FA3")
+        check_varlen(torch.device("cuda", torch.cuda.current_device()))
     except Exception as error:  # whatever is wrong with somebody's build of it
-        return "varlen-FA2", f"flash_attn_interface is installed, but cannot be used: {error!r}"
+        if torch.nn.attention.current_flash_attention_impl():
+            torch.nn.attention.restore_flash_attention_impl()
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        return "varlen-FA2", f"flash_attn_interface is installed, but cannot be used: {reason}"
     return "varlen-FA3", ""
+
+
+def check_varlen(device: torch.device):
+    """ValueError if varlen's attention, forward or backward, is not what plain torch computes: a package
+    built for another torch may fail at its first call, or not fail and be wrong. Small, once a run."""
+    bounds = torch.tensor([0, 90, 256], dtype=torch.int32, device=device)
+    batch = Batch(torch.zeros(1, 256), None, bounds, max_doc_tokens=166)
+    for head_dim, kv_heads in ((128, 2), (64, 1)):
+        draw = torch.Generator().manual_seed(0)
+        shapes = ((1, 256, heads, head_dim) for heads in (2, kv_heads, kv_heads, 2))
+        *qkv, grad = (torch.randn(x, generator=draw).to(device, torch.bfloat16) for x in shapes)
+        results = []
+        for backend, dtype in (("varlen", torch.bfloat16), ("sdpa", torch.float32)):
+            leaves = [x.to(dtype, copy=True).requires_grad_() for x in qkv]
+            y = Documents(batch, backend).attend(*leaves, window=64, paired=False, scale=ATTN_SCALE)
+            y.backward(grad.to(dtype))
+            results.append([y.detach(), *(x.grad for x in leaves)])
+        for name, found, wanted in zip(("output", "gradient of q", "of k", "of v"), *results):
+            off = float((found - wanted).norm() / wanted.norm())
+            if not off < 0.02:  # bfloat16 gives 0.002 to 0.005
+                raise ValueError(f"its {name} is off by {off:.0%} for heads of {head_dim}")
 
 
 class Documents:
@@ -1430,7 +1457,10 @@ class Attention(nn.Module):
         if self.plan.long_window:
             qk = torch.cat((qk[:, :, :heads[0]], offset_keys(qk[:, :, heads[0]:])), dim=2)
         if self.plan.paired:
-            qk = torch.cat([pair_heads(x) for x in qk.split(heads, dim=2)], dim=2)
+            if heads[0] == heads[1]:  # not taken apart and joined: a permutation fuses with what follows
+                qk = pair_heads(qk, groups=2)
+            else:
+                qk = torch.cat([pair_heads(x) for x in qk.split(heads, dim=2)], dim=2)
             v, heads = pair_heads(v), (heads[0] // 2, heads[1] // 2)
         q, k = rotary(qk).split(heads, dim=2)
         y = docs.attend(q, k, v, window, self.plan.paired, rotary.scale)
@@ -1447,11 +1477,12 @@ def offset_keys(k_BTHD: Tensor) -> Tensor:
     return torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
 
 
-def pair_heads(x_BTHD: Tensor) -> Tensor:
-    """Heads h and h + H/2 side by side along the sequence, positions 2t and 2t+1: (B, 2T, H/2, D). The public
-    record mixes the two by a view of the flat channels; this is the clean form of its idea."""
+def pair_heads(x_BTHD: Tensor, groups: int = 1) -> Tensor:
+    """Heads h and h + H/2 side by side along the sequence, positions 2t and 2t+1: (B, 2T, H/2, D); in each of
+    as many equal groups of heads, if asked. The public record mixes the two by a view of the flat channels;
+    this is the clean form of its idea."""
     B, T, H, D = x_BTHD.shape
-    return x_BTHD.reshape(B, 2 * T, H // 2, D)
+    return x_BTHD.unflatten(2, (groups, 2, -1)).transpose(2, 3).reshape(B, 2 * T, H // 2, D)
 
 
 
@@ -2054,7 +2085,7 @@ def ord_update(G, W, a, rho, second_moment, radial_moment, o: OptimizerSettings)
 
 def floor_square(W: Tensor, dims) -> float:
     """The square norm under which post leaves the radial part alone."""
-    return RESCALE_FLOOR ** 2 / W.size(-1) * math.prod(W.size(d) for d in dims)
+    return RESCALE_FLOOR ** 2 / W.size(-1) * math.prod([W.size(d) for d in dims])
 
 
 def rescaled(new: Tensor, W: Tensor, shrink: Tensor, dims) -> Tensor:
@@ -2817,17 +2848,19 @@ class Clock:
 
 
 @torch.no_grad()
-def evaluate(forward, shards, s: Settings, ranks: Ranks, windows, tied: bool) -> tuple[float, float]:
-    """(mean cross-entropy in nats a token, share of tokens guessed right) over all ranks."""
-    sums, ahead = torch.zeros(2, dtype=torch.float64, device=ranks.device), Ahead(ranks.device)
-    for batch in ahead.each(val_batches(shards, s, ranks)):
+def evaluate(forward, shards, s: Settings, ranks: Ranks, windows, tied: bool, ahead: Ahead,
+             num_batches: int | None = None) -> tuple[float, float]:
+    """(mean cross-entropy in nats a token, share of tokens guessed right) over all ranks. num_batches: of the
+    first so many batches only."""
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for batch in ahead.each(val_batches(shards, s, ranks, num_batches)):
         ranks.beat()
         loss, right = forward(batch, windows, None, tied)
         sums += torch.stack([loss.double(), right.double()])
-    ahead.close()
     ranks.all_reduce(sums).wait()
+    num_tokens = len(range(0, s.val_tokens, s.val_batch_tokens)[:num_batches]) * s.val_batch_tokens
     loss, right = sums.tolist()
-    return loss / s.val_tokens, right / s.val_tokens
+    return loss / num_tokens, right / num_tokens
 
 
 class Diverged(RuntimeError):
@@ -2949,7 +2982,7 @@ def rehearse(s, o, config, train_shards, val_shards, ranks, stop: Stop):
     Ends early if a rank was asked to stop."""
     trainer = Trainer(s, o, config, train_shards[0].vocab_size, ranks)
     data = TrainData(train_shards, s, ranks)
-    schedule, one_batch = trainer.schedule, dataclasses.replace(s, val_tokens=s.val_batch_tokens)
+    schedule, validation = trainer.schedule, (trainer.forward, val_shards, s, ranks)
     starts = {schedule.stage(i): i for i in range(schedule.num_steps - 1, -1, -1)}.values()
     firsts = {*starts, schedule.untie_step or 0}
     for step in sorted(firsts | {i + 1 for i in firsts}):  # two steps each: Adam moves on every second
@@ -2958,12 +2991,11 @@ def rehearse(s, o, config, train_shards, val_shards, ranks, stop: Stop):
         if step < schedule.num_steps:
             trainer.enter(step)
             trainer.step(step, data.next(schedule.batch_tokens(step), None), measure=step == 0)
-            windows = schedule.windows(trainer.stage)
-            evaluate(trainer.forward, val_shards, one_batch, ranks, windows, trainer.tied)
+            evaluate(*validation, schedule.windows(trainer.stage), trainer.tied, data.ahead, num_batches=1)
     else:
-        evaluate(trainer.forward, val_shards, one_batch, ranks, schedule.final_windows(), trainer.tied)
+        evaluate(*validation, schedule.final_windows(), trainer.tied, data.ahead, num_batches=1)
     data.ahead.close()
-    del trainer, data
+    del trainer, data, validation
     gc.collect()  # hooks and their optimizer are a cycle, and gigabytes of the device hang on it
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -3137,7 +3169,7 @@ class Run:
         self.clock.stop()
         windows = self.schedule.final_windows() if last else self.schedule.windows(self.trainer.stage)
         loss, accuracy = evaluate(self.trainer.forward, self.val_shards, self.s, self.ranks, windows,
-                                  self.trainer.tied)
+                                  self.trainer.tied, self.data.ahead)
         self.validated = step
         self.report.validated(step, loss, accuracy, self.tokens, self.clock.ms())
         self.note_compilation(step)

@@ -232,13 +232,12 @@ class Timed:
 
     def evaluation_ms(self) -> float:
         """One whole validation, from one batch of it."""
-        one_batch = dataclasses.replace(self.s, val_tokens=self.s.val_batch_tokens)
         windows = self.schedule.windows(self.trainer.stage)
         for _ in range(2 if self.clock.cuda or self.s.compile == "1" else 1):  # the first one compiles
             self.clock.sync()
             start = time.perf_counter()
-            self.module.evaluate(self.trainer.forward, self.val_shards, one_batch, self.ranks, windows,
-                                 self.trainer.tied)
+            self.module.evaluate(self.trainer.forward, self.val_shards, self.s, self.ranks, windows,
+                                 self.trainer.tied, self.data.ahead, num_batches=1)
             self.clock.sync()
             ms = 1000 * (time.perf_counter() - start)
         return ms * self.s.val_tokens / self.s.val_batch_tokens

@@ -19,6 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 BASELINE, ORD = "train_gpt.py", "train_gpt_muon_ord.py"
 TRAINERS = (train_gpt, train_gpt_muon_ord)
 MARK, BYTES_VOCAB = 0, 256
+WAYS_OF_ORD = {
+    "interpolate": {},
+    "project": {"ORD_MODE": "project"},
+    "unit": {"SPECTRAL_SCALE": "unit"},
+    "post": {"ORD_MODE": "post", "SPECTRAL_OUT": "0.5", "SPECTRAL_RESCALE": "1"},
+    "adaptive": {"SPECTRAL_SCHEDULE": "adaptive", "ORD_MODE": "project"},
+    "row variance": {"SPECTRAL_RHO_MODE": "row", "SPECTRAL_VARIANCE": "1"},
+    "off": {"ORD_MODE": "off"},
+}
 HEADER = [20240520, 1]  # magic and version of a shard
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import WAYS_OF_ORD
 
 TRACE = Path(__file__).parent / "offgpu" / "trace_step.py"
 NO_COMPILER = 77
@@ -60,6 +61,16 @@ def test_every_stage_and_validation_is_one_graph(tmp_path):
 def test_the_step_compiles_for_hopper(tmp_path):
     """On demand (./test.sh --fake-cuda): inductor makes sm_90 machine code of the whole step, which its own
     templates and the trainer's kernels may fail at although the trace is fine."""
-    trace("inductor", tmp_path, 3600)
+    graphs = trace("inductor", tmp_path, 3600)
+    assert set(graphs) == {"inductor step", "inductor optimizer", "inductor validation"}
     assert len(list(tmp_path.rglob("*.cubin"))) > 50
     assert all(".target sm_90" in ptx.read_text() for ptx in tmp_path.rglob("*.ptx"))
+
+
+@pytest.mark.fake_cuda
+def test_every_way_of_ord_compiles_for_hopper(tmp_path):
+    """On demand: else an arm of a sweep fails in code that the default setting never took."""
+    graphs = list(trace("ord", tmp_path, 3600).values())
+    assert len(graphs) == len(WAYS_OF_ORD)
+    assert all(b >= a + 2 for a, b in zip(graphs, graphs[1:])), "two shapes of matrices each"
+    assert len(list(tmp_path.rglob("*.cubin"))) > 50

@@ -13,10 +13,12 @@ import pytest
 import torch
 from helpers import (
     TRAINERS,
+    WAYS_OF_ORD,
     lone_ranks,
     make_optimizer,
     make_text,
     one_rank,
+    optimizer_settings,
     read,
     small_config,
     small_model,
@@ -43,9 +45,11 @@ STAGES = dict(
 
 def staged_start(trainer, folder, **settings):
     """What main() would start from: a model with everything and four stages that all differ in shape, with
-    passes of three and of two slices, on documents of all lengths."""
+    passes of three and of two slices, on documents of all lengths, validated after every step. The longest
+    documents of validation are in its second batch."""
     write_shard(folder / "made_train_0.bin", make_text(60_000))
-    write_shard(folder / "made_val_0.bin", make_text(9_000, 1))
+    val = make_text(2500, 1, longest=60), make_text(6500, 2)
+    write_shard(folder / "made_val_0.bin", np.concatenate(val))
     s, o, _ = read(
         trainer,
         DATA_PATH=folder,
@@ -53,7 +57,7 @@ def staged_start(trainer, folder, **settings):
         VAL_FILES="made_val_*.bin",
         VAL_TOKENS=4096,
         VAL_BATCH_TOKENS=2048,
-        VAL_LOSS_EVERY=5,
+        VAL_LOSS_EVERY=1,
         MAX_DOC_TOKENS=64,
         BATCH_SIZES="512,1024,1536,1536",
         NUM_SCHEDULED_ITERATIONS=9,
@@ -78,9 +82,16 @@ def staged_start(trainer, folder, **settings):
 
 @pytest.fixture
 def traced_only(monkeypatch):
-    """torch.compile by dynamo alone: the graphs it makes are what would be compiled."""
+    """torch.compile by dynamo alone: the graphs it makes are what would be compiled. Attention asks, as
+    varlen's does, for the longest document, a constant of the graph."""
     torch._dynamo.reset()
     for trainer in TRAINERS:
+        attend = trainer.Documents.attend
+
+        def ask_longest(self, *args, attend=attend):
+            return attend(self, *args) * float(self.max_doc_tokens > 0)
+
+        monkeypatch.setattr(trainer.Documents, "attend", ask_longest)
         monkeypatch.setattr(
             trainer,
             "torch_compile",
@@ -91,7 +102,7 @@ def traced_only(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thread):
+def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thread, monkeypatch):
     """Else a stage begins with a minute of compiling on the clock. And what the rehearsal made must be gone:
     its model and optimizer are as large as the run's."""
     trainer = train_gpt_muon_ord  # compiles all that the baseline does, and a form of the step that measures
@@ -102,26 +113,63 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thre
         trainers.append(weakref.ref(self))
         build(self, *args)
 
-    trainer.Trainer.__init__ = remember
-    try:
-        before = trainer.graphs_compiled()
-        trainer.rehearse(*start[:3], start.train_shards, start.val_shards, start.ranks, trainer.Stop())
-        rehearsed = trainer.graphs_compiled()
-        assert rehearsed - before > 15
-        gc.collect()
-        assert trainers[0]() is None, "the rehearsal's trainer is still there"
-        run = trainer.Run(start, trainer.Stop())
-        assert run.train() is None
-    finally:
-        trainer.Trainer.__init__ = build
+    monkeypatch.setattr(trainer.Trainer, "__init__", remember)
+    before = trainer.graphs_compiled()
+    trainer.rehearse(*start[:3], start.train_shards, start.val_shards, start.ranks, trainer.Stop())
+    rehearsed = trainer.graphs_compiled()
+    assert rehearsed - before > 15
+    gc.collect()
+    assert [t() for t in trainers] == [None], "the rehearsal's trainer is still there"
+    run = trainer.Run(start, trainer.Stop())
+    assert run.train() is None
     assert trainer.graphs_compiled() == rehearsed
     text = (tmp_path / "run.txt").read_text()
-    assert "step:12/12 val_loss:" in text and "recompiled" not in text
+    assert text.count("val_loss:") == 13 and "recompiled" not in text
     # the alarm works
     run.s = dataclasses.replace(run.s, rehearse="1")
-    trainer.evaluate(run.trainer.forward, run.val_shards, run.s, run.ranks, (8, 8), run.trainer.tied)
+    trainer.evaluate(run.trainer.forward, run.val_shards, run.s, run.ranks, (8, 8), False, run.data.ahead)
     run.note_compilation(12)
     assert "event:recompiled step:12 graphs:1" in (tmp_path / "run.txt").read_text()
+
+
+def test_nothing_is_compiled_in_a_resumed_run(tmp_path, traced_only, one_thread, monkeypatch):
+    """Resumed in the middle of stage 3, untied: a softmax scale, say, that comes out of the file with another
+    last bit is another constant of the graph."""
+    at = 8
+    monkeypatch.chdir(tmp_path)
+    trainer = train_gpt_muon_ord
+    start = staged_start(trainer, tmp_path, RUN_ID="saved", SAVE_EVERY=at)
+    run = trainer.Run(start, trainer.Stop())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.schedule, "num_steps", at + 1)
+        assert run.train() is None
+    saved = trainer.read_checkpoint(tmp_path / "logs" / "saved" / f"step_{at:08d}.pt")
+    torch._dynamo.reset()  # as in a new process
+    run = trainer.Run(start, trainer.Stop())
+    run.resume(saved)
+    assert (run.first, run.trainer.stage, run.trainer.tied) == (at, 2, False)
+    before = trainer.graphs_compiled()
+    trainer.rehearse(*start[:3], start.train_shards, start.val_shards, start.ranks, trainer.Stop())
+    rehearsed = trainer.graphs_compiled()
+    assert rehearsed - before > 15
+    assert run.train() is None
+    assert trainer.graphs_compiled() == rehearsed
+    assert (tmp_path / "run.txt").read_text().count("step:12/12 val_loss:") == 1
+
+
+@pytest.mark.parametrize("way", WAYS_OF_ORD)
+def test_every_way_of_ord_is_one_graph(way, traced_only, one_thread):
+    """Else an arm of a sweep ends in its rehearsal, on a GPU alone: dynamo refuses what eager torch takes."""
+    trainer = train_gpt_muon_ord
+    model, o = small_model(trainer), optimizer_settings(trainer, **WAYS_OF_ORD[way])
+    optimizer = trainer.Optimizer(model, o, lone_ranks(trainer), 200, trainer.torch_compile)
+    matrices = [b for b in optimizer.buckets if isinstance(b, trainer.MatrixBucket)]
+    before = trainer.graphs_compiled()
+    with torch.no_grad():
+        for bucket in matrices:
+            for measure in (True, False):
+                bucket.update(1.0, 0.95, measure)
+    assert trainer.graphs_compiled() - before == 2 * len(matrices)
 
 
 def test_too_many_forms_are_an_error(traced_only):
@@ -210,25 +258,108 @@ def test_more_ranks_than_gpus_are_refused(on_gpu, monkeypatch):
     train_gpt.read_settings({"MODEL": "tiny", "DEVICE": "cpu"})
 
 
+class VarlenOnCPU:
+    """Kernels of torch's varlen attention for the CPU, which has none; `off` makes their window too long, in
+    the forward or in the backward pass."""
+
+    def __init__(self, forward_off=0, backward_off=0):
+        self.forward_off, self.backward_off = forward_off, backward_off
+
+    def register(self, library):
+        library.impl("_flash_attention_forward", self.forward, "CPU")
+        library.impl("_flash_attention_backward", self.backward, "CPU")
+
+    @staticmethod
+    def probabilities(q_THD, k_THD, cu_seqlens, window, scale):
+        at = torch.arange(len(q_THD))
+        doc = torch.searchsorted(cu_seqlens, at.to(cu_seqlens.dtype), right=True)
+        ago = at[:, None] - at
+        seen = (ago >= 0) & (ago <= window) & (doc[:, None] == doc)
+        scores = torch.einsum("ihd,jhd->hij", q_THD, k_THD) * scale
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+    def forward(self, q, k, v, cu_q, cu_k, *_, scale, window_size_left, **__):
+        k, v = (x.float().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        P = self.probabilities(q.float(), k, cu_q, window_size_left + self.forward_off, scale)
+        rng = torch.zeros(2, dtype=torch.uint64)
+        lse = torch.zeros(q.shape[1], len(q))
+        return torch.einsum("hij,jhd->ihd", P, v).to(q.dtype), lse, rng, rng, torch.empty(0)
+
+    def backward(self, grad, q, k, v, out, lse, cu_q, cu_k, *_, scale, window_size_left, **__):
+        shared, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
+        k, v = (x.float().repeat_interleave(shared, 1) for x in (k, v))
+        grad, q = grad.float(), q.float()
+        P = self.probabilities(q, k, cu_q, window_size_left + self.backward_off, scale)
+        grad_P = torch.einsum("ihd,jhd->hij", grad, v)
+        grad_S = P * (grad_P - (grad_P * P).sum(-1, keepdim=True)) * scale
+        fold = lambda x: x.unflatten(1, (kv_heads, shared)).sum(2)
+        grads = (
+            torch.einsum("hij,jhd->ihd", grad_S, k),
+            fold(torch.einsum("hij,ihd->jhd", grad_S, q)),
+            fold(torch.einsum("hij,ihd->jhd", P, grad)),
+        )
+        return tuple(x.bfloat16() for x in grads)
+
+
+def test_a_wrong_attention_kernel_is_found_out():
+    """Else a package built for another torch trains a run on wrong numbers."""
+    cpu = torch.device("cpu")
+    for kernels, wrong in (
+        (VarlenOnCPU(), None),
+        (VarlenOnCPU(forward_off=1), "output is off by 8% for heads of 128"),
+        (VarlenOnCPU(backward_off=1), "gradient of q is off"),
+    ):
+        with torch.library._scoped_library("aten", "IMPL") as library:
+            kernels.register(library)
+            if wrong is None:
+                train_gpt.check_varlen(cpu)
+            else:
+                with pytest.raises(ValueError, match=wrong):
+                    train_gpt.check_varlen(cpu)
+
+
+FA3_PACKAGE = """
+import torch
+library = torch.library.Library("flash_attn_3", "DEF")
+library.define("fwd(Tensor q) -> Tensor")
+library.define("bwd(Tensor q) -> Tensor")
+"""
+
+
 def test_flash_attention_3_where_it_can_be_had(on_gpu, monkeypatch, tmp_path):
-    """Without its package, or on another GPU, torch's own; a package that is broken is a warning."""
+    """Without its package, or on another GPU, torch's own; a package that has no kernels, or whose kernels
+    fail when they are called, is a warning, and torch's own is put back."""
+    check, active = train_gpt.check_varlen, torch.nn.attention.current_flash_attention_impl
+    monkeypatch.setattr(train_gpt, "check_varlen", lambda device: check(torch.device("cpu")))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def choose(backend="varlen"):
+        train_gpt.choose_attention.cache_clear()
+        return train_gpt.choose_attention(backend)
+
     on_gpu(9, 0)
-    assert train_gpt.choose_attention("sdpa") == ("sdpa", "")
-    assert train_gpt.choose_attention("varlen") == ("varlen-FA2", "")
-    (tmp_path / "flash_attn_interface.py").write_text("")  # it has no kernels
+    assert choose("sdpa") == ("sdpa", "")
+    assert choose() == ("varlen-FA2", "")
+    package = tmp_path / "flash_attn_interface.py"
+    package.write_text("raise ImportError('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    train_gpt.choose_attention.cache_clear()
-    name, warning = train_gpt.choose_attention("varlen")
+    name, warning = choose()
     assert name == "varlen-FA2" and "flash_attn_interface is installed, but" in warning
-    on_gpu(8, 0)
-    train_gpt.choose_attention.cache_clear()
-    assert train_gpt.choose_attention("varlen") == ("varlen-FA2", "")
-    on_gpu(9, 0)
-    activated = []
-    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
-    train_gpt.choose_attention.cache_clear()
-    assert train_gpt.choose_attention("varlen") == ("varlen-FA3", "") and activated == ["FA3"]
-    sys.modules.pop("flash_attn_interface", None)
+    assert "undefined symbol" in warning
+    package.write_text(FA3_PACKAGE)
+    try:
+        name, warning = choose()  # a CPU has no such kernel
+        assert name == "varlen-FA2" and active() is None
+        assert "cannot be used: Could not run 'aten::_flash_attention_forward'" in warning
+        on_gpu(8, 0)
+        assert choose() == ("varlen-FA2", "")
+        on_gpu(9, 0)
+        with torch.library._scoped_library("aten", "IMPL") as library:
+            VarlenOnCPU().register(library)
+            assert choose() == ("varlen-FA3", "") and active() == "FA3"
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+        sys.modules.pop("flash_attn_interface", None)
 
 
 def test_compiled_code_is_kept_beside_the_script(monkeypatch):

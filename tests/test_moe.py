@@ -228,7 +228,8 @@ def test_noise_only_in_training(shards, monkeypatch):
     run.forward = lambda *args: (seen.append((args[2] is not None, args[4] if len(args) > 4 else None)),
                                  forward(*args))[1]
     steps(run, data, 0, 1)
-    train_gpt.evaluate(run.forward, train_gpt.open_data(run.s, 1)[1], run.s, run.ranks, (64, 256), True)
+    train_gpt.evaluate(run.forward, train_gpt.open_data(run.s, 1)[1], run.s, run.ranks, (64, 256), True,
+                       data.ahead)
     assert {training for training, _ in seen} == {True, False}
     assert all((noise is not None) == training for training, noise in seen)
 

@@ -758,7 +758,8 @@ def losses_of_run(trainer, folder, steps=12, **env):
     for step in range(steps + 1):
         if step % 4 == 0:
             windows = run.schedule.windows(run.stage)
-            losses.append(trainer.evaluate(run.forward, val_shards, s, ranks, windows, run.tied)[0])
+            found = trainer.evaluate(run.forward, val_shards, s, ranks, windows, run.tied, data.ahead)
+            losses.append(found[0])
         if step < steps:
             run.enter(step)
             run.step(step, data.next(run.schedule.batch_tokens(step), None))

@@ -116,7 +116,7 @@ def pretend_torch_cuda():
     torch._C._cuda_getCurrentRawStream = says(0)
     for name, value in dict(exchange_device=0, maybe_exchange_device=0, current_device=0, set_device=None,
                             device_count=1, is_available=True, get_compute_capability=ARCH, synchronize=None,
-                            get_raw_stream=0).items():
+                            get_raw_stream=0, get_device_properties=H100).items():
         setattr(CudaInterface, name, staticmethod(says(value)))
     CudaInterface.Worker.get_device_properties = staticmethod(says(H100))
     CudaInterface.Worker.current_device = staticmethod(says(0))

@@ -1,11 +1,12 @@
 """Trace, or compile for sm_90, what a train step of gpt2-small runs on a GPU; prints one line a part.
 
-    python trace_step.py stage|variants|experts|inductor
+    python trace_step.py stage|variants|experts|inductor|ord
 
 stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins
 variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
 experts   a step and a validation of moe-79m, which has grouped products, and its optimizer's steps
-inductor  the first stage's step, twin with ORD, by inductor to sm_90 machine code
+inductor  the first stage's step, twin with ORD, and its validation, by inductor to sm_90 machine code
+ord       the update of matrices in each of ORD's ways, by inductor to sm_90 machine code
 """
 import sys
 import time
@@ -14,13 +15,16 @@ from pathlib import Path
 import pretend_cuda
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from helpers import WAYS_OF_ORD
+
 import train_gpt
 import train_gpt_muon_ord
 
 DEVICE = torch.device("cuda", 0)
 VOCAB = 50257
-MODES = ("stage", "variants", "experts", "inductor")
+MODES = ("stage", "variants", "experts", "inductor", "ord")
 
 
 def ranks(trainer):
@@ -85,6 +89,41 @@ def stage(backend: str):
         report(f"{trainer.__name__} optimizer", since)
 
 
+def inductor_step():
+    """As stage, by inductor: its own guards must not tie the code to one number of documents either."""
+    since, run = time.perf_counter(), build(train_gpt_muon_ord, "inductor")
+    run.step(0, [stage_batch(train_gpt_muon_ord, run, 0, 94)])
+    report("inductor step", since)
+    optimizer_steps(run)
+    report("inductor optimizer", since)
+    with torch.no_grad():
+        val_slice = run.s.val_batch_tokens // train_gpt_muon_ord.NUM_SLICES
+        val = batch(train_gpt_muon_ord, 1, val_slice, 400, 100_000)
+        run.forward(val, run.schedule.windows(0), None, run.tied)
+    report("inductor validation", since)
+    graphs = train_gpt_muon_ord.graphs_compiled()
+    run.step(2, [stage_batch(train_gpt_muon_ord, run, 0, n) for n in (77, 131)])
+    assert train_gpt_muon_ord.graphs_compiled() == graphs, "other numbers of documents were compiled anew"
+
+
+def ord_updates():
+    """All matrices of gpt2-small once, with statistics; and what the Triton path has compiled of it."""
+    trainer, since = train_gpt_muon_ord, time.perf_counter()
+    run = build(trainer, "inductor")
+    small = trainer.torch_compile(trainer.radial_part)
+    for name, env in WAYS_OF_ORD.items():
+        o = trainer.read_settings({"MODEL": "gpt2-small", **env})[1]
+        optimizer = trainer.Optimizer(run.model, o, run.ranks, 14, trainer.torch_compile)
+        for bucket in optimizer.buckets:
+            if isinstance(bucket, trainer.MatrixBucket):
+                with torch.no_grad():
+                    bucket.update(1.0, 0.95, measure=True)
+                    if trainer.fused_covers(o):
+                        sums = torch.zeros(len(bucket.names), 3, device=DEVICE)
+                        small(sums, bucket.a_N11, bucket.rho_sum / 40, trainer.scalar(1), o)
+        report(name, since)
+
+
 def variants():
     """Everything rehearse() would compile of the model, in the schedule's order."""
     since, run = time.perf_counter(), build(train_gpt, "eager")
@@ -125,12 +164,10 @@ def main(mode: str):
             stage("aot_eager")
         elif mode == "experts":
             experts("aot_eager")
+        elif mode == "ord":
+            ord_updates()
         else:
-            since, run = time.perf_counter(), build(train_gpt_muon_ord, "inductor")
-            run.step(0, [stage_batch(train_gpt_muon_ord, run, 0, 94)])
-            report("inductor step", since)
-            optimizer_steps(run)
-            report("inductor optimizer", since)
+            inductor_step()
 
 
 if __name__ == "__main__":
