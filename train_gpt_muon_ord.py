@@ -1257,6 +1257,7 @@ PRESETS = {
              lr_decay_final=0.0, max_doc_tokens=512, long_docs="split", val_loss_every=100,
              val_loss_last_steps=0, target_loss=4.5)),
     "tiny": (ModelConfig(**TINY), TINY_SETTINGS),
+    "tiny-wide": (ModelConfig(**{**TINY, "width": 256, "num_heads": 4, "num_kv_heads": 4}), TINY_SETTINGS),
     "moe-tiny": (ModelConfig(num_experts=8, expert_hidden=128, **TINY),
                  dict(TINY_SETTINGS, num_experts=8)),
 }
