@@ -165,7 +165,7 @@ def resume(cwd, shards, ranks=0, **settings):
 def test_other_settings_are_refused_with_the_list(copy_of_saved, shards):
     done = resume(copy_of_saved, shards, MUON_LR=0.5, SEED=3)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "MUON_LR was 0.012, now 0.5" in done.stderr and "SEED was 0, now 3" in done.stderr
+    assert "MUON_LR was 0.023, now 0.5" in done.stderr and "SEED was 0, now 3" in done.stderr
     assert "event:resumed" not in (copy_of_saved / "logs" / "saved.txt").read_text()
 
 
