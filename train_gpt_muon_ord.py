@@ -538,9 +538,9 @@ class Stop:
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        if not self.reason:
-            self.reason, self.since = signal.Signals(number).name, time.monotonic()
-        elif self.since and time.monotonic() - self.since > self.TOGETHER_S:
+        self.reason = self.reason or signal.Signals(number).name  # Watch may have given one
+        self.since = self.since or time.monotonic()
+        if time.monotonic() - self.since > self.TOGETHER_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -772,7 +772,7 @@ def has_begun(log: Path) -> bool:
 
 
 def source_hash() -> str:
-    return hashlib.sha256(b"".join(p.read_bytes() for p in source_files())).hexdigest()[:16]
+    return hashlib.sha256(sources().encode()).hexdigest()[:16]
 
 
 def launch_id() -> str:
@@ -901,11 +901,15 @@ class Batch(NamedTuple):
     max_doc_tokens: int
 
 
+def count_slices(world_size: int) -> int:
+    """Of a global batch."""
+    return max(NUM_SLICES, world_size)
+
+
 def my_slices(ranks: Ranks) -> range:
     """Which slices of a global batch are this rank's."""
-    num_slices = max(NUM_SLICES, ranks.world_size)
-    return range(ranks.rank * num_slices // ranks.world_size,
-                 (ranks.rank + 1) * num_slices // ranks.world_size)
+    each = count_slices(ranks.world_size) // ranks.world_size
+    return range(ranks.rank * each, (ranks.rank + 1) * each)
 
 
 def stack_slices(slices: list, device: torch.device, max_doc_tokens: int) -> Batch:
@@ -971,7 +975,7 @@ class TrainData:
     def __init__(self, shards: list[Shard], s: Settings, ranks: Ranks):
         self.shards, self.seed, self.device = shards, s.seed, ranks.device
         self.max_doc_tokens, self.split = s.max_doc_tokens, s.long_docs == "split"
-        self.num_slices, self.mine = max(NUM_SLICES, ranks.world_size), my_slices(ranks)
+        self.num_slices, self.mine = count_slices(ranks.world_size), my_slices(ranks)
         self.slices_per_pass = s.slices_per_pass
         self.loaded, self.ahead = None, Ahead(ranks.device)
         self.seek((0, 0, 0))
@@ -1046,16 +1050,14 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int
     num_batches: only the first so many."""
     need = s.val_tokens + 1
     tokens = np.concatenate([shard.head(need) for shard in shards])[:need]
-    num_slices = max(NUM_SLICES, ranks.world_size)
-    slice_tokens = s.val_batch_tokens // num_slices
-    first, end = (r * num_slices // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
+    slice_tokens = s.val_batch_tokens // count_slices(ranks.world_size)
     n = max(1, PASS_TOKENS // slice_tokens)
     marks = np.flatnonzero(tokens[:-1] == shards[0].mark)
     bounds = np.union1d(marks, np.arange(0, need, slice_tokens))
     longest = int(np.diff(bounds).max())  # of all batches, because compiled code is made for this number
     for batch_start in range(0, s.val_tokens, s.val_batch_tokens)[:num_batches]:
         slices = []
-        for i in range(first, end):
+        for i in my_slices(ranks):
             at = batch_start + i * slice_tokens
             part = tokens[at:at + slice_tokens + 1]
             inner = np.flatnonzero(part[1:-1] == shards[0].mark) + 1
@@ -1081,7 +1083,7 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
     if have < s.val_tokens + 1:
         raise DataError(f"VAL_TOKENS={s.val_tokens}, but the validation shards hold {have}, one of them only "
                         f"a target; set it to a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens} below that")
-    num_slices = max(NUM_SLICES, world_size)
+    num_slices = count_slices(world_size)
     if num_slices % world_size or any(t % num_slices for t in (*s.batch_sizes, s.val_batch_tokens)):
         raise SettingsError(f"{world_size} ranks do not divide {num_slices} slices, or those the batches "
                             f"{s.batch_sizes}; use 1, 2, 4, 8 ranks, or batches that divide")
@@ -2853,13 +2855,13 @@ def evaluate(forward, shards, s: Settings, ranks: Ranks, windows, tied: bool, ah
              num_batches: int | None = None) -> tuple[float, float]:
     """(mean cross-entropy in nats a token, share of tokens guessed right) over all ranks. num_batches: of the
     first so many batches only."""
-    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    sums, num_tokens = torch.zeros(2, dtype=torch.float64, device=ranks.device), 0
     for batch in ahead.each(val_batches(shards, s, ranks, num_batches)):
         ranks.beat()
         loss, right = forward(batch, windows, None, tied)
         sums += torch.stack([loss.double(), right.double()])
+        num_tokens += batch.targets_BT.numel() * ranks.world_size  # every rank has as many
     ranks.all_reduce(sums).wait()
-    num_tokens = len(range(0, s.val_tokens, s.val_batch_tokens)[:num_batches]) * s.val_batch_tokens
     loss, right = sums.tolist()
     return loss / num_tokens, right / num_tokens
 
@@ -3251,7 +3253,7 @@ def prepare(env) -> Start:
     train_shards, val_shards = ranks.together(lambda: open_data(s, ranks.world_size))
     config |= {"train_data": shard_fields(train_shards), "val_data": shard_fields(val_shards),
                "vocab_size": train_shards[0].vocab_size, "mark": train_shards[0].mark,
-               "num_slices": max(NUM_SLICES, ranks.world_size)}
+               "num_slices": count_slices(ranks.world_size)}
     origin = ranks.together(lambda: find_origin(s, config, run_id) if ranks.rank == 0 else None)
     shared = ranks.share(origin and origin._replace(saved=origin.saved and {}))
     origin, num_steps = origin or shared, Schedule(s, model_config).num_steps
@@ -3300,7 +3302,7 @@ def main(argv: list[str], env=os.environ) -> int:
         start = prepare(env)
         if start.log is None:
             if start.ranks.rank == 0:
-                print(f"{SCRIPT.name}: {start.s.log} is of a run that is over; nothing to do")
+                show(f"{SCRIPT.name}: {start.s.log} is of a run that is over; nothing to do")
             return start.origin.ended
     except ValueError as error:
         return refuse(error)

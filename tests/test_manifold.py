@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import BASELINE, TRAINERS, base_env, made_text, run, train, write_shard
+from helpers import BASELINE, TRAINERS, base_env, run, train
 from test_checkpoints import small_trainer
 
 import manifold
@@ -144,14 +144,6 @@ def test_update_is_after_minus_before_and_the_gradient_is_raw(trainer, env, tmp_
         assert row["update_sigma_max"] == pytest.approx(s[0], rel=1e-4)
         assert row["weight_norm"] == pytest.approx(before[name].norm().item(), rel=1e-5)
         assert row["grad_norm"] == pytest.approx(grads[name].norm().item(), rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    write_shard(folder / "made_train_0.bin", made_text(60_000, 1))
-    write_shard(folder / "made_val_0.bin", made_text(20_000, 2))
-    return folder
 
 
 SHORT = dict(NUM_SCHEDULED_ITERATIONS=6, BATCH_SIZES="1024,1024,1024,1024", VAL_LOSS_EVERY=3)
