@@ -6,6 +6,7 @@ gradients included. records/2026-11-24_tiny_speed has what they gain.
 B sequences, T tokens, H heads, D head dim, C width, F rotary frequencies
 E experts, P rows, an expert's together
 """
+import ctypes
 import functools
 import math
 
@@ -13,6 +14,20 @@ import torch
 from torch import Tensor
 
 QUERY_BLOCK = 64  # queries that attention takes at once; 32 and 128 were slower with a window of 64
+
+
+def keep_freed_memory():
+    """Tells the C library (glibc; others are left alone) to keep what tensors free for the next ones.
+
+    It gives large blocks back to the system at once and asks for them again, page by page, each zeroed by the
+    kernel: a quarter of the processor time of 40 steps of `tiny` with three evaluations (10.6 of 40.3 s; so
+    1.4 of 31.0 s).
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
+        libc.mallopt(M_MMAP_MAX, 0)  # and have everything in it
 
 
 class Norm(torch.autograd.Function):

@@ -13,8 +13,9 @@ record.toml, whose `commands` are the tools of this project that make the rest, 
     ]
 
 --new copies a sweep's file, manifest and logs from logs/ into a new record, writes its record.toml, and calls
-the commands. Logs are compressed (.txt.xz, which every tool here reads); the source code at their heads, the
-same in all runs, is kept once, in logs/sources/HASH.txt.xz, if its hash is the one that the run logged.
+the commands. Logs, and the RUN_ID.manifold.jsonl beside them, are compressed (.xz, which every tool here
+reads); the source code at the heads of logs, the same in all runs, is kept once, in
+logs/sources/HASH.txt.xz, if its hash is the one that the run logged.
 --also adds a command; the sweep's file, if it names none, is put in, and `--out .` if it has no --out. --new
 never overwrites anything.
 
@@ -37,7 +38,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import plot_style as style
-from run_log import OPENERS, SEPARATOR_WIDTH, find_log, read_log
+from run_log import SEPARATOR_WIDTH, find_log, log_stem, read_log, read_unpacked
 
 HERE = Path(__file__).resolve().parent
 RECIPE = "record.toml"
@@ -127,6 +128,9 @@ def start(record: Path, sweep: Path, logs: Path, also: Sequence[str]) -> list[st
         log = find_log(logs, Path(run["log"]).name) if run.get("log") else None
         if log:
             pack_log(log, record / "logs")
+            measured = find_log(logs, f"{log_stem(log)}.manifold.jsonl")
+            if measured:
+                pack(read_unpacked(measured), record / "logs" / f"{log_stem(log)}.manifold.jsonl")
     if b'"/' in manifest.read_bytes():
         remarks.append(f"{manifest.name} and the logs name folders of this machine, as in DATA_PATH")
     commands = [f"report_sweep.py {sweep.name} --out .", *(complete(c, sweep.name) for c in also)]
@@ -146,17 +150,21 @@ def complete(command: str, sweep: str) -> str:
 
 def pack_log(path: Path, folder: Path) -> Path:
     """A log, compressed, in a folder; its source code, if its hash is the log's, once in folder/sources."""
-    with OPENERS.get(path.suffix, open)(path, "rb") as file:
-        data = file.read()
+    data = read_unpacked(path)
     source, line, rest = data.partition(b"\n" + b"=" * SEPARATOR_WIDTH)
     name = sha256(source).hexdigest()[:16]
     if line and name == read_log(path)[-1].source_hash:
         kept = folder / "sources" / f"{name}.txt.xz"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_bytes(lzma.compress(source, preset=9))
+            pack(source, kept.with_suffix(""))
         data = HEAD.format(name).encode() + line + rest
-    packed = folder / f"{path.name.removesuffix(path.suffix) if path.suffix in OPENERS else path.name}.xz"
+    return pack(data, folder / f"{log_stem(path)}.txt")
+
+
+def pack(data: bytes, path: Path) -> Path:
+    """Written to path.xz, compressed."""
+    packed = path.with_name(f"{path.name}.xz")
     packed.write_bytes(lzma.compress(data, preset=9))
     return packed
 

@@ -4,7 +4,8 @@
     python plot_manifold.py logs/a.txt logs/b.txt --out pictures
 
 Reads logs/RUN_ID.manifold.jsonl (written with MANIFOLD_EVERY=250; manifold.py says what a line holds)
-beside each log. Runs that differ only in their seed are one arm. Written to logs/NAME_manifold/:
+beside each log, or .jsonl.xz. Runs that differ only in their seed are one arm. Written to
+logs/NAME_manifold/:
     heatmap_METRIC.png      layer x step for each projection, runs side by side, one colour scale (the 1st
                             to 99th percentile of all runs together); what was not measured is grey
     quick_scan.png          arms x seeds, some metrics, the mean over projections
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import plot_style as style
-from run_log import RunLog
+from run_log import RunLog, find_log, log_stem, read_unpacked
 from stats import summarize
 from sweep_results import Results, read_results
 
@@ -80,10 +81,8 @@ class Measured:
 
 def read_lines(path: Path) -> tuple[list[dict], int]:
     """The lines of a measurement and how many could not be read; of one matrix and step, the later counts."""
-    if not path.exists():
-        raise ValueError(f"there is no {path}: train with MANIFOLD_EVERY=250 (steps) to get one")
     found, unread = {}, 0
-    for line in path.read_bytes().splitlines():
+    for line in read_unpacked(path).splitlines():
         try:
             row = json.loads(line)
             found[int(row["step"]), int(row["layer"]), str(row["proj"]), row.get("expert")] = row
@@ -95,7 +94,13 @@ def read_lines(path: Path) -> tuple[list[dict], int]:
 
 
 def read_measured(run: RunLog, arm: str) -> Measured:
-    rows, unread = read_lines(run.path.with_suffix(".manifold.jsonl"))
+    name = f"{log_stem(run.path)}.manifold.jsonl"
+    path = find_log(run.path.parent, name)
+    if path is None:
+        raise ValueError(
+            f"there is no {run.path.parent / name}: train with MANIFOLD_EVERY=250 (steps) to get one"
+        )
+    rows, unread = read_lines(path)
     steps = np.unique([row["step"] for row in rows])
     layers = sorted({row["layer"] for row in rows})
     shape = len(PROJECTIONS), len(layers), len(steps)

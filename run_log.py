@@ -182,13 +182,19 @@ def read_log(path: str | Path) -> list[RunLog]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a log: name a file in it, as {path}/RUN_ID.txt")
     try:
-        with OPENERS.get(path.suffix, open)(path, "rb") as file:
-            data = file.read()
+        data = read_unpacked(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no log {path}: logs are logs/RUN_ID.txt; see `ls {path.parent}`") from None
+    return parse_log(data, path)
+
+
+def read_unpacked(path: Path) -> bytes:
+    """A file's bytes, unpacked if its name ends in .xz or .gz; OSError if it cannot be read or unpacked."""
+    try:
+        with OPENERS.get(path.suffix, open)(path, "rb") as file:
+            return file.read()
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise OSError(f"{path} is damaged, or not compressed as its name says: {error}") from None
-    return parse_log(data, path)
 
 
 def log_stem(path: Path) -> str:
@@ -197,7 +203,7 @@ def log_stem(path: Path) -> str:
 
 
 def find_log(folder: str | Path, name: str) -> Path | None:
-    """The log of that name (RUN_ID.txt) in a folder, plain or compressed; None if there is none."""
+    """The file of that name (RUN_ID.txt) in a folder, plain or compressed; None if there is none."""
     paths = [Path(folder) / f"{name}{suffix}" for suffix in ("", *OPENERS)]
     return next((path for path in paths if path.is_file()), None)
 

@@ -374,8 +374,10 @@ class Ranks:
         self.everyones = {}  # not the class's
         if device == "cuda":
             torch.cuda.set_device(self.device)
-        elif "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
-            torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
+        else:
+            cpu_kernels.keep_freed_memory()
+            if "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
+                torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
         self.parent = os.getppid()  # before its store is asked, which proves it alive: see Watch
         self.launched = "RANK" in os.environ  # by torchrun, even with a single rank
         self.watched = threading.Event()

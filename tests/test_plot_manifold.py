@@ -2,12 +2,16 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from logs_for_tests import make_log
+from sweeps_for_tests import make_sweep
 
+import make_record
 import plot_manifold as plot
+from run_log import read_runs
 
 LAYERS, STEPS = 3, (50, 100, 150, 200)
 
@@ -17,6 +21,11 @@ def make_run(folder, arm, seed, skip=(), scale=1.0):
     settings = {"optimizer": arm}
     log = folder / f"{run_id}.txt"
     log.write_text(make_log(run_id, seed, settings, num_steps=200, script="train_gpt.py", spec=False))
+    write_measurement(log, seed, skip, scale)
+    return log
+
+
+def write_measurement(log, seed, skip=(), scale=1.0):
     rng, rows = np.random.default_rng(seed), []
     for step in STEPS:
         for layer in range(LAYERS):
@@ -27,7 +36,6 @@ def make_run(folder, arm, seed, skip=(), scale=1.0):
                 if step not in skip:
                     rows.append(json.dumps(row))
     log.with_suffix(".manifold.jsonl").write_text("\n".join(rows) + "\n")
-    return log
 
 
 @pytest.fixture
@@ -84,6 +92,27 @@ def test_the_largest_difference_of_seeds_is_found(tmp_path):
     header, table = plot.difference_table(plot.read_all(plot.read_results(logs)))
     top = next(row for row in table if row[1] == "gap")
     assert top[2:5] == [2, "o", 150] and "1000" in top[6:8]
+
+
+def test_a_record_has_the_measurement(tmp_path, monkeypatch, capsys):
+    """Fails if make_record leaves it behind, or if the packed one reads otherwise than the plain one."""
+    make_sweep(tmp_path, "duel", {"muon": (3.3, {}), "adamw": (3.4, {})}, seeds=(1, 2))
+    monkeypatch.chdir(tmp_path)
+    plain = []
+    for run in read_runs("logs"):
+        write_measurement(run.path, run.seed)
+        plain.append(plot.read_measured(run, "an arm"))
+    also = "plot_manifold.py --metrics gap"
+    assert make_record.main(["records/x", "--new", "sweeps/duel.toml", "--also", also]) == 0
+    assert len(list(Path("records/x/logs").glob("*.manifold.jsonl.xz"))) == len(plain) == 4
+    packed = [plot.read_measured(run, "an arm") for run in read_runs("records/x/logs")]
+    for one, other in zip(plain, packed, strict=True):
+        assert one.values.keys() == other.values.keys() and (one.layers, one.unread) == (other.layers, 0)
+        for metric, values in one.values.items():
+            np.testing.assert_array_equal(values, other.values[metric])
+    assert make_record.main(["records/x", "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "differences.csv: the same" in out and "heatmap_gap.png: the same" in out
 
 
 @pytest.mark.parametrize("content, said", [(None, "MANIFOLD_EVERY"), ("", "holds no measurement")])
