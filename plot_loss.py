@@ -28,6 +28,7 @@ from stats import summarize
 X_LABELS = {"steps": "step", "tokens": "training tokens", "time": "training time"}
 END_SHARES = (0.03, 0.05, 0.1, 0.2, 0.4)  # the smallest part of the end with enough validations is enlarged
 END_POINTS = 5
+INSET = (0.30, 0.34, 0.56, 0.62)  # where: left, bottom, width and height in parts of the panel
 MAX_MARKED = 12  # more arms than this get no stars and no names at their ends: they would cover each other
 MAX_NAME = 12  # letters that fit beside the enlarged end
 FINISHED = ("finished", "unknown")  # llm.c's logs do not say whether they are whole: taken for it
@@ -137,7 +138,7 @@ class Axis:
             self.scale, unit = style.time_unit(self.end)
             self.label = f"training time, {unit}"
         elif kind == "tokens":
-            units = ((1e9, "billions"), (1e6, "millions"), (1.0, ""))
+            units = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1.0, ""))
             self.scale, unit = next(unit for unit in units if self.end >= unit[0] or not unit[1])
             self.label = f"training tokens, {unit}" if unit else "training tokens"
         self.end /= self.scale
@@ -189,10 +190,17 @@ def panel_loss(ax, arms: Sequence[Arm], looks: Sequence[dict], axis: Axis, targe
         draw(ax, line, thin, plain(look), axis)
     low, top = loss_limits(everything, axis, target)
     ax.set_ylim(low, top)
+    zoom = enlarge_end(ax, arms, lines, looks, axis, target)
+    if zoom:  # the scale leaves it room above the lines
+        late = [line.x / axis.scale >= 0.9 * INSET[0] * axis.end for line in everything]
+        ends = [line.y if line.high is None else line.high for line in everything]
+        highest = max((np.nanmax(y[x], initial=low) for x, y in zip(late, ends, strict=True)), default=low)
+        wanted = low + (highest - low) / (INSET[1] - 0.07)
+        top = max(top, min(wanted, low + 2.5 * (top - low)))  # a runaway run may pass behind it
+        ax.set_ylim(low, top)
     if low < target < top:
         note = {"xycoords": ("axes fraction", "data"), "fontsize": 8, "va": "bottom"}
         ax.annotate(f"target {target:g}", (0.01, target), **note)
-    zoom = enlarge_end(ax, arms, lines, looks, axis, target)
     panels = [ax, zoom] if zoom else [ax]
     for panel in panels:
         panel.axhline(target, color=style.GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -219,7 +227,7 @@ def enlarge_end(ax, arms, lines, looks, axis: Axis, target: float):
     begin = end_begin(whole or everything, axis, 0.0 if len(arms) > 1 else 0.1)
     if begin is None:
         return None
-    zoom = ax.inset_axes([0.30, 0.34, 0.56, 0.62])
+    zoom = ax.inset_axes(INSET)
     for (line, thin), look in zip(lines, looks, strict=True):
         draw(zoom, line, thin, look, axis, markersize=4 if len(arms) < 5 else 3)
     zoom.set_xlim(begin, axis.end + 0.01 * (axis.end - begin))
