@@ -16,6 +16,7 @@ import csv
 import io
 import math
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -185,7 +186,8 @@ def panel_u_curve(ax, other, results: Results, arms: Sequence[SweepArm], looks: 
     key += ["no interval from two"] * any(result.n == 2 for result in drawn)
     key += ["hollow: a single run"] * any(result.n == 1 for result in drawn)
     key += ["▲ above this range"] * any(result.mean > limits[1] for result in drawn)
-    ax.set_xlabel(f"a = SPECTRAL_LR_MUL, symmetric-logarithmic\n{', '.join(key)}")
+    key = textwrap.fill(", ".join(key), 44)
+    ax.set_xlabel(f"a = SPECTRAL_LR_MUL, symmetric-logarithmic\n{key}")
 
 
 def _size(arms: Sequence[SweepArm], family: dict[str, str], name: str) -> int:
