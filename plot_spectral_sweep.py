@@ -186,7 +186,8 @@ def panel_u_curve(ax, other, results: Results, arms: Sequence[SweepArm], looks: 
     key += ["no interval from two"] * any(result.n == 2 for result in drawn)
     key += ["hollow: a single run"] * any(result.n == 1 for result in drawn)
     key += ["▲ above this range"] * any(result.mean > limits[1] for result in drawn)
-    key = textwrap.fill(", ".join(key), 44)
+    # lines are broken between the parts, not in them: there is a neighbour to the right
+    key = textwrap.fill(", ".join(part.replace(" ", "~") for part in key), 44).replace("~", " ")
     ax.set_xlabel(f"a = SPECTRAL_LR_MUL, symmetric-logarithmic\n{key}")
 
 
