@@ -128,9 +128,9 @@ def start(record: Path, sweep: Path, logs: Path, also: Sequence[str]) -> list[st
         log = find_log(logs, Path(run["log"]).name) if run.get("log") else None
         if log:
             pack_log(log, record / "logs")
-            measured = find_log(logs, f"{log_stem(log)}.manifold.jsonl")
-            if measured:
-                pack(read_unpacked(measured), record / "logs" / f"{log_stem(log)}.manifold.jsonl")
+            measurement = f"{log_stem(log)}.manifold.jsonl"
+            if measured := find_log(logs, measurement):
+                pack(read_unpacked(measured), record / "logs" / measurement)
     if b'"/' in manifest.read_bytes():
         remarks.append(f"{manifest.name} and the logs name folders of this machine, as in DATA_PATH")
     commands = [f"report_sweep.py {sweep.name} --out .", *(complete(c, sweep.name) for c in also)]

@@ -189,7 +189,6 @@ def panel_loss(ax, arms: Sequence[Arm], looks: Sequence[dict], axis: Axis, targe
     for (line, thin), look in zip(lines, looks, strict=True):
         draw(ax, line, thin, plain(look), axis)
     low, top = loss_limits(everything, axis, target)
-    ax.set_ylim(low, top)
     zoom = enlarge_end(ax, arms, lines, looks, axis, target)
     if zoom:  # the scale leaves it room above the lines
         late = [line.x / axis.scale >= 0.9 * INSET[0] * axis.end for line in everything]
@@ -197,7 +196,7 @@ def panel_loss(ax, arms: Sequence[Arm], looks: Sequence[dict], axis: Axis, targe
         highest = max((np.nanmax(y[x], initial=low) for x, y in zip(late, ends, strict=True)), default=low)
         wanted = low + (highest - low) / (INSET[1] - 0.07)
         top = max(top, min(wanted, low + 2.5 * (top - low)))  # a runaway run may pass behind it
-        ax.set_ylim(low, top)
+    ax.set_ylim(low, top)
     if low < target < top:
         note = {"xycoords": ("axes fraction", "data"), "fontsize": 8, "va": "bottom"}
         ax.annotate(f"target {target:g}", (0.01, target), **note)

@@ -321,10 +321,10 @@ def test_live_table_follows_and_ends_cleanly(tmp_path):
 
 
 def test_a_thousand_logs(tmp_path):
-    """Read once in a few seconds, then a fraction of that a look; and only what is new is read.
+    """Read once in a few seconds, then a tenth of a second a look; and only what is new is read.
 
-    Processor time, which on a busy machine doubles (1.9 s quiet, 4.1 s seen), hence the wide limit and the
-    ratio; the best of three looks, since Python's garbage collector may walk what a thousand logs and all
+    Processor time, which on a busy machine doubles (1.9 s quiet, 4.1 s seen), hence the wide first
+    limit; the best of three looks, since Python's garbage collector may walk what a thousand logs and all
     earlier tests left in memory during any one of them, which took a second once.
     """
     text = make_log("x", num_steps=STEPS)
@@ -344,9 +344,10 @@ def test_a_thousand_logs(tmp_path):
         rows = monitor.poll()
         lines = shown(rows, monitor, 160, 50)
         again.append(time.process_time() - begin)
-        assert by_name(rows)[run_id].state == "running" and rows[0].state == "running" and len(lines) <= 50
+        first_rows = [row.run_id for row in rows[: len(again)]]
+        assert by_name(rows)[run_id].state == "running" and run_id in first_rows and len(lines) <= 50
         assert all(monitor.follower.logs[path].parser is parser for path, parser in parsers.items())
-    assert first < 12 and min(again) < first / 5, f"{first:.2f} s, then {again}"
+    assert first < 12 and min(again) < 0.2, f"{first:.2f} s, then {again}"
 
 
 def test_import_is_light():
