@@ -19,10 +19,14 @@ A sweep file names a trainer, seeds and what varies:
     [[arms]]                              # optional: tag, and any settings; also its own script or seeds
     tag = "a_0"
     SPECTRAL_LR_MUL = 0
+    [[arms]]
+    tag = "a_1"
+    SPECTRAL_LR_MUL = 1
+    versus = "a_0"                        # optional: its own control (in a grid, that of the same values)
     [scale.tiny]                          # what --scale tiny puts in place of [env] and seeds
     NUM_SCHEDULED_ITERATIONS = 300
     seeds = [1, 2]                        # for all arms
-    arms = ["a_0"]                        # only these
+    arms = ["a_0"]                        # only these; or [[scale.tiny.arms]], others instead
     [scale.tiny.grid]
     MUON_LR = [0.023]
 
@@ -71,7 +75,7 @@ GIVE_UP_S = 70.0  # from then on it is left: a process in uninterruptible sleep 
 HISTORY_LOGS = 300  # so many of the newest logs are looked at to guess how long a run takes
 
 TOP_LEVEL = ("script", "seeds", "control", "diverged_above", "env", "grid", "arms", "scale")
-ARM_KEYS = ("tag", "script", "seeds")
+ARM_KEYS = ("tag", "script", "seeds", "versus")
 SCALE_KEYS = ("seeds", "arms", "grid")
 # They say where to run, so they may come from the environment. DATA_PATH does not change the training.
 MACHINE_SETTINGS = ("DATA_PATH", "DEVICE", "COMPILE", "ATTN_BACKEND", "DISABLE_FP8", "SLICES_PER_PASS")
@@ -230,6 +234,7 @@ class Arm:
     seeds: list[int]
     settings: dict
     settings_hash: str
+    versus: str | None = None  # tag of the arm to compare it with, where that is not the control
 
     def run(self, seed: int) -> Run:
         source = read_trainer(self.script).source_hash
@@ -279,6 +284,7 @@ def read_sweep(file: str, scale: str | None) -> Sweep:
     tags = [arm.tag for arm in arms]
     if control is not None and control not in tags:
         raise SweepError(f"control = {control!r} is none of the arms: {', '.join(tags)}")
+    check_versus(arms, control)
     sweep = Sweep(path.stem, file, scale, control, document.get("diverged_above"), arms, notes)
     for run in sweep.runs():
         run_name(run, "YYYYmmdd-HHMMSS")  # is it short enough?
@@ -294,23 +300,39 @@ def check_shape(document: dict) -> None:
             hint = "; arms are written as [[arms]], with double brackets" if key == "arms" else ""
             raise SweepError(f"{key} is {value!r}, which is not what the top of a sweep file has there{hint}")
     check_seeds(document.get("seeds", [0]), "at the top of the file")
-    for number, arm in enumerate(document.get("arms", []), 1):
-        if not isinstance(arm, dict):
-            raise SweepError(f"arm {number} is {arm!r}; arms are written as [[arms]], with double brackets")
-        where = f"arm {arm.get('tag', number)!r}"
-        check_keys(arm, ARM_KEYS, where, settings=True)
-        check_seeds(arm.get("seeds", [0]), where)
-        if not isinstance(arm.get("tag"), str) or not re.fullmatch(r"[\w.=,+-]+", arm["tag"]):
-            raise SweepError(
-                f'{where}: wanted tag = "..." of letters, digits and . _ - = , +; it is in file names'
-            )
+    check_arms(document.get("arms", []), "")
     for name, scale in document.get("scale", {}).items():
         if not isinstance(scale, dict):
             raise SweepError(f"scale.{name} is {scale!r}; a scale is a table, [scale.{name}]")
         check_keys(scale, SCALE_KEYS, f"[scale.{name}]", settings=True)
         check_seeds(scale.get("seeds", [0]), f"[scale.{name}]")
+        if has_own_arms(scale):
+            check_arms(scale["arms"], f" of [scale.{name}]")
         check_grid(scale.get("grid", {}), f"[scale.{name}.grid]")
     check_grid(document.get("grid", {}), "[grid]")
+
+
+def has_own_arms(scale: dict) -> bool:
+    """Whether a scale replaces the arms, [[scale.NAME.arms]], instead of taking some by their tags."""
+    arms = scale.get("arms")
+    return isinstance(arms, list) and any(isinstance(arm, dict) for arm in arms)
+
+
+def check_arms(arms: list, place: str) -> None:
+    for number, arm in enumerate(arms, 1):
+        if not isinstance(arm, dict):
+            raise SweepError(
+                f"arm {number}{place} is {arm!r}; arms are written as [[arms]], with double brackets"
+            )
+        where = f"arm {arm.get('tag', number)!r}{place}"
+        check_keys(arm, ARM_KEYS, where, settings=True)
+        check_seeds(arm.get("seeds", [0]), where)
+        for key in ("tag", "versus"):
+            name = arm.get(key, "-" if key == "versus" else None)
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.=,+-]+", name):
+                raise SweepError(
+                    f'{where}: wanted {key} = "..." of letters, digits and . _ - = , +; tags name files'
+                )
 
 
 def check_keys(table: dict, known: tuple[str, ...], where: str, settings: bool = False) -> None:
@@ -342,13 +364,15 @@ def check_seeds(seeds: object, where: str) -> None:
 
 
 def apply_scale(document: dict, name: str | None) -> None:
-    """Put [scale.NAME] in place, in the document itself: settings into [env], seeds for all, arms, grid."""
+    """Put [scale.NAME] in place, in the document itself: settings into [env], arms, seeds for all, grid."""
     if name is None:
         return
     if name not in document.get("scale", {}):
         known = ", ".join(document.get("scale", {})) or "none"
         raise SweepError(f"--scale {name}: the file has no [scale.{name}]; its scales: {known}")
     scale = dict(document["scale"][name])
+    if has_own_arms(scale):
+        document["arms"] = scale.pop("arms")
     if "seeds" in scale:
         document["seeds"] = scale.pop("seeds")
         for arm in document.get("arms", []):
@@ -445,11 +469,14 @@ def expand_arm(arm: dict, script: str, common: dict, grid: dict, seeds: list[int
         if trainer.presets and settings.get("MODEL", "auto") not in ("auto", *trainer.presets):
             raise SweepError(f"MODEL={settings['MODEL']!r}: wanted one of auto, {', '.join(trainer.presets)}")
         parts = [f"{name.lower()}_{format_value(settings[name])}" for name in axes]
-        tag = "-".join(([arm["tag"]] if arm else []) + parts) or "all"
-        arms.append(
-            Arm(re.sub(r"[^\w.=,+-]", "_", tag), script, seeds, settings, hash_settings(trainer, settings))
-        )
+        tag = grid_name([arm["tag"]] if arm else [], parts) or "all"
+        versus = grid_name([arm["versus"]], parts) if "versus" in arm else None
+        arms.append(Arm(tag, script, seeds, settings, hash_settings(trainer, settings), versus))
     return arms
+
+
+def grid_name(tag: list[str], values: list[str]) -> str:
+    return re.sub(r"[^\w.=,+-]", "_", "-".join(tag + values))
 
 
 def hash_settings(trainer: Trainer, settings: dict) -> str:
@@ -470,6 +497,19 @@ def check_different(arms: list[Arm]) -> None:
             raise SweepError(
                 f"arms {other.tag!r} and {arm.tag!r} have the same settings, defaults counted; remove one"
             )
+
+
+def check_versus(arms: list[Arm], control: str | None) -> None:
+    """Each arm's own control is another arm; the rest have the sweep's."""
+    tags = [arm.tag for arm in arms]
+    for arm in arms:
+        if arm.versus is None:
+            continue
+        if control is None:
+            raise SweepError(f"arm {arm.tag!r} has versus, but there is no control = ... for the other arms")
+        if arm.versus not in tags or arm.versus == arm.tag:
+            others = ", ".join(tag for tag in tags if tag != arm.tag)
+            raise SweepError(f"versus = {arm.versus!r} of arm {arm.tag!r}: wanted another arm, of {others}")
 
 
 def run_name(run: Run, stamp: str) -> str:
@@ -569,6 +609,7 @@ class Manifest:
             "file": self.sweep.file,
             "scale": self.sweep.scale,
             "control": self.sweep.control,
+            "versus": {arm.tag: arm.versus for arm in self.sweep.arms if arm.versus},
             "created": self.created,
             "runs": [dataclasses.asdict(run) for run in self.runs],
             "earlier": [dataclasses.asdict(run) for run in self.earlier],
@@ -1153,6 +1194,7 @@ def print_plan(sweep: Sweep, manifest: Manifest, why: dict[int, str], slots: lis
         seeds = ",".join(str(seed) for seed in arm.seeds)
         done = sum(run.tag == arm.tag and i not in why for i, run in enumerate(runs))
         notes = [f"({done} done)"] * bool(done) + ["control"] * (arm.tag == sweep.control)
+        notes += [f"versus {arm.versus}"] * bool(arm.versus)
         say("  ".join([f"  {arm.tag:<{width}}", f"{arm.script} seeds {seeds}", *notes, *mine]))
     if common:
         say("common: " + " ".join(f"{name}={value}" for name, value in common.items()))

@@ -172,7 +172,7 @@ def difference_to(run: RunLog, controls: Sequence[RunLog]) -> tuple[float, str]:
 
 
 class Member(NamedTuple):
-    """What a manifest says of a run: its sweep, arm and state, and the sweep's control arm."""
+    """What a manifest says of a run: its sweep, arm and state, and the arm that is its control."""
 
     sweep: str
     tag: str
@@ -218,7 +218,9 @@ class Sweeps:
             for run in runs if isinstance(runs, list) else []:
                 if isinstance(run, dict) and "run_id" in run:
                     texts = (str(run.get(key) or "") for key in ("tag", "state", "reason"))
-                    control = str(content.get("control") or "")
+                    versus = content.get("versus")
+                    own = versus.get(run.get("tag")) if isinstance(versus, dict) else None
+                    control = str(own or content.get("control") or "")
                     members[str(run["run_id"])] = Member(sweep, *texts, control)
         return members
 
@@ -258,11 +260,10 @@ class Monitor:
         """Sweep, tag and difference to the control of each row."""
         runs = [run for entries in self._rows.values() for run, _ in entries]
         arms = self.sweeps.arms()
-        controls: dict[str, list[RunLog]] = {}
+        by_arm: dict[tuple[str, str], list[RunLog]] = {}
         for run in runs:
             member = arms.get(run.name, NO_MEMBER)
-            if member.control and member.tag == member.control:
-                controls.setdefault(member.sweep, []).append(run)
+            by_arm.setdefault((member.sweep, member.tag), []).append(run)
         chosen = [run for run in runs if self.control and self.control in run.run_id]
         for run, row in zip(runs, rows, strict=True):
             member = arms.get(run.name, NO_MEMBER)
@@ -272,7 +273,7 @@ class Monitor:
                     LAUNCHER_STATES[member.state],
                     member.reason or f"launcher: {member.state}",
                 )
-            others = chosen or controls.get(row.sweep, [])
+            others = chosen or (by_arm.get((member.sweep, member.control), []) if member.control else [])
             row.is_control = any(run is other for other in others)
             if not row.is_control:
                 row.difference, row.control = difference_to(run, others)

@@ -219,8 +219,10 @@ def select(results: Results, conditions: Sequence[str]) -> Results:
         if not arms:
             known = f"{name} is one of {', '.join(values)}" if values else f"no arm has a setting {name}"
             raise ValueError(f"--where {condition}: no such arm; {known}")
-    control = results.control if results.control in [arm.label for arm in arms] else None
-    return replace(results, arms=arms, control=control, notes=list(results.notes))
+    labels = {arm.label for arm in arms}
+    control = results.control if results.control in labels else None
+    versus = {a: b for a, b in results.versus.items() if control and labels >= {a, b}}
+    return replace(results, arms=arms, control=control, versus=versus, notes=list(results.notes))
 
 
 def is_number(value: object) -> bool:

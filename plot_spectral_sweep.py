@@ -382,9 +382,11 @@ def explanation(results: Results) -> str:
             f"To lowest: to {verdict.lowest}; no arm has two finished runs and none failed, so none is best. "
         )
     if results.control:
+        controls = dict.fromkeys([results.control, *verdict.controls.values()])
         text += (
-            f"To control: to {results.control}, p after Holm's correction for the arms compared with it; "
-            "paired by seed where both have the same seeds, else Welch's test."
+            f"To control: to {' or '.join(controls)}, p after Holm's correction for the arms compared with "
+            f"{'one' if results.versus else 'it'}; paired by seed where both have the same seeds, else "
+            "Welch's test."
         )
     return text.rstrip()
 

@@ -250,6 +250,11 @@ def comparison(results: Results, name: str):
     return pairs.get(name), p.get(name, math.nan)
 
 
+def compared_with(results: Results) -> str:
+    """For headings: the arm that all are compared with, or that each has its own."""
+    return "its control" if results.versus else reference_of(results) or "nothing"
+
+
 def more_runs(results: Results, name: str) -> int | None:
     """How many more runs an arm would settle the difference found, at the strictest of Holm's levels."""
     pair, _ = comparison(results, name)
@@ -275,12 +280,15 @@ def value_cells(arm: SweepArm, names: Sequence[str]) -> list[str]:
 def main_table(results: Results, rows: Sequence[Row]) -> str:
     names, reference = value_columns(results), reference_of(results)
     header = ["arm", *[name.upper() for name in names], "n", "mean", "95% interval", "sd"]
+    header += ["control"] * bool(results.versus)
     header += ["difference", "95% interval", "p (Holm)", "effect", "test", "more runs", "remark"]
     cells = []
     for row in rows:
         result, (pair, p) = row.result, comparison(results, row.arm.label)
         line = [row.arm.label, *value_cells(row.arm, names), result.n, style.format_loss(result.mean)]
         line += [format_interval(result.low, result.high, signed=False), style.format_loss(result.sd)]
+        if results.versus:
+            line.append(results.verdict.controls.get(row.arm.label, "-"))
         if pair is None:
             line += ["-"] * 6
         else:
@@ -315,7 +323,7 @@ def table_notes(results: Results) -> str:
     what = "Mean and interval are of the last validation loss, in nats a token; n counts seeds."
     if len(verdict.summaries) < 2:
         return what
-    what += f" The difference is to {reference}: negative is better."
+    what += f" The difference is to {'the control' if results.versus else reference}: negative is better."
     if not verdict.num_comparisons:
         return f"{what} Nothing can be tested: no two arms have two runs each."
     how = (
@@ -341,7 +349,7 @@ def target_section(results: Results, rows: Sequence[Row], target: Target) -> str
     ]
     header += ["minutes_to_target_loss", "first step at which all had"]
     header = [name for name in header if name]
-    control = next((row for row in rows if row.arm.label == results.control), None)
+    by_label, controls = {row.arm.label: row for row in rows}, results.verdict.controls
     cells = []
     for row in rows:
         line = [
@@ -349,11 +357,11 @@ def target_section(results: Results, rows: Sequence[Row], target: Target) -> str
             f"{row.reached} of {row.ended}",
             reach_text(row, row.x_to_target, ",.0f", ",.0f"),
         ]
-        if control:
-            change = (
-                row.x_to_target.mean / control.x_to_target.mean - 1 if control.x_to_target.mean else math.nan
-            )
-            line.append(f"{change:+.1%}" if math.isfinite(change) and row is not control else "-")
+        if results.control:
+            control = by_label.get(controls.get(row.arm.label))
+            usual = control.x_to_target.mean if control else math.nan
+            change = row.x_to_target.mean / usual - 1 if usual else math.nan
+            line.append(f"{change:+.1%}" if math.isfinite(change) else "-")
         line += [reach_text(row, row.minutes_to_target, ".4g", ".2g")]
         first = "not all ended" if row.arm.count("missing") else "not reached"
         first = first if row.first_step_all is None else row.first_step_all
@@ -498,6 +506,7 @@ def summary(results: Results, rows: Sequence[Row], target: Target) -> dict:
         "question": results.question,
         "conclusion": conclusion(results),
         "control": results.control,
+        **({"versus": results.versus} if results.versus else {}),
         "reference": reference_of(results),
         "better": list(verdict.better) if not results.count("missing") else [],
         "worse": list(verdict.worse) if not results.count("missing") else [],
@@ -684,7 +693,7 @@ def draw_differences(ax, results: Results, lines: Sequence[Row]) -> None:
         if row.arm.label == reference:
             word = "control" if results.control else "lowest mean"
             ax.annotate(word, (0, y), (4, 0), textcoords="offset points", fontsize=8, va="center")
-    ax.set_title(f"difference to {style.shorten(reference or 'nothing', 40)}, 95% interval")
+    ax.set_title(f"difference to {style.shorten(compared_with(results), 40)}, 95% interval")
     ax.set_xlabel("nats a token; to the left is better")
     ax.locator_params(axis="x", nbins=6)
     kinds = [kind for kind in VERDICTS if any(row.verdict == kind for _, row, _ in found)]

@@ -219,13 +219,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class Verdict:
     """The arms of a sweep compared; keys are the arms' names, differences are arm minus the other.
 
-    `better` and `worse` are all that may be claimed: against the control or, without one, in `better` the one
-    arm that beats every other. The chance to claim anything where nothing differs is at most `alpha`, however
-    many arms there are. `p_control` is Holm's over the arms compared with the control, `p_best` over all
-    pairs of arms, since the best arm was found by looking.
+    `better` and `worse` are all that may be claimed: against an arm's control or, without one, in `better`
+    the one arm that beats every other. The chance to claim anything where nothing differs is at most
+    `alpha`, however many arms there are. `p_control` is Holm's over the arms compared with a control,
+    `p_best` over all pairs of arms, since the best arm was found by looking.
     """
 
     control: str | None
+    controls: dict[str, str]  # what each arm of `versus_control` was compared with: `control`, or its own
     best: str | None  # lowest mean of the arms with two runs or more, none failed; None if there is none
     lowest: str | None  # lowest mean of all: perhaps of a single run, or of the survivors
     summaries: dict[str, Summary]
@@ -243,23 +244,28 @@ def judge(
     losses: Mapping[str, Sequence[float]],
     seeds: Mapping[str, Sequence[Hashable]] | None = None,
     control: str | None = None,
+    versus: Mapping[str, str] | None = None,
     alpha: float = 0.05,
     confidence: float = 0.95,
 ) -> Verdict:
     """Compare arms with the control (Holm), and all pairs (Holm). Losses of failed runs are NaN or inf.
 
-    Means of an arm with failed runs are those of its survivors, which flatter it: no such arm is called
-    better, and nothing is called worse than it.
+    `versus` names, for some arms, another arm to compare them with than the control. Means of an arm with
+    failed runs are those of its survivors, which flatter it: no such arm is called better, and nothing is
+    called worse than it.
     """
-    if control is not None and control not in losses:
-        raise ValueError(f"control {control!r} is none of the arms: {', '.join(losses)}")
-    names, seeds = list(losses), seeds or {}
+    names, seeds, versus = list(losses), seeds or {}, dict(versus or {})
+    for other in (control, *versus, *versus.values()):
+        if other is not None and other not in losses:
+            raise ValueError(f"control {other!r} is none of the arms: {', '.join(losses)}")
+    if versus and control is None:
+        raise ValueError(f"{', '.join(versus)}: controls of their own, but the other arms have none")
 
-    def versus(a: str, b: str) -> Comparison:
+    def pair_of(a: str, b: str) -> Comparison:
         return compare(losses[a], losses[b], seeds.get(a), seeds.get(b), confidence)
 
     summaries = {name: summarize(losses[name], confidence) for name in names}
-    pairs = {(a, b): versus(a, b) for i, a in enumerate(names) for b in names[i + 1 :]}
+    pairs = {(a, b): pair_of(a, b) for i, a in enumerate(names) for b in names[i + 1 :]}
     p_pairs = dict(zip(pairs, holm([pair.p for pair in pairs.values()]), strict=True))
     both_ways = {**{(b, a): _reverse(pair) for (a, b), pair in pairs.items()}, **pairs}
     p_pairs.update({(b, a): p for (a, b), p in p_pairs.items()})
@@ -268,12 +274,13 @@ def judge(
     some = [name for name in names if summaries[name].n]
     lowest = min(some, key=lambda name: summaries[name].mean, default=None)
 
-    def against(other: str | None) -> dict[str, Comparison]:
-        return {name: both_ways[name, other] for name in names if other not in (None, name)}
-
-    versus_control, versus_best = against(control), against(best or lowest)
+    first = best or lowest
+    controls = {name: versus.get(name, control) for name in names}
+    controls = {name: other for name, other in controls.items() if other not in (None, name)}
+    versus_control = {name: both_ways[name, other] for name, other in controls.items()}
+    versus_best = {name: both_ways[name, first] for name in names if first not in (None, name)}
     p_control = dict(zip(versus_control, holm([pair.p for pair in versus_control.values()]), strict=True))
-    p_best = {name: p_pairs[name, best or lowest] for name in versus_best}
+    p_best = {name: p_pairs[name, first] for name in versus_best}
     if control is not None:
         better, worse = _claims(versus_control, p_control, alpha)
         tested = p_control
@@ -284,6 +291,7 @@ def judge(
     num_tested = sum(not math.isnan(p) for p in tested.values())
     return Verdict(
         control,
+        controls,
         best,
         lowest,
         summaries,

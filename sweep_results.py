@@ -102,12 +102,13 @@ class Results:
     earlier: list[Attempt] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     by: str | None = None  # the setting, in lower case, to order and colour arms by, if one was asked for
+    versus: dict[str, str] = field(default_factory=dict)  # an arm's label -> its own control's
 
     @cached_property
     def verdict(self) -> Verdict:
         samples = {arm.label: arm.samples() for arm in self.arms if not arm.foreign}
         losses, seeds = ({name: sample[i] for name, sample in samples.items()} for i in (0, 1))
-        return judge(losses, seeds, self.control)
+        return judge(losses, seeds, self.control, self.versus)
 
     @property
     def attempts(self) -> list[Attempt]:
@@ -179,6 +180,8 @@ def read_results(
     results = _of_manifest(sweeps[0], Path(logs), pool_sources) if sweeps else _of_logs(paths, pool_sources)
     _mark_foreign(results, control)
     results.control = _find_control(results, control)
+    if control is None:
+        results.versus = _find_versus(results)
     results.notes += _remarks(results)
     return results
 
@@ -201,6 +204,7 @@ def _of_manifest(file: Path, logs: Path, pool_sources: bool) -> Results:
     asked = set().union(*(arm.settings for arm in arms))
     _resolve_settings(arms)
     found = Results(name, arms, data.get("control"), path.parent, True, data.get("scale"))
+    found.versus = data.get("versus", {})
     unasked = [name for name in found.varied() if name not in asked]
     if unasked:
         values = (f"{name.upper()} ({_some(_values(arms, name))})" for name in unasked)
@@ -443,6 +447,19 @@ def _find_control(results: Results, wanted: str | None) -> str | None:
     return other[0].label if len(other) == 1 and with_ord else None
 
 
+def _find_versus(results: Results) -> dict[str, str]:
+    """The planned controls of single arms, from tags to labels; one that is not comparable is a note."""
+    labels = {arm.key: arm.label for arm in results.arms if not arm.foreign}
+    found = {labels[key]: labels.get(other) for key, other in results.versus.items() if key in labels}
+    for label in [label for label, other in found.items() if other is None or results.control is None]:
+        results.notes.append(
+            f"{label}: its own control is not among the arms that can be compared; compared with "
+            f"{results.control or 'the lowest mean'} instead"
+        )
+        del found[label]
+    return found
+
+
 def _remarks(results: Results) -> list[str]:
     """What a reader of the numbers must know about the runs behind them."""
     notes = [f"{arm.label} is not compared: it has {arm.foreign}" for arm in results.arms if arm.foreign]
@@ -549,7 +566,8 @@ def conclusion(results: Results) -> str:
     may, may_not = _with_control(results) if verdict.control else _without_control(results)
     parts = [f"it may be concluded that {', and that '.join(may)}"] if may else []
     if not (verdict.better or verdict.worse):
-        kind = f"better or worse than {verdict.control}" if verdict.control else "the best"
+        than = "its control" if results.versus else verdict.control
+        kind = f"better or worse than {than}" if verdict.control else "the best"
         parts.append(f"no arm may be called {kind}")
     if may_not:
         parts.append(f"it may not be concluded {', nor '.join(may_not)}")
@@ -563,11 +581,11 @@ def _with_control(results: Results) -> tuple[list[str], list[str]]:
     verdict = results.verdict
     may = []
     for names, word in ((verdict.better, "better"), (verdict.worse, "worse")):
-        if names:
-            most = max(names, key=lambda name: abs(verdict.versus_control[name].difference))
+        for control, group in _by_control(verdict, names):
+            most = max(group, key=lambda name: abs(verdict.versus_control[name].difference))
             found = _evidence(verdict.versus_control[most], verdict.p_control[most])
-            by = f"by {found}" if len(names) == 1 else f"{most} by {found}"
-            may.append(f"{_names(names)} {_is(names)} {word} than {verdict.control} ({by})")
+            by = f"by {found}" if len(group) == 1 else f"{most} by {found}"
+            may.append(f"{_names(group)} {_is(group)} {word} than {control} ({by})")
     may += _facts(results)
     may_not = []
     undecided = [
@@ -575,11 +593,11 @@ def _with_control(results: Results) -> tuple[list[str], list[str]]:
         for name, p in verdict.p_control.items()
         if not math.isnan(p) and name not in verdict.better + verdict.worse and not (p < verdict.alpha)
     ]
-    if undecided:
-        unseen = _unseen([verdict.versus_control[name] for name in undecided], verdict)
+    for control, group in _by_control(verdict, undecided):
+        unseen = _unseen([verdict.versus_control[name] for name in group], verdict)
         may_not.append(
-            f"that {_names(undecided)} {'differs' if len(undecided) == 1 else 'differ'} from "
-            f"{verdict.control} or that {'it does' if len(undecided) == 1 else 'they do'} not{unseen}"
+            f"that {_names(group)} {'differs' if len(group) == 1 else 'differ'} from "
+            f"{control} or that {'it does' if len(group) == 1 else 'they do'} not{unseen}"
         )
     if len(verdict.better) > 1:
         first = min(verdict.better, key=lambda name: verdict.summaries[name].mean)
@@ -589,9 +607,17 @@ def _with_control(results: Results) -> tuple[list[str], list[str]]:
     for name, p in verdict.p_control.items():
         if p < verdict.alpha and name not in verdict.better + verdict.worse:
             word = "better" if verdict.versus_control[name].difference < 0 else "worse"
-            loser = name if word == "better" else verdict.control
+            loser = name if word == "better" else verdict.controls[name]
             may_not.append(f"that {name} is {word} ({_lost(verdict, loser)})")
     return may, may_not
+
+
+def _by_control(verdict: Verdict, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Arms together with what they were compared with."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(verdict.controls[name], []).append(name)
+    return list(groups.items())
 
 
 def _without_control(results: Results) -> tuple[list[str], list[str]]:
@@ -628,7 +654,8 @@ def _facts(results: Results) -> list[str]:
     verdict = results.verdict
     equal = [n for n, pair in verdict.versus_control.items() if pair.difference == 0 and pair.sd == 0]
     lost = [n for n, summary in verdict.summaries.items() if not summary.n and summary.failed]
-    facts = [f"{_names(equal)} gave the very losses of {verdict.control}"] if equal else []
+    groups = _by_control(verdict, equal)
+    facts = [f"{_names(group)} gave the very losses of {control}" for control, group in groups]
     return facts + ([f"all runs of {_names(lost)} failed"] if lost else [])
 
 

@@ -18,13 +18,15 @@ REASONS = {
 SOURCES = {"train_gpt.py": SOURCE + "# the baseline\n", "train_gpt_muon_ord.py": SOURCE}
 
 
-def make_sweep(root, name, arms, seeds=(1, 2, 3), control=None, ends=None, noise=0.0013, **kwargs):
+def make_sweep(root, name, arms, seeds=(1, 2, 3), control=None, ends=None, noise=0.0013,
+               versus=None, **kwargs):  # fmt: skip
     """A sweep's file in root/sweeps, its manifest and logs in root/logs; returns the sweep file's path.
 
     `arms` maps a tag to (final loss, settings); a setting `script` or `source` is the arm's own. `ends` maps
     (tag, seed) to how that run ended instead: crashed, diverged, hung, stopped, running, planned, or gone
     (finished, but its log is not there). A run's final loss is the arm's, plus what all runs of its seed
-    share (see `make_log`), plus `noise` of its own. `kwargs`: as for `make_log`.
+    share (see `make_log`), plus `noise` of its own. `versus`: tags to their own
+    controls'. `kwargs`: as for `make_log`.
     """
     logs = Path(root) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,7 @@ def make_sweep(root, name, arms, seeds=(1, 2, 3), control=None, ends=None, noise
     file.parent.mkdir(exist_ok=True)
     file.write_text('# Does it help? Nobody knows.\n#\n# 2 hours.\nscript = "train_gpt_muon_ord.py"\n')
     manifest = {"sweep": name, "file": f"sweeps/{name}.toml", "scale": None, "control": control}
+    manifest |= {"versus": versus} if versus else {}
     manifest |= {"created": "2026-02-06T23:34:06+00:00", "runs": records, "earlier": []}
     (logs / f"{name}.sweep.json").write_text(json.dumps(manifest))
     return file

@@ -252,6 +252,25 @@ def test_seeds_are_interleaved_and_arms_may_have_their_own(place):
     ]
 
 
+def test_an_arm_may_have_its_own_control(place):
+    """Else two forms at several rates can only be compared with one rate of one form. The grid goes along."""
+    text = TWO_ARMS.replace('"base"\n', '"base-cooldown_frac_0.5"\n', 1)
+    text += 'versus = "base"\n[grid]\nCOOLDOWN_FRAC = [0.5, 0.7]\n'
+    sweep = read_sweep(sweep_file(text), None)
+    assert [(arm.tag, arm.versus) for arm in sweep.arms] == [
+        ("base-cooldown_frac_0.5", None),
+        ("base-cooldown_frac_0.7", None),
+        ("spectral_lr_0.1-cooldown_frac_0.5", "base-cooldown_frac_0.5"),
+        ("spectral_lr_0.1-cooldown_frac_0.7", "base-cooldown_frac_0.7"),
+    ]
+    Path("logs").mkdir()
+    plan = Manifest(sweep)
+    plan.plan()
+    plan.save()
+    saved = json.loads(sweep.manifest_path.read_text())
+    assert saved["versus"] == {arm.tag: arm.versus for arm in sweep.arms[2:]}
+
+
 def test_what_a_script_does_not_have_is_left_out_and_said(place):
     """Else the baseline refuses to start, or the user believes that a setting applied to it."""
     text = TWO_ARMS.replace("[env]", "[env]\nSPECTRAL_LR_MUL = 0.3\nCOOLDOWN_FRAC = 0")
@@ -328,6 +347,9 @@ BAD = {
     TWO_ARMS.replace("[1, 2]", "3"): ("seeds is 3",),
     TWO_ARMS.replace("[1, 2]", "[-1]"): ("seeds = [-1]",),
     TWO_ARMS.replace('control = "base"', 'control = "bass"'): ("bass", "base, spectral_lr_0.1"),
+    TWO_ARMS + 'versus = "bass"': ("versus = 'bass'", "another arm, of base"),
+    TWO_ARMS + 'versus = "spectral_lr_0.1"': ("another arm, of base",),
+    TWO_ARMS.replace('control = "base"', "") + 'versus = "base"': ("no control = ",),
     'script = "ord.py"\n[arms]\ntag = "a"\n': ("double brackets",),
     TWO_ARMS.replace("LR_MULS", "LR_MUL"): ("LR_MUL in [env]", "base.py or ord.py", "LR_MULS"),
     TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'LR_MULS = "1;2"'): (
@@ -385,6 +407,18 @@ def test_a_bad_file_is_refused_before_anything_runs(place, text, capsys):
     assert "Traceback" not in error and not starts() and not list(place.glob("logs/*"))
 
 
+def test_a_scale_may_have_arms_of_its_own(place):
+    """Else arms that differ in a size, such as that of the batch, can only run at one scale."""
+    text = TWO_ARMS + '[[scale.tiny.arms]]\ntag = "base"\nCOOLDOWN_FRAC = 0.2\n'
+    text += '[[scale.tiny.arms]]\ntag = "spectral_lr_9"\nseeds = [7]\nSPECTRAL_LR_MUL = 9\n'
+    assert [arm.tag for arm in read_sweep(sweep_file(text), None).arms] == ["base", "spectral_lr_0.1"]
+    small = read_sweep(sweep_file(text), "tiny").arms
+    assert [(arm.tag, arm.script, arm.seeds) for arm in small] == [
+        ("base", "ord.py", [1, 2]), ("spectral_lr_9", "ord.py", [7])
+    ]  # fmt: skip
+    assert small[0].settings["COOLDOWN_FRAC"] == 0.2
+
+
 def test_bad_scales_are_refused(place):
     """Else --scale does nothing and says nothing."""
     tail = "\n[scale.tiny]\n"
@@ -394,6 +428,8 @@ def test_bad_scales_are_refused(place):
         (TWO_ARMS + tail + "num = 3", "tiny", "capitals"),
         (TWO_ARMS + tail + 'arms = ["none"]', "tiny", "base, spectral_lr_0.1"),
         (TWO_ARMS + tail + 'arms = ["spectral_lr_0.1"]', "tiny", "control"),
+        (TWO_ARMS + tail + 'arms = [{ tag = "base" }, "x"]', "tiny", "arm 2 of [scale.tiny] is 'x'"),
+        (TWO_ARMS + tail + "[[scale.tiny.arms]]\nLR_MULS = [1]", "tiny", "arm 1 of [scale.tiny]: wanted tag"),
         (TWO_ARMS + tail + "[scale.tiny.grid]\nLR_MULS = [[1]]", "tiny", "not in [grid]"),
         (
             'script = "ord.py"\n[[arms]]\ntag = "a"\nTARGET_LOSS = 3' + tail + "TARGET_LOSS = 2",

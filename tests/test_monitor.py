@@ -107,9 +107,9 @@ def test_numbers_of_a_run(tmp_path):
     assert "1100/1600" in line and f"{run.final_val_loss:.4f}" in line and "50.0 s" in line and "41k" in line
 
 
-def manifest(folder, control, members):
+def manifest(folder, control, members, versus=None):
     runs = [{"run_id": run_id, "tag": tag, "seed": seed} for run_id, tag, seed in members]
-    (folder / "lr.sweep.json").write_text(json.dumps({"control": control, "runs": runs}))
+    (folder / "lr.sweep.json").write_text(json.dumps({"control": control, "versus": versus, "runs": runs}))
 
 
 def test_difference_to_the_control(tmp_path):
@@ -145,6 +145,19 @@ def test_difference_to_the_control(tmp_path):
     rows = by_name(Monitor(tmp_path, control="c").poll())
     assert rows["t2"].control == "c2" and rows["c1"].is_control
     assert math.isnan(by_name(Monitor(tmp_path).poll())["t2"].difference)
+
+
+def test_difference_to_an_arm_of_its_own(tmp_path):
+    """An arm's own control goes before the sweep's, whose rows keep theirs."""
+    members = [("c1", "base", 1), ("f1", "fast", 1), ("t1", "test", 1)]
+    for name, _, _ in members:
+        write(tmp_path, name, make_log(name, 1, num_steps=STEPS))
+    manifest(tmp_path, "base", members, versus={"test": "fast"})
+    rows = by_name(Monitor(tmp_path).poll())
+    assert [rows[name].control for name in ("c1", "f1", "t1")] == ["", "c1", "f1"]
+    assert rows["c1"].is_control and not rows["f1"].is_control
+    manifest(tmp_path, "base", members, versus={"test": "gone"})
+    assert math.isnan(by_name(Monitor(tmp_path).poll())["t1"].difference)
 
 
 def test_the_launcher_knows_of_killed_runs(tmp_path):

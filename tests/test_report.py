@@ -202,6 +202,30 @@ def test_an_arm_that_loses_runs_is_not_called_better(tmp_path):
     assert rows["risky"].first_step_all is None and results.verdict.best is None
 
 
+def test_arms_with_their_own_controls(tmp_path):
+    """Each is compared with its own and said so; p is corrected over all of them; --control overrides."""
+    arms = {"slow_0": (3.30, {"MUON_LR": 0.01}), "slow_1": (3.28, {"MUON_LR": 0.01, "SPECTRAL_LR_MUL": 0.5})}
+    arms |= {"fast_0": (3.20, {"MUON_LR": 0.02}), "fast_1": (3.24, {"MUON_LR": 0.02, "SPECTRAL_LR_MUL": 0.5})}
+    given = {"seeds": SEEDS, "control": "slow_0", "versus": {"fast_1": "fast_0"}}
+    results, rows, text, numbers = sweep(tmp_path, arms, **given)
+    losses = {name: arm.samples()[0] for name, arm in ((arm.label, arm) for arm in results.arms)}
+    wanted = {"slow_1": "slow_0", "fast_0": "slow_0", "fast_1": "fast_0"}
+    assert results.verdict.controls == wanted and results.verdict.num_comparisons == 3
+    for name, control in wanted.items():
+        pair = results.verdict.versus_control[name]
+        assert pair.difference == pytest.approx(np.mean(np.subtract(losses[name], losses[control])))
+        assert pair.p == pytest.approx(scipy_stats.ttest_rel(losses[name], losses[control]).pvalue)
+    assert (numbers["better"], numbers["worse"]) == (["slow_1", "fast_0"], ["fast_1"])
+    assert "slow_1 and fast_0 are better than slow_0" in numbers["conclusion"]
+    assert "fast_1 is worse than fast_0 (by 0.0" in numbers["conclusion"]
+    assert numbers["versus"] == given["versus"] and "The difference is to the control" in text
+    assert re.search(r"\| fast_1 \|.*\| fast_0 \| \+0\.0", text)
+    to_target = re.search(r"\| fast_0 \| 5 of 5 \|.*?\| ([-+.\d]+%)", text)
+    assert to_target and to_target[1].startswith("-")
+    other = read_results([tmp_path / "sweeps/sweep.toml"], tmp_path / "logs", control="fast_0")
+    assert set(other.verdict.controls.values()) == {"fast_0"}
+
+
 def test_nothing_is_worse_than_a_control_that_loses_runs(tmp_path):
     arms = {"base": (3.20, {"MUON_LR": 0.02}), "other": (3.30, {"MUON_LR": 0.01})}
     _, _, _, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="base", ends={("base", 1): "crashed"})
