@@ -381,7 +381,7 @@ BAD = {
         "above the first [table]",
     ),
     TWO_ARMS.replace("spectral_lr_0.1", "base"): ("two arms are called 'base'",),
-    TWO_ARMS.replace("spectral_lr_0.1", "a/b"): ("arm 'a/b'", "file names"),
+    TWO_ARMS.replace("spectral_lr_0.1", "a/b"): ("arm 'a/b'", "name files"),
     TWO_ARMS.replace("spectral_lr_0.1", "a" * 200): ("200 at most",),
     TWO_ARMS + '[[arms]]\ntag = "again"\n': ("'spectral_lr_0.1' and 'again' have the same settings",),
     TWO_ARMS + "[[arms]]\nSPECTRAL_LR_MUL = 3\n": ("arm 3", 'tag = "..."'),
