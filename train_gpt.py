@@ -240,6 +240,11 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     return resolve(s), o, with_experts(config, s, o)
 
 
+def is_run_id(text: str) -> bool:
+    """Whether it can name files in logs/, and only there."""
+    return re.fullmatch(r"[A-Za-z0-9_][\w.=,+-]{0,199}", text, re.ASCII) is not None
+
+
 def check_settings(s: Settings, env):
     """Combinations that no single field can judge."""
     for name in ("batch_sizes", "lr_muls"):
@@ -257,7 +262,7 @@ def check_settings(s: Settings, env):
                             f"{s.val_batch_tokens}, and that of {NUM_SLICES} slices x 16 tokens")
     if s.train_tokens and "NUM_SCHEDULED_ITERATIONS" in env:
         raise SettingsError("TRAIN_TOKENS and NUM_SCHEDULED_ITERATIONS both set the run's length; unset one")
-    if s.run_id and not re.fullmatch(r"[A-Za-z0-9_][\w.=,+-]{0,199}", s.run_id, re.ASCII):
+    if s.run_id and not is_run_id(s.run_id):
         raise SettingsError(f"RUN_ID={s.run_id!r}: wanted a file name of at most 200 letters, digits and "
                             ". _ - = , + that begins with a letter or digit")
     if s.device == "cpu" and s.attn_backend in ("varlen", "flex"):
@@ -2453,6 +2458,16 @@ def read_checkpoint(path: Path) -> dict:
     for key, kind in CHECKPOINT_KEYS.items():
         if not isinstance(saved.get(key), kind):
             raise CheckpointError(f"{path} has no {key} of type {kind.__name__}; use another checkpoint")
+    if not is_run_id(saved["run_id"]):  # it would name files, wherever a stranger wanted them
+        raise CheckpointError(f"{path} belongs to RUN_ID {saved['run_id'][:80]!r}, which no run can have")
+    numbers = [saved["step"], saved["tokens"], saved["stage"], *saved["position"]]
+    whole = len(numbers) == 6 and all(type(n) is int and n >= 0 for n in numbers)
+    if not whole or saved["stage"] >= NUM_STAGES:
+        raise CheckpointError(f"{path}: step, tokens, stage and position are {numbers}, which no run has")
+    try:
+        json.dumps(saved["config"])
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{path}: its config is not one that a run has; use another") from None
     return saved
 
 
@@ -2618,6 +2633,7 @@ def save_model(path: Path, model: GPT, config: dict, windows: tuple[int, int], t
         with new.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(new, path)
+        sync_folder(path.parent)
     finally:
         new.unlink(missing_ok=True)
 

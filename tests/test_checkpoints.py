@@ -136,12 +136,11 @@ def test_only_the_last_two_are_kept_and_a_failed_write_changes_nothing(tmp_path,
     assert names() == ["step_00000004.pt", "step_00000006.pt"]
 
 
-def checkpoint_bytes() -> bytes:
+def checkpoint_bytes(**changes) -> bytes:
     contents = {key: kind() for key, kind in train_gpt.CHECKPOINT_KEYS.items() if kind is not torch.Tensor}
+    contents |= {"format": 1, "run_id": "mine", "position": [0, 0, 0], "rotary_freqs": torch.zeros(3)}
     file = io.BytesIO()
-    torch.save(
-        {**contents, "format": 1, "rotary_freqs": torch.zeros(3), "params": {"a": torch.ones(50)}}, file
-    )
+    torch.save({**contents, "params": {"a": torch.ones(50)}, **changes}, file)
     return file.getvalue()
 
 
@@ -171,6 +170,29 @@ def test_any_bytes_are_a_checkpoint_or_a_checkpoint_error(data, tmp_path):
     assert torch.equal(saved["params"]["a"], torch.ones(50)) and torch.equal(
         saved["rotary_freqs"], torch.zeros(3)
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run_id": "../../elsewhere"},  # else a stranger's file chooses where log and model are written
+        {"run_id": ""},
+        {"config": {"seed": torch.ones(2)}},
+        {"config": {(1, 2): 3}},
+        {"step": -1},
+        {"stage": 77},
+        {"position": [0, -1, 0]},
+        {"position": [0]},
+        {"position": [0, 0, "a"]},
+        {"params": []},
+    ],
+    ids=str,
+)
+def test_contents_that_no_run_has_are_refused(changes, tmp_path):
+    path = tmp_path / "step_00000002.pt"
+    path.write_bytes(checkpoint_bytes(**changes))
+    with pytest.raises(train_gpt.CheckpointError, match="step_00000002.pt"):
+        train_gpt.read_checkpoint(path)
 
 
 @settings(max_examples=250 * MORE, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
