@@ -14,7 +14,8 @@ and evaluate, with the shards that a run would read. Nothing is written but --js
   what is not hidden behind other work, waiting for slower ranks included. On CUDA all times are events on the
   stream; nothing waits inside a step.
 * The ceiling is a square product in the type that the model computes in, on all ranks at once; on a CPU it is
-  taken again before every pair of steps, because other work on the machine comes and goes.
+  taken again before every pair of steps, because other work on the machine comes and goes. Where the head's
+  products are in float8 (sm_89 and later), their FLOP count against it all the same.
 * FLOP are those of benchmarks/flops.py, with the documents' lengths of the batches that were timed.
 * A step that a validation follows also measures ORD's statistics; such a step is timed only where it falls
   among the timed ones. Evaluation is timed on one validation batch and scaled to VAL_TOKENS; the last
@@ -26,6 +27,7 @@ and evaluate, with the shards that a run would read. Nothing is written but --js
 import argparse
 import contextlib
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -202,8 +204,8 @@ class Timed:
     def flush(self):
         """As the trainer's report: the loss is summed over the ranks and read, on a GPU a step late."""
         if self.pending:
-            (total, work), self.pending = self.pending, None
-            work.wait()
+            (total, mark), self.pending = self.pending, None
+            mark.wait()
             total.item()
 
     def step(self):
@@ -215,7 +217,11 @@ class Timed:
         self.seen.append([batch.cu_seqlens for batch in batches])
         total = self.trainer.step(step, batches)
         self.flush()
-        self.pending = total, self.ranks.all_reduce(total)
+        work = self.ranks.all_reduce(total)
+        if self.clock.cuda:  # copied now: a copy asked for later would stand in line behind the next step
+            work.wait()
+            total, work = total.to("cpu", non_blocking=True), self.module.Recorded()
+        self.pending = total, work
         if not self.clock.cuda:
             self.flush()
 
@@ -269,7 +275,7 @@ def matmul_flops(timed: Timed, repeats: int) -> float:
     """FLOP/s of a square product in the model's type on this rank, all ranks at once; the median."""
     cuda, dtype = timed.clock.cuda, timed.trainer.model.head.dtype
     n = 8192 if cuda else 1024
-    a = torch.ones(n, n, dtype=dtype, device=timed.ranks.device)
+    a = torch.randn(n, n, device=timed.ranks.device).to(dtype)  # constants take less power on a GPU: faster
     marks = []
     timed.ranks.all_reduce(torch.zeros(1, device=a.device)).wait()
     for _ in range(repeats):
@@ -517,7 +523,10 @@ def run(args, env: dict) -> tuple[dict, object]:
     if args.ord:
         distinct = [r["stage"] - 1 for r in result["stages"] if "same_as" not in r]
         timed.flush()
-        del timed  # its memory, for the two
+        del timed  # its memory, for the two; hooks and their optimizer are a cycle
+        gc.collect()
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
         twins = [build(script, env, ranks) for script in TWINS]
         for stage in distinct:
             result["ord"].append(compare_twins(twins, stage, args.ord))
