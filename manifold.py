@@ -163,6 +163,9 @@ def trim(path: Path, last_step: int):
             file.flush()
             os.fsync(file.fileno())
         os.replace(half, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # else a power cut brings the old file back
+        os.fsync(folder)
+        os.close(folder)
     finally:
         half.unlink(missing_ok=True)
 

@@ -119,7 +119,8 @@ class Settings:
     save_every: int = knob(0, "steps between checkpoints in logs/RUN_ID/; 0: only when stopped", low=0)
     resume: str = knob("", "auto: go on from RUN_ID's last checkpoint if it has one; or a checkpoint's path")
     save_model: bool = knob(True, "write the trained weights to logs/RUN_ID/model.safetensors at the end")
-    dist_timeout: float = knob(900.0, "seconds without progress after which a rank gives up", low=5)
+    dist_timeout: float = knob(900.0, "seconds without progress after which a rank gives up; to compile a "
+                               "stage, or to save, must take less", low=5)
 
 
     @property
@@ -198,14 +199,18 @@ def edit_distance(a: str, b: str) -> int:
 
 
 OUR_PREFIXES = ("SPECTRAL_", "ORD_", "MUON_", "ADAM_", "MOE_", "LR_DECAY_", "VAL_LOSS_", "NUM_SCHEDULED_")
+# words one letter from a setting's short name, which other programs may well have
+NOT_MEANT = {"COMPILED", "COMPILER", "DEVICES", "KERNEL", "MODE", "MODELS", "SEEDS", "SPEED"}
 
 
 def refuse_lookalikes(env, known: list[str]):
-    """A misspelt setting would silently train something else, so it ends the run."""
+    """A misspelt setting would silently train something else, so it ends the run. In a short name one letter
+    may be wrong, in a long one two; capitals do not count."""
     for name in sorted(set(env) - set(known)):
-        nearest = min(known, key=lambda k: edit_distance(name, k))
-        close = len(nearest) >= 8 and abs(len(name) - len(nearest)) <= 2 and edit_distance(name, nearest) <= 2
-        if close or name.startswith(OUR_PREFIXES):
+        capitals = name.upper()
+        nearest = min(known, key=lambda k: edit_distance(capitals, k))
+        close = edit_distance(capitals, nearest) <= (2 if len(nearest) >= 8 else 1)
+        if close and capitals not in NOT_MEANT or capitals.startswith(OUR_PREFIXES):
             raise SettingsError(f"{name} is not a setting of {SCRIPT.name}; the nearest is {nearest}. "
                                 f"Unset or rename it; `python {SCRIPT.name} --help` lists all")
 
@@ -370,7 +375,8 @@ class Ranks:
     last_beat = 0.0  # time.monotonic() of the last sign of progress
     everyones: dict[int, Tensor] = {}  # by the address of this rank's part; filled by zeros()
 
-    def __init__(self, device: str, timeout_s: float = 900.0):
+    def __init__(self, device: str, timeout_s: float = 900.0, settings: dict | ValueError | None = None):
+        """settings: this rank's, or why it has none. SettingsError on all ranks unless all have the same."""
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -395,9 +401,32 @@ class Ranks:
                 # torchrun keeps one store for all its restarts, in which dead ranks' addresses still stand
                 # (pytorch#135712). Agents on several machines count restarts each for itself: see README
                 store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            self.agree(store, settings or {})
             dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
                                     world_size=world_size, timeout=timeout,
                                     **({"device_id": self.device} if device == "cuda" else {}))
+        elif isinstance(settings, ValueError):
+            raise settings
+
+    def agree(self, store: dist.Store, settings: dict | ValueError):
+        """Before the ranks form a group, for which all must come, and with one device: a machine whose
+        settings are wrong, or not those of the others, would keep them waiting."""
+        refused, soon = isinstance(settings, ValueError), datetime.timedelta(seconds=30)
+        store.set(f"settings{self.rank}", json.dumps({"refused": str(settings)} if refused else settings))
+        keys = [f"settings{rank}" for rank in range(self.world_size)]
+        try:
+            store.wait(keys, *([soon] if refused else []))
+        except dist.DistError:
+            if refused:
+                raise settings from None
+            raise
+        found = [json.loads(text) for text in store.multi_get(keys)]
+        texts = [f.get("refused") or different_settings(rank, f, found[0]) for rank, f in enumerate(found)]
+        if any(texts):
+            with contextlib.suppress(dist.DistError):  # the store may go with this rank: let all read first
+                store.set(f"read{self.rank}", "")
+                store.wait([f"read{rank}" for rank in range(self.world_size)], soon)
+            raise settings if refused else SettingsError(next(filter(None, texts)))
 
     def orphan(self) -> bool:
         """Whether torchrun is gone. Without it the parent is a shell, whose end means nothing (nohup)."""
@@ -642,12 +671,14 @@ class RunLog:
             return
         try:
             os.makedirs(self.path.parent, exist_ok=True)
+            self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            if not self.path.is_file():
+                raise SettingsError(f"{self.path} is no regular file; choose another RUN_ID, or remove it")
+            self.lock()  # before anything is asked of it, which another process might change
             self.existed = has_begun(self.path)
             if self.existed and not go_on:
                 raise SettingsError(f"{self.path} exists already, and logs are never overwritten; choose "
                                     "another RUN_ID, or RESUME=auto to go on with that run")
-            self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            self.lock()
             if not self.existed:
                 os.ftruncate(self.file, 0)
         except OSError as error:
@@ -663,8 +694,8 @@ class RunLog:
             import fcntl
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SettingsError(f"{self.path} is being written by another process; wait for it, or choose "
-                                "another RUN_ID") from None
+            raise SettingsError(f"{self.path} exists already and is being written by another process; "
+                                "wait for it, or choose another RUN_ID") from None
         except (ImportError, OSError):
             self.say(f"warning: {self.path} cannot be locked on this file system")
 
@@ -770,7 +801,7 @@ def sources() -> str:
 def has_begun(log: Path) -> bool:
     """Whether there is a log with more in it than the piece of a header that a run killed in its first
     moment leaves behind."""
-    if not log.exists():
+    if not log.is_file():
         return False
     ours = sources().encode()
     with log.open("rb") as file:
@@ -858,6 +889,8 @@ def open_shard(path: Path) -> Shard:
     """Map a shard, checked: magic, version, count against the file's size, every token in the vocabulary."""
     try:
         size = path.stat().st_size
+        if not path.is_file():  # a pipe would make us wait for ever
+            raise DataError(f"{path} is no regular file; a token shard is wanted")
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     except OSError as error:  # a folder, a link to nothing, a file of somebody else's
         raise DataError(f"{path} cannot be read ({error.strerror}); a token shard is wanted") from None
@@ -974,6 +1007,19 @@ class Ahead:
         self.worker.shutdown()
 
 
+def documents(tokens: np.ndarray, mark: int, longest: int, split: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, lengths) of a shard's documents as training reads them, in the file's order: none longer than
+    `longest`, whose rest is dropped or, with `split`, read as further documents."""
+    starts = np.flatnonzero(tokens == mark)  # a beginning without a mark is no document
+    lengths = np.diff(starts, append=len(tokens))
+    if split:
+        pieces = -(-lengths // longest)
+        nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        starts = np.repeat(starts, pieces) + nth * longest
+        lengths = np.repeat(lengths, pieces) - nth * longest
+    return starts, np.minimum(lengths, longest)
+
+
 class TrainData:
     """Endless batches of whole documents. Every rank plans all slices of a step and reads its own, so that
     1, 2, 4 and 8 ranks see the same tokens. The order of shards and documents is drawn from the seed, each
@@ -1000,16 +1046,9 @@ class TrainData:
         if self.loaded != index:
             shard = self.shards[index]
             self.tokens, self.mark, self.loaded = shard.read(), shard.mark, index
-        starts = np.flatnonzero(self.tokens == self.mark)  # a beginning without a mark is no document
-        lengths = np.diff(starts, append=len(self.tokens))
-        if self.split:
-            pieces = -(-lengths // self.max_doc_tokens)
-            nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-            starts = np.repeat(starts, pieces) + nth * self.max_doc_tokens
-            lengths = np.repeat(lengths, pieces) - nth * self.max_doc_tokens
+        starts, lengths = documents(self.tokens, self.mark, self.max_doc_tokens, self.split)
         perm = np.random.default_rng([self.seed, 2, self.epoch, index]).permutation(len(starts))
-        self.starts = starts[perm]
-        self.lengths = np.minimum(lengths[perm], self.max_doc_tokens)
+        self.starts, self.lengths = starts[perm], lengths[perm]
         self.ends = np.cumsum(self.lengths)
 
     def plan_slice(self, num_tokens: int) -> tuple:
@@ -1026,8 +1065,8 @@ class TrainData:
             if self.place == len(self.shards):
                 self.epoch, self.place = self.epoch + 1, 0
             self.load_shard()
-        raise DataError(f"no training shard has the {num_tokens} tokens of documents that one slice takes; "
-                        "use larger shards or smaller BATCH_SIZES")
+        raise DataError(f"no training shard fills a slice of {num_tokens} tokens now, as one did when the "
+                        "run began; put the old files back, then RESUME=auto goes on")
 
     def read_slice(self, tokens, starts, lengths) -> tuple:
         """Inputs and the tokens that follow them; past the end of the shard follows a document mark."""
@@ -1080,8 +1119,11 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
     if train[0].vocab_size != val[0].vocab_size:
         raise DataError(f"training shards have a vocabulary of {train[0].vocab_size}, validation shards of "
                         f"{val[0].vocab_size}; both must come from one tokenizer")
+    readable = []  # tokens of each shard that training reads
     for shard in train:
-        if not (shard.tokens == shard.mark).any():
+        _, lengths = documents(shard.tokens, shard.mark, s.max_doc_tokens, s.long_docs == "split")
+        readable.append(int(lengths.sum()))
+        if not readable[-1]:
             raise DataError(f"{shard.path} has no document mark (token {shard.mark}), with which every "
                             "document begins; make it again with data/tokenize_text.py")
     have = sum(len(v.tokens) for v in val)
@@ -1094,6 +1136,11 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
     if num_slices % world_size or any(t % num_slices for t in (*s.batch_sizes, s.val_batch_tokens)):
         raise SettingsError(f"{world_size} ranks do not divide {num_slices} slices, or those the batches "
                             f"{s.batch_sizes}; use 1, 2, 4, 8 ranks, or batches that divide")
+    most = max(s.batch_sizes) // num_slices
+    if most > max(readable):
+        raise DataError(f"BATCH_SIZES={','.join(map(str, s.batch_sizes))}: the largest has slices of {most} "
+                        f"tokens, but no training shard has more than {max(readable)} in documents up to "
+                        f"MAX_DOC_TOKENS={s.max_doc_tokens}; use larger shards or smaller batches")
     return train, val
 
 
@@ -2627,7 +2674,7 @@ CHECKPOINT_KEYS = {"format": int, "config": dict, "run_id": str, "source_hash": 
                    "tokens": int, "train_ms": float, "reached": bool, "validated": int, "position": list,
                    "stage": int, "tied": bool, "rotary_scale": float, "rotary_freqs": Tensor, "counts": dict,
                    "params": dict}
-CHECKPOINT_FORMAT, CHECKPOINTS_KEPT = 1, 2
+CHECKPOINT_FORMAT, CHECKPOINTS_KEPT, MODEL_FILE = 1, 2, "model.safetensors"
 MAY_DIFFER = {"run_id", "nproc_per_node", "compile", "rehearse", "kernels", "slices_per_pass",
               "val_loss_every", "val_loss_last_steps", "val_loss_every_last", "target_loss", "diverged_above",
               "save_every", "resume", "save_model", "dist_timeout", "data_path", "train_files", "val_files",
@@ -2640,6 +2687,8 @@ class CheckpointError(ValueError):
 
 def read_checkpoint(path: Path) -> dict:
     """The contents, checked to the last byte (every record has a CRC) and loaded without running code."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file; a checkpoint (step_*.pt) is wanted")
     try:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
@@ -2685,7 +2734,7 @@ def write_checkpoint(folder: Path, contents: dict) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-        sync_folder(folder)
+        make_durable(path)
     except (OSError, RuntimeError) as error:  # torch reports failed writes as RuntimeError
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
@@ -2696,13 +2745,14 @@ def write_checkpoint(folder: Path, contents: dict) -> Path:
     return path
 
 
-def sync_folder(folder: Path):
-    """Make a rename survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def make_durable(path: Path):
+    """Make a rename survive a power cut, also in a folder that is new itself."""
+    for folder in (path.parent, path.parent.parent):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -2711,12 +2761,22 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """What would train something else, in words."""
-    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
+    """What would train something else, in words. A setting that is newer than the checkpoint had, then, its
+    default."""
+    defaults = {f.name: f.default for c in (Settings, OptimizerSettings) for f in dataclasses.fields(c)}
+    old, new = json.loads(json.dumps({**defaults, **old})), json.loads(json.dumps(new))
     hints = {"num_slices": " (as many as there are ranks, at least 8: take as many ranks as it had, or at "
                            "most 8 if it had no more)"}
     return [f"{key.upper()} was {old.get(key)}, now {new.get(key)}{hints.get(key, '')}"
             for key in sorted({*old, *new} - MAY_DIFFER) if old.get(key) != new.get(key)]
+
+
+def different_settings(rank: int, mine: dict, first: dict) -> str:
+    """What a rank's settings have otherwise than rank 0's, in words; empty if nothing."""
+    names = [name for name in sorted({*mine, *first}) if mine.get(name) != first.get(name)]
+    found = ", ".join(f"{name.upper()}={mine.get(name)} instead of {first.get(name)}" for name in names)
+    return found and (f"the ranks were started with different settings: rank {rank} has {found}; give all "
+                      "machines the same ones")
 
 
 def refuse_differences(where, old: dict, new: dict):
@@ -2763,8 +2823,11 @@ def find_origin(s: Settings, config: dict, run_id: str) -> Origin:
 def last_checkpoint(s: Settings, config: dict) -> Origin:
     """RESUME=auto: the newest checkpoint that can be read; without any, the run from its start."""
     last, damaged = last_event(s.log), []
-    if last == "finished" or last == "diverged" and restarted():  # it would diverge again
-        return Origin(s.run_id, ended=0 if last == "finished" else 3)
+    lost = s.save_model and checkpoints_in(s.folder) and not (s.folder / MODEL_FILE).exists()
+    if last == "finished" and not lost:
+        return Origin(s.run_id, ended=0)
+    if last == "diverged" and restarted():  # it would diverge again
+        return Origin(s.run_id, ended=3)
     for path in reversed(checkpoints_in(s.folder)):
         try:
             saved = read_checkpoint(path)
@@ -2792,7 +2855,7 @@ def set_aside(origin: Origin, folder: Path):
 
 def last_event(log: Path) -> str:
     """How a log ends so far: finished, diverged ..., or started or resumed; empty if there is none."""
-    if not log.exists():
+    if not log.is_file():
         return ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 65_536))
@@ -2803,7 +2866,7 @@ def last_event(log: Path) -> str:
 
 def log_config(log: Path) -> dict:
     """The settings in a log's header; {} if there is none."""
-    found = log.exists() and re.search(r"^config:(\{.*\})$", log.read_text(errors="replace"), re.M)
+    found = log.is_file() and re.search(r"^config:(\{.*\})$", log.read_text(errors="replace"), re.M)
     return json.loads(found[1]) if found else {}
 
 
@@ -2835,8 +2898,9 @@ def save_model(path: Path, model: GPT, config: dict, windows: tuple[int, int], t
                   {k: json.dumps(v) for k, v in metadata.items()})
         with new.open("rb") as file:
             os.fsync(file.fileno())
+        os.chmod(new, 0o644)  # as the log; safetensors makes files for their owner alone
         os.replace(new, path)
-        sync_folder(path.parent)
+        make_durable(path)
     finally:
         new.unlink(missing_ok=True)
 
@@ -3127,6 +3191,10 @@ class Run:
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         small = self.ranks.share(saved and {k: v for k, v in saved.items() if k not in ("params", "config")})
+        known = set(small["counts"]) == set(self.trainer.optimizer.by_name)
+        if small["step"] >= self.schedule.num_steps or not known:
+            raise CheckpointError(f"the checkpoint is of step {small['step']} and this run has "
+                                  f"{self.schedule.num_steps}, or it counts other parameters' updates")
         self.trainer.restore(small, saved and saved["params"])
         self.data.seek(small["position"])
         self.clock.spent_ms, self.report.reached = small["train_ms"], small["reached"]
@@ -3200,6 +3268,7 @@ class Run:
         """A checkpoint, off the clock; whether the disk took it. The run goes on if not."""
         self.report.flush()
         self.clock.stop()
+        self.ranks.beat()  # the disk has all of DIST_TIMEOUT
         contents, saved, broken = self.trainer.export(), False, False
         if self.ranks.rank == 0:
             contents |= {"format": CHECKPOINT_FORMAT, "config": self.config, "run_id": self.s.run_id,
@@ -3219,6 +3288,7 @@ class Run:
                 self.log.event("save_failed", step=step, error=json.dumps(str(error)))
                 self.log.say(f"warning: {error}; training goes on, checkpoints before it are kept")
         self.last_saved, saved = step, self.ranks.share(saved)
+        self.ranks.beat()
         self.clock.start()
         return saved
 
@@ -3227,7 +3297,7 @@ class Run:
         finished: RESUME=auto then repeats what follows the last checkpoint."""
         where = {}
         if self.s.save_model and self.ranks.rank == 0:
-            path = self.s.folder / "model.safetensors"
+            path = self.s.folder / MODEL_FILE
             try:
                 save_model(path, self.trainer.model, self.config, self.schedule.final_windows(),
                            self.trainer.tied)
@@ -3261,13 +3331,15 @@ def prepare(env) -> Start:
     # CUDA, while the settings are read, fixes the allocator's options
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    s, o, model_config = read_settings(env)
-    ranks = Ranks(s.device, s.dist_timeout)
+    try:
+        s, o, model_config = read_settings(env)
+    except SettingsError as error:
+        Ranks("cpu", settings=error)  # tells the others
+        raise
     config = {**dataclasses.asdict(s), **dataclasses.asdict(o),
               "model_config": dataclasses.asdict(model_config)}
     run_id = env.get("RUN_ID", "")
-    if len(set(ranks.collect(json.dumps({**config, "run_id": run_id})))) > 1:
-        raise SettingsError("the ranks were started with different settings; give all machines the same ones")
+    ranks = Ranks(s.device, s.dist_timeout, {**config, "run_id": run_id})
     train_shards, val_shards = ranks.together(lambda: open_data(s, ranks.world_size))
     config |= {"train_data": shard_fields(train_shards), "val_data": shard_fields(val_shards),
                "vocab_size": train_shards[0].vocab_size, "mark": train_shards[0].mark,
@@ -3328,7 +3400,7 @@ def main(argv: list[str], env=os.environ) -> int:
 
 
 def refuse(error: ValueError) -> int:
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
         show(f"{SCRIPT.name}: {error}", file=sys.stderr)
     Ranks.close()
     return 2
@@ -3338,14 +3410,16 @@ def supervise(start: Start, stop: Stop) -> int:
     """Train, and whatever happens leave a last line in the log. Exit code."""
     s, log, ranks, saved = start.s, start.log, start.ranks, start.origin.saved
 
-    def crashed(missing: dict[int, str], reason: str):
-        """From the rank whose error it is; if others went missing without a word, from the first left."""
+    def crashed(missing: dict[int, str], reason: str, otherwise: int | str):
+        """From the rank whose error it is; if others went missing without a word, from the first left.
+        otherwise: whose error it is if nobody is missing here."""
         if (not missing or watch.leads(missing)) and last_event(log.path) != "crashed":
-            log.end("crashed", whoever=True, rank=next(iter(missing), ranks.rank), error=json.dumps(reason))
+            log.end("crashed", whoever=True, rank=next(iter(missing), otherwise), error=json.dumps(reason))
 
     def give_up(missing: dict[int, str], reason: str):
-        crashed(missing, reason)
+        crashed(missing, reason, "unknown")
         show(f"rank {ranks.rank} gives up: {reason}", file=sys.stderr)
+        log.close()
         os._exit(1)  # the main thread hangs inside a collective
 
     watch = Watch(ranks, s.dist_timeout, stop, give_up)
@@ -3369,6 +3443,7 @@ def supervise(start: Start, stop: Stop) -> int:
     except CheckpointError as error:  # of a form that these parameters cannot take: found out by all ranks
         watch.over.set()
         log.end("crashed", error=json.dumps(str(error)))
+        log.close()
         return refuse(error)
     except Diverged as error:
         log.end("diverged", step=error.step, **{error.name: f"{error.value:g}"})
@@ -3379,11 +3454,13 @@ def supervise(start: Start, stop: Stop) -> int:
         if isinstance(error, RuntimeError) and ranks.world_size > 1:
             time.sleep(1)  # a rank that was killed needs a moment to be gone
             missing = watch.missing()
-        crashed(missing, ", ".join([*missing.values(), f"{type(error).__name__}: {error}"]))
+        cut_off = isinstance(error, dist.DistError) or "gloo" in str(error)  # by another host's doing
+        crashed(missing, ", ".join([*missing.values(), f"{type(error).__name__}: {error}"]),
+                "unknown" if cut_off else ranks.rank)
+        log.close()
         if ranks.device.type == "cuda" and ranks.world_size > 1:
             traceback.print_exc()  # closing the group would wait for collectives that the others never join
             sys.stderr.flush()
-            log.close()
             os._exit(1)
         raise
     finally:

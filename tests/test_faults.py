@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import BASELINE, ORD, ROOT, base_env, command, losses, make_text, run, train, write_shard
 from jobs import Job, events, lines
+from safetensors.numpy import load_file
 
 import train_gpt
 from run_log import read_log
@@ -51,6 +52,27 @@ def test_killed_at_any_step_and_resumed_ends_with_the_same_digits(undisturbed, s
     assert done.returncode == 0, done.stderr
     assert events(job.log, "resumed") and lines(job.log) == lines(undisturbed)
     assert [r.state for r in read_log(job.log)] == ["finished"]
+    before, after = job.log.read_text().split("event:resumed step:")
+    at = int(after.split()[0])  # time on the clock goes on, too
+    spent = [int(t) for t in re.findall(rf"^step:{at}/.* train_time:(\d+)ms", before, re.M)]
+    then = int(re.search(r"^step:.* train_time:(\d+)ms", after, re.M)[1])
+    assert then > spent[-1] if at else then < 60_000
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_experts_and_their_spectra_survive_a_kill(shards, tmp_path, victim):
+    """Router noise, experts' states and the file of spectra, over a rank killed with -9 and restarted."""
+    settings = dict(MODEL="moe-tiny", MANIFOLD_EVERY=3, SAVE_EVERY=2, NUM_SCHEDULED_ITERATIONS=8)
+    train(tmp_path, shards, "twin", ORD, ranks=2, **settings)
+    env = base_env(shards, RUN_ID="killed", **settings)
+    job = Job(tmp_path, ORD, env, 2, ("--standalone", "--max-restarts=1"))
+    job.wait_for(r"^step:5/")
+    os.kill(job.ranks()[victim], signal.SIGKILL)
+    assert job.end() == 0, job.out.read_text()[-3000:]
+    twin = tmp_path / "logs" / "twin.txt"
+    assert events(job.log, "resumed") and lines(job.log) == lines(twin)
+    spectra = [log.with_suffix(".manifold.jsonl").read_text() for log in (job.log, twin)]
+    assert spectra[0] == spectra[1] and spectra[0].count("\n") > 10
 
 
 def test_resumed_on_another_number_of_ranks(undisturbed, shards, tmp_path):
@@ -130,6 +152,21 @@ def test_a_finished_run_is_left_alone(shards, tmp_path):
     done = run(tmp_path, BASELINE, env, ranks=0)
     assert done.returncode == 0 and "nothing to do" in done.stdout
     assert (tmp_path / "logs" / "over.txt").read_bytes() == before
+
+
+def test_a_lost_model_is_made_again_from_the_last_checkpoint(shards, tmp_path):
+    """The log says finished, but the model went with a disk: while there is a checkpoint it can come back."""
+    train(tmp_path, shards, "over", NUM_SCHEDULED_ITERATIONS=4, SAVE_EVERY=2)
+    log, model = tmp_path / "logs" / "over.txt", tmp_path / "logs" / "over" / "model.safetensors"
+    digits, weights = lines(log), load_file(model)
+    assert model.stat().st_mode & 0o777 == 0o644  # not for its owner alone
+    model.unlink()
+    env = base_env(shards, RUN_ID="over", NUM_SCHEDULED_ITERATIONS=4, SAVE_EVERY=2, RESUME="auto")
+    done = run(tmp_path, BASELINE, env, ranks=0)
+    again = load_file(model) if model.exists() else {}
+    assert done.returncode == 0 and again.keys() == weights.keys(), done.stderr
+    assert all((again[name] == weights[name]).all() for name in weights)
+    assert lines(log) == digits and read_log(log)[-1].state == "finished"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -255,6 +292,18 @@ def test_a_strangers_checkpoint_runs_no_code(copy_of_saved, shards, tmp_path):
     assert done.returncode == 2 and not trap.exists(), done.stderr
 
 
+@pytest.mark.parametrize("changes", [{"step": 14}, {"step": 10**9}, {"counts": {}}, {"counts": {"head": 1}}])
+def test_a_checkpoint_of_another_run_is_refused(copy_of_saved, shards, changes):
+    """Else a run of 14 steps would be over at step 14 without having been trained."""
+    import torch
+
+    bad = copy_of_saved / "bad.pt"
+    torch.save({**torch.load(copy_of_saved / "logs" / "saved" / "step_00000008.pt"), **changes}, bad)
+    done = resume(copy_of_saved, shards, RESUME=str(bad))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"the checkpoint is of step {changes.get('step', 8)} and this run has 14" in done.stderr
+
+
 @pytest.mark.parametrize("path", ["nowhere.pt", "logs", "logs/saved.txt", "logs/saved/model.safetensors"])
 def test_a_path_that_is_no_checkpoint_is_refused(copy_of_saved, shards, path):
     (copy_of_saved / "logs" / "saved" / "model.safetensors").write_bytes(b"\0" * 100)
@@ -274,19 +323,28 @@ def test_more_ranks_than_divide_the_batch(shards, tmp_path):
     assert done.returncode == 1 and done.stderr.count("3 ranks do not divide 8 slices") == 1
 
 
-def test_machines_with_different_settings_are_refused_together(shards, tmp_path):
-    """Each agent has its own environment; a seed set on one of them would train nonsense."""
+@pytest.mark.parametrize("name, values, said", [
+    ("SEED", (0, 1), "the ranks were started with different settings: rank 1 has SEED=1 instead of 0"),
+    ("MUON_LR", (0.02, "x"), "MUON_LR='x': wanted float"),
+    ("MUON_LR", ("x", 0.02), "MUON_LR='x': wanted float"),
+])  # fmt: skip
+def test_machines_with_different_or_bad_settings_are_refused_together(shards, tmp_path, name, values, said):
+    """Each agent has its own environment: a seed set on one of them would train nonsense, a wrong one would
+    keep the other waiting. Both say why, at once."""
 
     port = 29_000 + os.getpid() % 1000
 
     def agent(node):
         extra = ("--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}")
-        return run(tmp_path, BASELINE, base_env(shards, RUN_ID="nodes", SEED=node), 1, extra)
+        return run(tmp_path, BASELINE, base_env(shards, RUN_ID="nodes", **{name: values[node]}), 1, extra)
 
+    start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(agent, (0, 1)))
-    assert [d.returncode for d in done] == [1, 1]
-    assert "different settings" in done[0].stderr and not (tmp_path / "logs").exists()
+    assert [d.returncode for d in done] == [1, 1] and time.monotonic() - start < 120
+    for node in done:
+        assert node.stderr.count(said) == 1 and "Traceback" not in node.stderr.partition("torch/distr")[0]
+    assert not (tmp_path / "logs").exists()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -327,12 +385,13 @@ def test_restarts_do_not_take_an_older_run_of_the_same_name(copy_of_saved, shard
     assert log.read_bytes() == before
 
 
-def test_a_stopped_rank_is_given_up_in_time(shards, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank_is_given_up_in_time(shards, tmp_path, victim):
     """SIGSTOP: the process is there and silent, as on a machine that swaps or a GPU that hangs."""
     env = base_env(shards, RUN_ID="hung", NUM_SCHEDULED_ITERATIONS=400, DIST_TIMEOUT=5)
     job = Job(tmp_path, BASELINE, env, ranks=2)
     job.wait_for(r"^step:2/")
-    start, pid = time.monotonic(), job.ranks()[1]
+    start, pid = time.monotonic(), job.ranks()[victim]
     os.kill(pid, signal.SIGSTOP)
     assert job.end() != 0
     assert time.monotonic() - start < 60
@@ -398,6 +457,7 @@ def test_a_cut_link_between_two_machines_ends_both(shards, tmp_path):
         assert time.monotonic() - cut < 100
         crashed = events(log, "crashed")
         assert len(crashed) == 1 and ("on other hosts" in crashed[0] or "gloo" in crashed[0])
+        assert "rank:unknown " in crashed[0] and all(agent.returncode == 1 for agent in agents)
     finally:
         for name in names:
             pids = subprocess.run(
@@ -521,6 +581,23 @@ def test_vanished_data_ends_the_run_and_resuming_with_it_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert lines(job.log) == lines(tmp_path / "logs" / "whole.txt")
     assert events(job.log, "epoch")  # 18,000 tokens were used up: the next epoch began
+
+
+def test_a_crash_on_a_full_disk_leaves_its_lines_on_the_console(tmp_path):
+    """The log may not grow beyond its third step; what it lacks, and why the run ended, must not be lost."""
+    for i in (0, 1):
+        write_shard(tmp_path / f"made_train_00000{i}.bin", make_text(9000, seed=i))
+    write_shard(tmp_path / "made_val_000000.bin", make_text(17_000, seed=9))
+    train(tmp_path, tmp_path, "good", NUM_SCHEDULED_ITERATIONS=4)
+    size = (tmp_path / "logs" / "good.txt").read_text().index("step:3/")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    job = Job(tmp_path, BASELINE, base_env(tmp_path, RUN_ID="full"), setup=limit)
+    job.wait_for(r"^step:1/")
+    for path in tmp_path.glob("made_train_*.bin"):
+        path.unlink()
+    assert job.end() == 1 and not events(job.log, "crashed")
+    lacking = job.out.read_text().partition("lacks its last lines")[2]
+    assert "\nstep:4/14 train_loss:" in lacking and "\nevent:crashed rank:0 " in lacking
 
 
 # ---------------------------------------------------------------------------------------------------

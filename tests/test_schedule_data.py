@@ -361,10 +361,35 @@ def test_a_shard_too_small_for_a_slice_is_passed_over(tmp_path, seed):
 
 
 def test_data_that_cannot_fill_a_slice_is_refused(tmp_path):
-    """Fails if a run waits for ever for documents that do not come."""
-    write_shard(tmp_path / "train_0.bin", make_tokens([30, 30]))
+    """Fails if a run waits for ever for documents that do not come, or learns in its last stage that its
+    largest batch cannot be filled. Documents of 30 and 90 tokens: 70 are read of them, 120 if split."""
+    write_shard(tmp_path / "train_0.bin", make_tokens([30, 90]))
+    write_shard(tmp_path / "val_0.bin", make_tokens([30] * 60))
     with pytest.raises(train_gpt.DataError, match="128 tokens"):
         train_data(data_settings(tmp_path)).make(1024)
+    for batch, long_docs, fits in ((640, "cut", False), (512, "cut", True), (896, "split", True),
+                                   (1024, "split", False)):
+        s = data_settings(tmp_path, BATCH_SIZES=f"128,128,{batch},128", LONG_DOCS=long_docs)
+        if fits:
+            train, _ = train_gpt.open_data(s, 1)
+            made = train_gpt.TrainData(train, s, one_rank()).make(batch)
+            assert sum(b.inputs_BT.numel() for b in made) == batch
+        else:
+            with pytest.raises(train_gpt.DataError, match=rf"BATCH_SIZES=.*slices of {batch // 8} tokens"):
+                train_gpt.open_data(s, 1)
+
+
+def test_a_shard_cut_short_while_in_use_matters_when_it_is_read_again(tmp_path):
+    """Fails if a file that somebody cuts short ends the process (SIGBUS), or trains on half of it unsaid."""
+    for i in range(2):
+        write_shard(tmp_path / f"train_{i}.bin", make_tokens([30] * 60, seed=i))
+    whole, data = (train_data(data_settings(tmp_path)) for _ in range(2))
+    for path in tmp_path.glob("train_*.bin"):
+        os.truncate(path, 2000)
+    for _ in range(2):  # 48 documents of the first shard
+        assert all(map(torch.equal, whole.make(640)[0][:3], data.make(640)[0][:3]))
+    with pytest.raises(train_gpt.DataError, match="had 1800 tokens when the run began and has 488 now"):
+        data.make(640)
 
 
 def test_text_before_the_first_mark_is_not_read_in_training(tmp_path):
@@ -446,11 +471,15 @@ def test_shards_cut_short_are_refused(tmp_path, size):
 def test_folders_and_links_to_nothing_are_refused(tmp_path):
     """Fails if what only has a shard's name ends in a traceback."""
     (tmp_path / "train_0.bin").mkdir()
-    with pytest.raises(train_gpt.DataError, match="train_0.bin cannot be read"):
+    with pytest.raises(train_gpt.DataError, match="train_0.bin is no regular file"):
         train_data(data_settings(tmp_path))
     (tmp_path / "train_0.bin").rmdir()
     (tmp_path / "train_0.bin").symlink_to(tmp_path / "gone")
     with pytest.raises(train_gpt.DataError, match="train_0.bin cannot be read"):
+        train_data(data_settings(tmp_path))
+    (tmp_path / "train_0.bin").unlink()
+    os.mkfifo(tmp_path / "train_0.bin")  # to open it would wait for a writer
+    with pytest.raises(train_gpt.DataError, match="train_0.bin is no regular file"):
         train_data(data_settings(tmp_path))
 
 
@@ -515,6 +544,9 @@ BAD_SETTINGS = [  # trainer (None: both), environment, what the message must say
     (None, dict(COOLDOWN_FRCA="1"), ["COOLDOWN_FRAC"]),
     (None, dict(VAL_LOSS_EVERY_STEPS="1"), ["VAL_LOSS_EVERY"]),
     (None, dict(TARGET_LOS="3"), ["TARGET_LOSS"]),
+    (None, dict(SEEED="3"), ["SEEED", "nearest is SEED"]), (None, dict(seed="3"), ["nearest is SEED"]),
+    (None, dict(LR_MUL="2"), ["nearest is LR_MULS"]), (None, dict(RUNID="x"), ["nearest is RUN_ID"]),
+    (None, dict(muon_lr="2"), ["nearest is MUON_LR"]), (None, dict(Modell="x"), ["nearest is MODEL"]),
     # ORD
     (ord_gpt, dict(ORD_MODE="on"), ["ORD_MODE", "on", "interpolate"]),
     (ord_gpt, dict(SPECTRAL_PROJ_EPS="0"), ["SPECTRAL_PROJ_EPS", "above 0"]),
@@ -556,7 +588,8 @@ def test_settings_of_another_ord_mode_are_refused(env):
     dict(RANK="0", WORLD_SIZE="8", LOCAL_RANK="0", LOCAL_WORLD_SIZE="8", MASTER_ADDR="a", MASTER_PORT="1",
          GROUP_RANK="0", ROLE_RANK="0", ROLE_NAME="default", TORCHELASTIC_RUN_ID="none", OMP_NUM_THREADS="1"),
     dict(CUDA_VISIBLE_DEVICES="0", NCCL_DEBUG="INFO", SLURM_JOB_ID="1", TORCH_LOGS="", HF_HOME="x",
-         SCRIPT="train_gpt.py", COMPILER="gcc", MODELS="x", DEVICES="0", SEEDS="3", OUT="x"),
+         SCRIPT="train_gpt.py", COMPILER="gcc", MODELS="x", DEVICES="0", SEEDS="3", OUT="x",
+         MODE="x", SPEED="9", http_proxy="x", no_proxy="y"),
 ])
 def test_other_programs_variables_are_let_be(trainer, env):
     """Fails if a variable of the shell, torchrun, SLURM or CUDA is taken for a misspelt setting."""
