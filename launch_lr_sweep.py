@@ -81,6 +81,17 @@ SCALE_KEYS = ("seeds", "arms", "grid")
 MACHINE_SETTINGS = ("DATA_PATH", "DEVICE", "COMPILE", "ATTN_BACKEND", "DISABLE_FP8", "SLICES_PER_PASS")
 NOT_HASHED = ("RUN_ID", "SEED", "DATA_PATH", "NPROC_PER_NODE", "RESUME", "SAVE_EVERY", "SAVE_MODEL")
 NOT_HASHED += ("DIST_TIMEOUT",)
+# The trainers keep these out of compiled code; tests/test_gpu_path.py traces a step with all of them changed.
+# Any other setting may be part of it: shapes, and constants such as RESIDUAL_SCALE.
+NOT_COMPILED = (
+    *NOT_HASHED,
+    *("LR_MULS", "WARMUP_STEPS", "COOLDOWN_FRAC", "LR_DECAY_TYPE", "LR_DECAY_FINAL", "LR_DECAY_SWITCH_STEP"),
+    *("LR_DECAY_SECOND_TYPE", "LR_DECAY_SECOND_FINAL", "MUON_LR", "MUON_MOMENTUM", "BETA_WARMUP_STEPS"),
+    *("MUON_WEIGHT_DECAY", "ADAM_LR", "ADAM_WEIGHT_DECAY", "ADAM_MATRIX_LR", "ADAM_MATRIX_DECAY"),
+    *("ROUTER_LR", "SPECTRAL_LR_MUL", "SPECTRAL_LR_MUL_ATTN", "SPECTRAL_LR_MUL_MLP", "GRAD_CLIP"),
+    *("TARGET_LOSS", "VAL_LOSS_EVERY", "VAL_LOSS_LAST_STEPS", "VAL_LOSS_EVERY_LAST", "MANIFOLD_EVERY"),
+    "DIVERGED_ABOVE",
+)
 LAUNCHER_SETS = {
     "SEED": "seeds go into `seeds = [...]`",
     "RUN_ID": "the launcher names the runs",
@@ -1073,15 +1084,15 @@ def how_it_ended(run: Run, log: RunLog | None) -> tuple[str, str]:
 def warm_marker(run: Run, nproc: int, slot: Slot) -> Path | None:
     """A file in the compiler's cache: if it is there, this code has been compiled before. None: no compiling.
 
-    Numbers other than shapes do not count: the trainers keep them out of compiled code.
+    Every setting counts that is not known to leave compiled code alone: a run that is taken for cold lets
+    others wait once, but runs that are taken for warm all compile the same code side by side.
     """
     trainer = read_trainer(run.script)
     resolved = trainer.resolve(run.settings)
     if not {"1": True, "auto": bool(slot.gpus)}.get(resolved.get("COMPILE"), False):
         return None
-    kinds = {name: spec["type"] for name, spec in trainer.settings.items() if name not in NOT_HASHED}
-    shapes = {name: resolved[name] for name, kind in kinds.items() if kind in ("str", "int,...")}
-    text = json.dumps([run.source_hash, nproc, shapes], sort_keys=True)
+    counting = {name: value for name, value in resolved.items() if name not in NOT_COMPILED}
+    text = json.dumps([run.source_hash, nproc, counting], sort_keys=True)
     default = Path(run.script).resolve().with_name(".compile_cache") / "inductor"  # as the trainers have it
     cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default)
     return cache / f"launched-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

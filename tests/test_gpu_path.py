@@ -373,7 +373,60 @@ def test_compiled_code_is_kept_beside_the_script(monkeypatch):
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    settings = {"COMPILE": "1", "MODEL": "tiny"}
-    run = SimpleNamespace(script=str(train_gpt.SCRIPT), settings=settings, source_hash="0")
-    marker = launch_lr_sweep.warm_marker(run, 1, SimpleNamespace(gpus=()))
-    assert marker.parent == folder / "inductor"
+    assert warm_marker({}).parent == folder / "inductor"
+
+
+def warm_marker(settings):
+    """The launcher's, of a run on a GPU."""
+    run = SimpleNamespace(script=str(train_gpt.SCRIPT), settings={"MODEL": "tiny", **settings}, source_hash="0")
+    return launch_lr_sweep.warm_marker(run, 1, SimpleNamespace(gpus=("0",)))
+
+
+OTHER_NUMBERS = dict(  # all settings that the launcher takes for numbers which compiled code does not hold
+    LR_MULS="0.5,2,3,4", WARMUP_STEPS=3, COOLDOWN_FRAC=0.9, LR_DECAY_TYPE="exp", LR_DECAY_FINAL=0.2,
+    LR_DECAY_SWITCH_STEP=1, LR_DECAY_SECOND_TYPE="linear", LR_DECAY_SECOND_FINAL=0.3, MUON_LR=0.01,
+    MUON_MOMENTUM=0.9, BETA_WARMUP_STEPS=2, MUON_WEIGHT_DECAY=0.3, ADAM_LR=0.01, ADAM_WEIGHT_DECAY=0.1,
+    ADAM_MATRIX_LR=0.1, ADAM_MATRIX_DECAY=0.2, SPECTRAL_LR_MUL=0, SPECTRAL_LR_MUL_ATTN=0.3,
+    SPECTRAL_LR_MUL_MLP=0.4, GRAD_CLIP=1, TARGET_LOSS=1, VAL_LOSS_EVERY=2, VAL_LOSS_LAST_STEPS=7,
+    VAL_LOSS_EVERY_LAST=3, MANIFOLD_EVERY=1, DIVERGED_ABOVE=50, SEED=5, SAVE_EVERY=1, SAVE_MODEL=0,
+    DIST_TIMEOUT=60,
+)  # fmt: skip
+CONSTANTS = [
+    {"RESIDUAL_SCALE": 0.5},
+    {"MAX_DOC_TOKENS": 32},
+    {"SLICES_PER_PASS": 4},
+    {"SPECTRAL_PROJ_EPS": 1e-6},
+    {"MUON_DECAY_MODE": "none"},
+]
+
+
+def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only, one_thread):
+    """Else a sweep over residual scales, say, compiles all its runs side by side, each for itself; or one
+    over learning rates starts every arm alone."""
+    trainer = train_gpt_muon_ord
+    start = staged_start(trainer, tmp_path)
+    config = small_config(
+        trainer, num_layers=1, long_layers=(), paired_layers=(), value_embed_layers=(), skip=None,
+        no_attention=(), backout=None,
+    )  # fmt: skip
+
+    def graphs_of_two_steps(**settings):
+        """New ones: both steps of an Adam pair, with statistics and without."""
+        env = {"MAX_DOC_TOKENS": 64, "BATCH_SIZES": "512,1024,1536,1536", "SLICES_PER_PASS": 3, "COMPILE": 1}
+        s, o, _ = read(trainer, DATA_PATH=tmp_path, TRAIN_FILES="made_train_*.bin", **(env | settings))
+        before = trainer.graphs_compiled()
+        run = trainer.Trainer(s, o, config, 256, start.ranks)
+        data = trainer.TrainData(start.train_shards, s, start.ranks)
+        for step in (0, 1):
+            run.step(step, data.next(512, None), measure=step == 0)
+        data.ahead.close()
+        return trainer.graphs_compiled() - before
+
+    assert graphs_of_two_steps() > 5
+    assert graphs_of_two_steps(**OTHER_NUMBERS) == 0
+    assert warm_marker(OTHER_NUMBERS) == warm_marker({})
+    for constant in CONSTANTS:
+        assert graphs_of_two_steps(**constant) > 0, constant
+        assert warm_marker(constant) != warm_marker({}), constant
+    left = {"RUN_ID", "DATA_PATH", "NPROC_PER_NODE", "RESUME", "ROUTER_LR"}  # places; of experts alone
+    assert set(launch_lr_sweep.NOT_COMPILED) == {*OTHER_NUMBERS, *left}
