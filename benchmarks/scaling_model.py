@@ -2,14 +2,20 @@
 
     python benchmarks/scaling_model.py                                   # three presets, 1 to 256 GPUs
     python benchmarks/scaling_model.py --preset gpt2-1b --gpus 8,64 --table markdown --csv out.csv
+    python benchmarks/scaling_model.py --set memory_bytes=4.8e12 --set memory_gib=131    # H200s
     python benchmarks/scaling_model.py --set network_bytes=25e9 --set matmul_share=0.6
     python benchmarks/scaling_model.py --shard-over 8                    # what if nodes shared the optimizer?
 
 A model, not a measurement: products at a share of the peak rate, memory traffic at a share of the bandwidth,
 collectives as rings, launches at a fixed cost, put in the order in which the trainers do them. Every
 assumption is a field of Machine below with its reason, printed with the tables and changed with --set. One
-constant is fitted, `passes`, to one published figure (July 2026, one H100); the others are predictions,
-printed beside what was published. Those are of the public record's code on H100s, not of this project's.
+constant is fitted, `passes`, to one published figure (July 2026, one H100), on the assumptions as they stand
+below: --set changes the machine afterwards, the fit stays. The other published figures are predicted, and
+printed beside the model's. All are of the public record's code on H100s, and so are the tables by preset.
+
+What this project's own step should take is printed between them: the same model with four of its assumptions
+replaced by what was counted in the code that is generated for that step (COUNTED below), on an H100 and on an
+H200. Nothing of this project has been timed on a GPU.
 
 How the trainers split the work: the global batch in 8 slices, or as many as there are ranks; all gradients of
 a bucket reduce-scattered over all ranks and all new weights gathered from them; matrices of one shape are one
@@ -89,7 +95,7 @@ class Machine:
     matrix_bytes: float = assumed(48, "traffic an entry and NorMuon update: gradient, momentum, variance, "
                                       "decay, master")
     saved_bytes: float = assumed(32, "memory for backward a token, layer and channel (rough)")
-    passes: float = assumed(0, "times that a token's vector of width C crosses memory in a layer, forward "
+    passes: float = assumed(0.0, "times that a token's vector of width C crosses memory in a layer, forward "
                                "and backward, beside its products' own operands; FITTED")
 
     @property
@@ -372,6 +378,45 @@ def arithmetic_limit(c, flops: float) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
+# This project's own step
+# ---------------------------------------------------------------------------------------------------
+
+# Bytes that inductor's kernels of a pass of 65,536 tokens name, every buffer once: 32e9 forward, 43e9 back
+# (records/2026-11-24_gpu_path). No more than these can move if caches hold what a kernel reads twice.
+NAMED_BYTES = 32e9 + 43e9
+
+
+def counted(c) -> dict[str, float]:
+    """Assumptions of Machine that were counted in the code generated for this project's step, with the Triton
+    kernels, of gpt2-small (config c)."""
+    return {
+        "passes": NAMED_BYTES / (PASS_TOKENS * c.num_layers * c.width * 2),
+        "logit_bytes": 6,       # read by the loss, read by its backward, written twice in float8
+        "table_pass_bytes": 6,  # a pass's gradient added to the one before; making it is among NAMED_BYTES
+        "matrix_bytes": 40,     # 38 with ORD (triton_kernels.py), and zeroing the gradient
+    }
+
+
+H200 = {"memory_bytes": 4.8e12, "memory_gib": 131}  # datasheet; its rates of products are an H100's
+ORD_BYTES = 8   # a number of a matrix: W read once more for the sums, once more for the polar factor's input
+
+
+PREDICTION_NOTE = """\
+The prediction is that of this project's step; its low end is the record's step on the same GPUs: what the
+fit puts down to memory traffic there may cost as much here, whatever it is."""
+
+
+def predictions(p: Preset, fitted: Machine) -> list[tuple[str, str, Machine, Run]]:
+    """(GPU, whose code, machine, schedule) of the public record's step and of this project's."""
+    found = []
+    for whose, changes in (("public record's, fitted", {}), ("this project's, counted", counted(p.config))):
+        for gpu, more in (("H100", {}), ("H200", H200)):
+            m = dataclasses.replace(fitted, **changes, **more)
+            found += [(f"{ranks} x {gpu}", whose, m, run_schedule(p, m, ranks)) for ranks in (1, 8)]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
 # Words
 # ---------------------------------------------------------------------------------------------------
 
@@ -446,7 +491,7 @@ def print_preset(p: Preset, m: Machine, gpus: list[int], shard_over: int | None,
 
 
 def print_assumptions(m: Machine):
-    print("Assumptions (--set NAME=VALUE changes one; a fit follows):")
+    print("Assumptions (--set NAME=VALUE changes one, after the fit):")
     for f in dataclasses.fields(m):
         why = f.metadata["why"]
         print(f"  {f.name} = {getattr(m, f.name):g}" + (f": {why}" if why else ""))
@@ -454,11 +499,27 @@ def print_assumptions(m: Machine):
 
 
 def print_published(p: Preset, m: Machine, markdown: bool):
-    print(f"\n{'### ' if markdown else ''}Against published figures (gpt2-small; passes = {m.passes:.0f} "
-          "fitted to the first, nothing else)\n")
+    print(f"\n{'### ' if markdown else ''}Against published figures (gpt2-small on H100s, before any --set; "
+          f"passes = {m.passes:.0f} fitted to the first, nothing else)\n")
     rows = [[what, f"{ms:.1f}", f"{predicted:.1f}", f"{round(error, 6) + 0:+.1%}", kind]
             for what, ms, predicted, error, kind in check_published(p, m)]
     print(table(["figure", "published ms a step", "model", "error", "kind"], rows, markdown))
+
+
+def print_predictions(p: Preset, fitted: Machine, markdown: bool):
+    """As fitted, before any --set."""
+    print(f"\n{'### ' if markdown else ''}Predictions for gpt2-small's whole schedule, before any --set "
+          "(nothing was measured on a GPU)\n")
+    rows, target = [], 800_000
+    for gpu, whose, _, run in predictions(p, fitted):
+        rows.append([gpu, whose, f"{run.ms_step:.1f}", f"{run.tokens / run.seconds:,.0f}",
+                     f"{run.tokens / run.seconds / run.ranks / target - 1:+.0%}",
+                     *(f"{1000 * run.parts[name] / run.steps:.1f}" for name in ("elementwise", "logits"))])
+    print(table(["GPUs", "whose step", "ms a step", "tokens/s", f"a GPU, to {target:,}", "elementwise ms",
+                 "logits ms"], rows, markdown))
+    ms = 1000 * num_matrix_params(p.config) * ORD_BYTES / fitted.memory_rate
+    print(f"\n{PREDICTION_NOTE} ORD's own traffic is in it: {ms:.2f} ms a step on one\nH100, where the "
+          "fused step covers the settings (fused_covers).")
 
 
 def write_csv(path: Path, runs: list[Run]):
@@ -472,8 +533,8 @@ def write_csv(path: Path, runs: list[Run]):
                           *(f"{1000 * r.parts[name] / r.steps:.4f}" for name in PARTS)])
 
 
-def machine_from(changes: list[str]) -> Machine:
-    """Machine with NAME=VALUE applied; ValueError names what is wrong."""
+def changed(m: Machine, changes: list[str]) -> Machine:
+    """m with NAME=VALUE applied; ValueError names what is wrong."""
     fields = {f.name: type(f.default) for f in dataclasses.fields(Machine)}
     values = {}
     for text in changes:
@@ -486,7 +547,7 @@ def machine_from(changes: list[str]) -> Machine:
             raise ValueError(f"--set {text}: {value!r} is not a number") from None
         if not values[name] > 0:
             raise ValueError(f"--set {text}: wanted a number above 0")
-    return Machine(**values)
+    return dataclasses.replace(m, **values)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -506,17 +567,18 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     markdown = args.table == "markdown"
     try:
-        presets, m = read_presets(), machine_from(args.set)
+        presets = read_presets()
+        fitted = fit_passes(presets["gpt2-small"], Machine())
+        m = changed(fitted, args.set)
         names = args.preset.split(",")
         if not set(names) <= set(presets):
             raise ValueError(f"--preset {args.preset}: wanted some of {', '.join(presets)}")
         gpus = sorted({int(part) for part in args.gpus.split(",")})
         if gpus[0] < 1 or (args.shard_over or 1) < 1:
             raise ValueError("--gpus and --shard-over want numbers above 0")
-        if "passes" not in {text.partition("=")[0] for text in args.set}:
-            m = fit_passes(presets["gpt2-small"], m)
         print_assumptions(m)
-        print_published(presets["gpt2-small"], m, markdown)
+        print_published(presets["gpt2-small"], fitted, markdown)
+        print_predictions(presets["gpt2-small"], fitted, markdown)
         runs = []
         for name in names:
             runs += print_preset(presets[name], m, gpus, args.shard_over, markdown)

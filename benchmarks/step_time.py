@@ -18,8 +18,9 @@ and evaluate, with the shards that a run would read. Nothing is written but --js
   products are in float8 (sm_89 and later), their FLOP count against it all the same.
 * FLOP are those of benchmarks/flops.py, with the documents' lengths of the batches that were timed.
 * A step that a validation follows also measures ORD's statistics; such a step is timed only where it falls
-  among the timed ones. Evaluation is timed on one validation batch and scaled to VAL_TOKENS; the last
-  validation's longer windows are not timed apart.
+  among the timed ones. Evaluation is timed on one validation batch and on two, and what the second adds is
+  taken for every further one: reading the shards and finding the documents happens once a validation, not
+  once a batch. The last validation's longer windows are not timed apart.
 * --ord interleaves both trainers in one process, pair by pair in changing order, on the same tokens: the
   median of the paired ratios with the interval of the order statistics (no assumption on the noise).
 """
@@ -237,16 +238,22 @@ class Timed:
             return start, self.clock.mark()
 
     def evaluation_ms(self) -> float:
-        """One whole validation, from one batch of it."""
+        """One whole validation, from one batch of it and from two."""
+        if self.clock.cuda or self.s.compile == "1":
+            self.evaluate_ms(1)  # compiles
+        num_batches = self.s.val_tokens // self.s.val_batch_tokens
+        one = self.evaluate_ms(1)
+        return one if num_batches == 1 else one + (num_batches - 1) * max(0.0, self.evaluate_ms(2) - one)
+
+    def evaluate_ms(self, num_batches: int) -> float:
+        """The trainer's own evaluation of so many batches."""
         windows = self.schedule.windows(self.trainer.stage)
-        for _ in range(2 if self.clock.cuda or self.s.compile == "1" else 1):  # the first one compiles
-            self.clock.sync()
-            start = time.perf_counter()
-            self.module.evaluate(self.trainer.forward, self.val_shards, self.s, self.ranks, windows,
-                                 self.trainer.tied, self.data.ahead, num_batches=1)
-            self.clock.sync()
-            ms = 1000 * (time.perf_counter() - start)
-        return ms * self.s.val_tokens / self.s.val_batch_tokens
+        self.clock.sync()
+        start = time.perf_counter()
+        self.module.evaluate(self.trainer.forward, self.val_shards, self.s, self.ranks, windows,
+                             self.trainer.tied, self.data.ahead, num_batches=num_batches)
+        self.clock.sync()
+        return 1000 * (time.perf_counter() - start)
 
     def flop_per_step(self, stage: int) -> float:
         """This rank's, forward and backward, the mean over the steps seen since the last call."""
@@ -259,6 +266,12 @@ class Timed:
                 total += 3 * forward.total * lengths.sum()
         count, self.seen = len(self.seen), []
         return total / count
+
+
+def choose_allocator():
+    """As the trainers' prepare(), which this does not go through: before the first question to CUDA."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def build(script: str, env: dict, ranks=None) -> Timed:
@@ -505,6 +518,7 @@ def choose_stages(timed: Timed, text: str | None) -> list[int]:
 
 def run(args, env: dict) -> tuple[dict, object]:
     """(everything that --json gets, the process's Ranks)."""
+    choose_allocator()
     timed = build(Path(args.script).stem, env)
     ranks = timed.ranks
     say = print if ranks.rank == 0 else lambda text: None

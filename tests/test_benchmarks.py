@@ -5,6 +5,8 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -251,6 +253,39 @@ def test_published_figures_one_fitted_the_others_within_a_tenth():
     assert scaling_model.arithmetic_limit(SMALL.config, 990e12) == pytest.approx(1.44e6, rel=0.01)
 
 
+def test_another_gpu_does_not_change_the_fit(capsys):
+    """Else faster memory is fitted away: the published step was an H100's, so `passes` would grow with the
+    bandwidth and every GPU would take those 432 ms."""
+    printed = []
+    for changes in ([], ["--set", "memory_bytes=4.8e12"]):
+        assert scaling_model.main(["--preset", "gpt2-small", "--gpus", "1", *changes]) == 0
+        out = capsys.readouterr().out
+        ms = float(re.search(r"^1 +([\d.]+)", out, re.M)[1])
+        tables = out[out.index("Against"):out.index("gpt2-small:")]
+        printed.append((re.search("passes = .*", out)[0], tables, ms))
+    assert printed[0][:2] == printed[1][:2]
+    h100, h200 = (ms for *_, ms in printed)
+    assert h200 < 0.9 * h100
+    fitted = scaling_model.fit_passes(SMALL, scaling_model.Machine())
+    as_h200 = next(run for gpu, whose, _, run in scaling_model.predictions(SMALL, fitted)
+                   if gpu == "1 x H200" and "record" in whose)
+    assert as_h200.ms_step == pytest.approx(h200, abs=0.06)
+
+
+def test_predictions_are_those_of_the_record():
+    """README and record quote these; a change of the model must reach them."""
+    fitted = scaling_model.fit_passes(SMALL, scaling_model.Machine())
+    found = {(gpu, whose.split()[0]): run for gpu, whose, _, run in scaling_model.predictions(SMALL, fitted)}
+    record = (Path(scaling_model.ROOT) / "records" / "2026-11-24_scaling_model" / "README.md").read_text()
+    for run in found.values():
+        assert f"| {run.ms_step:.1f} | {run.tokens / run.seconds:,.0f} |" in record
+    for gpu in ("1 x H100", "8 x H100", "1 x H200", "8 x H200"):
+        assert found[gpu, "this"].seconds < found[gpu, "public"].seconds
+    one = found["1 x H100", "this"]
+    by_hand = one.tokens / 65_536 * 75e9 / (0.85 * 3.35e12)
+    assert one.parts["elementwise"] == pytest.approx(by_hand)
+
+
 def test_run_adds_up_the_stages():
     run = scaling_model.run_schedule(SMALL, MACHINE, 8)
     batches, c, by_hand = (131_072, 262_144, 393_216, 393_216), SMALL.config, 0.0
@@ -330,6 +365,37 @@ def test_step_time_tells_everything(tiny_env, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "the same step as stage 1" in text and "whole schedule: 30 steps" in text
     assert "median of paired ratios" in text
+
+
+def test_evaluation_is_scaled_by_what_a_batch_adds(tiny_env, monkeypatch):
+    """Else what a validation does once, reading its shards, counts once a batch: five times in gpt2-small."""
+    timed = step_time.build("train_gpt", {**tiny_env, "VAL_TOKENS": "3072"})
+    asked, now = [], [0.0]
+
+    def evaluate(*args, num_batches):
+        asked.append(num_batches)
+        now[0] += 10 + 3 * num_batches  # seconds
+
+    monkeypatch.setattr(train_gpt, "evaluate", evaluate)
+    monkeypatch.setattr(step_time.time, "perf_counter", lambda: now[0])
+    assert timed.evaluation_ms() == pytest.approx(1000 * (10 + 3 * 3)) and asked == [1, 2]
+
+
+@pytest.mark.parametrize("given", ({}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}))
+def test_steps_are_timed_with_the_trainers_allocator(given, monkeypatch):
+    """Else the step that is timed takes its memory from another allocator than a run's, from whose pieces
+    stages of other shapes cannot be served."""
+    names, found = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), []
+    wrong = {"DEVICE": "cpu", "MODEL": "nonsense"}  # refused right after
+    for start in (lambda: train_gpt.main([], wrong), lambda: step_time.main([], wrong)):
+        for name in names:
+            monkeypatch.setenv(name, "")  # so that it is put back
+            monkeypatch.delenv(name)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        assert start() == 2
+        found.append({name: os.environ[name] for name in names if name in os.environ})
+    assert found[0] == found[1] == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 def test_step_time_refuses_a_stage_without_steps(tiny_env, capsys):

@@ -378,7 +378,8 @@ def test_compiled_code_is_kept_beside_the_script(monkeypatch):
 
 def warm_marker(settings):
     """The launcher's, of a run on a GPU."""
-    run = SimpleNamespace(script=str(train_gpt.SCRIPT), settings={"MODEL": "tiny", **settings}, source_hash="0")
+    settings = {"MODEL": "tiny", **settings}
+    run = SimpleNamespace(script=str(train_gpt.SCRIPT), settings=settings, source_hash="0")
     return launch_lr_sweep.warm_marker(run, 1, SimpleNamespace(gpus=("0",)))
 
 
