@@ -16,17 +16,22 @@ PRODUCTS = {"gram_kernel", "mlp_kernel", "mlp_hopper_kernel"}
 ONLY_ON = {"mlp_kernel": {80, 89}, "mlp_hopper_kernel": {90}, "quantize_kernel": {89, 90}}
 
 
-@pytest.fixture(scope="module", params=[90, 80, 89], ids=lambda arch: f"sm_{arch}")
-def built(request):
-    """(architecture, names of all kernels, their compiled launches)"""
+def compile_launches(arch: int, *more: str):
+    """(names of all kernels, their compiled launches)"""
     pytest.importorskip("triton", reason="triton is not installed, so KERNELS=torch is what runs here")
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "tests/offgpu/launches.py", str(request.param)], cwd=ROOT, env=env,
+    done = subprocess.run([sys.executable, "tests/offgpu/launches.py", str(arch), *more], cwd=ROOT, env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    return request.param, found["names"], found["launches"]
+    return found["names"], found["launches"]
+
+
+@pytest.fixture(scope="module", params=[90, 80, 89], ids=lambda arch: f"sm_{arch}")
+def built(request):
+    """(architecture, names of all kernels, their compiled launches)"""
+    return request.param, *compile_launches(request.param)
 
 
 def test_every_kernel_is_launched_by_the_trainers(built):
@@ -36,24 +41,64 @@ def test_every_kernel_is_launched_by_the_trainers(built):
     assert {x["kernel"] for x in launches} == set(names) - elsewhere
 
 
+def ways(launches: list[dict], kernel: str, constant: str) -> set:
+    return {x["constants"].get(constant) for x in launches if x["kernel"] == kernel}
+
+
+def test_other_shapes_and_settings_are_among_them(built):
+    """Else what follows would say nothing about wide matrices, other decays or Muon without variance."""
+    arch, _, launches = built
+    other = arch == 90
+    decays = {"cautious", *(("none", "param", "update", "both") if other else ())}
+    assert ways(launches, "apply_kernel", "MODE") == decays
+    assert ways(launches, "apply_kernel", "TALL") == {True, *((False,) if other else ())}
+    assert ways(launches, "apply_kernel", "SCALED") == {True, *((False,) if other else ())}
+    assert ways(launches, "apply_kernel", "COLS") == {768, *((512,) if other else ())}
+    lines = {name for x in launches if x["kernel"] == "row_scales_kernel" for name in x["constants"]}
+    assert lines == {"u_k", *(("u_r",) if other else ())}, "rows of tall matrices, columns of wide ones"
+
+
 def test_nothing_spills(built):
     """Registers that do not suffice are kept in memory, silently, at many times the cost."""
-    _, _, launches = built
+    check_spills(built[2])
+
+
+def check_spills(launches):
     assert [x for x in launches if x["spilled"] or x["stack"]] == []
 
 
 def test_resources_fit(built):
-    arch, _, launches = built
+    check_resources(built[0], built[2])
+
+
+def check_resources(arch, launches):
     assert [x for x in launches if x["shared"] > SHARED_LIMIT[arch]] == []
     assert [x for x in launches if x["registers"] * x["warps"] * 32 > REGISTERS] == []
 
 
 def test_products_run_on_tensor_cores(built):
     """Hopper's own (wgmma), fed by copies that overlap with them; elsewhere no kernel multiplies matrices."""
-    arch, _, launches = built
+    check_products(built[0], built[2])
+
+
+def check_products(arch, launches):
     for x in launches:
         if x["kernel"] in PRODUCTS:
             assert x["wgmma" if arch >= 90 else "mma"] > 0, x
             assert x["async_copies"] + x["bulk_copies"] > 0, x
         else:
             assert x["wgmma"] == x["mma"] == 0, x
+
+
+@pytest.mark.fake_cuda
+def test_every_preset_and_setting():
+    """On demand, minutes: every shape of matrices of every preset, every decay with and without variance
+    reduction and ORD, steps of gpt2-medium and dense-88m."""
+    _, launches = compile_launches(90, "everything")
+    assert len(launches) > 100
+    applied = [x["constants"] for x in launches if x["kernel"] == "apply_kernel"]
+    shapes = {(x["COLS"], x["TALL"]) for x in applied}
+    assert shapes == {(n, True) for n in (128, 256, 384, 512, 768, 1024, 2048)} | {(512, False)}
+    check_spills(launches)
+    check_resources(90, launches)
+    check_products(90, launches)

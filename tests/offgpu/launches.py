@@ -1,17 +1,26 @@
-"""Compile every kernel launch that the trainers make for gpt2-small, without a GPU; print what came of it.
+"""Compile the kernel launches that the trainers make, without a GPU; print what came of it.
 
-    PYTHONPATH=.:tests python tests/offgpu/launches.py 90    # 80 (no float8), 89; JSON on stdout
+    PYTHONPATH=.:tests python tests/offgpu/launches.py 90             # 80 (no float8), 89; JSON on stdout
+    PYTHONPATH=.:tests python tests/offgpu/launches.py 90 everything  # other presets and settings; minutes
 
-The trainers' own model and optimizer call the kernels here, on CPU tensors of gpt2-small's widths. Fewer
+The trainers' own model and optimizer call the kernels here, on CPU tensors of the presets' widths. Fewer
 layers and tokens change the grid of a launch, not its code, which depends on sizes only through their
-divisibility by 16 (and on strides of 1). No kernel runs and no product is computed: values mean nothing.
+divisibility by 16, on strides of 1 and on the columns of a matrix (apply_kernel). No kernel runs and no
+product is computed: values mean nothing.
+
+Always: a step of gpt2-small with either twin. On sm_90 also what its defaults do not launch: the wide
+matrices of dense-88m (keys and values, 256 x 512), every MUON_DECAY_MODE, OPTIMIZER=muon. Everything: steps
+of gpt2-medium and dense-88m, the settings on all shapes of gpt2-small and dense-88m, the shapes of all
+presets.
 """
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import compile_only
 import helpers
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -20,8 +29,12 @@ import train_gpt
 import train_gpt_muon_ord
 import triton_kernels
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from flops import matrix_shapes  # noqa: E402
+
 SLICES, TOKENS = 8, 32  # 16,384 to 49,152 tokens a slice in gpt2-small
 PREDICTED = (1, 2, 3)   # tokens, by stage
+DECAY_MODES = ("none", "param", "update", "both")  # beside cautious, the default
 
 
 class NoProducts(TorchDispatchMode):
@@ -36,17 +49,20 @@ class NoProducts(TorchDispatchMode):
         return torch.empty_like(function(*args, **kwargs), device="cpu")
 
 
-def small_gpt2():
-    """gpt2-small's config with three layers (one without attention), and few rows of the bigram table."""
-    config, _ = train_gpt.PRESETS["gpt2-small"]
+def shortened(preset: str):
+    """The preset's config with three layers (of the speedrun's, one without attention), and few rows of the
+    bigram table."""
+    config, _ = train_gpt.PRESETS[preset]
+    if not config.skip:
+        return dataclasses.replace(config, num_layers=3, long_layers=(0, 1, 2))
     return dataclasses.replace(config, num_layers=3, long_layers=(1,), paired_layers=(0,), skip=(0, 2),
                                value_embed_layers=(0,), no_attention=(2,), backout=1, bigram_rows=1024)
 
 
-def train_step(trainer, float8: bool, **env):
+def train_step(trainer, float8: bool, preset: str = "gpt2-small"):
     """Forward, backward and update."""
-    o = helpers.optimizer_settings(trainer, **env)
-    model = trainer.GPT(small_gpt2(), trainer.GPT2_VOCAB, "sdpa", float8, 1.0, kernels=True)
+    o = helpers.optimizer_settings(trainer)
+    model = trainer.GPT(shortened(preset), trainer.GPT2_VOCAB, "sdpa", float8, 1.0, kernels=True)
     model.init_weights(torch.Generator().manual_seed(0))
     for p in model.parameters():
         p.data = p.data.bfloat16() if p.ndim == 2 else p.data
@@ -62,7 +78,51 @@ def train_step(trainer, float8: bool, **env):
         optimizer.step(0, 1.0, SLICES * TOKENS, measure)
 
 
-def main(arch: int):
+def muon_step(trainer, shapes, **env):
+    """The update of one matrix of each shape (rows, columns), statistics or not."""
+    shapes = {tuple(shape) for shape in shapes}
+    params = {f"blocks.{i}.mlp.up": np.zeros(shape, np.float32) for i, shape in enumerate(sorted(shapes))}
+    params, o = helpers.Params(params, torch.bfloat16), helpers.optimizer_settings(trainer, **env)
+    ranks = helpers.lone_ranks(trainer)
+    optimizer = trainer.Optimizer(params, o, ranks, 200, lambda function: function, kernels=True)
+    for measure in (False, True):
+        optimizer.step(0, 1.0, SLICES * TOKENS, measure)
+
+
+def shapes_of(preset: str):
+    return matrix_shapes(train_gpt.PRESETS[preset][0])
+
+
+def other_settings():
+    """What gpt2-small's defaults do not launch, a few of each: one twin, and whichever shape differs."""
+    tall, wide = (768, 768), (256, 512)
+    muon_step(train_gpt_muon_ord, [wide])
+    for mode in DECAY_MODES:
+        muon_step(train_gpt_muon_ord, [tall], MUON_DECAY_MODE=mode, MUON_WEIGHT_DECAY="0.1")
+    muon_step(train_gpt, [wide], OPTIMIZER="muon")
+
+
+def everything(float8: bool):
+    for trainer in (train_gpt, train_gpt_muon_ord):
+        for preset in ("gpt2-medium", "dense-88m"):
+            train_step(trainer, float8, preset)
+        for preset in train_gpt.PRESETS:
+            muon_step(trainer, shapes_of(preset))
+        for preset in ("gpt2-small", "dense-88m"):
+            for optimizer in ("normuon", "muon"):
+                for mode in ("cautious", *DECAY_MODES):
+                    muon_step(trainer, shapes_of(preset), OPTIMIZER=optimizer, MUON_DECAY_MODE=mode,
+                              MUON_WEIGHT_DECAY="0.1")
+
+
+def constants(compiled) -> dict:
+    """Of the kernel, by name, as the launch gave them; without those that it always has."""
+    source = compiled.src
+    return {source.fn.arg_names[at]: value for (at,), value in source.constants.items()
+            if isinstance(value, (bool, int, str)) and not source.fn.arg_names[at].startswith("BLOCK")}
+
+
+def main(arch: int, all_of_it: bool):
     compile_only.install(arch)
     for trainer in (train_gpt, train_gpt_muon_ord):
         trainer.eager_cpu = lambda x: False  # the path that CUDA takes
@@ -70,13 +130,18 @@ def main(arch: int):
     with NoProducts():
         train_step(train_gpt, float8=False)
         train_step(train_gpt_muon_ord, float8=arch >= 89)
+        if arch == 90:
+            other_settings()
+        if all_of_it:
+            everything(float8=arch >= 89)
     names = [n for n in vars(triton_kernels) if n.endswith("_kernel")]
     found = []
     for name in names:
         for compiled in compile_only.launches(getattr(triton_kernels, name)):
-            found.append({"kernel": name, **compile_only.read_resources(compiled)})
+            found.append({"kernel": name, "constants": constants(compiled),
+                          **compile_only.read_resources(compiled)})
     print(json.dumps({"names": names, "launches": found}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:] == ["everything"])
