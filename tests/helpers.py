@@ -1,6 +1,7 @@
 """What the trainers' tests share: settings, made-up shards, whole runs in processes of their own, ranks
 without processes, parameters without a model."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -184,6 +185,16 @@ def small_config(trainer, **changes):
             **changes,
         }
     )
+
+
+def shortened(preset: str):
+    """The preset's config with three layers (of the speedrun's, one without attention), and few rows of the
+    bigram table."""
+    config, _ = train_gpt.PRESETS[preset]
+    if not config.skip:
+        return dataclasses.replace(config, num_layers=3, long_layers=(0, 1, 2))
+    return dataclasses.replace(config, num_layers=3, long_layers=(1,), paired_layers=(0,), skip=(0, 2),
+                               value_embed_layers=(0,), no_attention=(2,), backout=1, bigram_rows=1024)
 
 
 def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_scale=1.0, **changes):

@@ -13,7 +13,6 @@ matrices of dense-88m (keys and values, 256 x 512), every MUON_DECAY_MODE, OPTIM
 of gpt2-medium and dense-88m, the settings on all shapes of gpt2-small and dense-88m, the shapes of all
 presets.
 """
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -49,20 +48,10 @@ class NoProducts(TorchDispatchMode):
         return torch.empty_like(function(*args, **kwargs), device="cpu")
 
 
-def shortened(preset: str):
-    """The preset's config with three layers (of the speedrun's, one without attention), and few rows of the
-    bigram table."""
-    config, _ = train_gpt.PRESETS[preset]
-    if not config.skip:
-        return dataclasses.replace(config, num_layers=3, long_layers=(0, 1, 2))
-    return dataclasses.replace(config, num_layers=3, long_layers=(1,), paired_layers=(0,), skip=(0, 2),
-                               value_embed_layers=(0,), no_attention=(2,), backout=1, bigram_rows=1024)
-
-
 def train_step(trainer, float8: bool, preset: str = "gpt2-small"):
     """Forward, backward and update."""
     o = helpers.optimizer_settings(trainer)
-    model = trainer.GPT(shortened(preset), trainer.GPT2_VOCAB, "sdpa", float8, 1.0, kernels=True)
+    model = trainer.GPT(helpers.shortened(preset), trainer.GPT2_VOCAB, "sdpa", float8, 1.0, kernels=True)
     model.init_weights(torch.Generator().manual_seed(0))
     for p in model.parameters():
         p.data = p.data.bfloat16() if p.ndim == 2 else p.data

@@ -2,7 +2,8 @@
 
     python trace_step.py stage|variants|experts|inductor|ord
 
-stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins
+stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins;
+          that the defaults of both take the Triton kernels, for the model and for Muon's step
 variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
 experts   a step and a validation of moe-79m, which has grouped products, and its optimizer's steps
 inductor  the first stage's step, twin with ORD, and its validation, by inductor to sm_90 machine code
@@ -10,17 +11,21 @@ ord       the update of matrices in each of ORD's ways, by inductor to sm_90 mac
 """
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pretend_cuda
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from helpers import WAYS_OF_ORD
+from helpers import WAYS_OF_ORD, shortened
 
 import train_gpt
 import train_gpt_muon_ord
+import triton_kernels
 
 DEVICE = torch.device("cuda", 0)
 VOCAB = 50257
@@ -36,7 +41,7 @@ def ranks(trainer):
     return Alone()
 
 
-def build(trainer, backend: str, kernels: str = "auto", model: str = "gpt2-small"):
+def build(trainer, backend, kernels: str = "auto", model: str = "gpt2-small"):
     """A Trainer of this preset whose compiled parts go to `backend`. Its optimizer is the compiled one in any
     case: the Triton kernels' Muon step is launched from plain Python (test_triton_compile.py has those)."""
     pretend_cuda.on_device(trainer)
@@ -51,6 +56,24 @@ def build(trainer, backend: str, kernels: str = "auto", model: str = "gpt2-small
     run = trainer.Trainer(s, o, config, VOCAB, ranks(trainer))
     run.optimizer = trainer.Optimizer(run.model, o, run.ranks, run.schedule.num_steps, trainer.torch_compile)
     return run
+
+
+def recording(calls: Counter):
+    """A backend as aot_eager that counts what the graphs of forward and backward call of triton_kernels."""
+    def compiler(graph, inputs):
+        targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        prefix = f"{triton_kernels.NAMESPACE}."
+        calls.update(t.split(".")[1] for t in targets if t.startswith(prefix))
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, keep_inference_input_mutations=True,
+                        partition_fn=min_cut_rematerialization_partition)
+
+
+def calls_wanted(num_layers: int) -> dict:
+    """Of a pass of training in float8: an MLP in every layer, x and the head's weights quantised."""
+    return {"mlp_up": num_layers, "mlp_up_backward": num_layers, "quantize": 2, "softcapped_loss": 1,
+            "softcapped_loss_backward_float8": 1}
 
 
 def batch(trainer, num_slices: int, slice_tokens: int, num_docs: int, longest: int):
@@ -75,18 +98,70 @@ def optimizer_steps(run):
     run.optimizer.step(1, 1.0, 131_072, measure=False)
 
 
-def stage(backend: str):
+def stage():
     """One step with two passes, whose numbers of documents differ; then the optimizer's other forms. One twin
-    with the Triton kernels, the other without: their models are the same."""
-    for trainer, kernels in ((train_gpt, "triton"), (train_gpt_muon_ord, "torch")):
-        since, run = time.perf_counter(), build(trainer, backend, kernels)
+    with the default, the Triton kernels, the other without: their models are the same."""
+    for trainer, kernels in ((train_gpt, "auto"), (train_gpt_muon_ord, "torch")):
+        since, calls = time.perf_counter(), Counter()
+        run = build(trainer, recording(calls), kernels)
         run.step(0, [stage_batch(trainer, run, 0, n) for n in (94, 131)])
-        report(f"{kernels} step", since)
+        assert run.s.kernels == ("triton" if kernels == "auto" else "torch")
+        wanted = calls_wanted(run.model.config.num_layers) if kernels == "auto" else {}
+        assert calls == wanted, f"KERNELS={kernels}: {dict(calls)} instead of {wanted}"
+        report(f"{run.s.kernels} step", since)
         graphs = trainer.graphs_compiled()
         run.step(2, [stage_batch(trainer, run, 0, 77)])
         assert trainer.graphs_compiled() == graphs, "the same form was compiled again"
         optimizer_steps(run)
         report(f"{trainer.__name__} optimizer", since)
+
+
+WAYS_NOT_FUSED = {"post", "row variance"}
+
+
+def steps_taken(trainer, make_optimizer) -> list[str]:
+    """What each bucket of matrices of make_optimizer() calls for its update; the steps themselves, which
+    would launch kernels, are not taken."""
+    taken, originals = [], {name: getattr(trainer, name) for name in ("step_muon_fused", "step_muon")}
+
+    def note(name):
+        def step(weight, *args, **kwargs):
+            taken.append(name)
+            return torch.zeros(len(weight), 1, 1, device=DEVICE), None
+
+        return step
+
+    vars(trainer).update({name: note(name) for name in originals})
+    try:
+        for bucket in make_optimizer().buckets:
+            if isinstance(bucket, trainer.MatrixBucket):
+                bucket.update(1.0, 0.95, measure=False)
+    finally:
+        vars(trainer).update(originals)
+    return taken
+
+
+def defaults():
+    """Both twins with no setting but the preset, three of its layers: their own optimizer takes the fused
+    step, for every way of ORD that it covers and for no other; their model calls the kernels."""
+    for trainer in (train_gpt, train_gpt_muon_ord):
+        since, calls = time.perf_counter(), Counter()
+        trainer.PRESETS["gpt2-small"] = (shortened("gpt2-small"), {})
+        run = build(trainer, recording(calls))
+        assert run.s.kernels == "triton" and all(block.mlp.kernels for block in run.model.blocks)
+        run.step(0, [stage_batch(trainer, run, 0, 94)])
+        assert calls == calls_wanted(3), f"{trainer.__name__}: {dict(calls)}"
+        trainer.torch_compile = lambda function: function
+
+        def made_by_trainer(env, trainer=trainer, run=run):
+            s, o, config = trainer.read_settings({"MODEL": "gpt2-small", **env})
+            return trainer.Trainer(s, o, config, VOCAB, run.ranks).optimizer
+
+        for way, env in WAYS_OF_ORD.items() if trainer is train_gpt_muon_ord else [("default", {})]:
+            wanted = "step_muon" if way in WAYS_NOT_FUSED else "step_muon_fused"
+            found = steps_taken(trainer, lambda: made_by_trainer(env))  # noqa: B023
+            assert found == [wanted] * 2, f"{trainer.__name__}, {way}, two shapes of matrices: {found}"
+        report(f"{trainer.__name__} defaults", since)
 
 
 def inductor_step():
@@ -161,7 +236,8 @@ def main(mode: str):
         if mode == "variants":
             variants()
         elif mode == "stage":
-            stage("aot_eager")
+            stage()
+            defaults()
         elif mode == "experts":
             experts("aot_eager")
         elif mode == "ord":
