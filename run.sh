@@ -42,6 +42,8 @@ fi
 export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$(basename "$script" .py)-$model-seed${SEED:-0}}
 export MODEL=$model NPROC_PER_NODE OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ "$NPROC_PER_NODE" = 1 ] && unset OMP_NUM_THREADS
+# time to finish the step and save before torchrun kills; its own default is 30 s
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 torchrun --standalone --nproc-per-node="$NPROC_PER_NODE" --max-restarts="${MAX_RESTARTS:-0}" "$script"
 python plot_loss.py "logs/$RUN_ID.txt" --out "logs/$RUN_ID.png"
 echo "log    logs/$RUN_ID.txt"

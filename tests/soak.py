@@ -43,6 +43,8 @@ ARMS = {
     "ord_states": (ORD, {"SPECTRAL_SCHEDULE": "adaptive", "SPECTRAL_VARIANCE": 1, "GRAD_CLIP": 1.0}, 2),
     "adamw": (BASELINE, {"OPTIMIZER": "adamw", "ADAM_MATRIX_LR": 0.003}, 2),
     "four": (BASELINE, {"SEED": 9}, 4),
+    "experts": (ORD, {"MODEL": "moe-tiny"}, 2),
+    "spectra": (BASELINE, {"MANIFOLD_EVERY": 7}, 2),
 }
 
 
@@ -216,6 +218,11 @@ def disturb(cwd: Path, this: Disturbed, rng: random.Random, most_faults: int):
     raise AssertionError(f"not finished after {most_faults + 10} attempts")
 
 
+def spectra(log: Path) -> list[dict]:
+    path = log.with_suffix(".manifold.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def compare(log: Path, twin: Path, this: Disturbed):
     found, wanted = lines(log), lines(twin)
     value = lambda text: float(text.split()[0].partition(":")[2])
@@ -229,6 +236,10 @@ def compare(log: Path, twin: Path, this: Disturbed):
     this.exact = found == wanted
     if not this.exact and not (this.ranks_changed and this.difference <= TOLERANCE):
         this.problem = f"differs from its twin by {this.difference:g}"
+    measured, of_twin = (spectra(path) for path in (log, twin))
+    which = lambda rows: [(row["step"], row["layer"], row["proj"]) for row in rows]
+    if which(measured) != which(of_twin) or not this.ranks_changed and measured != of_twin:
+        this.problem = "its spectra differ from its twin's"
     open_lines = [line for line in log.read_text().splitlines() if line.startswith("event:finished")]
     if len(open_lines) != 1:
         this.problem = f"{len(open_lines)} finished events"
@@ -247,7 +258,7 @@ def main(argv: list[str]) -> int:
     cwd = Path(tempfile.mkdtemp(prefix="soak-"))
     write_shard(cwd / "made_train_000000.bin", make_text(40_000, 1))  # two epochs, nearly
     write_shard(cwd / "made_val_000000.bin", make_text(20_000, 2))
-    for script in (BASELINE, ORD, "cpu_kernels.py"):
+    for script in (BASELINE, ORD, "cpu_kernels.py", "manifold.py"):
         shutil.copy(Path(__file__).resolve().parent.parent / script, cwd / script)
     for arm, (_, _, ranks) in ARMS.items():
         job = start(cwd, arm, f"twin_{arm}", ranks)

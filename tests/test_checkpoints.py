@@ -2,8 +2,10 @@
 
 import io
 import math
+import os
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,6 +195,48 @@ def test_contents_that_no_run_has_are_refused(changes, tmp_path):
     path.write_bytes(checkpoint_bytes(**changes))
     with pytest.raises(train_gpt.CheckpointError, match="step_00000002.pt"):
         train_gpt.read_checkpoint(path)
+
+
+def test_a_setting_newer_than_the_checkpoint_had_its_default():
+    """Else every new setting makes all checkpoints useless; and one that is not at its default is said."""
+    config = {"seed": 1, "muon_lr": 0.5, "grad_clip": 0.0}
+    old = {"seed": 1, "muon_lr": 0.5}
+    default = train_gpt.OptimizerSettings.grad_clip
+    assert not [d for d in train_gpt.differences(old, {**config, "grad_clip": default}) if "GRAD_CLIP" in d]
+    found = [d for d in train_gpt.differences(old, {**config, "grad_clip": 7.0}) if "GRAD_CLIP" in d]
+    assert found == [f"GRAD_CLIP was {default}, now 7.0"]
+
+
+def test_pipes_are_refused_and_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / "logs" / "pipe.txt")
+    os.mkfifo(tmp_path / "step_00000002.pt")
+    with pytest.raises(train_gpt.CheckpointError, match="step_00000002.pt is no regular file"):
+        train_gpt.read_checkpoint(tmp_path / "step_00000002.pt")
+    with pytest.raises(train_gpt.SettingsError, match="pipe.txt is no regular file"):
+        train_gpt.RunLog(train_gpt.Path("logs/pipe.txt"), 0, 9)
+    assert train_gpt.last_event(tmp_path / "logs" / "pipe.txt") == ""
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
+    """The last good checkpoints would make room for it, and a loss that is still finite hides it."""
+    trainer, data = small_trainer(train_gpt, tmp_path, 0)
+    run = object.__new__(train_gpt.Run)
+    events = []
+    log = SimpleNamespace(sync=lambda: None, event=lambda name, **fields: events.append(name))
+    run.s = SimpleNamespace(run_id="mine", folder=tmp_path / "mine")
+    run.ranks, run.trainer, run.data, run.log, run.config = trainer.ranks, trainer, data, log, {}
+    run.ranks.share, run.clock = lambda value: value, train_gpt.Clock(torch.device("cpu"))
+    run.report = SimpleNamespace(flush=lambda: None, reached=False)
+    run.tokens, run.validated, run.last_saved = 0, -1, 0
+    run.clock.start()
+    assert run.save(2) and events == ["checkpoint"]
+    trainer.model.get_parameter("blocks.0.mlp.up").data[0, 0] = math.nan
+    with pytest.raises(train_gpt.Diverged, match="weight is nan"):
+        run.save(4)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["step_00000002.pt"]
 
 
 @settings(max_examples=250 * MORE, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

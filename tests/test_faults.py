@@ -496,6 +496,18 @@ def test_a_full_disk_costs_neither_the_run_nor_the_checkpoint_before(copy_of_sav
     assert events(job.log, "finished") and lines(job.log) == digits and digits[14]
 
 
+def test_a_signal_on_a_full_disk_stops_and_says_that_nothing_was_saved(shards, tmp_path):
+    """Exit code 1, so that a launcher does not take the run for one that can be gone on with."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+    env = base_env(shards, RUN_ID="full", NUM_SCHEDULED_ITERATIONS=400)
+    job = Job(tmp_path, BASELINE, env, setup=limit)
+    job.wait_for(r"^step:2/")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 1
+    assert events(job.log, "save_failed") and events(job.log, "stopped")
+    assert not list((tmp_path / "logs" / "full").glob("*"))
+
+
 def test_log_lines_wait_for_a_full_disk(tmp_path):
     """Lines that the disk does not take are written when it does, in order; if it never does, exit code 1."""
     code = f"""

@@ -23,6 +23,7 @@ from logs_for_tests import make_log
 
 import launch_lr_sweep as launcher
 from launch_lr_sweep import Manifest, SweepError, read_sweep, read_trainer
+from monitor_runs import Monitor
 from run_log import read_log
 
 ROOT = Path(launcher.__file__).parent
@@ -793,6 +794,20 @@ def test_a_sweep_killed_in_the_middle_completes_without_repeating(place, number)
     )
     (stopped,) = manifest()["earlier"]
     assert stopped["state"] == "stopped" and read_log(stopped["log"])[0].state == "stopped"
+
+
+def test_a_sweep_and_a_monitor_on_the_same_logs(place):
+    """Else who watches disturbs what is watched, or is shown half of a line that is being written."""
+    text = TWO_ARMS.replace("[env]", "[env]\nSTEP_SECONDS = 0.05")
+    process, monitor, seen = launch_in_background(sweep_file(text)), Monitor(Path("logs")), set()
+    while process.poll() is None:
+        for row in monitor.poll():
+            assert row.state in ("running", "finished"), row
+            seen.add(row.state)
+        time.sleep(0.01)
+    assert process.wait(PATIENCE_S) == 0 and len(starts()) == 4 and "running" in seen
+    assert [row.state for row in monitor.poll()] == ["finished"] * 4
+    assert set(states().values()) == {"finished"}
 
 
 def test_ctrl_c_when_nobody_reads_our_output_any_more(place):
