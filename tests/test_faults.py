@@ -609,7 +609,7 @@ def test_a_crash_on_a_full_disk_leaves_its_lines_on_the_console(tmp_path):
         path.unlink()
     assert job.end() == 1 and not events(job.log, "crashed")
     lacking = job.out.read_text().partition("lacks its last lines")[2]
-    assert "\nstep:4/14 train_loss:" in lacking and "\nevent:crashed rank:0 " in lacking
+    assert "\nstep:3/14 train_loss:" in lacking and "\nevent:crashed rank:0 " in lacking
 
 
 # ---------------------------------------------------------------------------------------------------
