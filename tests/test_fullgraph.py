@@ -57,8 +57,13 @@ def test_a_mixture_of_experts_is_one_graph(tmp_path):
     """On demand, test_moe.py compiles the CPU's. Shapes that depend on the routing, a read by the host, or
     operands that torch's grouped products refuse would stop moe-79m on a GPU. Four graphs: a pass of
     training, one of validation, and Muon's step for two shapes of matrices."""
-    graphs = trace("experts", tmp_path, 900)
-    assert graphs["train_gpt experts"] == 4
+    graphs = new_graphs(trace("experts", tmp_path, 900))
+    assert graphs == {
+        "train_gpt experts": 4,
+        "train_gpt optimizer": 2,  # Adam's, of the head and of everything small
+        "train_gpt_muon_ord experts": 4,
+        "train_gpt_muon_ord optimizer": 4,
+    }
 
 
 @pytest.mark.fake_cuda

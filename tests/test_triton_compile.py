@@ -24,7 +24,7 @@ def compile_launches(arch: int, *more: str):
     done = subprocess.run([sys.executable, "tests/offgpu/launches.py", str(arch), *more], cwd=ROOT, env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout)
     return found["names"], found["launches"]
 
 

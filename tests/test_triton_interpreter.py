@@ -1,19 +1,31 @@
 """Runs offgpu/numerics.py, every GPU kernel against its reference, in a process where Triton interprets."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 CHECKS = Path(__file__).parent / "offgpu" / "numerics.py"
 
 
 def test_kernels_equal_their_references():
     pytest.importorskip("triton", reason="triton is not installed, so KERNELS=torch is what runs here")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)],
-                          env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=CHECKS.parents[2],
-                          capture_output=True, text=True)
+    done = check("cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
+def check(device: str):
+    return subprocess.run([sys.executable, str(CHECKS), "--device", device], cwd=CHECKS.parents[2],
+                          capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_asking_for_a_gpu_that_is_not_there_is_refused():
+    """Else the comparison would be said to have been made on a GPU."""
+    pytest.importorskip("triton")
+    done = check("cuda")
+    assert done.returncode != 0 and "torch finds no CUDA device" in done.stdout + done.stderr
+    assert "passed" not in done.stdout

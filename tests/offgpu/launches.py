@@ -129,7 +129,8 @@ def main(arch: int, all_of_it: bool):
         for compiled in compile_only.launches(getattr(triton_kernels, name)):
             found.append({"kernel": name, "constants": constants(compiled),
                           **compile_only.read_resources(compiled)})
-    print(json.dumps({"names": names, "launches": found}))
+    lines = ",\n".join(json.dumps(x) for x in found)
+    print(f'{{"names": {json.dumps(names)}, "launches": [\n{lines}\n]}}')
 
 
 if __name__ == "__main__":
