@@ -3325,12 +3325,16 @@ class Start(NamedTuple):
     origin: Origin      # with what the checkpoint holds on rank 0, {} in its place on the others
 
 
-def prepare(env) -> Start:
-    """Everything that can be refused is refused here, on all ranks together, before the first step."""
-    # the stages' shapes differ; segments that grow do not fall to pieces between them. The first question to
-    # CUDA, while the settings are read, fixes the allocator's options
+def choose_allocator():
+    """Segments that grow do not fall to pieces between stages, whose shapes differ. Before the first question
+    to CUDA, which fixes the allocator's options: the settings are read after it."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def prepare(env) -> Start:
+    """Everything that can be refused is refused here, on all ranks together, before the first step."""
+    choose_allocator()
     try:
         s, o, model_config = read_settings(env)
     except SettingsError as error:

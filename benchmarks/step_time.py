@@ -268,12 +268,6 @@ class Timed:
         return total / count
 
 
-def choose_allocator():
-    """As the trainers' prepare(), which this does not go through: before the first question to CUDA."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
 def build(script: str, env: dict, ranks=None) -> Timed:
     """The trainer of this script under these settings. ranks: the process's, if it has them already."""
     module = importlib.import_module(script)
@@ -518,7 +512,7 @@ def choose_stages(timed: Timed, text: str | None) -> list[int]:
 
 def run(args, env: dict) -> tuple[dict, object]:
     """(everything that --json gets, the process's Ranks)."""
-    choose_allocator()
+    importlib.import_module(Path(args.script).stem).choose_allocator()  # as the trainer's own prepare()
     timed = build(Path(args.script).stem, env)
     ranks = timed.ranks
     say = print if ranks.rank == 0 else lambda text: None
