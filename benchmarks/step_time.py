@@ -22,7 +22,8 @@ and evaluate, with the shards that a run would read. Nothing is written but --js
   taken for every further one: reading the shards and finding the documents happens once a validation, not
   once a batch. The last validation's longer windows are not timed apart.
 * --ord interleaves both trainers in one process, pair by pair in changing order, on the same tokens: the
-  median of the paired ratios with the interval of the order statistics (no assumption on the noise).
+  median of the paired ratios with the interval of the order statistics (no assumption on the noise). What ORD
+  costs on a GPU depends on its settings: it says whether they take the fused kernels or plain torch.
 """
 
 import argparse
@@ -159,7 +160,7 @@ class Timed:
     """One trainer with its data, stepped as its own train() does, its calls wrapped from outside."""
 
     def __init__(self, module, s, o, config, shards, ranks):
-        self.module, self.s, self.config, self.ranks = module, s, config, ranks
+        self.module, self.s, self.o, self.config, self.ranks = module, s, o, config, ranks
         self.train_shards, self.val_shards = shards
         self.vocab_size = self.train_shards[0].vocab_size
         self.trainer = module.Trainer(s, o, config, self.vocab_size, ranks)
@@ -421,6 +422,8 @@ def compare_twins(twins: list[Timed], stage: int, pairs: int) -> dict:
     base_optimizer, ord_optimizer = (np.array([twin.parts.spent(marks)["optimizer"] / 2 for marks in arm])
                                      for twin, arm in zip(twins, inside))
     return {"stage": stage + 1, "pairs": pairs, "steps_each": 2 * pairs,
+            "ord_mode": twins[1].o.ord_mode,
+            "fused_step": twins[1].s.kernels == "triton" and twins[1].module.fused_covers(twins[1].o),
             "ms_step": {TWINS[0]: float(np.median(base)), TWINS[1]: float(np.median(ord_))},
             "ms_optimizer": {TWINS[0]: float(np.median(base_optimizer)),
                              TWINS[1]: float(np.median(ord_optimizer))},
@@ -469,7 +472,7 @@ def print_schedule(total: dict | None, say):
 def print_twins(r: dict, say):
     ratio, extra = r["ratio"], r["optimizer_extra_share_of_step"]
     say(f"\nstage {r['stage']}, train_gpt_muon_ord.py over train_gpt.py, {r['pairs']} pairs of 2 steps each, "
-        "interleaved:")
+        f"interleaved; ORD_MODE={r['ord_mode']}, {'fused kernels' if r['fused_step'] else 'plain torch'}:")
     say(f"  step {r['ms_step'][TWINS[1]]:.2f} / {r['ms_step'][TWINS[0]]:.2f} ms, median of paired ratios "
         f"{ratio['median']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f}, {ratio['confidence']:.1%}, "
         f"n = {ratio['n']}); fastest pair over fastest pair {r['ratio_of_fastest']:.4f}")
@@ -518,7 +521,7 @@ def run(args, env: dict) -> tuple[dict, object]:
     say = print if ranks.rank == 0 else lambda text: None
     stages = choose_stages(timed, args.stages)
     result = {"script": args.script, "model": timed.s.model, **machine(timed), "settings":
-              dataclasses.asdict(timed.s)}
+              {**dataclasses.asdict(timed.s), **dataclasses.asdict(timed.o)}}
     say(f"{args.script}: {timed.s.model} in {result['dtype']} on {result['world_size']} rank(s) of "
         f"{result['device']}, {result['threads_a_rank']} thread(s) each, torch {result['torch']}, "
         f"compile {timed.s.compile}")

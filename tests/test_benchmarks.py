@@ -359,12 +359,14 @@ def test_step_time_tells_everything(tiny_env, tmp_path, capsys):
     evaluation = stages[0]["evaluation_ms"] * 3 + stages[1]["evaluation_ms"]
     assert total["minutes_with_evaluation"] == pytest.approx((ms + evaluation) / 60_000)
     assert result["memory"]["peak_rss_mib"] > 100 and result["settings"]["val_tokens"] == 2048
+    assert result["settings"]["spectral_lr_mul"] == 0.1
     assert [r["stage"] for r in result["ord"]] == [1, 2]
     for r in result["ord"]:
+        assert r["ord_mode"] == "interpolate" and r["fused_step"] is False  # no CUDA
         assert r["ratio"]["n"] == 2 and r["ratio"]["low"] <= r["ratio"]["median"] <= r["ratio"]["high"]
     text = capsys.readouterr().out
     assert "the same step as stage 1" in text and "whole schedule: 30 steps" in text
-    assert "median of paired ratios" in text
+    assert "median of paired ratios" in text and "ORD_MODE=interpolate, plain torch" in text
 
 
 def test_evaluation_is_scaled_by_what_a_batch_adds(tiny_env, monkeypatch):
