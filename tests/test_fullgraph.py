@@ -78,8 +78,8 @@ def test_every_stage_and_validation_is_one_graph(tmp_path):
 def test_the_step_compiles_for_hopper(tmp_path):
     """On demand (./test.sh --fake-cuda): inductor makes sm_90 machine code of the whole step, which its own
     templates and the trainer's kernels may fail at although the trace is fine."""
-    graphs = trace("inductor", tmp_path, 3600)
-    assert set(graphs) == {"inductor step", "inductor optimizer", "inductor validation"}
+    graphs = new_graphs(trace("inductor", tmp_path, 3600))
+    assert graphs == {"inductor step": 3, "inductor optimizer": 6, "inductor validation": 1}
     assert len(list(tmp_path.rglob("*.cubin"))) > 50
     assert all(".target sm_90" in ptx.read_text() for ptx in tmp_path.rglob("*.ptx"))
 
