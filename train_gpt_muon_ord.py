@@ -2692,6 +2692,8 @@ def read_checkpoint(path: Path) -> dict:
     try:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
+            # torch takes what is marked as a folder for one, and leaves its tensor uninitialised
+            bad = bad or next((part.filename for part in file.infolist() if part.external_attr), None)
         if bad:
             raise CheckpointError(f"{path} is damaged ({bad}); use an earlier checkpoint")
         saved = torch.load(path, map_location="cpu", weights_only=True)

@@ -131,6 +131,8 @@ def flip_bit(job: Job, rng) -> bool:
 def tear_log(job: Job, rng) -> bool:
     """The machine died while a line was being written."""
     job.kill()
+    if events(job.log, "finished"):  # too late: nobody will go on with it and end the torn line
+        return True
     with job.log.open("a") as file:
         file.write(f"step:{STEPS}/{STEPS} train_loss:0.1234"[: rng.randrange(1, 30)])
     return True

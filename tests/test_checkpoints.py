@@ -146,6 +146,12 @@ def checkpoint_bytes(**changes) -> bytes:
     return file.getvalue()
 
 
+def marked_as_folder(data: bytes) -> bytes:
+    """One bit of the zip's directory flipped: torch then leaves a tensor uninitialised, without a word."""
+    at = data.rindex(b"archive/data/0") - 8  # external attributes, in the directory at the file's end
+    return data[:at] + b"\x10" + data[at + 1 :]
+
+
 WHOLE = checkpoint_bytes()
 
 
@@ -160,6 +166,7 @@ WHOLE = checkpoint_bytes()
     )
 )
 @example(data=WHOLE)
+@example(data=marked_as_folder(WHOLE))
 def test_any_bytes_are_a_checkpoint_or_a_checkpoint_error(data, tmp_path):
     """No traceback whatever is in the file; and a byte changed anywhere never changes a number unseen."""
     path = tmp_path / "step_00000002.pt"
