@@ -14,7 +14,7 @@ below: --set changes the machine afterwards, the fit stays. The other published 
 printed beside the model's. All are of the public record's code on H100s, and so are the tables by preset.
 
 What this project's own step should take is printed between them: the same model with four of its assumptions
-replaced by what was counted in the code that is generated for that step (COUNTED below), on an H100 and on an
+replaced by what was counted in the code that is generated for that step (counted() below), on an H100 and an
 H200. Nothing of this project has been timed on a GPU.
 
 How the trainers split the work: the global batch in 8 slices, or as many as there are ranks; all gradients of
