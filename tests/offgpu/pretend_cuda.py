@@ -28,10 +28,12 @@ class NoCompiler(RuntimeError):
 
 
 def build() -> Path:
-    """The hooks as a shared library, built once for each version of torch and of the source."""
+    """The hooks as a shared library, built once for each installation of torch, which it names as the place of the
+    libraries that it needs: another checkout's would lead to a folder that may be gone."""
     source = HERE / "pretend_cuda.cpp"
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
-    key = hashlib.sha256(source.read_bytes() + (torch_folder / "version.py").read_bytes()).hexdigest()[:16]
+    torch_version = (torch_folder / "version.py").read_bytes()
+    key = hashlib.sha256(source.read_bytes() + torch_version + os.fsencode(torch_folder)).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"pretend_cuda-{os.getuid()}-{key}.so"
     if library.exists():
         return library
