@@ -3,12 +3,13 @@ operation; these walk it about half as often. Plain torch, no compiler. What eac
 call in the trainers, as the path that CUDA and compiled code take, and tests/test_model.py compares the two,
 gradients included. records/2026-11-24_tiny_speed has what they gain.
 
-B sequences, T tokens, H heads, D head dim, C width, F rotary frequencies
+B sequences, T tokens, H query heads, K key and value heads, D head dim, C width, F rotary frequencies
 E experts, P rows, an expert's together
 """
 import ctypes
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,60 +124,175 @@ class Mix(torch.autograd.Function):
                      for g in (flat @ x.flatten(), grad * factor))
 
 
-class Rotate(torch.autograd.Function):
-    """Rotary embedding of the first half of the last dimension, pairs as complex numbers turned in place."""
+class Layout(NamedTuple):
+    """Of one layer's heads. Attention walks them as (B, H/P, T, P, D), with P = 2 positions a token where
+    heads h and h + H/2 are paired, else 1."""
 
-    @staticmethod
-    def turn(x, cis):
-        y = x.clone(memory_format=torch.contiguous_format)
-        torch.view_as_complex(y.unflatten(-1, (-1, 2))[..., :cis.size(-1), :]).mul_(cis)
-        return y
+    num_heads: int
+    num_kv_heads: int
+    paired: bool
+    offset: bool  # the half of a key that rotary leaves standing comes one token later
 
-    @staticmethod
-    def forward(ctx, x_BTHD, cis_T1F):
-        ctx.save_for_backward(cis_T1F)
-        return Rotate.turn(x_BTHD, cis_T1F)
+    def walked(self, x_BTHD: Tensor) -> Tensor:
+        """The same numbers in that order, a view."""
+        return x_BTHD.unflatten(2, (1 + self.paired, -1)).permute(0, 3, 1, 2, 4)
 
-    @staticmethod
-    def backward(ctx, grad):
-        return Rotate.turn(grad, ctx.saved_tensors[0].conj()), None
+    def split(self, x_BTHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of one product's (B, T, H + 2K, D), each as walked; views."""
+        sizes = self.num_heads, self.num_kv_heads, self.num_kv_heads
+        return tuple(self.walked(x) for x in x_BTHD.split(sizes, dim=2))
+
+
+def turn(x: Tensor, cis: Tensor):
+    """Rotary embedding in place, of x as walked: pairs of the first half of D as complex numbers, times cis
+    (T * P, F)."""
+    pairs = x[..., :2 * cis.size(-1)].unflatten(-1, (-1, 2))
+    torch.view_as_complex(pairs).mul_(cis.view(*x.shape[2:4], -1))
+
+
+def split_heads(raw_BTHD: Tensor, cis: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v as walked, q and k normed and turned, the keys offset; and what norm multiplied by."""
+    scale_BTH1 = Norm.scale(raw_BTHD[:, :, :layout.num_heads + layout.num_kv_heads])
+    factors = scale_BTH1.split((layout.num_heads, layout.num_kv_heads), dim=2)
+    raws = layout.split(raw_BTHD)
+    q, k, v = (x.new_empty(x.shape) for x in raws)
+    for x, raw, factor in zip((q, k), raws, factors):
+        torch.mul(raw, layout.walked(factor), out=x)
+    if layout.offset:
+        still = k[..., k.size(-1) // 2:]
+        still[:, :, 1:] = still[:, :, :-1].clone()
+    turn(q, cis), turn(k, cis)
+    return q, k, v.copy_(raws[2]), scale_BTH1
+
+
+def split_heads_backward(dq, dk, dv, raw_BTHD, scale_BTH1, cis, layout: Layout) -> Tensor:
+    """The gradient of raw_BTHD."""
+    grad_BTHD = torch.empty_like(raw_BTHD)
+    q, k, v = layout.split(grad_BTHD)
+    dq, dk, dv = dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+    q.copy_(dq), k.copy_(dk), v.copy_(dv)
+    if layout.offset:  # the first key's half went to two tokens, the last one's to none
+        still, late = (x[..., x.size(-1) // 2:] for x in (k, dk))
+        still[:, :, :-1], still[:, :, -1] = late[:, :, 1:], 0
+        still[:, :, 0] += late[:, :, 0]
+    turn(q, cis.conj()), turn(k, cis.conj())
+    grad, raw = (x[:, :, :scale_BTH1.size(2)] for x in (grad_BTHD, raw_BTHD))
+    along = torch.linalg.vecdot(grad, raw).unsqueeze(-1).mul_(scale_BTH1 * scale_BTH1).div_(-raw.size(-1))
+    grad.addcmul_(raw, along).mul_(scale_BTH1)
+    return grad_BTHD
+
+
+def attend(q_BHTD, k_BKTD, v_BKTD, masks, scale: float) -> tuple[Tensor, list[Tensor]]:
+    """Softmax attention in blocks of queries, each against the keys that its window reaches (query_blocks);
+    and its probabilities, kept for backward: they are few here, and torch's kernel computes them anew."""
+    q, k, v = share_keys(q_BHTD, k_BKTD, v_BKTD)
+    y, probabilities = torch.empty_like(q), []
+    for queries, keys, bias in masks:
+        scores = torch.bmm(q[:, queries], k[:, keys].mT).unflatten(0, (len(bias), -1))
+        p = torch.add(bias, scores, alpha=scale, out=scores).softmax(-1).flatten(0, 1)
+        y[:, queries] = torch.bmm(p, v[:, keys])
+        probabilities.append(p)
+    return y.view(q_BHTD.shape), probabilities
+
+
+def attend_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, masks, scale: float, probabilities):
+    """Gradients of q, k, v."""
+    q, k, v = share_keys(q_BHTD, k_BKTD, v_BKTD)
+    grad = grad_BHTD.flatten(0, 1)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for (queries, keys, _), p in zip(masks, probabilities):
+        dv[:, keys] += torch.bmm(p.mT, grad[:, queries])
+        dp = torch.bmm(grad[:, queries], v[:, keys].mT)
+        dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        dq[:, queries] = torch.bmm(dscores, k[:, keys])
+        dk[:, keys] += torch.bmm(dscores.mT, q[:, queries])
+    dq, dk = dq.mul_(scale).view(q_BHTD.shape), dk.mul_(scale)
+    B, K, T, D = k_BKTD.shape
+    if len(k) > B * K:  # a shared head's gradients add up
+        return dq, dk.view(B, K, -1, T, D).sum(2), dv.view(B, K, -1, T, D).sum(2)
+    return dq, dk.view(B, K, T, D), dv.view(B, K, T, D)
+
+
+def share_keys(q_BHTD, k_BKTD, v_BKTD) -> tuple[Tensor, Tensor, Tensor]:
+    """The three as (B * H, T, D): a key head serves H/K query heads."""
+    times = q_BHTD.size(1) // k_BKTD.size(1)
+    if times > 1:
+        k_BKTD, v_BKTD = k_BKTD.repeat_interleave(times, 1), v_BKTD.repeat_interleave(times, 1)
+    return q_BHTD.flatten(0, 1), k_BKTD.flatten(0, 1), v_BKTD.flatten(0, 1)
 
 
 class Attention(torch.autograd.Function):
-    """Softmax attention in blocks of QUERY_BLOCK queries, each against the keys that its window reaches. The
-    probabilities are kept for backward: they are few here, and torch's kernel computes them anew."""
+    """x + attention(norm(x)), the first half of a block. qkv is ((H + 2K) D, C), out (C, H D). attn_gate
+    (heads, channels) is that of attention's output, value_gate that of value_BTC, which joins the values; all
+    three may be None. One function, and each tensor written at once where the next product wants it: at 128
+    channels, what stood between the products took longer than attention itself."""
 
     @staticmethod
-    def forward(ctx, q_BTHD, k_BTHD, v_BTHD, masks, scale):
-        B, T, H, D = q_BTHD.shape
-        q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q_BTHD, k_BTHD, v_BTHD))
-        y, probabilities = torch.empty_like(q), []
-        for queries, keys, bias in masks:
-            scores = torch.bmm(q[:, queries], k[:, keys].mT).unflatten(0, (B, H))
-            p = torch.add(bias, scores, alpha=scale, out=scores).softmax(-1).flatten(0, 1)
-            y[:, queries] = torch.bmm(p, v[:, keys])
-            probabilities.append(p)
-        ctx.save_for_backward(q, k, v, *probabilities)
-        ctx.blocks, ctx.scale = [mask[:2] for mask in masks], scale
-        return y.view(B, H, T, D).transpose(1, 2)
+    def forward(ctx, x_BTC, qkv, out, attn_gate, value_gate, value_BTC, cis, masks, scale, layout):
+        B, T, _ = x_BTC.shape
+        x, gates_BTH1 = x_BTC.flatten(0, 1), [None, None]
+        x_scale = Norm.scale(x)
+        n = x * x_scale
+        for i, gate in enumerate((attn_gate, value_gate)):
+            if gate is not None:
+                gates_BTH1[i] = torch.sigmoid(n[:, :gate.size(1)] @ gate.T).view(B, T, -1, 1)
+        raw = (n @ qkv.T).view(B, T, -1, out.size(1) // layout.num_heads)
+        q, k, v, head_scale = split_heads(raw, cis, layout)
+        if value_BTC is not None:
+            value = layout.walked(value_BTC.view(B, T, layout.num_kv_heads, -1))
+            v.addcmul_(value, layout.walked(gates_BTH1[1]), value=2)
+        q, k, v = (x.flatten(2, 3) for x in (q, k, v))
+        y, probabilities = attend(q, k, v, masks, scale)
+        gated = torch.empty_like(raw[:, :, :layout.num_heads])
+        target = layout.walked(gated)
+        if attn_gate is None:
+            target.copy_(y.view(target.shape))
+        else:
+            torch.mul(y.view(target.shape), layout.walked(gates_BTH1[0]), out=target)
+        gated = gated.view(B * T, -1)
+        ctx.save_for_backward(qkv, out, attn_gate, value_gate, value_BTC, cis, x_scale, n, raw, head_scale,
+                              *gates_BTH1, q, k, v, y, gated, *probabilities)
+        ctx.masks, ctx.scale, ctx.layout = masks, scale, layout
+        return torch.addmm(x, gated, out.T).view_as(x_BTC)
 
     @staticmethod
-    def backward(ctx, grad_BTHD):
-        q, k, v, *probabilities = ctx.saved_tensors
-        grad = grad_BTHD.transpose(1, 2).reshape(q.shape)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (queries, keys), p in zip(ctx.blocks, probabilities):
-            dv[:, keys] += torch.bmm(p.mT, grad[:, queries])
-            dp = torch.bmm(grad[:, queries], v[:, keys].mT)
-            dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, queries] = torch.bmm(dscores, k[:, keys])
-            dk[:, keys] += torch.bmm(dscores.mT, q[:, queries])
-        grads = dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv
-        return *(x.unflatten(0, (len(grad_BTHD), -1)).transpose(1, 2) for x in grads), None, None
+    def backward(ctx, grad_BTC):
+        (qkv, out, attn_gate, value_gate, value_BTC, cis, x_scale, n, raw, head_scale, attn_gate_BTH1,
+         value_gate_BTH1, q, k, v, y, gated, *probabilities) = ctx.saved_tensors
+        layout, (B, T, _, D) = ctx.layout, raw.shape
+        grad, along_attn, along_value, d_value = grad_BTC.flatten(0, 1), None, None, None
+        dy = layout.walked((grad @ out).view(B, T, -1, D))
+        if attn_gate is not None:
+            dy = torch.mul(dy, layout.walked(attn_gate_BTH1), out=y.new_empty(dy.shape))
+            along_attn = torch.empty_like(attn_gate_BTH1)  # the gate times its gradient, then the sigmoid's
+            layout.walked(along_attn).squeeze(-1).copy_(torch.linalg.vecdot(dy, y.view(dy.shape)))
+            along_attn.mul_(1 - attn_gate_BTH1)
+        dq, dk, dv = attend_backward(dy.flatten(2, 3), q, k, v, ctx.masks, ctx.scale, probabilities)
+        d_raw = split_heads_backward(dq, dk, dv, raw, head_scale, cis, layout)
+        if value_BTC is not None:
+            dv = d_raw[:, :, -layout.num_kv_heads:] * (2 * value_gate_BTH1)
+            along_value = torch.linalg.vecdot(dv, value_BTC.view(dv.shape)).unsqueeze(-1)
+            along_value.mul_(1 - value_gate_BTH1)
+            d_value = dv.view_as(value_BTC)
+        d_raw = d_raw.view(B * T, -1)
+        dn = d_raw @ qkv
+        d_gates = [Attention.gate_backward(*x, n, dn)
+                   for x in ((along_attn, attn_gate), (along_value, value_gate))]
+        dx = torch.addcmul(grad, Norm.across(dn, n), x_scale).view_as(grad_BTC)
+        return dx, d_raw.T @ n, grad.T @ gated, *d_gates, d_value, None, None, None, None
+
+    @staticmethod
+    def gate_backward(grad_BTH1, gate, n, dn):
+        """The gate's gradient, from that before the sigmoid; dn gets its share."""
+        if gate is None:
+            return None
+        grad, channels = grad_BTH1.view(len(n), -1), gate.size(1)
+        dn[:, :channels] += grad @ gate
+        return grad.T @ n[:, :channels]
 
 
 def query_blocks(doc_BT: Tensor, window: int) -> list[tuple[slice, slice, Tensor]]:
-    """(queries, keys, bias) for Attention, from the document of each token: query i sees key j of its
+    """(queries, keys, bias) for attend, from the document of each token: query i sees key j of its
     document where 0 <= i - j <= window. bias is 0 or -inf, (B, 1, queries, keys)."""
     blocks, T = [], doc_BT.shape[1]
     for start in range(0, T, QUERY_BLOCK):

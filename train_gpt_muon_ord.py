@@ -1348,11 +1348,13 @@ class Rotary(nn.Module):
         self.scale *= 1 + 0.2 * math.log(new / old)
         self.make_tables(self.cos.shape[0])
 
+    def turns(self, num_positions: int, dtype: torch.dtype) -> Tensor:
+        """The pairs' rotations as complex numbers, (positions, F)."""
+        return torch.complex(self.cos[:num_positions], self.sin[:num_positions]).to(dtype.to_complex())
+
     def forward(self, x_BTHD: Tensor) -> Tensor:
         T, D = x_BTHD.shape[1], x_BTHD.shape[-1]
         cos, sin = self.cos[:T, None], self.sin[:T, None]
-        if eager_cpu(x_BTHD):
-            return cpu_kernels.Rotate.apply(x_BTHD, torch.complex(cos, sin).to(x_BTHD.dtype.to_complex()))
         even, odd = x_BTHD[..., :D // 2].float().unflatten(-1, (D // 4, 2)).unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
         return torch.cat((turned.type_as(x_BTHD), x_BTHD[..., D // 2:]), -1)
@@ -1431,6 +1433,12 @@ class Documents:
             self.masks[window, paired] = block, bias.flatten(0, 1).unsqueeze(1)
         return self.masks[window, paired]
 
+    def query_blocks(self, window: int, paired: bool) -> list[tuple[slice, slice, Tensor]]:
+        """The masks of cpu_kernels.Attention."""
+        if (window, paired) not in self.masks:
+            self.masks[window, paired] = cpu_kernels.query_blocks(self.doc_ids(paired), window)
+        return self.masks[window, paired]
+
     def attend(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int, paired: bool,
                scale: float) -> Tensor:
         """Softmax attention. T is 2T here if paired."""
@@ -1442,12 +1450,6 @@ class Documents:
             y = varlen_attn(*(x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD)), cu, cu, longest, longest,
                             scale=scale, window_size=(window, 0), enable_gqa=gqa)
             return y.view(q_BTHD.shape)
-        if self.backend == "sdpa" and eager_cpu(q_BTHD):
-            shared = q_BTHD.shape[2] // k_BTHD.shape[2]
-            k_BTHD, v_BTHD = ((x.repeat_interleave(shared, 2) if gqa else x) for x in (k_BTHD, v_BTHD))
-            if (window, paired) not in self.masks:
-                self.masks[window, paired] = cpu_kernels.query_blocks(self.doc_ids(paired), window)
-            return cpu_kernels.Attention.apply(q_BTHD, k_BTHD, v_BTHD, self.masks[window, paired], scale)
         q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
         if self.backend == "flex":
             return self.flex(q, k, v, window, paired, scale, gqa).transpose(1, 2)
@@ -1501,10 +1503,19 @@ class Attention(nn.Module):
         self.attn_gate = gate(c.num_heads) if c.attn_gate else None
         self.value_gate = gate(c.num_kv_heads) if plan.value_embed else None
 
-    def forward(self, n_BTC, value_BTC, docs: Documents, window: int, rotary: Rotary, out_scale: float):
-        B, T, _ = n_BTC.shape
-        qkv = F.linear(n_BTC, torch.cat((self.q, self.k, self.v)) * self.a_in).view(B, T, -1, self.head_dim)
+    def forward(self, x_BTC, value_BTC, docs: Documents, window: int, rotary: Rotary, out_scale: float):
+        """x and the branch added to it."""
+        B, T, _ = x_BTC.shape
         heads = (self.num_heads, self.num_kv_heads)
+        qkv, out = torch.cat((self.q, self.k, self.v)) * self.a_in, scaled(self.o, out_scale) * self.a_out
+        if eager_cpu(x_BTC) and docs.backend == "sdpa":
+            layout = cpu_kernels.Layout(*heads, self.plan.paired, self.plan.long_window)
+            return cpu_kernels.Attention.apply(
+                x_BTC, qkv, out, self.attn_gate, self.value_gate, value_BTC,
+                rotary.turns(2 * T if self.plan.paired else T, x_BTC.dtype),
+                docs.query_blocks(window, self.plan.paired), rotary.scale, layout)
+        n_BTC = norm(x_BTC)
+        qkv = F.linear(n_BTC, qkv).view(B, T, -1, self.head_dim)
         qk, v = qkv.split((sum(heads), heads[1]), dim=2)  # slices would each zero and fill a whole gradient
         qk = norm(qk)
         gate_in = n_BTC[..., :GATE_CHANNELS]
@@ -1525,7 +1536,7 @@ class Attention(nn.Module):
             y = y.view(B, T, 2, self.num_heads // 2, self.head_dim).flatten(2, 3)
         if self.attn_gate is not None:
             y = y * torch.sigmoid(F.linear(gate_in, self.attn_gate)).unsqueeze(-1)
-        return F.linear(y.flatten(2), scaled(self.o, out_scale) * self.a_out)
+        return x_BTC + F.linear(y.flatten(2), out)
 
 
 def offset_keys(k_BTHD: Tensor) -> Tensor:
@@ -1697,7 +1708,7 @@ class Block(nn.Module):
             x = self.l_res * x + self.l_x0 * x0
             x = x if bigram is None else x + self.l_bi * bigram
         if self.attn is not None:
-            x = x + self.attn(norm(x), value, docs, window, rotary, residual_scale)
+            x = self.attn(x, value, docs, window, rotary, residual_scale)
         if isinstance(self.mlp, MixtureOfExperts):
             return x + self.mlp(norm(x), residual_scale, routing)
         if eager_cpu(x):

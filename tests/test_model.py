@@ -242,7 +242,8 @@ def test_forward_equals_the_slow_model(variant, windows, eager, monkeypatch):
         assert trained.item() == pytest.approx(expected, rel=tolerance)
 
 
-@pytest.mark.parametrize("variant, eager", [("all", True), ("scaled", False), ("gqa", True)])
+@pytest.mark.parametrize("variant, eager", [("all", True), ("scaled", False), ("gqa", True),
+                                            ("gqa unpaired", True), ("plain", True)])
 def test_gradients_equal_differences_of_the_slow_model(variant, eager, monkeypatch):
     """Fails if a hand-written backward pass, the multi-token loss, tied or untied tables or any gate passes
     on another gradient than that of the forward pass."""
@@ -313,21 +314,36 @@ def attention_case(paired, num_kv_heads, T=32, seed=0):
     return q, k, v, make_batch(train_gpt, T=T), doc
 
 
+class InBlocks(torch.autograd.Function):
+    """The eager CPU's attention alone, (B, H, T, D)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, masks, scale):
+        y, probabilities = cpu_kernels.attend(q, k, v, masks, scale)
+        ctx.rest = q, k, v, masks, scale, probabilities
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *cpu_kernels.attend_backward(grad, *ctx.rest), None, None
+
+
 @pytest.mark.parametrize("window", [1, 4, 8, 16, 7, 100])
 @pytest.mark.parametrize("paired, num_kv_heads", [(False, 4), (True, 4), (False, 2), (True, 1)])
 @pytest.mark.parametrize("block", [8, 24, 64, None])
 def test_sdpa_attention_equals_a_loop(block, paired, num_kv_heads, window, monkeypatch):
     """Fails if a query sees another document, the future, or past its window, in blocks or whole; or if the
     gradient goes elsewhere. block: queries at a time of the eager CPU's path; None: the other path."""
-    if block is None:
-        monkeypatch.setattr(train_gpt, "eager_cpu", lambda x: False)
-    else:
-        monkeypatch.setattr(cpu_kernels, "QUERY_BLOCK", block)
     q, k, v, batch, doc = attention_case(paired, num_kv_heads)
     docs = train_gpt.Documents(batch, "sdpa")
+    if block is None:
+        ours = lambda *x: docs.attend(*x, window, paired, 0.37)
+    else:
+        monkeypatch.setattr(cpu_kernels, "QUERY_BLOCK", block)
+        masks = docs.query_blocks(window, paired)
+        ours = lambda *x: InBlocks.apply(*(z.transpose(1, 2) for z in x), masks, 0.37).transpose(1, 2)
     results = []
-    for function in (lambda *x: docs.attend(*x, window, paired, 0.37),
-                     lambda *x: naive_attention(*x, doc, window, 0.37)):
+    for function in (ours, lambda *x: naive_attention(*x, doc, window, 0.37)):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         y = function(*leaves)
         y.backward(torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape))
@@ -375,11 +391,8 @@ def test_passes_add_up_in_the_buffer_that_the_optimizer_gave():
 # ------------------------------------------------------------------------------------------------ rotary
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "as compiled"])
-def test_rotary_turns_pairs_of_the_first_half(eager, monkeypatch):
+def test_rotary_turns_pairs_of_the_first_half():
     """Fails if frequencies, pairing, position or the standing half differ from the formula."""
-    if not eager:
-        monkeypatch.setattr(train_gpt, "eager_cpu", lambda x: False, raising=False)
     rotary = train_gpt.Rotary(16)
     rotary.make_tables(50)
     x = np.random.default_rng(0).normal(size=(2, 40, 3, 16)).astype(np.float32)

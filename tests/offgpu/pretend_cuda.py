@@ -28,8 +28,8 @@ class NoCompiler(RuntimeError):
 
 
 def build() -> Path:
-    """The hooks as a shared library, built once for each installation of torch, which it names as the place of the
-    libraries that it needs: another checkout's would lead to a folder that may be gone."""
+    """The hooks as a shared library, built once for each installation of torch: it names the folder of the
+    libraries that it needs, and another checkout's may be gone."""
     source = HERE / "pretend_cuda.cpp"
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
     torch_version = (torch_folder / "version.py").read_bytes()
