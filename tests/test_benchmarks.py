@@ -359,7 +359,7 @@ def test_step_time_tells_everything(tiny_env, tmp_path, capsys):
     evaluation = stages[0]["evaluation_ms"] * 3 + stages[1]["evaluation_ms"]
     assert total["minutes_with_evaluation"] == pytest.approx((ms + evaluation) / 60_000)
     assert result["memory"]["peak_rss_mib"] > 100 and result["settings"]["val_tokens"] == 2048
-    assert result["settings"]["spectral_lr_mul"] == 0.1
+    assert result["settings"]["spectral_lr_mul"] == 0.01  # the twin's, of this preset
     assert [r["stage"] for r in result["ord"]] == [1, 2]
     for r in result["ord"]:
         assert r["ord_mode"] == "interpolate" and r["fused_step"] is False  # no CUDA
