@@ -222,13 +222,13 @@ def share_keys(q_BHTD, k_BKTD, v_BKTD) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Attention(torch.autograd.Function):
-    """x + attention(norm(x)), the first half of a block. qkv is ((H + 2K) D, C), out (C, H D). attn_gate
+    """x + attention(norm(x)), the first half of a block. w_qkv is ((H + 2K) D, C), w_out (C, H D). attn_gate
     (heads, channels) is that of attention's output, value_gate that of value_BTC, which joins the values; all
     three may be None. One function, and each tensor written at once where the next product wants it: at 128
-    channels, what stood between the products took longer than attention itself."""
+    channels, what stood between the products took as long as attention itself."""
 
     @staticmethod
-    def forward(ctx, x_BTC, qkv, out, attn_gate, value_gate, value_BTC, cis, masks, scale, layout):
+    def forward(ctx, x_BTC, w_qkv, w_out, attn_gate, value_gate, value_BTC, cis, masks, scale, layout):
         B, T, _ = x_BTC.shape
         x, gates_BTH1 = x_BTC.flatten(0, 1), [None, None]
         x_scale = Norm.scale(x)
@@ -236,7 +236,7 @@ class Attention(torch.autograd.Function):
         for i, gate in enumerate((attn_gate, value_gate)):
             if gate is not None:
                 gates_BTH1[i] = torch.sigmoid(n[:, :gate.size(1)] @ gate.T).view(B, T, -1, 1)
-        raw = (n @ qkv.T).view(B, T, -1, out.size(1) // layout.num_heads)
+        raw = (n @ w_qkv.T).view(B, T, -1, w_out.size(1) // layout.num_heads)
         q, k, v, head_scale = split_heads(raw, cis, layout)
         if value_BTC is not None:
             value = layout.walked(value_BTC.view(B, T, layout.num_kv_heads, -1))
@@ -250,18 +250,18 @@ class Attention(torch.autograd.Function):
         else:
             torch.mul(y.view(target.shape), layout.walked(gates_BTH1[0]), out=target)
         gated = gated.view(B * T, -1)
-        ctx.save_for_backward(qkv, out, attn_gate, value_gate, value_BTC, cis, x_scale, n, raw, head_scale,
-                              *gates_BTH1, q, k, v, y, gated, *probabilities)
+        ctx.save_for_backward(w_qkv, w_out, attn_gate, value_gate, value_BTC, cis, x_scale, n, raw,
+                              head_scale, *gates_BTH1, q, k, v, y, gated, *probabilities)
         ctx.masks, ctx.scale, ctx.layout = masks, scale, layout
-        return torch.addmm(x, gated, out.T).view_as(x_BTC)
+        return torch.addmm(x, gated, w_out.T).view_as(x_BTC)
 
     @staticmethod
     def backward(ctx, grad_BTC):
-        (qkv, out, attn_gate, value_gate, value_BTC, cis, x_scale, n, raw, head_scale, attn_gate_BTH1,
+        (w_qkv, w_out, attn_gate, value_gate, value_BTC, cis, x_scale, n, raw, head_scale, attn_gate_BTH1,
          value_gate_BTH1, q, k, v, y, gated, *probabilities) = ctx.saved_tensors
         layout, (B, T, _, D) = ctx.layout, raw.shape
         grad, along_attn, along_value, d_value = grad_BTC.flatten(0, 1), None, None, None
-        dy = layout.walked((grad @ out).view(B, T, -1, D))
+        dy = layout.walked((grad @ w_out).view(B, T, -1, D))
         if attn_gate is not None:
             dy = torch.mul(dy, layout.walked(attn_gate_BTH1), out=y.new_empty(dy.shape))
             along_attn = torch.empty_like(attn_gate_BTH1)  # the gate times its gradient, then the sigmoid's
@@ -275,7 +275,7 @@ class Attention(torch.autograd.Function):
             along_value.mul_(1 - value_gate_BTH1)
             d_value = dv.view_as(value_BTC)
         d_raw = d_raw.view(B * T, -1)
-        dn = d_raw @ qkv
+        dn = d_raw @ w_qkv
         d_gates = [Attention.gate_backward(*x, n, dn)
                    for x in ((along_attn, attn_gate), (along_value, value_gate))]
         dx = torch.addcmul(grad, Norm.across(dn, n), x_scale).view_as(grad_BTC)

@@ -1436,9 +1436,10 @@ class Documents:
 
     def query_blocks(self, window: int, paired: bool) -> list[tuple[slice, slice, Tensor]]:
         """The masks of cpu_kernels.Attention."""
-        if (window, paired) not in self.masks:
-            self.masks[window, paired] = cpu_kernels.query_blocks(self.doc_ids(paired), window)
-        return self.masks[window, paired]
+        key = "blocks", window, paired
+        if key not in self.masks:
+            self.masks[key] = cpu_kernels.query_blocks(self.doc_ids(paired), window)
+        return self.masks[key]
 
     def attend(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int, paired: bool,
                scale: float) -> Tensor:
@@ -1508,15 +1509,16 @@ class Attention(nn.Module):
         """x and the branch added to it."""
         B, T, _ = x_BTC.shape
         heads = (self.num_heads, self.num_kv_heads)
-        qkv, out = torch.cat((self.q, self.k, self.v)) * self.a_in, scaled(self.o, out_scale) * self.a_out
+        w_qkv = torch.cat((self.q, self.k, self.v)) * self.a_in
+        w_out = scaled(self.o, out_scale) * self.a_out
         if eager_cpu(x_BTC) and docs.backend == "sdpa":
             layout = cpu_kernels.Layout(*heads, self.plan.paired, self.plan.long_window)
             return cpu_kernels.Attention.apply(
-                x_BTC, qkv, out, self.attn_gate, self.value_gate, value_BTC,
+                x_BTC, w_qkv, w_out, self.attn_gate, self.value_gate, value_BTC,
                 rotary.turns(2 * T if self.plan.paired else T, x_BTC.dtype),
                 docs.query_blocks(window, self.plan.paired), rotary.scale, layout)
         n_BTC = norm(x_BTC)
-        qkv = F.linear(n_BTC, qkv).view(B, T, -1, self.head_dim)
+        qkv = F.linear(n_BTC, w_qkv).view(B, T, -1, self.head_dim)
         qk, v = qkv.split((sum(heads), heads[1]), dim=2)  # slices would each zero and fill a whole gradient
         qk = norm(qk)
         gate_in = n_BTC[..., :GATE_CHANNELS]
@@ -1537,7 +1539,7 @@ class Attention(nn.Module):
             y = y.view(B, T, 2, self.num_heads // 2, self.head_dim).flatten(2, 3)
         if self.attn_gate is not None:
             y = y * torch.sigmoid(F.linear(gate_in, self.attn_gate)).unsqueeze(-1)
-        return x_BTC + F.linear(y.flatten(2), out)
+        return x_BTC + F.linear(y.flatten(2), w_out)
 
 
 def offset_keys(k_BTHD: Tensor) -> Tensor:
