@@ -1,10 +1,10 @@
 """Passes of the model with hand-written backward passes, for eager torch on a CPU, which walks memory once an
 operation; these walk it about half as often. Plain torch, no compiler. What each computes stands beside its
 call in the trainers, as the path that CUDA and compiled code take, and tests/test_model.py compares the two,
-gradients included. records/2026-11-24_tiny_speed has what they gain.
+gradients included. records/2026-11-24_tiny_speed and 2026-11-25_tiny_budget have what they gain.
 
 B sequences, T tokens, H query heads, K key and value heads, D head dim, C width, F rotary frequencies
-E experts, P rows, an expert's together
+E experts, P rows, an expert's together; of attention, P positions a token (Layout)
 """
 import ctypes
 import functools
@@ -195,12 +195,12 @@ def attend(q_BHTD, k_BKTD, v_BKTD, masks, scale: float) -> tuple[Tensor, list[Te
     return y.view(q_BHTD.shape), probabilities
 
 
-def attend_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, masks, scale: float, probabilities):
-    """Gradients of q, k, v."""
+def attend_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, blocks, scale: float, probabilities):
+    """Gradients of q, k, v. blocks: (queries, keys) of each mask."""
     q, k, v = share_keys(q_BHTD, k_BKTD, v_BKTD)
     grad = grad_BHTD.flatten(0, 1)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for (queries, keys, _), p in zip(masks, probabilities):
+    for (queries, keys), p in zip(blocks, probabilities):
         dv[:, keys] += torch.bmm(p.mT, grad[:, queries])
         dp = torch.bmm(grad[:, queries], v[:, keys].mT)
         dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
@@ -225,7 +225,7 @@ class Attention(torch.autograd.Function):
     """x + attention(norm(x)), the first half of a block. w_qkv is ((H + 2K) D, C), w_out (C, H D). attn_gate
     (heads, channels) is that of attention's output, value_gate that of value_BTC, which joins the values; all
     three may be None. One function, and each tensor written at once where the next product wants it: at 128
-    channels, what stood between the products took as long as attention itself."""
+    channels, walking memory between the products takes a good part of a block's time."""
 
     @staticmethod
     def forward(ctx, x_BTC, w_qkv, w_out, attn_gate, value_gate, value_BTC, cis, masks, scale, layout):
@@ -252,7 +252,7 @@ class Attention(torch.autograd.Function):
         gated = gated.view(B * T, -1)
         ctx.save_for_backward(w_qkv, w_out, attn_gate, value_gate, value_BTC, cis, x_scale, n, raw,
                               head_scale, *gates_BTH1, q, k, v, y, gated, *probabilities)
-        ctx.masks, ctx.scale, ctx.layout = masks, scale, layout
+        ctx.blocks, ctx.scale, ctx.layout = [mask[:2] for mask in masks], scale, layout
         return torch.addmm(x, gated, w_out.T).view_as(x_BTC)
 
     @staticmethod
@@ -267,7 +267,7 @@ class Attention(torch.autograd.Function):
             along_attn = torch.empty_like(attn_gate_BTH1)  # the gate times its gradient, then the sigmoid's
             layout.walked(along_attn).squeeze(-1).copy_(torch.linalg.vecdot(dy, y.view(dy.shape)))
             along_attn.mul_(1 - attn_gate_BTH1)
-        dq, dk, dv = attend_backward(dy.flatten(2, 3), q, k, v, ctx.masks, ctx.scale, probabilities)
+        dq, dk, dv = attend_backward(dy.flatten(2, 3), q, k, v, ctx.blocks, ctx.scale, probabilities)
         d_raw = split_heads_backward(dq, dk, dv, raw, head_scale, cis, layout)
         if value_BTC is not None:
             dv = d_raw[:, :, -layout.num_kv_heads:] * (2 * value_gate_BTH1)

@@ -1286,8 +1286,7 @@ TINY_SETTINGS = dict(
     batch_sizes=(2048,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=1000,
     num_extension_iterations=0, max_doc_tokens=256, long_docs="split", val_tokens=131_072,
     val_batch_tokens=65_536, val_loss_every=100, val_loss_last_steps=0, target_loss=1.0,
-    adam_lr=0.016,
-    spectral_lr_mul=0.01)  # the twin's a; 0.1 costs 0.025 nats here (records/2026-11-25_spectral_fine_tiny)
+    adam_lr=0.016)
 
 # MODEL -> (ModelConfig, defaults of settings that the preset changes)
 PRESETS = {

@@ -1285,8 +1285,7 @@ TINY_SETTINGS = dict(
     batch_sizes=(2048,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=1000,
     num_extension_iterations=0, max_doc_tokens=256, long_docs="split", val_tokens=131_072,
     val_batch_tokens=65_536, val_loss_every=100, val_loss_last_steps=0, target_loss=1.0,
-    adam_lr=0.016,
-    spectral_lr_mul=0.01)  # the twin's a; 0.1 costs 0.025 nats here (records/2026-11-25_spectral_fine_tiny)
+    adam_lr=0.016)
 
 # MODEL -> (ModelConfig, defaults of settings that the preset changes)
 PRESETS = {
@@ -1922,6 +1921,11 @@ class OptimizerSettings:
     spectral_in: float = knob(1.0, "ORD_MODE=post: factor on a radial part that points inward")
     spectral_rescale: bool = knob(False, "ORD_MODE=post: give W exactly the norm its radial part asks for")
     grad_clip: float = knob(0.0, "largest norm of the mean loss's gradient in a step; 0: no clipping", low=0)
+
+
+# 0.1 costs 0.025 and 0.011 nats there: records/2026-11-25_spectral_fine_tiny and ..._spectral_medium_tiny
+for preset in ("tiny", "tiny-wide"):
+    PRESETS[preset][1]["spectral_lr_mul"] = 0.01
 
 
 def check_optimizer_settings(o: OptimizerSettings):

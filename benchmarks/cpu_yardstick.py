@@ -8,7 +8,8 @@ Plain is a GPT as people usually write one: LayerNorm, GELU, learned positions, 
 cosine and clipping, one process on all cores; three learning rates, the best one counts. Both read the same
 bytes, in steps of as many tokens, and are validated on the same 65,536 held-out bytes in contexts of 256 (the
 preset's own validation gives longer contexts; that advantage is not used here). Time is training time. Ours
-are train_gpt.py (NorMuon) and train_gpt_muon_ord.py with its default radial part, which counts at the end.
+are train_gpt.py (NorMuon) and train_gpt_muon_ord.py with the preset's SPECTRAL_LR_MUL; the latter counts at
+the end.
 Absolute figures depend on the machine and its other work: read the ratios, all of which come from one run.
 """
 
@@ -270,7 +271,7 @@ def main():
     if args.breakdown:
         return None
     print()
-    for script in ("train_gpt", "train_gpt_muon_ord"):  # the second's default has a radial part, a = 0.1
+    for script in ("train_gpt", "train_gpt_muon_ord"):
         curve = train_ours(script, args.seconds, args.ranks)
         spent, loss, tokens = curve[-1]
         print(

@@ -320,7 +320,7 @@ class InBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, masks, scale):
         y, probabilities = cpu_kernels.attend(q, k, v, masks, scale)
-        ctx.rest = q, k, v, masks, scale, probabilities
+        ctx.rest = q, k, v, [mask[:2] for mask in masks], scale, probabilities
         return y
 
     @staticmethod
