@@ -583,7 +583,7 @@ FAULTS = """
 import resource, sys, torch, cpu_kernels
 if sys.argv[1] == "keep":
     cpu_kernels.keep_freed_memory()
-for _ in range(8):
+for _ in range(40):
     begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     x = torch.empty(1 << 23).fill_(1)
     y = x + 1
@@ -594,10 +594,11 @@ for _ in range(8):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_used_again():
-    """Fails if large tensors still come page by page from the kernel: 64 MiB are 16,384 faults a round."""
+    """Fails if large tensors still come page by page from the kernel: 64 MiB are 16,384 faults a round. The
+    heap grows in up to six of the first rounds, because of small things that come to lie between tensors."""
     last = {}
     for word in ("keep", "leave"):
         done = subprocess.run([sys.executable, "-c", FAULTS, word], cwd=Path(train_gpt.__file__).parent,
                               capture_output=True, text=True, check=True)
-        last[word] = sum(map(int, done.stdout.split()[4:]))
+        last[word] = sum(map(int, done.stdout.split()[20:]))
     assert last["keep"] < last["leave"] / 3, last
