@@ -42,10 +42,38 @@ with open(f"rank{ranks.rank}", "w") as file:  # the console mixes the ranks' lin
 ranks.close()
 """
 
+CLOSED_HOST = """
+import os
+open_file = os.open
+def refuse(path, *rest):  # as a host does that does not let a process open another's files
+    if os.environ["RANK"] == "1" and str(path).startswith("/proc/"):
+        raise PermissionError(13, "Permission denied", path)
+    return open_file(path, *rest)
+os.open = refuse
+"""
 
-def launch(tmp_path, num_ranks, arguments):
+LEFT_ALONE = """
+import os, time
+import torch
+from train_gpt import Ranks
+
+ranks = Ranks("cpu")
+full = ranks.zeros(ranks.world_size, torch.zeros(1))
+if ranks.rank == 1:
+    time.sleep(1)
+    os._exit(0)
+start = time.monotonic()
+try:
+    ranks.all_gather(full).wait()
+except torch.distributed.DistError as error:
+    with open("said", "w") as file:
+        file.write(f"{error} after {time.monotonic() - start:.0f} s")
+"""
+
+
+def launch(tmp_path, num_ranks, arguments, code=EXCHANGE):
     script = tmp_path / "exchange.py"
-    script.write_text(EXCHANGE)
+    script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, str(script)], env=env, text=True, cwd=tmp_path,
@@ -64,6 +92,24 @@ def test_exchange_through_memory_equals_gloos(num_ranks, tmp_path):
     _, errors = done.communicate(timeout=120)
     assert done.returncode == 0, errors
     assert ways(tmp_path, num_ranks) == {"through memory"}
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
+def test_if_one_rank_may_not_open_the_others_files_all_use_gloo(tmp_path):
+    done = launch(tmp_path, 2, ["--standalone"], CLOSED_HOST + EXCHANGE)
+    _, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    assert ways(tmp_path, 2) == {"through gloo"}
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
+def test_nobody_waits_for_a_rank_that_has_left(tmp_path):
+    """Fails if a rank waits on for one that ended without arriving, here without an error."""
+    done = launch(tmp_path, 2, ["--standalone"], LEFT_ALONE)
+    _, errors = done.communicate(timeout=60)
+    assert done.returncode == 0, errors
+    said = (tmp_path / "said").read_text()
+    assert said in ("rank 1 has left after 1 s", "rank 1 has left after 2 s")
 
 
 def test_ranks_of_two_hosts_use_gloo(tmp_path):

@@ -219,14 +219,14 @@ def test_the_band_of_polar_express():
 def test_polar_express_over_condition_numbers(condition, rows, columns):
     """Fails if small singular values do not come up as far as they should, as with a wrong first step or a
     norm that is too large, or rounding spoils nearly singular matrices. Long matrices are iterated on the
-    squares of their singular values, which costs up to 6e-4; the polynomials themselves are off by 0.14."""
+    squares of their singular values, which costs up to 6e-3; the polynomials themselves are off by 0.14."""
     rng, n = np.random.default_rng(1), min(rows, columns)
     U, V = (np.linalg.qr(rng.normal(size=(size, n)))[0] for size in (rows, columns))
     S = np.geomspace(1, 1 / condition, n)
     G = torch.tensor(U * S @ V.T, dtype=torch.float32)
     X = train_gpt.polar_express(G[None])[0].double().numpy()
     expected = quintics(S / (1.02 * np.linalg.norm(S) + 1e-6))
-    assert np.linalg.norm(X - U * expected @ V.T, 2) < (2e-3 if rows != columns else 2e-4)
+    assert np.linalg.norm(X - U * expected @ V.T, 2) < (7e-3 if rows != columns else 2e-4)
     if condition <= 300:
         values = np.linalg.svd(X, compute_uv=False)
         assert BAND[0] - 1e-3 < values.min() and values.max() < BAND[1] + 1e-3
