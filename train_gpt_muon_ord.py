@@ -359,8 +359,8 @@ class Done:
 class Arrival:
     """A collective of ranks that see each other's memory: wait() until all have arrived, then read, once."""
 
-    def __init__(self, ranks: "Ranks", read):
-        self.pipes, self.read, self.number = ranks.pipes, read, ranks.pipes.arrive()
+    def __init__(self, pipes: "Pipes", read=lambda: None):
+        self.pipes, self.read, self.number = pipes, read, pipes.arrive()
 
     def wait(self):
         if self.read:
@@ -418,7 +418,7 @@ class Ranks:
 
     last_beat = 0.0  # time.monotonic() of the last sign of progress
     pipes: Pipes | None = None  # if all ranks are on the CPU of one host
-    everyones: dict[int, Tensor] = {}  # by the address of this rank's part; filled by zeros()
+    everyones: dict[int, Tensor] = {}  # what zeros() made, by the address of this rank's part
 
     def __init__(self, device: str, timeout_s: float = 900.0, settings: dict | ValueError | None = None):
         """settings: this rank's, or why it has none. SettingsError on all ranks unless all have the same."""
@@ -486,23 +486,23 @@ class Ranks:
             if self.orphan():
                 os._exit(1)
 
-    def zeros(self, numel: int, like: Tensor) -> Tensor:
-        """What reduce_scatter and all_gather work on. If all ranks are on the CPU of one host, each sees the
-        others': a step's exchange then costs two reads of memory instead of gloo's sockets.
-        The memory is a file without a name, so a killed run leaves nothing behind."""
+    def zeros(self, numel: int, like: Tensor, common: bool = False) -> Tensor:
+        """What reduce_scatter works on; common: what all_gather does. If all ranks are on one host's CPU,
+        each sees the others', and what is common is the same for all: a step's exchange then costs one
+        read of the gradients instead of gloo's sockets. A file without a name: a killed run leaves none."""
         if self.pipes is None:
             return like.new_zeros(numel)
-        path, total = None, numel * self.world_size
+        path, copies = None, 1 if common else self.world_size
         if self.rank == 0:
             file = os.memfd_create("ranks")
-            os.ftruncate(file, total * like.dtype.itemsize)
+            os.ftruncate(file, copies * numel * like.dtype.itemsize)
             path = f"/proc/{os.getpid()}/fd/{file}"
-        everyones = torch.from_file(self.share(path), shared=True, size=total, dtype=like.dtype)
+        memory = torch.from_file(self.share(path), shared=True, size=copies * numel, dtype=like.dtype)
         self.collect(None)  # all have it open
         if self.rank == 0:
             os.close(file)
-        mine = everyones.view(self.world_size, numel)[self.rank]
-        self.everyones[mine.data_ptr()] = everyones.view(self.world_size, numel)
+        mine = memory.view(copies, numel)[0 if common else self.rank]
+        self.everyones[mine.data_ptr()] = memory.view(copies, numel)
         return mine
 
     def all_reduce(self, x: Tensor, op=dist.ReduceOp.SUM):
@@ -513,21 +513,21 @@ class Ranks:
         gloo's own takes 2.6 times as long as its all_reduce (1M numbers, 2 ranks).
         (torch 2.13 renamed this call and the next from *_tensor; this class is the one place to follow.)"""
         if (everyones := self.in_memory(full)) is not None:
-            return Arrival(self, lambda: self.sum_shards(everyones))
+            return Arrival(self.pipes, lambda: self.sum_shards(everyones))
         if self.world_size == 1 or self.device.type == "cpu":
             return self.all_reduce(full)
         return dist.reduce_scatter_single(self.shard(full), full, async_op=True)
 
     def all_gather(self, full: Tensor):
         """Every rank's shard(full) to all, in place."""
-        if (everyones := self.in_memory(full)) is not None:
-            return Arrival(self, lambda: self.copy_shards(everyones))
+        if self.in_memory(full) is not None:
+            return Arrival(self.pipes)
         if self.world_size == 1:
             return Done()
         return dist.all_gather_single(full, self.shard(full), async_op=True)
 
     def in_memory(self, full: Tensor) -> Tensor | None:
-        """All ranks' buffers, (world_size, numel), if `full` is one that zeros() made in common memory."""
+        """All ranks' buffers (of common memory, one), if `full` is one that zeros() made for all to see."""
         return self.everyones.get(full.data_ptr()) if self.everyones else None
 
     def sum_shards(self, everyones: Tensor):
@@ -536,13 +536,6 @@ class Ranks:
         for rank, theirs in enumerate(everyones):
             if rank != self.rank:
                 mine += self.shard(theirs)
-
-    def copy_shards(self, everyones: Tensor):
-        """Each rank's shard from its own buffer into this rank's."""
-        mine = everyones[self.rank].view(self.world_size, -1)
-        for rank, theirs in enumerate(everyones):
-            if rank != self.rank:
-                mine[rank].copy_(theirs.view(self.world_size, -1)[rank])
 
     def shard(self, full: Tensor) -> Tensor:
         """This rank's view of its equal part of full's first dimension."""
@@ -2300,7 +2293,8 @@ def step_adam(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode
 
 class Bucket:
     """Parameters in one flat buffer, which they and their gradients are views of. If sharded, it is padded
-    so that every rank owns an equal part: gradients arrive by reduce(), new weights leave by gather()."""
+    so that every rank owns an equal part: gradients arrive by reduce(), new weights leave by gather(). Ranks
+    that share memory share the weights: who has everyone's gradients knows that nobody still needs those."""
 
     missing = 0  # gradients that this step's reduction still waits for
 
@@ -2312,8 +2306,8 @@ class Bucket:
         self.sharded = len(params) == 1 and self.size >= SMALL or unit > 1 or ranks.pipes is not None
         multiple = unit * ranks.world_size if self.sharded else 1
         padded = -(-self.size // multiple) * multiple
-        self.weights, self.grads = (ranks.zeros(padded, like) if self.sharded else like.new_zeros(padded)
-                                    for _ in range(2))
+        zeros = ranks.zeros if self.sharded else lambda numel, like, common=False: like.new_zeros(numel)
+        self.weights, self.grads = zeros(padded, like, common=True), zeros(padded, like)
         at = 0
         for p in params.values():
             here = slice(at, at := at + p.numel())
