@@ -91,6 +91,9 @@ class Settings:
     batch_sizes: tuple[int, ...] = knob((131072, 262144, 393216, 393216), "tokens a step, by stage", low=128)
     slices_per_pass: int = knob(0, "slices a rank stacks into one pass; 0: what fits 65536 tokens", low=0)
     residual_scale: float = knob(1.0, "factor on the output of every attention and MLP branch")
+    ngrams: tuple[int, ...] = knob(None, "lengths of the n-grams that are hashed into an embedding, one "
+                                         "or several; empty: the preset's", low=2, high=5)
+    ngram_rows: int = knob(None, "rows of that embedding; 0: none; empty: the preset's", low=0)
     # mixture of experts, for presets that have one
     num_experts: int = knob(0, "experts of a layer, each of the preset's hidden width; 0: none, an MLP",
                             low=0, high=256)
@@ -241,7 +244,7 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
             for c in (Settings, OptimizerSettings))
     check_settings(s, env)
     check_optimizer_settings(o)
-    return resolve(s), o, with_experts(config, s, o)
+    return resolve(s), o, with_experts(with_ngrams(config, s), s, o)
 
 
 def is_run_id(text: str) -> bool:
@@ -274,6 +277,17 @@ def check_settings(s: Settings, env):
     if s.kernels == "triton" and (s.device == "cpu" or not importlib.util.find_spec("triton")):
         lacks = "no CUDA device is used" if s.device == "cpu" else "triton is not installed"
         raise SettingsError(f"KERNELS=triton, but {lacks} here; use KERNELS=torch or auto")
+
+
+def with_ngrams(config: "ModelConfig", s: Settings) -> "ModelConfig":
+    """The preset's sizes with NGRAMS and NGRAM_ROWS."""
+    rows = config.ngram_rows if s.ngram_rows is None else s.ngram_rows
+    if s.ngrams is not None and not rows:
+        raise SettingsError(f"NGRAMS={','.join(map(str, s.ngrams))} does nothing without rows to hash into; "
+                            "set NGRAM_ROWS, for example to 4096")
+    if rows == 1:
+        raise SettingsError("NGRAM_ROWS=1, but one row is kept for the beginning; wanted 0, or 2 and more")
+    return dataclasses.replace(config, ngrams=s.ngrams or config.ngrams, ngram_rows=rows)
 
 
 def with_experts(config: "ModelConfig", s: Settings, o: "OptimizerSettings") -> "ModelConfig":
@@ -1256,7 +1270,7 @@ GATE_CHANNELS = 12                # gates read the first channels of what they g
 SOFTCAP = (23.0, 5.0, 7.5)        # logits = 23 sigmoid((z + 5) / 7.5)
 ATTN_SCALE = 0.1
 ROTARY_BASE = 1024
-HASH_MULTIPLIERS = (36313, 27191)
+HASH_MULTIPLIERS = (36313, 27191, 40693, 32467, 24281)  # of the last token of an n-gram, the one before, ...
 VOCAB_MULTIPLE = 128              # so that the head's product has aligned shapes
 INIT_GAIN = 0.5                   # matrices start uniform with standard deviation INIT_GAIN / sqrt(width)
 ROUTER_STD = 0.02                 # of a router's first weights
@@ -1281,7 +1295,8 @@ class ModelConfig:
     skip: tuple | None = (3, 6)                                  # output of one added before the other
     no_attention: tuple = (6,)
     backout: int | None = 7
-    bigram_rows: int = 5 * 50304
+    ngram_rows: int = 5 * 50304                                  # of the hash embedding
+    ngrams: tuple = (2,)                                         # how many last tokens are hashed into it
     smear: bool = True
     attn_gate: bool = True
     # weights of the losses on token t+1, t+2, ... by stage, each (at its start, at its end)
@@ -1307,13 +1322,13 @@ def layer_plans(c: ModelConfig) -> list[LayerPlan]:
                       i in c.value_embed_layers) for i in range(c.num_layers)]
 
 
-PLAIN = dict(paired_layers=(), value_embed_layers=(), skip=None, no_attention=(), backout=None, bigram_rows=0,
+PLAIN = dict(paired_layers=(), value_embed_layers=(), skip=None, no_attention=(), backout=None, ngram_rows=0,
              smear=False, attn_gate=False, untie_frac=1.0)
 
 TINY = dict(num_layers=4, width=128, num_heads=2, head_dim=64, num_kv_heads=2, window_block=64,
             windows=((1, 4),) * 4, final_windows=(1, 4), long_layers=(1, 3), paired_layers=(),
-            value_embed_layers=(0, 3), skip=None, no_attention=(), backout=None, bigram_rows=4096,
-            predict=(((1, 1),),) * 4, untie_frac=1.0)
+            value_embed_layers=(0, 3), skip=None, no_attention=(), backout=None, ngram_rows=8192,
+            ngrams=(2, 3, 4), predict=(((1, 1),),) * 4, untie_frac=1.0)
 TINY_SETTINGS = dict(
     train_files="data/embedded/embedded_train_*.bin", val_files="data/embedded/embedded_val_*.bin",
     batch_sizes=(2048,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=1000,
@@ -1727,22 +1742,22 @@ class MixtureOfExperts(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: its input is mixed from the stream, the embedding and the bigram embedding."""
+    """One layer: its input is mixed from the stream, the embedding and the n-gram embedding."""
 
     def __init__(self, c: ModelConfig, plan: LayerPlan, kernels: bool):
         super().__init__()
         self.attn = Attention(c, plan) if plan.attention else None
         self.mlp = MixtureOfExperts(c) if c.num_experts else MLP(c, kernels)
         self.l_res, self.l_x0 = weight(1.1), weight(0.0)
-        self.l_bi = weight(0.1) if c.bigram_rows else None
+        self.l_ngram = weight(0.1) if c.ngram_rows else None
 
-    def forward(self, x, x0, bigram, value, docs, window, rotary, residual_scale, routing):
+    def forward(self, x, x0, ngram, value, docs, window, rotary, residual_scale, routing):
         if eager_cpu(x):
-            pairs = (self.l_res, x, self.l_x0, x0, self.l_bi, bigram)
-            x = cpu_kernels.Mix.apply(*(pairs if bigram is not None else pairs[:4]))
+            pairs = (self.l_res, x, self.l_x0, x0, self.l_ngram, ngram)
+            x = cpu_kernels.Mix.apply(*(pairs if ngram is not None else pairs[:4]))
         else:
             x = self.l_res * x + self.l_x0 * x0
-            x = x if bigram is None else x + self.l_bi * bigram
+            x = x if ngram is None else x + self.l_ngram * ngram
         if self.attn is not None:
             x = self.attn(x, value, docs, window, rotary, residual_scale)
         if isinstance(self.mlp, MixtureOfExperts):
@@ -1767,7 +1782,7 @@ class GPT(nn.Module):
         V = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.head = nn.Parameter(torch.empty(V, c.width))
         self.embed = nn.Parameter(torch.empty(V, c.width)) if c.untie_frac < 1 else None
-        self.bigram = nn.Parameter(torch.empty(c.bigram_rows, c.width)) if c.bigram_rows else None
+        self.ngram = nn.Parameter(torch.empty(c.ngram_rows, c.width)) if c.ngram_rows else None
         self.value_embeds = nn.ParameterDict({str(i): torch.empty(V, c.num_kv_heads * c.head_dim)
                                               for i in c.value_embed_layers})
         if c.smear:
@@ -1795,12 +1810,17 @@ class GPT(nn.Module):
         if self.embed is not None:
             self.embed.copy_(self.head)
 
-    def bigram_rows(self, tokens_BT: Tensor) -> Tensor:
-        """Row of the hash embedding for each (token before, token); the last row where there is none."""
-        rows = self.bigram.shape[0] - 1
-        a, b = HASH_MULTIPLIERS
-        hashed = ((a * tokens_BT[:, 1:]) ^ (b * tokens_BT[:, :-1])) % rows
-        return F.pad(hashed, (1, 0), value=rows)
+    def ngram_rows(self, tokens_BT: Tensor) -> list[Tensor]:
+        """For each length of n-grams the hash embedding's row at each token, or the last row where too few
+        precede it. Several lengths in one table are an idea of arXiv 2412.09871; the record has bigrams."""
+        rows, found = self.ngram.shape[0] - 1, []
+        for length in self.config.ngrams:
+            last = length - 1
+            hashed = HASH_MULTIPLIERS[0] * tokens_BT[:, last:]
+            for back in range(1, length):
+                hashed = hashed ^ (HASH_MULTIPLIERS[back] * tokens_BT[:, last - back:-back])
+            found.append(F.pad(hashed % rows, (last, 0), value=rows)[:, :tokens_BT.shape[1]])
+        return found
 
     def embed_tokens(self, tokens_BT: Tensor, tied: bool) -> Tensor:
         x = F.embedding(tokens_BT, self.head if tied else self.embed)
@@ -1814,16 +1834,17 @@ class GPT(nn.Module):
         """Everything between tokens and head. windows: (short, long) in tokens."""
         c, routing = self.config, routing or Routing()
         x = x0 = self.embed_tokens(tokens_BT, tied)
-        bigram = None
-        if self.bigram is not None:  # sparse: backward adds its rows to the gradient, not a whole table
-            bigram = F.embedding(self.bigram_rows(tokens_BT), self.bigram, sparse=eager_cpu(x))
+        ngram = None
+        if self.ngram is not None:  # sparse: backward adds its rows to the gradient, not a whole table
+            ngram = functools.reduce(torch.add, (F.embedding(rows_BT, self.ngram, sparse=eager_cpu(x))
+                                                 for rows_BT in self.ngram_rows(tokens_BT)))
         kept = {}
         for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
             if c.skip and i == c.skip[1]:
                 gate = 2 * torch.sigmoid(x0[..., :GATE_CHANNELS] @ self.skip_gate.to(x.dtype)).unsqueeze(-1)
                 x = x + torch.sigmoid(self.l_skip) * gate * kept[c.skip[0]]
             value = F.embedding(tokens_BT, self.value_embeds[str(i)]) if plan.value_embed else None
-            x = block(x, x0, bigram, value, docs, windows[plan.long_window], self.rotary, self.residual_scale,
+            x = block(x, x0, ngram, value, docs, windows[plan.long_window], self.rotary, self.residual_scale,
                       routing)
             kept[i] = x if i == c.backout or c.skip and i == c.skip[0] else None
         if c.backout is not None:
@@ -1996,9 +2017,9 @@ class Role:
 
 ROLES = (  # complete and disjoint: every parameter matches exactly one
     Role("matrices", r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))", rule="matrix", betas=(0.9, 0.95)),
-    Role("scalars", r"l_(smear|skip|back)|blocks\.\d+\.(l_res|l_bi|attn\.a_in|attn\.a_out)", lr=5),
+    Role("scalars", r"l_(smear|skip|back)|blocks\.\d+\.(l_res|l_ngram|attn\.a_in|attn\.a_out)", lr=5),
     Role("x0", r"blocks\.\d+\.l_x0", lr=5, betas=(0.65, 0.95)),
-    Role("tables", r"bigram|value_embeds\.\d+", lr=75, decay=5, betas=(0.75, 0.95)),
+    Role("tables", r"ngram|value_embeds\.\d+", lr=75, decay=5, betas=(0.75, 0.95)),
     Role("smear gate", r"smear_gate", lr=0.01),
     Role("skip gate", r"skip_gate", lr=0.05),
     Role("gates", r"blocks\.\d+\.attn\.(attn|value)_gate", decay=1),

@@ -4,7 +4,7 @@ Everything is a function of a trainer's ModelConfig, the vocabulary and the docu
 FLOP is a multiplication or an addition, so a product of (M, K) and (K, N) is 2 M K N. Backward is twice
 forward: one product for the gradient of either factor (tests/test_benchmarks.py checks it against torch's own
 counter on the real model). Flash attention's recomputation of the scores is not counted, nor are norms,
-softmax, rotary, softcap and embedding lookups (value and bigram tables cost memory traffic, no FLOP). The
+softmax, rotary, softcap and embedding lookups (value and n-gram tables cost memory traffic, no FLOP). The
 loss on several next tokens reads the same logits, so the head counts once.
 """
 
@@ -107,13 +107,13 @@ def matrix_shapes(c) -> dict[tuple[int, int], int]:
 
 
 def table_sizes(c, vocab: int) -> dict[str, int]:
-    """{name: numbers} of head, embedding, bigram and value tables."""
+    """{name: numbers} of head, embedding, n-gram and value tables."""
     V = padded_vocab(vocab)
     sizes = {"head": V * c.width}
     if c.untie_frac < 1:
         sizes["embed"] = V * c.width
-    if c.bigram_rows:
-        sizes["bigram"] = c.bigram_rows * c.width
+    if c.ngram_rows:
+        sizes["ngram"] = c.ngram_rows * c.width
     sizes.update({f"value_embeds.{i}": V * c.num_kv_heads * c.head_dim for i in c.value_embed_layers})
     return sizes
 

@@ -178,7 +178,7 @@ def small_config(trainer, **changes):
                 skip=(0, 2),
                 no_attention=(2,),
                 backout=1,
-                bigram_rows=61,
+                ngram_rows=61,
                 predict=(((1, 1), (0.5, 0)),) * 4,
                 untie_frac=2 / 3,
             ),
@@ -189,12 +189,12 @@ def small_config(trainer, **changes):
 
 def shortened(preset: str):
     """The preset's config with three layers (of the speedrun's, one without attention), and few rows of the
-    bigram table."""
+    n-gram table."""
     config, _ = train_gpt.PRESETS[preset]
     if not config.skip:
         return dataclasses.replace(config, num_layers=3, long_layers=(0, 1, 2))
     return dataclasses.replace(config, num_layers=3, long_layers=(1,), paired_layers=(0,), skip=(0, 2),
-                               value_embed_layers=(0,), no_attention=(2,), backout=1, bigram_rows=1024)
+                               value_embed_layers=(0,), no_attention=(2,), backout=1, ngram_rows=1024)
 
 
 def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_scale=1.0, **changes):

@@ -3,6 +3,7 @@
 The reference takes the model's parameters by name; nothing else is shared. Gradients are compared with
 central differences of the reference's loss, each parameter in a direction of its own."""
 
+import dataclasses
 import math
 import platform
 import subprocess
@@ -121,23 +122,30 @@ class Reference:
                 out[t] += self.p["l_smear"] * sigmoid(self.p["smear_gate"] @ x[t, :12]) * x[t - 1]
         return self.norm(out)
 
-    def bigram(self, tokens):
-        if not self.c.bigram_rows:
+    def ngram(self, tokens):
+        if not self.c.ngram_rows:
             return 0.0
-        rows = [self.c.bigram_rows - 1]
-        for before, cur in zip(tokens[:-1].tolist(), tokens[1:].tolist()):
-            rows.append(((36313 * cur) ^ (27191 * before)) % (self.c.bigram_rows - 1))
-        return self.p["bigram"][rows]
+        tokens, multipliers, total = tokens.tolist(), (36313, 27191, 40693, 32467, 24281), 0.0
+        for length in self.c.ngrams:
+            rows = []
+            for end in range(len(tokens)):
+                hashed = 0
+                for back in range(length):
+                    hashed ^= multipliers[back] * tokens[end - back]
+                enough = end >= length - 1
+                rows.append(hashed % (self.c.ngram_rows - 1) if enough else self.c.ngram_rows - 1)
+            total = total + self.p["ngram"][rows]
+        return total
 
     def logits(self, tokens, doc, windows, tied):
-        c, x0, bigram, after = self.c, self.embedded(tokens, tied), self.bigram(tokens), {}
+        c, x0, ngram, after = self.c, self.embedded(tokens, tied), self.ngram(tokens), {}
         x = x0
         for i in range(c.num_layers):
             if c.skip and i == c.skip[1]:
                 gate = 2 * sigmoid(x0[:, :12] @ self.p["skip_gate"])
                 x = x + sigmoid(self.p["l_skip"]) * gate[:, None] * after[c.skip[0]]
-            l_bi = self.get(i, "l_bi") if c.bigram_rows else 0.0
-            x = self.get(i, "l_res") * x + self.get(i, "l_x0") * x0 + l_bi * bigram
+            l_ngram = self.get(i, "l_ngram") if c.ngram_rows else 0.0
+            x = self.get(i, "l_res") * x + self.get(i, "l_x0") * x0 + l_ngram * ngram
             if i not in c.no_attention:
                 long = i in c.long_layers
                 y = self.attention(i, self.norm(x), tokens, doc, windows[long], long)
@@ -205,9 +213,10 @@ ALL = {}
 VARIANTS = {
     "all": (ALL, True, 1.0), "untied": (ALL, False, 1.0), "scaled": (ALL, False, 0.7),
     "gqa": (dict(num_kv_heads=2), True, 1.0),
+    "n-grams": (dict(ngrams=(2, 4, 3)), True, 1.0),
     "gqa unpaired": (dict(num_kv_heads=1, paired_layers=()), True, 1.0),
     "plain": (dict(paired_layers=(), value_embed_layers=(), skip=None, no_attention=(), backout=None,
-                   bigram_rows=0, smear=False, attn_gate=False, untie_frac=1.0), True, 1.3),
+                   ngram_rows=0, smear=False, attn_gate=False, untie_frac=1.0), True, 1.3),
 }
 WINDOWS = (4, 8)   # banded in 32 tokens
 WEIGHTS = (1.0, 0.5, 0.25)
@@ -274,7 +283,7 @@ def test_gradients_equal_differences_of_the_slow_model(variant, eager, monkeypat
 
 
 def test_slices_of_one_pass_do_not_see_each_other():
-    """Fails if stacking slices changes their sum: a mask, a smear or a bigram that reaches into the slice
+    """Fails if stacking slices changes their sum: a mask, a smear or an n-gram that reaches into the slice
     before."""
     model = shake(small_model(train_gpt)).double()
     one_by_one = []
@@ -445,19 +454,24 @@ def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
 
 
 @pytest.mark.parametrize("rows, vocab_size", [(61, 100), (5 * 50304, 50257), (4096, 65536)])
-def test_bigram_rows(rows, vocab_size):
-    """Fails if a hash falls outside its table or depends on how wide the integers are: int32, as in the
-    records."""
+@pytest.mark.parametrize("num_tokens", [1, 3, 500])
+def test_ngram_rows(rows, vocab_size, num_tokens):
+    """Fails if a hash falls outside its table, takes other tokens than the last ones, or depends on how wide
+    the integers are: int32, as in the records."""
     class Tables:
-        bigram = torch.empty(rows, 0)
+        ngram, config = torch.empty(rows, 0), dataclasses.replace(train_gpt.ModelConfig(), ngrams=(2, 5, 3))
 
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (2, 500)).astype(np.int32)
-    tokens[0, :4] = vocab_size - 1, 0, vocab_size - 1, vocab_size - 1
-    got = train_gpt.GPT.bigram_rows(Tables, torch.tensor(tokens)).numpy()
-    with np.errstate(over="ignore"):
-        cur, before = np.int32(36313) * tokens[:, 1:], np.int32(27191) * tokens[:, :-1]
-    assert (got[:, 1:] == (cur ^ before) % np.int32(rows - 1)).all()
-    assert (got[:, 0] == rows - 1).all() and (got >= 0).all() and (got < rows).all()
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (2, num_tokens)).astype(np.int32)
+    tokens[0, :4] = [vocab_size - 1, 0, vocab_size - 1, vocab_size - 1][:num_tokens]
+    multipliers = np.array([36313, 27191, 40693, 32467, 24281], dtype=np.int32)
+    for length, got in zip((2, 5, 3), train_gpt.GPT.ngram_rows(Tables, torch.tensor(tokens))):
+        got = got.numpy()
+        assert got.shape == tokens.shape and (got[:, :length - 1] == rows - 1).all()
+        assert (got >= 0).all() and (got < rows).all()
+        for end in range(length - 1, num_tokens):
+            with np.errstate(over="ignore"):
+                last = tokens[:, end - length + 1:end + 1][:, ::-1] * multipliers[:length]
+            assert (got[:, end] == np.bitwise_xor.reduce(last, axis=1) % np.int32(rows - 1)).all()
 
 
 def float8_product(x, w, grad):
@@ -513,7 +527,7 @@ def test_float8_head_is_used_in_training_only():
 def test_initial_values_are_the_tables():
     """Fails if a parameter starts elsewhere than FACTS says, or depends on more than the seed."""
     model, again, other = (small_model(train_gpt, seed=s, width=64, vocab_size=2000) for s in (1, 1, 2))
-    scalars = {"l_res": 1.1, "l_x0": 0.0, "l_bi": 0.1, "a_in": 0.5, "a_out": 1.0, "l_smear": 0.0,
+    scalars = {"l_res": 1.1, "l_x0": 0.0, "l_ngram": 0.1, "a_in": 0.5, "a_out": 1.0, "l_smear": 0.0,
                "l_skip": -1.5, "l_back": 0.5}
     others = dict(other.named_parameters())
     for (name, p), q in zip(model.named_parameters(), again.parameters()):
@@ -566,7 +580,7 @@ def test_gpt2_small_is_the_speedruns():
         f"value_embeds.{i}" for i in (0, 1, 8, 9, 10))
     assert not any(n.startswith("blocks.6.attn") for n in shapes) and "blocks.10.mlp.up" in shapes
     assert shapes["head"] == shapes["embed"] == shapes["value_embeds.0"] == (50304, 768)
-    assert shapes["bigram"] == (5 * 50304, 768)
+    assert shapes["ngram"] == (5 * 50304, 768)
     c = model.config
     assert (c.num_heads, c.head_dim, c.window_block, c.long_layers) == (6, 128, 128, (3, 10))
     assert (c.paired_layers, c.skip, c.backout) == ((0, 2, 5, 9), (3, 6), 7)
