@@ -93,7 +93,7 @@ class Settings:
     residual_scale: float = knob(1.0, "factor on the output of every attention and MLP branch")
     ngrams: tuple[int, ...] = knob(None, "lengths of the n-grams that are hashed into an embedding, one "
                                          "or several; empty: the preset's", low=2, high=5)
-    ngram_rows: int = knob(None, "rows of that embedding; 0: none; empty: the preset's", low=0)
+    ngram_rows: int = knob(None, "rows of that embedding; 0: none; empty: the preset's", low=0, high=2**24)
     # mixture of experts, for presets that have one
     num_experts: int = knob(0, "experts of a layer, each of the preset's hidden width; 0: none, an MLP",
                             low=0, high=256)

@@ -534,6 +534,10 @@ BAD_SETTINGS = [  # trainer (None: both), environment, what the message must say
     (None, dict(ATTN_BACKEND="flash"), ["ATTN_BACKEND", "flash", "sdpa"]),
     (None, dict(MUON_DECAY_MODE="param"), ["MUON_WEIGHT_DECAY", "1.2", "param"]),
     (None, dict(MUON_DECAY_MODE="both", MUON_WEIGHT_DECAY="-2"), ["MUON_WEIGHT_DECAY", "-2", "both"]),
+    (None, dict(NGRAMS="2,6"), ["NGRAMS", "2,6", "at most 5"]), (None, dict(NGRAM_ROWS="-1"), ["NGRAM_ROWS"]),
+    (None, dict(NGRAM_ROWS="1"), ["NGRAM_ROWS=1", "2 and more"]),
+    (None, dict(NGRAMS="2,3", NGRAM_ROWS="0"), ["NGRAMS=2,3", "does nothing", "NGRAM_ROWS"]),
+    (None, dict(NGRAMS="2", MODEL="dense-88m"), ["NGRAMS=2", "does nothing", "NGRAM_ROWS"]),
     # look-alikes
     (None, dict(SPECTRAL_LR_MULL="1"), ["SPECTRAL_LR_MULL", "not a setting", "nearest"]),
     (ord_gpt, dict(SPECTRAL_LR_MULL="1"), ["SPECTRAL_LR_MULL", "SPECTRAL_LR_MUL"]),
@@ -615,6 +619,18 @@ def test_values_are_read_as_they_are_written(trainer):
     assert (s.val_tokens, s.val_batch_tokens, s.max_doc_tokens) == (10_485_760, 2_097_152, 2048)
     assert (s.num_scheduled_iterations, s.num_extension_iterations, s.long_docs) == (1560, 40, "cut")
     assert (s.lr_muls, s.cooldown_frac, s.lr_decay_final) == ((1, 1.52, 1.73, 1), 0.55, 0.1)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_n_grams_are_the_presets_unless_set(trainer):
+    """Fails if NGRAMS or NGRAM_ROWS is lost, or one of them, left out or empty, takes the preset's away."""
+    for env, wanted in (({}, ((2, 3, 4), 8192)), (dict(NGRAMS="", NGRAM_ROWS=""), ((2, 3, 4), 8192)),
+                        (dict(NGRAMS="2"), ((2,), 8192)), (dict(NGRAM_ROWS="4096"), ((2, 3, 4), 4096)),
+                        (dict(NGRAM_ROWS="0"), ((2, 3, 4), 0)),
+                        (dict(MODEL="dense-88m", NGRAM_ROWS="64", NGRAMS="3,2"), ((3, 2), 64)),
+                        (dict(MODEL="gpt2-small"), ((2,), 5 * 50304))):
+        config = read(trainer, **env)[2]
+        assert (config.ngrams, config.ngram_rows) == wanted
 
 
 def test_empty_strength_of_a_kind_is_the_common_one():
