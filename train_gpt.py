@@ -2143,8 +2143,12 @@ def step_muon_fused(weight, mantissa, grad, momentum, second_moment, lr_N11, dec
 def step_adam(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode: str):
     """One Adam step on a shard, in place; lr, decay and betas 0-d, or one for each number."""
     W = read_master(weight, mantissa)
-    U = adam_update(grad, m, v, count, beta1, beta2)
-    write_master(weight, mantissa, W.addcmul_(with_decay(U, W, decay, mode), lr, value=-1))
+    if eager_cpu(W) and lr.ndim == 0 and mode == "cautious":
+        cpu_kernels.step_adam(W, grad.float(), m, v, count, lr, decay, beta1, beta2, ADAM_EPS)
+    else:
+        U = adam_update(grad, m, v, count, beta1, beta2)
+        W.addcmul_(with_decay(U, W, decay, mode), lr, value=-1)
+    write_master(weight, mantissa, W)
 
 
 class Bucket:

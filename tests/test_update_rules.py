@@ -614,6 +614,28 @@ def test_adam_without_decay_is_torchs(trainer, size):
     assert_close_weights({n: p.detach() for n, p in model.named_parameters()}, expected)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-9, 0.0])
+def test_fused_adam_is_the_plain_one(size, monkeypatch):
+    """Fails if the one-pass Adam of cpu_kernels decays other weights, or by the new value, not the old one,
+    or takes eps or a bias correction elsewhere than step_adam's plain lines."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(1000, generator=generator)
+    runs = []
+    for fused in (True, False):
+        monkeypatch.setattr(train_gpt, "eager_cpu", lambda x, answer=fused: answer)
+        generator.manual_seed(1)
+        W, m, v = start.clone(), torch.zeros(1000), torch.zeros(1000)
+        for count in range(1, 21):
+            grad = size * torch.randn(1000, generator=generator)
+            numbers = map(train_gpt.scalar, (count, 0.01, 0.2, 0.75, 0.95))
+            train_gpt.step_adam(W, None, grad, m, v, *numbers, "cautious")
+        runs.append((W, m, v))
+    for got, wanted in zip(*runs):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6 if size == 1 else 1e-12)
+    moved = (runs[0][0] - start).abs()
+    assert moved.median() > 0.01, "or nothing was compared"
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_matrices_under_adamw_are_torchs_adamw(trainer):
     """Fails if OPTIMIZER=adamw, the arm that Muon is compared with, is not AdamW with decoupled decay every
