@@ -132,11 +132,10 @@ def active_matrix_params(c) -> int:
 
 def polar_flop(rows: int, columns: int, gram: bool = False) -> int:
     """Of one matrix's Polar Express steps, X = a X + (b A + c A A) X with A = X X^T: two long products and a
-    short one a step. gram: the CPU's way for long matrices, where the later steps work on X X^T alone."""
+    short one a step. gram: the CPU's way for long matrices, where all steps work on X X^T."""
     m, n = sorted((rows, columns))
     long, short = 2 * m * m * n, 2 * m**3
     if not gram:
         return POLAR_STEPS * (2 * long + short)
-    later = POLAR_STEPS - 1
-    # first step; X X^T and the last product; each later step's square, and but for the first P S P and P Q
-    return (2 * long + short) + 2 * long + later * short + (later - 1) * 3 * short
+    # X X^T and the last product; each step's square, and but for the first P S P and P Q
+    return 2 * long + POLAR_STEPS * short + (POLAR_STEPS - 1) * 3 * short
