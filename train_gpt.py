@@ -513,11 +513,12 @@ class Ranks:
             os.ftruncate(file, copies * numel * like.dtype.itemsize)
             path = f"/proc/{os.getpid()}/fd/{file}"
         memory = torch.from_file(self.share(path), shared=True, size=copies * numel, dtype=like.dtype)
+        memory = memory.view(copies, numel)
         self.collect(None)  # all have it open
         if self.rank == 0:
             os.close(file)
-        mine = memory.view(copies, numel)[0 if common else self.rank]
-        self.everyones[mine.data_ptr()] = memory.view(copies, numel)
+        mine = memory[0 if common else self.rank]
+        self.everyones[mine.data_ptr()] = memory
         return mine
 
     def all_reduce(self, x: Tensor, op=dist.ReduceOp.SUM):
