@@ -6,6 +6,7 @@ gradients included. records/2026-11-24_tiny_speed and 2026-11-25_tiny_budget hav
 B sequences, T tokens, H query heads, K key and value heads, D head dim, C width, F rotary frequencies
 E experts, P rows, an expert's together; of attention, P positions a token (Layout)
 """
+
 import ctypes
 import functools
 import math
@@ -120,8 +121,9 @@ class Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         pairs, flat = ctx.saved_tensors, grad.flatten()
-        return tuple(g for factor, x in zip(pairs[::2], pairs[1::2])
-                     for g in (flat @ x.flatten(), grad * factor))
+        return tuple(
+            g for factor, x in zip(pairs[::2], pairs[1::2]) for g in (flat @ x.flatten(), grad * factor)
+        )
 
 
 class Layout(NamedTuple):
@@ -146,20 +148,20 @@ class Layout(NamedTuple):
 def turn(x: Tensor, cis: Tensor):
     """Rotary embedding in place, of x as walked: pairs of the first half of D as complex numbers, times cis
     (T * P, F)."""
-    pairs = x[..., :2 * cis.size(-1)].unflatten(-1, (-1, 2))
+    pairs = x[..., : 2 * cis.size(-1)].unflatten(-1, (-1, 2))
     torch.view_as_complex(pairs).mul_(cis.view(*x.shape[2:4], -1))
 
 
 def split_heads(raw_BTHD: Tensor, cis: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v as walked, q and k normed and turned, the keys offset; and what norm multiplied by."""
-    scale_BTH1 = Norm.scale(raw_BTHD[:, :, :layout.num_heads + layout.num_kv_heads])
+    scale_BTH1 = Norm.scale(raw_BTHD[:, :, : layout.num_heads + layout.num_kv_heads])
     factors = scale_BTH1.split((layout.num_heads, layout.num_kv_heads), dim=2)
     raws = layout.split(raw_BTHD)
     q, k, v = (x.new_empty(x.shape) for x in raws)
     for x, raw, factor in zip((q, k), raws, factors):
         torch.mul(raw, layout.walked(factor), out=x)
     if layout.offset:
-        still = k[..., k.size(-1) // 2:]
+        still = k[..., k.size(-1) // 2 :]
         still[:, :, 1:] = still[:, :, :-1].clone()
     turn(q, cis), turn(k, cis)
     return q, k, v.copy_(raws[2]), scale_BTH1
@@ -172,11 +174,11 @@ def split_heads_backward(dq, dk, dv, raw_BTHD, scale_BTH1, cis, layout: Layout) 
     dq, dk, dv = dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
     q.copy_(dq), k.copy_(dk), v.copy_(dv)
     if layout.offset:  # the first key's half went to two tokens, the last one's to none
-        still, late = (x[..., x.size(-1) // 2:] for x in (k, dk))
+        still, late = (x[..., x.size(-1) // 2 :] for x in (k, dk))
         still[:, :, :-1], still[:, :, -1] = late[:, :, 1:], 0
         still[:, :, 0] += late[:, :, 0]
     turn(q, cis.conj()), turn(k, cis.conj())
-    grad, raw = (x[:, :, :scale_BTH1.size(2)] for x in (grad_BTHD, raw_BTHD))
+    grad, raw = (x[:, :, : scale_BTH1.size(2)] for x in (grad_BTHD, raw_BTHD))
     along = torch.linalg.vecdot(grad, raw).unsqueeze(-1).mul_(scale_BTH1 * scale_BTH1).div_(-raw.size(-1))
     grad.addcmul_(raw, along).mul_(scale_BTH1)
     return grad_BTHD
@@ -235,7 +237,7 @@ class Attention(torch.autograd.Function):
         n = x * x_scale
         for i, gate in enumerate((attn_gate, value_gate)):
             if gate is not None:
-                gates_BTH1[i] = torch.sigmoid(n[:, :gate.size(1)] @ gate.T).view(B, T, -1, 1)
+                gates_BTH1[i] = torch.sigmoid(n[:, : gate.size(1)] @ gate.T).view(B, T, -1, 1)
         raw = (n @ w_qkv.T).view(B, T, -1, w_out.size(1) // layout.num_heads)
         q, k, v, head_scale = split_heads(raw, cis, layout)
         if value_BTC is not None:
@@ -243,22 +245,57 @@ class Attention(torch.autograd.Function):
             v.addcmul_(value, layout.walked(gates_BTH1[1]), value=2)
         q, k, v = (x.flatten(2, 3) for x in (q, k, v))
         y, probabilities = attend(q, k, v, masks, scale)
-        gated = torch.empty_like(raw[:, :, :layout.num_heads])
+        gated = torch.empty_like(raw[:, :, : layout.num_heads])
         target = layout.walked(gated)
         if attn_gate is None:
             target.copy_(y.view(target.shape))
         else:
             torch.mul(y.view(target.shape), layout.walked(gates_BTH1[0]), out=target)
         gated = gated.view(B * T, -1)
-        ctx.save_for_backward(w_qkv, w_out, attn_gate, value_gate, value_BTC, cis, x_scale, n, raw,
-                              head_scale, *gates_BTH1, q, k, v, y, gated, *probabilities)
+        ctx.save_for_backward(
+            w_qkv,
+            w_out,
+            attn_gate,
+            value_gate,
+            value_BTC,
+            cis,
+            x_scale,
+            n,
+            raw,
+            head_scale,
+            *gates_BTH1,
+            q,
+            k,
+            v,
+            y,
+            gated,
+            *probabilities,
+        )
         ctx.blocks, ctx.scale, ctx.layout = [mask[:2] for mask in masks], scale, layout
         return torch.addmm(x, gated, w_out.T).view_as(x_BTC)
 
     @staticmethod
     def backward(ctx, grad_BTC):
-        (w_qkv, w_out, attn_gate, value_gate, value_BTC, cis, x_scale, n, raw, head_scale, attn_gate_BTH1,
-         value_gate_BTH1, q, k, v, y, gated, *probabilities) = ctx.saved_tensors
+        (
+            w_qkv,
+            w_out,
+            attn_gate,
+            value_gate,
+            value_BTC,
+            cis,
+            x_scale,
+            n,
+            raw,
+            head_scale,
+            attn_gate_BTH1,
+            value_gate_BTH1,
+            q,
+            k,
+            v,
+            y,
+            gated,
+            *probabilities,
+        ) = ctx.saved_tensors
         layout, (B, T, _, D) = ctx.layout, raw.shape
         grad, along_attn, along_value, d_value = grad_BTC.flatten(0, 1), None, None, None
         dy = layout.walked((grad @ w_out).view(B, T, -1, D))
@@ -270,14 +307,15 @@ class Attention(torch.autograd.Function):
         dq, dk, dv = attend_backward(dy.flatten(2, 3), q, k, v, ctx.blocks, ctx.scale, probabilities)
         d_raw = split_heads_backward(dq, dk, dv, raw, head_scale, cis, layout)
         if value_BTC is not None:
-            dv = d_raw[:, :, -layout.num_kv_heads:] * (2 * value_gate_BTH1)
+            dv = d_raw[:, :, -layout.num_kv_heads :] * (2 * value_gate_BTH1)
             along_value = torch.linalg.vecdot(dv, value_BTC.view(dv.shape)).unsqueeze(-1)
             along_value.mul_(1 - value_gate_BTH1)
             d_value = dv.view_as(value_BTC)
         d_raw = d_raw.view(B * T, -1)
         dn = d_raw @ w_qkv
-        d_gates = [Attention.gate_backward(*x, n, dn)
-                   for x in ((along_attn, attn_gate), (along_value, value_gate))]
+        d_gates = [
+            Attention.gate_backward(*x, n, dn) for x in ((along_attn, attn_gate), (along_value, value_gate))
+        ]
         dx = torch.addcmul(grad, Norm.across(dn, n), x_scale).view_as(grad_BTC)
         return dx, d_raw.T @ n, grad.T @ gated, *d_gates, d_value, None, None, None, None
 
@@ -316,6 +354,19 @@ def step_adam(weight, grad, m, v, count, lr, decay, beta1, beta2, eps: float):
     """Adam with cautious decay on fp32 numbers, in place; count, rates and betas 0-d: train_gpt.step_adam by
     the kernel of torch.optim.AdamW(fused=True), one pass over memory in place of ten."""
     before = weight.clone()
-    torch._fused_adamw_([weight], [grad], [m], [v], [], [count], lr=lr.item(), beta1=beta1.item(),
-                        beta2=beta2.item(), weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
+    torch._fused_adamw_(
+        [weight],
+        [grad],
+        [m],
+        [v],
+        [],
+        [count],
+        lr=lr.item(),
+        beta1=beta1.item(),
+        beta2=beta2.item(),
+        weight_decay=0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
     weight.addcmul_((m * before).ge_(0), before, value=-(lr * decay).item())

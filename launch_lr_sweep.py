@@ -651,8 +651,11 @@ def free_stamp(runs: list[Run]) -> str:
 def left_a_checkpoint(run: Run) -> bool:
     """Whether the trainer can go on where this attempt was stopped or crashed."""
     log = Path(run.log)
-    return run.state in ("stopped", "crashed", "hung") and log.exists() and any(
-        log.with_suffix("").glob("step_*.pt"))
+    return (
+        run.state in ("stopped", "crashed", "hung")
+        and log.exists()
+        and any(log.with_suffix("").glob("step_*.pt"))
+    )
 
 
 def reason_to_run(run: Run, before: Run | None) -> str:

@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NUM_DIRECTIONS = 5      # leading singular vectors that alignment compares
+NUM_DIRECTIONS = 5  # leading singular vectors that alignment compares
 NUM_QUANTILES = 25
-CHANCE_DRAWS = 2000     # of random spaces; their mean is right to about 1%
+CHANCE_DRAWS = 2000  # of random spaces; their mean is right to about 1%
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")
-SVD_NUMBERS = 2**26     # in one batch: bounds the memory it takes
+SVD_NUMBERS = 2**26  # in one batch: bounds the memory it takes
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -107,12 +107,21 @@ def measure_matrices(W_NRK: Tensor, dW_NRK: Tensor) -> list[dict]:
         quantiles = facts.pop("quantiles"), of_update.pop("quantiles")
         aligned = all(has_directions(spectrum[i], max(R, K)) for spectrum in spectra)
         alignment = (left[i], right[i]) if aligned else (None, None)
-        rows.append({
-            **facts, **{f"update_{key}": value for key, value in of_update.items()},
-            "weight_norm": norms[0][i], "update_norm": norms[1][i],
-            "left_alignment": alignment[0], "right_alignment": alignment[1], "update_alignment": alignment[0],
-            "left_chance": chance_alignment(R), "right_chance": chance_alignment(K),
-            "quantiles": quantiles[0], "update_quantiles": quantiles[1]})
+        rows.append(
+            {
+                **facts,
+                **{f"update_{key}": value for key, value in of_update.items()},
+                "weight_norm": norms[0][i],
+                "update_norm": norms[1][i],
+                "left_alignment": alignment[0],
+                "right_alignment": alignment[1],
+                "update_alignment": alignment[0],
+                "left_chance": chance_alignment(R),
+                "right_chance": chance_alignment(K),
+                "quantiles": quantiles[0],
+                "update_quantiles": quantiles[1],
+            }
+        )
     return rows
 
 
@@ -141,8 +150,12 @@ def place(name: str) -> dict:
 def order(row: dict) -> tuple:
     """As the lines of a step are written, whoever measured them."""
     proj = row["proj"]
-    return row["layer"], PROJECTIONS.index(proj) if proj in PROJECTIONS else len(PROJECTIONS), proj, \
-        row.get("expert", -1)
+    return (
+        row["layer"],
+        PROJECTIONS.index(proj) if proj in PROJECTIONS else len(PROJECTIONS),
+        proj,
+        row.get("expert", -1),
+    )
 
 
 def trim(path: Path, last_step: int):
@@ -177,7 +190,7 @@ def append(path: Path, rows: list[dict]):
         before = file.seek(0, os.SEEK_END)
         try:
             while data:
-                data = data[file.write(data):]
+                data = data[file.write(data) :]
             os.fsync(file.fileno())
         except OSError:
             file.truncate(before)
@@ -229,9 +242,17 @@ class Manifold:
                 self.ranks.beat()
                 part = slice(i, i + at_once)
                 facts = measure_matrices(W[part], after[part] - W[part])
-                rows += [{"step": step, "tokens": tokens, **place(name), "shape": list(W.shape[1:]),
-                          "grad_norm": norm, **row}
-                         for name, norm, row in zip(names[part], grad_norms[part], facts)]
+                rows += [
+                    {
+                        "step": step,
+                        "tokens": tokens,
+                        **place(name),
+                        "shape": list(W.shape[1:]),
+                        "grad_norm": norm,
+                        **row,
+                    }
+                    for name, norm, row in zip(names[part], grad_norms[part], facts)
+                ]
         self.before = None
         rows = sorted((row for part in self.ranks.collect(rows) for row in part), key=order)
         self.on_disk(step, lambda: append(self.path, rows))

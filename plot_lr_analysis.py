@@ -606,8 +606,13 @@ def scale_x(ax, analysis: Analysis) -> None:
     else:
         margin = 0.04 * (max(values) - min(values)) or abs(values[0]) * 0.1 or 1
         ax.set_xlim(min(values) - margin, max(values) + margin)
-    place = dict(zip(values, ax.transAxes.inverted().transform(
-        ax.transData.transform([(value, 1) for value in values]))[:, 0], strict=True))  # fmt: skip
+    place = dict(
+        zip(
+            values,
+            ax.transAxes.inverted().transform(ax.transData.transform([(value, 1) for value in values]))[:, 0],
+            strict=True,
+        )
+    )
     best, kept = analysis.best(), []
     for value in sorted(values, key=lambda value: (best is None or value != best.value, value)):
         if all(abs(place[value] - place[other]) >= 0.055 for other in kept):
@@ -624,8 +629,13 @@ def draw_values(ax, analysis: Analysis, measure, factor: float, limits: tuple[fl
     """Each value's mean with its interval and its runs as dots; beyond the limits, a mark at their edge."""
     drawn = [(rate, summarize(rate.arm.samples(measure)[0])) for rate in analysis.rates]
     known = [(rate, found) for rate, found in drawn if found.n]
-    ax.plot([rate.value for rate, _ in known], [factor * found.mean for _, found in known], color="#bbbbbb",
-            linewidth=1, zorder=1)  # fmt: skip
+    ax.plot(
+        [rate.value for rate, _ in known],
+        [factor * found.mean for _, found in known],
+        color="#bbbbbb",
+        linewidth=1,
+        zorder=1,
+    )
     if limits:
         ax.set_ylim(*limits)
     for rate, found in drawn:
@@ -635,16 +645,34 @@ def draw_values(ax, analysis: Analysis, measure, factor: float, limits: tuple[fl
             up = bool(found.n) and mean > (limits or (0, 0))[1]
             y, text = (0.985, "▲" if up else "×" if not found.n else "▼")
             y = 0.015 if text == "▼" else y
-            ax.text(rate.value, y, text, color=colour, transform=ax.get_xaxis_transform(), ha="center",
-                    va="bottom" if y < 0.5 else "top", fontsize=9)  # fmt: skip
+            ax.text(
+                rate.value,
+                y,
+                text,
+                color=colour,
+                transform=ax.get_xaxis_transform(),
+                ha="center",
+                va="bottom" if y < 0.5 else "top",
+                fontsize=9,
+            )
             continue
         losses = [factor * x for x in rate.arm.samples(measure)[0] if math.isfinite(x)]
         if len(losses) > 1:
             ax.plot([rate.value] * len(losses), losses, ".", color=colour, markersize=4, alpha=0.6, zorder=2)
         half = factor * (found.high - found.low) / 2 if found.n >= MIN_INTERVAL else None
         face = {"markerfacecolor": "white"} if found.n == 1 else {}
-        ax.errorbar([rate.value], [mean], half, color=colour, marker=marker, capsize=2.5, linestyle="none",
-                    markersize=10 if marker == "*" else 6, zorder=3, **face)  # fmt: skip
+        ax.errorbar(
+            [rate.value],
+            [mean],
+            half,
+            color=colour,
+            marker=marker,
+            capsize=2.5,
+            linestyle="none",
+            markersize=10 if marker == "*" else 6,
+            zorder=3,
+            **face,
+        )
 
 
 def label_legend(fig, analysis: Analysis) -> None:
@@ -653,18 +681,31 @@ def label_legend(fig, analysis: Analysis) -> None:
 
     used = [label for label in LOOKS if any(rate.label == label for rate in analysis.rates)]
     handles = [
-        Line2D([], [], color=LOOKS[label][0], marker=LOOKS[label][1], linestyle="none", label=label,
-               markersize=10 if label == "optimal" else 6)
+        Line2D(
+            [],
+            [],
+            color=LOOKS[label][0],
+            marker=LOOKS[label][1],
+            linestyle="none",
+            label=label,
+            markersize=10 if label == "optimal" else 6,
+        )
         for label in used
-    ]  # fmt: skip
+    ]
     counts = [rate.loss.n for rate in analysis.rates]
     key = ["bars: 95% interval over seeds"] * any(n >= MIN_INTERVAL for n in counts)
     key += ["dots: runs"] * any(n > 1 for n in counts)
     key += ["no interval from two runs"] * any(n == 2 for n in counts)
     key += ["hollow: a single run"] * any(n == 1 for n in counts)
     key += ["▲▼ beyond this range", "× no result", "dashed: the best by loss"]
-    fig.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=9, title=", ".join(key),
-               title_fontsize=8)  # fmt: skip
+    fig.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=len(handles),
+        fontsize=9,
+        title=", ".join(key),
+        title_fontsize=8,
+    )
 
 
 def loss_limits(analysis: Analysis) -> tuple[float, float]:
@@ -733,9 +774,17 @@ def draw_heatmap(ax, analysis: Analysis) -> None:
         for column, value in enumerate(values):
             text = form.format(value) if math.isfinite(value) else "–"
             dark = not 0.12 < ranks[row, column] < 0.85 and math.isfinite(value)
-            ax.text(column, row, text, ha="center", va="center", rotation=90 if many else 0,
-                    fontsize=max(5, min(9, 210 / len(rates))), color="white" if dark else "black",
-                    weight="bold" if ranks[row, column] == 0 else "normal")  # fmt: skip
+            ax.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                rotation=90 if many else 0,
+                fontsize=max(5, min(9, 210 / len(rates))),
+                color="white" if dark else "black",
+                weight="bold" if ranks[row, column] == 0 else "normal",
+            )
     labels = [format_value(rate.value) for rate in rates]
     ax.set_xticks(range(len(rates)), labels, rotation=60 if len(rates) > 12 else 0, fontsize=8)
     ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
@@ -786,15 +835,31 @@ def draw_top(ax, analysis: Analysis) -> None:
             ax.plot([x] * len(losses), losses, ".", color=colour, markersize=6, alpha=0.7)
         half = (rate.loss.high - rate.loss.low) / 2 if rate.loss.n >= MIN_INTERVAL else None
         face = {"markerfacecolor": "white"} if rate.loss.n == 1 else {}
-        ax.errorbar([x], [rate.loss.mean], half, color=colour, marker=marker, capsize=4, linestyle="none",
-                    markersize=10 if marker == "*" else 6, **face)  # fmt: skip
+        ax.errorbar(
+            [x],
+            [rate.loss.mean],
+            half,
+            color=colour,
+            marker=marker,
+            capsize=4,
+            linestyle="none",
+            markersize=10 if marker == "*" else 6,
+            **face,
+        )
     best = analysis.best()
     if best and analysis.noise_known:
         for x, rate in enumerate(top):
             width = analysis.by_loss.half_width(best.name, rate.name, len(analysis.by_loss.means) - 1)
             if math.isfinite(width):
-                ax.fill_between([x - 0.4, x + 0.4], best.loss.mean, best.loss.mean + width, color=style.GREY,
-                                alpha=0.15, linewidth=0, zorder=0)  # fmt: skip
+                ax.fill_between(
+                    [x - 0.4, x + 0.4],
+                    best.loss.mean,
+                    best.loss.mean + width,
+                    color=style.GREY,
+                    alpha=0.15,
+                    linewidth=0,
+                    zorder=0,
+                )
         ax.set_xlabel(
             f"{analysis.setting.upper()}; grey: means here are too near the best to be told from it"
         )

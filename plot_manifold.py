@@ -171,9 +171,14 @@ def draw_heat(ax, values: np.ndarray, grid: np.ndarray, layers: Sequence[int], l
     ax.set_facecolor("#bbbbbb")
     ax.grid(False)
     image = ax.pcolormesh(
-        edges, np.arange(len(layers) + 1) - 0.5, np.ma.masked_invalid(values), cmap="viridis",
-        vmin=limits[0], vmax=limits[1], rasterized=True,
-    )  # fmt: skip
+        edges,
+        np.arange(len(layers) + 1) - 0.5,
+        np.ma.masked_invalid(values),
+        cmap="viridis",
+        vmin=limits[0],
+        vmax=limits[1],
+        rasterized=True,
+    )
     every = max(1, math.ceil(len(layers) / 6))
     ax.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
     ax.xaxis.set_major_locator(_few_ticks())
@@ -193,9 +198,13 @@ def heatmap(runs: Sequence[Measured], metric: str):
     limits = colour_limits([run.values[metric] for run in runs])
     shape = len(PROJECTIONS), len(runs)
     fig, axes = plt.subplots(
-        *shape, figsize=(2.2 + 2.3 * len(runs), 1.4 * shape[0] + 1.2), sharex=True, sharey=True,
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+        *shape,
+        figsize=(2.2 + 2.3 * len(runs), 1.4 * shape[0] + 1.2),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for row, projection in enumerate(PROJECTIONS):
         for column, run in enumerate(runs):
             ax = axes[row, column]
@@ -254,12 +263,20 @@ def lines(runs: Sequence[Measured], by: str):
     layers = sorted({layer for run in runs for layer in run.layers})
     groups = list(PROJECTIONS) if by == "projection" else layers
     fig, axes = plt.subplots(
-        len(LINED), len(arms), figsize=(2 + 4.2 * len(arms), 2.3 * len(LINED)), sharex=True, sharey="row",
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+        len(LINED),
+        len(arms),
+        figsize=(2 + 4.2 * len(arms), 2.3 * len(LINED)),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
     cmap = plt.get_cmap("viridis")
-    colours = style.COLOURS if by == "projection" else [cmap(0.95 * i / max(1, len(layers) - 1))
-                                                        for i in range(len(layers))]
+    colours = (
+        style.COLOURS
+        if by == "projection"
+        else [cmap(0.95 * i / max(1, len(layers) - 1)) for i in range(len(layers))]
+    )
     for row, metric in enumerate(LINED):
         for column, arm in enumerate(arms):
             ax, members = axes[row, column], [run for run in runs if run.arm == arm]
@@ -372,16 +389,29 @@ def difference_table(runs: Sequence[Measured]) -> tuple[list[str], list[list]]:
 def _differences(a: Measured, b: Measured, metric: str) -> list[tuple]:
     """The largest few of one pair of seeds."""
     steps, layers = np.intersect1d(a.steps, b.steps), sorted(set(a.layers) & set(b.layers))
-    x, y = (run.values[metric][:, [run.layers.index(layer) for layer in layers]]
-            [:, :, np.searchsorted(run.steps, steps)] for run in (a, b))
+    x, y = (
+        run.values[metric][:, [run.layers.index(layer) for layer in layers]][
+            :, :, np.searchsorted(run.steps, steps)
+        ]
+        for run in (a, b)
+    )
     scale = (np.abs(x) + np.abs(y)) / 2
     size = np.nan_to_num(np.divide(np.abs(x - y), scale, out=np.zeros_like(x), where=scale > 0))
     best = np.argsort(-size, axis=None, kind="stable")[:NUM_DIFFERENCES]
     out = []
     for p, l, t in zip(*np.unravel_index(best, size.shape)):
         if size[p, l, t] > 0:
-            out.append((float(size[p, l, t]), layers[l], PROJECTIONS[p], int(steps[t]), f"{a.seed} {b.seed}",
-                        float(x[p, l, t]), float(y[p, l, t])))
+            out.append(
+                (
+                    float(size[p, l, t]),
+                    layers[l],
+                    PROJECTIONS[p],
+                    int(steps[t]),
+                    f"{a.seed} {b.seed}",
+                    float(x[p, l, t]),
+                    float(y[p, l, t]),
+                )
+            )
     return out
 
 
@@ -393,8 +423,10 @@ def as_csv(header: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 def write_tables(results: Results, runs: Sequence[Measured], out: Path) -> list[Path]:
     paths = []
-    titles = {"results": "Final validation loss and accuracy; sd over seeds",
-              "differences": "Where the seeds of an arm differ most: |a - b| over the mean of |a| and |b|"}
+    titles = {
+        "results": "Final validation loss and accuracy; sd over seeds",
+        "differences": "Where the seeds of an arm differ most: |a - b| over the mean of |a| and |b|",
+    }
     for name, table in (("results", final_table(results)), ("differences", difference_table(runs))):
         style.write_text(f"# {titles[name]}\n\n{style.format_markdown(*table)}\n", out / f"{name}.md")
         style.write_text(as_csv(*table), out / f"{name}.csv")
@@ -420,9 +452,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = read_all(results)
         out = options.out or results.folder / f"{results.name}_manifold"
         figures = {f"heatmap_{metric}": lambda metric=metric: heatmap(runs, metric) for metric in metrics}
-        figures |= {"quick_scan": lambda: quick_scan(runs), "losses": lambda: losses(results),
-                    "by_projection": lambda: lines(runs, "projection"),
-                    "by_layer": lambda: lines(runs, "layer")}
+        figures |= {
+            "quick_scan": lambda: quick_scan(runs),
+            "losses": lambda: losses(results),
+            "by_projection": lambda: lines(runs, "projection"),
+            "by_layer": lambda: lines(runs, "layer"),
+        }
         for name, draw in figures.items():
             style.save(draw(), out / f"{name}.png")
         tables = write_tables(results, runs, out)

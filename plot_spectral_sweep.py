@@ -247,9 +247,18 @@ def draw_result(ax, x: float, results: Results, arm: SweepArm, look: dict, place
     bar = [[result.mean - result.low], [result.high - result.mean]] if result.n >= MIN_INTERVAL else None
     hollow = {"markerfacecolor": "white"} if result.n == 1 else {}
     ax.errorbar(
-        [x], [result.mean], bar, color=colour, marker=look["marker"], markersize=6.5, capsize=3,
-        transform=place, zorder=3, linestyle="none", **hollow,
-    )  # fmt: skip
+        [x],
+        [result.mean],
+        bar,
+        color=colour,
+        marker=look["marker"],
+        markersize=6.5,
+        capsize=3,
+        transform=place,
+        zorder=3,
+        linestyle="none",
+        **hollow,
+    )
 
 
 def strip_of_others(ax, results: Results, arms: Sequence[SweepArm], look_of: dict, limits) -> None:
@@ -311,8 +320,14 @@ def figure(results: Results, target: float):
         title += ": mean ± half its 95% interval"
     if results.control and results.verdict.summaries[results.control].n:
         title += f"; grey: the control, {style.shorten(results.control, 48)}"
-    fig.legend(handles=handles, loc="lower center", ncols=columns, fontsize=9, title=title,
-               title_fontproperties={"weight": "bold"})  # fmt: skip
+    fig.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=columns,
+        fontsize=9,
+        title=title,
+        title_fontproperties={"weight": "bold"},
+    )
     fig.tight_layout(rect=(0, legend_inches / height, 1, 1))
     return fig
 

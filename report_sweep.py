@@ -715,8 +715,16 @@ def mark_line(ax, y, mean, low, high, row: Row, limits, dots, signed: bool = Fal
     colour, marker = VERDICTS[row.verdict]
     if mean > limits[1]:
         text = f"{mean:+.4f} →" if signed else f"{mean:.4f} →"
-        ax.annotate(text, (limits[1], y), (-3, 0), textcoords="offset points", ha="right", va="center",
-                    fontsize=8, color=colour)  # fmt: skip
+        ax.annotate(
+            text,
+            (limits[1], y),
+            (-3, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=8,
+            color=colour,
+        )
         return
     if row.result.n >= MIN_INTERVAL and math.isfinite(low):
         ax.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")

@@ -30,15 +30,19 @@ def load_model(path: Path, device: str) -> tuple[GPT, dict]:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118, no dict
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     except (OSError, SafetensorError, ValueError) as error:
-        raise SampleError(f"{path} cannot be read as a model ({error}); wanted a model.safetensors that a "
-                          "trainer wrote, logs/RUN_ID/model.safetensors") from None
+        raise SampleError(
+            f"{path} cannot be read as a model ({error}); wanted a model.safetensors that a "
+            "trainer wrote, logs/RUN_ID/model.safetensors"
+        ) from None
     if "config" not in metadata:
         raise SampleError(f"{path} has no configuration in its metadata; wanted one that a trainer wrote")
     try:
         model = build(tensors, metadata)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise SampleError(f"{path} does not fit its own configuration ({type(error).__name__}: {error}); "
-                          "wanted one that this version's trainers wrote") from None
+        raise SampleError(
+            f"{path} does not fit its own configuration ({type(error).__name__}: {error}); "
+            "wanted one that this version's trainers wrote"
+        ) from None
     return model.to(device).eval(), metadata
 
 
@@ -60,11 +64,14 @@ def text_codec(vocab_size: int):
     if vocab_size == 256:
         return lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode(errors="replace")
     import tiktoken
+
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests' errors, as many as there are ways to be offline
-        raise SampleError(f"tiktoken cannot get its gpt2 vocabulary ({error}); with a copy of it, set "
-                          "TIKTOKEN_CACHE_DIR (data/README.md)") from None
+        raise SampleError(
+            f"tiktoken cannot get its gpt2 vocabulary ({error}); with a copy of it, set "
+            "TIKTOKEN_CACHE_DIR (data/README.md)"
+        ) from None
     return gpt2.encode_ordinary, gpt2.decode
 
 
@@ -76,11 +83,12 @@ def next_logits(model: GPT, tokens: list[int], metadata: dict) -> torch.Tensor:
     ends = torch.tensor([0, len(tokens)], dtype=torch.int32, device=device)
     docs = Documents(Batch(inputs, inputs.long(), ends, len(tokens)), "sdpa")
     x_C = model.trunk(inputs, docs, tuple(metadata["windows"]), metadata["tied"])[0, -1]
-    return gain * torch.sigmoid((model.head[:metadata["vocab_size"]] @ x_C + shift) / width)
+    return gain * torch.sigmoid((model.head[: metadata["vocab_size"]] @ x_C + shift) / width)
 
 
-def sample(model: GPT, metadata: dict, tokens: list[int], count: int, temperature: float, top_k: int,
-           seed: int):
+def sample(
+    model: GPT, metadata: dict, tokens: list[int], count: int, temperature: float, top_k: int, seed: int
+):
     """Yields up to `count` new tokens, until the model ends the document. temperature 0: the likeliest."""
     generator = torch.Generator().manual_seed(seed)
     tokens = [metadata["mark"], *tokens]
@@ -101,8 +109,9 @@ def sample(model: GPT, metadata: dict, tokens: list[int], count: int, temperatur
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="a model.safetensors that a trainer wrote")
     parser.add_argument("--prompt", default="", help="text to continue; - reads it from standard input")
     parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add at most (200)")
@@ -129,7 +138,7 @@ def main(argv: list[str]) -> int:
         shown, new = decode(new), [*new, token]
         whole = decode(new)
         if not whole.endswith("\ufffd"):  # wait for the rest of a character of several bytes
-            print(whole[len(shown.rstrip("\ufffd")):], end="", flush=True)
+            print(whole[len(shown.rstrip("\ufffd")) :], end="", flush=True)
     print()
     return 0
 

@@ -12,6 +12,7 @@ optimizer fences, where it adds ORD; sync_twins.py keeps the rest equal.
 Ideas are credited where they are used. The model and its schedule follow the public records of the
 modded-nanogpt speedrun (Keller Jordan and contributors), in our own code.
 """
+
 import contextlib
 import dataclasses
 import datetime
@@ -68,13 +69,22 @@ class Settings:
     device: str = knob("auto", "auto: cuda where there is one", choices=("auto", "cuda", "cpu"))
     nproc_per_node: int = knob(0, "ranks that run.sh starts; 0: one a GPU or core, up to 8", low=0, high=1024)
     compile: str = knob("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    rehearse: str = knob("auto", "try all stages on a copy first, off the clock; auto: if compiled or CUDA",
-                         choices=("auto", "0", "1"))
-    attn_backend: str = knob("auto", "auto: varlen on CUDA, sdpa elsewhere; varlen: FlashAttention-3 where "
-                             "its package is installed and the GPU is sm_90, else torch's FlashAttention-2",
-                             choices=("auto", "varlen", "flex", "sdpa"))
-    kernels: str = knob("auto", "auto: triton on CUDA from sm_80 on, where it is installed, else torch",
-                        choices=("auto", "triton", "torch"))
+    rehearse: str = knob(
+        "auto",
+        "try all stages on a copy first, off the clock; auto: if compiled or CUDA",
+        choices=("auto", "0", "1"),
+    )
+    attn_backend: str = knob(
+        "auto",
+        "auto: varlen on CUDA, sdpa elsewhere; varlen: FlashAttention-3 where "
+        "its package is installed and the GPU is sm_90, else torch's FlashAttention-2",
+        choices=("auto", "varlen", "flex", "sdpa"),
+    )
+    kernels: str = knob(
+        "auto",
+        "auto: triton on CUDA from sm_80 on, where it is installed, else torch",
+        choices=("auto", "triton", "torch"),
+    )
     disable_fp8: bool = knob(False, "head in bfloat16 even where float8 is to be had (sm_89 and later)")
     # data
     data_path: str = knob(".", "folder that TRAIN_FILES and VAL_FILES are relative to")
@@ -83,8 +93,11 @@ class Settings:
     val_tokens: int = knob(10_485_760, "tokens of validation, from the start of the shards", low=1024)
     val_batch_tokens: int = knob(2_097_152, "tokens of one validation batch, all ranks together", low=1024)
     max_doc_tokens: int = knob(2048, "longest document in training, tokens", low=16)
-    long_docs: str = knob("cut", "what becomes of the rest: cut (dropped), split (read as further documents)",
-                          choices=("cut", "split"))
+    long_docs: str = knob(
+        "cut",
+        "what becomes of the rest: cut (dropped), split (read as further documents)",
+        choices=("cut", "split"),
+    )
     # length and shape of the run; one value a stage: three scheduled thirds, then the extension
     num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
     num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
@@ -92,15 +105,21 @@ class Settings:
     batch_sizes: tuple[int, ...] = knob((131072, 262144, 393216, 393216), "tokens a step, by stage", low=128)
     slices_per_pass: int = knob(0, "slices a rank stacks into one pass; 0: what fits 65536 tokens", low=0)
     residual_scale: float = knob(1.0, "factor on the output of every attention and MLP branch")
-    ngrams: tuple[int, ...] = knob(None, "lengths of the n-grams that are hashed into an embedding, one "
-                                         "or several; empty: the preset's", low=2, high=5)
+    ngrams: tuple[int, ...] = knob(
+        None,
+        "lengths of the n-grams that are hashed into an embedding, one or several; empty: the preset's",
+        low=2,
+        high=5,
+    )
     ngram_rows: int = knob(None, "rows of that embedding; 0: none; empty: the preset's", low=0, high=2**24)
     # mixture of experts, for presets that have one
-    num_experts: int = knob(0, "experts of a layer, each of the preset's hidden width; 0: none, an MLP",
-                            low=0, high=256)
+    num_experts: int = knob(
+        0, "experts of a layer, each of the preset's hidden width; 0: none, an MLP", low=0, high=256
+    )
     moe_top_k: int = knob(2, "experts that a token goes to", low=2)
-    moe_balance_weight: float = knob(0.01, "weight of the balance loss, in training; even load is 1 a layer",
-                                     low=0)
+    moe_balance_weight: float = knob(
+        0.01, "weight of the balance loss, in training; even load is 1 a layer", low=0
+    )
     router_noise: float = knob(0.1, "standard deviation of the noise on router logits, in training", low=0)
     # learning rate
     lr_muls: tuple[float, ...] = knob((1.0, 1.52, 1.73, 1.0), "learning-rate multiplier, by stage", low=0)
@@ -116,16 +135,23 @@ class Settings:
     val_loss_last_steps: int = knob(100, "so many last steps are validated more often", low=0)
     val_loss_every_last: int = knob(10, "steps between those validations; 0: as before", low=0)
     target_loss: float = knob(3.28, "validation loss to reach, for log and plots, nats a token", above=0)
-    manifold_every: int = knob(0, "steps between measurements of the spectra of weights and updates, to "
-                               "logs/RUN_ID.manifold.jsonl; 0: none", low=0)
+    manifold_every: int = knob(
+        0,
+        "steps between measurements of the spectra of weights and updates, to "
+        "logs/RUN_ID.manifold.jsonl; 0: none",
+        low=0,
+    )
     diverged_above: float = knob(0.0, "a loss above this ends the run; 0: twice ln(vocabulary)", low=0)
     # checkpoints, faults
     save_every: int = knob(0, "steps between checkpoints in logs/RUN_ID/; 0: only when stopped", low=0)
     resume: str = knob("", "auto: go on from RUN_ID's last checkpoint if it has one; or a checkpoint's path")
     save_model: bool = knob(True, "write the trained weights to logs/RUN_ID/model.safetensors at the end")
-    dist_timeout: float = knob(900.0, "seconds without progress after which a rank gives up; to compile a "
-                               "stage, or to save, must take less", low=5)
-
+    dist_timeout: float = knob(
+        900.0,
+        "seconds without progress after which a rank gives up; to compile a "
+        "stage, or to save, must take less",
+        low=5,
+    )
 
     @property
     def log(self) -> Path:
@@ -143,6 +169,7 @@ class SettingsError(ValueError):
 
 def parse_value(name: str, text: str, field: dataclasses.Field):
     """The value of one environment variable, checked against its field."""
+
     def refuse(wanted):
         raise SettingsError(f"{name}={text!r}: wanted {wanted} ({field.metadata['help']})")
 
@@ -153,8 +180,10 @@ def parse_value(name: str, text: str, field: dataclasses.Field):
             refuse(allowed_values(field))
         if isinstance(value, float) and not math.isfinite(value):
             refuse("a finite number")
-        low, high, above = (field.metadata.get(k, d) for k, d in
-                            (("low", -math.inf), ("high", math.inf), ("above", -math.inf)))
+        low, high, above = (
+            field.metadata.get(k, d)
+            for k, d in (("low", -math.inf), ("high", math.inf), ("above", -math.inf))
+        )
         if not low <= value <= high or value <= above:
             refuse(allowed_values(field))
         if isinstance(value, int) and abs(value) > 2**62:
@@ -187,8 +216,11 @@ def allowed_values(field: dataclasses.Field) -> str:
     if "choices" in limits:
         return "one of " + ", ".join(limits["choices"])
     words = [type_name(field)]
-    words += [f"{word} {limits[key]}" for key, word in
-              (("low", "at least"), ("above", "above"), ("high", "at most")) if key in limits]
+    words += [
+        f"{word} {limits[key]}"
+        for key, word in (("low", "at least"), ("above", "above"), ("high", "at most"))
+        if key in limits
+    ]
     return ", ".join(words)
 
 
@@ -215,8 +247,10 @@ def refuse_lookalikes(env, known: list[str]):
         nearest = min(known, key=lambda k: edit_distance(capitals, k))
         close = edit_distance(capitals, nearest) <= (2 if len(nearest) >= 8 else 1)
         if close and capitals not in NOT_MEANT or capitals.startswith(OUR_PREFIXES):
-            raise SettingsError(f"{name} is not a setting of {SCRIPT.name}; the nearest is {nearest}. "
-                                f"Unset or rename it; `python {SCRIPT.name} --help` lists all")
+            raise SettingsError(
+                f"{name} is not a setting of {SCRIPT.name}; the nearest is {nearest}. "
+                f"Unset or rename it; `python {SCRIPT.name} --help` lists all"
+            )
 
 
 def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
@@ -229,8 +263,10 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     cuda = device != "cpu" and torch.cuda.is_available()
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if cuda and num_local > torch.cuda.device_count():
-        raise SettingsError(f"{num_local} ranks on this machine, but torch finds {torch.cuda.device_count()} "
-                            "CUDA devices here; start one rank a device, or set DEVICE=cpu")
+        raise SettingsError(
+            f"{num_local} ranks on this machine, but torch finds {torch.cuda.device_count()} "
+            "CUDA devices here; start one rank a device, or set DEVICE=cpu"
+        )
     model = env.get("MODEL", "auto")
     model = {"auto": "gpt2-small" if cuda else "tiny"}.get(model, model)
     if model not in PRESETS:
@@ -238,11 +274,13 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     config, defaults = PRESETS[model]
     values = {}
     for name, field in fields.items():
-        values[field.name] = (parse_value(name, env[name], field) if name in env
-                              else defaults.get(field.name, field.default))
+        values[field.name] = (
+            parse_value(name, env[name], field) if name in env else defaults.get(field.name, field.default)
+        )
     values.update(model=model, device="cuda" if cuda else "cpu")
-    s, o = (c(**{f.name: values[f.name] for f in dataclasses.fields(c)})
-            for c in (Settings, OptimizerSettings))
+    s, o = (
+        c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in (Settings, OptimizerSettings)
+    )
     check_settings(s, env)
     check_optimizer_settings(o)
     return resolve(s), o, with_experts(with_ngrams(config, s), s, o)
@@ -258,21 +296,29 @@ def check_settings(s: Settings, env):
     for name in ("batch_sizes", "lr_muls"):
         values = getattr(s, name)
         if len(values) != NUM_STAGES:
-            raise SettingsError(f"{name.upper()} has {len(values)} values, wanted {NUM_STAGES}: "
-                                "one for each scheduled stage and one for the extension")
+            raise SettingsError(
+                f"{name.upper()} has {len(values)} values, wanted {NUM_STAGES}: "
+                "one for each scheduled stage and one for the extension"
+            )
     for stage, tokens in enumerate(s.batch_sizes, 1):
         if tokens % (NUM_SLICES * 16):
             down = tokens // (NUM_SLICES * 16) * NUM_SLICES * 16
-            raise SettingsError(f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {NUM_SLICES} "
-                                f"slices x 16 tokens; {down} or {down + NUM_SLICES * 16} are")
+            raise SettingsError(
+                f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {NUM_SLICES} "
+                f"slices x 16 tokens; {down} or {down + NUM_SLICES * 16} are"
+            )
     if s.val_batch_tokens % (NUM_SLICES * 16) or s.val_tokens % s.val_batch_tokens:
-        raise SettingsError(f"VAL_TOKENS={s.val_tokens} must be a multiple of VAL_BATCH_TOKENS="
-                            f"{s.val_batch_tokens}, and that of {NUM_SLICES} slices x 16 tokens")
+        raise SettingsError(
+            f"VAL_TOKENS={s.val_tokens} must be a multiple of VAL_BATCH_TOKENS="
+            f"{s.val_batch_tokens}, and that of {NUM_SLICES} slices x 16 tokens"
+        )
     if s.train_tokens and "NUM_SCHEDULED_ITERATIONS" in env:
         raise SettingsError("TRAIN_TOKENS and NUM_SCHEDULED_ITERATIONS both set the run's length; unset one")
     if s.run_id and not is_run_id(s.run_id):
-        raise SettingsError(f"RUN_ID={s.run_id!r}: wanted a file name of at most 200 letters, digits and "
-                            ". _ - = , + that begins with a letter or digit")
+        raise SettingsError(
+            f"RUN_ID={s.run_id!r}: wanted a file name of at most 200 letters, digits and "
+            ". _ - = , + that begins with a letter or digit"
+        )
     if s.device == "cpu" and s.attn_backend in ("varlen", "flex"):
         raise SettingsError(f"ATTN_BACKEND={s.attn_backend} trains on CUDA only; elsewhere use sdpa or auto")
     if s.kernels == "triton" and (s.device == "cpu" or not importlib.util.find_spec("triton")):
@@ -284,8 +330,10 @@ def with_ngrams(config: "ModelConfig", s: Settings) -> "ModelConfig":
     """The preset's sizes with NGRAMS and NGRAM_ROWS."""
     rows = config.ngram_rows if s.ngram_rows is None else s.ngram_rows
     if s.ngrams is not None and not rows:
-        raise SettingsError(f"NGRAMS={','.join(map(str, s.ngrams))} does nothing without rows to hash into; "
-                            "set NGRAM_ROWS, for example to 4096")
+        raise SettingsError(
+            f"NGRAMS={','.join(map(str, s.ngrams))} does nothing without rows to hash into; "
+            "set NGRAM_ROWS, for example to 4096"
+        )
     if rows == 1:
         raise SettingsError("NGRAM_ROWS=1, but one row is kept for the beginning; wanted 0, or 2 and more")
     return dataclasses.replace(config, ngrams=s.ngrams or config.ngrams, ngram_rows=rows)
@@ -299,12 +347,16 @@ def with_experts(config: "ModelConfig", s: Settings, o: "OptimizerSettings") -> 
         for name in ("num_experts", "moe_top_k", "moe_balance_weight", "router_noise", "router_lr"):
             value = getattr(s if hasattr(s, name) else o, name)
             if value != defaults[name]:
-                raise SettingsError(f"{name.upper()}={value} does nothing with MODEL={s.model}, which has no "
-                                    f"experts; it is for {mixtures}")
+                raise SettingsError(
+                    f"{name.upper()}={value} does nothing with MODEL={s.model}, which has no "
+                    f"experts; it is for {mixtures}"
+                )
         return config
     if not 2 <= s.moe_top_k <= s.num_experts:
-        raise SettingsError(f"MOE_TOP_K={s.moe_top_k} of NUM_EXPERTS={s.num_experts}; MODEL={s.model} wants "
-                            "at least 2 experts, and from 2 up to all of them for a token")
+        raise SettingsError(
+            f"MOE_TOP_K={s.moe_top_k} of NUM_EXPERTS={s.num_experts}; MODEL={s.model} wants "
+            "at least 2 experts, and from 2 up to all of them for a token"
+        )
     return dataclasses.replace(config, num_experts=s.num_experts, moe_top_k=s.moe_top_k)
 
 
@@ -340,21 +392,33 @@ def print_help():
             default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
             print(f"  {f.name.upper()}  ({allowed_values(f)}; default {default!r})")
             print(f"      {f.metadata['help']}")
-    print(f"\nCompiled code is kept in {COMPILE_CACHE.name}/ beside this script, for later runs and whole\n"
-          "sweeps; TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR put it elsewhere.")
+    print(
+        f"\nCompiled code is kept in {COMPILE_CACHE.name}/ beside this script, for later runs and whole\n"
+        "sweeps; TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR put it elsewhere."
+    )
     print("\nPresets (MODEL) and the defaults they change:\n")
     for name, (config, defaults) in PRESETS.items():
-        print(f"  {name}: {config.num_layers} layers of width {config.width}, {config.num_heads} heads"
-              + (f", {config.num_experts} experts of {config.expert_hidden}" if config.num_experts else ""))
+        print(
+            f"  {name}: {config.num_layers} layers of width {config.width}, {config.num_heads} heads"
+            + (f", {config.num_experts} experts of {config.expert_hidden}" if config.num_experts else "")
+        )
         for key, value in defaults.items():
             print(f"      {key.upper()}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
 
 
 def print_settings_json():
     """For the launcher: every setting's name, type, default and allowed values; and the presets' defaults."""
-    settings = [{"name": f.name.upper(), "type": type_name(f), "default": f.default,
-                 "allowed": allowed_values(f), **f.metadata}
-                for c in (Settings, OptimizerSettings) for f in dataclasses.fields(c)]
+    settings = [
+        {
+            "name": f.name.upper(),
+            "type": type_name(f),
+            "default": f.default,
+            "allowed": allowed_values(f),
+            **f.metadata,
+        }
+        for c in (Settings, OptimizerSettings)
+        for f in dataclasses.fields(c)
+    ]
     presets = {name: {k.upper(): v for k, v in defaults.items()} for name, (_, defaults) in PRESETS.items()}
     print(json.dumps({"script": SCRIPT.name, "settings": settings, "presets": presets}))
 
@@ -462,9 +526,14 @@ class Ranks:
                 # (pytorch#135712). Agents on several machines count restarts each for itself: see README
                 store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             self.agree(store, settings or {})
-            dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
-                                    world_size=world_size, timeout=timeout,
-                                    **({"device_id": self.device} if device == "cuda" else {}))
+            dist.init_process_group(
+                "nccl" if device == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+                **({"device_id": self.device} if device == "cuda" else {}),
+            )
             if device == "cpu" and 1 < world_size == self.local_world_size and hasattr(os, "memfd_create"):
                 with contextlib.suppress(OSError):  # then gloo does it all
                     self.pipes = Pipes(self)
@@ -556,7 +625,7 @@ class Ranks:
     def shard(self, full: Tensor) -> Tensor:
         """This rank's view of its equal part of full's first dimension."""
         n = full.shape[0] // self.world_size
-        return full[self.rank * n:(self.rank + 1) * n]
+        return full[self.rank * n : (self.rank + 1) * n]
 
     def whole(self, mine: Tensor) -> Tensor:
         """Every rank's equal part of a flat tensor, joined in the order of the ranks."""
@@ -651,8 +720,11 @@ class Watch(threading.Thread):
     def missing(self) -> dict[int, str]:
         """Which ranks of this host are dead or stopped, in words."""
         states = {rank: process_state(pid) for rank, pid in self.pids.items() if rank != self.ranks.rank}
-        return {rank: f"rank {rank} (process {self.pids[rank]}) is {state}"
-                for rank, state in states.items() if state != "alive"}
+        return {
+            rank: f"rank {rank} (process {self.pids[rank]}) is {state}"
+            for rank, state in states.items()
+            if state != "alive"
+        }
 
     def leads(self, missing: dict) -> bool:
         """Whether this rank speaks for those that only saw others fail: the first one left beside the log."""
@@ -673,9 +745,11 @@ class Watch(threading.Thread):
             if silent_s > self.timeout_s:
                 elsewhere = self.ranks.world_size - len(self.pids)
                 why = ", ".join(missing.values()) or (
-                    f"{elsewhere} on other hosts may not answer" if elsewhere else "all ranks are alive")
-                self.on_crash(missing, f"no progress for {silent_s:.0f} s (DIST_TIMEOUT="
-                                       f"{self.timeout_s:g}): {why}")
+                    f"{elsewhere} on other hosts may not answer" if elsewhere else "all ranks are alive"
+                )
+                self.on_crash(
+                    missing, f"no progress for {silent_s:.0f} s (DIST_TIMEOUT={self.timeout_s:g}): {why}"
+                )
             elif lost_since and min(now - lost_since, silent_s) > self.GRACE_S:
                 self.on_crash(missing, ", ".join(gone))
 
@@ -727,13 +801,16 @@ class RunLog:
             self.lock()  # before anything is asked of it, which another process might change
             self.existed = has_begun(self.path)
             if self.existed and not go_on:
-                raise SettingsError(f"{self.path} exists already, and logs are never overwritten; choose "
-                                    "another RUN_ID, or RESUME=auto to go on with that run")
+                raise SettingsError(
+                    f"{self.path} exists already, and logs are never overwritten; choose "
+                    "another RUN_ID, or RESUME=auto to go on with that run"
+                )
             if not self.existed:
                 os.ftruncate(self.file, 0)
         except OSError as error:
-            raise SettingsError(f"{self.path} cannot be written: {error.strerror}; run where logs/ can be "
-                                "written") from None
+            raise SettingsError(
+                f"{self.path} cannot be written: {error.strerror}; run where logs/ can be written"
+            ) from None
         size = os.fstat(self.file).st_size
         if size and os.pread(self.file, 1, size - 1) != b"\n":
             self.write("")  # ends the line that a crash cut short
@@ -742,10 +819,13 @@ class RunLog:
         """One writer a log, also when two processes resume it; the lock goes with the process."""
         try:
             import fcntl
+
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SettingsError(f"{self.path} exists already and is being written by another process; "
-                                "wait for it, or choose another RUN_ID") from None
+            raise SettingsError(
+                f"{self.path} exists already and is being written by another process; "
+                "wait for it, or choose another RUN_ID"
+            ) from None
         except (ImportError, OSError):
             self.say(f"warning: {self.path} cannot be locked on this file system")
 
@@ -757,7 +837,7 @@ class RunLog:
     def flush(self):
         try:
             while self.unwritten:
-                self.unwritten = self.unwritten[os.write(self.file, self.unwritten):]
+                self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
             self.full = False
         except OSError as error:
             if not self.full:
@@ -789,8 +869,11 @@ class RunLog:
         self.flush()
         os.close(self.file)
         if self.unwritten:
-            show(f"error: {self.path} lacks its last lines, the disk did not take them:\n"
-                 f"{self.unwritten.decode()}", file=sys.stderr)
+            show(
+                f"error: {self.path} lacks its last lines, the disk did not take them:\n"
+                f"{self.unwritten.decode()}",
+                file=sys.stderr,
+            )
         try:
             sys.stdout.flush()
         except OSError:  # what the console does not take would become the exit code 120
@@ -800,8 +883,17 @@ class RunLog:
     def header(self, config: dict, started: dict):
         """The sources, the resolved settings and the first event, fenced by two lines of '='. One write: a
         kill leaves none of it or, on a disk that is full, a part that has_begun() knows."""
-        self.write("\n".join([sources(), "=" * 100, "config:" + json.dumps(config),
-                              self.event_line("started", started), "=" * 100]))
+        self.write(
+            "\n".join(
+                [
+                    sources(),
+                    "=" * 100,
+                    "config:" + json.dumps(config),
+                    self.event_line("started", started),
+                    "=" * 100,
+                ]
+            )
+        )
 
     def event(self, name: str, **fields):
         self.write(self.event_line(name, fields))
@@ -823,8 +915,10 @@ class RunLog:
         """A bar on a terminal, now and then a plain line elsewhere."""
         if not self.is_main or not (self.bar or step % shown_every == 0 or step == self.num_steps):
             return
-        text = (f"step {step:>5}/{self.num_steps}  train loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  "
-                f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left")
+        text = (
+            f"step {step:>5}/{self.num_steps}  train loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  "
+            f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left"
+        )
         if self.bar:
             width = max(10, min(40, shutil.get_terminal_size().columns - len(text) - 4))
             done = round(width * step / self.num_steps)
@@ -875,16 +969,31 @@ def restarted() -> bool:
 
 def provenance(ranks: Ranks) -> dict:
     """What ran where, as fields of event:started."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=SCRIPT.parent,
-                         capture_output=True, text=True) if shutil.which("git") else None
+    git = (
+        subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=SCRIPT.parent,
+            capture_output=True,
+            text=True,
+        )
+        if shutil.which("git")
+        else None
+    )
     cuda = ranks.device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "script": SCRIPT.name,
-            "source_hash": source_hash(), "launch": launch_id(),
-            "git": git.stdout.strip() if git and git.returncode == 0 else "none",
-            "python": platform.python_version(), "torch": torch.__version__,
-            "device": name.replace(" ", "_"), "world_size": ranks.world_size,
-            "threads": torch.get_num_threads(), "host_cores": usable_cores()}
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "script": SCRIPT.name,
+        "source_hash": source_hash(),
+        "launch": launch_id(),
+        "git": git.stdout.strip() if git and git.returncode == 0 else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": name.replace(" ", "_"),
+        "world_size": ranks.world_size,
+        "threads": torch.get_num_threads(),
+        "host_cores": usable_cores(),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -915,11 +1024,15 @@ class Shard:
         try:
             tokens = np.fromfile(self.path, dtype="<u2", offset=HEADER_INTS * 4)
         except OSError as error:
-            raise DataError(f"{self.path} was there when the run began and cannot be read now "
-                            f"({error.strerror}); put it back, then RESUME=auto goes on") from None
+            raise DataError(
+                f"{self.path} was there when the run began and cannot be read now "
+                f"({error.strerror}); put it back, then RESUME=auto goes on"
+            ) from None
         if len(tokens) != len(self.tokens):
-            raise DataError(f"{self.path} had {len(self.tokens)} tokens when the run began and has "
-                            f"{len(tokens)} now; put the old file back, then RESUME=auto goes on")
+            raise DataError(
+                f"{self.path} had {len(self.tokens)} tokens when the run began and has "
+                f"{len(tokens)} now; put the old file back, then RESUME=auto goes on"
+            )
         return tokens
 
     def head(self, num_tokens: int) -> np.ndarray:
@@ -948,11 +1061,15 @@ def open_shard(path: Path) -> Shard:
         raise DataError(f"{path} has {size} bytes, a shard's header alone {HEADER_INTS * 4}; make it again")
     magic, version, count, vocab_size = (int(x) for x in header[:4])
     if magic != SHARD_MAGIC or version != SHARD_VERSION:
-        raise DataError(f"{path} begins with [{magic}, {version}], a token shard with [{SHARD_MAGIC}, "
-                        f"{SHARD_VERSION}]; it is another kind of file")
+        raise DataError(
+            f"{path} begins with [{magic}, {version}], a token shard with [{SHARD_MAGIC}, "
+            f"{SHARD_VERSION}]; it is another kind of file"
+        )
     if count < 1 or size != HEADER_INTS * 4 + 2 * count:
-        raise DataError(f"{path} says it has {count} tokens, its size of {size} bytes holds "
-                        f"{(size - HEADER_INTS * 4) / 2:g}; it was cut short or damaged: make it again")
+        raise DataError(
+            f"{path} says it has {count} tokens, its size of {size} bytes holds "
+            f"{(size - HEADER_INTS * 4) / 2:g}; it was cut short or damaged: make it again"
+        )
     vocab_size = vocab_size or GPT2_VOCAB
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_INTS * 4)
     if not 0 < vocab_size <= 65536 or int(tokens.max()) >= vocab_size:
@@ -965,8 +1082,10 @@ def open_shards(root: str, pattern: str, name: str) -> list[Shard]:
     paths = sorted(Path(p) for p in glob.glob(os.path.join(root, pattern)))
     if not paths:
         fetch = "data/embedded_corpus.py" if "embedded" in pattern else "data/cached_fineweb10B.py 9"
-        raise DataError(f"{name}={pattern!r} under DATA_PATH={root!r} matches no file; `python {fetch}` "
-                        f"makes it, or point {name} at your own shards (data/README.md)")
+        raise DataError(
+            f"{name}={pattern!r} under DATA_PATH={root!r} matches no file; `python {fetch}` "
+            f"makes it, or point {name} at your own shards (data/README.md)"
+        )
     shards = [open_shard(p) for p in paths]
     if len({s.vocab_size for s in shards}) > 1:
         found = ", ".join(f"{s.path.name} {s.vocab_size}" for s in shards)
@@ -976,16 +1095,18 @@ def open_shards(root: str, pattern: str, name: str) -> list[Shard]:
 
 def shard_fields(shards: list[Shard]) -> str:
     """name/tokens/sha256 of each file for the log; of files over 64 MiB only the ends are hashed."""
+
     def digest(s):
-        ends = (s.tokens,) if s.tokens.nbytes <= 64 << 20 else (s.tokens[:1 << 19], s.tokens[-(1 << 19):])
+        ends = (s.tokens,) if s.tokens.nbytes <= 64 << 20 else (s.tokens[: 1 << 19], s.tokens[-(1 << 19) :])
         return hashlib.sha256(b"".join(part.tobytes() for part in ends)).hexdigest()[:16]
+
     return ",".join(f"{s.path.name.replace(' ', '_')}/{len(s.tokens)}/{digest(s)}" for s in shards)
 
 
 class Batch(NamedTuple):
     """One forward pass of one rank. B slices of T tokens."""
 
-    inputs_BT: Tensor   # int32
+    inputs_BT: Tensor  # int32
     targets_BT: Tensor  # int64, the token that follows each input in the shard
     cu_seqlens: Tensor  # int32: where documents begin in the B*T inputs, then B*T; its length is not fixed
     max_doc_tokens: int
@@ -1107,7 +1228,10 @@ class TrainData:
             before = self.ends[self.cursor - 1] if self.cursor else 0
             last = int(np.searchsorted(self.ends, before + num_tokens))
             if last < len(self.ends):
-                starts, lengths = self.starts[self.cursor:last + 1], self.lengths[self.cursor:last + 1].copy()
+                starts, lengths = (
+                    self.starts[self.cursor : last + 1],
+                    self.lengths[self.cursor : last + 1].copy(),
+                )
                 lengths[-1] -= self.ends[last] - before - num_tokens
                 self.cursor = last + 1
                 return self.tokens, starts, lengths
@@ -1115,13 +1239,15 @@ class TrainData:
             if self.place == len(self.shards):
                 self.epoch, self.place = self.epoch + 1, 0
             self.load_shard()
-        raise DataError(f"no training shard fills a slice of {num_tokens} tokens now, as one did when the "
-                        "run began; put the old files back, then RESUME=auto goes on")
+        raise DataError(
+            f"no training shard fills a slice of {num_tokens} tokens now, as one did when the "
+            "run began; put the old files back, then RESUME=auto goes on"
+        )
 
     def read_slice(self, tokens, starts, lengths) -> tuple:
         """Inputs and the tokens that follow them; past the end of the shard follows a document mark."""
-        inputs = np.concatenate([tokens[s:s + n] for s, n in zip(starts, lengths)])
-        follows = [tokens[s + 1:s + n + 1] for s, n in zip(starts, lengths)]
+        inputs = np.concatenate([tokens[s : s + n] for s, n in zip(starts, lengths)])
+        follows = [tokens[s + 1 : s + n + 1] for s, n in zip(starts, lengths)]
         follows = [np.append(f, self.mark) if len(f) < n else f for f, n in zip(follows, lengths)]
         return inputs, np.concatenate(follows), lengths
 
@@ -1131,7 +1257,7 @@ class TrainData:
         slices = [self.read_slice(*plans[i]) for i in self.mine]
         n = self.slices_per_pass or max(1, PASS_TOKENS // slice_tokens)
         longest = min(self.max_doc_tokens, slice_tokens)
-        return [stack_slices(slices[i:i + n], self.device, longest) for i in range(0, len(slices), n)]
+        return [stack_slices(slices[i : i + n], self.device, longest) for i in range(0, len(slices), n)]
 
     def next(self, batch_tokens: int, then: int | None) -> list[Batch]:
         """This rank's passes of this step; those of the step after it, of size `then`, are read meanwhile."""
@@ -1155,11 +1281,11 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int
         slices = []
         for i in my_slices(ranks):
             at = batch_start + i * slice_tokens
-            part = tokens[at:at + slice_tokens + 1]
+            part = tokens[at : at + slice_tokens + 1]
             inner = np.flatnonzero(part[1:-1] == shards[0].mark) + 1
             slices.append((part[:-1], part[1:], np.diff(inner, prepend=0, append=slice_tokens)))
         for i in range(0, len(slices), n):
-            yield stack_slices(slices[i:i + n], ranks.device, longest)
+            yield stack_slices(slices[i : i + n], ranks.device, longest)
 
 
 def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
@@ -1167,30 +1293,40 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
     train = open_shards(s.data_path, s.train_files, "TRAIN_FILES")
     val = open_shards(s.data_path, s.val_files, "VAL_FILES")
     if train[0].vocab_size != val[0].vocab_size:
-        raise DataError(f"training shards have a vocabulary of {train[0].vocab_size}, validation shards of "
-                        f"{val[0].vocab_size}; both must come from one tokenizer")
+        raise DataError(
+            f"training shards have a vocabulary of {train[0].vocab_size}, validation shards of "
+            f"{val[0].vocab_size}; both must come from one tokenizer"
+        )
     readable = []  # tokens of each shard that training reads
     for shard in train:
         _, lengths = documents(shard.tokens, shard.mark, s.max_doc_tokens, s.long_docs == "split")
         readable.append(int(lengths.sum()))
         if not readable[-1]:
-            raise DataError(f"{shard.path} has no document mark (token {shard.mark}), with which every "
-                            "document begins; make it again with data/tokenize_text.py")
+            raise DataError(
+                f"{shard.path} has no document mark (token {shard.mark}), with which every "
+                "document begins; make it again with data/tokenize_text.py"
+            )
     have = sum(len(v.tokens) for v in val)
     for v in val:
         v.head(s.val_tokens + 1)
     if have < s.val_tokens + 1:
-        raise DataError(f"VAL_TOKENS={s.val_tokens}, but the validation shards hold {have}, one of them only "
-                        f"a target; set it to a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens} below that")
+        raise DataError(
+            f"VAL_TOKENS={s.val_tokens}, but the validation shards hold {have}, one of them only "
+            f"a target; set it to a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens} below that"
+        )
     num_slices = count_slices(world_size)
     if num_slices % world_size or any(t % num_slices for t in (*s.batch_sizes, s.val_batch_tokens)):
-        raise SettingsError(f"{world_size} ranks do not divide {num_slices} slices, or those the batches "
-                            f"{s.batch_sizes}; use 1, 2, 4, 8 ranks, or batches that divide")
+        raise SettingsError(
+            f"{world_size} ranks do not divide {num_slices} slices, or those the batches "
+            f"{s.batch_sizes}; use 1, 2, 4, 8 ranks, or batches that divide"
+        )
     most = max(s.batch_sizes) // num_slices
     if most > max(readable):
-        raise DataError(f"BATCH_SIZES={','.join(map(str, s.batch_sizes))}: the largest has slices of {most} "
-                        f"tokens, but no training shard has more than {max(readable)} in documents up to "
-                        f"MAX_DOC_TOKENS={s.max_doc_tokens}; use larger shards or smaller batches")
+        raise DataError(
+            f"BATCH_SIZES={','.join(map(str, s.batch_sizes))}: the largest has slices of {most} "
+            f"tokens, but no training shard has more than {max(readable)} in documents up to "
+            f"MAX_DOC_TOKENS={s.max_doc_tokens}; use larger shards or smaller batches"
+        )
     return train, val
 
 
@@ -1223,7 +1359,7 @@ class SquaredReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        positive, = ctx.saved_tensors
+        (positive,) = ctx.saved_tensors
         return (grad * positive).mul_(2)
 
 
@@ -1251,8 +1387,9 @@ HEAD_X_SCALE, HEAD_W_SCALE, HEAD_GRAD_SCALE = 100 / 448, 1.6 / 448, LOSS_SCALE *
 def float8_product(a: Tensor, b: Tensor, a_scale: float, b_scale: float, fast: bool = False) -> Tensor:
     """a @ b in bfloat16; a by rows and b by columns, as the hardware reads them."""
     scale_a, scale_b = (torch.full((), scale, device=a.device) for scale in (a_scale, b_scale))
-    return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16,
-                            use_fast_accum=fast)
+    return torch._scaled_mm(
+        a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast
+    )
 
 
 def to_float8(x: Tensor, scale: float, dtype=torch.float8_e4m3fn) -> Tensor:
@@ -1267,16 +1404,16 @@ def to_float8(x: Tensor, scale: float, dtype=torch.float8_e4m3fn) -> Tensor:
 # in a mixture of experts: E experts, F hidden width of one, M tokens of a pass, k experts a token, P rows
 # ---------------------------------------------------------------------------------------------------
 
-NUM_STAGES = 4                    # three scheduled, and the extension
-GATE_CHANNELS = 12                # gates read the first channels of what they gate
-SOFTCAP = (23.0, 5.0, 7.5)        # logits = 23 sigmoid((z + 5) / 7.5)
+NUM_STAGES = 4  # three scheduled, and the extension
+GATE_CHANNELS = 12  # gates read the first channels of what they gate
+SOFTCAP = (23.0, 5.0, 7.5)  # logits = 23 sigmoid((z + 5) / 7.5)
 ATTN_SCALE = 0.1
 ROTARY_BASE = 1024
 HASH_MULTIPLIERS = (36313, 27191, 40693, 32467, 24281)  # of the last token of an n-gram, the one before, ...
-VOCAB_MULTIPLE = 128              # so that the head's product has aligned shapes
-INIT_GAIN = 0.5                   # matrices start uniform with standard deviation INIT_GAIN / sqrt(width)
-ROUTER_STD = 0.02                 # of a router's first weights
-GROUP_MULTIPLE = 8                # rows of a group on CUDA: 16 bytes of bfloat16, which its kernel asks for
+VOCAB_MULTIPLE = 128  # so that the head's product has aligned shapes
+INIT_GAIN = 0.5  # matrices start uniform with standard deviation INIT_GAIN / sqrt(width)
+ROUTER_STD = 0.02  # of a router's first weights
+GROUP_MULTIPLE = 8  # rows of a group on CUDA: 16 bytes of bfloat16, which its kernel asks for
 
 
 @dataclass(frozen=True)
@@ -1289,24 +1426,24 @@ class ModelConfig:
     head_dim: int = 128
     num_kv_heads: int = 6
     window_block: int = 128
-    windows: tuple = ((1, 3), (3, 7), (5, 11), (6, 13))         # by stage
-    final_windows: tuple = (6, 20)                               # at the last validation
+    windows: tuple = ((1, 3), (3, 7), (5, 11), (6, 13))  # by stage
+    final_windows: tuple = (6, 20)  # at the last validation
     long_layers: tuple = (3, 10)
     paired_layers: tuple = (0, 2, 5, 9)
     value_embed_layers: tuple = (0, 1, 8, 9, 10)
-    skip: tuple | None = (3, 6)                                  # output of one added before the other
+    skip: tuple | None = (3, 6)  # output of one added before the other
     no_attention: tuple = (6,)
     backout: int | None = 7
-    ngram_rows: int = 5 * 50304                                  # of the hash embedding
-    ngrams: tuple = (2,)                                         # how many last tokens are hashed into it
+    ngram_rows: int = 5 * 50304  # of the hash embedding
+    ngrams: tuple = (2,)  # how many last tokens are hashed into it
     smear: bool = True
     attn_gate: bool = True
     # weights of the losses on token t+1, t+2, ... by stage, each (at its start, at its end)
     predict: tuple = (((1, 1), (0.5, 0.5), (0.25, 0)), ((1, 1), (0.5, 0)), ((1, 1),), ((1, 1),))
-    untie_frac: float = 2 / 3                                    # of training; 1: embedding, head stay tied
-    num_experts: int = 0                                         # in place of each MLP; 0: none
+    untie_frac: float = 2 / 3  # of training; 1: embedding, head stay tied
+    num_experts: int = 0  # in place of each MLP; 0: none
     moe_top_k: int = 2
-    expert_hidden: int = 0                                       # hidden width of one expert
+    expert_hidden: int = 0  # hidden width of one expert
 
 
 @dataclass(frozen=True)
@@ -1320,53 +1457,156 @@ class LayerPlan:
 
 
 def layer_plans(c: ModelConfig) -> list[LayerPlan]:
-    return [LayerPlan(i not in c.no_attention, i in c.long_layers, i in c.paired_layers,
-                      i in c.value_embed_layers) for i in range(c.num_layers)]
+    return [
+        LayerPlan(
+            i not in c.no_attention, i in c.long_layers, i in c.paired_layers, i in c.value_embed_layers
+        )
+        for i in range(c.num_layers)
+    ]
 
 
-PLAIN = dict(paired_layers=(), value_embed_layers=(), skip=None, no_attention=(), backout=None, ngram_rows=0,
-             smear=False, attn_gate=False, untie_frac=1.0)
+PLAIN = dict(
+    paired_layers=(),
+    value_embed_layers=(),
+    skip=None,
+    no_attention=(),
+    backout=None,
+    ngram_rows=0,
+    smear=False,
+    attn_gate=False,
+    untie_frac=1.0,
+)
 
-TINY = dict(num_layers=4, width=128, num_heads=2, head_dim=64, num_kv_heads=2, window_block=64,
-            windows=((1, 4),) * 4, final_windows=(1, 4), long_layers=(1, 3), paired_layers=(),
-            value_embed_layers=(0, 3), skip=None, no_attention=(), backout=None, ngram_rows=8192,
-            ngrams=(2, 3, 4), predict=(((1, 1),),) * 4, untie_frac=1.0)
+TINY = dict(
+    num_layers=4,
+    width=128,
+    num_heads=2,
+    head_dim=64,
+    num_kv_heads=2,
+    window_block=64,
+    windows=((1, 4),) * 4,
+    final_windows=(1, 4),
+    long_layers=(1, 3),
+    paired_layers=(),
+    value_embed_layers=(0, 3),
+    skip=None,
+    no_attention=(),
+    backout=None,
+    ngram_rows=8192,
+    ngrams=(2, 3, 4),
+    predict=(((1, 1),),) * 4,
+    untie_frac=1.0,
+)
 TINY_SETTINGS = dict(
-    train_files="data/embedded/embedded_train_*.bin", val_files="data/embedded/embedded_val_*.bin",
-    batch_sizes=(2048,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=1000,
-    num_extension_iterations=0, max_doc_tokens=256, long_docs="split", val_tokens=131_072,
-    val_batch_tokens=65_536, val_loss_every=100, val_loss_last_steps=0, target_loss=1.0,
-    adam_lr=0.016)
+    train_files="data/embedded/embedded_train_*.bin",
+    val_files="data/embedded/embedded_val_*.bin",
+    batch_sizes=(2048,) * 4,
+    lr_muls=(1.0,) * 4,
+    num_scheduled_iterations=1000,
+    num_extension_iterations=0,
+    max_doc_tokens=256,
+    long_docs="split",
+    val_tokens=131_072,
+    val_batch_tokens=65_536,
+    val_loss_every=100,
+    val_loss_last_steps=0,
+    target_loss=1.0,
+    adam_lr=0.016,
+)
 
 # MODEL -> (ModelConfig, defaults of settings that the preset changes)
 PRESETS = {
     "gpt2-small": (ModelConfig(), {}),
-    "gpt2-medium": (ModelConfig(
-        num_layers=16, width=1024, num_heads=8, num_kv_heads=8, long_layers=(3, 7, 11, 15),
-        paired_layers=(0, 2, 5, 9, 13), value_embed_layers=(0, 1, 13, 14, 15), skip=(5, 9), no_attention=(9,),
-        backout=11), dict(target_loss=2.92, num_scheduled_iterations=4800)),
-    "gpt2-1b": (ModelConfig(
-        num_layers=20, width=2048, num_heads=16, num_kv_heads=16, long_layers=(4, 9, 14, 19),
-        paired_layers=(0, 2, 6, 12, 17), value_embed_layers=(0, 1, 17, 18, 19), skip=(6, 11),
-        no_attention=(11,), backout=14), dict(target_loss=2.7, num_scheduled_iterations=12000)),
-    "dense-88m": (ModelConfig(
-        num_layers=22, width=512, num_heads=8, head_dim=64, num_kv_heads=4, long_layers=tuple(range(22)),
-        windows=((4, 4),) * 4, final_windows=(4, 4), predict=(((1, 1),),) * 4, **PLAIN),
-        dict(batch_sizes=(65_536,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=25_940,
-             num_extension_iterations=0, cooldown_frac=0.0, lr_decay_type="constant", max_doc_tokens=512,
-             long_docs="split", val_loss_every=250)),
-    "moe-79m": (ModelConfig(
-        num_layers=6, width=384, num_heads=8, head_dim=48, num_kv_heads=8, long_layers=tuple(range(6)),
-        windows=((4, 4),) * 4, final_windows=(4, 4), predict=(((1, 1),),) * 4, num_experts=8,
-        expert_hidden=1536, **PLAIN),
-        dict(num_experts=8, batch_sizes=(32_768,) * 4, lr_muls=(1.0,) * 4, num_scheduled_iterations=2000,
-             num_extension_iterations=0, warmup_steps=100, cooldown_frac=1.0, lr_decay_type="cosine",
-             lr_decay_final=0.0, max_doc_tokens=512, long_docs="split", val_loss_every=100,
-             val_loss_last_steps=0, target_loss=4.5)),
+    "gpt2-medium": (
+        ModelConfig(
+            num_layers=16,
+            width=1024,
+            num_heads=8,
+            num_kv_heads=8,
+            long_layers=(3, 7, 11, 15),
+            paired_layers=(0, 2, 5, 9, 13),
+            value_embed_layers=(0, 1, 13, 14, 15),
+            skip=(5, 9),
+            no_attention=(9,),
+            backout=11,
+        ),
+        dict(target_loss=2.92, num_scheduled_iterations=4800),
+    ),
+    "gpt2-1b": (
+        ModelConfig(
+            num_layers=20,
+            width=2048,
+            num_heads=16,
+            num_kv_heads=16,
+            long_layers=(4, 9, 14, 19),
+            paired_layers=(0, 2, 6, 12, 17),
+            value_embed_layers=(0, 1, 17, 18, 19),
+            skip=(6, 11),
+            no_attention=(11,),
+            backout=14,
+        ),
+        dict(target_loss=2.7, num_scheduled_iterations=12000),
+    ),
+    "dense-88m": (
+        ModelConfig(
+            num_layers=22,
+            width=512,
+            num_heads=8,
+            head_dim=64,
+            num_kv_heads=4,
+            long_layers=tuple(range(22)),
+            windows=((4, 4),) * 4,
+            final_windows=(4, 4),
+            predict=(((1, 1),),) * 4,
+            **PLAIN,
+        ),
+        dict(
+            batch_sizes=(65_536,) * 4,
+            lr_muls=(1.0,) * 4,
+            num_scheduled_iterations=25_940,
+            num_extension_iterations=0,
+            cooldown_frac=0.0,
+            lr_decay_type="constant",
+            max_doc_tokens=512,
+            long_docs="split",
+            val_loss_every=250,
+        ),
+    ),
+    "moe-79m": (
+        ModelConfig(
+            num_layers=6,
+            width=384,
+            num_heads=8,
+            head_dim=48,
+            num_kv_heads=8,
+            long_layers=tuple(range(6)),
+            windows=((4, 4),) * 4,
+            final_windows=(4, 4),
+            predict=(((1, 1),),) * 4,
+            num_experts=8,
+            expert_hidden=1536,
+            **PLAIN,
+        ),
+        dict(
+            num_experts=8,
+            batch_sizes=(32_768,) * 4,
+            lr_muls=(1.0,) * 4,
+            num_scheduled_iterations=2000,
+            num_extension_iterations=0,
+            warmup_steps=100,
+            cooldown_frac=1.0,
+            lr_decay_type="cosine",
+            lr_decay_final=0.0,
+            max_doc_tokens=512,
+            long_docs="split",
+            val_loss_every=100,
+            val_loss_last_steps=0,
+            target_loss=4.5,
+        ),
+    ),
     "tiny": (ModelConfig(**TINY), TINY_SETTINGS),
     "tiny-wide": (ModelConfig(**{**TINY, "width": 256, "num_heads": 4, "num_kv_heads": 4}), TINY_SETTINGS),
-    "moe-tiny": (ModelConfig(num_experts=8, expert_hidden=128, **TINY),
-                 dict(TINY_SETTINGS, num_experts=8)),
+    "moe-tiny": (ModelConfig(num_experts=8, expert_hidden=128, **TINY), dict(TINY_SETTINGS, num_experts=8)),
 }
 
 
@@ -1406,9 +1646,9 @@ class Rotary(nn.Module):
     def forward(self, x_BTHD: Tensor) -> Tensor:
         T, D = x_BTHD.shape[1], x_BTHD.shape[-1]
         cos, sin = self.cos[:T, None], self.sin[:T, None]
-        even, odd = x_BTHD[..., :D // 2].float().unflatten(-1, (D // 4, 2)).unbind(-1)
+        even, odd = x_BTHD[..., : D // 2].float().unflatten(-1, (D // 4, 2)).unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-        return torch.cat((turned.type_as(x_BTHD), x_BTHD[..., D // 2:]), -1)
+        return torch.cat((turned.type_as(x_BTHD), x_BTHD[..., D // 2 :]), -1)
 
 
 @functools.cache
@@ -1491,16 +1731,26 @@ class Documents:
             self.masks[key] = cpu_kernels.query_blocks(self.doc_ids(paired), window)
         return self.masks[key]
 
-    def attend(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int, paired: bool,
-               scale: float) -> Tensor:
+    def attend(
+        self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int, paired: bool, scale: float
+    ) -> Tensor:
         """Softmax attention. T is 2T here if paired."""
         gqa = k_BTHD.shape[2] != q_BTHD.shape[2]
         if self.backend == "varlen":
             from torch.nn.attention.varlen import varlen_attn
+
             times = 2 if paired else 1
             cu, longest = self.cu_seqlens * times, self.max_doc_tokens * times
-            y = varlen_attn(*(x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD)), cu, cu, longest, longest,
-                            scale=scale, window_size=(window, 0), enable_gqa=gqa)
+            y = varlen_attn(
+                *(x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD)),
+                cu,
+                cu,
+                longest,
+                longest,
+                scale=scale,
+                window_size=(window, 0),
+                enable_gqa=gqa,
+            )
             return y.view(q_BTHD.shape)
         q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
         if self.backend == "flex":
@@ -1509,15 +1759,17 @@ class Documents:
         if q.shape[2] == block:
             y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=scale, enable_gqa=gqa)
             return y.transpose(1, 2)
-        split = lambda x: x.unflatten(2, (-1, block)).transpose(1, 2)            # B, blocks, H, block, D
+        split = lambda x: x.unflatten(2, (-1, block)).transpose(1, 2)  # B, blocks, H, block, D
         with_last = lambda x: torch.cat((F.pad(x, (0,) * 6 + (1, 0))[:, :-1], x), 3)
         q, k, v = split(q), with_last(split(k)), with_last(split(v))
-        y = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), bias.to(q.dtype),
-                                           scale=scale, enable_gqa=gqa)
+        y = F.scaled_dot_product_attention(
+            *(x.flatten(0, 1) for x in (q, k, v)), bias.to(q.dtype), scale=scale, enable_gqa=gqa
+        )
         return y.unflatten(0, (self.B, -1)).transpose(2, 3).flatten(1, 2)
 
     def flex(self, q, k, v, window, paired, scale, gqa):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
         doc = self.doc_ids(paired)
 
         def seen(b, h, i, j):
@@ -1564,9 +1816,17 @@ class Attention(nn.Module):
         if eager_cpu(x_BTC) and docs.backend == "sdpa":
             layout = cpu_kernels.Layout(*heads, self.plan.paired, self.plan.long_window)
             return cpu_kernels.Attention.apply(
-                x_BTC, w_qkv, w_out, self.attn_gate, self.value_gate, value_BTC,
+                x_BTC,
+                w_qkv,
+                w_out,
+                self.attn_gate,
+                self.value_gate,
+                value_BTC,
                 rotary.turns(2 * T if self.plan.paired else T, x_BTC.dtype),
-                docs.query_blocks(window, self.plan.paired), rotary.scale, layout)
+                docs.query_blocks(window, self.plan.paired),
+                rotary.scale,
+                layout,
+            )
         n_BTC = norm(x_BTC)
         qkv = F.linear(n_BTC, w_qkv).view(B, T, -1, self.head_dim)
         qk, v = qkv.split((sum(heads), heads[1]), dim=2)  # slices would each zero and fill a whole gradient
@@ -1576,7 +1836,7 @@ class Attention(nn.Module):
             gate = 2 * torch.sigmoid(F.linear(gate_in, self.value_gate))
             v = v + gate.unsqueeze(-1) * value_BTC.view_as(v)
         if self.plan.long_window:
-            qk = torch.cat((qk[:, :, :heads[0]], offset_keys(qk[:, :, heads[0]:])), dim=2)
+            qk = torch.cat((qk[:, :, : heads[0]], offset_keys(qk[:, :, heads[0] :])), dim=2)
         if self.plan.paired:
             if heads[0] == heads[1]:  # not taken apart and joined: a permutation fuses with what follows
                 qk = pair_heads(qk, groups=2)
@@ -1606,7 +1866,6 @@ def pair_heads(x_BTHD: Tensor, groups: int = 1) -> Tensor:
     return x_BTHD.unflatten(2, (groups, 2, -1)).transpose(2, 3).reshape(B, 2 * T, H // 2, D)
 
 
-
 class MLP(nn.Module):
     """W2 relu(W1 n)^2; both matrices stored (4C, C)."""
 
@@ -1618,6 +1877,7 @@ class MLP(nn.Module):
     def forward(self, n_BTC: Tensor, out_scale: float) -> Tensor:
         if self.kernels:
             import triton_kernels
+
             return triton_kernels.mlp(n_BTC, self.up, scaled(self.down, out_scale))
         return SquaredReLU.apply(F.linear(n_BTC, self.up)) @ scaled(self.down, out_scale)
 
@@ -1721,8 +1981,9 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.top_k = c.moe_top_k
         self.router = nn.Parameter(torch.empty(c.num_experts, c.width))  # fp32 everywhere
-        self.up, self.down = (nn.Parameter(torch.empty(c.num_experts, c.expert_hidden, c.width))
-                              for _ in range(2))
+        self.up, self.down = (
+            nn.Parameter(torch.empty(c.num_experts, c.expert_hidden, c.width)) for _ in range(2)
+        )
 
     def forward(self, n_BTC: Tensor, out_scale: float, routing: Routing) -> Tensor:
         num_experts = len(self.router)
@@ -1739,8 +2000,9 @@ class MixtureOfExperts(nn.Module):
         routing.loads_E.append(load_BE.sum(0))
         multiple = GROUP_MULTIPLE if grouped(n_BTC) else 1
         rows = sort_by_expert(experts_BTk.flatten(0, 1), routing.loads_E[-1], multiple)
-        return ExpertMLPs.apply(n_BTC.flatten(0, 1), gates_BTk.flatten(0, 1), self.up,
-                                scaled(self.down, out_scale), *rows).view_as(n_BTC)
+        return ExpertMLPs.apply(
+            n_BTC.flatten(0, 1), gates_BTk.flatten(0, 1), self.up, scaled(self.down, out_scale), *rows
+        ).view_as(n_BTC)
 
 
 class Block(nn.Module):
@@ -1772,8 +2034,16 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The speedrun's GPT. Knows nothing of ranks or optimizers."""
 
-    def __init__(self, c: ModelConfig, vocab_size: int, backend: str, float8_head: bool,
-                 residual_scale: float, kernels: bool = False, balance_weight: float = 0.0):
+    def __init__(
+        self,
+        c: ModelConfig,
+        vocab_size: int,
+        backend: str,
+        float8_head: bool,
+        residual_scale: float,
+        kernels: bool = False,
+        balance_weight: float = 0.0,
+    ):
         super().__init__()
         self.config, self.plans, self.kernels = c, layer_plans(c), kernels
         self.backend, self.float8_head, self.residual_scale = backend, float8_head, residual_scale
@@ -1785,8 +2055,9 @@ class GPT(nn.Module):
         self.head = nn.Parameter(torch.empty(V, c.width))
         self.embed = nn.Parameter(torch.empty(V, c.width)) if c.untie_frac < 1 else None
         self.ngram = nn.Parameter(torch.empty(c.ngram_rows, c.width)) if c.ngram_rows else None
-        self.value_embeds = nn.ParameterDict({str(i): torch.empty(V, c.num_kv_heads * c.head_dim)
-                                              for i in c.value_embed_layers})
+        self.value_embeds = nn.ParameterDict(
+            {str(i): torch.empty(V, c.num_kv_heads * c.head_dim) for i in c.value_embed_layers}
+        )
         if c.smear:
             self.smear_gate, self.l_smear = nn.Parameter(torch.zeros(GATE_CHANNELS)), weight(0.0)
         if c.skip:
@@ -1803,7 +2074,7 @@ class GPT(nn.Module):
             if name == "head":
                 p.normal_(0, 0.005, generator=generator)
             elif name.endswith((".q", ".k", ".v", ".o", ".up")):
-                bound = math.sqrt(3) * INIT_GAIN * self.config.width ** -0.5
+                bound = math.sqrt(3) * INIT_GAIN * self.config.width**-0.5
                 p.uniform_(-bound, bound, generator=generator)
             elif name.endswith(".router"):
                 p.normal_(0, ROUTER_STD, generator=generator)
@@ -1820,8 +2091,8 @@ class GPT(nn.Module):
             last = length - 1
             hashed = HASH_MULTIPLIERS[0] * tokens_BT[:, last:]
             for back in range(1, length):
-                hashed = hashed ^ (HASH_MULTIPLIERS[back] * tokens_BT[:, last - back:-back])
-            found.append(F.pad(hashed % rows, (last, 0), value=rows)[:, :tokens_BT.shape[1]])
+                hashed = hashed ^ (HASH_MULTIPLIERS[back] * tokens_BT[:, last - back : -back])
+            found.append(F.pad(hashed % rows, (last, 0), value=rows)[:, : tokens_BT.shape[1]])
         return found
 
     def embed_tokens(self, tokens_BT: Tensor, tied: bool) -> Tensor:
@@ -1831,30 +2102,56 @@ class GPT(nn.Module):
             x = torch.cat((x[:, :1], x[:, 1:] + gate.to(x.dtype).unsqueeze(-1) * x[:, :-1]), dim=1)
         return norm(x)
 
-    def trunk(self, tokens_BT: Tensor, docs: Documents, windows: tuple[int, int], tied: bool,
-              routing: Routing | None = None) -> Tensor:
+    def trunk(
+        self,
+        tokens_BT: Tensor,
+        docs: Documents,
+        windows: tuple[int, int],
+        tied: bool,
+        routing: Routing | None = None,
+    ) -> Tensor:
         """Everything between tokens and head. windows: (short, long) in tokens."""
         c, routing = self.config, routing or Routing()
         x = x0 = self.embed_tokens(tokens_BT, tied)
         ngram = None
         if self.ngram is not None:  # sparse: backward adds its rows to the gradient, not a whole table
-            ngram = functools.reduce(torch.add, (F.embedding(rows_BT, self.ngram, sparse=eager_cpu(x))
-                                                 for rows_BT in self.ngram_rows(tokens_BT)))
+            ngram = functools.reduce(
+                torch.add,
+                (
+                    F.embedding(rows_BT, self.ngram, sparse=eager_cpu(x))
+                    for rows_BT in self.ngram_rows(tokens_BT)
+                ),
+            )
         kept = {}
         for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
             if c.skip and i == c.skip[1]:
                 gate = 2 * torch.sigmoid(x0[..., :GATE_CHANNELS] @ self.skip_gate.to(x.dtype)).unsqueeze(-1)
                 x = x + torch.sigmoid(self.l_skip) * gate * kept[c.skip[0]]
             value = F.embedding(tokens_BT, self.value_embeds[str(i)]) if plan.value_embed else None
-            x = block(x, x0, ngram, value, docs, windows[plan.long_window], self.rotary, self.residual_scale,
-                      routing)
+            x = block(
+                x,
+                x0,
+                ngram,
+                value,
+                docs,
+                windows[plan.long_window],
+                self.rotary,
+                self.residual_scale,
+                routing,
+            )
             kept[i] = x if i == c.backout or c.skip and i == c.skip[0] else None
         if c.backout is not None:
             x = x - self.l_back * kept[c.backout]
         return norm(x)
 
-    def forward(self, batch: Batch, windows: tuple[int, int], weights_K: Tensor | None, tied: bool,
-                noise_LBTE: Tensor | None = None):
+    def forward(
+        self,
+        batch: Batch,
+        windows: tuple[int, int],
+        weights_K: Tensor | None,
+        tied: bool,
+        noise_LBTE: Tensor | None = None,
+    ):
         """One pass; sums over tokens, in nats. Training: (loss, cross-entropy), where the loss counts the
         tokens after the next too, weighted, and the experts' balance. Evaluation (weights_K None):
         (cross-entropy, right guesses). noise_LBTE is added to the router logits."""
@@ -1874,9 +2171,11 @@ class GPT(nn.Module):
         x, (B, T) = x_BTC, targets_BT.shape
         if self.kernels:
             import triton_kernels
+
             scales = (HEAD_X_SCALE, HEAD_W_SCALE, HEAD_GRAD_SCALE) if self.float8_head else None
-            return triton_kernels.head_loss(x.flatten(0, 1), self.head, targets_BT, weights_K, SOFTCAP,
-                                            scales)
+            return triton_kernels.head_loss(
+                x.flatten(0, 1), self.head, targets_BT, weights_K, SOFTCAP, scales
+            )
         if self.float8_head:
             logits = Float8Head.apply(x.flatten(0, 1), self.head).view(B, T, -1)
         else:
@@ -1915,15 +2214,22 @@ def multi_token_loss(logits_BTV: Tensor, lse_BT: Tensor, targets_BT: Tensor, wei
     T = targets_BT.shape[1]
     losses = []
     for k in range(len(weights_K)):
-        picked = logits_BTV[:, :T - k].gather(-1, targets_BT[:, k:].unsqueeze(-1)).squeeze(-1)
-        losses.append((lse_BT[:, :T - k] - picked).sum())
+        picked = logits_BTV[:, : T - k].gather(-1, targets_BT[:, k:].unsqueeze(-1)).squeeze(-1)
+        losses.append((lse_BT[:, : T - k] - picked).sum())
     return (weights_K * torch.stack(losses)).sum(), losses[0].detach()
 
 
 def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch.device) -> GPT:
     """A freshly initialised model; on CUDA matrices and tables are bfloat16, scalars and routers fp32."""
-    model = GPT(config, vocab_size, s.attn_backend, not s.disable_fp8, s.residual_scale,
-                kernels=s.kernels == "triton", balance_weight=s.moe_balance_weight)
+    model = GPT(
+        config,
+        vocab_size,
+        s.attn_backend,
+        not s.disable_fp8,
+        s.residual_scale,
+        kernels=s.kernels == "triton",
+        balance_weight=s.moe_balance_weight,
+    )
     seed = np.random.SeedSequence([s.seed, 0]).generate_state(1, np.uint64)[0]
     model.init_weights(torch.Generator().manual_seed(int(seed) >> 1))
     model.to(device)
@@ -1947,15 +2253,20 @@ def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch
 class OptimizerSettings:
     """The optimizer's settings."""
 
-    optimizer: str = knob("normuon", "for matrices: normuon, muon (no variance reduction) or adamw",
-                          choices=("normuon", "muon", "adamw"))
+    optimizer: str = knob(
+        "normuon",
+        "for matrices: normuon, muon (no variance reduction) or adamw",
+        choices=("normuon", "muon", "adamw"),
+    )
     muon_lr: float = knob(0.023, "Muon's learning rate, for a matrix times sqrt(max(1, rows/columns))", low=0)
     muon_momentum: float = knob(0.95, "momentum after its warm-up from 0.85", low=0, high=0.9999)
     beta_warmup_steps: int = knob(300, "steps of that warm-up", low=0)
     muon_weight_decay: float = knob(1.2, "decay of matrices; cautious: times learning rate, else as it is")
-    muon_decay_mode: str = knob("cautious", "what decays: weights where the update shrinks them, nothing, "
-                                "all weights, the update, or both",
-                                choices=("cautious", "none", "param", "update", "both"))
+    muon_decay_mode: str = knob(
+        "cautious",
+        "what decays: weights where the update shrinks them, nothing, all weights, the update, or both",
+        choices=("cautious", "none", "param", "update", "both"),
+    )
     adam_lr: float = knob(0.008, "base learning rate of everything but the matrices", low=0)
     router_lr: float = knob(0.001, "learning rate of the experts' routers, in ADAM_LR's place", low=0)
     adam_weight_decay: float = knob(0.005, "their cautious decay, times learning rate and role", low=0)
@@ -1966,9 +2277,11 @@ class OptimizerSettings:
 
 def check_optimizer_settings(o: OptimizerSettings):
     if o.muon_decay_mode in ("param", "update", "both") and abs(o.muon_weight_decay) > 1:
-        raise SettingsError(f"MUON_WEIGHT_DECAY={o.muon_weight_decay:g}, but MUON_DECAY_MODE="
-                            f"{o.muon_decay_mode} takes it as it is (the default is for cautious); set it "
-                            "between -1 and 1")
+        raise SettingsError(
+            f"MUON_WEIGHT_DECAY={o.muon_weight_decay:g}, but MUON_DECAY_MODE="
+            f"{o.muon_decay_mode} takes it as it is (the default is for cautious); set it "
+            "between -1 and 1"
+        )
 
 
 @dataclass(frozen=True)
@@ -1997,13 +2310,13 @@ ROLES = (  # complete and disjoint: every parameter matches exactly one
     Role("head", r"head|embed", decay=150, betas=(0.5, 0.95)),
 )
 
-ADAM_EVERY = 2          # two steps' gradients add up before Adam moves
+ADAM_EVERY = 2  # two steps' gradients add up before Adam moves
 ADAM_EPS = 1e-10
-SMALL = 2 ** 16         # parameters of fewer numbers are all-reduced together and updated on every rank;
-                        # but ranks that share memory share all work
-MUON_BETA2 = 0.95       # of NorMuon's second moment
+SMALL = 2**16  # parameters of fewer numbers are all-reduced together and updated on every rank;
+# but ranks that share memory share all work
+MUON_BETA2 = 0.95  # of NorMuon's second moment
 MUON_START_MOMENTUM, MUON_END_STEPS = 0.85, 50
-DOWN_LR = 2.0           # on the MLP's second matrix
+DOWN_LR = 2.0  # on the MLP's second matrix
 POLAR_SAFETY, POLAR_EPS = 1.02, 1e-6
 
 # Odd quintics that bring all singular values near 1: Polar Express (arXiv 2505.16932), 5 steps
@@ -2020,7 +2333,7 @@ def polar_express(G_NRK: Tensor) -> Tensor:
     """The polar factor U V^T of each matrix, approximately; in bfloat16 on CUDA, fp32 elsewhere."""
     tall = G_NRK.size(-2) > G_NRK.size(-1)
     flipped = tall and G_NRK.is_cuda  # a CPU pays for transposed copies, so there tall ones are left standing
-    right = tall and not flipped      # and multiplied from the right, by polynomials in X^T X
+    right = tall and not flipped  # and multiplied from the right, by polynomials in X^T X
     X = G_NRK.mT if flipped else G_NRK
     X = X / (POLAR_SAFETY * X.norm(dim=(-2, -1), keepdim=True) + POLAR_EPS)
     X = X.bfloat16() if X.is_cuda else X
@@ -2053,6 +2366,7 @@ def polar_steps(X_NRK: Tensor) -> Tensor:
     """polar_express on a GPU, of matrices brought to norm 1 already, in bfloat16: both of a step's symmetric
     products cost half. A tall matrix is multiplied from the right and never turned."""
     import triton_kernels
+
     tall = X_NRK.size(-2) > X_NRK.size(-1)
     for a, b, c in POLAR_COEFFICIENTS:
         A = triton_kernels.gram(X_NRK.mT if tall else X_NRK)
@@ -2101,8 +2415,8 @@ def adam_update(grad: Tensor, m: Tensor, v: Tensor, count: Tensor, beta1: Tensor
     grad = grad.float()
     m.lerp_(grad, 1 - beta1)
     v.lerp_(grad.square(), 1 - beta2)
-    root = (v / (1 - beta2 ** count)).sqrt_().add_(ADAM_EPS)
-    return (m / (1 - beta1 ** count)).div_(root)
+    root = (v / (1 - beta2**count)).sqrt_().add_(ADAM_EPS)
+    return (m / (1 - beta1**count)).div_(root)
 
 
 def read_master(weight: Tensor, mantissa: Tensor | None) -> Tensor:
@@ -2132,6 +2446,7 @@ def step_muon(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu
 def step_muon_fused(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, mode: str):
     """step_muon on a GPU: each line reads what is as large as the matrices once."""
     import triton_kernels
+
     state, mu = (grad, momentum, weight, mantissa), float(mu)
     norm = triton_kernels.momentum_sums(*state, mu, ord=False)[:, 0].sqrt()
     X = triton_kernels.polar_input(*state, None, 1 / (POLAR_SAFETY * norm + POLAR_EPS), mu)
@@ -2236,7 +2551,7 @@ class Bucket:
             whole = torch.zeros(self.whole_numel(mine), device=mine.device)
             if saved is not None:
                 found = torch.cat([saved[name][key].flatten() for name in self.params])
-                whole[:len(found)] = found
+                whole[: len(found)] = found
             self.ranks.broadcast(whole)
             part = self.part(whole).view(mine.shape)
             write_master(self.mine, self.mantissa, part) if key == "master" else mine.copy_(part)
@@ -2259,7 +2574,7 @@ class AdamBucket(Bucket):
             if len(roles) == 1:
                 return values[0]
             full = torch.zeros(len(self.weights))
-            full[:self.size] = values.repeat_interleave(lengths, output_size=self.size)
+            full[: self.size] = values.repeat_interleave(lengths, output_size=self.size)
             return self.part(full).to(self.mine.device)
 
         self.lr, self.decay = each([r.lr for r in roles]), each([r.decay for r in roles])
@@ -2273,8 +2588,18 @@ class AdamBucket(Bucket):
         self.count += 1
         lr = self.base_lr * lr_mul * self.lr
         decay = self.o.adam_weight_decay * lr * self.decay
-        self.run(self.mine, self.mantissa, self.grad, self.m, self.v, scalar(self.count), lr, decay,
-                 *self.betas, "cautious")
+        self.run(
+            self.mine,
+            self.mantissa,
+            self.grad,
+            self.m,
+            self.v,
+            scalar(self.count),
+            lr,
+            decay,
+            *self.betas,
+            "cautious",
+        )
         self.gather()
 
     def state(self):
@@ -2282,8 +2607,12 @@ class AdamBucket(Bucket):
 
     def copy_from(self, other: "AdamBucket"):
         """Weights and state of a bucket of the same shape."""
-        for mine, theirs in ((self.weights, other.weights), (self.mantissa, other.mantissa),
-                             (self.m, other.m), (self.v, other.v)):
+        for mine, theirs in (
+            (self.weights, other.weights),
+            (self.mantissa, other.mantissa),
+            (self.m, other.m),
+            (self.v, other.v),
+        ):
             if mine is not None:
                 mine.copy_(theirs)
         self.count = other.count
@@ -2302,11 +2631,14 @@ class MatrixBucket(Bucket):
         num_mine = self.mine.shape[0]
         first = ranks.rank * num_mine
         self.all_names = [part for name, p in params.items() for part in matrix_names(name, p)]
-        self.names = self.all_names[first:first + num_mine]  # padding, at the end, has no name
+        self.names = self.all_names[first : first + num_mine]  # padding, at the end, has no name
         self.momentum = torch.zeros_like(self.mine, dtype=torch.float32)
         rows_or_columns = (num_mine, R, 1) if R >= K else (num_mine, 1, K)
-        self.second_moment = {"normuon": torch.zeros(rows_or_columns, device=self.mine.device), "muon": None,
-                              "adamw": torch.zeros_like(self.momentum)}[o.optimizer]
+        self.second_moment = {
+            "normuon": torch.zeros(rows_or_columns, device=self.mine.device),
+            "muon": None,
+            "adamw": torch.zeros_like(self.momentum),
+        }[o.optimizer]
         shape_lr = [max(1, R / K) ** 0.5 * (DOWN_LR if ".down" in name else 1) for name in self.names]
         shape_lr += [0.0] * (num_mine - len(shape_lr))
         self.shape_lr_N11 = torch.tensor(shape_lr, device=self.mine.device).view(-1, 1, 1)
@@ -2325,8 +2657,15 @@ class MatrixBucket(Bucket):
         o, state = self.o, (self.mine, self.mantissa, self.grad, self.momentum, self.second_moment)
         if o.optimizer == "adamw":
             beta1, beta2 = map(scalar, find_role(next(iter(self.params))).betas)
-            self.run(*state, scalar(self.count), scalar(o.adam_matrix_lr * lr_mul),
-                     scalar(o.adam_matrix_decay), beta1, beta2, "param")
+            self.run(
+                *state,
+                scalar(self.count),
+                scalar(o.adam_matrix_lr * lr_mul),
+                scalar(o.adam_matrix_decay),
+                beta1,
+                beta2,
+                "param",
+            )
         else:
             lr = o.muon_lr * lr_mul
             decay = o.muon_weight_decay * (lr if o.muon_decay_mode == "cautious" else 1)
@@ -2353,8 +2692,9 @@ def find_role(name: str) -> Role:
 class Optimizer:
     """All buckets, small ones first, so that the big transfers overlap with the work on what has arrived."""
 
-    def __init__(self, model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiler,
-                 kernels: bool = False):
+    def __init__(
+        self, model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiler, kernels: bool = False
+    ):
         self.o, self.ranks, self.num_steps = o, ranks, num_steps
         groups = {}
         for name, p in model.named_parameters():
@@ -2453,8 +2793,9 @@ class Optimizer:
         """ValueError if `saved`, the states of a checkpoint, are not this optimizer's."""
         wrong = sorted(set(self.by_name) ^ set(saved))
         if wrong:
-            raise ValueError("the checkpoint does not fit the model: only one of them has "
-                             f"{', '.join(wrong[:5])}")
+            raise ValueError(
+                f"the checkpoint does not fit the model: only one of them has {', '.join(wrong[:5])}"
+            )
         for bucket in self.buckets:
             bucket.check(saved)
 
@@ -2469,8 +2810,11 @@ class Optimizer:
     def log_fields(self, step: int, full: bool) -> dict:
         """For the step line; `full` at validations. A collective: every rank calls it."""
         beta1, beta2 = find_role("head").betas
-        return {"beta1": f"{beta1:.4f}", "beta2": f"{beta2:.4f}",
-                "muon_momentum": f"{self.momentum(step):.4f}"}
+        return {
+            "beta1": f"{beta1:.4f}",
+            "beta2": f"{beta2:.4f}",
+            "muon_momentum": f"{self.momentum(step):.4f}",
+        }
 
 
 # <<< optimizer
@@ -2531,7 +2875,7 @@ class Schedule:
         if kind == "cosine":
             return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * done)) if done else peak
         if kind == "exp":
-            return peak * final ** done
+            return peak * final**done
         return peak
 
     def validates(self, step: int) -> bool:
@@ -2546,15 +2890,47 @@ class Schedule:
 
 # What a checkpoint holds. There is no state of random generators: initial weights, the order of the data and
 # router noise are functions of SEED, `position` and `step`, so these are all their state.
-CHECKPOINT_KEYS = {"format": int, "config": dict, "run_id": str, "source_hash": str, "step": int,
-                   "tokens": int, "train_ms": float, "reached": bool, "validated": int, "position": list,
-                   "stage": int, "tied": bool, "rotary_scale": float, "rotary_freqs": Tensor, "counts": dict,
-                   "params": dict}
+CHECKPOINT_KEYS = {
+    "format": int,
+    "config": dict,
+    "run_id": str,
+    "source_hash": str,
+    "step": int,
+    "tokens": int,
+    "train_ms": float,
+    "reached": bool,
+    "validated": int,
+    "position": list,
+    "stage": int,
+    "tied": bool,
+    "rotary_scale": float,
+    "rotary_freqs": Tensor,
+    "counts": dict,
+    "params": dict,
+}
 CHECKPOINT_FORMAT, CHECKPOINTS_KEPT, MODEL_FILE = 1, 2, "model.safetensors"
-MAY_DIFFER = {"run_id", "nproc_per_node", "compile", "rehearse", "kernels", "slices_per_pass",
-              "val_loss_every", "val_loss_last_steps", "val_loss_every_last", "target_loss", "diverged_above",
-              "save_every", "resume", "save_model", "dist_timeout", "data_path", "train_files", "val_files",
-              "train_tokens", "manifold_every"}
+MAY_DIFFER = {
+    "run_id",
+    "nproc_per_node",
+    "compile",
+    "rehearse",
+    "kernels",
+    "slices_per_pass",
+    "val_loss_every",
+    "val_loss_last_steps",
+    "val_loss_every_last",
+    "target_loss",
+    "diverged_above",
+    "save_every",
+    "resume",
+    "save_model",
+    "dist_timeout",
+    "data_path",
+    "train_files",
+    "val_files",
+    "train_tokens",
+    "manifold_every",
+}
 
 
 class CheckpointError(ValueError):
@@ -2581,8 +2957,9 @@ def read_checkpoint(path: Path) -> dict:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # whatever a file of any content makes them raise
         text = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path} is no checkpoint, or was cut short ({text[:120]}); use another"
-                              ) from None
+        raise CheckpointError(
+            f"{path} is no checkpoint, or was cut short ({text[:120]}); use another"
+        ) from None
     if not isinstance(saved, dict) or saved.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this trainer (format {CHECKPOINT_FORMAT})")
     for key, kind in CHECKPOINT_KEYS.items():
@@ -2643,25 +3020,34 @@ def differences(old: dict, new: dict) -> list[str]:
     default."""
     defaults = {f.name: f.default for c in (Settings, OptimizerSettings) for f in dataclasses.fields(c)}
     old, new = json.loads(json.dumps({**defaults, **old})), json.loads(json.dumps(new))
-    hints = {"num_slices": " (as many as there are ranks, at least 8: take as many ranks as it had, or at "
-                           "most 8 if it had no more)"}
-    return [f"{key.upper()} was {old.get(key)}, now {new.get(key)}{hints.get(key, '')}"
-            for key in sorted({*old, *new} - MAY_DIFFER) if old.get(key) != new.get(key)]
+    hints = {
+        "num_slices": " (as many as there are ranks, at least 8: take as many ranks as it had, or at "
+        "most 8 if it had no more)"
+    }
+    return [
+        f"{key.upper()} was {old.get(key)}, now {new.get(key)}{hints.get(key, '')}"
+        for key in sorted({*old, *new} - MAY_DIFFER)
+        if old.get(key) != new.get(key)
+    ]
 
 
 def different_settings(rank: int, mine: dict, first: dict) -> str:
     """What a rank's settings have otherwise than rank 0's, in words; empty if nothing."""
     names = [name for name in sorted({*mine, *first}) if mine.get(name) != first.get(name)]
     found = ", ".join(f"{name.upper()}={mine.get(name)} instead of {first.get(name)}" for name in names)
-    return found and (f"the ranks were started with different settings: rank {rank} has {found}; give all "
-                      "machines the same ones")
+    return found and (
+        f"the ranks were started with different settings: rank {rank} has {found}; give all "
+        "machines the same ones"
+    )
 
 
 def refuse_differences(where, old: dict, new: dict):
     found = differences(old, new)
     if found:
-        raise SettingsError(f"{where} belongs to a run of other settings: {'; '.join(found)}. Give it the "
-                            "same settings, or start a new run under another RUN_ID")
+        raise SettingsError(
+            f"{where} belongs to a run of other settings: {'; '.join(found)}. Give it the "
+            "same settings, or start a new run under another RUN_ID"
+        )
 
 
 class Origin(NamedTuple):
@@ -2672,7 +3058,7 @@ class Origin(NamedTuple):
     saved: dict | None = None
     path: str = "none"
     damaged: tuple[tuple[Path, str], ...] = ()  # checkpoints that were passed over, and why
-    ended: int | None = None        # the run is over already: its exit code
+    ended: int | None = None  # the run is over already: its exit code
 
 
 def find_origin(s: Settings, config: dict, run_id: str) -> Origin:
@@ -2683,8 +3069,9 @@ def find_origin(s: Settings, config: dict, run_id: str) -> Origin:
             return last_checkpoint(s, config)
     if s.resume == "auto":
         if not run_id:
-            raise SettingsError("RESUME=auto without RUN_ID: which run? Set RUN_ID to its log's name, "
-                                "without .txt")
+            raise SettingsError(
+                "RESUME=auto without RUN_ID: which run? Set RUN_ID to its log's name, without .txt"
+            )
         return last_checkpoint(s, config)
     if s.resume:
         saved = read_checkpoint(Path(s.resume))
@@ -2693,8 +3080,10 @@ def find_origin(s: Settings, config: dict, run_id: str) -> Origin:
         refuse_differences(s.log, {**config, **log_config(s.log)}, config)
         return Origin(s.run_id, True, saved, s.resume)
     if checkpoints_in(s.folder) and not has_begun(s.log):
-        raise SettingsError(f"{s.folder} holds checkpoints of an earlier run; RESUME=auto goes on with it, "
-                            "or choose another RUN_ID")
+        raise SettingsError(
+            f"{s.folder} holds checkpoints of an earlier run; RESUME=auto goes on with it, "
+            "or choose another RUN_ID"
+        )
     return Origin(s.run_id)
 
 
@@ -2716,8 +3105,10 @@ def last_checkpoint(s: Settings, config: dict) -> Origin:
         return Origin(s.run_id, True, saved, str(path), tuple(damaged))
     if damaged:
         found = "; ".join(text for _, text in damaged)
-        raise CheckpointError(f"{s.folder} has no checkpoint that can be read: {found}. Remove the folder "
-                              f"and {s.log} to begin the run anew")
+        raise CheckpointError(
+            f"{s.folder} has no checkpoint that can be read: {found}. Remove the folder "
+            f"and {s.log} to begin the run anew"
+        )
     refuse_differences(s.log, {**config, **log_config(s.log)}, config)
     return Origin(s.run_id, has_begun(s.log))
 
@@ -2764,16 +3155,24 @@ def save_model(path: Path, model: GPT, config: dict, windows: tuple[int, int], t
     """The trained weights, as the forward pass has them, for use elsewhere: safetensors, named as the
     parameters, with what is needed to build the model in its metadata."""
     from safetensors.torch import save_file
+
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     tensors["rotary.freqs"] = model.rotary.freqs.cpu()
-    metadata = {"config": config["model_config"], "vocab_size": config["vocab_size"], "mark": config["mark"],
-                "residual_scale": config["residual_scale"], "rotary_scale": model.rotary.scale,
-                "windows": windows, "tied": tied}
+    metadata = {
+        "config": config["model_config"],
+        "vocab_size": config["vocab_size"],
+        "mark": config["mark"],
+        "residual_scale": config["residual_scale"],
+        "rotary_scale": model.rotary.scale,
+        "windows": windows,
+        "tied": tied,
+    }
     new = path.with_name(".new.safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.clone() for k, v in tensors.items()}, new,
-                  {k: json.dumps(v) for k, v in metadata.items()})
+        save_file(
+            {k: v.clone() for k, v in tensors.items()}, new, {k: json.dumps(v) for k, v in metadata.items()}
+        )
         with new.open("rb") as file:
             os.fsync(file.fileno())
         os.chmod(new, 0o644)  # as the log; safetensors makes files for their owner alone
@@ -2811,8 +3210,16 @@ class Clock:
 
 
 @torch.no_grad()
-def evaluate(forward, shards, s: Settings, ranks: Ranks, windows, tied: bool, ahead: Ahead,
-             num_batches: int | None = None) -> tuple[float, float]:
+def evaluate(
+    forward,
+    shards,
+    s: Settings,
+    ranks: Ranks,
+    windows,
+    tied: bool,
+    ahead: Ahead,
+    num_batches: int | None = None,
+) -> tuple[float, float]:
     """(mean cross-entropy in nats a token, share of tokens guessed right) over all ranks. num_batches: of the
     first so many batches only."""
     sums, num_tokens = torch.zeros(2, dtype=torch.float64, device=ranks.device), 0
@@ -2844,13 +3251,15 @@ def torch_compile(function):
         os.environ.setdefault(name, str(COMPILE_CACHE / folder))
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
+
     dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_VARIANTS)
     # options are each thread's own in torch 2.13, and backward runs in autograd's: so it is compiled with
     # forward, here, and the option below travels with the function
     functorch.force_non_lazy_backward_lowering = True
     # torch 2.13 asserts ("16384 v.s. 16383") when it fuses reductions over T and over T - 1; retry in 2.14
-    return torch.compile(function, dynamic=False, fullgraph=True,
-                         options={"triton.mix_order_reduction": False})
+    return torch.compile(
+        function, dynamic=False, fullgraph=True, options={"triton.mix_order_reduction": False}
+    )
 
 
 def compiled_forward(model: GPT):
@@ -2880,8 +3289,9 @@ class Trainer:
         self.model = build_model(s, config, vocab_size, ranks.device)
         compiler = torch_compile if s.compile == "1" else lambda function: function
         self.forward = compiled_forward(self.model) if s.compile == "1" else self.model
-        self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler,
-                                   kernels=s.kernels == "triton")
+        self.optimizer = Optimizer(
+            self.model, o, ranks, self.schedule.num_steps, compiler, kernels=s.kernels == "triton"
+        )
         self.stage, self.tied = 0, True
 
     def enter(self, step: int):
@@ -2898,8 +3308,14 @@ class Trainer:
     def export(self) -> dict:
         """All that training depends on beside step and data: tensors and plain values. A collective."""
         params, counts = self.optimizer.export()
-        return {"stage": self.stage, "tied": self.tied, "rotary_scale": self.model.rotary.scale,
-                "rotary_freqs": self.model.rotary.freqs.cpu(), "counts": counts, "params": params}
+        return {
+            "stage": self.stage,
+            "tied": self.tied,
+            "rotary_scale": self.model.rotary.scale,
+            "rotary_freqs": self.model.rotary.freqs.cpu(),
+            "counts": counts,
+            "params": params,
+        }
 
     def restore(self, saved: dict, params: dict | None):
         """export's inverse; params on rank 0 only."""
@@ -2930,12 +3346,21 @@ class Trainer:
             self.ranks.beat()
             if i == len(batches) - 1:
                 self.optimizer.expect(step)
-            loss, cross_entropy = self.forward(batch, schedule.windows(self.stage), weights, self.tied,
-                                               self.router_noise(step, slices, batch))
+            loss, cross_entropy = self.forward(
+                batch,
+                schedule.windows(self.stage),
+                weights,
+                self.tied,
+                self.router_noise(step, slices, batch),
+            )
             (LOSS_SCALE * loss).backward()
             total = total + cross_entropy
-        self.optimizer.step(step, schedule.lr_mul(step), schedule.batch_tokens(step),
-                            measure=measure or schedule.validates(step + 1))
+        self.optimizer.step(
+            step,
+            schedule.lr_mul(step),
+            schedule.batch_tokens(step),
+            measure=measure or schedule.validates(step + 1),
+        )
         return total
 
 
@@ -2988,10 +3413,19 @@ class Report:
     def line(self, step: int, loss: dict, tokens: int, ms: float, last: dict, full: bool):
         """One step line. Schedules are those of the update that led to `step`."""
         update, schedule = max(0, step - 1), self.schedule
-        self.log.step(step, {
-            **loss, "train_time": f"{ms:.0f}ms", "step_avg": f"{ms / max(1, step):.2f}ms",
-            "lr_mul": f"{schedule.lr_mul(update):.4f}", **self.optimizer.log_fields(update, full),
-            "batch_size": schedule.batch_tokens(update), "tokens": tokens, **last})
+        self.log.step(
+            step,
+            {
+                **loss,
+                "train_time": f"{ms:.0f}ms",
+                "step_avg": f"{ms / max(1, step):.2f}ms",
+                "lr_mul": f"{schedule.lr_mul(update):.4f}",
+                **self.optimizer.log_fields(update, full),
+                "batch_size": schedule.batch_tokens(update),
+                "tokens": tokens,
+                **last,
+            },
+        )
 
     def trained(self, step: int, total: Tensor, stop: bool, tokens: int, ms: float):
         """After update number `step`. On a GPU its line comes an update late: nothing waits for it. A
@@ -3018,8 +3452,13 @@ class Report:
         self.stop = self.stop or stop > 0
         loss, num_steps = total / self.schedule.batch_tokens(step - 1), self.schedule.num_steps
         self.line(step, {"train_loss": f"{loss:.6f}"}, tokens, ms, {}, full=False)
-        self.log.progress(step, loss, 1000 * tokens / ms, ms / step * (num_steps - step) / 1000,
-                          shown_every=max(1, num_steps // 20))
+        self.log.progress(
+            step,
+            loss,
+            1000 * tokens / ms,
+            ms / step * (num_steps - step) / 1000,
+            shown_every=max(1, num_steps // 20),
+        )
         self.check(step, "train_loss", loss)
 
     def expert_load(self) -> dict:
@@ -3033,10 +3472,18 @@ class Report:
         return {key: "[" + ",".join(f"{x:.4f}" for x in value.tolist()) + "]" for key, value in ends.items()}
 
     def validated(self, step: int, loss: float, accuracy: float, tokens: int, ms: float):
-        self.line(step, {"val_loss": f"{loss:.5f}"}, tokens, ms,
-                  {"val_acc": f"{accuracy:.5f}", **self.expert_load()}, full=True)
-        self.log.say(f"step {step:>5}/{self.schedule.num_steps}  validation loss {loss:.4f}, "
-                     f"{accuracy:.1%} of tokens right, {ms / 1000:.1f} s of training")
+        self.line(
+            step,
+            {"val_loss": f"{loss:.5f}"},
+            tokens,
+            ms,
+            {"val_acc": f"{accuracy:.5f}", **self.expert_load()},
+            full=True,
+        )
+        self.log.say(
+            f"step {step:>5}/{self.schedule.num_steps}  validation loss {loss:.4f}, "
+            f"{accuracy:.1%} of tokens right, {ms / 1000:.1f} s of training"
+        )
         self.check(step, "val_loss", loss)
         if loss <= self.target and not self.reached:
             self.reached = True
@@ -3059,8 +3506,15 @@ class Run:
         self.first, self.tokens, self.last_saved, self.validated, self.manifold = 0, 0, 0, -1, None
         if s.manifold_every:
             from manifold import Manifold
-            self.manifold = Manifold(s.log.with_suffix(".manifold.jsonl"), s.manifold_every,
-                                     self.trainer.optimizer, ranks, self.clock, self.log)
+
+            self.manifold = Manifold(
+                s.log.with_suffix(".manifold.jsonl"),
+                s.manifold_every,
+                self.trainer.optimizer,
+                ranks,
+                self.clock,
+                self.log,
+            )
 
     def resume(self, saved: dict | None):
         """Go on from a checkpoint, which rank 0 has; refused before anything is taken from it."""
@@ -3071,8 +3525,10 @@ class Run:
         small = self.ranks.share(saved and {k: v for k, v in saved.items() if k not in ("params", "config")})
         known = set(small["counts"]) == set(self.trainer.optimizer.by_name)
         if small["step"] >= self.schedule.num_steps or not known:
-            raise CheckpointError(f"the checkpoint is of step {small['step']} and this run has "
-                                  f"{self.schedule.num_steps}, or it counts other parameters' updates")
+            raise CheckpointError(
+                f"the checkpoint is of step {small['step']} and this run has "
+                f"{self.schedule.num_steps}, or it counts other parameters' updates"
+            )
         self.trainer.restore(small, saved and saved["params"])
         self.data.seek(small["position"])
         self.clock.spent_ms, self.report.reached = small["train_ms"], small["reached"]
@@ -3135,8 +3591,15 @@ class Run:
         self.report.flush()
         self.clock.stop()
         windows = self.schedule.final_windows() if last else self.schedule.windows(self.trainer.stage)
-        loss, accuracy = evaluate(self.trainer.forward, self.val_shards, self.s, self.ranks, windows,
-                                  self.trainer.tied, self.data.ahead)
+        loss, accuracy = evaluate(
+            self.trainer.forward,
+            self.val_shards,
+            self.s,
+            self.ranks,
+            windows,
+            self.trainer.tied,
+            self.data.ahead,
+        )
         self.validated = step
         self.report.validated(step, loss, accuracy, self.tokens, self.clock.ms())
         self.note_compilation(step)
@@ -3149,10 +3612,18 @@ class Run:
         self.ranks.beat()  # the disk has all of DIST_TIMEOUT
         contents, saved, broken = self.trainer.export(), False, False
         if self.ranks.rank == 0:
-            contents |= {"format": CHECKPOINT_FORMAT, "config": self.config, "run_id": self.s.run_id,
-                         "source_hash": source_hash(), "step": step, "tokens": self.tokens,
-                         "train_ms": self.clock.ms(), "reached": self.report.reached,
-                         "validated": self.validated, "position": list(self.data.position)}
+            contents |= {
+                "format": CHECKPOINT_FORMAT,
+                "config": self.config,
+                "run_id": self.s.run_id,
+                "source_hash": source_hash(),
+                "step": step,
+                "tokens": self.tokens,
+                "train_ms": self.clock.ms(),
+                "reached": self.report.reached,
+                "validated": self.validated,
+                "position": list(self.data.position),
+            }
             broken = not all(p["master"].isfinite().all() for p in contents["params"].values())
         if self.ranks.share(broken):  # the last good checkpoint must not make room for this one
             raise Diverged(step, "weight", math.nan)
@@ -3177,8 +3648,9 @@ class Run:
         if self.s.save_model and self.ranks.rank == 0:
             path = self.s.folder / MODEL_FILE
             try:
-                save_model(path, self.trainer.model, self.config, self.schedule.final_windows(),
-                           self.trainer.tied)
+                save_model(
+                    path, self.trainer.model, self.config, self.schedule.final_windows(), self.trainer.tied
+                )
                 where = {"model": path}
             except Exception as error:  # safetensors has errors of its own
                 reason = f"{path} could not be written: {error}"
@@ -3195,12 +3667,12 @@ class Start(NamedTuple):
     s: Settings
     o: "OptimizerSettings"
     model_config: ModelConfig
-    config: dict        # all that decides the numbers of a run, as checkpoints hold it
+    config: dict  # all that decides the numbers of a run, as checkpoints hold it
     train_shards: list
     val_shards: list
     ranks: Ranks
     log: RunLog | None  # None if the run is over already
-    origin: Origin      # with what the checkpoint holds on rank 0, {} in its place on the others
+    origin: Origin  # with what the checkpoint holds on rank 0, {} in its place on the others
 
 
 def choose_allocator():
@@ -3218,21 +3690,31 @@ def prepare(env) -> Start:
     except SettingsError as error:
         Ranks("cpu", settings=error)  # tells the others
         raise
-    config = {**dataclasses.asdict(s), **dataclasses.asdict(o),
-              "model_config": dataclasses.asdict(model_config)}
+    config = {
+        **dataclasses.asdict(s),
+        **dataclasses.asdict(o),
+        "model_config": dataclasses.asdict(model_config),
+    }
     run_id = env.get("RUN_ID", "")
     ranks = Ranks(s.device, s.dist_timeout, {**config, "run_id": run_id})
     train_shards, val_shards = ranks.together(lambda: open_data(s, ranks.world_size))
-    config |= {"train_data": shard_fields(train_shards), "val_data": shard_fields(val_shards),
-               "vocab_size": train_shards[0].vocab_size, "mark": train_shards[0].mark,
-               "num_slices": count_slices(ranks.world_size)}
+    config |= {
+        "train_data": shard_fields(train_shards),
+        "val_data": shard_fields(val_shards),
+        "vocab_size": train_shards[0].vocab_size,
+        "mark": train_shards[0].mark,
+        "num_slices": count_slices(ranks.world_size),
+    }
     origin = ranks.together(lambda: find_origin(s, config, run_id) if ranks.rank == 0 else None)
     shared = ranks.share(origin and origin._replace(saved=origin.saved and {}))
     origin, num_steps = origin or shared, Schedule(s, model_config).num_steps
     s = dataclasses.replace(s, run_id=origin.run_id)
     config["run_id"] = s.run_id
-    log = None if origin.ended is not None else ranks.together(
-        lambda: RunLog(s.log, ranks.rank, num_steps, origin.resumed))
+    log = (
+        None
+        if origin.ended is not None
+        else ranks.together(lambda: RunLog(s.log, ranks.rank, num_steps, origin.resumed))
+    )
     return Start(s, o, model_config, config, train_shards, val_shards, ranks, log, origin)
 
 
@@ -3240,8 +3722,11 @@ def write_beginning(start: Start):
     """The log's header, or its line about going on."""
     log, origin, config = start.log, start.origin, start.config
     attention, warning = choose_attention(start.s.attn_backend)
-    started = {**provenance(start.ranks), "attn": attention,
-               **{k: config[k] for k in ("train_data", "val_data")}}
+    started = {
+        **provenance(start.ranks),
+        "attn": attention,
+        **{k: config[k] for k in ("train_data", "val_data")},
+    }
     if not log.existed:
         settings = {k: v for k, v in config.items() if k not in started}
         log.header(settings, {"run_id": start.s.run_id, **started})
@@ -3310,8 +3795,9 @@ def supervise(start: Start, stop: Stop) -> int:
     try:
         if ranks.rank == 0:
             write_beginning(start)
-        log.say(f"{SCRIPT.name}: {s.model} on {ranks.world_size} rank(s) of {ranks.device.type}, "
-                f"log {log.path}")
+        log.say(
+            f"{SCRIPT.name}: {s.model} on {ranks.world_size} rank(s) of {ranks.device.type}, log {log.path}"
+        )
         if s.rehearse == "1":
             log.say("rehearsing every stage (compiles; not counted as training time)")
             rehearse(s, start.o, start.model_config, start.train_shards, start.val_shards, ranks, stop)
@@ -3337,8 +3823,11 @@ def supervise(start: Start, stop: Stop) -> int:
             time.sleep(1)  # a rank that was killed needs a moment to be gone
             missing = watch.missing()
         cut_off = isinstance(error, dist.DistError) or "gloo" in str(error)  # by another host's doing
-        crashed(missing, ", ".join([*missing.values(), f"{type(error).__name__}: {error}"]),
-                "unknown" if cut_off else ranks.rank)
+        crashed(
+            missing,
+            ", ".join([*missing.values(), f"{type(error).__name__}: {error}"]),
+            "unknown" if cut_off else ranks.rank,
+        )
         log.close()
         if ranks.device.type == "cuda" and ranks.world_size > 1:
             traceback.print_exc()  # closing the group would wait for collectives that the others never join

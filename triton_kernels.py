@@ -19,6 +19,7 @@ every launch for Hopper, both without a GPU. Predicted gains: records/2026-11-24
 M rows (tokens), C width, F hidden width, V vocabulary, B slices of T tokens, K predicted tokens;
 N matrices of R rows and K columns
 """
+
 import functools
 
 import torch
@@ -50,8 +51,9 @@ def triangle(t):
 
 
 @triton.jit
-def gram_kernel(x, out, R, K, x_n, x_r, x_k, b, c, POLYNOMIAL: tl.constexpr, BLOCK: tl.constexpr,
-                BLOCK_K: tl.constexpr):
+def gram_kernel(
+    x, out, R, K, x_n, x_r, x_k, b, c, POLYNOMIAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """One block on or below the diagonal, stored twice: X X^T or, X being symmetric, b X + c X X."""
     row, col = triangle(tl.program_id(0))
     n = tl.program_id(1).to(tl.int64)
@@ -85,8 +87,19 @@ def launch_gram(X: Tensor, b: float, c: float, polynomial: bool) -> Tensor:
     out = torch.empty(N, R, R, dtype=X.dtype, device=X.device)
     blocks = triton.cdiv(R, GRAM_BLOCK)
     gram_kernel[blocks * (blocks + 1) // 2, N](
-        X, out, R, K, *X.stride(), b, c, POLYNOMIAL=polynomial, BLOCK=GRAM_BLOCK, BLOCK_K=GRAM_BLOCK_K,
-        num_warps=8, num_stages=3)
+        X,
+        out,
+        R,
+        K,
+        *X.stride(),
+        b,
+        c,
+        POLYNOMIAL=polynomial,
+        BLOCK=GRAM_BLOCK,
+        BLOCK_K=GRAM_BLOCK_K,
+        num_warps=8,
+        num_stages=3,
+    )
     return out
 
 
@@ -154,8 +167,20 @@ def activation_backward(acc, hidden):
 
 
 @triton.jit
-def mlp_kernel(a, b, hidden, out, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr,
-               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+def mlp_kernel(
+    a,
+    b,
+    hidden,
+    out,
+    M,
+    N,
+    K,
+    BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """relu(a b^T)^2 or, backward, (a b^T) 2 sqrt(hidden); before Hopper. a (M, K), b (N, K), hidden and out
     (M, N), all contiguous; N a multiple of BLOCK_N, K of BLOCK_K."""
     row, col = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), N // BLOCK_N, GROUP)
@@ -178,9 +203,21 @@ def mlp_kernel(a, b, hidden, out, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.c
 
 
 @triton.jit
-def mlp_hopper_kernel(a, b, hidden, out, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr,
-                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-                      PROGRAMS: tl.constexpr):
+def mlp_hopper_kernel(
+    a,
+    b,
+    hidden,
+    out,
+    M,
+    N,
+    K,
+    BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
     """The same by tensor descriptors, which copy whole blocks in the background; each program works on one
     block after another, so that the next one's copies start while this one is finished, in halves that need
     less shared memory. Blocks that reach beyond M are filled with zeros and cut when stored."""
@@ -306,8 +343,9 @@ def to_float8(x, LIMIT: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def quantize_kernel(x, out, out_t, R, C, scale, LIMIT: tl.constexpr, BLOCK_R: tl.constexpr,
-                    BLOCK_C: tl.constexpr):
+def quantize_kernel(
+    x, out, out_t, R, C, scale, LIMIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (rows[:, None] < R) & (cols[None, :] < C)
@@ -325,7 +363,8 @@ def quantize(x_RC: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     x, (R, C) = x_RC.contiguous(), x_RC.shape
     out, out_t = (torch.empty(s, dtype=torch.float8_e4m3fn, device=x.device) for s in ((R, C), (C, R)))
     quantize_kernel[triton.cdiv(R, TILE["BLOCK_R"]), triton.cdiv(C, TILE["BLOCK_C"])](
-        x, out, out_t, R, C, scale, LIMIT=torch.finfo(out.dtype).max, **TILE, num_warps=8)
+        x, out, out_t, R, C, scale, LIMIT=torch.finfo(out.dtype).max, **TILE, num_warps=8
+    )
     return out, out_t
 
 
@@ -344,8 +383,9 @@ def quantize_reference(x_RC: Tensor, scale: float, dtype=torch.float8_e4m3fn) ->
 def float8_product(a: Tensor, b_t: Tensor, a_scale: float, b_scale: float, fast: bool = False) -> Tensor:
     """a @ b_t.T in bfloat16, of contiguous a (M, K) and b_t (N, K), by cuBLAS."""
     scale_a, scale_b = (torch.full((), scale, device=a.device) for scale in (a_scale, b_scale))
-    return torch._scaled_mm(a, b_t.T, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16,
-                            use_fast_accum=fast)
+    return torch._scaled_mm(
+        a, b_t.T, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -380,8 +420,21 @@ def squash(z, shift, width):
 
 
 @triton.jit
-def loss_kernel(z, targets, weights, losses, entropies, lses, T, V, gain, shift, width, K: tl.constexpr,
-                BLOCK: tl.constexpr):
+def loss_kernel(
+    z,
+    targets,
+    weights,
+    losses,
+    entropies,
+    lses,
+    T,
+    V,
+    gain,
+    shift,
+    width,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One row. Logits are below gain, so gain stands in for their maximum and one pass suffices."""
     m = tl.program_id(0)
     z += m.to(tl.int64) * V
@@ -403,8 +456,26 @@ def loss_kernel(z, targets, weights, losses, entropies, lses, T, V, gain, shift,
 
 
 @triton.jit
-def loss_backward_kernel(z, lses, targets, weights, grad, out, out_t, M, T, V, gain, shift, width, scale,
-                         K: tl.constexpr, LIMIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def loss_backward_kernel(
+    z,
+    lses,
+    targets,
+    weights,
+    grad,
+    out,
+    out_t,
+    M,
+    T,
+    V,
+    gain,
+    shift,
+    width,
+    scale,
+    K: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """One tile of the gradient with respect to z, divided by scale; float8, and transposed too, if LIMIT."""
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -433,14 +504,27 @@ def loss_backward_kernel(z, lses, targets, weights, grad, out, out_t, M, T, V, g
 
 
 @torch.library.custom_op(f"{NAMESPACE}::softcapped_loss", mutates_args=())
-def softcapped_loss(z_MV: Tensor, targets_BT: Tensor, weights_K: Tensor, gain: float, shift: float,
-                    width: float) -> tuple[Tensor, Tensor, Tensor]:
+def softcapped_loss(
+    z_MV: Tensor, targets_BT: Tensor, weights_K: Tensor, gain: float, shift: float, width: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row, fp32 (M): sum_k w_k CE(logits, target_{t+k}) over the targets within its slice, the plain
     cross-entropy, and the logits' logsumexp (arXiv 2404.19737, with one head). One pass over z; M = B T."""
     z, M = z_MV.contiguous(), z_MV.shape[0]
     outs = tuple(torch.empty(M, device=z.device) for _ in range(3))
-    loss_kernel[M,](z, targets_BT.contiguous(), weights_K, *outs, targets_BT.shape[1], z.shape[1], gain,
-                    shift, width, K=weights_K.shape[0], BLOCK=LOSS_BLOCK, num_warps=4)
+    loss_kernel[M,](
+        z,
+        targets_BT.contiguous(),
+        weights_K,
+        *outs,
+        targets_BT.shape[1],
+        z.shape[1],
+        gain,
+        shift,
+        width,
+        K=weights_K.shape[0],
+        BLOCK=LOSS_BLOCK,
+        num_warps=4,
+    )
     return outs
 
 
@@ -464,14 +548,39 @@ def softcapped_loss_reference(z_MV: Tensor, targets_BT: Tensor, weights_K: Tenso
 def launch_loss_backward(z, lse, targets_BT, weights_K, grad, outs, gain, shift, width, scale, limit):
     z, (M, V) = z.contiguous(), z.shape
     grid = triton.cdiv(V, TILE["BLOCK_C"]), triton.cdiv(M, TILE["BLOCK_R"])
-    loss_backward_kernel[grid](z, lse, targets_BT.contiguous(), weights_K, grad, outs[0], outs[-1], M,
-                               targets_BT.shape[1], V, gain, shift, width, scale, K=weights_K.shape[0],
-                               LIMIT=limit, **TILE, num_warps=8)
+    loss_backward_kernel[grid](
+        z,
+        lse,
+        targets_BT.contiguous(),
+        weights_K,
+        grad,
+        outs[0],
+        outs[-1],
+        M,
+        targets_BT.shape[1],
+        V,
+        gain,
+        shift,
+        width,
+        scale,
+        K=weights_K.shape[0],
+        LIMIT=limit,
+        **TILE,
+        num_warps=8,
+    )
 
 
 @torch.library.custom_op(f"{NAMESPACE}::softcapped_loss_backward", mutates_args=())
-def softcapped_loss_backward(z_MV: Tensor, lse_M: Tensor, targets_BT: Tensor, weights_K: Tensor, grad: Tensor,
-                             gain: float, shift: float, width: float) -> Tensor:
+def softcapped_loss_backward(
+    z_MV: Tensor,
+    lse_M: Tensor,
+    targets_BT: Tensor,
+    weights_K: Tensor,
+    grad: Tensor,
+    gain: float,
+    shift: float,
+    width: float,
+) -> Tensor:
     """The gradient with respect to z in z's dtype, for `grad` (0-d, fp32) on the sum of softcapped_loss."""
     out = torch.empty_like(z_MV, memory_format=torch.contiguous_format)
     launch_loss_backward(z_MV, lse_M, targets_BT, weights_K, grad, (out,), gain, shift, width, 1.0, 0)
@@ -484,9 +593,17 @@ def _(z_MV, lse_M, targets_BT, weights_K, grad, gain, shift, width):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::softcapped_loss_backward_float8", mutates_args=())
-def softcapped_loss_backward_float8(z_MV: Tensor, lse_M: Tensor, targets_BT: Tensor, weights_K: Tensor,
-                                    grad: Tensor, gain: float, shift: float, width: float,
-                                    scale: float) -> tuple[Tensor, Tensor]:
+def softcapped_loss_backward_float8(
+    z_MV: Tensor,
+    lse_M: Tensor,
+    targets_BT: Tensor,
+    weights_K: Tensor,
+    grad: Tensor,
+    gain: float,
+    shift: float,
+    width: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """The same divided by scale in float8 e5m2, clamped, as (M, V) and as (V, M): each of the two float8
     products that follow takes one of them."""
     M, V = z_MV.shape
@@ -546,8 +663,9 @@ class FusedHeadLoss(torch.autograd.Function):
         return grad_x, float8_product(g_VM, x_t, grad_scale, x_scale), None, None, None, None
 
 
-def head_loss(x_MC: Tensor, w_VC: Tensor, targets_BT: Tensor, weights_K: Tensor, softcap: tuple,
-              scales: tuple | None) -> tuple[Tensor, Tensor]:
+def head_loss(
+    x_MC: Tensor, w_VC: Tensor, targets_BT: Tensor, weights_K: Tensor, softcap: tuple, scales: tuple | None
+) -> tuple[Tensor, Tensor]:
     """(sum over rows of sum_k w_k CE(softcapped x w^T, target_{t+k}), the plain cross-entropy's sum).
 
     x, w bfloat16, targets int64, weights fp32. softcap: gain, shift, width. scales: those of x, w (float8
@@ -578,8 +696,9 @@ def read_master(weight, mantissa, at, mask):
 
 
 @triton.jit
-def momentum_kernel(grad, momentum, weight, mantissa, sums, size, rest, ORD: tl.constexpr,
-                    BLOCK: tl.constexpr):
+def momentum_kernel(
+    grad, momentum, weight, mantissa, sums, size, rest, ORD: tl.constexpr, BLOCK: tl.constexpr
+):
     """One block of one matrix: momentum in place, and the block's <G, G>, <G, W>, <W, W>. rest: 1 - mu."""
     block, n = tl.program_id(0), tl.program_id(1)
     start = n.to(tl.int64) * size
@@ -598,15 +717,17 @@ def momentum_kernel(grad, momentum, weight, mantissa, sums, size, rest, ORD: tl.
         tl.store(sums + 2, tl.sum(W * W, 0))
 
 
-def momentum_sums(grad: Tensor, momentum: Tensor, weight: Tensor, mantissa: Tensor, mu: float,
-                  ord: bool) -> Tensor:
+def momentum_sums(
+    grad: Tensor, momentum: Tensor, weight: Tensor, mantissa: Tensor, mu: float, ord: bool
+) -> Tensor:
     """Updates momentum in place, m = lerp(m, grad, 1 - mu); returns, of G = lerp(grad, m, mu), <G, G> and, if
     ord, <G, W>, <W, W> of each matrix, fp32 (N, 3). G itself is not stored: polar_input makes it again."""
     N, size = grad.shape[0], grad[0].numel()
     blocks = triton.cdiv(size, FLAT_BLOCK)
     sums = torch.zeros(N, blocks, 3, device=grad.device)
-    momentum_kernel[blocks, N](grad, momentum, bits(weight), mantissa, sums, size, 1 - mu, ORD=ord,
-                               BLOCK=FLAT_BLOCK, num_warps=8)
+    momentum_kernel[blocks, N](
+        grad, momentum, bits(weight), mantissa, sums, size, 1 - mu, ORD=ord, BLOCK=FLAT_BLOCK, num_warps=8
+    )
     return sums.sum(1)
 
 
@@ -631,8 +752,9 @@ def bits(weight: Tensor) -> Tensor:
 
 
 @triton.jit
-def polar_input_kernel(grad, momentum, weight, mantissa, removed, scale, out, size, rest, ORD: tl.constexpr,
-                       BLOCK: tl.constexpr):
+def polar_input_kernel(
+    grad, momentum, weight, mantissa, removed, scale, out, size, rest, ORD: tl.constexpr, BLOCK: tl.constexpr
+):
     n = tl.program_id(1)
     start = n.to(tl.int64) * size
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -645,14 +767,32 @@ def polar_input_kernel(grad, momentum, weight, mantissa, removed, scale, out, si
     tl.store(out + start + at, (G * tl.load(scale + n)).to(out.dtype.element_ty), mask=mask)
 
 
-def polar_input(grad: Tensor, momentum: Tensor, weight: Tensor, mantissa: Tensor, removed_N: Tensor | None,
-                scale_N: Tensor, mu: float) -> Tensor:
+def polar_input(
+    grad: Tensor,
+    momentum: Tensor,
+    weight: Tensor,
+    mantissa: Tensor,
+    removed_N: Tensor | None,
+    scale_N: Tensor,
+    mu: float,
+) -> Tensor:
     """(G - removed W) scale in bfloat16, (N, R, K); momentum as momentum_sums left it."""
     N, size = grad.shape[0], grad[0].numel()
     out = torch.empty_like(grad)
     polar_input_kernel[triton.cdiv(size, FLAT_BLOCK), N](
-        grad, momentum, bits(weight), mantissa, scale_N if removed_N is None else removed_N, scale_N, out,
-        size, 1 - mu, ORD=removed_N is not None, BLOCK=FLAT_BLOCK, num_warps=8)
+        grad,
+        momentum,
+        bits(weight),
+        mantissa,
+        scale_N if removed_N is None else removed_N,
+        scale_N,
+        out,
+        size,
+        1 - mu,
+        ORD=removed_N is not None,
+        BLOCK=FLAT_BLOCK,
+        num_warps=8,
+    )
     return out
 
 
@@ -664,8 +804,9 @@ def polar_input_reference(grad, momentum, weight, mantissa, removed_N, scale_N, 
 
 
 @triton.jit
-def row_scales_kernel(u, moment, scales, sums, R, K, u_n, u_r, u_k, rest, BLOCK_R: tl.constexpr,
-                      BLOCK_C: tl.constexpr):
+def row_scales_kernel(
+    u, moment, scales, sums, R, K, u_n, u_r, u_k, rest, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """Whole rows of one matrix (columns, by the strides): their mean squares, what NorMuon makes of them."""
     n = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -698,8 +839,9 @@ def row_scales(U_NRK: Tensor, second_moment: Tensor, beta2: float) -> tuple[Tens
     blocks = triton.cdiv(R, ROW_BLOCKS["BLOCK_R"])
     scales = torch.empty_like(second_moment)
     sums = torch.empty(N, blocks, 2, device=U.device)
-    row_scales_kernel[blocks, N](U, second_moment, scales, sums, R, K, *U.stride(), 1 - beta2, **ROW_BLOCKS,
-                                 num_warps=4)
+    row_scales_kernel[blocks, N](
+        U, second_moment, scales, sums, R, K, *U.stride(), 1 - beta2, **ROW_BLOCKS, num_warps=4
+    )
     before, after = sums.sum(1).unbind(-1)
     scales *= (before / after.clamp_min(1e-30)).sqrt()[:, None, None]
     return scales, before * K
@@ -716,9 +858,24 @@ def row_scales_reference(U_NRK, second_moment, beta2):
 
 
 @triton.jit
-def apply_kernel(weight, mantissa, u, scales, added, lr, sums, size, decay, COLS: tl.constexpr,
-                 TALL: tl.constexpr, SCALED: tl.constexpr, ORD: tl.constexpr, MODE: tl.constexpr,
-                 MEASURE: tl.constexpr, BLOCK: tl.constexpr):
+def apply_kernel(
+    weight,
+    mantissa,
+    u,
+    scales,
+    added,
+    lr,
+    sums,
+    size,
+    decay,
+    COLS: tl.constexpr,
+    TALL: tl.constexpr,
+    SCALED: tl.constexpr,
+    ORD: tl.constexpr,
+    MODE: tl.constexpr,
+    MEASURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """W -= lr (U + decay), U the polar factor scaled by rows or columns, plus, for ORD, added W."""
     block, n = tl.program_id(0), tl.program_id(1)
     start = n.to(tl.int64) * size
@@ -750,19 +907,41 @@ def apply_kernel(weight, mantissa, u, scales, added, lr, sums, size, decay, COLS
     tl.store(mantissa + start + at, new.to(tl.int16), mask=mask)
 
 
-def apply_update(weight: Tensor, mantissa: Tensor, U_NRK: Tensor, scales: Tensor | None,
-                 added_N: Tensor | None, lr_N: Tensor, decay: float, mode: str,
-                 measure: bool = False) -> Tensor | None:
+def apply_update(
+    weight: Tensor,
+    mantissa: Tensor,
+    U_NRK: Tensor,
+    scales: Tensor | None,
+    added_N: Tensor | None,
+    lr_N: Tensor,
+    decay: float,
+    mode: str,
+    measure: bool = False,
+) -> Tensor | None:
     """W -= lr (U + decay), in place, for U = U_NRK scales + added W; decay by `mode` as the trainers'
     with_decay. If asked, returns <U, W>, <U, U> and <P, P> of P = U_NRK scales, fp32 (N, 3)."""
     (N, R, K), size = U_NRK.shape, U_NRK[0].numel()
     blocks = triton.cdiv(size, FLAT_BLOCK)
     sums = torch.empty(N, blocks, 3, device=U_NRK.device) if measure else lr_N
     apply_kernel[blocks, N](
-        bits(weight), mantissa, U_NRK.contiguous(), lr_N if scales is None else scales,
-        lr_N if added_N is None else added_N, lr_N, sums, size, decay, COLS=K, TALL=R >= K,
-        SCALED=scales is not None, ORD=added_N is not None, MODE=mode, MEASURE=measure, BLOCK=FLAT_BLOCK,
-        num_warps=8)
+        bits(weight),
+        mantissa,
+        U_NRK.contiguous(),
+        lr_N if scales is None else scales,
+        lr_N if added_N is None else added_N,
+        lr_N,
+        sums,
+        size,
+        decay,
+        COLS=K,
+        TALL=R >= K,
+        SCALED=scales is not None,
+        ORD=added_N is not None,
+        MODE=mode,
+        MEASURE=measure,
+        BLOCK=FLAT_BLOCK,
+        num_warps=8,
+    )
     return sums.sum(1) if measure else None
 
 

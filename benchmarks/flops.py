@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-VOCAB_MULTIPLE = 128     # as in the trainers
+VOCAB_MULTIPLE = 128  # as in the trainers
 GATE_CHANNELS = 12
 POLAR_STEPS = 5
 
@@ -62,10 +62,10 @@ def keys_per_token(c, lengths, windows: tuple[int, int]) -> float:
 class Forward(NamedTuple):
     """FLOP of the forward pass for one token."""
 
-    matrices: float     # attention's four and the MLP's two, or a token's experts' and the router
+    matrices: float  # attention's four and the MLP's two, or a token's experts' and the router
     head: float
-    attention: float    # scores and mixing
-    gates: float        # from 12 channels, a head each
+    attention: float  # scores and mixing
+    gates: float  # from 12 channels, a head each
 
     @property
     def total(self) -> float:

@@ -51,12 +51,22 @@ from flops import (  # noqa: E402
 )
 
 VOCAB = 50257
-NUM_SLICES = 8           # of a global batch, or as many as ranks
-PASS_TOKENS = 65_536     # slices are stacked into passes of so many tokens
-ADAM_EVERY = 2           # tables move, and are sent, on every second step
-SMALL_BUCKETS = 2        # scalars in fp32, gates in bf16; all-reduced
-PARTS = ("matmul", "head", "attention", "elementwise", "logits", "tables", "launches", "polar", "updates",
-         "communication")
+NUM_SLICES = 8  # of a global batch, or as many as ranks
+PASS_TOKENS = 65_536  # slices are stacked into passes of so many tokens
+ADAM_EVERY = 2  # tables move, and are sent, on every second step
+SMALL_BUCKETS = 2  # scalars in fp32, gates in bf16; all-reduced
+PARTS = (
+    "matmul",
+    "head",
+    "attention",
+    "elementwise",
+    "logits",
+    "tables",
+    "launches",
+    "polar",
+    "updates",
+    "communication",
+)
 
 
 def assumed(default: float, why: str):
@@ -87,16 +97,24 @@ class Machine:
     attention_share: float = assumed(0.35, "of the bf16 peak: short documents and windows, causal blocks")
     polar_share: float = assumed(0.5, "of the bf16 peak: batches of small square products")
     memory_share: float = assumed(0.85, "of the bandwidth, streaming kernels")
-    logit_bytes: float = assumed(8, "memory traffic a logit: written, read by the loss, its float8 gradient "
-                                    "written, transposed, read (fused loss)")
-    table_pass_bytes: float = assumed(8, "traffic a table entry and pass: dense bf16 gradient zeroed, "
-                                         "written, added to the one before")
+    logit_bytes: float = assumed(
+        8,
+        "memory traffic a logit: written, read by the loss, its float8 gradient "
+        "written, transposed, read (fused loss)",
+    )
+    table_pass_bytes: float = assumed(
+        8, "traffic a table entry and pass: dense bf16 gradient zeroed, written, added to the one before"
+    )
     adam_bytes: float = assumed(30, "traffic an entry and Adam update: m, v, master, gradient, zeroing")
-    matrix_bytes: float = assumed(48, "traffic an entry and NorMuon update: gradient, momentum, variance, "
-                                      "decay, master")
+    matrix_bytes: float = assumed(
+        48, "traffic an entry and NorMuon update: gradient, momentum, variance, decay, master"
+    )
     saved_bytes: float = assumed(32, "memory for backward a token, layer and channel (rough)")
-    passes: float = assumed(0.0, "times that a token's vector of width C crosses memory in a layer, forward "
-                               "and backward, beside its products' own operands; FITTED")
+    passes: float = assumed(
+        0.0,
+        "times that a token's vector of width C crosses memory in a layer, forward "
+        "and backward, beside its products' own operands; FITTED",
+    )
 
     @property
     def memory_rate(self) -> float:
@@ -122,13 +140,15 @@ class Machine:
 # ---------------------------------------------------------------------------------------------------
 
 MEAN_DOC_TOKENS, MEDIAN_DOC_TOKENS, MAX_DOC_TOKENS = 700, 420, 2048
-DOC_NOTE = (f"documents: log-normal lengths, mean {MEAN_DOC_TOKENS}, median {MEDIAN_DOC_TOKENS} tokens "
-            f"(about FineWeb's), cut at {MAX_DOC_TOKENS}; slices take whole documents, the last cut to fit")
+DOC_NOTE = (
+    f"documents: log-normal lengths, mean {MEAN_DOC_TOKENS}, median {MEDIAN_DOC_TOKENS} tokens "
+    f"(about FineWeb's), cut at {MAX_DOC_TOKENS}; slices take whole documents, the last cut to fit"
+)
 
 
 class Slices(NamedTuple):
-    lengths: np.ndarray     # of the pieces of documents that are trained on
-    dropped: float          # share of the tokens read that no slice holds, because a slice was full
+    lengths: np.ndarray  # of the pieces of documents that are trained on
+    dropped: float  # share of the tokens read that no slice holds, because a slice was full
 
 
 @functools.cache
@@ -171,11 +191,12 @@ class Bucket(NamedTuple):
     reduce_s: float
     update_s: float
     gather_s: float
-    polar_s: float      # of update_s
+    polar_s: float  # of update_s
 
 
-def bucket_times(m: Machine, entries: float, ranks: int, shard_over: int, update_s: float,
-                 polar_s: float = 0.0) -> Bucket:
+def bucket_times(
+    m: Machine, entries: float, ranks: int, shard_over: int, update_s: float, polar_s: float = 0.0
+) -> Bucket:
     """Of a sharded bf16 bucket of `entries` numbers, padding included, shared among groups of shard_over."""
     inside, groups = m.ring(2 * entries, shard_over), ranks // shard_over
     across = 2 * m.ring(2 * entries / shard_over, groups, shard_over)  # all-reduce of each shard
@@ -222,13 +243,16 @@ def num_passes(batch_tokens: int, ranks: int) -> int:
     return math.ceil(slices // ranks / max(1, PASS_TOKENS * slices // batch_tokens))
 
 
-def step_seconds(c, m: Machine, batch_tokens: int, windows, ranks: int, tied: bool = True,
-                 shard_over: int | None = None) -> dict[str, float]:
+def step_seconds(
+    c, m: Machine, batch_tokens: int, windows, ranks: int, tied: bool = True, shard_over: int | None = None
+) -> dict[str, float]:
     """Seconds of each of PARTS in a mean step; they add up to the step. ValueError if ranks do not fit."""
     shard_over, slices = shard_over or ranks, max(NUM_SLICES, ranks)
     if slices % ranks or batch_tokens % slices or ranks % shard_over:
-        raise ValueError(f"{ranks} ranks do not divide {slices} slices of {batch_tokens} tokens, or groups "
-                         f"of {shard_over} do not divide them; use powers of two")
+        raise ValueError(
+            f"{ranks} ranks do not divide {slices} slices of {batch_tokens} tokens, or groups "
+            f"of {shard_over} do not divide them; use powers of two"
+        )
     tokens, count = batch_tokens / ranks, num_passes(batch_tokens, ranks)
     forward = forward_flop(c, draw_slices(batch_tokens // slices).lengths, VOCAB, windows)
     V, tables = padded_vocab(VOCAB), sum(table_sizes(c, VOCAB).values())
@@ -276,7 +300,7 @@ class Preset(NamedTuple):
     name: str
     config: object
     batch_sizes: tuple[int, ...]
-    steps: tuple[int, ...]          # of each stage
+    steps: tuple[int, ...]  # of each stage
 
     def with_steps(self, total: int) -> "Preset":
         """The same with so many steps, extension included."""
@@ -292,8 +316,9 @@ def read_presets() -> dict[str, Preset]:
     for name, (config, changed) in train_gpt.PRESETS.items():
         values = {**defaults, **changed}
         third = values["num_scheduled_iterations"] / 3
-        presets[name] = Preset(name, config, values["batch_sizes"],
-                               (third, third, third, values["num_extension_iterations"]))
+        presets[name] = Preset(
+            name, config, values["batch_sizes"], (third, third, third, values["num_extension_iterations"])
+        )
     return presets
 
 
@@ -305,9 +330,9 @@ class Run(NamedTuple):
     seconds: float
     steps: float
     tokens: float
-    parts: dict[str, float]     # seconds
+    parts: dict[str, float]  # seconds
     flop: float
-    dropped: float              # share of tokens read and not trained on
+    dropped: float  # share of tokens read and not trained on
     gib: float
 
     @property
@@ -391,14 +416,14 @@ def counted(c) -> dict[str, float]:
     kernels, of gpt2-small (config c)."""
     return {
         "passes": NAMED_BYTES / (PASS_TOKENS * c.num_layers * c.width * 2),
-        "logit_bytes": 6,       # read by the loss, read by its backward, written twice in float8
+        "logit_bytes": 6,  # read by the loss, read by its backward, written twice in float8
         "table_pass_bytes": 6,  # a pass's gradient added to the one before; making it is among NAMED_BYTES
-        "matrix_bytes": 40,     # 38 with ORD (triton_kernels.py), and zeroing the gradient
+        "matrix_bytes": 40,  # 38 with ORD (triton_kernels.py), and zeroing the gradient
     }
 
 
 H200 = {"memory_bytes": 4.8e12, "memory_gib": 131}  # datasheet; its rates of products are an H100's
-ORD_BYTES = 8   # a number of a matrix: W read once more for the sums, once more for the polar factor's input
+ORD_BYTES = 8  # a number of a matrix: W read once more for the sums, once more for the polar factor's input
 
 
 PREDICTION_NOTE = """\
@@ -420,27 +445,47 @@ def predictions(p: Preset, fitted: Machine) -> list[tuple[str, str, Machine, Run
 # Words
 # ---------------------------------------------------------------------------------------------------
 
-PAYS = 1.5      # a doubling of the GPUs pays if it makes the run so many times as fast
+PAYS = 1.5  # a doubling of the GPUs pays if it makes the run so many times as fast
 
 
 def table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
     if markdown:
         return "\n".join("| " + " | ".join(r) + " |" for r in (header, ["---"] * len(header), *rows))
     widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(r, widths))) for r in (header, *rows))
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths)))
+        for r in (header, *rows)
+    )
 
 
 def run_row(run: Run, one: Run, m: Machine) -> list[str]:
     speedup = one.seconds / run.seconds
-    return [str(run.ranks), f"{run.ms_step:.1f}", f"{run.seconds / 60:.2f}",
-            f"{run.tokens / run.seconds:,.0f}", f"{speedup:.1f}", f"{speedup / run.ranks:.0%}",
-            f"{run.flop / run.seconds / run.ranks / m.bf16_flops:.0%}", run.bound, f"{run.dropped:.0%}",
-            f"{run.gib:.0f}" + ("" if run.gib < m.memory_gib else " (too much)")]
+    return [
+        str(run.ranks),
+        f"{run.ms_step:.1f}",
+        f"{run.seconds / 60:.2f}",
+        f"{run.tokens / run.seconds:,.0f}",
+        f"{speedup:.1f}",
+        f"{speedup / run.ranks:.0%}",
+        f"{run.flop / run.seconds / run.ranks / m.bf16_flops:.0%}",
+        run.bound,
+        f"{run.dropped:.0%}",
+        f"{run.gib:.0f}" + ("" if run.gib < m.memory_gib else " (too much)"),
+    ]
 
 
-RUN_HEADER = ["GPUs", "ms a step", "minutes", "tokens/s", "speed-up", "of linear", "of bf16 peak",
-              "most time", "tokens dropped", "GiB a GPU"]
+RUN_HEADER = [
+    "GPUs",
+    "ms a step",
+    "minutes",
+    "tokens/s",
+    "speed-up",
+    "of linear",
+    "of bf16 peak",
+    "most time",
+    "tokens dropped",
+    "GiB a GPU",
+]
 
 
 def parts_row(run: Run) -> list[str]:
@@ -462,8 +507,10 @@ def stops_paying(runs: list[Run]) -> str:
     if not failing:
         return f"every doubling shown makes the run at least {PAYS} times as fast"
     a, b, gain = failing
-    return (f"from {a.ranks} to {b.ranks} GPUs a doubling makes it only {gain:.3f} times as fast (less than "
-            f"{PAYS}); at {b.ranks} most time goes to {b.bound} ({b.parts[b.bound] / b.seconds:.0%})")
+    return (
+        f"from {a.ranks} to {b.ranks} GPUs a doubling makes it only {gain:.3f} times as fast (less than "
+        f"{PAYS}); at {b.ranks} most time goes to {b.bound} ({b.parts[b.bound] / b.seconds:.0%})"
+    )
 
 
 def print_preset(p: Preset, m: Machine, gpus: list[int], shard_over: int | None, markdown: bool) -> list[Run]:
@@ -471,21 +518,30 @@ def print_preset(p: Preset, m: Machine, gpus: list[int], shard_over: int | None,
     runs = [run_schedule(p, m, ranks, shard_over) for ranks in gpus]
     one = run_schedule(p, m, 1)
     how = f", each bucket shared among {shard_over} ranks" if shard_over else ""
-    print(f"\n{heading}{p.name}: {num_matrix_params(c) / 1e6:.1f}M in matrices, "
-          f"{sum(table_sizes(c, VOCAB).values()) / 1e6:.1f}M in tables and head, {one.steps:.0f} steps, "
-          f"{one.tokens / 1e6:,.0f}M tokens{how}\n")
+    print(
+        f"\n{heading}{p.name}: {num_matrix_params(c) / 1e6:.1f}M in matrices, "
+        f"{sum(table_sizes(c, VOCAB).values()) / 1e6:.1f}M in tables and head, {one.steps:.0f} steps, "
+        f"{one.tokens / 1e6:,.0f}M tokens{how}\n"
+    )
     active = active_matrix_params(c) + padded_vocab(VOCAB) * c.width
-    print(f"arithmetic limit, {active / 1e6:.0f}M matrix parameters in bf16: "
-          f"{arithmetic_limit(c, 790e12):,.0f} tokens/s a GPU at 790 TFLOP/s, "
-          f"{arithmetic_limit(c, 990e12):,.0f} at 990\n")
+    print(
+        f"arithmetic limit, {active / 1e6:.0f}M matrix parameters in bf16: "
+        f"{arithmetic_limit(c, 790e12):,.0f} tokens/s a GPU at 790 TFLOP/s, "
+        f"{arithmetic_limit(c, 990e12):,.0f} at 990\n"
+    )
     print(table(RUN_HEADER, [run_row(run, one, m) for run in runs], markdown))
     print("\nms of a mean step:\n")
     print(table(["GPUs", *PARTS], [parts_row(run) for run in runs], markdown))
-    print("\nmatrices that a rank owns, share of ranks' polar work that is real, and what is sent over what "
-          "there is:\n")
+    print(
+        "\nmatrices that a rank owns, share of ranks' polar work that is real, and what is sent over what "
+        "there is:\n"
+    )
     header = [text for (r, k), n in matrix_shapes(c).items() for text in (f"of {n} {r}x{k}", "real")]
-    print(table(["GPUs", *header, "sent"],
-                [sharding_row(c, r, min(shard_over or r, r)) for r in gpus], markdown))
+    print(
+        table(
+            ["GPUs", *header, "sent"], [sharding_row(c, r, min(shard_over or r, r)) for r in gpus], markdown
+        )
+    )
     print(f"\n{stops_paying(runs)}")
     return runs
 
@@ -499,38 +555,87 @@ def print_assumptions(m: Machine):
 
 
 def print_published(p: Preset, m: Machine, markdown: bool):
-    print(f"\n{'### ' if markdown else ''}Against published figures (gpt2-small on H100s, before any --set; "
-          f"passes = {m.passes:.0f} fitted to the first, nothing else)\n")
-    rows = [[what, f"{ms:.1f}", f"{predicted:.1f}", f"{round(error, 6) + 0:+.1%}", kind]
-            for what, ms, predicted, error, kind in check_published(p, m)]
+    print(
+        f"\n{'### ' if markdown else ''}Against published figures (gpt2-small on H100s, before any --set; "
+        f"passes = {m.passes:.0f} fitted to the first, nothing else)\n"
+    )
+    rows = [
+        [what, f"{ms:.1f}", f"{predicted:.1f}", f"{round(error, 6) + 0:+.1%}", kind]
+        for what, ms, predicted, error, kind in check_published(p, m)
+    ]
     print(table(["figure", "published ms a step", "model", "error", "kind"], rows, markdown))
 
 
 def print_predictions(p: Preset, fitted: Machine, markdown: bool):
     """As fitted, before any --set."""
-    print(f"\n{'### ' if markdown else ''}Predictions for gpt2-small's whole schedule, before any --set "
-          "(nothing was measured on a GPU)\n")
+    print(
+        f"\n{'### ' if markdown else ''}Predictions for gpt2-small's whole schedule, before any --set "
+        "(nothing was measured on a GPU)\n"
+    )
     rows, target = [], 800_000
     for gpu, whose, _, run in predictions(p, fitted):
-        rows.append([gpu, whose, f"{run.ms_step:.1f}", f"{run.tokens / run.seconds:,.0f}",
-                     f"{run.tokens / run.seconds / run.ranks / target - 1:+.0%}",
-                     *(f"{1000 * run.parts[name] / run.steps:.1f}" for name in ("elementwise", "logits"))])
-    print(table(["GPUs", "whose step", "ms a step", "tokens/s", f"a GPU, to {target:,}", "elementwise ms",
-                 "logits ms"], rows, markdown))
+        rows.append(
+            [
+                gpu,
+                whose,
+                f"{run.ms_step:.1f}",
+                f"{run.tokens / run.seconds:,.0f}",
+                f"{run.tokens / run.seconds / run.ranks / target - 1:+.0%}",
+                *(f"{1000 * run.parts[name] / run.steps:.1f}" for name in ("elementwise", "logits")),
+            ]
+        )
+    print(
+        table(
+            [
+                "GPUs",
+                "whose step",
+                "ms a step",
+                "tokens/s",
+                f"a GPU, to {target:,}",
+                "elementwise ms",
+                "logits ms",
+            ],
+            rows,
+            markdown,
+        )
+    )
     ms = 1000 * num_matrix_params(p.config) * ORD_BYTES / fitted.memory_rate
-    print(f"\n{PREDICTION_NOTE} ORD's own traffic is in it: {ms:.2f} ms a step on one\nH100, where the "
-          "fused step covers the settings (fused_covers).")
+    print(
+        f"\n{PREDICTION_NOTE} ORD's own traffic is in it: {ms:.2f} ms a step on one\nH100, where the "
+        "fused step covers the settings (fused_covers)."
+    )
 
 
 def write_csv(path: Path, runs: list[Run]):
     with path.open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(["preset", "gpus", "steps", "ms_step", "minutes", "tokens_per_s", "dropped_share",
-                      "gib_a_gpu", *(f"{name}_ms" for name in PARTS)])
+        out.writerow(
+            [
+                "preset",
+                "gpus",
+                "steps",
+                "ms_step",
+                "minutes",
+                "tokens_per_s",
+                "dropped_share",
+                "gib_a_gpu",
+                *(f"{name}_ms" for name in PARTS),
+            ]
+        )
         for r in runs:
-            out.writerow([r.preset, r.ranks, round(r.steps), f"{r.ms_step:.4f}", f"{r.seconds / 60:.4f}",
-                          f"{r.tokens / r.seconds:.0f}", f"{r.dropped:.4f}", f"{r.gib:.2f}",
-                          *(f"{1000 * r.parts[name] / r.steps:.4f}" for name in PARTS)])
+            out.writerow(
+                [
+                    r.preset,
+                    r.ranks,
+                    round(r.steps),
+                    f"{r.ms_step:.4f}",
+                    f"{r.seconds / 60:.4f}",
+                    f"{r.tokens / r.seconds:.0f}",
+                    f"{r.dropped:.4f}",
+                    f"{r.gib:.2f}",
+                    *(f"{1000 * r.parts[name] / r.steps:.4f}" for name in PARTS),
+                ]
+            )
 
 
 def changed(m: Machine, changes: list[str]) -> Machine:
@@ -551,8 +656,9 @@ def changed(m: Machine, changes: list[str]) -> Machine:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="gpt2-small,gpt2-medium,gpt2-1b", help="comma-separated")
     parser.add_argument("--gpus", default="1,8,16,32,64,128,256", help="default %(default)s")
     parser.add_argument("--shard-over", type=int, help="ranks that share one optimizer (default: all)")

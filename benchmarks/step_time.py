@@ -106,14 +106,17 @@ class Parts:
         def timed(*args, **kwargs):
             with self.part(name):
                 return function(*args, **kwargs)
+
         return timed
 
     def wrap_collective(self, function):
         """A collective of Ranks: its start counts, and so does waiting for what it returns."""
+
         def timed(*args, **kwargs):
             with self.part("communication"):
                 work = function(*args, **kwargs)
             return Waited(work, self) if self.on else work
+
         return timed
 
     @contextlib.contextmanager
@@ -251,8 +254,16 @@ class Timed:
         windows = self.schedule.windows(self.trainer.stage)
         self.clock.sync()
         start = time.perf_counter()
-        self.module.evaluate(self.trainer.forward, self.val_shards, self.s, self.ranks, windows,
-                             self.trainer.tied, self.data.ahead, num_batches=num_batches)
+        self.module.evaluate(
+            self.trainer.forward,
+            self.val_shards,
+            self.s,
+            self.ranks,
+            windows,
+            self.trainer.tied,
+            self.data.ahead,
+            num_batches=num_batches,
+        )
         self.clock.sync()
         return 1000 * (time.perf_counter() - start)
 
@@ -328,13 +339,22 @@ def measure_stage(timed: Timed, stage: int, steps: int) -> dict:
     flop, ceiling = timed.flop_per_step(stage), float(np.median(rates))
     compute_ms = parts["forward"] + parts["backward"]
     return {
-        "stage": stage + 1, "first_step": step, "batch_tokens": tokens, "windows": schedule.windows(stage),
-        "predicted_tokens": len(schedule.predict_weights(step)), "tied": timed.trainer.tied, "pairs": pairs,
-        "ms_step": ms_step, "ms_step_quartiles": np.percentile(ms, [25, 75]).tolist(),
+        "stage": stage + 1,
+        "first_step": step,
+        "batch_tokens": tokens,
+        "windows": schedule.windows(stage),
+        "predicted_tokens": len(schedule.predict_weights(step)),
+        "tied": timed.trainer.tied,
+        "pairs": pairs,
+        "ms_step": ms_step,
+        "ms_step_quartiles": np.percentile(ms, [25, 75]).tolist(),
         "ms_step_fastest": float(ms.min()),
-        "tokens_per_s": 1000 * tokens / ms_step, "parts_ms": parts,
+        "tokens_per_s": 1000 * tokens / ms_step,
+        "parts_ms": parts,
         "shares": {name: value / sum(parts.values()) for name, value in parts.items()},
-        "evaluation_ms": timed.evaluation_ms(), "flop_per_rank_step": flop, "ceiling_flops": ceiling,
+        "evaluation_ms": timed.evaluation_ms(),
+        "flop_per_rank_step": flop,
+        "ceiling_flops": ceiling,
         "of_ceiling_forward_backward": flop / (compute_ms / 1000) / ceiling,
         "of_ceiling_step": flop / (ms_step / 1000) / ceiling,
     }
@@ -370,13 +390,22 @@ def whole_schedule(timed: Timed, results: list[dict]) -> dict | None:
     validations = [of_step[max(0, i - 1)] for i in range(schedule.num_steps + 1) if schedule.validates(i)]
     train_ms = sum(by_stage[i]["ms_step"] for i in of_step)
     eval_ms = sum(by_stage[i]["evaluation_ms"] for i in validations)
-    shares = {name: sum(by_stage[i]["shares"][name] * by_stage[i]["ms_step"] for i in of_step)
-              / (train_ms + eval_ms) for name in PARTS}
+    shares = {
+        name: sum(by_stage[i]["shares"][name] * by_stage[i]["ms_step"] for i in of_step)
+        / (train_ms + eval_ms)
+        for name in PARTS
+    }
     tokens = sum(schedule.batch_tokens(i) for i in range(schedule.num_steps))
-    return {"steps": schedule.num_steps, "tokens": tokens, "validations": len(validations),
-            "train_minutes": train_ms / 60_000, "minutes_with_evaluation": (train_ms + eval_ms) / 60_000,
-            "tokens_per_s": 1000 * tokens / train_ms, "ms_step": train_ms / schedule.num_steps,
-            "shares": {**shares, "evaluation": eval_ms / (train_ms + eval_ms)}}
+    return {
+        "steps": schedule.num_steps,
+        "tokens": tokens,
+        "validations": len(validations),
+        "train_minutes": train_ms / 60_000,
+        "minutes_with_evaluation": (train_ms + eval_ms) / 60_000,
+        "tokens_per_s": 1000 * tokens / train_ms,
+        "ms_step": train_ms / schedule.num_steps,
+        "shares": {**shares, "evaluation": eval_ms / (train_ms + eval_ms)},
+    }
 
 
 def memory(timed: Timed) -> dict:
@@ -402,8 +431,13 @@ def median_interval(values, confidence: float = 0.95) -> dict:
     x = np.sort(np.asarray(values, dtype=float))
     n = len(x)
     k = max(1, int(stats.binom.ppf((1 - confidence) / 2, n, 0.5)))
-    return {"median": float(np.median(x)), "low": float(x[k - 1]), "high": float(x[n - k]), "n": n,
-            "confidence": float(1 - 2 * stats.binom.cdf(k - 1, n, 0.5))}
+    return {
+        "median": float(np.median(x)),
+        "low": float(x[k - 1]),
+        "high": float(x[n - k]),
+        "n": n,
+        "confidence": float(1 - 2 * stats.binom.cdf(k - 1, n, 0.5)),
+    }
 
 
 def compare_twins(twins: list[Timed], stage: int, pairs: int) -> dict:
@@ -419,16 +453,25 @@ def compare_twins(twins: list[Timed], stage: int, pairs: int) -> dict:
             inside[which].append(twins[which].parts.take())
     clock.sync()
     base, ord_ = (np.array([clock.ms(*marks) / 2 for marks in arm]) for arm in whole)
-    base_optimizer, ord_optimizer = (np.array([twin.parts.spent(marks)["optimizer"] / 2 for marks in arm])
-                                     for twin, arm in zip(twins, inside))
-    return {"stage": stage + 1, "pairs": pairs, "steps_each": 2 * pairs,
-            "ord_mode": twins[1].o.ord_mode,
-            "fused_step": twins[1].s.kernels == "triton" and twins[1].module.fused_covers(twins[1].o),
-            "ms_step": {TWINS[0]: float(np.median(base)), TWINS[1]: float(np.median(ord_))},
-            "ms_optimizer": {TWINS[0]: float(np.median(base_optimizer)),
-                             TWINS[1]: float(np.median(ord_optimizer))},
-            "ratio": median_interval(ord_ / base), "ratio_of_fastest": float(ord_.min() / base.min()),
-            "optimizer_extra_share_of_step": median_interval((ord_optimizer - base_optimizer) / base)}
+    base_optimizer, ord_optimizer = (
+        np.array([twin.parts.spent(marks)["optimizer"] / 2 for marks in arm])
+        for twin, arm in zip(twins, inside)
+    )
+    return {
+        "stage": stage + 1,
+        "pairs": pairs,
+        "steps_each": 2 * pairs,
+        "ord_mode": twins[1].o.ord_mode,
+        "fused_step": twins[1].s.kernels == "triton" and twins[1].module.fused_covers(twins[1].o),
+        "ms_step": {TWINS[0]: float(np.median(base)), TWINS[1]: float(np.median(ord_))},
+        "ms_optimizer": {
+            TWINS[0]: float(np.median(base_optimizer)),
+            TWINS[1]: float(np.median(ord_optimizer)),
+        },
+        "ratio": median_interval(ord_ / base),
+        "ratio_of_fastest": float(ord_.min() / base.min()),
+        "optimizer_extra_share_of_step": median_interval((ord_optimizer - base_optimizer) / base),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -447,55 +490,82 @@ def print_stage(r: dict, say):
         return say(f"\nstage {r['stage']}: the same step as stage {r['same_as']}")
     low, high = r["ms_step_quartiles"]
     parts = r["parts_ms"]
-    say(f"\nstage {r['stage']}: {r['batch_tokens']} tokens a step, windows {r['windows']}, "
+    say(
+        f"\nstage {r['stage']}: {r['batch_tokens']} tokens a step, windows {r['windows']}, "
         f"{r['predicted_tokens']} predicted token(s), {'tied' if r['tied'] else 'untied'}; "
-        f"{2 * r['pairs']} steps timed whole, {2 * r['pairs']} in parts")
-    say(f"  {r['ms_step']:.2f} ms a step (quartiles {low:.2f} to {high:.2f}, fastest pair "
+        f"{2 * r['pairs']} steps timed whole, {2 * r['pairs']} in parts"
+    )
+    say(
+        f"  {r['ms_step']:.2f} ms a step (quartiles {low:.2f} to {high:.2f}, fastest pair "
         f"{r['ms_step_fastest']:.2f}), {r['tokens_per_s']:,.0f} tokens/s; "
-        f"steps in parts took {sum(parts.values()):.2f} ms")
+        f"steps in parts took {sum(parts.values()):.2f} ms"
+    )
     say(f"  {in_words(parts, sum(parts.values()))}")
-    say(f"  {r['flop_per_rank_step'] / 1e9:,.2f} GFLOP a rank and step; matmul ceiling "
+    say(
+        f"  {r['flop_per_rank_step'] / 1e9:,.2f} GFLOP a rank and step; matmul ceiling "
         f"{r['ceiling_flops'] / 1e9:,.0f} GFLOP/s a rank: forward and backward run at "
-        f"{r['of_ceiling_forward_backward']:.1%} of it, the whole step at {r['of_ceiling_step']:.1%}")
+        f"{r['of_ceiling_forward_backward']:.1%} of it, the whole step at {r['of_ceiling_step']:.1%}"
+    )
     return say(f"  evaluation: {r['evaluation_ms'] / 1000:.2f} s a validation")
 
 
 def print_schedule(total: dict | None, say):
     if total is None:
         return say("\nnot all stages were timed, so the schedule's total is not known")
-    say(f"\nwhole schedule: {total['steps']} steps, {total['tokens']:,} tokens, {total['validations']} "
+    say(
+        f"\nwhole schedule: {total['steps']} steps, {total['tokens']:,} tokens, {total['validations']} "
         f"validations: {total['train_minutes']:.2f} minutes of training ({total['ms_step']:.2f} ms a step, "
-        f"{total['tokens_per_s']:,.0f} tokens/s), {total['minutes_with_evaluation']:.2f} with evaluation")
+        f"{total['tokens_per_s']:,.0f} tokens/s), {total['minutes_with_evaluation']:.2f} with evaluation"
+    )
     return say(f"  {in_words(total['shares'])}")
 
 
 def print_twins(r: dict, say):
     ratio, extra = r["ratio"], r["optimizer_extra_share_of_step"]
-    say(f"\nstage {r['stage']}, train_gpt_muon_ord.py over train_gpt.py, {r['pairs']} pairs of 2 steps each, "
-        f"interleaved; ORD_MODE={r['ord_mode']}, {'fused kernels' if r['fused_step'] else 'plain torch'}:")
-    say(f"  step {r['ms_step'][TWINS[1]]:.2f} / {r['ms_step'][TWINS[0]]:.2f} ms, median of paired ratios "
+    say(
+        f"\nstage {r['stage']}, train_gpt_muon_ord.py over train_gpt.py, {r['pairs']} pairs of 2 steps each, "
+        f"interleaved; ORD_MODE={r['ord_mode']}, {'fused kernels' if r['fused_step'] else 'plain torch'}:"
+    )
+    say(
+        f"  step {r['ms_step'][TWINS[1]]:.2f} / {r['ms_step'][TWINS[0]]:.2f} ms, median of paired ratios "
         f"{ratio['median']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f}, {ratio['confidence']:.1%}, "
-        f"n = {ratio['n']}); fastest pair over fastest pair {r['ratio_of_fastest']:.4f}")
-    say(f"  optimizer {r['ms_optimizer'][TWINS[1]]:.2f} / {r['ms_optimizer'][TWINS[0]]:.2f} ms; its "
-        f"extra time is {extra['median']:.2%} of a baseline step ({extra['low']:.2%} to {extra['high']:.2%})")
+        f"n = {ratio['n']}); fastest pair over fastest pair {r['ratio_of_fastest']:.4f}"
+    )
+    say(
+        f"  optimizer {r['ms_optimizer'][TWINS[1]]:.2f} / {r['ms_optimizer'][TWINS[0]]:.2f} ms; its "
+        f"extra time is {extra['median']:.2%} of a baseline step ({extra['low']:.2%} to {extra['high']:.2%})"
+    )
 
 
 def machine(timed: Timed) -> dict:
     cuda, threads = timed.clock.cuda, torch.get_num_threads()
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    return {"device": name, "world_size": timed.ranks.world_size, "threads_a_rank": threads,
-            "torch": torch.__version__, "dtype": str(timed.trainer.model.head.dtype).removeprefix("torch."),
-            "time": time.strftime("%Y-%m-%d %H:%M")}
+    return {
+        "device": name,
+        "world_size": timed.ranks.world_size,
+        "threads_a_rank": threads,
+        "torch": torch.__version__,
+        "dtype": str(timed.trainer.model.head.dtype).removeprefix("torch."),
+        "time": time.strftime("%Y-%m-%d %H:%M"),
+    }
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--script", default="train_gpt_muon_ord.py", help="trainer (default %(default)s)")
     parser.add_argument("--stages", help="comma-separated, 1 is the first, 4 the extension (default: all)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps a stage, whole, and in parts (20)")
-    parser.add_argument("--ord", type=int, nargs="?", const=40, default=0, metavar="PAIRS",
-                        help="also the paired ratio of the twins, from so many pairs of two steps (40)")
+    parser.add_argument(
+        "--ord",
+        type=int,
+        nargs="?",
+        const=40,
+        default=0,
+        metavar="PAIRS",
+        help="also the paired ratio of the twins, from so many pairs of two steps (40)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     return parser.parse_args(argv)
 
@@ -508,8 +578,10 @@ def choose_stages(timed: Timed, text: str | None) -> list[int]:
     except ValueError:
         chosen = [-1]
     if not set(chosen) <= set(having):
-        raise ValueError(f"--stages {text}: wanted some of {','.join(str(i + 1) for i in having)}, the "
-                         "stages that have steps under these settings")
+        raise ValueError(
+            f"--stages {text}: wanted some of {','.join(str(i + 1) for i in having)}, the "
+            "stages that have steps under these settings"
+        )
     return chosen
 
 
@@ -520,11 +592,17 @@ def run(args, env: dict) -> tuple[dict, object]:
     ranks = timed.ranks
     say = print if ranks.rank == 0 else lambda text: None
     stages = choose_stages(timed, args.stages)
-    result = {"script": args.script, "model": timed.s.model, **machine(timed), "settings":
-              {**dataclasses.asdict(timed.s), **dataclasses.asdict(timed.o)}}
-    say(f"{args.script}: {timed.s.model} in {result['dtype']} on {result['world_size']} rank(s) of "
+    result = {
+        "script": args.script,
+        "model": timed.s.model,
+        **machine(timed),
+        "settings": {**dataclasses.asdict(timed.s), **dataclasses.asdict(timed.o)},
+    }
+    say(
+        f"{args.script}: {timed.s.model} in {result['dtype']} on {result['world_size']} rank(s) of "
         f"{result['device']}, {result['threads_a_rank']} thread(s) each, torch {result['torch']}, "
-        f"compile {timed.s.compile}")
+        f"compile {timed.s.compile}"
+    )
     result["stages"] = measure(timed, stages, args.steps, say)
     result["schedule"] = whole_schedule(timed, result["stages"])
     print_schedule(result["schedule"], say)

@@ -13,7 +13,8 @@ from hub import PublicShards, download_main
 from shards import run_script
 
 SHARDS = PublicShards(
-    repo="kjj0/finewebedu10B-gpt2", folder="finewebedu10B", prefix="finewebedu", num_train=99)
+    repo="kjj0/finewebedu10B-gpt2", folder="finewebedu10B", prefix="finewebedu", num_train=99
+)
 
 if __name__ == "__main__":
     sys.exit(run_script(lambda: download_main(SHARDS, __doc__)))

@@ -52,9 +52,15 @@ MIN_CORPUS_BYTES = 1_000_000  # a stripped Python (compiled files only) has less
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR",
-                        help="folder of the two shards (default: embedded/ beside this script)")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=DEFAULT_OUT,
+        metavar="DIR",
+        help="folder of the two shards (default: embedded/ beside this script)",
+    )
     parser.add_argument("--force", action="store_true", help="make it again although it is there and valid")
     args = parser.parse_args()
     paths = [args.out / TRAIN_NAME, args.out / VAL_NAME]
@@ -95,11 +101,15 @@ def read_documents(stdlib: Path) -> dict[str, bytes]:
     num_read = len(documents)
     documents = drop_near_duplicates(documents)
     total = sum(map(len, documents.values()))
-    print(f"{stdlib}: {len(documents)} documents, {total:,} bytes "
-          f"({num_read - len(documents)} near-duplicates left out)")
+    print(
+        f"{stdlib}: {len(documents)} documents, {total:,} bytes "
+        f"({num_read - len(documents)} near-duplicates left out)"
+    )
     if total < MIN_CORPUS_BYTES:
-        raise ValueError(f"{stdlib}: only {total:,} bytes of sources; a full Python has 10,000,000. Was it "
-                         "stripped to compiled files? Use another Python, or data/tokenize_text.py --bytes")
+        raise ValueError(
+            f"{stdlib}: only {total:,} bytes of sources; a full Python has 10,000,000. Was it "
+            "stripped to compiled files? Use another Python, or data/tokenize_text.py --bytes"
+        )
     return documents
 
 
@@ -117,8 +127,11 @@ def source_files(stdlib: Path) -> list[str]:
 def is_wanted(path: Path) -> bool:
     """`path` is relative to the library, a folder or a file."""
     module = path.parts[0].removesuffix(".py")
-    return (module in sys.stdlib_module_names and not TEST_FOLDERS.intersection(path.parts)
-            and path.as_posix() not in TABLES)
+    return (
+        module in sys.stdlib_module_names
+        and not TEST_FOLDERS.intersection(path.parts)
+        and path.as_posix() not in TABLES
+    )
 
 
 def clean(raw: bytes) -> bytes | None:

@@ -29,12 +29,18 @@ PROGRESS_NAME = "progress.json"
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sample", choices=("10BT", "100BT"), default="10BT", help="which (default: 10BT)")
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="folder for the shards (default: fineweb_sample_10BT/ beside this script)")
-    parser.add_argument("--shards", type=int, metavar="N",
-                        help="stop after N shards, validation included (default: all)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the shards (default: fineweb_sample_10BT/ beside this script)",
+    )
+    parser.add_argument(
+        "--shards", type=int, metavar="N", help="stop after N shards, validation included (default: all)"
+    )
     parser.add_argument("--keep-parquet", action="store_true", help="do not delete parquet files when done")
     add_options(parser)
     args = parser.parse_args()
@@ -54,8 +60,9 @@ def make_shards(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     # What the shards there were made with: going on with other choices would mix two corpora.
     choices = {"sample": args.sample, "shard_tokens": args.shard_tokens, "vocabulary": tokenizer.vocabulary}
     state = load_state(args.out, choices)
-    writer = ShardWriter(lambda number: shard_path(args.out, number),
-                         tokenizer.vocabulary, args.shard_tokens, state["shards"])
+    writer = ShardWriter(
+        lambda number: shard_path(args.out, number), tokenizer.vocabulary, args.shard_tokens, state["shards"]
+    )
     if state["finished"] or args.shards is not None and state["shards"] >= args.shards:
         print(f"{args.out}: {state['shards']} shards are there; nothing left to do")
         return
@@ -78,8 +85,9 @@ def make_shards(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     print(f"{args.out}: {writer.next_number} shards")
 
 
-def tokenized_rows(args: argparse.Namespace, tokenizer: Tokenizer, state: dict,
-                   progress: Progress) -> Iterator[tuple[str, int, np.ndarray]]:
+def tokenized_rows(
+    args: argparse.Namespace, tokenizer: Tokenizer, state: dict, progress: Progress
+) -> Iterator[tuple[str, int, np.ndarray]]:
     """(parquet file, row, tokens) of every document from where `state` stopped, in the hub's order."""
     names = [name for name in list_files(REPO, f"sample/{args.sample}") if name.endswith(".parquet")]
     if not names:

@@ -31,12 +31,24 @@ class DownloadError(OSError):
 
 def download_main(shards: PublicShards, description: str) -> None:
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("num_shards", nargs="?", type=int, default=shards.num_train, metavar="N",
-                        help=f"training shards, 1 to {shards.num_train} (default: all; 200 MB each)")
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "num_shards",
+        nargs="?",
+        type=int,
+        default=shards.num_train,
+        metavar="N",
+        help=f"training shards, 1 to {shards.num_train} (default: all; 200 MB each)",
+    )
     default = Path(__file__).resolve().parent / shards.folder
-    parser.add_argument("--out", type=Path, default=default, metavar="DIR",
-                        help=f"folder for the shards (default: {shards.folder}/ beside this script)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=default,
+        metavar="DIR",
+        help=f"folder for the shards (default: {shards.folder}/ beside this script)",
+    )
     args = parser.parse_args()
     if not 1 <= args.num_shards <= shards.num_train:
         raise ValueError(f"{args.num_shards} training shards: the data set has 1 to {shards.num_train}")
@@ -113,8 +125,10 @@ def _explained(error: Exception, repo: str, name: str) -> OSError:
     kind = type(error).__name__
     # LocalEntryNotFoundError is the hub's word for: not reached, and no copy here either.
     if isinstance(error, errors.LocalEntryNotFoundError) or any(word in kind for word in OFFLINE_WORDS):
-        return DownloadError(f"cannot reach the hub for {name} of {repo}: is this machine online? What has "
-                             f"arrived is kept: run this again, or copy the file from another machine")
+        return DownloadError(
+            f"cannot reach the hub for {name} of {repo}: is this machine online? What has "
+            f"arrived is kept: run this again, or copy the file from another machine"
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
         return DownloadError(f"the hub has no public data set {repo} (or HF_TOKEN is not valid: unset it)")
     if isinstance(error, errors.EntryNotFoundError):

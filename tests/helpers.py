@@ -193,8 +193,17 @@ def shortened(preset: str):
     config, _ = train_gpt.PRESETS[preset]
     if not config.skip:
         return dataclasses.replace(config, num_layers=3, long_layers=(0, 1, 2))
-    return dataclasses.replace(config, num_layers=3, long_layers=(1,), paired_layers=(0,), skip=(0, 2),
-                               value_embed_layers=(0,), no_attention=(2,), backout=1, ngram_rows=1024)
+    return dataclasses.replace(
+        config,
+        num_layers=3,
+        long_layers=(1,),
+        paired_layers=(0,),
+        skip=(0, 2),
+        value_embed_layers=(0,),
+        no_attention=(2,),
+        backout=1,
+        ngram_rows=1024,
+    )
 
 
 def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_scale=1.0, **changes):

@@ -18,8 +18,9 @@ REASONS = {
 SOURCES = {"train_gpt.py": SOURCE + "# the baseline\n", "train_gpt_muon_ord.py": SOURCE}
 
 
-def make_sweep(root, name, arms, seeds=(1, 2, 3), control=None, ends=None, noise=0.0013,
-               versus=None, **kwargs):  # fmt: skip
+def make_sweep(
+    root, name, arms, seeds=(1, 2, 3), control=None, ends=None, noise=0.0013, versus=None, **kwargs
+):
     """A sweep's file in root/sweeps, its manifest and logs in root/logs; returns the sweep file's path.
 
     `arms` maps a tag to (final loss, settings); a setting `script` or `source` is the arm's own. `ends` maps

@@ -86,8 +86,11 @@ def test_keys_counted_are_those_that_the_models_masks_show(kind, lengths):
     model = small_model(train_gpt, vocab_size=VOCAB, **KINDS[kind])
     c = model.config
     windows = tuple(w * c.window_block for w in c.windows[0])
-    shown = sum(heads * int((mask == 0).sum())
-                for heads, blocks in masks(model, make_batch(lengths), windows) for mask in blocks)
+    shown = sum(
+        heads * int((mask == 0).sum())
+        for heads, blocks in masks(model, make_batch(lengths), windows)
+        for mask in blocks
+    )
     assert flops.keys_per_token(c, lengths, c.windows[0]) * sum(lengths) == pytest.approx(shown, rel=1e-12)
     attention = flops.forward_flop(c, lengths, VOCAB).attention
     assert attention * sum(lengths) == pytest.approx(4 * c.head_dim * shown, rel=1e-12)
@@ -196,8 +199,16 @@ def test_slower_parts_make_a_slower_step():
 
 
 def test_rings_by_hand():
-    m = dataclasses.replace(MACHINE, collective_s=0.0, hop_s=0.0, network_hop_s=0.0, nvlink_bytes=100.0,
-                            network_bytes=10.0, network_share=1.0, gpus_per_node=8)
+    m = dataclasses.replace(
+        MACHINE,
+        collective_s=0.0,
+        hop_s=0.0,
+        network_hop_s=0.0,
+        nvlink_bytes=100.0,
+        network_bytes=10.0,
+        network_share=1.0,
+        gpus_per_node=8,
+    )
     assert m.ring(800, 1) == 0
     assert m.ring(800, 8) == pytest.approx(700 / 100)
     assert m.ring(1600, 16) == pytest.approx(1500 / 80)  # eight cards cross the border together
@@ -261,14 +272,17 @@ def test_another_gpu_does_not_change_the_fit(capsys):
         assert scaling_model.main(["--preset", "gpt2-small", "--gpus", "1", *changes]) == 0
         out = capsys.readouterr().out
         ms = float(re.search(r"^1 +([\d.]+)", out, re.M)[1])
-        tables = out[out.index("Against"):out.index("gpt2-small:")]
+        tables = out[out.index("Against") : out.index("gpt2-small:")]
         printed.append((re.search("passes = .*", out)[0], tables, ms))
     assert printed[0][:2] == printed[1][:2]
     h100, h200 = (ms for *_, ms in printed)
     assert h200 < 0.9 * h100
     fitted = scaling_model.fit_passes(SMALL, scaling_model.Machine())
-    as_h200 = next(run for gpu, whose, _, run in scaling_model.predictions(SMALL, fitted)
-                   if gpu == "1 x H200" and "record" in whose)
+    as_h200 = next(
+        run
+        for gpu, whose, _, run in scaling_model.predictions(SMALL, fitted)
+        if gpu == "1 x H200" and "record" in whose
+    )
     assert as_h200.ms_step == pytest.approx(h200, abs=0.06)
 
 
@@ -311,10 +325,17 @@ def test_scaling_model_prints_and_writes(style, tmp_path, capsys):
         assert parts == pytest.approx(float(r["ms_step"]), rel=1e-3)
 
 
-@pytest.mark.parametrize("arguments, message", (
-    (["--preset", "gpt3"], "gpt3"), (["--gpus", "3"], "powers of two"), (["--gpus", "x"], "'x'"),
-    (["--set", "speed=1"], "speed"), (["--set", "launch_s=fast"], "not a number"),
-    (["--gpus", "0"], "above 0")))
+@pytest.mark.parametrize(
+    "arguments, message",
+    (
+        (["--preset", "gpt3"], "gpt3"),
+        (["--gpus", "3"], "powers of two"),
+        (["--gpus", "x"], "'x'"),
+        (["--set", "speed=1"], "speed"),
+        (["--set", "launch_s=fast"], "not a number"),
+        (["--gpus", "0"], "above 0"),
+    ),
+)
 def test_scaling_model_refuses(arguments, message, capsys):
     assert scaling_model.main(arguments) == 2
     assert message in capsys.readouterr().err
@@ -331,9 +352,18 @@ def tiny_env(tmp_path, monkeypatch, one_thread):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     write_shard(tmp_path / "made_train_0.bin", make_tokens([60, 200, 90] * 80))
     write_shard(tmp_path / "made_val_0.bin", make_tokens([100] * 40))
-    return dict(MODEL="tiny", DEVICE="cpu", DATA_PATH=str(tmp_path), TRAIN_FILES="made_train_*.bin",
-                VAL_FILES="made_val_*.bin", VAL_TOKENS="2048", VAL_BATCH_TOKENS="1024", VAL_LOSS_EVERY="10",
-                NUM_SCHEDULED_ITERATIONS="30", BATCH_SIZES="256,512,256,256")
+    return dict(
+        MODEL="tiny",
+        DEVICE="cpu",
+        DATA_PATH=str(tmp_path),
+        TRAIN_FILES="made_train_*.bin",
+        VAL_FILES="made_val_*.bin",
+        VAL_TOKENS="2048",
+        VAL_BATCH_TOKENS="1024",
+        VAL_LOSS_EVERY="10",
+        NUM_SCHEDULED_ITERATIONS="30",
+        BATCH_SIZES="256,512,256,256",
+    )
 
 
 def test_step_time_tells_everything(tiny_env, tmp_path, capsys):
@@ -482,8 +512,14 @@ def test_time_belongs_to_the_innermost_call():
     with parts.recording():
         timed()
     spent = parts.spent(parts.take())
-    assert spent == {"data": 0, "forward": 0, "backward": 100, "communication": 14, "optimizer": 22,
-                     "other": 3}
+    assert spent == {
+        "data": 0,
+        "forward": 0,
+        "backward": 100,
+        "communication": 14,
+        "optimizer": 22,
+        "other": 3,
+    }
 
 
 def test_interval_of_the_median():

@@ -323,11 +323,14 @@ def test_more_ranks_than_divide_the_batch(shards, tmp_path):
     assert done.returncode == 1 and done.stderr.count("3 ranks do not divide 8 slices") == 1
 
 
-@pytest.mark.parametrize("name, values, said", [
-    ("SEED", (0, 1), "the ranks were started with different settings: rank 1 has SEED=1 instead of 0"),
-    ("MUON_LR", (0.02, "x"), "MUON_LR='x': wanted float"),
-    ("MUON_LR", ("x", 0.02), "MUON_LR='x': wanted float"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, values, said",
+    [
+        ("SEED", (0, 1), "the ranks were started with different settings: rank 1 has SEED=1 instead of 0"),
+        ("MUON_LR", (0.02, "x"), "MUON_LR='x': wanted float"),
+        ("MUON_LR", ("x", 0.02), "MUON_LR='x': wanted float"),
+    ],
+)
 def test_machines_with_different_or_bad_settings_are_refused_together(shards, tmp_path, name, values, said):
     """Each agent has its own environment: a seed set on one of them would train nonsense, a wrong one would
     keep the other waiting. Both say why, at once."""
@@ -548,8 +551,15 @@ sys.exit(log.close())
 def test_a_console_that_takes_nothing_ends_no_run(shards, tmp_path):
     """The .out file on a full disk, a terminal that was closed."""
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command(BASELINE, 0), cwd=tmp_path, env=base_env(shards, RUN_ID="mute"),
-                              stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run(
+            command(BASELINE, 0),
+            cwd=tmp_path,
+            env=base_env(shards, RUN_ID="mute"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
     assert done.returncode == 0, done.stderr
     assert events(tmp_path / "logs" / "mute.txt", "finished")
 

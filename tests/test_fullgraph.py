@@ -89,7 +89,14 @@ def test_every_way_of_ord_compiles_for_hopper(tmp_path):
     """On demand: else an arm of a sweep fails in code that the default setting never took."""
     graphs = new_graphs(trace("ord", tmp_path, 3600))
     # two shapes of matrices; and, of ways that the Triton path covers, radial_part where it is another
-    assert graphs == {"interpolate": 4, "project": 4, "unit": 2, "post": 2, "adaptive": 4, "row variance": 2,
-                      "off": 4}
+    assert graphs == {
+        "interpolate": 4,
+        "project": 4,
+        "unit": 2,
+        "post": 2,
+        "adaptive": 4,
+        "row variance": 2,
+        "off": 4,
+    }
     assert list(graphs) == list(WAYS_OF_ORD)
     assert len(list(tmp_path.rglob("*.cubin"))) > 50

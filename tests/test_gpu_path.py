@@ -384,14 +384,37 @@ def warm_marker(settings):
 
 
 OTHER_NUMBERS = dict(  # all settings that the launcher takes for numbers which compiled code does not hold
-    LR_MULS="0.5,2,3,4", WARMUP_STEPS=3, COOLDOWN_FRAC=0.9, LR_DECAY_TYPE="exp", LR_DECAY_FINAL=0.2,
-    LR_DECAY_SWITCH_STEP=1, LR_DECAY_SECOND_TYPE="linear", LR_DECAY_SECOND_FINAL=0.3, MUON_LR=0.01,
-    MUON_MOMENTUM=0.9, BETA_WARMUP_STEPS=2, MUON_WEIGHT_DECAY=0.3, ADAM_LR=0.01, ADAM_WEIGHT_DECAY=0.1,
-    ADAM_MATRIX_LR=0.1, ADAM_MATRIX_DECAY=0.2, SPECTRAL_LR_MUL=0, SPECTRAL_LR_MUL_ATTN=0.3,
-    SPECTRAL_LR_MUL_MLP=0.4, GRAD_CLIP=1, TARGET_LOSS=1, VAL_LOSS_EVERY=2, VAL_LOSS_LAST_STEPS=7,
-    VAL_LOSS_EVERY_LAST=3, MANIFOLD_EVERY=1, DIVERGED_ABOVE=50, SEED=5, SAVE_EVERY=1, SAVE_MODEL=0,
+    LR_MULS="0.5,2,3,4",
+    WARMUP_STEPS=3,
+    COOLDOWN_FRAC=0.9,
+    LR_DECAY_TYPE="exp",
+    LR_DECAY_FINAL=0.2,
+    LR_DECAY_SWITCH_STEP=1,
+    LR_DECAY_SECOND_TYPE="linear",
+    LR_DECAY_SECOND_FINAL=0.3,
+    MUON_LR=0.01,
+    MUON_MOMENTUM=0.9,
+    BETA_WARMUP_STEPS=2,
+    MUON_WEIGHT_DECAY=0.3,
+    ADAM_LR=0.01,
+    ADAM_WEIGHT_DECAY=0.1,
+    ADAM_MATRIX_LR=0.1,
+    ADAM_MATRIX_DECAY=0.2,
+    SPECTRAL_LR_MUL=0,
+    SPECTRAL_LR_MUL_ATTN=0.3,
+    SPECTRAL_LR_MUL_MLP=0.4,
+    GRAD_CLIP=1,
+    TARGET_LOSS=1,
+    VAL_LOSS_EVERY=2,
+    VAL_LOSS_LAST_STEPS=7,
+    VAL_LOSS_EVERY_LAST=3,
+    MANIFOLD_EVERY=1,
+    DIVERGED_ABOVE=50,
+    SEED=5,
+    SAVE_EVERY=1,
+    SAVE_MODEL=0,
     DIST_TIMEOUT=60,
-)  # fmt: skip
+)
 CONSTANTS = [
     {"RESIDUAL_SCALE": 0.5},
     {"MAX_DOC_TOKENS": 32},
@@ -407,9 +430,15 @@ def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only, one_thr
     trainer = train_gpt_muon_ord
     start = staged_start(trainer, tmp_path)
     config = small_config(
-        trainer, num_layers=1, long_layers=(), paired_layers=(), value_embed_layers=(), skip=None,
-        no_attention=(), backout=None,
-    )  # fmt: skip
+        trainer,
+        num_layers=1,
+        long_layers=(),
+        paired_layers=(),
+        value_embed_layers=(),
+        skip=None,
+        no_attention=(),
+        backout=None,
+    )
 
     def graphs_of_two_steps(**settings):
         """New ones: both steps of an Adam pair, with statistics and without."""

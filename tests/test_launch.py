@@ -336,9 +336,12 @@ COOLDOWN_FRAC = [0.25]
     (arm,) = read_sweep(sweep_file(text), "tiny").arms
     assert (arm.tag, arm.seeds) == ("spectral_lr_0.1-cooldown_frac_0.25", [5])
     assert arm.settings == {
-        "LR_MULS": [1.0, 1.52], "TARGET_LOSS": 2.0, "MODEL": "tiny", "COOLDOWN_FRAC": 0.25,
+        "LR_MULS": [1.0, 1.52],
+        "TARGET_LOSS": 2.0,
+        "MODEL": "tiny",
+        "COOLDOWN_FRAC": 0.25,
         "SPECTRAL_LR_MUL": 0.1,
-    }  # fmt: skip
+    }
     assert len(read_sweep("trial.toml", None).arms) == 6
 
 
@@ -415,8 +418,9 @@ def test_a_scale_may_have_arms_of_its_own(place):
     assert [arm.tag for arm in read_sweep(sweep_file(text), None).arms] == ["base", "spectral_lr_0.1"]
     small = read_sweep(sweep_file(text), "tiny").arms
     assert [(arm.tag, arm.script, arm.seeds) for arm in small] == [
-        ("base", "ord.py", [1, 2]), ("spectral_lr_9", "ord.py", [7])
-    ]  # fmt: skip
+        ("base", "ord.py", [1, 2]),
+        ("spectral_lr_9", "ord.py", [7]),
+    ]
     assert small[0].settings["COOLDOWN_FRAC"] == 0.2
 
 
@@ -512,8 +516,11 @@ PLAUSIBLE = st.one_of(
 def test_launcher_and_trainer_agree_on_values(real_trainer, data):
     """Else the launcher refuses what the trainer takes, passes what it refuses, or loses digits."""
     train_gpt, trainer = real_trainer
-    fields = {f.name.upper(): f for c in (train_gpt.Settings, train_gpt.OptimizerSettings)
-              for f in train_gpt.dataclasses.fields(c)}  # fmt: skip
+    fields = {
+        f.name.upper(): f
+        for c in (train_gpt.Settings, train_gpt.OptimizerSettings)
+        for f in train_gpt.dataclasses.fields(c)
+    }
     assert set(fields) == set(trainer.settings)
     if data is None:
         return
@@ -648,8 +655,11 @@ def test_a_sweep_runs_once_and_only_once(place):
     assert done.returncode == 0, done.stdout + done.stderr
     first = manifest()
     assert {key: first[key] for key in ("sweep", "file", "scale", "control")} == {
-        "sweep": "trial", "file": "trial.toml", "scale": None, "control": "base"
-    }  # fmt: skip
+        "sweep": "trial",
+        "file": "trial.toml",
+        "scale": None,
+        "control": "base",
+    }
     for run in first["runs"]:
         (log,) = read_log(run["log"])
         assert (log.run_id, log.seed, log.state) == (run["run_id"], run["seed"], "finished")
@@ -696,9 +706,14 @@ def test_trouble_is_recorded_and_the_rest_goes_on(place):
     done = launch(sweep_file(TROUBLE), "--hang-minutes", "0.1", "--parallel", at_once, grace=0.3)
     assert done.returncode == 1, done.stdout + done.stderr
     wanted = {
-        "crash": "crashed", "refuse": "crashed", "diverge": "diverged", "spike": "diverged", "hang": "hung",
-        "family": "finished", "good": "finished",
-    }  # fmt: skip
+        "crash": "crashed",
+        "refuse": "crashed",
+        "diverge": "diverged",
+        "spike": "diverged",
+        "hang": "hung",
+        "family": "finished",
+        "good": "finished",
+    }
     runs = {run["tag"]: run for run in manifest()["runs"]}
     assert {tag: run["state"] for tag, run in runs.items()} == wanted
     assert (runs["refuse"]["exit_code"], runs["diverge"]["exit_code"]) == (2, 3)
@@ -1097,8 +1112,10 @@ SPECTRAL_SCALE = "unit"
     assert done.returncode == 1, done.stdout + done.stderr
     runs = {run["tag"]: run for run in manifest()["runs"]}
     assert {tag: run["state"] for tag, run in runs.items()} == {
-        "baseline_std_0": "finished", "spectral_lr_0": "finished", "refused": "crashed"
-    }  # fmt: skip
+        "baseline_std_0": "finished",
+        "spectral_lr_0": "finished",
+        "refused": "crashed",
+    }
     assert runs["refused"]["exit_code"] == 2 and "SPECTRAL_VARIANCE" in runs["refused"]["reason"]
     base, ord_run = (read_log(runs[tag]["log"])[0] for tag in ("baseline_std_0", "spectral_lr_0"))
     assert (base.seed, base.last_step, base.num_steps) == (3, 3, 3)

@@ -67,8 +67,12 @@ def test_alignment_equals_numpys():
 def test_chance_is_what_random_matrices_give():
     """Two random frames, neither standing still; one direction has a closed form; 5 of 5 is all of space."""
     for dim in (8, 40):
-        found = [np.linalg.svd(orthonormal(dim, 5, 2 * i).T @ orthonormal(dim, 5, 2 * i + 1),
-                               compute_uv=False).mean() for i in range(1500)]
+        found = [
+            np.linalg.svd(
+                orthonormal(dim, 5, 2 * i).T @ orthonormal(dim, 5, 2 * i + 1), compute_uv=False
+            ).mean()
+            for i in range(1500)
+        ]
         assert manifold.chance_alignment(dim) == pytest.approx(np.mean(found), rel=0.015)
     wanted = math.exp(math.lgamma(32) - math.lgamma(32.5)) / math.sqrt(math.pi)
     assert manifold.chance_alignment(64, 1) == pytest.approx(wanted, rel=0.05)
@@ -106,8 +110,9 @@ def watched(trainer, folder, env, steps=3):
         this.optimizer.expect(step)
         grads = []
         for batch in batches:  # the same forward and backward, by autograd alone
-            loss, _ = this.forward(batch, this.schedule.windows(this.stage),
-                                   this.schedule.predict_weights(step), this.tied)
+            loss, _ = this.forward(
+                batch, this.schedule.windows(this.stage), this.schedule.predict_weights(step), this.tied
+            )
             names = [n for n in before if n.endswith((".q", ".k", ".v", ".o", ".up", ".down"))]
             params = dict(this.model.named_parameters())
             grads.append(torch.autograd.grad(trainer.LOSS_SCALE * loss, [params[n] for n in names]))
@@ -166,7 +171,7 @@ def test_runs(shards, tmp_path):
 
     path.write_bytes(whole[:-3000])  # killed while it wrote step 6
     text = log.read_text()
-    log.write_text(text[:text.rindex("step:6/")])
+    log.write_text(text[: text.rindex("step:6/")])
     again = base_env(shards, RUN_ID="one", RESUME="auto", MANIFOLD_EVERY=2, **SHORT)
     done = run(tmp_path, BASELINE, again, 0)
     assert done.returncode == 0, done.stderr

@@ -81,7 +81,7 @@ class Reference:
     def heads(self, i, n, tokens, long):
         """q, k, v of each head, (T, D) each: normed, keys offset, values with their embedding."""
         c, D = self.c, self.c.head_dim
-        cut = lambda x, h: x[:, h * D:(h + 1) * D]
+        cut = lambda x, h: x[:, h * D : (h + 1) * D]
         q, k, v = (n @ (self.get(i, "attn.a_in") * self.get(i, f"attn.{x}")).T for x in "qkv")
         q = [self.norm(cut(q, h)) for h in range(c.num_heads)]
         k = [self.norm(cut(k, h)) for h in range(c.num_kv_heads)]
@@ -89,29 +89,32 @@ class Reference:
         if i in c.value_embed_layers:
             gate = 2 * sigmoid(n[:, :12] @ self.get(i, "attn.value_gate").T)
             table = self.p[f"value_embeds.{i}"][tokens]
-            v = [x + gate[:, h:h + 1] * cut(table, h) for h, x in enumerate(v)]
+            v = [x + gate[:, h : h + 1] * cut(table, h) for h, x in enumerate(v)]
         if long:
             for x in k:
-                x[1:, D // 2:] = x[:-1, D // 2:].copy()
+                x[1:, D // 2 :] = x[:-1, D // 2 :].copy()
         return q, k, v
 
     def attention(self, i, n, tokens, doc, window, long):
         c, T = self.c, len(n)
         q, k, v = self.heads(i, n, tokens, long)
         if i in c.paired_layers:  # head h at even places, h + H/2 at odd ones, of a sequence twice as long
+
             def pair(x):
                 half = len(x) // 2
                 return [np.stack((x[h], x[h + half]), 1).reshape(2 * T, -1) for h in range(half)]
+
             q, k, v, doc = pair(q), pair(k), pair(v), np.repeat(doc, 2)
         shared = len(q) // len(k)  # query heads that share a key and value head
         q, k = ([ref_rotary(x, self.freqs) for x in xs] for xs in (q, k))
-        y = [ref_attention(x, k[h // shared], v[h // shared], doc, window, self.scale)
-             for h, x in enumerate(q)]
+        y = [
+            ref_attention(x, k[h // shared], v[h // shared], doc, window, self.scale) for h, x in enumerate(q)
+        ]
         if i in c.paired_layers:
             y = [x[0::2] for x in y] + [x[1::2] for x in y]
         if c.attn_gate:
             gate = sigmoid(n[:, :12] @ self.get(i, "attn.attn_gate").T)
-            y = [gate[:, h:h + 1] * x for h, x in enumerate(y)]
+            y = [gate[:, h : h + 1] * x for h, x in enumerate(y)]
         return np.concatenate(y, 1) @ (self.get(i, "attn.a_out") * self.get(i, "attn.o")).T
 
     def embedded(self, tokens, tied):
@@ -200,8 +203,10 @@ def reference_of(model, config, residual_scale=1.0, eps=0.0):
 
 def ref_all_logits(reference, batch, starts, windows, tied):
     T = batch.inputs_BT.shape[1]
-    return [reference.logits(tokens, ref_doc_ids(s, T), windows, tied)
-            for tokens, s in zip(batch.inputs_BT.numpy().astype(np.int64), starts)]
+    return [
+        reference.logits(tokens, ref_doc_ids(s, T), windows, tied)
+        for tokens, s in zip(batch.inputs_BT.numpy().astype(np.int64), starts)
+    ]
 
 
 def ref_loss(reference, batch, starts, windows, tied, weights):
@@ -211,14 +216,29 @@ def ref_loss(reference, batch, starts, windows, tied, weights):
 
 ALL = {}
 VARIANTS = {
-    "all": (ALL, True, 1.0), "untied": (ALL, False, 1.0), "scaled": (ALL, False, 0.7),
+    "all": (ALL, True, 1.0),
+    "untied": (ALL, False, 1.0),
+    "scaled": (ALL, False, 0.7),
     "gqa": (dict(num_kv_heads=2), True, 1.0),
     "n-grams": (dict(ngrams=(2, 4, 3)), True, 1.0),
     "gqa unpaired": (dict(num_kv_heads=1, paired_layers=()), True, 1.0),
-    "plain": (dict(paired_layers=(), value_embed_layers=(), skip=None, no_attention=(), backout=None,
-                   ngram_rows=0, smear=False, attn_gate=False, untie_frac=1.0), True, 1.3),
+    "plain": (
+        dict(
+            paired_layers=(),
+            value_embed_layers=(),
+            skip=None,
+            no_attention=(),
+            backout=None,
+            ngram_rows=0,
+            smear=False,
+            attn_gate=False,
+            untie_frac=1.0,
+        ),
+        True,
+        1.3,
+    ),
 }
-WINDOWS = (4, 8)   # banded in 32 tokens
+WINDOWS = (4, 8)  # banded in 32 tokens
 WEIGHTS = (1.0, 0.5, 0.25)
 
 
@@ -251,8 +271,10 @@ def test_forward_equals_the_slow_model(variant, windows, eager, monkeypatch):
         assert trained.item() == pytest.approx(expected, rel=tolerance)
 
 
-@pytest.mark.parametrize("variant, eager", [("all", True), ("scaled", False), ("gqa", True),
-                                            ("gqa unpaired", True), ("plain", True)])
+@pytest.mark.parametrize(
+    "variant, eager",
+    [("all", True), ("scaled", False), ("gqa", True), ("gqa unpaired", True), ("plain", True)],
+)
 def test_gradients_equal_differences_of_the_slow_model(variant, eager, monkeypatch):
     """Fails if a hand-written backward pass, the multi-token loss, tied or untied tables or any gate passes
     on another gradient than that of the forward pass."""
@@ -439,8 +461,9 @@ def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
     """Fails if YaRN is applied twice, late or where the long window stays, or the untied embedding is not
     used from its step on. Thirds of four steps, then two of extension; untied at round(2/3 * 12) | 1 = 9."""
     windows = ((1, 2), (1, 2), (2, 4), (2, 8))
-    s, o, _ = read(trainer, NUM_SCHEDULED_ITERATIONS=12, NUM_EXTENSION_ITERATIONS=2,
-                   BATCH_SIZES="128,128,128,128")
+    s, o, _ = read(
+        trainer, NUM_SCHEDULED_ITERATIONS=12, NUM_EXTENSION_ITERATIONS=2, BATCH_SIZES="128,128,128,128"
+    )
     run = trainer.Trainer(s, o, small_config(trainer, windows=windows), 100, lone_ranks(trainer))
     for step in range(14):
         run.enter(step)
@@ -458,6 +481,7 @@ def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
 def test_ngram_rows(rows, vocab_size, num_tokens):
     """Fails if a hash falls outside its table, takes other tokens than the last ones, or depends on how wide
     the integers are: int32, as in the records."""
+
     class Tables:
         ngram, config = torch.empty(rows, 0), dataclasses.replace(train_gpt.ModelConfig(), ngrams=(2, 5, 3))
 
@@ -466,11 +490,11 @@ def test_ngram_rows(rows, vocab_size, num_tokens):
     multipliers = np.array([36313, 27191, 40693, 32467, 24281], dtype=np.int32)
     for length, got in zip((2, 5, 3), train_gpt.GPT.ngram_rows(Tables, torch.tensor(tokens))):
         got = got.numpy()
-        assert got.shape == tokens.shape and (got[:, :length - 1] == rows - 1).all()
+        assert got.shape == tokens.shape and (got[:, : length - 1] == rows - 1).all()
         assert (got >= 0).all() and (got < rows).all()
         for end in range(length - 1, num_tokens):
             with np.errstate(over="ignore"):
-                last = tokens[:, end - length + 1:end + 1][:, ::-1] * multipliers[:length]
+                last = tokens[:, end - length + 1 : end + 1][:, ::-1] * multipliers[:length]
             assert (got[:, end] == np.bitwise_xor.reduce(last, axis=1) % np.int32(rows - 1)).all()
 
 
@@ -527,8 +551,16 @@ def test_float8_head_is_used_in_training_only():
 def test_initial_values_are_the_tables():
     """Fails if a parameter starts elsewhere than FACTS says, or depends on more than the seed."""
     model, again, other = (small_model(train_gpt, seed=s, width=64, vocab_size=2000) for s in (1, 1, 2))
-    scalars = {"l_res": 1.1, "l_x0": 0.0, "l_ngram": 0.1, "a_in": 0.5, "a_out": 1.0, "l_smear": 0.0,
-               "l_skip": -1.5, "l_back": 0.5}
+    scalars = {
+        "l_res": 1.1,
+        "l_x0": 0.0,
+        "l_ngram": 0.1,
+        "a_in": 0.5,
+        "a_out": 1.0,
+        "l_smear": 0.0,
+        "l_skip": -1.5,
+        "l_back": 0.5,
+    }
     others = dict(other.named_parameters())
     for (name, p), q in zip(model.named_parameters(), again.parameters()):
         p = p.detach()
@@ -577,7 +609,8 @@ def test_gpt2_small_is_the_speedruns():
     assert sum(s == (768, 768) for s in shapes.values()) == 40
     assert sum(s == (3072, 768) for s in shapes.values()) == 22
     assert sorted(n for n in shapes if n.startswith("value_embeds")) == sorted(
-        f"value_embeds.{i}" for i in (0, 1, 8, 9, 10))
+        f"value_embeds.{i}" for i in (0, 1, 8, 9, 10)
+    )
     assert not any(n.startswith("blocks.6.attn") for n in shapes) and "blocks.10.mlp.up" in shapes
     assert shapes["head"] == shapes["embed"] == shapes["value_embeds.0"] == (50304, 768)
     assert shapes["ngram"] == (5 * 50304, 768)
@@ -612,7 +645,12 @@ def test_freed_memory_is_used_again():
     heap grows in up to six of the first rounds, because of small things that come to lie between tensors."""
     last = {}
     for word in ("keep", "leave"):
-        done = subprocess.run([sys.executable, "-c", FAULTS, word], cwd=Path(train_gpt.__file__).parent,
-                              capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, word],
+            cwd=Path(train_gpt.__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         last[word] = sum(map(int, done.stdout.split()[20:]))
     assert last["keep"] < last["leave"] / 3, last

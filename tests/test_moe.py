@@ -197,8 +197,15 @@ def test_no_token_is_dropped_and_the_load_is_validations():
 
 def tiny_trainer(trainer, shards, ranks=None, **env):
     ranks = ranks or lone_ranks(trainer)
-    common = dict(MODEL="moe-tiny", DATA_PATH=shards, TRAIN_FILES="made_train_*.bin", VAL_TOKENS=16384,
-                  VAL_FILES="made_val_*.bin", VAL_BATCH_TOKENS=8192, NUM_SCHEDULED_ITERATIONS=12)
+    common = dict(
+        MODEL="moe-tiny",
+        DATA_PATH=shards,
+        TRAIN_FILES="made_train_*.bin",
+        VAL_TOKENS=16384,
+        VAL_FILES="made_val_*.bin",
+        VAL_BATCH_TOKENS=8192,
+        NUM_SCHEDULED_ITERATIONS=12,
+    )
     s, o, config = read(trainer, **common, **env)
     run = trainer.Trainer(s, o, config, 256, ranks)
     return run, trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
@@ -208,12 +215,13 @@ def test_noise_is_a_function_of_seed_step_and_slice(shards):
     """The ranks must draw the slices' noise as one rank does; steps, seeds and slices must differ; a layer
     must not get another's."""
     run, data = tiny_trainer(train_gpt, shards)
-    batch, = data.next(2048, None)
+    (batch,) = data.next(2048, None)
     whole = run.router_noise(4, iter(range(8)), batch)
     assert whole.shape == (4, 8, 256, 8) and whole.std().item() == pytest.approx(0.1, rel=0.02)
     half = batch._replace(inputs_BT=batch.inputs_BT[4:])
-    assert torch.equal(run.router_noise(4, iter(train_gpt.my_slices(lone_ranks(train_gpt, 1, 2))), half),
-                       whole[:, 4:])
+    assert torch.equal(
+        run.router_noise(4, iter(train_gpt.my_slices(lone_ranks(train_gpt, 1, 2))), half), whole[:, 4:]
+    )
     other_seed, off = (tiny_trainer(train_gpt, shards, **x)[0] for x in ({"SEED": 1}, {"ROUTER_NOISE": 0}))
     others = [r.router_noise(step, iter(range(8)), batch)[0, 0] for r, step in ((run, 5), (other_seed, 4))]
     flat = torch.stack([x.flatten() for x in (*whole[:, 0], *whole[:, 1], *others)])
@@ -225,11 +233,14 @@ def test_noise_only_in_training(shards, monkeypatch):
     """Fails if a training pass gets none, or a validation pass gets some."""
     run, data = tiny_trainer(train_gpt, shards)
     seen, forward = [], run.forward
-    run.forward = lambda *args: (seen.append((args[2] is not None, args[4] if len(args) > 4 else None)),
-                                 forward(*args))[1]
+    run.forward = lambda *args: (
+        seen.append((args[2] is not None, args[4] if len(args) > 4 else None)),
+        forward(*args),
+    )[1]
     steps(run, data, 0, 1)
-    train_gpt.evaluate(run.forward, train_gpt.open_data(run.s, 1)[1], run.s, run.ranks, (64, 256), True,
-                       data.ahead)
+    train_gpt.evaluate(
+        run.forward, train_gpt.open_data(run.s, 1)[1], run.s, run.ranks, (64, 256), True, data.ahead
+    )
     assert {training for training, _ in seen} == {True, False}
     assert all((noise is not None) == training for training, noise in seen)
 
@@ -257,8 +268,12 @@ def test_the_model_compiles_to_one_graph():
     for seed in range(3):  # other tokens, another routing, the same code
         batch = make_batch(train_gpt, seed=seed)
         noise = torch.randn(2, 2, 32, 5)
-        grads = [torch.autograd.grad(f(batch, WINDOWS, one, True, noise)[0], list(model.parameters()),
-                                     allow_unused=True) for f in (model, compiled)]
+        grads = [
+            torch.autograd.grad(
+                f(batch, WINDOWS, one, True, noise)[0], list(model.parameters()), allow_unused=True
+            )
+            for f in (model, compiled)
+        ]
         for name, eager, other in zip(dict(model.named_parameters()), *grads):
             assert (eager is None) == (other is None) == (name == "embed"), name
             if eager is not None:
@@ -308,33 +323,37 @@ def test_each_expert_is_orthogonalised_by_itself():
         grads = {"blocks.0.mlp.up": G[i]}
         (alone,), stat = stepped({"blocks.0.mlp.up": W[i]})
         torch.testing.assert_close(together[i], alone)
-        torch.testing.assert_close(stats[i:i + 1], stat)
+        torch.testing.assert_close(stats[i : i + 1], stat)
 
 
 # ------------------------------------------------------------------------------------------------ settings
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("env, said", [
-    (dict(MODEL="tiny", NUM_EXPERTS=4), "NUM_EXPERTS=4 does nothing with MODEL=tiny"),
-    (dict(MODEL="tiny", MOE_TOP_K=3), "for moe-79m and moe-tiny"),
-    (dict(MODEL="tiny", ROUTER_NOISE=0), "ROUTER_NOISE=0.0"),
-    (dict(MODEL="tiny", ROUTER_LR=0.1), "ROUTER_LR=0.1"),
-    (dict(MODEL="gpt2-small", MOE_BALANCE_WEIGHT=1), "MOE_BALANCE_WEIGHT=1.0"),
-    (dict(MODEL="moe-tiny", MOE_TOP_K=1), "MOE_TOP_K='1': wanted int, at least 2"),
-    (dict(MODEL="moe-tiny", MOE_TOP_K=9), "MOE_TOP_K=9 of NUM_EXPERTS=8"),
-    (dict(MODEL="moe-tiny", NUM_EXPERTS=0), "at least 2 experts"),
-    (dict(MODEL="moe-tiny", ROUTER_NOISE=-1), "ROUTER_NOISE='-1': wanted float, at least 0"),
-    (dict(MODEL="moe-tiny", MOE_TOPK=2), "the nearest is MOE_TOP_K"),
-])
+@pytest.mark.parametrize(
+    "env, said",
+    [
+        (dict(MODEL="tiny", NUM_EXPERTS=4), "NUM_EXPERTS=4 does nothing with MODEL=tiny"),
+        (dict(MODEL="tiny", MOE_TOP_K=3), "for moe-79m and moe-tiny"),
+        (dict(MODEL="tiny", ROUTER_NOISE=0), "ROUTER_NOISE=0.0"),
+        (dict(MODEL="tiny", ROUTER_LR=0.1), "ROUTER_LR=0.1"),
+        (dict(MODEL="gpt2-small", MOE_BALANCE_WEIGHT=1), "MOE_BALANCE_WEIGHT=1.0"),
+        (dict(MODEL="moe-tiny", MOE_TOP_K=1), "MOE_TOP_K='1': wanted int, at least 2"),
+        (dict(MODEL="moe-tiny", MOE_TOP_K=9), "MOE_TOP_K=9 of NUM_EXPERTS=8"),
+        (dict(MODEL="moe-tiny", NUM_EXPERTS=0), "at least 2 experts"),
+        (dict(MODEL="moe-tiny", ROUTER_NOISE=-1), "ROUTER_NOISE='-1': wanted float, at least 0"),
+        (dict(MODEL="moe-tiny", MOE_TOPK=2), "the nearest is MOE_TOP_K"),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(trainer, env, said):
     with pytest.raises(trainer.SettingsError, match=re.escape(said)):
         read(trainer, **env)
 
 
 def test_settings_reach_the_model():
-    s, o, config = read(train_gpt, MODEL="moe-tiny", NUM_EXPERTS=4, MOE_TOP_K=3, ROUTER_LR=0.5,
-                        MOE_BALANCE_WEIGHT=0.2)
+    s, o, config = read(
+        train_gpt, MODEL="moe-tiny", NUM_EXPERTS=4, MOE_TOP_K=3, ROUTER_LR=0.5, MOE_BALANCE_WEIGHT=0.2
+    )
     assert (config.num_experts, config.moe_top_k, o.router_lr) == (4, 3, 0.5)
     model = train_gpt.build_model(s, config, 256, torch.device("cpu"))
     assert model.blocks[0].mlp.up.shape == (4, 128, 128) and model.balance_weight == 0.2

@@ -49,9 +49,16 @@ def test_labels_follow_their_rules(tmp_path):
     analysis = analyse(tmp_path)
     labels = {rate.value: rate.label for rate in analysis.rates}
     assert labels == {
-        0.001: "too low", 0.01: "too low", 0.03: "optimal", 0.05: "optimal", 0.08: "good", 0.2: "declining",
-        0.5: "unstable", 0.8: "no result", 1.0: "diverged",
-    }  # fmt: skip
+        0.001: "too low",
+        0.01: "too low",
+        0.03: "optimal",
+        0.05: "optimal",
+        0.08: "good",
+        0.2: "declining",
+        0.5: "unstable",
+        0.8: "no result",
+        1.0: "diverged",
+    }
     assert analysis.setting == "muon_lr" and analysis.results.tied("muon_lr") == ["adam_lr"]
     assert analysis.fall == pytest.approx(7.5, abs=0.02)
     found = json.loads(plot_lr_analysis.as_json(plot_lr_analysis.insights(analysis)))
@@ -136,10 +143,13 @@ def test_everything_is_written_and_the_same_again(tmp_path, monkeypatch, capsys)
             assert files.setdefault(name, path.read_bytes()) == path.read_bytes(), name
             path.unlink()
     assert set(files) == {
-        "results.md", "results.csv", "final_results.json", "comprehensive_insights.json",
+        "results.md",
+        "results.csv",
+        "final_results.json",
+        "comprehensive_insights.json",
         *(f"{name}.png" for name in plot_lr_analysis.PICTURES),
         *(f"individual_plots/lr_{rate}_loss_vs_steps.png" for rate in ("0.0150", "0.0650", "1.0000")),
-    }  # fmt: skip
+    }
     for name, data in files.items():
         assert data.startswith(b"\x89PNG") if name.endswith(".png") else str(tmp_path).encode() not in data
     rows = list(csv.DictReader(files["results.csv"].decode().splitlines()))

@@ -31,8 +31,15 @@ def write_measurement(log, seed, skip=(), scale=1.0):
         for layer in range(LAYERS):
             for proj in plot.PROJECTIONS:
                 values = {m: scale * (1 + layer + 0.1 * rng.random()) for m in plot.METRICS}
-                row = {"step": step, "tokens": 10 * step, "layer": layer, "proj": proj, **values,
-                       "left_chance": 0.1, "right_chance": 0.1}
+                row = {
+                    "step": step,
+                    "tokens": 10 * step,
+                    "layer": layer,
+                    "proj": proj,
+                    **values,
+                    "left_chance": 0.1,
+                    "right_chance": 0.1,
+                }
                 if step not in skip:
                     rows.append(json.dumps(row))
     log.with_suffix(".manifold.jsonl").write_text("\n".join(rows) + "\n")
@@ -40,8 +47,11 @@ def write_measurement(log, seed, skip=(), scale=1.0):
 
 @pytest.fixture
 def logs(tmp_path):
-    return [make_run(tmp_path, arm, seed, skip=(100,) if seed == 2 else ())
-            for arm in ("muon", "adamw") for seed in (1, 2)]
+    return [
+        make_run(tmp_path, arm, seed, skip=(100,) if seed == 2 else ())
+        for arm in ("muon", "adamw")
+        for seed in (1, 2)
+    ]
 
 
 def test_everything_is_drawn_and_tabled(logs, tmp_path, capsys):

@@ -76,8 +76,7 @@ def launch(tmp_path, num_ranks, arguments, code=EXCHANGE):
     script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, str(script)], env=env, text=True, cwd=tmp_path,
-                            stderr=subprocess.PIPE)
+    return subprocess.Popen([*command, str(script)], env=env, text=True, cwd=tmp_path, stderr=subprocess.PIPE)
 
 
 def ways(tmp_path, num_ranks) -> set[str]:
@@ -117,8 +116,14 @@ def test_ranks_of_two_hosts_use_gloo(tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    both = [launch(tmp_path, 1, ["--nnodes=2", f"--node-rank={node}", f"--master-port={port}",
-                                 "--master-addr=localhost"]) for node in (0, 1)]
+    both = [
+        launch(
+            tmp_path,
+            1,
+            ["--nnodes=2", f"--node-rank={node}", f"--master-port={port}", "--master-addr=localhost"],
+        )
+        for node in (0, 1)
+    ]
     for agent in both:
         _, errors = agent.communicate(timeout=120)
         assert agent.returncode == 0, errors
@@ -130,11 +135,23 @@ def test_who_waits_for_the_others_leaves_with_its_launcher(tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-           "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
     waits = "import os; from train_gpt import Ranks; print(os.getpid(), flush=True); Ranks('cpu')"
-    shell = subprocess.Popen(["sh", "-c", f'{sys.executable} -c "{waits}"; true'], env=env, text=True,
-                             cwd=tmp_path, stdout=subprocess.PIPE)
+    shell = subprocess.Popen(
+        ["sh", "-c", f'{sys.executable} -c "{waits}"; true'],
+        env=env,
+        text=True,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+    )
     pid = int(shell.stdout.readline())
     time.sleep(1)
     assert process_state(pid) == "alive"

@@ -322,8 +322,10 @@ def test_other_source_code_is_kept_apart(tmp_path):
     results, rows, text, numbers = report_of(file, logs=tmp_path / "logs")
     labels = [arm.label for arm in results.arms]
     assert labels == [
-        "spectral_lr_0", "spectral_lr_0.1 (source 00000249)", "spectral_lr_0.1 (source deadbeef)"
-    ]  # fmt: skip
+        "spectral_lr_0",
+        "spectral_lr_0.1 (source 00000249)",
+        "spectral_lr_0.1 (source deadbeef)",
+    ]
     assert [arm.count("done") for arm in results.arms] == [5, 3, 2]
     other = rows["spectral_lr_0.1 (source deadbeef)"]
     assert other.arm.foreign and "not compared" in text and other.arm.label not in results.verdict.summaries

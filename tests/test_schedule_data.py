@@ -41,9 +41,16 @@ def test_stages_of_the_speedrun():
     520, then 40."""
     plan = schedule()
     assert plan.num_steps == 1600
-    expected = {0: (131072, (128, 384)), 519: (131072, (128, 384)), 520: (262144, (384, 896)),
-                1039: (262144, (384, 896)), 1040: (393216, (640, 1408)), 1559: (393216, (640, 1408)),
-                1560: (393216, (768, 1664)), 1599: (393216, (768, 1664))}
+    expected = {
+        0: (131072, (128, 384)),
+        519: (131072, (128, 384)),
+        520: (262144, (384, 896)),
+        1039: (262144, (384, 896)),
+        1040: (393216, (640, 1408)),
+        1559: (393216, (640, 1408)),
+        1560: (393216, (768, 1664)),
+        1599: (393216, (768, 1664)),
+    }
     for step, (tokens, windows) in expected.items():
         assert (plan.batch_tokens(step), plan.windows(plan.stage(step))) == (tokens, windows)
     assert plan.final_windows() == (768, 2560)
@@ -54,8 +61,17 @@ def test_multi_token_weights():
     """Fails if the further tokens' weights do not fall to 0 within their stages: 1, .5, .25 -> 0, then
     1, .5 -> 0, then 1."""
     plan = schedule()
-    for step, expected in {0: [1, 0.5, 0.25], 260: [1, 0.5, 0.125], 519: [1, 0.5, 0.25 / 520], 520: [1, 0.5],
-                           780: [1, 0.25], 1039: [1, 0.5 / 520], 1040: [1], 1559: [1], 1599: [1]}.items():
+    for step, expected in {
+        0: [1, 0.5, 0.25],
+        260: [1, 0.5, 0.125],
+        519: [1, 0.5, 0.25 / 520],
+        520: [1, 0.5],
+        780: [1, 0.25],
+        1039: [1, 0.5 / 520],
+        1040: [1],
+        1559: [1],
+        1599: [1],
+    }.items():
         np.testing.assert_allclose(plan.predict_weights(step).numpy(), expected, atol=1e-6)
 
 
@@ -71,15 +87,37 @@ def test_the_head_is_untied_after_two_thirds():
 STAGES = {100: 1.0, 600: 1.52, 701: 1.52}
 
 
-@pytest.mark.parametrize("kind, expected", [
-    ("linear", {**STAGES, 917: 1.52 * 643 / 859 + 0.1 * 216 / 859, 1131: 1.73 * 429 / 859 + 0.1 * 430 / 859,
-                1559: (1.73 + 0.1 * 858) / 859, 1560: 0.1, 1599: 0.1}),
-    ("exp", {**STAGES, 917: 1.52 * 0.1 ** (216 / 859), 1131: 1.73 * 0.1 ** (430 / 859), 1560: 0.1,
-             1599: 0.1}),
-    ("cosine", {**STAGES, 917: 0.1 + 1.42 * (1 + math.cos(math.pi * 216 / 859)) / 2,
-                1131: 0.1 + 1.63 * (1 + math.cos(math.pi * 430 / 859)) / 2, 1560: 0.1, 1599: 0.1}),
-    ("constant", {**STAGES, 1039: 1.52, 1040: 1.73, 1559: 1.73}),
-])
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        (
+            "linear",
+            {
+                **STAGES,
+                917: 1.52 * 643 / 859 + 0.1 * 216 / 859,
+                1131: 1.73 * 429 / 859 + 0.1 * 430 / 859,
+                1559: (1.73 + 0.1 * 858) / 859,
+                1560: 0.1,
+                1599: 0.1,
+            },
+        ),
+        (
+            "exp",
+            {**STAGES, 917: 1.52 * 0.1 ** (216 / 859), 1131: 1.73 * 0.1 ** (430 / 859), 1560: 0.1, 1599: 0.1},
+        ),
+        (
+            "cosine",
+            {
+                **STAGES,
+                917: 0.1 + 1.42 * (1 + math.cos(math.pi * 216 / 859)) / 2,
+                1131: 0.1 + 1.63 * (1 + math.cos(math.pi * 430 / 859)) / 2,
+                1560: 0.1,
+                1599: 0.1,
+            },
+        ),
+        ("constant", {**STAGES, 1039: 1.52, 1040: 1.73, 1559: 1.73}),
+    ],
+)
 def test_learning_rate_of_every_decay(kind, expected):
     """Fails if a decay begins or ends at another step, or has another shape. 859 steps from 701 to 1560."""
     plan = schedule(LR_DECAY_TYPE=kind)
@@ -91,8 +129,17 @@ def test_other_cooldowns():
     """Fails if COOLDOWN_FRAC or LR_DECAY_FINAL is not what it says: here 100 steps, the last 20 decay to
     0.3."""
     plan = schedule(NUM_SCHEDULED_ITERATIONS=100, COOLDOWN_FRAC=0.2, LR_DECAY_FINAL=0.3, LR_MULS="1,1,2,1")
-    for step, value in {33: 1, 34: 1, 66: 1, 67: 2, 80: 2, 85: 2 * 0.75 + 0.3 * 0.25,
-                        99: 2 * 0.05 + 0.3 * 0.95, 100: 0.3, 139: 0.3}.items():
+    for step, value in {
+        33: 1,
+        34: 1,
+        66: 1,
+        67: 2,
+        80: 2,
+        85: 2 * 0.75 + 0.3 * 0.25,
+        99: 2 * 0.05 + 0.3 * 0.95,
+        100: 0.3,
+        139: 0.3,
+    }.items():
         assert plan.lr_mul(step) == pytest.approx(value), step
     plan = schedule(COOLDOWN_FRAC=0)
     assert [plan.lr_mul(i) for i in (0, 800, 1559)] == [1.0, 1.52, 1.73]
@@ -109,8 +156,11 @@ def test_second_decay_goes_on_from_the_value_reached(kind, end):
     assert plan.lr_mul(1299) == pytest.approx(reached + slope)
     assert abs(plan.lr_mul(1300) - reached) < 1.01 * slope
     at_switch = plan.lr_mul(1300)
-    halfway = {"constant": at_switch, "linear": (at_switch + (end or 0)) / 2,
-               "exp": math.sqrt(at_switch * (end or 0))}[kind]
+    halfway = {
+        "constant": at_switch,
+        "linear": (at_switch + (end or 0)) / 2,
+        "exp": math.sqrt(at_switch * (end or 0)),
+    }[kind]
     assert plan.lr_mul(1430) == pytest.approx(halfway)
     assert plan.lr_mul(1559) == pytest.approx(end or at_switch, rel=0.02)
 
@@ -122,9 +172,15 @@ def test_second_decay_does_not_jump_with_the_stage():
 
 
 @pytest.mark.parametrize("kind", ["linear", "exp", "constant"])
-@pytest.mark.parametrize("env", [
-    dict(LR_DECAY_FINAL=0), dict(LR_MULS="0,0,0,0"), dict(LR_DECAY_SECOND_FINAL=0),
-    dict(LR_DECAY_FINAL=0, LR_DECAY_TYPE="exp")])
+@pytest.mark.parametrize(
+    "env",
+    [
+        dict(LR_DECAY_FINAL=0),
+        dict(LR_MULS="0,0,0,0"),
+        dict(LR_DECAY_SECOND_FINAL=0),
+        dict(LR_DECAY_FINAL=0, LR_DECAY_TYPE="exp"),
+    ],
+)
 @pytest.mark.parametrize("switch", [0, 700, 1559, 1590])
 def test_learning_rates_of_zero_are_no_error(kind, env, switch):
     """Fails if a decay that ends at 0 divides by it, which would end a run in its last steps."""
@@ -155,8 +211,9 @@ def test_validation_steps():
     assert {i for i in range(1601) if plan.validates(i)} == expected
     last = schedule(VAL_LOSS_EVERY=0, VAL_LOSS_EVERY_LAST=0)
     assert [i for i in range(1601) if last.validates(i)] == [1600]
-    uneven = schedule(NUM_SCHEDULED_ITERATIONS=33, NUM_EXTENSION_ITERATIONS=0, VAL_LOSS_EVERY=10,
-                      VAL_LOSS_LAST_STEPS=0)
+    uneven = schedule(
+        NUM_SCHEDULED_ITERATIONS=33, NUM_EXTENSION_ITERATIONS=0, VAL_LOSS_EVERY=10, VAL_LOSS_LAST_STEPS=0
+    )
     assert [i for i in range(34) if uneven.validates(i)] == [0, 10, 20, 30, 33]
 
 
@@ -193,8 +250,16 @@ class Source:
 
 
 def data_settings(folder, **env):
-    base = dict(DATA_PATH=folder, TRAIN_FILES="train_*.bin", VAL_FILES="val_*.bin", VAL_TOKENS=1024,
-                VAL_BATCH_TOKENS=1024, BATCH_SIZES="1024,1024,1024,1024", MAX_DOC_TOKENS=40, LONG_DOCS="cut")
+    base = dict(
+        DATA_PATH=folder,
+        TRAIN_FILES="train_*.bin",
+        VAL_FILES="val_*.bin",
+        VAL_TOKENS=1024,
+        VAL_BATCH_TOKENS=1024,
+        BATCH_SIZES="1024,1024,1024,1024",
+        MAX_DOC_TOKENS=40,
+        LONG_DOCS="cut",
+    )
     return read(train_gpt, **{**base, **env})[0]
 
 
@@ -234,9 +299,9 @@ def test_slices_hold_whole_documents_and_true_targets(tmp_path, long_docs):
             for inputs, targets in documents_of(batch):
                 # a token tells its place, except a mark, whose target does: the next place plus 1
                 start = int(inputs[0]) - 1 if inputs[0] else int(targets[0]) - 2
-                want = source.tokens[start:start + len(inputs) + 1]
+                want = source.tokens[start : start + len(inputs) + 1]
                 assert (inputs == want[:-1] if len(want) > len(inputs) else inputs == want).all()
-                assert (targets == np.append(want, MARK)[1:len(inputs) + 1]).all()
+                assert (targets == np.append(want, MARK)[1 : len(inputs) + 1]).all()
                 position += len(inputs)
                 fills = position % T == 0  # the last of its slice may be cut
                 assert len(inputs) == allowed[start] or fills and len(inputs) < allowed[start]
@@ -312,8 +377,12 @@ def test_seeds_differ_and_repeat(tmp_path):
     batches = [first_inputs(data_settings(tmp_path, SEED=seed))[0] for seed in (0, 0, 1, 2**62)]
     assert (batches[0] == batches[1]).all()
     assert len({b.tobytes() for b in batches}) == 3
-    models = [train_gpt.build_model(data_settings(tmp_path, SEED=seed), train_gpt.PRESETS["tiny"][0], 256,
-                                    torch.device("cpu")) for seed in (0, 0, 1)]
+    models = [
+        train_gpt.build_model(
+            data_settings(tmp_path, SEED=seed), train_gpt.PRESETS["tiny"][0], 256, torch.device("cpu")
+        )
+        for seed in (0, 0, 1)
+    ]
     heads = [m.head.detach() for m in models]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
@@ -367,8 +436,12 @@ def test_data_that_cannot_fill_a_slice_is_refused(tmp_path):
     write_shard(tmp_path / "val_0.bin", make_tokens([30] * 60))
     with pytest.raises(train_gpt.DataError, match="128 tokens"):
         train_data(data_settings(tmp_path)).make(1024)
-    for batch, long_docs, fits in ((640, "cut", False), (512, "cut", True), (896, "split", True),
-                                   (1024, "split", False)):
+    for batch, long_docs, fits in (
+        (640, "cut", False),
+        (512, "cut", True),
+        (896, "split", True),
+        (1024, "split", False),
+    ):
         s = data_settings(tmp_path, BATCH_SIZES=f"128,128,{batch},128", LONG_DOCS=long_docs)
         if fits:
             train, _ = train_gpt.open_data(s, 1)
@@ -418,10 +491,12 @@ def test_validation_is_the_first_tokens_of_the_shards_in_slices(tmp_path):
     stream = np.concatenate((a, b)).astype(int)[:4097]
     starts = set(np.flatnonzero(stream == 7).tolist())
     for n, ranks in val_pass(tmp_path, VAL_TOKENS=4096, VAL_BATCH_TOKENS=2048).items():
-        rows = [[row for batch in batches for row in zip(batch.inputs_BT.numpy(), batch.targets_BT.numpy())]
-                for batches in ranks]
+        rows = [
+            [row for batch in batches for row in zip(batch.inputs_BT.numpy(), batch.targets_BT.numpy())]
+            for batches in ranks
+        ]
         per_batch = 8 // n  # a rank's slices of each of the two batches
-        ordered = [row for i in (0, 1) for rank in rows for row in rank[i * per_batch:(i + 1) * per_batch]]
+        ordered = [row for i in (0, 1) for rank in rows for row in rank[i * per_batch : (i + 1) * per_batch]]
         assert (np.concatenate([x for x, _ in ordered]) == stream[:-1]).all()
         assert (np.concatenate([y for _, y in ordered]) == stream[1:]).all()
     at = 0
@@ -440,15 +515,21 @@ def test_validation_is_the_first_tokens_of_the_shards_in_slices(tmp_path):
 GOOD = dict(tokens=make_tokens([100] * 40))
 
 
-@pytest.mark.parametrize("name, bad, wanted", [
-    ("magic", dict(magic=20240521), "20240520"), ("version", dict(version=2), "another kind"),
-    ("count too large", dict(count=4001), "4001"), ("count too small", dict(count=3999), "3999"),
-    ("count negative", dict(count=-1), "-1"), ("empty", dict(tokens=[]), "0 tokens"),
-    ("token beyond", dict(vocab_size=200), "vocabulary of 200"),
-    ("token beyond GPT-2's", dict(vocab_size=0, tokens=np.array([50256, 1, 50257])), "50257"),
-    ("vocabulary too large", dict(vocab_size=70_000), "70000"),
-    ("vocabulary negative", dict(vocab_size=-3), "-3"),
-])
+@pytest.mark.parametrize(
+    "name, bad, wanted",
+    [
+        ("magic", dict(magic=20240521), "20240520"),
+        ("version", dict(version=2), "another kind"),
+        ("count too large", dict(count=4001), "4001"),
+        ("count too small", dict(count=3999), "3999"),
+        ("count negative", dict(count=-1), "-1"),
+        ("empty", dict(tokens=[]), "0 tokens"),
+        ("token beyond", dict(vocab_size=200), "vocabulary of 200"),
+        ("token beyond GPT-2's", dict(vocab_size=0, tokens=np.array([50256, 1, 50257])), "50257"),
+        ("vocabulary too large", dict(vocab_size=70_000), "70000"),
+        ("vocabulary negative", dict(vocab_size=-3), "-3"),
+    ],
+)
 @pytest.mark.parametrize("which", ["train", "val"])
 def test_bad_shards_are_refused(tmp_path, name, bad, wanted, which):
     """Fails if a damaged or foreign file is trained on. The message names the file and what was found."""
@@ -508,8 +589,10 @@ def test_data_that_does_not_fit_together_is_refused(tmp_path):
 
 
 BAD_SETTINGS = [  # trainer (None: both), environment, what the message must say
-    (None, dict(SEED="x"), ["SEED", "'x'", "int"]), (None, dict(SEED="-1"), ["SEED", "-1", "at least 0"]),
-    (None, dict(SEED="1.5"), ["SEED", "1.5", "int"]), (None, dict(SEED=""), ["SEED", "int"]),
+    (None, dict(SEED="x"), ["SEED", "'x'", "int"]),
+    (None, dict(SEED="-1"), ["SEED", "-1", "at least 0"]),
+    (None, dict(SEED="1.5"), ["SEED", "1.5", "int"]),
+    (None, dict(SEED=""), ["SEED", "int"]),
     (None, dict(SEED=str(10**400)), ["SEED", "at most"]),
     (None, dict(MUON_LR="nan"), ["MUON_LR", "nan", "finite"]),
     (None, dict(MUON_LR="inf"), ["MUON_LR", "finite"]),
@@ -529,12 +612,14 @@ BAD_SETTINGS = [  # trainer (None: both), environment, what the message must say
     (None, dict(VAL_TOKENS="262145"), ["VAL_TOKENS", "262145", "multiple"]),
     (None, dict(VAL_BATCH_TOKENS="1025", VAL_TOKENS="2050"), ["VAL_BATCH_TOKENS", "1025", "multiple"]),
     (None, dict(TRAIN_TOKENS="100000", NUM_SCHEDULED_ITERATIONS="5"), ["TRAIN_TOKENS", "NUM_SCHEDULED"]),
-    (None, dict(RUN_ID="a/b"), ["RUN_ID", "a/b", "letters"]), (None, dict(RUN_ID="x" * 300), ["RUN_ID"]),
+    (None, dict(RUN_ID="a/b"), ["RUN_ID", "a/b", "letters"]),
+    (None, dict(RUN_ID="x" * 300), ["RUN_ID"]),
     (None, dict(ATTN_BACKEND="varlen"), ["ATTN_BACKEND", "varlen", "sdpa"]),
     (None, dict(ATTN_BACKEND="flash"), ["ATTN_BACKEND", "flash", "sdpa"]),
     (None, dict(MUON_DECAY_MODE="param"), ["MUON_WEIGHT_DECAY", "1.2", "param"]),
     (None, dict(MUON_DECAY_MODE="both", MUON_WEIGHT_DECAY="-2"), ["MUON_WEIGHT_DECAY", "-2", "both"]),
-    (None, dict(NGRAMS="2,6"), ["NGRAMS", "2,6", "at most 5"]), (None, dict(NGRAM_ROWS="-1"), ["NGRAM_ROWS"]),
+    (None, dict(NGRAMS="2,6"), ["NGRAMS", "2,6", "at most 5"]),
+    (None, dict(NGRAM_ROWS="-1"), ["NGRAM_ROWS"]),
     (None, dict(NGRAM_ROWS="1"), ["NGRAM_ROWS=1", "2 and more"]),
     (None, dict(NGRAMS="2,3", NGRAM_ROWS="0"), ["NGRAMS=2,3", "does nothing", "NGRAM_ROWS"]),
     (None, dict(NGRAMS="2", MODEL="dense-88m"), ["NGRAMS=2", "does nothing", "NGRAM_ROWS"]),
@@ -548,9 +633,12 @@ BAD_SETTINGS = [  # trainer (None: both), environment, what the message must say
     (None, dict(COOLDOWN_FRCA="1"), ["COOLDOWN_FRAC"]),
     (None, dict(VAL_LOSS_EVERY_STEPS="1"), ["VAL_LOSS_EVERY"]),
     (None, dict(TARGET_LOS="3"), ["TARGET_LOSS"]),
-    (None, dict(SEEED="3"), ["SEEED", "nearest is SEED"]), (None, dict(seed="3"), ["nearest is SEED"]),
-    (None, dict(LR_MUL="2"), ["nearest is LR_MULS"]), (None, dict(RUNID="x"), ["nearest is RUN_ID"]),
-    (None, dict(muon_lr="2"), ["nearest is MUON_LR"]), (None, dict(Modell="x"), ["nearest is MODEL"]),
+    (None, dict(SEEED="3"), ["SEEED", "nearest is SEED"]),
+    (None, dict(seed="3"), ["nearest is SEED"]),
+    (None, dict(LR_MUL="2"), ["nearest is LR_MULS"]),
+    (None, dict(RUNID="x"), ["nearest is RUN_ID"]),
+    (None, dict(muon_lr="2"), ["nearest is MUON_LR"]),
+    (None, dict(Modell="x"), ["nearest is MODEL"]),
     # ORD
     (ord_gpt, dict(ORD_MODE="on"), ["ORD_MODE", "on", "interpolate"]),
     (ord_gpt, dict(SPECTRAL_PROJ_EPS="0"), ["SPECTRAL_PROJ_EPS", "above 0"]),
@@ -561,8 +649,10 @@ BAD_SETTINGS = [  # trainer (None: both), environment, what the message must say
 ]
 
 
-@pytest.mark.parametrize("trainer, env, said", [
-    (t, env, said) for only, env, said in BAD_SETTINGS for t in TRAINERS if only in (None, t)])
+@pytest.mark.parametrize(
+    "trainer, env, said",
+    [(t, env, said) for only, env, said in BAD_SETTINGS for t in TRAINERS if only in (None, t)],
+)
 def test_bad_settings_are_refused_with_what_was_found_and_wanted(trainer, env, said):
     """Fails if a setting that cannot be used trains something, or the message does not say which it is,
     what was found and what is wanted."""
@@ -574,9 +664,14 @@ def test_bad_settings_are_refused_with_what_was_found_and_wanted(trainer, env, s
         assert words in str(error.value)
 
 
-SILENT = [dict(SPECTRAL_OUT="0.5"), dict(SPECTRAL_IN="0"), dict(ORD_MODE="post", SPECTRAL_SCALE="unit"),
-          dict(ORD_MODE="post", SPECTRAL_VARIANCE="1"), dict(ORD_MODE="off", SPECTRAL_OUT="0"),
-          dict(ORD_MODE="off", SPECTRAL_SCHEDULE="adaptive")]
+SILENT = [
+    dict(SPECTRAL_OUT="0.5"),
+    dict(SPECTRAL_IN="0"),
+    dict(ORD_MODE="post", SPECTRAL_SCALE="unit"),
+    dict(ORD_MODE="post", SPECTRAL_VARIANCE="1"),
+    dict(ORD_MODE="off", SPECTRAL_OUT="0"),
+    dict(ORD_MODE="off", SPECTRAL_SCHEDULE="adaptive"),
+]
 
 
 @pytest.mark.parametrize("env", SILENT, ids=str)
@@ -587,14 +682,51 @@ def test_settings_of_another_ord_mode_are_refused(env):
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("env", [
-    dict(PATH="/bin", HOME="/", LANG="C", TERM="xterm", SHELL="sh", USER="me", HOSTNAME="host", LOGNAME="me"),
-    dict(RANK="0", WORLD_SIZE="8", LOCAL_RANK="0", LOCAL_WORLD_SIZE="8", MASTER_ADDR="a", MASTER_PORT="1",
-         GROUP_RANK="0", ROLE_RANK="0", ROLE_NAME="default", TORCHELASTIC_RUN_ID="none", OMP_NUM_THREADS="1"),
-    dict(CUDA_VISIBLE_DEVICES="0", NCCL_DEBUG="INFO", SLURM_JOB_ID="1", TORCH_LOGS="", HF_HOME="x",
-         SCRIPT="train_gpt.py", COMPILER="gcc", MODELS="x", DEVICES="0", SEEDS="3", OUT="x",
-         MODE="x", SPEED="9", http_proxy="x", no_proxy="y"),
-])
+@pytest.mark.parametrize(
+    "env",
+    [
+        dict(
+            PATH="/bin",
+            HOME="/",
+            LANG="C",
+            TERM="xterm",
+            SHELL="sh",
+            USER="me",
+            HOSTNAME="host",
+            LOGNAME="me",
+        ),
+        dict(
+            RANK="0",
+            WORLD_SIZE="8",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="8",
+            MASTER_ADDR="a",
+            MASTER_PORT="1",
+            GROUP_RANK="0",
+            ROLE_RANK="0",
+            ROLE_NAME="default",
+            TORCHELASTIC_RUN_ID="none",
+            OMP_NUM_THREADS="1",
+        ),
+        dict(
+            CUDA_VISIBLE_DEVICES="0",
+            NCCL_DEBUG="INFO",
+            SLURM_JOB_ID="1",
+            TORCH_LOGS="",
+            HF_HOME="x",
+            SCRIPT="train_gpt.py",
+            COMPILER="gcc",
+            MODELS="x",
+            DEVICES="0",
+            SEEDS="3",
+            OUT="x",
+            MODE="x",
+            SPEED="9",
+            http_proxy="x",
+            no_proxy="y",
+        ),
+    ],
+)
 def test_other_programs_variables_are_let_be(trainer, env):
     """Fails if a variable of the shell, torchrun, SLURM or CUDA is taken for a misspelt setting."""
     read(trainer, **env)
@@ -604,8 +736,16 @@ def test_other_programs_variables_are_let_be(trainer, env):
 def test_values_are_read_as_they_are_written(trainer):
     """Fails if a value is changed on its way, a preset's default beats the environment, or a default is
     lost."""
-    s, o, config = read(trainer, SEED=" 7 ", LR_MULS="[1, 2,3.5 ,4]", BATCH_SIZES="(1024,2048,1024,128)",
-                        MUON_LR="1e-3", DISABLE_FP8="true", VAL_LOSS_EVERY="3", RUN_ID="a-b_c=1,2+3.txt")
+    s, o, config = read(
+        trainer,
+        SEED=" 7 ",
+        LR_MULS="[1, 2,3.5 ,4]",
+        BATCH_SIZES="(1024,2048,1024,128)",
+        MUON_LR="1e-3",
+        DISABLE_FP8="true",
+        VAL_LOSS_EVERY="3",
+        RUN_ID="a-b_c=1,2+3.txt",
+    )
     assert (s.seed, s.lr_muls, s.batch_sizes) == (7, (1.0, 2.0, 3.5, 4.0), (1024, 2048, 1024, 128))
     assert (o.muon_lr, s.disable_fp8, s.val_loss_every, s.run_id) == (0.001, True, 3, "a-b_c=1,2+3.txt")
     s, o, config = trainer.read_settings({"DEVICE": "cpu"})
@@ -624,11 +764,15 @@ def test_values_are_read_as_they_are_written(trainer):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_n_grams_are_the_presets_unless_set(trainer):
     """Fails if NGRAMS or NGRAM_ROWS is lost, or one of them, left out or empty, takes the preset's away."""
-    for env, wanted in (({}, ((2, 3, 4), 8192)), (dict(NGRAMS="", NGRAM_ROWS=""), ((2, 3, 4), 8192)),
-                        (dict(NGRAMS="2"), ((2,), 8192)), (dict(NGRAM_ROWS="4096"), ((2, 3, 4), 4096)),
-                        (dict(NGRAM_ROWS="0"), ((2, 3, 4), 0)),
-                        (dict(MODEL="dense-88m", NGRAM_ROWS="64", NGRAMS="3,2"), ((3, 2), 64)),
-                        (dict(MODEL="gpt2-small"), ((2,), 5 * 50304))):
+    for env, wanted in (
+        ({}, ((2, 3, 4), 8192)),
+        (dict(NGRAMS="", NGRAM_ROWS=""), ((2, 3, 4), 8192)),
+        (dict(NGRAMS="2"), ((2,), 8192)),
+        (dict(NGRAM_ROWS="4096"), ((2, 3, 4), 4096)),
+        (dict(NGRAM_ROWS="0"), ((2, 3, 4), 0)),
+        (dict(MODEL="dense-88m", NGRAM_ROWS="64", NGRAMS="3,2"), ((3, 2), 64)),
+        (dict(MODEL="gpt2-small"), ((2,), 5 * 50304)),
+    ):
         config = read(trainer, **env)[2]
         assert (config.ngrams, config.ngram_rows) == wanted
 
@@ -639,16 +783,49 @@ def test_empty_strength_of_a_kind_is_the_common_one():
     assert optimizer_settings(ord_gpt).spectral_lr_mul_mlp is None
 
 
-NAMES = sorted({f.name.upper() for t in TRAINERS for c in (t.Settings, t.OptimizerSettings)
-                for f in t.dataclasses.fields(c)})
+NAMES = sorted(
+    {
+        f.name.upper()
+        for t in TRAINERS
+        for c in (t.Settings, t.OptimizerSettings)
+        for f in t.dataclasses.fields(c)
+    }
+)
 VALUES = st.one_of(
-    st.text(max_size=12), st.integers().map(str), st.floats().map(str),
-    st.sampled_from(["0", "1", "-1", "", "nan", "1e999", "9" * 400, "9" * 5000, "1,2,3,4", "128,256,384,128",
-                     "auto", "linear", "exp", "post", "unit", "both", "adamw", "sdpa", "tiny", "gpt2-small",
-                     "1_0", "٣"]),
-    st.lists(st.integers() | st.floats(), max_size=5).map(lambda x: ",".join(map(str, x))))
-ENVIRONMENTS = st.dictionaries(st.sampled_from(NAMES) | st.text("ABCDELMNORSTU_", max_size=20), VALUES,
-                               max_size=5)
+    st.text(max_size=12),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(
+        [
+            "0",
+            "1",
+            "-1",
+            "",
+            "nan",
+            "1e999",
+            "9" * 400,
+            "9" * 5000,
+            "1,2,3,4",
+            "128,256,384,128",
+            "auto",
+            "linear",
+            "exp",
+            "post",
+            "unit",
+            "both",
+            "adamw",
+            "sdpa",
+            "tiny",
+            "gpt2-small",
+            "1_0",
+            "٣",
+        ]
+    ),
+    st.lists(st.integers() | st.floats(), max_size=5).map(lambda x: ",".join(map(str, x))),
+)
+ENVIRONMENTS = st.dictionaries(
+    st.sampled_from(NAMES) | st.text("ABCDELMNORSTU_", max_size=20), VALUES, max_size=5
+)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -689,8 +866,11 @@ def test_settings_json_is_what_a_launcher_can_read(trainer, capsys):
     out = capsys.readouterr().out
     table = json.loads(out, parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
     by_name = {s["name"]: s for s in table["settings"]}
-    names = {f.name.upper() for c in (trainer.Settings, trainer.OptimizerSettings)
-             for f in trainer.dataclasses.fields(c)}
+    names = {
+        f.name.upper()
+        for c in (trainer.Settings, trainer.OptimizerSettings)
+        for f in trainer.dataclasses.fields(c)
+    }
     assert set(by_name) == names and len(table["settings"]) == len(names)
     assert set(table["presets"]) == set(trainer.PRESETS) and table["script"] == trainer.SCRIPT.name
     assert all({"type", "default", "allowed", "help"} <= set(s) for s in by_name.values())

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes a block may have
-REGISTERS = 65_536                             # of a multiprocessor, for all threads of its blocks
+REGISTERS = 65_536  # of a multiprocessor, for all threads of its blocks
 PRODUCTS = {"gram_kernel", "mlp_kernel", "mlp_hopper_kernel"}
 ONLY_ON = {"mlp_kernel": {80, 89}, "mlp_hopper_kernel": {90}, "quantize_kernel": {89, 90}}
 
@@ -21,8 +21,13 @@ def compile_launches(arch: int, *more: str):
     pytest.importorskip("triton", reason="triton is not installed, so KERNELS=torch is what runs here")
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "tests/offgpu/launches.py", str(arch), *more], cwd=ROOT, env=env,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "tests/offgpu/launches.py", str(arch), *more],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     return found["names"], found["launches"]

@@ -18,8 +18,12 @@ def test_kernels_equal_their_references():
 
 
 def check(device: str):
-    return subprocess.run([sys.executable, str(CHECKS), "--device", device], cwd=CHECKS.parents[2],
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(CHECKS), "--device", device],
+        cwd=CHECKS.parents[2],
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

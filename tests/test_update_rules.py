@@ -37,12 +37,12 @@ QUINTICS = (  # arXiv 2505.16932, five steps
 )
 BAND = 0.8588, 1.1412  # where f sends every singular value above 0.001 of the norm
 MUON_LR, MUON_BETA2 = 0.023, 0.95
-NUM_STEPS = 200        # far from the last 50 steps, in which momentum falls back
+NUM_STEPS = 200  # far from the last 50 steps, in which momentum falls back
 
 SHAPES = {
-    "blocks.0.attn.q": (8, 8),     # square
-    "blocks.0.attn.k": (6, 10),    # wide
-    "blocks.0.mlp.up": (12, 7),    # tall
+    "blocks.0.attn.q": (8, 8),  # square
+    "blocks.0.attn.k": (6, 10),  # wide
+    "blocks.0.mlp.up": (12, 7),  # tall
     "blocks.0.mlp.down": (16, 4),  # the MLP's second matrix; long, which has a polar iteration of its own
 }
 
@@ -117,8 +117,13 @@ def ref_ord(G, W, a, o, state):
 def ref_decay(U, W, l, lr, o):
     """What decay takes off the weights."""
     wd = o.muon_weight_decay
-    return {"cautious": l * wd * lr * W * (U * W >= 0), "none": 0 * W, "param": l * wd * W,
-            "update": l * wd * U, "both": l * wd * (W + U)}[o.muon_decay_mode]
+    return {
+        "cautious": l * wd * lr * W * (U * W >= 0),
+        "none": 0 * W,
+        "param": l * wd * W,
+        "update": l * wd * U,
+        "both": l * wd * (W + U),
+    }[o.muon_decay_mode]
 
 
 def ref_momentum(step, num_steps=NUM_STEPS, warmup=300):
@@ -163,8 +168,10 @@ def random_grads(weights, seed):
     """Gradients a step, with a part along the weights that comes, goes and changes its sign."""
     rng = np.random.default_rng(seed + 100)
     while True:
-        yield {n: (rng.normal(0, 2, w.shape) + 3 * rng.normal() * w).astype(np.float32)
-               for n, w in weights.items()}
+        yield {
+            n: (rng.normal(0, 2, w.shape) + 3 * rng.normal() * w).astype(np.float32)
+            for n, w in weights.items()
+        }
 
 
 def compare_steps(trainer, o, steps, seed=0, weights=None, lr_mul=1.3, tolerance=2e-5):
@@ -280,8 +287,13 @@ def test_steps_of_normuon_and_muon(trainer, optimizer):
     compare_steps(trainer, optimizer_settings(trainer, OPTIMIZER=optimizer, **extra), steps=8)
 
 
-DECAYS = [("cautious", 1.2), ("cautious", -1.2), ("cautious", 30), ("none", 0.5), *itertools.product(
-    ("param", "update", "both"), (-0.2, 0, 0.2))]
+DECAYS = [
+    ("cautious", 1.2),
+    ("cautious", -1.2),
+    ("cautious", 30),
+    ("none", 0.5),
+    *itertools.product(("param", "update", "both"), (-0.2, 0, 0.2)),
+]
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -297,16 +309,30 @@ def test_decay_modes_of_any_sign(trainer, mode, decay):
     assert (difference > 1e-3) == (mode != "none" and decay != 0)  # the test can tell them apart
 
 
-ORD_ARMS = [
-    dict(ORD_MODE=mode, SPECTRAL_RHO_MODE=rho, SPECTRAL_SCHEDULE=schedule, **scale)
-    for mode, rho, schedule, scale in itertools.product(
-        ("interpolate", "project"), ("global", "row", "col"), ("constant", "adaptive"),
-        (dict(SPECTRAL_SCALE="raw"), dict(SPECTRAL_SCALE="unit"), dict(SPECTRAL_VARIANCE=1)))
-] + [
-    dict(ORD_MODE="post", SPECTRAL_RHO_MODE=rho, SPECTRAL_RESCALE=rescale, SPECTRAL_OUT=out, SPECTRAL_IN=into)
-    for rho, rescale, (out, into) in itertools.product(
-        ("global", "row", "col"), (0, 1), ((0, 0), (0.5, 1), (1, 0.25), (1.5, -0.5)))
-] + [dict(ORD_MODE="off")]
+ORD_ARMS = (
+    [
+        dict(ORD_MODE=mode, SPECTRAL_RHO_MODE=rho, SPECTRAL_SCHEDULE=schedule, **scale)
+        for mode, rho, schedule, scale in itertools.product(
+            ("interpolate", "project"),
+            ("global", "row", "col"),
+            ("constant", "adaptive"),
+            (dict(SPECTRAL_SCALE="raw"), dict(SPECTRAL_SCALE="unit"), dict(SPECTRAL_VARIANCE=1)),
+        )
+    ]
+    + [
+        dict(
+            ORD_MODE="post",
+            SPECTRAL_RHO_MODE=rho,
+            SPECTRAL_RESCALE=rescale,
+            SPECTRAL_OUT=out,
+            SPECTRAL_IN=into,
+        )
+        for rho, rescale, (out, into) in itertools.product(
+            ("global", "row", "col"), (0, 1), ((0, 0), (0.5, 1), (1, 0.25), (1.5, -0.5))
+        )
+    ]
+    + [dict(ORD_MODE="off")]
+)
 
 
 @pytest.mark.parametrize("arm", ORD_ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
@@ -320,10 +346,17 @@ def test_steps_of_ord(arm):
     compare_steps(ord_gpt, o, steps, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("extra", [
-    dict(OPTIMIZER="muon"), dict(SPECTRAL_LR_MUL_ATTN=0.05, SPECTRAL_LR_MUL_MLP=0.4),
-    dict(SPECTRAL_LR_MUL_MLP=0), dict(SPECTRAL_LR_MUL=-0.3), dict(SPECTRAL_PROJ_EPS=5),
-    dict(MUON_DECAY_MODE="param", MUON_WEIGHT_DECAY=0.1)])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        dict(OPTIMIZER="muon"),
+        dict(SPECTRAL_LR_MUL_ATTN=0.05, SPECTRAL_LR_MUL_MLP=0.4),
+        dict(SPECTRAL_LR_MUL_MLP=0),
+        dict(SPECTRAL_LR_MUL=-0.3),
+        dict(SPECTRAL_PROJ_EPS=5),
+        dict(MUON_DECAY_MODE="param", MUON_WEIGHT_DECAY=0.1),
+    ],
+)
 def test_steps_of_ord_with_other_settings(extra):
     """Fails if ORD ignores a setting: its own strengths for attention and MLP, eps, a negative a, decay,
     Muon."""
@@ -334,8 +367,14 @@ def test_steps_of_ord_with_other_settings(extra):
 def test_decay_comes_after_the_rescaling(mode, decay):
     """Fails if rescaling undoes the decay, or the decay's mask is taken from something other than the
     update."""
-    o = optimizer_settings(ord_gpt, ORD_MODE="post", SPECTRAL_RESCALE=1, SPECTRAL_OUT=0.5,
-                           MUON_DECAY_MODE=mode, MUON_WEIGHT_DECAY=decay)
+    o = optimizer_settings(
+        ord_gpt,
+        ORD_MODE="post",
+        SPECTRAL_RESCALE=1,
+        SPECTRAL_OUT=0.5,
+        MUON_DECAY_MODE=mode,
+        MUON_WEIGHT_DECAY=decay,
+    )
     compare_steps(ord_gpt, o, steps=4)
 
 
@@ -363,13 +402,18 @@ def assert_bit_equal(a, b):
 
 @pytest.mark.parametrize("decay", [("cautious", 1.2), ("both", -0.1)])
 @pytest.mark.parametrize("optimizer", ["normuon", "muon"])
-@pytest.mark.parametrize("arm", [
-    dict(ORD_MODE="interpolate", SPECTRAL_LR_MUL=0), dict(ORD_MODE="off"),
-    dict(ORD_MODE="interpolate", SPECTRAL_LR_MUL=0, SPECTRAL_SCALE="unit", SPECTRAL_RHO_MODE="row"),
-    dict(ORD_MODE="interpolate", SPECTRAL_LR_MUL=0, SPECTRAL_SCHEDULE="adaptive", SPECTRAL_VARIANCE=1),
-    dict(ORD_MODE="post", SPECTRAL_OUT=1, SPECTRAL_IN=1, SPECTRAL_RESCALE=0),
-    dict(ORD_MODE="post", SPECTRAL_OUT=1, SPECTRAL_IN=1, SPECTRAL_RESCALE=0, SPECTRAL_RHO_MODE="col")],
-    ids=lambda arm: "-".join(map(str, arm.values())))
+@pytest.mark.parametrize(
+    "arm",
+    [
+        dict(ORD_MODE="interpolate", SPECTRAL_LR_MUL=0),
+        dict(ORD_MODE="off"),
+        dict(ORD_MODE="interpolate", SPECTRAL_LR_MUL=0, SPECTRAL_SCALE="unit", SPECTRAL_RHO_MODE="row"),
+        dict(ORD_MODE="interpolate", SPECTRAL_LR_MUL=0, SPECTRAL_SCHEDULE="adaptive", SPECTRAL_VARIANCE=1),
+        dict(ORD_MODE="post", SPECTRAL_OUT=1, SPECTRAL_IN=1, SPECTRAL_RESCALE=0),
+        dict(ORD_MODE="post", SPECTRAL_OUT=1, SPECTRAL_IN=1, SPECTRAL_RESCALE=0, SPECTRAL_RHO_MODE="col"),
+    ],
+    ids=lambda arm: "-".join(map(str, arm.values())),
+)
 def test_ord_of_no_strength_is_train_gpt_to_the_last_bit(arm, optimizer, decay):
     """Fails if the control arm is not the baseline: a rounding more would make every comparison a new
     seed."""
@@ -385,12 +429,19 @@ def test_ord_of_no_strength_is_train_gpt_to_the_last_bit(arm, optimizer, decay):
 def test_post_of_no_strength_with_rescaling_keeps_the_norm(rho_mode, axes):
     """Fails if a pure rotation changes the weights' norm: of the matrix, its rows or its columns."""
     weights = start_weights()
-    o = optimizer_settings(ord_gpt, ORD_MODE="post", SPECTRAL_OUT=0, SPECTRAL_IN=0, SPECTRAL_RESCALE=1,
-                           SPECTRAL_RHO_MODE=rho_mode, MUON_DECAY_MODE="none")
+    o = optimizer_settings(
+        ord_gpt,
+        ORD_MODE="post",
+        SPECTRAL_OUT=0,
+        SPECTRAL_IN=0,
+        SPECTRAL_RESCALE=1,
+        SPECTRAL_RHO_MODE=rho_mode,
+        MUON_DECAY_MODE="none",
+    )
     after, _ = run_steps(ord_gpt, o, weights, some_grads(weights, 10))
     for name, w in weights.items():
         got = after[name].double().numpy()
-        np.testing.assert_allclose((got**2).sum(axes), (w.astype(np.float64)**2).sum(axes), rtol=2e-6)
+        np.testing.assert_allclose((got**2).sum(axes), (w.astype(np.float64) ** 2).sum(axes), rtol=2e-6)
         assert np.abs(got - w).max() > 0.01  # it did turn
 
 
@@ -399,8 +450,15 @@ def test_post_rescaled_has_the_norm_that_was_asked_for(lr_mul, sign):
     """Fails if the norm is not ||W|| (1 - lr s r), or a step that asks for more than all of it (the last
     case) turns the matrix round in place of leaving a thousandth."""
     w = start_weights(shapes={"blocks.0.attn.q": (8, 8)})
-    o = optimizer_settings(ord_gpt, ORD_MODE="post", SPECTRAL_OUT=0.5, SPECTRAL_IN=2, SPECTRAL_RESCALE=1,
-                           MUON_DECAY_MODE="none", MUON_LR=0.01)
+    o = optimizer_settings(
+        ord_gpt,
+        ORD_MODE="post",
+        SPECTRAL_OUT=0.5,
+        SPECTRAL_IN=2,
+        SPECTRAL_RESCALE=1,
+        MUON_DECAY_MODE="none",
+        MUON_LR=0.01,
+    )
     W = w["blocks.0.attn.q"].astype(np.float64)
     model = Params(w)
     optimizer = make_optimizer(ord_gpt, model, o)
@@ -449,8 +507,11 @@ def test_unit_at_any_size_and_raw_at_none(size, same):
 ZERO_ARMS = [*ORD_ARMS, dict(ORD_MODE="interpolate", MUON_DECAY_MODE="both", MUON_WEIGHT_DECAY=-0.1)]
 
 
-@pytest.mark.parametrize("trainer, arm", [(train_gpt, {}), *((ord_gpt, arm) for arm in ZERO_ARMS)],
-                         ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    "trainer, arm",
+    [(train_gpt, {}), *((ord_gpt, arm) for arm in ZERO_ARMS)],
+    ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "",
+)
 def test_matrices_that_start_at_zero_move(trainer, arm):
     """Fails if a division by ||W|| = 0 or ||G|| = 0 gives a NaN, or a mode holds a zero matrix at zero. The
     gradient is nothing at step 0, nothing in the first matrix at step 1, then constant."""
@@ -478,11 +539,13 @@ def test_a_zero_matrix_grows_in_post_until_it_has_a_size(rescale):
     grads = some_grads(start_weights(shapes=shapes), 1) * 60
     extra = dict(MUON_DECAY_MODE="none")
     plain, _ = run_steps(train_gpt, optimizer_settings(train_gpt, **extra), weights, grads[:4])
-    o = optimizer_settings(ord_gpt, ORD_MODE="post", SPECTRAL_OUT=0, SPECTRAL_IN=0, SPECTRAL_RESCALE=rescale,
-                           **extra)
+    o = optimizer_settings(
+        ord_gpt, ORD_MODE="post", SPECTRAL_OUT=0, SPECTRAL_IN=0, SPECTRAL_RESCALE=rescale, **extra
+    )
     assert_bit_equal(plain, run_steps(ord_gpt, o, weights, grads[:4])[0])
-    sizes = [run_steps(ord_gpt, o, weights, grads[:n])[0]["blocks.0.mlp.down"].norm().item()
-             for n in (40, 60)]
+    sizes = [
+        run_steps(ord_gpt, o, weights, grads[:n])[0]["blocks.0.mlp.down"].norm().item() for n in (40, 60)
+    ]
     assert sizes[1] == pytest.approx(sizes[0], rel=2e-5 if rescale else 1e-2)  # and then it keeps its norm
     assert sizes[0] > 0.2 * math.sqrt(16)
 
@@ -491,11 +554,17 @@ def six_matrices():
     return {f"blocks.{i}.mlp.up": (9, 4) for i in range(5)} | {"blocks.0.mlp.down": (9, 4)}
 
 
-@pytest.mark.parametrize("trainer, arm", [
-    (train_gpt, {}), (train_gpt, dict(MUON_DECAY_MODE="both", MUON_WEIGHT_DECAY=-0.2)),
-    (train_gpt, dict(OPTIMIZER="adamw")), (ord_gpt, dict(ORD_MODE="project", SPECTRAL_SCALE="unit")),
-    (ord_gpt, dict(SPECTRAL_VARIANCE=1, SPECTRAL_SCHEDULE="adaptive", SPECTRAL_RHO_MODE="row")),
-    (ord_gpt, dict(ORD_MODE="post", SPECTRAL_RESCALE=1, SPECTRAL_OUT=0))])
+@pytest.mark.parametrize(
+    "trainer, arm",
+    [
+        (train_gpt, {}),
+        (train_gpt, dict(MUON_DECAY_MODE="both", MUON_WEIGHT_DECAY=-0.2)),
+        (train_gpt, dict(OPTIMIZER="adamw")),
+        (ord_gpt, dict(ORD_MODE="project", SPECTRAL_SCALE="unit")),
+        (ord_gpt, dict(SPECTRAL_VARIANCE=1, SPECTRAL_SCHEDULE="adaptive", SPECTRAL_RHO_MODE="row")),
+        (ord_gpt, dict(ORD_MODE="post", SPECTRAL_RESCALE=1, SPECTRAL_OUT=0)),
+    ],
+)
 def test_shards_of_any_rank_equal_those_of_one_rank_and_padding_stays_zero(trainer, arm):
     """Fails if a rank updates another's matrices or with another's rate, or the padding that makes six
     matrices eight (four ranks) becomes anything but zero, which would leak into norms and checkpoints."""
@@ -511,10 +580,11 @@ def test_shards_of_any_rank_equal_those_of_one_rank_and_padding_stays_zero(train
             model.add_grads(g)
             optimizer.step(step, 1.3, 2048, True)
         [bucket] = optimizer.buckets
-        assert bucket.weights.numel() == 8 * 36 and not bucket.weights[6 * 36:].any()
+        assert bucket.weights.numel() == 8 * 36 and not bucket.weights[6 * 36 :].any()
         mine = slice(rank * 72, rank * 72 + 72)
-        torch.testing.assert_close(bucket.weights[mine], torch.cat((flat, torch.zeros(72)))[mine],
-                                   rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            bucket.weights[mine], torch.cat((flat, torch.zeros(72)))[mine], rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -545,11 +615,27 @@ def test_shards_of_a_big_table_equal_those_of_one_rank(trainer):
 def test_masters_of_bfloat16_and_mantissa_keep_every_bit():
     """Fails if a master loses a bit on its way through bfloat16 and int16: a sign, a carry, a special
     value."""
-    special = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, 1e-45, -1e-45, 3.4e38, 1 + 2**-23,
-                            1 - 2**-24, 65535.0, 1.17549435e-38, math.nan]).view(torch.int32)
+    special = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1.0,
+            -1.0,
+            math.inf,
+            -math.inf,
+            1e-45,
+            -1e-45,
+            3.4e38,
+            1 + 2**-23,
+            1 - 2**-24,
+            65535.0,
+            1.17549435e-38,
+            math.nan,
+        ]
+    ).view(torch.int32)
     halves = torch.tensor([0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x3F80, 0xBF80, 0x7F80])
     pairs = ((halves[:, None] << 16) | halves).flatten().to(torch.int32)
-    random = torch.randint(-2**31, 2**31, (20_000,), generator=torch.Generator().manual_seed(0)).int()
+    random = torch.randint(-(2**31), 2**31, (20_000,), generator=torch.Generator().manual_seed(0)).int()
     for bits in (special, pairs, random):
         weight, mantissa = (torch.zeros(len(bits), dtype=t) for t in (torch.bfloat16, torch.int16))
         train_gpt.write_master(weight, mantissa, bits.view(torch.float32))
@@ -557,9 +643,15 @@ def test_masters_of_bfloat16_and_mantissa_keep_every_bit():
         assert torch.equal(weight.view(torch.int16).int(), bits >> 16)  # the model sees the high half
 
 
-@pytest.mark.parametrize("trainer, arm", [
-    (train_gpt, {}), (train_gpt, dict(OPTIMIZER="adamw")), (ord_gpt, {}),
-    (ord_gpt, dict(ORD_MODE="post", SPECTRAL_OUT=0.5, SPECTRAL_RESCALE=1))])
+@pytest.mark.parametrize(
+    "trainer, arm",
+    [
+        (train_gpt, {}),
+        (train_gpt, dict(OPTIMIZER="adamw")),
+        (ord_gpt, {}),
+        (ord_gpt, dict(ORD_MODE="post", SPECTRAL_OUT=0.5, SPECTRAL_RESCALE=1)),
+    ],
+)
 def test_many_steps_on_bfloat16_weights_equal_steps_on_fp32_masters(trainer, arm):
     """Fails if small updates are lost: after any number of steps the masters are those of fp32 weights."""
     shapes = {**SHAPES, "head": (8, 4), "ngram": (5, 3)}
@@ -649,9 +741,15 @@ def test_matrices_under_adamw_are_torchs_adamw(trainer):
 
 
 # FACTS' table: lr x, decay x, betas
-FACTS = {"scalars": (5, 0, 0.9, 0.99), "x0": (5, 0, 0.65, 0.95), "tables": (75, 5, 0.75, 0.95),
-         "smear_gate": (0.01, 0, 0.9, 0.99), "skip_gate": (0.05, 0, 0.9, 0.99), "gates": (1, 1, 0.9, 0.99),
-         "head": (1, 150, 0.5, 0.95)}
+FACTS = {
+    "scalars": (5, 0, 0.9, 0.99),
+    "x0": (5, 0, 0.65, 0.95),
+    "tables": (75, 5, 0.75, 0.95),
+    "smear_gate": (0.01, 0, 0.9, 0.99),
+    "skip_gate": (0.05, 0, 0.9, 0.99),
+    "gates": (1, 1, 0.9, 0.99),
+    "head": (1, 150, 0.5, 0.95),
+}
 
 
 def facts_of(name):
@@ -743,18 +841,25 @@ def test_gradient_clipping_holds_the_norm_of_the_mean_loss():
 def test_logged_numbers_of_ord_are_those_of_the_step():
     """Fails if the log shows |rho| for rho, mixes layers or kinds, or measures another thing than it
     names."""
-    shapes = {f"blocks.{i}.{n}": s for i in (0, 1) for n, s in (
-        ("attn.q", (8, 8)), ("attn.k", (8, 8)), ("mlp.up", (12, 8)))}
+    shapes = {
+        f"blocks.{i}.{n}": s
+        for i in (0, 1)
+        for n, s in (("attn.q", (8, 8)), ("attn.k", (8, 8)), ("mlp.up", (12, 8)))
+    }
     o = optimizer_settings(ord_gpt, SPECTRAL_LR_MUL=0.4)
     weights = start_weights(shapes=shapes)
     _, optimizer, _, states = compare_steps(ord_gpt, o, 2, weights=weights)
     _, _, ref, _ = compare_steps(ord_gpt, o, 1, weights=weights)  # the weights before the second step
     fields = optimizer.log_fields(1, full=True)
     size, cos = np.linalg.norm, lambda x, y: (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
-    expected = {"spec": lambda s, W: s["rho"], "cos_gw": lambda s, W: cos(s["G"], W),
-                "cos_uw": lambda s, W: cos(s["U"], W), "w_norm": lambda s, W: size(W),
-                "u_over_w": lambda s, W: size(s["U"]) / size(W),
-                "radial_over_p": lambda s, W: size(s["radial"]) / size(s["P"])}
+    expected = {
+        "spec": lambda s, W: s["rho"],
+        "cos_gw": lambda s, W: cos(s["G"], W),
+        "cos_uw": lambda s, W: cos(s["U"], W),
+        "w_norm": lambda s, W: size(W),
+        "u_over_w": lambda s, W: size(s["U"]) / size(W),
+        "radial_over_p": lambda s, W: size(s["radial"]) / size(s["P"]),
+    }
     for stat, function in expected.items():
         for kind in ("attn", "mlp"):
             got = [float(x) for x in fields[f"{stat}_{kind}"].strip("[]").split(",")]
@@ -770,9 +875,19 @@ def losses_of_run(trainer, folder, steps=12, **env):
     if not (folder / "train.bin").exists():
         write_shard(folder / "train.bin", make_text(30_000, 1))
         write_shard(folder / "val.bin", make_text(4_000, 2))
-    s, o, _ = read(trainer, DATA_PATH=folder, TRAIN_FILES="train.bin", VAL_FILES="val.bin", VAL_TOKENS=2048,
-                   VAL_BATCH_TOKENS=1024, BATCH_SIZES="512,512,512,512", NUM_SCHEDULED_ITERATIONS=steps,
-                   NUM_EXTENSION_ITERATIONS=0, MAX_DOC_TOKENS=64, **env)
+    s, o, _ = read(
+        trainer,
+        DATA_PATH=folder,
+        TRAIN_FILES="train.bin",
+        VAL_FILES="val.bin",
+        VAL_TOKENS=2048,
+        VAL_BATCH_TOKENS=1024,
+        BATCH_SIZES="512,512,512,512",
+        NUM_SCHEDULED_ITERATIONS=steps,
+        NUM_EXTENSION_ITERATIONS=0,
+        MAX_DOC_TOKENS=64,
+        **env,
+    )
     train_shards, val_shards = trainer.open_data(s, 1)
     ranks = lone_ranks(trainer)
     run = trainer.Trainer(s, o, small_config(trainer), train_shards[0].vocab_size, ranks)

@@ -2,6 +2,7 @@
 Hopper exactly as its launch would be (types, divisibility and constants specialised alike) and then not
 launched. So a test may call the project's own wrappers and read what the compiler made of each launch.
 """
+
 import re
 import subprocess
 import tempfile
@@ -12,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes a block may have; nothing checks it
-MAX_REGISTERS = 65_536                     # of a multiprocessor
+MAX_REGISTERS = 65_536  # of a multiprocessor
 
 
 class NoLaunch:
@@ -34,8 +35,12 @@ class Utils:
         self.arch = arch
 
     def get_device_properties(self, device) -> dict:
-        return {"max_shared_mem": SHARED_LIMIT[self.arch], "multiprocessor_count": 132, "warpSize": 32,
-                "max_num_regs": MAX_REGISTERS}
+        return {
+            "max_shared_mem": SHARED_LIMIT[self.arch],
+            "multiprocessor_count": 132,
+            "warpSize": 32,
+            "max_num_regs": MAX_REGISTERS,
+        }
 
     def load_binary(self, name, cubin, shared, device) -> tuple:
         return 0, 0, 0, 0, 1024  # module, function, registers, spills (see read_resources), threads
@@ -80,13 +85,22 @@ def read_resources(compiled) -> dict:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(compiled.asm["ptx"])
         target = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
-        said = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", target, str(ptx), "-o", f"{ptx}.cubin"],
-                              capture_output=True, text=True, check=True).stderr
+        said = subprocess.run(
+            [triton.knobs.nvidia.ptxas.path, "-v", target, str(ptx), "-o", f"{ptx}.cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
     number = lambda pattern: int(re.search(pattern, said).group(1))
     count = lambda pattern: len(re.findall(pattern, compiled.asm["ptx"]))
     return {
-        "registers": number(r"Used (\d+) registers"), "stack": number(r"(\d+) bytes stack frame"),
+        "registers": number(r"Used (\d+) registers"),
+        "stack": number(r"(\d+) bytes stack frame"),
         "spilled": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-        "shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps,
-        "wgmma": count(r"wgmma\.mma_async"), "mma": count(r"\bmma\.sync"),
-        "async_copies": count(r"cp\.async\.c[ag]"), "bulk_copies": count(r"cp\.async\.bulk\.tensor")}
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "wgmma": count(r"wgmma\.mma_async"),
+        "mma": count(r"\bmma\.sync"),
+        "async_copies": count(r"cp\.async\.c[ag]"),
+        "bulk_copies": count(r"cp\.async\.bulk\.tensor"),
+    }

@@ -8,6 +8,7 @@ every operation on such a value widens to fp32, computes, and rounds to nearest 
 the hardware's conversion does. Not covered, because no kernel uses it: inline assembly, libdevice, atomics.
 test_triton_interpreter.py first tests this file itself. May go when the interpreter does this itself.
 """
+
 import numpy as np
 import torch
 import triton
@@ -60,8 +61,13 @@ def mend_arithmetic(name: str, num_operands: int):
     setattr(InterpreterBuilder, name, mended)
 
 
-for method, operands in (("binary_op", 2), ("unary_op", 1), ("ternary_op", 3), ("create_fma", 3),
-                         ("create_rsqrt", 1)):
+for method, operands in (
+    ("binary_op", 2),
+    ("unary_op", 1),
+    ("ternary_op", 3),
+    ("create_fma", 3),
+    ("create_rsqrt", 1),
+):
     mend_arithmetic(method, operands)
 
 

@@ -13,6 +13,7 @@ matrices of dense-88m (keys and values, 256 x 512), every MUON_DECAY_MODE, OPTIM
 of gpt2-medium and dense-88m, the settings on all shapes of gpt2-small and dense-88m, the shapes of all
 presets.
 """
+
 import json
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from flops import matrix_shapes  # noqa: E402
 
 SLICES, TOKENS = 8, 32  # 16,384 to 49,152 tokens a slice in gpt2-small
-PREDICTED = (1, 2, 3)   # tokens, by stage
+PREDICTED = (1, 2, 3)  # tokens, by stage
 DECAY_MODES = ("none", "param", "update", "both")  # beside cautious, the default
 
 
@@ -100,15 +101,23 @@ def everything(float8: bool):
         for preset in ("gpt2-small", "dense-88m"):
             for optimizer in ("normuon", "muon"):
                 for mode in ("cautious", *DECAY_MODES):
-                    muon_step(trainer, shapes_of(preset), OPTIMIZER=optimizer, MUON_DECAY_MODE=mode,
-                              MUON_WEIGHT_DECAY="0.1")
+                    muon_step(
+                        trainer,
+                        shapes_of(preset),
+                        OPTIMIZER=optimizer,
+                        MUON_DECAY_MODE=mode,
+                        MUON_WEIGHT_DECAY="0.1",
+                    )
 
 
 def constants(compiled) -> dict:
     """Of the kernel, by name, as the launch gave them; without those that it always has."""
     source = compiled.src
-    return {source.fn.arg_names[at]: value for (at,), value in source.constants.items()
-            if isinstance(value, (bool, int, str)) and not source.fn.arg_names[at].startswith("BLOCK")}
+    return {
+        source.fn.arg_names[at]: value
+        for (at,), value in source.constants.items()
+        if isinstance(value, (bool, int, str)) and not source.fn.arg_names[at].startswith("BLOCK")
+    }
 
 
 def main(arch: int, all_of_it: bool):
@@ -127,8 +136,9 @@ def main(arch: int, all_of_it: bool):
     found = []
     for name in names:
         for compiled in compile_only.launches(getattr(triton_kernels, name)):
-            found.append({"kernel": name, "constants": constants(compiled),
-                          **compile_only.read_resources(compiled)})
+            found.append(
+                {"kernel": name, "constants": constants(compiled), **compile_only.read_resources(compiled)}
+            )
     lines = ",\n".join(json.dumps(x) for x in found)
     print(f'{{"names": {json.dumps(names)}, "launches": [\n{lines}\n]}}')
 

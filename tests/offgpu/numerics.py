@@ -7,6 +7,7 @@ test_triton_interpreter.py runs this file with pytest in a process of its own: i
 mix, so the device is chosen (NUMERICS_DEVICE) before kernels are defined. All tensors are made on it. The
 same bounds hold on both but where a comment says otherwise; none of it has run on a GPU yet.
 """
+
 # ruff: noqa: E402  the device is chosen before triton is imported
 import argparse
 import os
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     args, rest = parser.parse_known_args()
     os.environ |= {"NUMERICS_DEVICE": args.device, "TRITON_INTERPRET": str(int(args.device == "cpu"))}
     import pytest
+
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", str(Path(__file__).resolve()), *rest]))
 
 DEVICE = os.environ.get("NUMERICS_DEVICE", "cpu")
@@ -201,7 +203,8 @@ def test_softcapped_loss(B, T, V, K):
     got = kernels.softcapped_loss_backward(z, got[2], targets, weights, factor, *SOFTCAP)
     assert_close(got, exact.grad.bfloat16(), rtol=2 * BF16_STEP)
     formula = kernels.softcapped_loss_backward_reference(
-        z, want[2].detach(), targets, weights, factor, *SOFTCAP)
+        z, want[2].detach(), targets, weights, factor, *SOFTCAP
+    )
     assert_close(formula, exact.grad, rtol=1e-4)
 
 
@@ -213,7 +216,8 @@ def test_softcapped_loss_backward_in_float8(B, T, V, K):
     known = (z, lse, targets, weights, torch.tensor(0.25), *SOFTCAP)
     got, turned = kernels.softcapped_loss_backward_float8(*known, 1e-4)
     want, _ = kernels.quantize_reference(
-        kernels.softcapped_loss_backward_reference(*known), 1e-4, torch.float8_e5m2)
+        kernels.softcapped_loss_backward_reference(*known), 1e-4, torch.float8_e5m2
+    )
     assert torch.equal(turned.float(), got.float().T)
     assert (got.float() == want.float()).float().mean() > 0.999
     assert_close(got.float(), want.float(), rtol=0.26)
@@ -223,7 +227,8 @@ def test_float8_gradient_saturates():
     z, targets, weights = loss_case(1, 4, 128, 1)
     lse = kernels.softcapped_loss(z, targets, weights, *SOFTCAP)[2]
     got, _ = kernels.softcapped_loss_backward_float8(
-        z, lse, targets, weights, torch.tensor(1e9), *SOFTCAP, 1e-3)
+        z, lse, targets, weights, torch.tensor(1e9), *SOFTCAP, 1e-3
+    )
     assert got.float().abs().max() == torch.finfo(torch.float8_e5m2).max
 
 
@@ -241,8 +246,9 @@ def head_case(seed=0):
     return x, w, targets, torch.tensor([1.0, 0.5])
 
 
-@pytest.mark.parametrize("scales, error", [(None, 0.01), ((100 / 448, 6 / 448, 0.1 / 448), 0.12)],
-                         ids=["bfloat16", "float8"])
+@pytest.mark.parametrize(
+    "scales, error", [(None, 0.01), ((100 / 448, 6 / 448, 0.1 / 448), 0.12)], ids=["bfloat16", "float8"]
+)
 def test_head_loss(scales, error):
     """Values and gradients against fp32; float8 has three bits of mantissa forward and two backward."""
     x, w, targets, weights = head_case()
@@ -271,8 +277,10 @@ def test_head_loss_in_float8_is_made_of_its_references():
     grad_z = kernels.softcapped_loss_backward_reference(z, lse, targets, weights, torch.tensor(1.0), *SOFTCAP)
     g, g_t = kernels.quantize_reference(grad_z, grad_scale, torch.float8_e5m2)
     assert loss.item() == pytest.approx(losses.sum().item(), rel=1e-5)
-    for got, want in ((x.grad, kernels.float8_product(g, w_t, grad_scale, w_scale)),
-                      (w.grad, kernels.float8_product(g_t, x_t, grad_scale, x_scale))):
+    for got, want in (
+        (x.grad, kernels.float8_product(g, w_t, grad_scale, w_scale)),
+        (w.grad, kernels.float8_product(g_t, x_t, grad_scale, x_scale)),
+    ):
         assert (got - want).norm() / want.norm() < 0.01
 
 
@@ -408,10 +416,17 @@ def plain_polar_bfloat16(G_NRK):
     return (X.mT if tall else X).float()
 
 
-ORD_CASES = [dict(ORD_MODE="off"), dict(), dict(SPECTRAL_LR_MUL="0.7"), dict(ORD_MODE="project"),
-             dict(SPECTRAL_SCALE="unit"), dict(SPECTRAL_SCHEDULE="adaptive"), dict(OPTIMIZER="muon"),
-             dict(OPTIMIZER="muon", SPECTRAL_SCALE="unit"),
-             dict(MUON_DECAY_MODE="param", MUON_WEIGHT_DECAY="0.1")]
+ORD_CASES = [
+    dict(ORD_MODE="off"),
+    dict(),
+    dict(SPECTRAL_LR_MUL="0.7"),
+    dict(ORD_MODE="project"),
+    dict(SPECTRAL_SCALE="unit"),
+    dict(SPECTRAL_SCHEDULE="adaptive"),
+    dict(OPTIMIZER="muon"),
+    dict(OPTIMIZER="muon", SPECTRAL_SCALE="unit"),
+    dict(MUON_DECAY_MODE="param", MUON_WEIGHT_DECAY="0.1"),
+]
 
 
 def twin_step(step, case, env, measure=True):
@@ -422,8 +437,22 @@ def twin_step(step, case, env, measure=True):
     moment = torch.full((N, R, 1) if R >= K else (N, 1, K), 1e-3) if o.optimizer == "normuon" else None
     scalar = train_gpt_muon_ord.scalar
     a, rho_0 = torch.full((N, 1, 1), o.spectral_lr_mul), torch.full((N, 1, 1), 0.02)
-    rho, stats = step(weight, mantissa, grad, momentum, moment, None, torch.full((N, 1, 1), 0.02),
-                      scalar(0.03), scalar(0.9), a, rho_0, scalar(1.0), o, measure)
+    rho, stats = step(
+        weight,
+        mantissa,
+        grad,
+        momentum,
+        moment,
+        None,
+        torch.full((N, 1, 1), 0.02),
+        scalar(0.03),
+        scalar(0.9),
+        a,
+        rho_0,
+        scalar(1.0),
+        o,
+        measure,
+    )
     return kernels.master_reference(weight, mantissa), momentum, moment, rho, stats
 
 
@@ -455,8 +484,17 @@ def test_twins_with_kernels_agree_bit_for_bit(shape, env):
     grad, momentum, weight, mantissa = copies(*case)
     N, R, K = shape
     moment = torch.full((N, R, 1) if R >= K else (N, 1, K), 1e-3)
-    train_gpt.step_muon_fused(weight, mantissa, grad, momentum, moment, torch.full((N, 1, 1), 0.02),
-                              scalar(0.03), scalar(0.9), "cautious")
+    train_gpt.step_muon_fused(
+        weight,
+        mantissa,
+        grad,
+        momentum,
+        moment,
+        torch.full((N, 1, 1), 0.02),
+        scalar(0.03),
+        scalar(0.9),
+        "cautious",
+    )
     for measure in (True, False):
         twin = twin_step(train_gpt_muon_ord.step_muon_fused, case, env, measure)
         for a, b in zip(twin, (kernels.master_reference(weight, mantissa), momentum, moment)):
@@ -487,8 +525,14 @@ def loss_and_grads(model):
     (train_gpt.LOSS_SCALE * loss).backward()
     grads = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
     small = [n for n in sorted(grads) if grads[n].numel() < 64]
-    return loss.item(), entropy.item(), {**{n: g for n, g in grads.items() if n not in small},
-                                         "small": torch.stack([grads[n].norm() for n in small])}
+    return (
+        loss.item(),
+        entropy.item(),
+        {
+            **{n: g for n, g in grads.items() if n not in small},
+            "small": torch.stack([grads[n].norm() for n in small]),
+        },
+    )
 
 
 @pytest.mark.parametrize("float8", [False, True], ids=["bfloat16", "float8"])

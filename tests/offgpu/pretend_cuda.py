@@ -7,6 +7,7 @@ Private interfaces of torch 2.13, which requirements.txt pins. End the process w
 shutdown would ask the device things that nobody can answer. Needs a C++ compiler; without one the process
 says SKIP and ends with 77.
 """
+
 # ruff: noqa: E402  torch is imported after the hooks
 import ctypes
 import hashlib
@@ -42,9 +43,21 @@ def build() -> Path:
         raise NoCompiler("no C++ compiler here (g++, clang++ or CXX)")
     half = f"{library}.{os.getpid()}"
     include, lib = torch_folder / "include", torch_folder / "lib"
-    command = [compiler, "-shared", "-fPIC", "-std=c++20", f"-I{include}",
-               f"-I{include}/torch/csrc/api/include", str(source), "-o", half, f"-L{lib}", "-lc10",
-               "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
+    command = [
+        compiler,
+        "-shared",
+        "-fPIC",
+        "-std=c++20",
+        f"-I{include}",
+        f"-I{include}/torch/csrc/api/include",
+        str(source),
+        "-o",
+        half,
+        f"-L{lib}",
+        "-lc10",
+        "-ltorch_cpu",
+        f"-Wl,-rpath,{lib}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise NoCompiler(f"{compiler} could not build {source.name}: {done.stderr[-2000:]}")
@@ -68,10 +81,21 @@ sys.path.insert(0, str(HERE))
 import compile_only
 
 H100 = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30,
-    warp_size=32, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
-    regs_per_multiprocessor=65_536, shared_memory_per_block=49_152, shared_memory_per_block_optin=232_448,
-    shared_memory_per_multiprocessor=233_472, L2_cache_size=50 << 20, gcnArchName="")
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=80 << 30,
+    warp_size=32,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    regs_per_multiprocessor=65_536,
+    shared_memory_per_block=49_152,
+    shared_memory_per_block_optin=232_448,
+    shared_memory_per_multiprocessor=233_472,
+    L2_cache_size=50 << 20,
+    gcnArchName="",
+)
 
 
 def says(value):
@@ -100,6 +124,7 @@ class Driver(compile_only.Driver):
 
 def install_driver():
     import triton
+
     triton.runtime.driver.set_active(Driver(ARCH))
 
 
@@ -107,18 +132,39 @@ def pretend_torch_cuda():
     """The Python side of torch.cuda, as dynamo and the trainers ask it."""
     stream = SimpleNamespace(cuda_stream=0, device=torch.device("cuda:0"), stream_id=0)
     answers = dict(
-        is_available=True, device_count=1, current_device=0, get_device_properties=H100,
-        get_device_capability=(9, 0), get_device_name=H100.name, is_bf16_supported=True, synchronize=None,
-        _lazy_init=None, set_device=None, _exchange_device=0, _maybe_exchange_device=0, set_rng_state=None,
-        get_arch_list=["sm_90"], current_stream=stream)
+        is_available=True,
+        device_count=1,
+        current_device=0,
+        get_device_properties=H100,
+        get_device_capability=(9, 0),
+        get_device_name=H100.name,
+        is_bf16_supported=True,
+        synchronize=None,
+        _lazy_init=None,
+        set_device=None,
+        _exchange_device=0,
+        _maybe_exchange_device=0,
+        set_rng_state=None,
+        get_arch_list=["sm_90"],
+        current_stream=stream,
+    )
     for name, value in answers.items():
         setattr(torch.cuda, name, says(value))
     torch.cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
     torch.version.cuda = "13.0"
     torch._C._cuda_getCurrentRawStream = says(0)
-    for name, value in dict(exchange_device=0, maybe_exchange_device=0, current_device=0, set_device=None,
-                            device_count=1, is_available=True, get_compute_capability=ARCH, synchronize=None,
-                            get_raw_stream=0, get_device_properties=H100).items():
+    for name, value in dict(
+        exchange_device=0,
+        maybe_exchange_device=0,
+        current_device=0,
+        set_device=None,
+        device_count=1,
+        is_available=True,
+        get_compute_capability=ARCH,
+        synchronize=None,
+        get_raw_stream=0,
+        get_device_properties=H100,
+    ).items():
         setattr(CudaInterface, name, staticmethod(says(value)))
     CudaInterface.Worker.get_device_properties = staticmethod(says(H100))
     CudaInterface.Worker.current_device = staticmethod(says(0))
@@ -134,9 +180,11 @@ def pretend_inductor():
 
     guards = torch._C._dynamo.guards  # generated code allocates by these
     guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
-        size, stride, dtype=dtype, device="cuda")
+        size, stride, dtype=dtype, device="cuda"
+    )
     guards._reinterpret_tensor = lambda x, size, stride, offset=0: torch.as_strided(
-        x, size, stride, x.storage_offset() + offset)
+        x, size, stride, x.storage_offset() + offset
+    )
     fuse_attention._sfdp_init = pad_mm._pad_mm_init = says(None)  # these trace patterns on real CUDA tensors
     triton_helpers.set_driver_to_gpu = install_driver
     for timer in (benchmarking.Benchmarker, benchmarking.TritonBenchmarker, benchmarking.InductorBenchmarker):

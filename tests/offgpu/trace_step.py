@@ -9,6 +9,7 @@ experts   a step and a validation of moe-79m, which has grouped products, and it
 inductor  the first stage's step, twin with ORD, and its validation, by inductor to sm_90 machine code
 ord       the update of matrices in each of ORD's ways, by inductor to sm_90 machine code
 """
+
 import sys
 import time
 from collections import Counter
@@ -34,6 +35,7 @@ MODES = ("stage", "variants", "experts", "inductor", "ord")
 
 def ranks(trainer):
     """This process alone, on the pretended device."""
+
     class Alone(trainer.Ranks):
         def __init__(self):
             self.rank, self.local_rank, self.world_size, self.device = 0, 0, 1, DEVICE
@@ -47,10 +49,15 @@ def build(trainer, backend, kernels: str = "auto", model: str = "gpt2-small"):
     pretend_cuda.on_device(trainer)
     assert callable(trainer.torch_compile)
     trainer.torch_compile = lambda function: torch.compile(
-        function, dynamic=False, fullgraph=True, backend=backend)
+        function, dynamic=False, fullgraph=True, backend=backend
+    )
     torch._dynamo.config.recompile_limit = trainer.MAX_VARIANTS
-    env = {"MODEL": model, "NUM_SCHEDULED_ITERATIONS": "12", "NUM_EXTENSION_ITERATIONS": "2",
-           "KERNELS": kernels}
+    env = {
+        "MODEL": model,
+        "NUM_SCHEDULED_ITERATIONS": "12",
+        "NUM_EXTENSION_ITERATIONS": "2",
+        "KERNELS": kernels,
+    }
     s, o, config = trainer.read_settings(env)
     assert (s.device, s.attn_backend, s.compile, s.disable_fp8) == ("cuda", "varlen", "1", False)
     run = trainer.Trainer(s, o, config, VOCAB, ranks(trainer))
@@ -60,27 +67,41 @@ def build(trainer, backend, kernels: str = "auto", model: str = "gpt2-small"):
 
 def recording(calls: Counter):
     """A backend as aot_eager that counts what the graphs of forward and backward call of triton_kernels."""
+
     def compiler(graph, inputs):
         targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         prefix = f"{triton_kernels.NAMESPACE}."
         calls.update(t.split(".")[1] for t in targets if t.startswith(prefix))
         return make_boxed_func(graph.forward)
 
-    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, keep_inference_input_mutations=True,
-                        partition_fn=min_cut_rematerialization_partition)
+    return aot_autograd(
+        fw_compiler=compiler,
+        bw_compiler=compiler,
+        keep_inference_input_mutations=True,
+        partition_fn=min_cut_rematerialization_partition,
+    )
 
 
 def calls_wanted(num_layers: int) -> dict:
     """Of a pass of training in float8: an MLP in every layer, x and the head's weights quantised."""
-    return {"mlp_up": num_layers, "mlp_up_backward": num_layers, "quantize": 2, "softcapped_loss": 1,
-            "softcapped_loss_backward_float8": 1}
+    return {
+        "mlp_up": num_layers,
+        "mlp_up_backward": num_layers,
+        "quantize": 2,
+        "softcapped_loss": 1,
+        "softcapped_loss_backward_float8": 1,
+    }
 
 
 def batch(trainer, num_slices: int, slice_tokens: int, num_docs: int, longest: int):
     """A pass of the shapes that TrainData makes."""
     empty = lambda *shape, dtype=torch.int32: torch.zeros(shape, dtype=dtype, device=DEVICE)
-    return trainer.Batch(empty(num_slices, slice_tokens), empty(num_slices, slice_tokens, dtype=torch.int64),
-                         empty(num_docs + 1), longest)
+    return trainer.Batch(
+        empty(num_slices, slice_tokens),
+        empty(num_slices, slice_tokens, dtype=torch.int64),
+        empty(num_docs + 1),
+        longest,
+    )
 
 
 def stage_batch(trainer, run, stage: int, num_docs: int):
@@ -255,6 +276,7 @@ if __name__ == "__main__":
         code = 0
     except BaseException:
         import traceback
+
         text = [line for line in traceback.format_exc().splitlines() if "registered at" not in line]
         print("\n".join(text), flush=True)
     sys.stdout.flush()
