@@ -65,7 +65,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from run_log import LogParser, RunLog, format_value, read_log
+from analysis.run_log import LogParser, RunLog, format_value, read_log
 
 HERE = Path(__file__).resolve().parent
 LOGS = Path("logs")  # where the trainers write, relative to the working directory

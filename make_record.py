@@ -37,8 +37,8 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
-import plot_style as style
-from run_log import SEPARATOR_WIDTH, find_log, log_stem, read_log, read_unpacked
+from analysis import style
+from analysis.run_log import SEPARATOR_WIDTH, find_log, log_stem, read_log, read_unpacked
 
 HERE = Path(__file__).resolve().parent
 RECIPE = "record.toml"

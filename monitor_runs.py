@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plot_style import format_time, shorten
-from run_log import Column, LogFollower, RunLog
+from analysis.run_log import Column, LogFollower, RunLog
+from analysis.style import format_time, shorten
 
 RECENT_LINES = 50  # speed is that of the last lines, as batch sizes change during training
 WARM_UP_FACTOR = 4  # before its first step a run compiles, which takes longer than any step

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-import plot_style as style
-from run_log import Arm, RunLog, group_by_arm, newest_log, read_runs
-from stats import summarize
+from analysis import style
+from analysis.run_log import Arm, RunLog, group_by_arm, newest_log, read_runs
+from analysis.stats import summarize
 
 X_LABELS = {"steps": "step", "tokens": "training tokens", "time": "training time"}
 END_SHARES = (0.03, 0.05, 0.1, 0.2, 0.4)  # the smallest part of the end with enough validations is enlarged

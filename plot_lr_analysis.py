@@ -31,11 +31,11 @@ from pathlib import Path
 import numpy as np
 
 import plot_loss
-import plot_style as style
 import report_sweep
-from run_log import format_value
-from stats import Contenders, Summary, contenders, summarize
-from sweep_results import Attempt, Results, SweepArm, format_interval, read_results
+from analysis import style
+from analysis.run_log import format_value
+from analysis.stats import Contenders, Summary, contenders, summarize
+from analysis.sweep_results import Attempt, Results, SweepArm, format_interval, read_results
 
 RATES = ("muon_lr", "adam_lr", "router_lr")  # looked at first, if no setting is named
 GOOD = 0.98  # share of the best's fall that a good value keeps

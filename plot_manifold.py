@@ -28,10 +28,10 @@ from pathlib import Path
 
 import numpy as np
 
-import plot_style as style
-from run_log import RunLog, find_log, log_stem, read_unpacked
-from stats import summarize
-from sweep_results import Results, read_results
+from analysis import style
+from analysis.run_log import RunLog, find_log, log_stem, read_unpacked
+from analysis.stats import summarize
+from analysis.sweep_results import Results, read_results
 
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")
 METRICS = {  # what a line holds -> what a picture calls it

@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 
 import plot_loss
-import plot_style as style
-from run_log import format_value
-from stats import Summary, summarize
-from sweep_results import (
+from analysis import style
+from analysis.run_log import format_value
+from analysis.stats import Summary, summarize
+from analysis.sweep_results import (
     Results,
     SweepArm,
     conclusion,

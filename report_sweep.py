@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 import plot_loss
-import plot_style as style
-from run_log import Curve, RunLog, format_value
-from stats import (
+from analysis import style
+from analysis.run_log import Curve, RunLog, format_value
+from analysis.stats import (
     SPEEDRUN_P,
     SQRT_N_MARGIN,
     Summary,
@@ -37,7 +37,7 @@ from stats import (
     summarize,
     target_test,
 )
-from sweep_results import (
+from analysis.sweep_results import (
     UPDATE_ONLY,
     Results,
     SweepArm,

@@ -19,7 +19,7 @@ from jobs import Job, events, lines
 from safetensors.numpy import load_file
 
 import train_gpt
-from run_log import read_log
+from analysis.run_log import read_log
 
 EVERY_STATE = dict(  # all that the optimizer can have to remember
     SPECTRAL_SCHEDULE="adaptive", SPECTRAL_VARIANCE=1, GRAD_CLIP=1.0, ADAM_LR=0.008, SPECTRAL_RHO_MODE="row"

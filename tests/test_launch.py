@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from logs_for_tests import make_log
 
 import launch_lr_sweep as launcher
+from analysis.run_log import read_log
 from launch_lr_sweep import Manifest, SweepError, read_sweep, read_trainer
 from monitor_runs import Monitor
-from run_log import read_log
 
 ROOT = Path(launcher.__file__).parent
 PATIENCE_S = 180  # on a machine that is busy with other things

@@ -14,7 +14,7 @@ from test_model import WINDOWS, make_batch
 
 import train_gpt
 import train_gpt_muon_ord
-from run_log import read_log
+from analysis.run_log import read_log
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import flops  # noqa: E402

@@ -17,8 +17,8 @@ import pytest
 from logs_for_tests import header, make_log, step_lines
 
 import monitor_runs
+from analysis.run_log import read_log
 from monitor_runs import Monitor
-from run_log import read_log
 
 ROOT = Path(monitor_runs.__file__).parent
 STEPS = 200

@@ -14,9 +14,9 @@ from sweeps_for_tests import STEPS, make_sweep
 import make_record
 import plot_lr_analysis
 import report_sweep
-from run_log import Curve, list_logs, read_log, read_runs
-from stats import contenders
-from sweep_results import Results, read_results
+from analysis.run_log import Curve, list_logs, read_log, read_runs
+from analysis.stats import contenders
+from analysis.sweep_results import Results, read_results
 
 ROOT = Path(plot_lr_analysis.__file__).parent
 LOSSES = {0.001: 6.0, 0.01: 4.0, 0.03: 3.3, 0.05: 3.3005, 0.08: 3.4, 0.2: 5.0, 0.5: 6.0, 0.8: 7.0, 1.0: 8.0}

@@ -11,7 +11,7 @@ from sweeps_for_tests import make_sweep
 
 import make_record
 import plot_manifold as plot
-from run_log import read_runs
+from analysis.run_log import read_runs
 
 LAYERS, STEPS = 3, (50, 100, 150, 200)
 

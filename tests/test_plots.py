@@ -13,9 +13,9 @@ from logs_for_tests import SEPARATOR, SOURCE, make_log
 from matplotlib.text import Text
 
 import plot_loss
-import plot_style
-from run_log import group_by_arm, read_runs
-from stats import summarize
+from analysis import style
+from analysis.run_log import group_by_arm, read_runs
+from analysis.stats import summarize
 
 ROOT = Path(plot_loss.__file__).parent
 STEPS = 200  # short logs: the tests look at the drawing, not at the reader
@@ -83,7 +83,7 @@ def test_six_panels_of_one_run(tmp_path):
     stars = [line for line in loss.lines if line.get_marker() == "*"]
     met = run.first_at(3.28)
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in stars] == [(met.step, met.loss)]
-    assert f"3.28 met at step {met.step}, {plot_style.format_time(met.time_ms)}" in texts(figure)
+    assert f"3.28 met at step {met.step}, {style.format_time(met.time_ms)}" in texts(figure)
     assert any(line.get_ydata()[0] == 3.28 and len(line.get_ydata()) == 2 for line in loss.lines)
     zoom = loss.child_axes[0]
     assert zoom.get_xlim()[0] >= 0.8 * STEPS and zoom.get_ylim()[0] < run.final_val_loss < zoom.get_ylim()[1]
@@ -253,9 +253,9 @@ def test_a_failed_run_does_not_flatten_the_others(tmp_path):
 
 def test_styles_are_distinct_also_for_the_colour_blind():
     """21 arms differ in colour or dashes; the colours stay apart for every kind of dichromat."""
-    looks = [plot_style.arm_style(number) for number in range(21)]
+    looks = [style.arm_style(number) for number in range(21)]
     assert len({(look["color"], str(look["linestyle"])) for look in looks}) == 21
-    rgb = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in plot_style.COLOURS])
+    rgb = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in style.COLOURS])
     linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     protan = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]  # Machado et al. 2009
     deutan = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
@@ -360,16 +360,16 @@ def test_import_is_light():
     ],
 )
 def test_format_time(ms, text):
-    assert plot_style.format_time(ms) == text
+    assert style.format_time(ms) == text
 
 
 def test_shorten_keeps_both_ends():
     name = "lrmul-1-1.52-spectral_lr_0.1-20260206-seed2"
     for width in range(1, 60):
-        assert len(plot_style.shorten(name, width)) == min(width, len(name))
-    assert plot_style.shorten(name, 21) == "lrmul-1-1.…0206-seed2"
+        assert len(style.shorten(name, width)) == min(width, len(name))
+    assert style.shorten(name, 21) == "lrmul-1-1.…0206-seed2"
 
 
 def test_format_table():
-    table = plot_style.format_table(["run", "loss"], [["a", 3.25], ["long name", "-"]])
+    table = style.format_table(["run", "loss"], [["a", 3.25], ["long name", "-"]])
     assert table.splitlines() == ["run        loss", "---------  ----", "a          3.25", "long name     -"]

@@ -14,8 +14,8 @@ from scipy import stats as scipy_stats
 from sweeps_for_tests import STEPS, make_sweep, spectral_arms
 
 import report_sweep
-import stats
-from sweep_results import Attempt, Results, SweepArm, conclusion, read_results, strength
+from analysis import stats
+from analysis.sweep_results import Attempt, Results, SweepArm, conclusion, read_results, strength
 
 ROOT = Path(report_sweep.__file__).parent
 SEEDS = (1, 2, 3, 4, 5)

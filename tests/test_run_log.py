@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logs_for_tests import SEPARATOR, SOURCE, config_line, header, make_log, step_lines
 
-import run_log
-from run_log import LogFollower, LogParser, arm_key, group_by_arm, parse_log, read_log, read_runs
+from analysis import run_log
+from analysis.run_log import LogFollower, LogParser, arm_key, group_by_arm, parse_log, read_log, read_runs
 
 MORE = int(os.environ.get("FUZZ", 1))  # FUZZ=100 pytest ...: a long search
-ROOT = Path(run_log.__file__).parent
+ROOT = Path(run_log.__file__).parent.parent
 
 
 def only(text, path="logs/some-name.txt"):
@@ -700,7 +700,8 @@ def test_ten_megabytes_in_a_third_of_a_second():
 
 def test_import_is_light():
     """Tools start at once over ssh: no torch, scipy or matplotlib behind the reader."""
-    code = "import sys, run_log; print(sorted({'torch', 'scipy', 'matplotlib', 'rich'} & set(sys.modules)))"
+    heavy = {"torch", "scipy", "matplotlib", "rich"}
+    code = f"import sys; from analysis import run_log; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

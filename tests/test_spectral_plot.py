@@ -14,9 +14,9 @@ from scipy import stats as scipy_stats
 from sweeps_for_tests import STEPS, make_sweep, spectral_arms
 
 import plot_spectral_sweep
-import plot_style
-from stats import summarize
-from sweep_results import read_results
+from analysis import style
+from analysis.stats import summarize
+from analysis.sweep_results import read_results
 
 ROOT = Path(plot_spectral_sweep.__file__).parent
 
@@ -177,11 +177,11 @@ def test_nothing_overlaps(tmp_path, num_arms, seeds):
 
 def test_bulk_limits():
     """The better half is seen whole with its intervals; one lost arm is not, and no arm is shown by half."""
-    low, high = plot_style.bulk_limits([3.0, 3.1, 3.2, 9.0], [2.9, 3.0, 3.1, 8.0], [3.1, 3.2, 3.3, 9.9])
+    low, high = style.bulk_limits([3.0, 3.1, 3.2, 9.0], [2.9, 3.0, 3.1, 8.0], [3.1, 3.2, 3.3, 9.9])
     assert low < 2.9 and 3.3 < high < 4
-    low, high = plot_style.bulk_limits([1.0, 1.1, 1.62], [1.0, 1.1, 1.5], [1.0, 1.6, 1.8])
+    low, high = style.bulk_limits([1.0, 1.1, 1.62], [1.0, 1.1, 1.5], [1.0, 1.6, 1.8])
     assert high > 1.8  # 1.62 is within reach of the interval 1.6, so its own interval is shown, too
-    assert plot_style.bulk_limits([], [], []) == (0, 1) and plot_style.bulk_limits([2.0], [2.0], [2.0])[0] < 2
+    assert style.bulk_limits([], [], []) == (0, 1) and style.bulk_limits([2.0], [2.0], [2.0])[0] < 2
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-import stats
+from analysis import stats
 
 A = [3.2703, 3.2705, 3.2689, 3.2711]
 B = [3.2727, 3.2743, 3.2731, 3.2719]

@@ -1,6 +1,6 @@
 """What a sweep found: its runs by arm, the arms compared, and a sentence on what that allows to conclude.
 
-    from sweep_results import read_results, conclusion
+    from analysis.sweep_results import read_results, conclusion
     results = read_results(["sweeps/spectral_lr.toml"])                 # as planned in logs/SWEEP.sweep.json
     results = read_results(["logs/a.txt", "logs/b.txt"], control="a=0")  # or any logs, or folders of them
     results.arms[0].samples()     # losses and seeds; failed runs are NaN
@@ -20,10 +20,19 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from analysis.run_log import (
+    NOT_TRAINING,
+    Arm,
+    RunLog,
+    find_log,
+    format_value,
+    group_by_arm,
+    read_log,
+    read_runs,
+)
+from analysis.stats import Comparison, Verdict, detectable, judge
+from analysis.style import shorten
 from launch_lr_sweep import Run
-from plot_style import shorten
-from run_log import NOT_TRAINING, Arm, RunLog, find_log, format_value, group_by_arm, read_log, read_runs
-from stats import Comparison, Verdict, detectable, judge
 
 FAILED = ("crashed", "diverged", "hung")  # they count as runs; all other states but finished: not ended (yet)
 MAX_NAMED = 4  # arms named in a sentence, before "and 3 more"

@@ -1,6 +1,6 @@
 """The one reader of training logs: text -> RunLog. numpy only, so that tools which use it start at once.
 
-    from run_log import read_log, read_runs, group_by_arm, LogFollower
+    from analysis.run_log import read_log, read_runs, group_by_arm, LogFollower
     run = read_log("logs/my-run.txt")[0]        # a list: some public logs hold several trials
     run.val.step, run.val.loss, run.val.time_ms, run.final_val_loss, run.state, run.config["seed"]
     run.columns["lr_mul"].step, run.columns["lr_mul"].value, run.columns["spec_attn"].value.shape

@@ -1,6 +1,6 @@
 """Statistics of runs: means and intervals, comparisons of arms, tests against a target.
 
-    from stats import summarize, compare, holm, judge, target_test
+    from analysis.stats import summarize, compare, holm, judge, target_test
     summarize([3.2703, 3.2705, 3.2727])        # n, mean, sd, 95% interval of the mean
     compare(arm, control, arm_seeds, control_seeds)  # paired if the seeds are the same ones, else Welch
     target_test(losses, 3.28)                  # the speedrun's proof: is the mean below the target?
