@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from train_gpt import GPT, SOFTCAP, Batch, Documents, ModelConfig
+from kernels.attention import Documents
+from train_gpt import GPT, SOFTCAP, Batch, ModelConfig
 
 
 class SampleError(ValueError):
@@ -50,7 +51,7 @@ def build(tensors: dict, metadata: dict) -> GPT:
     """The model of this configuration with these weights."""
     to_tuples = lambda x: tuple(map(to_tuples, x)) if isinstance(x, list) else x
     config = ModelConfig(**{key: to_tuples(value) for key, value in metadata["config"].items()})
-    model = GPT(config, metadata["vocab_size"], "sdpa", False, metadata["residual_scale"])
+    model = GPT(config, metadata["vocab_size"], "sdpa", metadata["residual_scale"])
     model.rotary.freqs.copy_(tensors.pop("rotary.freqs"))
     model.rotary.scale = metadata["rotary_scale"]
     missing = model.load_state_dict(tensors, strict=False)

@@ -1,6 +1,7 @@
-"""The shard format: the one place where the data scripts write, read and check one. Needs numpy only.
+"""The shard format: the one place that reads, checks and writes a shard. Needs numpy only.
 
-    from shards import check_shard, read_shard, write_shard
+    from data.shards import open_shards      # the trainers
+    from shards import check_shard, read_shard, write_shard      # the scripts beside this file
 
 llm.c's format, so that other speedrun code reads these files and these scripts read theirs:
 
@@ -11,11 +12,14 @@ Each document begins with its vocabulary's mark (50256 for GPT-2, 0 for bytes); 
 """
 
 import errno
+import functools
+import glob
 import hashlib
 import os
 import secrets
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +43,10 @@ IMPOSTORS = (
 )
 
 
+class DataError(ValueError):
+    """A data file that cannot be used: which, what was found, what was wanted. Exit code 2."""
+
+
 class ShardInfo(NamedTuple):
     num_tokens: int
     vocabulary: int
@@ -52,16 +60,14 @@ def write_shard(path: Path | str, tokens: np.ndarray, vocabulary: int = GPT2_VOC
     path = Path(path)
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path}: tokens must be a 1-d array of integers, not {tokens.ndim}-d {tokens.dtype}"
-        )
+        raise DataError(f"{path}: tokens must be a 1-d array of integers, not {tokens.ndim}-d {tokens.dtype}")
     if not 0 < vocabulary <= 1 << 16:
-        raise ValueError(f"{path}: a vocabulary of {vocabulary} does not fit 16-bit tokens; 1 to 65,536 does")
+        raise DataError(f"{path}: a vocabulary of {vocabulary} does not fit 16-bit tokens; 1 to 65,536 does")
     if not 0 < tokens.size < 1 << 31:
-        raise ValueError(f"{path}: a shard holds 1 to {(1 << 31) - 1:,} tokens, not {tokens.size:,}")
+        raise DataError(f"{path}: a shard holds 1 to {(1 << 31) - 1:,} tokens, not {tokens.size:,}")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
-        raise ValueError(f"{path}: tokens from {low} to {high} do not fit a vocabulary of {vocabulary}")
+        raise DataError(f"{path}: tokens from {low} to {high} do not fit a vocabulary of {vocabulary}")
     header = np.zeros(HEADER_WORDS, dtype="<i4")
     header[:4] = MAGIC, VERSION, tokens.size, 0 if vocabulary == GPT2_VOCABULARY else vocabulary
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,21 +91,21 @@ def check_shard(path: Path | str, every_token: bool = False) -> ShardInfo:
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            raise ValueError(f"{path}: a folder, not a shard")
+        if path.exists() and not path.is_file():  # a pipe would make us wait for ever
+            raise DataError(f"{path}: no regular file; a token shard is wanted")
         with open(path, "rb") as file:
             head = file.read(HEADER_BYTES)
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise DataError(f"{path}: no such file") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     info = _parse_header(path, head, size)
     if every_token:
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(info.num_tokens,))
         if int(tokens.max()) >= info.vocabulary:
             where = int(np.argmax(tokens >= info.vocabulary))
-            raise ValueError(
+            raise DataError(
                 f"{path}: token {tokens[where]} at position {where:,} is beyond the "
                 f"vocabulary of {info.vocabulary}; the file is damaged or its header is wrong"
             )
@@ -108,28 +114,28 @@ def check_shard(path: Path | str, every_token: bool = False) -> ShardInfo:
 
 def _parse_header(path: Path, head: bytes, size: int) -> ShardInfo:
     if size == 0:
-        raise ValueError(f"{path}: an empty file; a shard begins with a header of {HEADER_BYTES:,} bytes")
+        raise DataError(f"{path}: an empty file; a shard begins with a header of {HEADER_BYTES:,} bytes")
     for beginning, meaning in IMPOSTORS:
         if head.startswith(beginning):
-            raise ValueError(f"{path}: {meaning}")
+            raise DataError(f"{path}: {meaning}")
     if len(head) < HEADER_BYTES:
-        raise ValueError(f"{path}: cut short within the header: {len(head):,} bytes of {HEADER_BYTES:,}")
+        raise DataError(f"{path}: cut short within the header: {len(head):,} bytes of {HEADER_BYTES:,}")
     magic, version, num_tokens, vocabulary = (int(word) for word in np.frombuffer(head, dtype="<i4")[:4])
     if magic != MAGIC:
-        raise ValueError(f"{path}: not a token shard: it begins with {magic}, an llm.c shard with {MAGIC}")
+        raise DataError(f"{path}: not a token shard: it begins with {magic}, an llm.c shard with {MAGIC}")
     if version != VERSION:
-        raise ValueError(f"{path}: shard version {version}; this code reads {VERSION} (16-bit tokens)")
+        raise DataError(f"{path}: shard version {version}; this code reads {VERSION} (16-bit tokens)")
     if num_tokens <= 0:
-        raise ValueError(f"{path}: its header promises {num_tokens} tokens; a shard holds at least one")
+        raise DataError(f"{path}: its header promises {num_tokens} tokens; a shard holds at least one")
     wanted = HEADER_BYTES + TOKEN_BYTES * num_tokens
     if size != wanted:
         fault = "cut short" if size < wanted else "too long"
-        raise ValueError(
+        raise DataError(
             f"{path}: {fault}: its header promises {num_tokens:,} tokens, which makes "
             f"{wanted:,} bytes; the file has {size:,}"
         )
     if not 0 <= vocabulary <= 1 << 16:
-        raise ValueError(
+        raise DataError(
             f"{path}: header word 3 gives a vocabulary of {vocabulary}; 16-bit tokens allow "
             f"up to 65,536, and 0 means {GPT2_VOCABULARY}"
         )
@@ -140,6 +146,117 @@ def read_shard(path: Path | str) -> np.ndarray:
     """The tokens, uint16, mapped from the checked file rather than loaded."""
     info = check_shard(path)
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(info.num_tokens,))
+
+
+@dataclass
+class Shard:
+    """An open token file: its tokens, mapped, and the size of their vocabulary."""
+
+    path: Path
+    tokens: np.ndarray
+    vocab_size: int
+    kept: np.ndarray | None = None
+
+    def read(self) -> np.ndarray:
+        """All tokens, in memory: a mapped file that somebody cuts short ends the process with SIGBUS."""
+        try:
+            tokens = np.fromfile(self.path, dtype="<u2", offset=HEADER_BYTES)
+        except OSError as error:
+            raise DataError(
+                f"{self.path} was there when the run began and cannot be read now ({error.strerror}); put it "
+                "back, then RESUME=auto goes on"
+            ) from None
+        if len(tokens) != len(self.tokens):
+            raise DataError(
+                f"{self.path} had {len(self.tokens)} tokens when the run began and has {len(tokens)} now; "
+                "put the old file back, then RESUME=auto goes on"
+            )
+        return tokens
+
+    def head(self, num_tokens: int) -> np.ndarray:
+        """The first tokens, read once."""
+        if self.kept is None or len(self.kept) < min(num_tokens, len(self.tokens)):
+            self.kept = np.array(self.tokens[:num_tokens])
+        return self.kept[:num_tokens]
+
+    @functools.cached_property
+    def mark(self) -> int:
+        """The token that begins every document.
+
+        Public GPT-2 shards may begin in the middle of one, so their first token says nothing; in a shard that
+        states its own vocabulary the first token is the mark.
+        """
+        return GPT2_MARK if self.vocab_size == GPT2_VOCABULARY else int(self.tokens[0])
+
+    def documents(self, tokens: np.ndarray, longest: int, split: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, lengths) of the documents in this shard's tokens, in their order, as training reads them.
+
+        None is longer than `longest`. The rest of a longer one is dropped or, with `split`, read as further
+        documents.
+        """
+        starts = np.flatnonzero(tokens == self.mark)  # a beginning without a mark is no document
+        lengths = np.diff(starts, append=len(tokens))
+        if split:
+            pieces = -(-lengths // longest)
+            nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+            starts = np.repeat(starts, pieces) + nth * longest
+            lengths = np.repeat(lengths, pieces) - nth * longest
+        return starts, np.minimum(lengths, longest)
+
+
+def open_shard(path: Path | str) -> Shard:
+    """Map a shard, checked to its last token; DataError says what is wrong with it."""
+    info = check_shard(path, every_token=True)
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(info.num_tokens,))
+    return Shard(Path(path), tokens, info.vocabulary)
+
+
+def open_shards(root: str, pattern: str, name: str) -> list[Shard]:
+    """The shards that match a pattern, all of one vocabulary. name: the setting that gave the pattern."""
+    paths = sorted(Path(p) for p in glob.glob(os.path.join(root, pattern)))
+    if not paths:
+        fetch = "data/embedded_corpus.py" if "embedded" in pattern else "data/cached_fineweb10B.py 9"
+        raise DataError(
+            f"{name}={pattern!r} under DATA_PATH={root!r} matches no file; `python {fetch}` makes it, or "
+            f"point {name} at your own shards (data/README.md)"
+        )
+    shards = [open_shard(p) for p in paths]
+    if len({s.vocab_size for s in shards}) > 1:
+        found = ", ".join(f"{s.path.name} {s.vocab_size}" for s in shards)
+        raise DataError(f"{name} mixes vocabularies ({found}); all must come from one tokenizer")
+    return shards
+
+
+def open_pair(root: str, train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
+    """Training and validation shards, of one vocabulary; every training shard has documents."""
+    train = open_shards(root, train_files, "TRAIN_FILES")
+    val = open_shards(root, val_files, "VAL_FILES")
+    if train[0].vocab_size != val[0].vocab_size:
+        raise DataError(
+            f"training shards have a vocabulary of {train[0].vocab_size}, validation shards of "
+            f"{val[0].vocab_size}; both must come from one tokenizer"
+        )
+    for shard in train:
+        if not (shard.tokens == shard.mark).any():
+            raise DataError(
+                f"{shard.path} has no document mark (token {shard.mark}), with which every document begins; "
+                "make it again with data/tokenize_text.py"
+            )
+    return train, val
+
+
+def describe_shards(shards: list[Shard]) -> str:
+    """name/tokens/sha256 of each file, for the log; of files over 64 MiB only the ends are hashed."""
+    return ",".join(
+        f"{s.path.name.replace(' ', '_')}/{len(s.tokens)}/{hash_of_ends(s.tokens)}" for s in shards
+    )
+
+
+def hash_of_ends(tokens: np.ndarray) -> str:
+    """sha256 of the tokens, or of the first and last MiB of a file over 64 MiB."""
+    whole = tokens.nbytes <= 64 << 20
+    parts = [tokens] if whole else [tokens[: 1 << 19], tokens[-(1 << 19) :]]
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
 
 
 def content_hash(path: Path | str) -> str:

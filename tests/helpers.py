@@ -1,6 +1,7 @@
 """What the trainers' tests share: settings, made-up shards, whole runs in processes of their own, ranks
 without processes, parameters without a model."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -15,6 +16,9 @@ from torch import nn
 
 import train_gpt
 import train_gpt_muon_ord
+from kernels import fast_forms
+from runtime.compiling import not_compiled
+from runtime.ranks import Done, Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE, ORD = "train_gpt.py", "train_gpt_muon_ord.py"
@@ -143,13 +147,13 @@ def lone_ranks(trainer, rank=0, world_size=1):
     """A Ranks of this process alone. With world_size > 1 it behaves as one of several whose gradients are all
     zero but its own, which is how one process can compute any rank's share."""
 
-    class Lone(trainer.Ranks):
+    class Lone(Ranks):
         def __init__(self):
             self.rank, self.world_size, self.device = rank, world_size, torch.device("cpu")
             self.local_rank, self.local_world_size = rank, world_size
 
         def all_reduce(self, *args, **kwargs):
-            return trainer.Done()
+            return Done()
 
         reduce_scatter = all_gather = all_reduce
 
@@ -208,7 +212,8 @@ def shortened(preset: str):
 
 def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_scale=1.0, **changes):
     """A GPT of small_config with freshly drawn weights."""
-    model = trainer.GPT(small_config(trainer, **changes), vocab_size, "sdpa", float8_head, residual_scale)
+    model = trainer.GPT(small_config(trainer, **changes), vocab_size, "sdpa", residual_scale)
+    model.float8_head = float8_head
     model.init_weights(torch.Generator().manual_seed(seed))
     model.rotary.make_tables(512)
     return model
@@ -216,7 +221,16 @@ def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_sca
 
 def make_optimizer(trainer, model, o, num_steps=200, ranks=None):
     """An Optimizer, uncompiled; alone unless `ranks` says otherwise. 200 steps: the last 50 are different."""
-    return trainer.Optimizer(model, o, ranks or lone_ranks(trainer), num_steps, lambda function: function)
+    return trainer.Optimizer(model, o, ranks or lone_ranks(trainer), num_steps, not_compiled)
+
+
+@contextlib.contextmanager
+def cpu_forms(trainer):
+    """The trainer with the fast forms that a run on a CPU takes; all of them must fit."""
+    s, o, _ = read(trainer)
+    with fast_forms.installed(trainer, s, o) as (names, warnings):
+        assert len(names) == len(fast_forms.CPU_FORMS) and not warnings
+        yield
 
 
 class Params:

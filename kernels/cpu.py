@@ -1,35 +1,21 @@
-"""Passes of the model with hand-written backward passes, for eager torch on a CPU, which walks memory once an
-operation; these walk it about half as often. Plain torch, no compiler. What each computes stands beside its
-call in the trainers, as the path that CUDA and compiled code take, and tests/test_model.py compares the two,
-gradients included. records/2026-11-24_tiny_speed and 2026-11-25_tiny_budget have what they gain.
+"""Fast forms for a CPU: passes written by hand, because a step of the small models there waits for memory.
 
-B sequences, T tokens, H query heads, K key and value heads, D head dim, C width, F rotary frequencies
-E experts, P rows, an expert's together; of attention, P positions a token (Layout)
+kernels.fast_forms puts them in the place of a trainer's own functions. Each make_ function takes the trainer
+and returns the fast form, with the arguments of the function that it replaces.
+
+Channels in capitals as in the trainers: B slices, T tokens, H heads, K key and value heads, D head dim, C
+width; P positions a token (2 in a paired layer)
 """
 
-import ctypes
 import functools
 import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 QUERY_BLOCK = 64  # queries that attention takes at once; 32 and 128 were slower with a window of 64
-
-
-def keep_freed_memory():
-    """Tells the C library (glibc; others are left alone) to keep what tensors free for the next ones.
-
-    It gives large blocks back to the system at once and asks for them again, page by page, each zeroed by the
-    kernel: a quarter of the processor time of 40 steps of `tiny` with three evaluations (10.6 of 40.3 s; so
-    1.4 of 31.0 s).
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
-        libc.mallopt(M_MMAP_MAX, 0)  # and have everything in it
 
 
 class Norm(torch.autograd.Function):
@@ -79,32 +65,6 @@ class MLP(torch.autograd.Function):
         grad_hidden = (grad @ (2 * down).T).mul_(positive)
         grad_x = torch.addcmul(grad, Norm.across(grad_hidden @ up, n), scale)
         return grad_x.view_as(grad_BTC), grad_hidden.T @ n, hidden.T @ grad
-
-
-def row_products(x_PK: Tensor, w_EKN: Tensor, ends_E: Tensor) -> Tensor:
-    """(P, N): rows up to each end times that expert's matrix; the last end is P."""
-    out, start = x_PK.new_empty(x_PK.shape[0], w_EKN.shape[-1]), 0
-    for w, end in zip(w_EKN, ends_E.tolist()):
-        torch.mm(x_PK[start:end], w, out=out[start:end])
-        start = end
-    return out
-
-
-def group_products(x_PK: Tensor, y_PN: Tensor, ends_E: Tensor) -> Tensor:
-    """(E, K, N): x^T y over the rows up to each end."""
-    out, start = x_PK.new_empty(len(ends_E), x_PK.shape[1], y_PN.shape[1]), 0
-    for matrix, end in zip(out, ends_E.tolist()):
-        torch.mm(x_PK[start:end].T, y_PN[start:end], out=matrix)
-        start = end
-    return out
-
-
-# the same for compiled code, which could not look into ends_E
-custom_op = functools.partial(torch.library.custom_op, mutates_args=())
-compiled_row_products = custom_op("cpu_kernels::row_products", row_products)
-compiled_group_products = custom_op("cpu_kernels::group_products", group_products)
-compiled_row_products.register_fake(lambda x, w, ends: x.new_empty(x.shape[0], w.shape[-1]))
-compiled_group_products.register_fake(lambda x, y, ends: x.new_empty(len(ends), x.shape[1], y.shape[1]))
 
 
 class Mix(torch.autograd.Function):
@@ -349,24 +309,134 @@ def band_bias(num_queries: int, num_before: int, window: int) -> Tensor:
     return torch.zeros(ago.shape).masked_fill_((ago < 0) | (ago > window), -math.inf)
 
 
-@torch.no_grad()
-def step_adam(weight, grad, m, v, count, lr, decay, beta1, beta2, eps: float):
-    """Adam with cautious decay on fp32 numbers, in place; count, rates and betas 0-d: train_gpt.step_adam by
-    the kernel of torch.optim.AdamW(fused=True), one pass over memory in place of ten."""
-    before = weight.clone()
-    torch._fused_adamw_(
-        [weight],
-        [grad],
-        [m],
-        [v],
-        [],
-        [count],
-        lr=lr.item(),
-        beta1=beta1.item(),
-        beta2=beta2.item(),
-        weight_decay=0.0,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-    )
-    weight.addcmul_((m * before).ge_(0), before, value=-(lr * decay).item())
+# ---------------------------------------------------------------------------------------------------
+# In place of the trainer's functions
+# ---------------------------------------------------------------------------------------------------
+
+
+def make_attention_forward(trainer, compiler):
+    def forward(self, x_BTC, value_BTC, docs, window: int, rotary, out_scale: float):
+        plan, key = self.plan, (window, self.plan.paired)
+        if key not in docs.query_blocks:
+            docs.query_blocks[key] = query_blocks(docs.doc_ids(plan.paired), window)
+        num_positions = x_BTC.shape[1] * (2 if plan.paired else 1)
+        cis = torch.complex(rotary.cos[:num_positions], rotary.sin[:num_positions])
+        return Attention.apply(
+            x_BTC,
+            torch.cat((self.q, self.k, self.v)) * self.qkv_lambda,
+            self.o * (out_scale * self.o_lambda),
+            self.attn_gate,
+            self.value_gate,
+            value_BTC,
+            cis.to(x_BTC.dtype.to_complex()),
+            docs.query_blocks[key],
+            rotary.scale,
+            Layout(self.num_heads, self.num_kv_heads, plan.paired, plan.long_window),
+        )
+
+    return forward
+
+
+def make_mlp_forward(trainer, compiler):
+    def forward(self, x_BTC, out_scale: float):
+        down = self.down if out_scale == 1 else self.down * out_scale
+        return MLP.apply(x_BTC, self.up, down)
+
+    return forward
+
+
+def make_block_mix(trainer, compiler):
+    def mix(self, x_BTC, x0_BTC, ngram_BTC):
+        pairs = (self.resid_lambda, x_BTC, self.x0_lambda, x0_BTC)
+        return Mix.apply(*pairs) if ngram_BTC is None else Mix.apply(*pairs, self.ngram_lambda, ngram_BTC)
+
+    return mix
+
+
+def make_norm(trainer, compiler):
+    return Norm.apply
+
+
+def make_look_up_ngrams(trainer, compiler):
+    """The gradient is sparse: backward adds its rows to the table's, not a whole table."""
+
+    def look_up_ngrams(rows, table):
+        x = F.embedding(rows[0], table, sparse=True)
+        for more in rows[1:]:
+            x = x + F.embedding(more, table, sparse=True)
+        return x
+
+    return look_up_ngrams
+
+
+def make_polar_express(trainer, compiler):
+    """Tall matrices are multiplied from the right, by polynomials in X^T X: transposing is slow here."""
+
+    def polar_express(G_NRK, dtype):
+        tall = G_NRK.size(-2) > G_NRK.size(-1)
+        norm = G_NRK.norm(dim=(-2, -1), keepdim=True)
+        X = (G_NRK / (trainer.POLAR_SAFETY * norm + trainer.POLAR_EPS)).to(dtype)
+        if max(X.shape[-2:]) >= 2 * min(X.shape[-2:]):
+            Q = gram_space(X.mT @ X if tall else X @ X.mT, trainer.POLAR_COEFFICIENTS)
+            return (X @ Q.mT if tall else Q @ X).float()
+        for a, b, c in trainer.POLAR_COEFFICIENTS:
+            A = X.mT @ X if tall else X @ X.mT
+            B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+            X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
+        return X.float()
+
+    return polar_express
+
+
+def gram_space(S_NRR: Tensor, coefficients) -> Tensor:
+    """Q such that the steps take X to Q X for S = X X^T, and X to X Q^T for S = X^T X.
+
+    Each step multiplies X by a polynomial in S, so a long X is touched twice in all, not in every step. S has
+    the squares of the singular values, hence fp32. All its polynomials commute but for rounding, which Q's
+    order keeps small.
+    """
+    Q = P = polynomial(S_NRR, *coefficients[0])
+    for step in coefficients[1:]:
+        S_NRR = P @ S_NRR @ P
+        P = polynomial(S_NRR, *step)
+        Q = P @ Q
+    return Q
+
+
+def polynomial(S_NRR: Tensor, a: float, b: float, c: float) -> Tensor:
+    """a I + b S + c S S."""
+    P = torch.baddbmm(S_NRR, S_NRR, S_NRR, beta=b, alpha=c)
+    P.diagonal(dim1=-2, dim2=-1).add_(a)
+    return P
+
+
+def make_step_adam(trainer, compiler):
+    """The kernel of torch.optim.AdamW(fused=True), one pass over memory in place of ten, with cautious decay.
+
+    It takes one learning rate for all numbers; the trainer's own function does the rest.
+    """
+    plain = trainer.step_adam
+
+    def step_adam(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode: str):
+        if lr.ndim or mode != "cautious" or mantissa is not None:
+            plain(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode)
+            return
+        before = weight.clone()
+        torch._fused_adamw_(
+            [weight],
+            [grad],
+            [m],
+            [v],
+            [],
+            [count],
+            lr=lr.item(),
+            beta1=beta1.item(),
+            beta2=beta2.item(),
+            weight_decay=0.0,
+            eps=trainer.ADAM_EPS,
+            amsgrad=False,
+            maximize=False,
+        )
+        weight.addcmul_((m * before).ge_(0), before, value=-(lr * decay).item())
+
+    return step_adam

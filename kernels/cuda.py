@@ -1,4 +1,4 @@
-"""GPU kernels of the two trainers, in Triton: CUDA only, each beside the plain torch that defines it.
+"""Fast forms for a GPU, in Triton: each kernel beside the plain torch that defines it.
 
     KERNELS=auto python train_gpt.py     # these on CUDA from sm_80 on with triton installed, else torch
     KERNELS=torch python train_gpt.py    # plain torch everywhere
@@ -955,3 +955,134 @@ def apply_update_reference(weight, mantissa, U_NRK, scales, added_N, lr_N, decay
     mantissa.copy_(value.short())
     weight.view(torch.int16).copy_((value >> 16).short())
     return sums
+
+
+# ---------------------------------------------------------------------------------------------------
+# In place of the trainers' functions (kernels.fast_forms)
+# ---------------------------------------------------------------------------------------------------
+
+
+def make_mlp_forward(trainer, compiler):
+    def forward(self, x_BTC, out_scale: float):
+        down = self.down if out_scale == 1 else self.down * out_scale
+        return x_BTC + mlp(trainer.norm(x_BTC), self.up, down)
+
+    return forward
+
+
+def make_head_loss(trainer, compiler):
+    def fused(self, x_BTC, targets_BT, weights_K):
+        scales = trainer.HEAD_SCALES if self.float8_head else None
+        return head_loss(x_BTC.flatten(0, 1), self.head, targets_BT, weights_K, trainer.SOFTCAP, scales)
+
+    return fused
+
+
+def polar_steps(X_NRK: Tensor, coefficients) -> Tensor:
+    """Polar Express on matrices brought to norm 1 already: both of a step's symmetric products cost half.
+
+    A tall matrix is multiplied from the right and never turned.
+    """
+    tall = X_NRK.size(-2) > X_NRK.size(-1)
+    for a, b, c in coefficients:
+        A = gram(X_NRK.mT if tall else X_NRK)
+        B = gram_polynomial(A, b, c)
+        X_NRK = torch.baddbmm(X_NRK, X_NRK, B, beta=a) if tall else torch.baddbmm(X_NRK, B, X_NRK, beta=a)
+    return X_NRK
+
+
+def make_step_muon(trainer, compiler):
+    """Each line reads what is as large as the matrices once."""
+
+    def fused(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, mode: str):
+        state, mu = (grad, momentum, weight, mantissa), float(mu)
+        norm = momentum_sums(*state, mu, ord=False)[:, 0].sqrt()
+        scale = 1 / (trainer.POLAR_SAFETY * norm + trainer.POLAR_EPS)
+        U = polar_steps(polar_input(*state, None, scale, mu), trainer.POLAR_COEFFICIENTS)
+        scales = None
+        if second_moment is not None:
+            scales, _ = row_scales(U, second_moment, trainer.MUON_BETA2)
+        apply_update(weight, mantissa, U, scales, None, lr_N11.flatten(), float(decay), mode)
+
+    fused.runs_eagerly = True
+    return fused
+
+
+def covers_ord(o) -> bool:
+    """Whether make_step_ord knows these settings: it wants one number per matrix for the radial part."""
+    if getattr(o, "ord_mode", "post") == "post" or o.optimizer == "adamw":
+        return False
+    return o.spectral_rho_mode == "global" and not o.spectral_variance
+
+
+def make_step_ord(trainer, compiler):
+    """The radial part is a number times W, so ORD costs two reads of W.
+
+    One is for the sums that give rho, one where P's input loses it.
+    """
+
+    def radial_part(sums_N3, a_N11, rho_0, settled, o):
+        """From <G, G>, <G, W>, <W, W> of each matrix: rho, how much W the input of P loses, how much the
+        update gains, and the norms of P's input and of G_perp."""
+        GG, GW, WW = per_matrix(sums_N3)
+        rho = GW / (WW + o.spectral_proj_eps)
+        a_rho = 0 * rho
+        if o.ord_mode != "off":
+            a_rho = trainer.radial_strength(rho, a_N11, rho_0, settled, o) * rho
+        lost = rho if o.ord_mode == "project" else a_rho
+        return rho, lost, a_rho, norm_without(lost, GG, GW, WW), norm_without(rho, GG, GW, WW)
+
+    def stats(sums_N3, applied_N3, rho, gained):
+        """ord_stats, from the sums that the kernels leave."""
+        (GG, GW, WW), (UW, UU, PP) = per_matrix(sums_N3), per_matrix(applied_N3)
+        G, W, U, ratio = GG.sqrt(), WW.sqrt(), UU.sqrt(), trainer.safe_ratio
+        radial_over_p = ratio(gained.abs() * W, PP.sqrt())
+        values = (rho, ratio(GW, G * W), ratio(UW, U * W), W, ratio(U, W), radial_over_p)
+        return torch.cat(values, dim=-1).squeeze(1)
+
+    compiled_part = compiler(radial_part)
+
+    def fused(
+        weight,
+        mantissa,
+        grad,
+        momentum,
+        second_moment,
+        radial_moment,
+        lr_N11,
+        decay,
+        mu,
+        a_N11,
+        rho_0,
+        settled,
+        o,
+        measure: bool,
+    ):
+        state, mu = (grad, momentum, weight, mantissa), float(mu)
+        sums = momentum_sums(*state, mu, ord=True)
+        rho, lost, gained, norm, perp_norm = compiled_part(sums, a_N11, rho_0, settled, o)
+        scale = 1 / (trainer.POLAR_SAFETY * norm + trainer.POLAR_EPS)
+        X = polar_input(*state, lost.flatten(), scale.flatten(), mu)
+        U, scales = polar_steps(X, trainer.POLAR_COEFFICIENTS), None
+        if second_moment is not None:
+            scales, squares = row_scales(U, second_moment, trainer.MUON_BETA2)
+        if o.spectral_scale == "unit":  # variance reduction keeps the norm of U
+            if second_moment is None:
+                squares = U.float().square().sum((-2, -1))
+            gained = gained * trainer.safe_ratio(squares.view(-1, 1, 1).sqrt(), perp_norm)
+        last = lr_N11.flatten(), float(decay), o.muon_decay_mode
+        applied = apply_update(weight, mantissa, U, scales, gained.flatten(), *last, measure)
+        return rho.abs(), stats(sums, applied, rho, gained) if measure else None
+
+    fused.runs_eagerly = True
+    return fused
+
+
+def per_matrix(sums_N3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three sums of each matrix, as (N, 1, 1) each."""
+    return tuple(x.view(-1, 1, 1) for x in sums_N3.unbind(-1))
+
+
+def norm_without(part: Tensor, GG: Tensor, GW: Tensor, WW: Tensor) -> Tensor:
+    """||G - part W||."""
+    return (GG - 2 * part * GW + part.square() * WW).clamp_min(0).sqrt()

@@ -205,8 +205,8 @@ def append(path: Path, rows: list[dict]):
 class Manifold:
     """Takes the measurement when it is due, off the training clock.
 
-    optimizer: has .watch, which it calls once a step's gradients are reduced and before anything uses them,
-    and .matrices(): (names, fp32 masters, gradients) of what this rank owns, one shape at a time.
+    optimizer: has .before_update, which it calls once a step's gradients are reduced and before anything uses
+    them, and .matrices(): (names, fp32 masters, gradients) of what this rank owns, one shape at a time.
     """
 
     def __init__(self, path: Path, every: int, optimizer, ranks, clock, log):
@@ -219,7 +219,7 @@ class Manifold:
 
     def expect(self, step: int):
         """Before the update that makes `step` of them."""
-        self.optimizer.watch = self.look if self.every and step % self.every == 0 else None
+        self.optimizer.before_update = self.look if self.every and step % self.every == 0 else None
 
     def look(self):
         """The optimizer calls it: what the update will overwrite."""
@@ -254,7 +254,7 @@ class Manifold:
                     for name, norm, row in zip(names[part], grad_norms[part], facts)
                 ]
         self.before = None
-        rows = sorted((row for part in self.ranks.collect(rows) for row in part), key=order)
+        rows = sorted((row for part in self.ranks.all_gather_object(rows) for row in part), key=order)
         self.on_disk(step, lambda: append(self.path, rows))
         self.ms += 1000 * (time.perf_counter() - start)
         self.log.event("manifold", step=step, ms=f"{self.ms:.0f}")

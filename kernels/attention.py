@@ -1,0 +1,191 @@
+"""Softmax attention within documents and a window, by three back ends that agree with a naive loop.
+
+varlen: torch.nn.attention.varlen on CUDA, which is FlashAttention-2, or FlashAttention-3 where its package is
+installed and the GPU is sm_90. flex: FlexAttention, a second choice on CUDA. sdpa:
+scaled_dot_product_attention with a mask, anywhere; a window of w needs only blocks near the diagonal. Nothing
+is downloaded.
+
+B slices of T tokens, H query heads of D channels; keys and values may have fewer heads
+"""
+
+import functools
+import importlib.util
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runtime.ranks import capability
+
+CHECK_SCALE = 0.1  # softmax scale of check_varlen
+
+
+class Documents:
+    """Who may see whom in one pass: query i sees key j of its document where 0 <= i - j <= window.
+
+    Built once per pass and asked by every layer. In a paired layer every token stands twice in a sequence of
+    2T.
+    """
+
+    def __init__(self, batch, backend: str):
+        """batch: has inputs_BT, cu_seqlens (where documents begin in the B*T tokens, then B*T),
+        max_doc_tokens."""
+        self.cu_seqlens, self.max_doc_tokens, self.backend = batch.cu_seqlens, batch.max_doc_tokens, backend
+        self.B, self.T = batch.inputs_BT.shape
+        self.bands, self.block_masks = {}, {}  # by (window, paired), for sdpa and flex
+        self.query_blocks = {}  # the same for kernels.cpu
+        if backend != "varlen":
+            at = torch.arange(self.B * self.T, device=self.cu_seqlens.device, dtype=self.cu_seqlens.dtype)
+            self.doc_BT = torch.searchsorted(self.cu_seqlens, at, right=True).view(self.B, self.T)
+
+    def attend(self, q_BTHD, k_BTHD, v_BTHD, window: int, paired: bool, scale: float) -> Tensor:
+        """Softmax attention, (B, T, H, D). T is 2T here if paired."""
+        if self.backend == "varlen":
+            return self.attend_varlen(q_BTHD, k_BTHD, v_BTHD, window, paired, scale)
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+        attend = self.attend_flex if self.backend == "flex" else self.attend_sdpa
+        return attend(q, k, v, window, paired, scale).transpose(1, 2)
+
+    def attend_varlen(self, q_BTHD, k_BTHD, v_BTHD, window: int, paired: bool, scale: float) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        times = 2 if paired else 1
+        ends, longest = self.cu_seqlens * times, self.max_doc_tokens * times
+        y = varlen_attn(
+            *(x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD)),
+            ends,
+            ends,
+            longest,
+            longest,
+            scale=scale,
+            window_size=(window, 0),
+            enable_gqa=k_BTHD.shape[2] != q_BTHD.shape[2],
+        )
+        return y.view(q_BTHD.shape)
+
+    def attend_flex(self, q, k, v, window: int, paired: bool, scale: float) -> Tensor:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        doc = self.doc_ids(paired)
+
+        def seen(b, h, i, j):
+            return (i >= j) & (i - j <= window) & (doc[b, i] == doc[b, j])
+
+        key, T = (window, paired), q.shape[2]
+        if key not in self.block_masks:
+            self.block_masks[key] = create_block_mask(seen, self.B, None, T, T, q.device)
+        gqa = k.shape[1] != q.shape[1]
+        return flex_attention(q, k, v, block_mask=self.block_masks[key], scale=scale, enable_gqa=gqa)
+
+    def attend_sdpa(self, q, k, v, window: int, paired: bool, scale: float) -> Tensor:
+        gqa = k.shape[1] != q.shape[1]
+        band = self.band(window, paired)
+        bias = band.bias.to(q.dtype)
+        if q.shape[2] == band.block:
+            return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=gqa)
+        q = in_blocks(q, band.block).flatten(0, 1)
+        k, v = (with_block_before(in_blocks(x, band.block)).flatten(0, 1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=gqa)
+        return y.unflatten(0, (self.B, -1)).transpose(1, 2).flatten(2, 3)
+
+    def doc_ids(self, paired: bool) -> Tensor:
+        """The document of each position, (B, T) or (B, 2T)."""
+        return self.doc_BT.repeat_interleave(2, dim=1) if paired else self.doc_BT
+
+    def band(self, window: int, paired: bool) -> "Band":
+        """The mask of one kind of layer, made once."""
+        key = window, paired
+        if key not in self.bands:
+            self.bands[key] = make_band(self.doc_ids(paired), window)
+        return self.bands[key]
+
+
+class Band(NamedTuple):
+    """A mask: queries in blocks of `block` tokens see their own block of keys and the one before."""
+
+    block: int
+    bias: Tensor  # 0 or -inf, (B * blocks, 1, block, keys)
+
+
+def make_band(doc_BT: Tensor, window: int) -> Band:
+    """Blocks as long as the window; or one block, all of it, where that is no more work."""
+    T = doc_BT.shape[1]
+    if T <= 2 * window or T % window:
+        block, query, key = T, torch.arange(T), torch.arange(T)
+        doc_q, doc_k = doc_BT[:, None], doc_BT[:, None]
+    else:
+        block, query, key = window, torch.arange(window) + window, torch.arange(2 * window)
+        doc_q = doc_BT.view(-1, T // window, window)
+        doc_k = torch.cat((F.pad(doc_q, (0, 0, 1, 0), value=-1)[:, :-1], doc_q), -1)
+    ago = (query[:, None] - key).to(doc_BT.device)
+    seen = (ago >= 0) & (ago <= window) & (doc_q[..., :, None] == doc_k[..., None, :])
+    bias = torch.zeros(seen.shape, device=doc_BT.device).masked_fill(~seen, -math.inf)
+    return Band(block, bias.flatten(0, 1).unsqueeze(1))
+
+
+def in_blocks(x_BHTD: Tensor, block: int) -> Tensor:
+    """(B, blocks, H, block, D)."""
+    return x_BHTD.unflatten(2, (-1, block)).transpose(1, 2)
+
+
+def with_block_before(x: Tensor) -> Tensor:
+    """Each block of in_blocks with the one before it; zeros before the first."""
+    before = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
+    return torch.cat((before, x), 3)
+
+
+@functools.cache
+def activate(backend: str) -> tuple[str, list[str]]:
+    """Choose what computes attention, for this process; call before anything is compiled.
+
+    Returns (its name, warnings). For varlen that is torch's FlashAttention-2 or, where its package is
+    installed, the GPU is sm_90 and it computes the right thing, FlashAttention-3.
+    """
+    if backend != "varlen":
+        return backend, []
+    if capability()[0] != 9 or not importlib.util.find_spec("flash_attn_interface"):
+        return "varlen-FA2", []
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+        check_varlen(torch.device("cuda", torch.cuda.current_device()))
+    except Exception as error:  # whatever is wrong with somebody's build of it
+        if torch.nn.attention.current_flash_attention_impl():
+            torch.nn.attention.restore_flash_attention_impl()
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        warning = f"flash_attn_interface is installed, but cannot be used: {reason}; FlashAttention-2 runs"
+        return "varlen-FA2", [warning]
+    return "varlen-FA3", []
+
+
+class CheckBatch(NamedTuple):
+    """As much of a batch as Documents reads."""
+
+    inputs_BT: Tensor
+    cu_seqlens: Tensor
+    max_doc_tokens: int
+
+
+def check_varlen(device: torch.device):
+    """Raise ValueError if varlen's attention, forward or backward, is not what plain torch computes.
+
+    A package built for another torch may fail at its first call, or not fail and be wrong. Small, once per
+    run.
+    """
+    bounds = torch.tensor([0, 90, 256], dtype=torch.int32, device=device)
+    batch = CheckBatch(torch.zeros(1, 256), bounds, max_doc_tokens=166)
+    for head_dim, kv_heads in ((128, 2), (64, 1)):
+        draw = torch.Generator().manual_seed(0)
+        shapes = ((1, 256, heads, head_dim) for heads in (2, kv_heads, kv_heads, 2))
+        *qkv, grad = (torch.randn(x, generator=draw).to(device, torch.bfloat16) for x in shapes)
+        results = []
+        for backend, dtype in (("varlen", torch.bfloat16), ("sdpa", torch.float32)):
+            leaves = [x.to(dtype, copy=True).requires_grad_() for x in qkv]
+            y = Documents(batch, backend).attend(*leaves, window=64, paired=False, scale=CHECK_SCALE)
+            y.backward(grad.to(dtype))
+            results.append([y.detach(), *(x.grad for x in leaves)])
+        for name, found, wanted in zip(("output", "gradient of q", "of k", "of v"), *results):
+            off = float((found - wanted).norm() / wanted.norm())
+            if not off < 0.02:  # bfloat16 gives 0.002 to 0.005
+                raise ValueError(f"its {name} is off by {off:.0%} for heads of {head_dim}")

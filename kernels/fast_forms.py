@@ -1,0 +1,134 @@
+"""Fast forms of a trainer's own functions, and the rule by which one takes a function's place.
+
+A trainer defines each function once, in plain torch. A fast form computes the same on one kind of device. It
+belongs to the text that it was written for: `fingerprint` covers the function and everything in the trainer
+whose arithmetic the fast form repeats. Where that text has been edited the fast form steps aside with a
+warning, so whoever changes the model trains what they wrote. Comments, docstrings and layout may change
+freely.
+
+After an edit on purpose, of both the plain function and its fast form, put the new fingerprint here:
+
+    python -m kernels.fast_forms      # prints the fingerprints of both trainers as they are now
+"""
+
+import ast
+import contextlib
+import hashlib
+import importlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kernels import cpu
+from runtime.compiling import not_compiled, torch_compile
+
+
+class FastForm(NamedTuple):
+    """What takes the place of one function of a trainer."""
+
+    name: str  # of the function or method in the trainer, such as "Attention.forward"
+    make: Callable  # (trainer, compiler) -> the fast function; the trainer's own is still in place then
+    repeats: tuple[str, ...]  # other definitions of the trainer whose arithmetic it repeats
+    fingerprint: str  # of the text of all of these
+    covers: Callable = lambda o: True  # whether it knows these optimizer settings
+
+
+CPU_FORMS = (
+    FastForm(
+        "Attention.forward",
+        cpu.make_attention_forward,
+        ("Attention.__init__", "norm", "Rotary.forward", "offset_keys", "pair_heads"),
+        "f0a580f9bcda",
+    ),
+    FastForm("MLP.forward", cpu.make_mlp_forward, ("MLP.__init__", "norm"), "28ff85897c6b"),
+    FastForm("Block.mix", cpu.make_block_mix, (), "2051375f2769"),
+    FastForm("norm", cpu.make_norm, (), "f615d1f7e81a"),
+    FastForm("look_up_ngrams", cpu.make_look_up_ngrams, (), "b5a4706fbc80"),
+    FastForm("polar_express", cpu.make_polar_express, (), "da3474ec8e1d"),
+    FastForm("step_adam", cpu.make_step_adam, ("adam_update", "with_decay"), "1e71ffea0b43"),
+)
+
+
+def cuda_forms() -> tuple[FastForm, ...]:
+    """The Triton forms; importing them takes triton."""
+    from kernels import cuda
+
+    muon = ("orthogonalize", "polar_express", "reduce_variance", "nesterov", "with_decay")
+    ord_parts = ("inner", "safe_ratio", "ord_update", "radial_factor", "ord_stats")
+    return (
+        FastForm("MLP.forward", cuda.make_mlp_forward, ("MLP.__init__",), "d2251fd515d9"),
+        FastForm("GPT.head_loss", cuda.make_head_loss, ("softcap", "multi_token_loss"), "e66576f4245c"),
+        FastForm("step_muon", cuda.make_step_muon, muon, "3865e015ba45"),
+        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "3018f9198d38", cuda.covers_ord),
+    )
+
+
+def fingerprint(trainer, names: tuple[str, ...]) -> str:
+    """Hash of these definitions' text, without comments, docstrings and layout; "" if one is missing."""
+    texts = []
+    for name in names:
+        found = trainer
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is None:
+            return ""
+        texts.append(plain_text(found))
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def plain_text(function) -> str:
+    """A function's code in a form that depends on nothing but the code."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.unparse(tree)
+
+
+def forms_for(s) -> tuple[FastForm, ...]:
+    """The fast forms for these settings of a trainer."""
+    if s.kernels == "triton":
+        return cuda_forms()
+    # compiled code on a CPU does better from plain torch
+    return CPU_FORMS if s.device == "cpu" and s.compile == "0" else ()
+
+
+@contextlib.contextmanager
+def installed(trainer, s, o):
+    """Put the fast forms in place for a run with these settings. Yields (names, warnings).
+
+    s, o: the trainer's and the optimizer's settings.
+    """
+    compiler = torch_compile if s.compile == "1" else not_compiled
+    names, warnings, originals = [], [], []
+    wanted = [form for form in forms_for(s) if form.covers(o)]
+    fits = [fingerprint(trainer, (form.name, *form.repeats)) == form.fingerprint for form in wanted]
+    try:
+        for form, form_fits in zip(wanted, fits):
+            if not form_fits:
+                warnings.append(
+                    f"the fast form of {form.name} steps aside: {form.name} or something it uses has been "
+                    "edited; the plain one runs, which is slower"
+                )
+                continue
+            holder, _, attribute = form.name.rpartition(".")
+            owner = getattr(trainer, holder) if holder else trainer
+            originals.append((owner, attribute, getattr(owner, attribute)))
+            setattr(owner, attribute, form.make(trainer, compiler))
+            names.append(form.name)
+        yield names, warnings
+    finally:
+        for owner, attribute, original in reversed(originals):
+            setattr(owner, attribute, original)
+
+
+def main():
+    for script in ("train_gpt", "train_gpt_muon_ord"):
+        trainer = importlib.import_module(script)
+        for form in (*CPU_FORMS, *cuda_forms()):
+            print(f"{script:20} {form.name:20} {fingerprint(trainer, (form.name, *form.repeats))}")
+
+
+if __name__ == "__main__":
+    main()

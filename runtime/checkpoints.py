@@ -1,0 +1,282 @@
+"""Checkpoints, logs/RUN_ID/step_N.pt: all that a run needs to go on as if nothing had happened.
+
+Also where a run begins (anew, from a checkpoint, or not at all because it is over), and the trained model for
+use elsewhere. A checkpoint is keyed by parameter name and independent of the number of ranks. It holds no
+state of random generators: initial weights, data order and router noise are functions of SEED, `position` and
+`step`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from runtime.log_writer import begun_by_this_launch, has_begun, last_event, logged_config, run_of_this_launch
+from runtime.settings import SettingsError, is_file_name, knobs, not_training
+
+FORMAT, KEPT, MODEL_FILE = 2, 2, "model.safetensors"
+KEYS = {
+    "format": int,
+    "config": dict,
+    "run_id": str,
+    "source_hash": str,
+    "step": int,
+    "tokens": int,
+    "train_ms": float,
+    "reached": bool,
+    "validated": int,
+    "position": list,
+    "counts": dict,
+    "params": dict,
+}
+HINTS = {
+    "num_slices": " (as many as there are ranks, at least 8: take as many ranks as it had, or at most 8 if "
+    "it had no more)"
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: which, what was found, what to do. Exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict:
+    """A checkpoint's contents, checked to the last byte (every record has a CRC), loaded without running
+    code."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file; a checkpoint (step_*.pt) is wanted")
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+            if (
+                not bad
+            ):  # torch takes a record marked as a folder for one, and leaves its tensor uninitialised
+                bad = next((part.filename for part in file.infolist() if part.external_attr), None)
+        if bad:
+            raise CheckpointError(f"{path} is damaged ({bad}); use an earlier checkpoint")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"RESUME: there is no {path}; give auto, or the path of a step_*.pt") from None
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # a file of any content can make them raise anything
+        text = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{path} is no checkpoint, or was cut short ({text[:120]}); use another"
+        ) from None
+    check_contents(path, saved)
+    return saved
+
+
+def check_contents(path: Path, saved):
+    """Raise CheckpointError unless these contents are what a run of this version writes."""
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this trainer (format {FORMAT})")
+    for key, kind in KEYS.items():
+        if not isinstance(saved.get(key), kind):
+            raise CheckpointError(f"{path} has no {key} of type {kind.__name__}; use another checkpoint")
+    if not is_file_name(saved["run_id"]):  # it would name files, wherever a stranger wanted them
+        raise CheckpointError(f"{path} belongs to RUN_ID {saved['run_id'][:80]!r}, which no run can have")
+    numbers = [saved["step"], saved["tokens"], *saved["position"]]
+    if len(numbers) != 5 or not all(type(n) is int and n >= 0 for n in numbers):
+        raise CheckpointError(f"{path}: step, tokens and position are {numbers}, which no run has")
+    try:
+        json.dumps(saved["config"])
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{path}: its config is not one that a run has; use another") from None
+
+
+def write(folder: Path, contents: dict) -> Path:
+    """Write step_N.pt aside, sync and rename: a reader finds all of it or nothing. Then remove all but the
+    last two.
+
+    Raises OSError, with everything as it was, if the disk does not take it.
+    """
+    path, new = folder / f"step_{contents['step']:08d}.pt", folder / ".new.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with new.open("wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        make_durable(path)
+    except (OSError, RuntimeError) as error:  # torch reports failed writes as RuntimeError
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from None
+    for old in checkpoints_in(folder)[:-KEPT]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+    return path
+
+
+def make_durable(path: Path):
+    """Make a rename survive a power cut, also in a folder that is new itself."""
+    for folder in (path.parent, path.parent.parent):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted(folder.glob("step_" + "[0-9]" * 8 + ".pt"))
+
+
+def save_model(path: Path, model: nn.Module, metadata: dict):
+    """Write a model's state as safetensors, named as its parameters; metadata values become JSON."""
+    from safetensors.torch import save_file
+
+    new = path.with_name(".new.safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        copies = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+        save_file(copies, new, {k: json.dumps(v) for k, v in metadata.items()})
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(new, 0o644)  # as the log; safetensors makes files for their owner alone
+        os.replace(new, path)
+        make_durable(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Where a run begins
+# ---------------------------------------------------------------------------------------------------
+
+
+class Origin(NamedTuple):
+    """Where a run begins: anew, or from a checkpoint."""
+
+    run_id: str
+    resumed: bool = False  # goes on in a log that exists
+    path: str = "none"  # the checkpoint's
+    contents: dict | None = None  # the checkpoint's, on rank 0; None on the others and without a checkpoint
+    damaged: tuple[tuple[Path, str], ...] = ()  # checkpoints that were passed over, and why
+    exit_code: int | None = None  # of a run that is over already
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return self.path != "none"
+
+
+def find_origin(s, classes, config: dict, run_id: str) -> Origin:
+    """What RESUME and torchrun's restarts mean for this run.
+
+    s: the trainer's settings. classes: the settings' dataclasses. config: all that decides the numbers of the
+    run. run_id: as the user gave it, maybe empty.
+    """
+    refuse = Refusal(classes, config)
+    if is_restart():  # as RESUME=auto, if the worker in whose place this one is had got that far
+        s = dataclasses.replace(s, run_id=run_id or run_of_this_launch() or s.run_id)
+        if begun_by_this_launch(s.log) and (not s.resume or checkpoints_in(s.folder)):
+            return last_checkpoint(s, refuse)
+    if s.resume == "auto":
+        if not run_id:
+            raise SettingsError(
+                "RESUME=auto without RUN_ID: which run? Set RUN_ID to its log's name, without .txt"
+            )
+        return last_checkpoint(s, refuse)
+    if s.resume:
+        saved = read(Path(s.resume))
+        refuse(s.resume, saved["config"])
+        s = dataclasses.replace(s, run_id=run_id or saved["run_id"])
+        refuse(s.log, logged_config(s.log))
+        return Origin(s.run_id, True, s.resume, saved)
+    if checkpoints_in(s.folder) and not has_begun(s.log):
+        raise SettingsError(
+            f"{s.folder} holds checkpoints of an earlier run; RESUME=auto goes on with it, or choose "
+            "another RUN_ID"
+        )
+    return Origin(s.run_id)
+
+
+def last_checkpoint(s, refuse: "Refusal") -> Origin:
+    """RESUME=auto: the newest checkpoint that can be read; without any, the run from its start."""
+    last, damaged = last_event(s.log), []
+    lost_model = s.save_model and checkpoints_in(s.folder) and not (s.folder / MODEL_FILE).exists()
+    if last == "finished" and not lost_model:
+        return Origin(s.run_id, exit_code=0)
+    if last == "diverged" and is_restart():  # it would diverge again
+        return Origin(s.run_id, exit_code=3)
+    for path in reversed(checkpoints_in(s.folder)):
+        try:
+            saved = read(path)
+        except CheckpointError as error:
+            damaged.append((path, str(error)))
+            continue
+        refuse(path, saved["config"])
+        return Origin(s.run_id, True, str(path), saved, tuple(damaged))
+    if damaged:
+        found = "; ".join(text for _, text in damaged)
+        raise CheckpointError(
+            f"{s.folder} has no checkpoint that can be read: {found}. Remove the folder and {s.log} to begin "
+            "the run anew"
+        )
+    refuse(s.log, logged_config(s.log))
+    return Origin(s.run_id, has_begun(s.log))
+
+
+def is_restart() -> bool:
+    """Whether torchrun started this worker in place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+class Refusal:
+    """Refuses to go on with a run whose settings would train something else."""
+
+    def __init__(self, classes, config: dict):
+        self.defaults = {f.name: f.default for f in knobs(classes).values()}
+        self.config = as_json(config)
+        self.may_differ = {name for names in not_training(classes).values() for name in names}
+
+    def __call__(self, where, theirs: dict):
+        """Raise SettingsError if `theirs`, the config of a checkpoint or log, differs. {}: there is none."""
+        found = self.differences(theirs) if theirs else []
+        if found:
+            raise SettingsError(
+                f"{where} belongs to a run of other settings: {'; '.join(found)}. Give it the same settings, "
+                "or start a new run under another RUN_ID"
+            )
+
+    def differences(self, theirs: dict) -> list[str]:
+        """Differences that change the training, in words. A setting that `theirs` predates counts as its
+        default; so does what a log's header has elsewhere (the data)."""
+        new = self.config
+        old = as_json({**{k: v for k, v in new.items() if k not in self.defaults}, **self.defaults, **theirs})
+        return [
+            f"{key.upper()} was {old.get(key)}, now {new.get(key)}{HINTS.get(key, '')}"
+            for key in sorted({*old, *new} - self.may_differ)
+            if old.get(key) != new.get(key)
+        ]
+
+
+def as_json(config: dict) -> dict:
+    """A config as it comes back from a file: tuples become lists."""
+    return json.loads(json.dumps(config))
+
+
+def set_aside(origin: Origin, folder: Path):
+    """Rename checkpoints newer than the resume point; never delete them."""
+    if not origin.has_checkpoint:
+        return
+    for path in checkpoints_in(folder):
+        if path > folder / f"step_{origin.contents['step']:08d}.pt":
+            with contextlib.suppress(OSError):
+                path.rename(path.with_suffix(".damaged" if path in dict(origin.damaged) else ".superseded"))

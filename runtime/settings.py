@@ -1,0 +1,224 @@
+"""Settings as environment variables: reading, checking, --help and --settings-json.
+
+A trainer lists its settings as fields of frozen dataclasses, one `knob` each. The variable is named as the
+field in capitals. A preset may change defaults; the environment has the last word.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+OUR_PREFIXES = ("SPECTRAL_", "ORD_", "MUON_", "ADAM_", "MOE_", "LR_DECAY_", "VAL_LOSS_", "NUM_SCHEDULED_")
+# Names close to a short setting's that other programs may well use.
+NOT_MEANT = {"COMPILED", "COMPILER", "DEVICES", "KERNEL", "MODE", "MODELS", "SEEDS", "SPEED"}
+TYPE_NAMES = {
+    str: "str",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    tuple[int, ...]: "int,...",
+    tuple[float, ...]: "float,...",
+}
+BOOLS = {"0": False, "false": False, "1": True, "true": True}
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used: what was found, what was wanted, what to do. Exit code 2."""
+
+
+class RunPaths:
+    """Where a run's files are, for settings that have run_id."""
+
+    @property
+    def log(self) -> Path:
+        return Path("logs") / f"{self.run_id}.txt"
+
+    @property
+    def folder(self) -> Path:
+        """Folder of checkpoints and the trained model."""
+        return Path("logs") / self.run_id
+
+
+def knob(default, help: str, *, affects: str = "training", rare: bool = False, **limits):
+    """Define one setting.
+
+    affects: what a change of the setting changes. "training": the numbers of a run. "recording": what is
+    written
+        down. "machine": where and how it runs. Resuming, grouping runs into arms and skipping finished runs
+        all go by this mark.
+    rare: listed last in --help.
+    limits: low and high (inclusive), above (exclusive), choices.
+    """
+    assert affects in ("training", "recording", "machine"), affects
+    return dataclasses.field(
+        default=default, metadata={"help": help, "affects": affects, "rare": rare, **limits}
+    )
+
+
+recording_knob = functools.partial(knob, affects="recording")
+machine_knob = functools.partial(knob, affects="machine")
+
+
+def knobs(classes) -> dict[str, dataclasses.Field]:
+    """{variable name: field} of all settings in these dataclasses."""
+    return {f.name.upper(): f for c in classes for f in dataclasses.fields(c)}
+
+
+def not_training(classes) -> dict[str, list[str]]:
+    """{"recording": names, "machine": names}: the settings that do not change the numbers."""
+    fields = knobs(classes).values()
+    return {
+        kind: [f.name for f in fields if f.metadata["affects"] == kind] for kind in ("recording", "machine")
+    }
+
+
+def read(classes, env: Mapping[str, str], defaults: dict, script: str) -> list:
+    """One instance of each class: the environment over `defaults` over the fields' own defaults.
+
+    Raises SettingsError for a wrong value, and for a variable that looks like a misspelt setting.
+    """
+    fields = knobs(classes)
+    refuse_lookalikes(env, list(fields), script)
+    values = {f.name: defaults.get(f.name, f.default) for f in fields.values()}
+    values |= {f.name: parse_value(name, env[name], f) for name, f in fields.items() if name in env}
+    return [c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in classes]
+
+
+def parse_value(name: str, text: str, field: dataclasses.Field):
+    """Parse and check one environment variable; SettingsError if it does not fit its field."""
+    if not text.strip() and field.default is None:
+        return None
+    try:
+        value = parse(text, field.type)
+        fits = within_limits(value, field.metadata)
+    except (KeyError, ValueError):
+        fits = False
+    if not fits:
+        raise SettingsError(f"{name}={text!r}: wanted {allowed_values(field)} ({field.metadata['help']})")
+    return value
+
+
+def parse(text: str, kind):
+    """Convert text to a setting's type; KeyError or ValueError if it is not one."""
+    if kind is str:
+        return text
+    if kind is bool:
+        return BOOLS[text.strip().lower()]
+    if kind in (int, float):
+        return kind(text.strip())
+    item = kind.__args__[0]
+    return tuple(item(part.strip()) for part in text.strip(" []()").split(","))
+
+
+def within_limits(value, limits: Mapping) -> bool:
+    """Whether a value, or every item of a tuple, is allowed."""
+    if isinstance(value, tuple):
+        return all(within_limits(item, limits) for item in value)
+    if isinstance(value, str):
+        return value in limits.get("choices", (value,))
+    if not math.isfinite(value) or (isinstance(value, int) and abs(value) > 2**62):
+        return False
+    above = limits.get("above", -math.inf)
+    return limits.get("low", -math.inf) <= value <= limits.get("high", math.inf) and value > above
+
+
+def allowed_values(field: dataclasses.Field) -> str:
+    """The allowed values in words, such as 'int, at least 0'."""
+    limits = field.metadata
+    if "choices" in limits:
+        return "one of " + ", ".join(limits["choices"])
+    if field.type is bool:
+        return "0 or 1"
+    words = ["finite float" if field.type is float else TYPE_NAMES[field.type]]
+    words += [
+        f"{word} {limits[key]}"
+        for key, word in (("low", "at least"), ("above", "above"), ("high", "at most"))
+        if key in limits
+    ]
+    return ", ".join(words)
+
+
+def refuse_lookalikes(env: Mapping[str, str], known: list[str], script: str):
+    """Raise SettingsError for a variable that is nearly one of ours: a typo would silently train something
+    else.
+
+    Nearly: it has one of our prefixes, or two letters of a long name are wrong, or one of a short name.
+    Capitals do not count.
+    """
+    for name in sorted(set(env) - set(known)):
+        capitals = name.upper()
+        close = difflib.get_close_matches(capitals, known, n=1, cutoff=0.75)
+        typo = bool(close) and is_typo(capitals, close[0])
+        if typo or capitals.startswith(OUR_PREFIXES):
+            nearest = close or difflib.get_close_matches(capitals, known, n=1, cutoff=0)
+            raise SettingsError(
+                f"{name} is not a setting of {script}; the nearest is {nearest[0]}. Unset or rename it; "
+                f"`python {script} --help` lists all"
+            )
+
+
+def is_typo(word: str, meant: str) -> bool:
+    """Whether `word` is `meant` but for two letters, or for one if it is short."""
+    blocks = difflib.SequenceMatcher(None, word, meant).get_matching_blocks()
+    wrong = max(len(word), len(meant)) - sum(block.size for block in blocks)
+    return wrong <= (2 if len(meant) >= 8 else 1) and word not in NOT_MEANT
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text can name files in logs/, and only there."""
+    return re.fullmatch(r"[A-Za-z0-9_][\w.=,+-]{0,199}", text, re.ASCII) is not None
+
+
+def as_text(value) -> str:
+    """A value as the environment variable would be written."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def help_text(description: str, classes, presets: dict[str, tuple[str, dict]], footer: str) -> str:
+    """--help: every setting with type, limits, default and meaning; rare ones last; then the presets.
+
+    presets: {name: (description, {setting: default that the preset changes})}.
+    """
+    lines = [description]
+    for rare in (False, True):
+        if rare:
+            lines.append("\nRarely needed:\n")
+        for c in classes:
+            if not rare:
+                lines.append(f"\n{c.__doc__}\n")
+            for f in dataclasses.fields(c):
+                if f.metadata["rare"] == rare:
+                    lines.append(f"  {f.name.upper()}  ({allowed_values(f)}; default {as_text(f.default)!r})")
+                    lines.append(f"      {f.metadata['help']}")
+    lines += [f"\n{footer}", "\nPresets (MODEL) and the defaults they change:\n"]
+    for name, (text, defaults) in presets.items():
+        lines.append(f"  {name}: {text}")
+        lines += [f"      {key.upper()}={as_text(value)}" for key, value in defaults.items()]
+    return "\n".join(lines)
+
+
+def settings_json(script: str, classes, presets: dict[str, tuple[str, dict]], source_hash: str) -> str:
+    """--settings-json, which the launcher reads.
+
+    Every setting's name, type, default, allowed values and what it affects; the presets' defaults; the hash
+    of the code that decides the numbers.
+    """
+    settings = [
+        {
+            "name": name,
+            "type": TYPE_NAMES[f.type],
+            "default": f.default,
+            "allowed": allowed_values(f),
+            **f.metadata,
+        }
+        for name, f in knobs(classes).items()
+    ]
+    defaults = {name: {k.upper(): v for k, v in changes.items()} for name, (_, changes) in presets.items()}
+    return json.dumps(
+        {"script": script, "source_hash": source_hash, "settings": settings, "presets": defaults}
+    )

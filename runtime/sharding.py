@@ -1,0 +1,175 @@
+"""Flat buffers that hold an optimizer's parameters, each rank updating its own part.
+
+A step is: reduce the gradients, update, gather the new weights. The update itself is the trainer's. Masters
+are fp32: the weight itself, or a bfloat16 weight (the high half) with an int16 mantissa (the low half).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from runtime.ranks import Done, Ranks
+
+SMALL = 2**16  # parameters of fewer numbers are all-reduced together and updated on every rank
+
+
+def read_master(weight: Tensor, mantissa: Tensor | None) -> Tensor:
+    """The fp32 master, to be changed in place and written back."""
+    if mantissa is None:
+        return weight
+    return ((weight.view(torch.int16).int() << 16) | (mantissa.int() & 0xFFFF)).view(torch.float32)
+
+
+def write_master(weight: Tensor, mantissa: Tensor | None, value: Tensor):
+    """Store an fp32 master."""
+    if mantissa is None:
+        weight.copy_(value)
+    else:
+        bits = value.view(torch.int32)
+        mantissa.copy_(bits.short())
+        weight.view(torch.int16).copy_((bits >> 16).short())
+
+
+class Bucket:
+    """Parameters in one flat buffer; they and their gradients become views of it.
+
+    A sharded buffer is padded so that every rank owns an equal part: gradients arrive by reduce(), new
+    weights leave by gather(). Derived classes hold the optimizer's state, in state(), and update `mine` from
+    `grad`.
+    """
+
+    missing = 0  # gradients that this step's reduction still waits for
+
+    def __init__(self, params: dict[str, nn.Parameter], ranks: Ranks, unit: int, every: int):
+        """unit: numbers that must stay together on one rank (a matrix's). every: steps per update."""
+        self.params, self.ranks, self.every = params, ranks, every
+        self.active, self.count, self.work = True, 0, Done()
+        like = next(iter(params.values()))
+        self.size = sum(p.numel() for p in params.values())
+        self.sharded = unit > 1 or (len(params) == 1 and self.size >= SMALL)
+        multiple = unit * ranks.world_size if self.sharded else 1
+        padded = -(-self.size // multiple) * multiple
+        self.weights, self.grads = like.new_zeros(padded), like.new_zeros(padded)
+        start = 0
+        for p in params.values():
+            end = start + p.numel()
+            self.weights[start:end] = p.data.flatten()
+            p.data, p.grad = self.weights[start:end].view(p.shape), self.grads[start:end].view(p.shape)
+            start = end
+        self.mine, self.grad = self.part(self.weights), self.part(self.grads)
+        self.mantissa = torch.zeros_like(self.mine, dtype=torch.int16) if like.dtype.itemsize == 2 else None
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's part of all that the next updates depend on, beside weights and count."""
+        raise NotImplementedError
+
+    def part(self, full: Tensor) -> Tensor:
+        """The part of a full-size tensor that this rank updates."""
+        return self.ranks.shard(full) if self.sharded else full
+
+    def reduce(self):
+        """Begin to sum the gradients over the ranks; wait on self.work before reading self.grad."""
+        self.work = (self.ranks.reduce_scatter if self.sharded else self.ranks.all_reduce)(self.grads)
+
+    def square_norm(self) -> Tensor:
+        """Square norm of this rank's part of the gradient; an unsharded one counts on rank 0 alone."""
+        self.work.wait()
+        counts = self.sharded or self.ranks.rank == 0
+        return self.grad.float().square().sum() * float(counts)
+
+    def gather(self):
+        """Begin to send the new weights to all ranks."""
+        self.work = self.ranks.all_gather(self.weights) if self.sharded else Done()
+
+    def finish(self):
+        """Wait for the new weights and clear the gradients."""
+        self.work.wait()
+        self.grads.zero_()
+
+    def split_sizes(self, numel: int) -> list[int]:
+        """How many of a state's numbers belong to each parameter, in order; last, those of the padding."""
+        sizes = [p.numel() * numel // len(self.weights) for p in self.params.values()]
+        return [*sizes, numel - sum(sizes)]
+
+    def full_numel(self, mine: Tensor) -> int:
+        """Numbers of a state over all ranks."""
+        return mine.numel() * (self.ranks.world_size if self.sharded else 1)
+
+    def export(self) -> dict[str, dict[str, Tensor]]:
+        """{parameter: {state: flat tensor on the CPU}}, fp32 masters included, on any number of ranks alike.
+
+        A collective. Only rank 0 gets the tensors.
+        """
+        self.work.wait()
+        out = {name: {} for name in self.params}
+        for key, mine in {"master": read_master(self.mine, self.mantissa), **self.state()}.items():
+            full = self.ranks.gather_shards(mine.flatten()) if self.sharded else mine.flatten()
+            if self.ranks.rank == 0:
+                for name, values in zip(self.params, full.split(self.split_sizes(len(full)))):
+                    out[name][key] = values.to("cpu", copy=True)
+        return out
+
+    def check(self, saved: dict[str, dict[str, Tensor]]):
+        """Raise ValueError if these states of a checkpoint cannot be restored."""
+        for key, mine in {"master": self.mine, **self.state()}.items():
+            for name, wanted in zip(self.params, self.split_sizes(self.full_numel(mine))):
+                found = saved[name].get(key)
+                if not isinstance(found, Tensor) or found.dtype != torch.float32 or found.numel() != wanted:
+                    raise ValueError(f"the checkpoint has no {key} of {wanted} fp32 numbers for {name}")
+
+    def restore(self, saved: dict[str, dict[str, Tensor]] | None):
+        """Take back what export() gave. saved: on rank 0, which sends the others their parts."""
+        for key, mine in {"master": self.mine, **self.state()}.items():
+            full = torch.zeros(self.full_numel(mine), device=mine.device)
+            if saved is not None:
+                found = torch.cat([saved[name][key].flatten() for name in self.params])
+                full[: len(found)] = found
+            self.ranks.broadcast(full)
+            part = self.part(full).view(mine.shape)
+            if key == "master":
+                write_master(self.mine, self.mantissa, part)
+            else:
+                mine.copy_(part)
+        self.gather()
+        self.finish()
+
+    def copy_from(self, other: "Bucket"):
+        """Take over the weights and state of a bucket of the same shape."""
+        pairs = [(self.weights, other.weights), *zip(self.state().values(), other.state().values())]
+        if self.mantissa is not None:
+            pairs.append((self.mantissa, other.mantissa))
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+        self.count = other.count
+
+
+# ---------------------------------------------------------------------------------------------------
+# All buckets of an optimizer
+# ---------------------------------------------------------------------------------------------------
+
+
+def export_all(buckets: list[Bucket]) -> tuple[dict, dict]:
+    """({parameter: its states}, {parameter: number of its updates}). A collective; states on rank 0 only."""
+    states, counts = {}, {}
+    for bucket in buckets:
+        states.update(bucket.export())
+        counts.update(dict.fromkeys(bucket.params, bucket.count))
+    return states, counts
+
+
+def check_all(buckets: list[Bucket], states: dict):
+    """Raise ValueError if these states of a checkpoint cannot be restored."""
+    ours = {name for bucket in buckets for name in bucket.params}
+    wrong = sorted(ours ^ set(states))
+    if wrong:
+        raise ValueError(
+            f"the checkpoint does not fit the model: only one of them has {', '.join(wrong[:5])}"
+        )
+    for bucket in buckets:
+        bucket.check(states)
+
+
+def restore_all(buckets: list[Bucket], states: dict | None, counts: dict[str, int]):
+    """Take back what export_all() gave. states: on rank 0, which sends the others theirs."""
+    for bucket in buckets:
+        bucket.restore(states)
+        bucket.count = counts[next(iter(bucket.params))]

@@ -1,0 +1,356 @@
+"""Start a run, end it well whatever happens, and say why: signals, hangs, dead ranks, exit codes.
+
+A trainer is a module that offers:
+    SCRIPT                               its path
+    SETTINGS                             the dataclasses of its settings
+    presets()                            -> {name: (description, {setting: default that the preset changes})}
+    read_settings(env)                   -> (settings, optimizer settings, model config); raises SettingsError
+    open_data(settings, world_size)      -> (training shards, validation shards); raises ValueError
+    count_slices(world_size)             -> slices of a global batch
+    Schedule(settings, model config)     with .num_steps
+    rehearse(start, stop)                compiles what the run will need
+    Run(start, stop)                     with .session, and train() -> exit code
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from data.shards import describe_shards
+from kernels import attention, fast_forms
+from runtime import checkpoints
+from runtime.compiling import CACHE_HELP, choose_allocator
+from runtime.log_writer import LogWriter, last_event, provenance, show, source_hash
+from runtime.ranks import Ranks, refuse_together
+from runtime.session import Diverged
+from runtime.settings import SettingsError, help_text, not_training, settings_json
+
+
+class StopRequest:
+    """Somebody's wish that the run stop: `reason` is empty until there is one.
+
+    The first SIGTERM, SIGINT or SIGHUP is a request, on which the ranks then agree. Others within TOGETHER_S
+    belong to it (for one Ctrl-C, a terminal's and torchrun's). A later one ends the process at once.
+    """
+
+    TOGETHER_S = 5.0
+
+    def __init__(self):
+        self.reason, self.since = "", 0.0
+
+    def listen(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.reason = self.reason or signal.Signals(number).name  # Watch may have given one
+        self.since = self.since or time.monotonic()
+        if time.monotonic() - self.since > self.TOGETHER_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+class Watch(threading.Thread):
+    """Ends this process, with a line in the log, when the run cannot go on.
+
+    That is: no sign of progress for DIST_TIMEOUT (a collective hangs), or a rank on this host is gone and the
+    main thread does not notice (NCCL waits for ever). A thread, because the main one is inside C code then.
+    Without its launcher a rank stops.
+    """
+
+    POLL_S, GRACE_S = 0.5, 15.0  # torchrun kills after 30 s
+
+    def __init__(self, ranks: Ranks, timeout_s: float, stop: StopRequest, on_crash):
+        super().__init__(daemon=True)
+        self.ranks, self.timeout_s, self.stop_request, self.on_crash = ranks, timeout_s, stop, on_crash
+        everybody = enumerate(ranks.all_gather_object((host(), os.getpid())))
+        self.pids = {rank: pid for rank, (where, pid) in everybody if where == host()}
+        self.over = threading.Event()
+        ranks.beat()
+        ranks.watched.set()
+
+    def missing(self) -> dict[int, str]:
+        """Ranks of this host that are dead or stopped, each with a description."""
+        states = {rank: process_state(pid) for rank, pid in self.pids.items() if rank != self.ranks.rank}
+        return {
+            rank: f"rank {rank} (process {self.pids[rank]}) is {state}"
+            for rank, state in states.items()
+            if state != "alive"
+        }
+
+    def speaks_for_all(self, missing: dict) -> bool:
+        """Whether this rank is the first one left beside the log; it speaks for those that only saw others
+        fail."""
+        return 0 in self.pids and all(rank in missing for rank in self.pids if rank < self.ranks.rank)
+
+    def run(self):
+        gone_since, polled = None, time.monotonic()
+        while not self.over.wait(self.POLL_S):
+            now, missing = time.monotonic(), self.missing()
+            was_asleep = now - polled > 10 * self.POLL_S  # SIGSTOP, or a suspended machine
+            if was_asleep:
+                self.ranks.last_beat += now - polled
+            polled = now
+            if self.ranks.is_orphan() and not self.stop_request.reason:
+                self.stop_request.reason = "its launcher is gone"
+            gone = [text for text in missing.values() if text.endswith("gone")]
+            if not gone:
+                gone_since = None
+            elif gone_since is None:
+                gone_since = now
+            silent_s = now - self.ranks.last_beat
+            if silent_s > self.timeout_s:
+                self.on_crash(missing, self.why_silent(silent_s, missing))
+            elif gone and now - gone_since > self.GRACE_S and silent_s > self.GRACE_S:
+                self.on_crash(missing, ", ".join(gone))
+
+    def why_silent(self, silent_s: float, missing: dict[int, str]) -> str:
+        elsewhere = self.ranks.world_size - len(self.pids)
+        if missing:
+            why = ", ".join(missing.values())
+        elif elsewhere:
+            why = f"{elsewhere} on other hosts may not answer"
+        else:
+            why = "all ranks are alive"
+        return f"no progress for {silent_s:.0f} s (DIST_TIMEOUT={self.timeout_s:g}): {why}"
+
+
+def host() -> str:
+    """Identify this host: node name plus PID and network namespaces, because two containers may bear one
+    name."""
+    with contextlib.suppress(OSError):
+        namespaces = (os.readlink("/proc/self/ns/pid"), os.readlink("/proc/self/ns/net"))
+        return " ".join((platform.node(), *namespaces))
+    return platform.node()
+
+
+def process_state(pid: int) -> str:
+    """ "alive", "stopped" (by SIGSTOP) or "gone"."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return "gone"
+    except OSError:  # no /proc on this system: alive is all that can be said
+        return "alive"
+    return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(state, "alive")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Start
+# ---------------------------------------------------------------------------------------------------
+
+
+class Start(NamedTuple):
+    """All that is known before the first step."""
+
+    script: Path
+    s: object  # the trainer's settings
+    o: object  # the optimizer's
+    model_config: object
+    config: dict  # all that decides the numbers of the run, as logs and checkpoints hold it
+    train_shards: list
+    val_shards: list
+    ranks: Ranks
+    origin: checkpoints.Origin
+    log: LogWriter | None  # None if the run is over already
+
+
+def prepare(trainer, env) -> Start:
+    """Refuse everything that can be refused, on all ranks together, before the first step."""
+    choose_allocator()
+    try:
+        s, o, model_config = trainer.read_settings(env)
+    except SettingsError as error:
+        refuse_together(error)
+    config = {
+        **dataclasses.asdict(s),
+        **dataclasses.asdict(o),
+        "model_config": dataclasses.asdict(model_config),
+    }
+    run_id = env.get("RUN_ID", "")
+    ranks = Ranks(s.device, s.dist_timeout, {**config, "run_id": run_id})
+    train_shards, val_shards = ranks.run_on_all(lambda: trainer.open_data(s, ranks.world_size))
+    config |= {
+        "train_data": describe_shards(train_shards),
+        "val_data": describe_shards(val_shards),
+        "vocab_size": train_shards[0].vocab_size,
+        "mark": train_shards[0].mark,
+        "num_slices": trainer.count_slices(ranks.world_size),
+    }
+    origin = ranks.run_on_all(lambda: find_origin(trainer, s, config, run_id, ranks))
+    shared = ranks.broadcast_object(origin and origin._replace(contents=None))
+    origin = origin or shared
+    s = dataclasses.replace(s, run_id=origin.run_id)
+    config["run_id"] = s.run_id
+    log = None
+    if origin.exit_code is None:
+        num_steps = trainer.Schedule(s, model_config).num_steps
+        log = ranks.run_on_all(lambda: LogWriter(s.log, ranks.rank, num_steps, origin.resumed))
+    return Start(trainer.SCRIPT, s, o, model_config, config, train_shards, val_shards, ranks, origin, log)
+
+
+def find_origin(trainer, s, config: dict, run_id: str, ranks: Ranks) -> checkpoints.Origin | None:
+    """Where the run begins, found by rank 0; None on the others."""
+    return checkpoints.find_origin(s, trainer.SETTINGS, config, run_id) if ranks.rank == 0 else None
+
+
+def write_beginning(trainer, start: Start, attention_name: str, fast_names: list[str]):
+    """Write the log's header, or its line about going on."""
+    log, origin, config = start.log, start.origin, start.config
+    started = {
+        **provenance(start.script, start.ranks),
+        "attn": attention_name,
+        "fast_forms": ",".join(fast_names) or "none",
+        **{k: config[k] for k in ("train_data", "val_data")},
+    }
+    if not log.existed:
+        settings = {k: v for k, v in config.items() if k not in started}
+        affects = not_training(trainer.SETTINGS)
+        log.header(settings, affects, {"run_id": start.s.run_id, **started})
+    for _, text in origin.damaged:
+        log.event("checkpoint_damaged", error=json.dumps(text))
+        log.say(f"warning: {text}; falling back to the one before it")
+    if origin.resumed:
+        checkpoints.set_aside(origin, start.s.folder)
+        saved = origin.contents or {"step": 0, "source_hash": source_hash(start.script)}
+        if saved["source_hash"] != source_hash(start.script):
+            log.warn(f"the code is not that of the checkpoint (source_hash {saved['source_hash']})")
+        log.event("resumed", step=saved["step"], path=origin.path, **started)
+        log.say(f"going on from step {saved['step']} ({origin.path})")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Run
+# ---------------------------------------------------------------------------------------------------
+
+
+def main(trainer, argv: list[str], env=os.environ) -> int:
+    """Exit code: 0 trained or stopped, 1 crashed, 2 refused what the user gave, 3 diverged."""
+    name = trainer.SCRIPT.name
+    if "--help" in argv or "-h" in argv:
+        print(help_text(trainer.__doc__, trainer.SETTINGS, trainer.presets(), CACHE_HELP))
+        return 0
+    if "--settings-json" in argv:
+        code = source_hash(trainer.SCRIPT)
+        print(settings_json(name, trainer.SETTINGS, trainer.presets(), code))
+        return 0
+    try:
+        if argv:
+            raise SettingsError(f"arguments {argv}: settings are environment variables instead, see --help")
+        start = prepare(trainer, env)
+    except ValueError as error:
+        return refuse(name, error)
+    if start.log is None:
+        if start.ranks.rank == 0:
+            show(f"{name}: {start.s.log} is of a run that is over; nothing to do")
+        return start.origin.exit_code
+    return Supervisor(trainer, start).run()
+
+
+def refuse(name: str, error: ValueError) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        show(f"{name}: {error}", file=sys.stderr)
+    Ranks.close()
+    return 2
+
+
+class Supervisor:
+    """Trains and, whatever happens, leaves a last line in the log."""
+
+    def __init__(self, trainer, start: Start):
+        self.trainer, self.start, self.log, self.ranks = trainer, start, start.log, start.ranks
+        self.stop = StopRequest()
+        self.watch = Watch(self.ranks, start.s.dist_timeout, self.stop, self.give_up)
+        self.stop.listen()
+        self.watch.start()
+
+    def run(self) -> int:
+        """Exit code."""
+        try:
+            code = self.train()
+        except checkpoints.CheckpointError as error:  # these parameters cannot take it: all ranks found out
+            self.watch.over.set()
+            self.log.end("crashed", error=json.dumps(str(error)))
+            self.log.close()
+            return refuse(self.trainer.SCRIPT.name, error)
+        except Diverged as error:
+            self.log.end("diverged", step=error.step, **{error.name: f"{error.value:g}"})
+            self.log.say(f"diverged: {error}")
+            code = 3
+        except BaseException as error:
+            self.on_error(error)
+            raise
+        finally:
+            self.watch.over.set()
+            self.ranks.close()
+        return self.log.close() or code
+
+    def train(self) -> int:
+        """Exit code."""
+        s, log, start = self.start.s, self.log, self.start
+        attention_name, warnings = attention.activate(s.attn_backend)
+        with fast_forms.installed(self.trainer, s, start.o) as (names, stepped_aside):
+            if self.ranks.rank == 0:
+                write_beginning(self.trainer, start, attention_name, names)
+                for text in warnings + stepped_aside:
+                    log.warn(text)
+            log.say(
+                f"{start.script.name}: {s.model} on {self.ranks.world_size} rank(s) of "
+                f"{self.ranks.device.type}, log {log.path}"
+            )
+            if s.compile == "1" or s.device == "cuda":
+                log.say("rehearsing every stage (compiles; not counted as training time)")
+                self.trainer.rehearse(start, self.stop)
+            run = self.trainer.Run(start, self.stop)
+            if start.origin.has_checkpoint:
+                run.session.resume(start.origin.contents)
+            step = run.train()
+            self.watch.over.set()
+            return run.session.end(step)
+
+    def on_error(self, error: BaseException):
+        """Say in the log what happened, from the rank whose error it is."""
+        missing = {}
+        if isinstance(error, RuntimeError) and self.ranks.world_size > 1:
+            time.sleep(1)  # a rank that was killed needs a moment to be gone
+            missing = self.watch.missing()
+        reason = ", ".join([*missing.values(), f"{type(error).__name__}: {error}"])
+        self.note_crash(missing, reason, "unknown" if is_cut_off(error) else self.ranks.rank)
+        self.log.close()
+        if self.ranks.device.type == "cuda" and self.ranks.world_size > 1:
+            traceback.print_exc()  # closing the group would wait for collectives that the others never join
+            sys.stderr.flush()
+            os._exit(1)
+
+    def give_up(self, missing: dict[int, str], reason: str):
+        """End the process from Watch's thread: the main thread hangs inside a collective."""
+        self.note_crash(missing, reason, "unknown")
+        show(f"rank {self.ranks.rank} gives up: {reason}", file=sys.stderr)
+        self.log.close()
+        os._exit(1)
+
+    def note_crash(self, missing: dict[int, str], reason: str, culprit: int | str):
+        """Write event:crashed, once over all ranks. culprit: whose error it is if nobody is missing here."""
+        if missing and not self.watch.speaks_for_all(missing):
+            return
+        if last_event(self.log.path) != "crashed":
+            rank = next(iter(missing), culprit)
+            self.log.end("crashed", from_any_rank=True, rank=rank, error=json.dumps(reason))
+
+
+def is_cut_off(error: BaseException) -> bool:
+    """Whether a collective failed because of another host. gloo's errors are plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
