@@ -79,7 +79,8 @@ def download_shards(shards: PublicShards, num_train: int, folder: Path) -> None:
                 f"the downloaded file was refused and removed: {error}. Run this again"
             ) from None
         print(f"{name}: {info.num_tokens:,} tokens")
-    print(f"done; train with DATA_PATH={folder}")
+    files = {part: folder.resolve() / f"{shards.prefix}_{part}_*.bin" for part in ("train", "val")}
+    print(f"done; train with TRAIN_FILES='{files['train']}' VAL_FILES='{files['val']}'")
 
 
 def is_sound(path: Path) -> bool:

@@ -3,7 +3,7 @@
     python data/tokenize_text.py books/*.txt wiki.jsonl --out data/mine
     python data/tokenize_text.py corpus.txt --separator '<|endoftext|>' --out data/mine --val-frac 0.05
     python data/tokenize_text.py notes.txt --separator '' --bytes --out data/mine      # blank lines separate
-    DATA_PATH=data/mine torchrun ...
+    TRAIN_FILES='data/mine/text_train_*.bin' VAL_FILES='data/mine/text_val_*.bin' ./run.sh
 
 Writes DIR/NAME_val_000000.bin ... and DIR/NAME_train_000001.bin ...: the mark of each document, then its
 tokens. A document is a .txt file (or the text between two separator lines), a line of a .jsonl file, or a row
