@@ -108,7 +108,8 @@ def write_split(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
             if not tokens.size:
                 continue
             fraction = digest / 2**64
-            (val if fraction < args.val_frac else train).add(tokens)
+            part = val if fraction < args.val_frac else train
+            part.add(tokens)
             lowest, highest = min(lowest, fraction), max(highest, fraction)
             progress.add(tokens.size)
         progress.show(end=True)

@@ -347,9 +347,8 @@ def texts(tmp_path):
     pyarrow.parquet.write_table(
         pyarrow.table({"id": range(42), "text": [*documents[80:], None, " \n"]}), table
     )
-    expected = [text + "\n" for text in documents[:39]] + documents[
-        39:
-    ]  # a line before a separator has its end
+    # A line before a separator keeps its end.
+    expected = [text + "\n" for text in documents[:39]] + documents[39:]
     return [plain, lines, table], [text.encode() for text in expected]
 
 
@@ -678,9 +677,8 @@ def test_a_damaged_download_is_refused_and_removed(tmp_path, run, fake_hub, cont
 def failures():
     from huggingface_hub import errors
 
-    unknown = errors.RepositoryNotFoundError.__new__(
-        errors.RepositoryNotFoundError
-    )  # made from a server's reply
+    kind = errors.RepositoryNotFoundError
+    unknown = kind.__new__(kind)  # its constructor wants a server's reply
     return {
         "offline": (errors.LocalEntryNotFoundError("x"), "is this machine online?"),
         "refused": (ConnectionRefusedError(errno.ECONNREFUSED, "x"), "is this machine online?"),
