@@ -462,7 +462,8 @@ def my_slices(ranks: Ranks) -> range:
 
 
 def stack_slices(slices: list, device: torch.device, max_doc_tokens: int) -> list[Batch]:
-    """As few passes as PASS_TOKENS allows. slices: (inputs, targets, document lengths) in numpy."""
+    """Stack slices into as few passes as PASS_TOKENS allows. slices: (inputs, targets, document lengths) in
+    numpy."""
     per_pass = max(1, PASS_TOKENS // len(slices[0][0]))
     batches = []
     for start in range(0, len(slices), per_pass):
@@ -893,7 +894,7 @@ class GPT(nn.Module):
 
 
 def ngram_rows(tokens_BT: Tensor, lengths: tuple[int, ...], num_rows: int) -> list[Tensor]:
-    """For each length of n-grams, the hash embedding's row at each token; the last row where too few precede
+    """Rows of the hash embedding at each token, for each length; the last row where too few tokens precede
     it.
 
     Several lengths in one table are an idea of arXiv 2412.09871; the record has bigrams.
@@ -1259,7 +1260,7 @@ class Optimizer:
             self.by_name["embed"].active = not tied
 
     def untie(self):
-        """From here on the embedding learns by itself, starting where the head is."""
+        """Let the embedding learn by itself from here on, starting where the head is."""
         self.by_name["embed"].copy_from(self.by_name["head"])
         self.set_tied(False)
 
@@ -1393,7 +1394,7 @@ class Schedule:
         return peak
 
     def second_decay(self, step: int, peak: float) -> float:
-        """From what the first decay has reached at LR_DECAY_SWITCH_STEP to the end of the scheduled steps."""
+        """Decay from what the first has reached at LR_DECAY_SWITCH_STEP to the end of the scheduled steps."""
         s, switch = self.s, self.s.lr_decay_switch_step
         before = max(0, switch - 1)
         old_peak = s.lr_muls[self.stage(before)]

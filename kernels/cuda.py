@@ -1021,24 +1021,8 @@ def make_step_ord(trainer, compiler):
     One is for the sums that give rho, one where P's input loses it.
     """
 
-    def radial_part(sums_N3, a_N11, rho_0, settled, o):
-        """From <G, G>, <G, W>, <W, W> of each matrix: rho, how much W the input of P loses, how much the
-        update gains, and the norms of P's input and of G_perp."""
-        GG, GW, WW = per_matrix(sums_N3)
-        rho = GW / (WW + o.spectral_proj_eps)
-        a_rho = 0 * rho
-        if o.ord_mode != "off":
-            a_rho = trainer.radial_strength(rho, a_N11, rho_0, settled, o) * rho
-        lost = rho if o.ord_mode == "project" else a_rho
-        return rho, lost, a_rho, norm_without(lost, GG, GW, WW), norm_without(rho, GG, GW, WW)
-
-    def stats(sums_N3, applied_N3, rho, gained):
-        """ord_stats, from the sums that the kernels leave."""
-        (GG, GW, WW), (UW, UU, PP) = per_matrix(sums_N3), per_matrix(applied_N3)
-        G, W, U, ratio = GG.sqrt(), WW.sqrt(), UU.sqrt(), trainer.safe_ratio
-        radial_over_p = ratio(gained.abs() * W, PP.sqrt())
-        values = (rho, ratio(GW, G * W), ratio(UW, U * W), W, ratio(U, W), radial_over_p)
-        return torch.cat(values, dim=-1).squeeze(1)
+    def radial_part(*arguments):
+        return ord_radial_part(trainer.radial_strength, *arguments)
 
     compiled_part = compiler(radial_part)
 
@@ -1072,10 +1056,35 @@ def make_step_ord(trainer, compiler):
             gained = gained * trainer.safe_ratio(squares.view(-1, 1, 1).sqrt(), perp_norm)
         last = lr_N11.flatten(), float(decay), o.muon_decay_mode
         applied = apply_update(weight, mantissa, U, scales, gained.flatten(), *last, measure)
-        return rho.abs(), stats(sums, applied, rho, gained) if measure else None
+        stats = ord_stats(trainer.safe_ratio, sums, applied, rho, gained) if measure else None
+        return rho.abs(), stats
 
     fused.runs_eagerly = True
     return fused
+
+
+def ord_radial_part(radial_strength, sums_N3, a_N11, rho_0, settled, o):
+    """Split the radial part, from <G, G>, <G, W>, <W, W> of each matrix.
+
+    Returns rho, how much W the input of P loses, how much the update gains, and the norms of P's input and of
+    G_perp.
+    """
+    GG, GW, WW = per_matrix(sums_N3)
+    rho = GW / (WW + o.spectral_proj_eps)
+    a_rho = 0 * rho
+    if o.ord_mode != "off":
+        a_rho = radial_strength(rho, a_N11, rho_0, settled, o) * rho
+    lost = rho if o.ord_mode == "project" else a_rho
+    return rho, lost, a_rho, norm_without(lost, GG, GW, WW), norm_without(rho, GG, GW, WW)
+
+
+def ord_stats(safe_ratio, sums_N3, applied_N3, rho, gained) -> Tensor:
+    """The trainer's ord_stats, from the sums that the kernels leave."""
+    (GG, GW, WW), (UW, UU, PP) = per_matrix(sums_N3), per_matrix(applied_N3)
+    G, W, U = GG.sqrt(), WW.sqrt(), UU.sqrt()
+    cosines = safe_ratio(GW, G * W), safe_ratio(UW, U * W)
+    radial_over_p = safe_ratio(gained.abs() * W, PP.sqrt())
+    return torch.cat((rho, *cosines, W, safe_ratio(U, W), radial_over_p), dim=-1).squeeze(1)
 
 
 def per_matrix(sums_N3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
