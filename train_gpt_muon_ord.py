@@ -1732,8 +1732,8 @@ class Trainer:
 
     def go_to(self, step: int):
         """Become what the trainer was after `step` steps, but for the optimizer's state."""
-        for stage in range(self.schedule.stage(step - 1) + 1):
-            self.enter_stage(stage)
+        for earlier in range(step):
+            self.enter_stage(self.schedule.stage(earlier))
         untie_step = self.schedule.untie_step
         self.tied = untie_step is None or step <= untie_step
         self.optimizer.set_tied(self.tied)

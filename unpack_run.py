@@ -1,9 +1,11 @@
-"""Rebuild a run from its log alone: write out the source files that it used, and print the command to repeat it.
+"""Rebuild a run from its log alone: write out the source files that it used, and print the command to repeat
+it.
 
     python unpack_run.py logs/RUN_ID.txt FOLDER
 
-A log holds every source file of the project that its run used, and every setting. Packages and data are not in it:
-requirements.txt pins the former, and the log names the latter (file, tokens, hash), which DATA_PATH must hold.
+A log holds every source file of the project that its run used, and every setting. Packages and data are not
+in it: requirements.txt pins the former, and the log names the latter (file, tokens, hash), which DATA_PATH
+must hold.
 """
 
 import shlex
@@ -13,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis.command_line import complain, make_parser
+
 from analysis.run_log import RunLog, embedded_sources, read_log
 
 NO_SETTINGS = {"model_config", "vocab_size", "mark", "num_slices"}  # in the log's config, but derived
@@ -38,7 +41,7 @@ def as_text(value) -> str:
 
 
 def command(run: RunLog, folder: Path) -> str:
-    """Shell command that repeats the run in `folder`: the settings that decide its numbers, on as many ranks."""
+    """Shell command that repeats the run in `folder`, with the settings that decide its numbers."""
     skipped = NO_SETTINGS.union(*run.affects.values())
     settings = {k.upper(): v for k, v in run.config.items() if k not in skipped and v not in (None, "")}
     settings["DATA_PATH"] = run.config["data_path"]

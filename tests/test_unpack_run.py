@@ -5,14 +5,15 @@ import subprocess
 import sys
 
 import pytest
-import unpack_run
 from helpers import ORD, ROOT, base_env, losses, train
+
+import unpack_run
 
 SETTINGS = dict(NUM_SCHEDULED_ITERATIONS=3, VAL_LOSS_EVERY=2, SEED=5, SPECTRAL_LR_MUL=0.3)
 
 
 def test_an_unpacked_run_has_the_same_losses(shards, tmp_path, capsys):
-    """The printed command, run with the unpacked files, trains the same numbers as the run that was logged."""
+    """The printed command, run on the unpacked files, gives the losses of the run that was logged."""
     val, trained = train(tmp_path, shards, "first", ORD, **SETTINGS)
     folder = tmp_path / "rebuilt"
     assert unpack_run.main([str(tmp_path / "logs" / "first.txt"), str(folder)]) == 0
