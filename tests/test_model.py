@@ -5,7 +5,6 @@ central differences of the reference's loss, each parameter in a direction of it
 one with a CPU's fast forms take the same tests.
 """
 
-import contextlib
 import math
 import platform
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import MATRIX_NAMES, TRAINERS, cpu_forms, lone_ranks, read, small_config, small_model
+from helpers import FORMS, MATRIX_NAMES, TRAINERS, lone_ranks, read, small_config, small_model
 
 import train_gpt
 from kernels import cpu
@@ -247,9 +246,6 @@ VARIANTS = {
 }
 WINDOWS = (4, 8)  # banded in 32 tokens
 WEIGHTS = (1.0, 0.5, 0.25)
-
-
-FORMS = {"fast": cpu_forms, "plain": contextlib.nullcontext}  # a CPU's fast forms, or the trainer's own code
 
 
 @pytest.fixture
