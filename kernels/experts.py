@@ -50,7 +50,7 @@ class MixtureOfExperts(nn.Module):
         routing.balance.append(num_experts * (share_BE * logits_BTE.softmax(-1).mean(1)).sum())
         routing.loads_E.append(load_BE.sum(0))
         rows = sort_by_expert(
-            experts_BTk.flatten(0, 1), routing.loads_E[-1], GROUP_MULTIPLE if n_BTC.is_cuda else 1
+            experts_BTk.flatten(0, 1), routing.loads_E[-1], GROUP_MULTIPLE if is_grouped(n_BTC) else 1
         )
         down = self.down if out_scale == 1 else self.down * out_scale
         y_MC = ExpertMLPs.apply(n_BTC.flatten(0, 1), gates_BTk.flatten(0, 1), self.up, down, *rows)
@@ -139,16 +139,21 @@ def take_rows(x_MC: Tensor, token_P: Tensor, padded: bool) -> Tensor:
     return torch.where((token_P < M).unsqueeze(-1), x_MC[token_P.clamp(max=M - 1)], 0)
 
 
+def is_grouped(x: Tensor) -> bool:
+    """Whether products are torch's grouped ones, which never wait for the device, or one per expert."""
+    return x.is_cuda
+
+
 def row_products(x_PK: Tensor, w_EKN: Tensor, ends_E: Tensor) -> Tensor:
     """(P, N): each expert's group of rows times its matrix. ends_E: where the groups end, int32."""
-    if x_PK.is_cuda:
+    if is_grouped(x_PK):
         return F.grouped_mm(x_PK, w_EKN, offs=ends_E)  # rows after the last group are not written
     return row_products_cpu(x_PK, w_EKN, ends_E)
 
 
 def group_products(x_PK: Tensor, y_PN: Tensor, ends_E: Tensor) -> Tensor:
     """(E, K, N): the sum over each expert's rows of x_p y_p^T, the gradient of its matrix."""
-    if x_PK.is_cuda:
+    if is_grouped(x_PK):
         return F.grouped_mm(x_PK.T, y_PN, offs=ends_E)
     return group_products_cpu(x_PK, y_PN, ends_E)
 

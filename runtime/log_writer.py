@@ -199,7 +199,8 @@ def show(text: str, file=None, end: str = "\n"):
 def sources() -> bytes:
     """Every source file of the project that this process has imported, each after a line with its name and
     size."""
-    paths = {Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+    paths = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+    paths = {p.resolve() for p in paths if p.is_absolute()}  # torch.ops is "_ops.py", which is nowhere
     ours = sorted(p for p in paths if p.is_relative_to(ROOT) and "site-packages" not in p.parts)
     ours = [p for p in ours if p.suffix == ".py" and p.stat().st_size]
     files = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in ours}

@@ -121,7 +121,10 @@ def within_limits(value, limits: Mapping) -> bool:
         return all(within_limits(item, limits) for item in value)
     if isinstance(value, str):
         return value in limits.get("choices", (value,))
-    if not math.isfinite(value) or (isinstance(value, int) and abs(value) > 2**62):
+    if isinstance(value, int):  # first: isfinite cannot take an int that no float holds
+        if abs(value) > 2**62:
+            return False
+    elif not math.isfinite(value):
         return False
     above = limits.get("above", -math.inf)
     return limits.get("low", -math.inf) <= value <= limits.get("high", math.inf) and value > above
@@ -134,7 +137,8 @@ def allowed_values(field: dataclasses.Field) -> str:
         return "one of " + ", ".join(limits["choices"])
     if field.type is bool:
         return "0 or 1"
-    words = ["finite float" if field.type is float else TYPE_NAMES[field.type]]
+    type_name = TYPE_NAMES[field.type]
+    words = [f"finite {type_name}" if type_name.startswith("float") else type_name]
     words += [
         f"{word} {limits[key]}"
         for key, word in (("low", "at least"), ("above", "above"), ("high", "at most"))

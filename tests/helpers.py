@@ -233,6 +233,9 @@ def cpu_forms(trainer):
         yield
 
 
+FORMS = {"fast": cpu_forms, "plain": contextlib.nullcontext}  # a CPU's fast forms, or the trainer's own code
+
+
 class Params:
     """As much of a model as the optimizer needs: named parameters."""
 

@@ -1,9 +1,10 @@
 """The model against a slow float64 reference, written from its formulas with loops and without torch.
 
 The reference takes the model's parameters by name; nothing else is shared. Gradients are compared with
-central differences of the reference's loss, each parameter in a direction of its own."""
+central differences of the reference's loss, each parameter in a direction of its own. The plain model and the
+one with a CPU's fast forms take the same tests.
+"""
 
-import dataclasses
 import math
 import platform
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import MATRIX_NAMES, TRAINERS, lone_ranks, read, small_config, small_model
+from helpers import FORMS, MATRIX_NAMES, TRAINERS, lone_ranks, read, small_config, small_model
 
-import cpu_kernels
 import train_gpt
+from kernels import cpu
+from kernels.attention import Documents
+from kernels.float8 import Float8Linear
 
 DOCUMENTS = [[0, 5, 6, 20], [0, 11, 31]]  # where documents begin in the two slices of 32 tokens
 
@@ -82,7 +85,7 @@ class Reference:
         """q, k, v of each head, (T, D) each: normed, keys offset, values with their embedding."""
         c, D = self.c, self.c.head_dim
         cut = lambda x, h: x[:, h * D : (h + 1) * D]
-        q, k, v = (n @ (self.get(i, "attn.a_in") * self.get(i, f"attn.{x}")).T for x in "qkv")
+        q, k, v = (n @ (self.get(i, "attn.qkv_lambda") * self.get(i, f"attn.{x}")).T for x in "qkv")
         q = [self.norm(cut(q, h)) for h in range(c.num_heads)]
         k = [self.norm(cut(k, h)) for h in range(c.num_kv_heads)]
         v = [cut(v, h) for h in range(c.num_kv_heads)]
@@ -115,19 +118,19 @@ class Reference:
         if c.attn_gate:
             gate = sigmoid(n[:, :12] @ self.get(i, "attn.attn_gate").T)
             y = [gate[:, h : h + 1] * x for h, x in enumerate(y)]
-        return np.concatenate(y, 1) @ (self.get(i, "attn.a_out") * self.get(i, "attn.o")).T
+        return np.concatenate(y, 1) @ (self.get(i, "attn.o_lambda") * self.get(i, "attn.o")).T
 
     def embedded(self, tokens, tied):
         x = self.p["head" if tied else "embed"][tokens]
         out = x.copy()
         if self.c.smear:
             for t in range(1, len(x)):
-                out[t] += self.p["l_smear"] * sigmoid(self.p["smear_gate"] @ x[t, :12]) * x[t - 1]
+                out[t] += self.p["smear_lambda"] * sigmoid(self.p["smear_gate"] @ x[t, :12]) * x[t - 1]
         return self.norm(out)
 
     def ngram(self, tokens):
         if not self.c.ngram_rows:
-            return 0.0
+            return None
         tokens, multipliers, total = tokens.tolist(), (36313, 27191, 40693, 32467, 24281), 0.0
         for length in self.c.ngrams:
             rows = []
@@ -146,9 +149,10 @@ class Reference:
         for i in range(c.num_layers):
             if c.skip and i == c.skip[1]:
                 gate = 2 * sigmoid(x0[:, :12] @ self.p["skip_gate"])
-                x = x + sigmoid(self.p["l_skip"]) * gate[:, None] * after[c.skip[0]]
-            l_ngram = self.get(i, "l_ngram") if c.ngram_rows else 0.0
-            x = self.get(i, "l_res") * x + self.get(i, "l_x0") * x0 + l_ngram * ngram
+                x = x + sigmoid(self.p["skip_lambda"]) * gate[:, None] * after[c.skip[0]]
+            x = self.get(i, "resid_lambda") * x + self.get(i, "x0_lambda") * x0
+            if c.ngram_rows:
+                x = x + self.get(i, "ngram_lambda") * ngram
             if i not in c.no_attention:
                 long = i in c.long_layers
                 y = self.attention(i, self.norm(x), tokens, doc, windows[long], long)
@@ -157,7 +161,7 @@ class Reference:
             x = x + self.residual_scale * hidden @ self.get(i, "mlp.down")
             after[i] = x
         if c.backout is not None:
-            x = x - self.p["l_back"] * after[c.backout]
+            x = x - self.p["backout_lambda"] * after[c.backout]
         return 23 * sigmoid((self.norm(x) @ self.p["head"].T + 5) / 7.5)
 
 
@@ -167,7 +171,7 @@ def ref_cross_entropy(logits, target):
 
 
 def ref_multi_token_loss(logits, targets, weights):
-    """Of one slice: sum over t and k of w_k CE(logits_t, token t+1+k), where the slice has that token."""
+    """Sum over t and k of w_k CE(logits_t, token t+1+k), where the slice has that token."""
     total = 0.0
     for t in range(len(logits)):
         for k, w in enumerate(weights):
@@ -180,14 +184,16 @@ def ref_multi_token_loss(logits, targets, weights):
 
 
 def make_batch(trainer, starts=DOCUMENTS, T=32, vocab_size=100, seed=0):
+    """One pass over random tokens: two slices, or as many as there are lists of documents."""
     rng = np.random.default_rng(seed)
     tokens = lambda: rng.integers(0, vocab_size, T)
     slices = [(tokens(), tokens(), np.diff([*s, T])) for s in starts]
-    return trainer.stack_slices(slices, torch.device("cpu"), T)
+    (batch,) = trainer.stack_slices(slices, torch.device("cpu"), T)
+    return batch
 
 
 def shake(model, seed=0):
-    """Every parameter somewhere else than where it starts, so that none hides behind a zero or a one."""
+    """Move every parameter away from where it starts, so that none hides behind a zero or a one."""
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -242,13 +248,18 @@ WINDOWS = (4, 8)  # banded in 32 tokens
 WEIGHTS = (1.0, 0.5, 0.25)
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "as compiled"])
+@pytest.fixture
+def forms(request):
+    """Run a test under one of FORMS."""
+    with FORMS[request.param](train_gpt):
+        yield request.param
+
+
+@pytest.mark.parametrize("forms", FORMS, indirect=True)
 @pytest.mark.parametrize("windows", [WINDOWS, (5, 40)], ids=["banded", "whole"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_forward_equals_the_slow_model(variant, windows, eager, monkeypatch):
+def test_forward_equals_the_slow_model(variant, windows, forms):
     """Fails if any part of the forward pass is not what the table says, alone or among all the others."""
-    if not eager:  # the branch that compilers and GPUs take, where there is a second one
-        monkeypatch.setattr(train_gpt, "eager_cpu", lambda x: False, raising=False)
     changes, tied, residual_scale = VARIANTS[variant]
     config, batch = small_config(train_gpt, **changes), make_batch(train_gpt)
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 1e-4)):
@@ -259,10 +270,10 @@ def test_forward_equals_the_slow_model(variant, windows, eager, monkeypatch):
         expected = [ref_multi_token_loss(x, t, [1.0]) for x, t in zip(logits, batch.targets_BT.numpy())]
         right = sum((x.argmax(-1) == t).sum() for x, t in zip(logits, batch.targets_BT.numpy()))
         with torch.no_grad():
-            loss, hits = model(batch, windows, None, tied)
-            docs = train_gpt.Documents(batch, "sdpa")
+            loss, hits = model.val_loss(batch, windows, tied)
+            docs = Documents(batch, "sdpa")
             x = model.trunk(batch.inputs_BT, docs, windows, tied).double() @ model.head.double().T
-            trained, cross_entropy = model(batch, windows, torch.tensor(WEIGHTS), tied)
+            trained, cross_entropy = model.train_loss(batch, windows, tied, torch.tensor(WEIGHTS))
         got = 23 * torch.sigmoid((x + 5) / 7.5)
         np.testing.assert_allclose(got.numpy(), np.stack(logits), atol=23 * tolerance)
         assert loss.item() == pytest.approx(sum(expected), rel=tolerance) and hits.item() == right
@@ -272,20 +283,26 @@ def test_forward_equals_the_slow_model(variant, windows, eager, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variant, eager",
-    [("all", True), ("scaled", False), ("gqa", True), ("gqa unpaired", True), ("plain", True)],
+    "variant, forms",
+    [
+        ("all", "fast"),
+        ("scaled", "plain"),
+        ("scaled", "fast"),
+        ("gqa", "fast"),
+        ("gqa unpaired", "fast"),
+        ("plain", "fast"),
+    ],
+    indirect=["forms"],
 )
-def test_gradients_equal_differences_of_the_slow_model(variant, eager, monkeypatch):
+def test_gradients_equal_differences_of_the_slow_model(variant, forms):
     """Fails if a hand-written backward pass, the multi-token loss, tied or untied tables or any gate passes
     on another gradient than that of the forward pass."""
-    if not eager:
-        monkeypatch.setattr(train_gpt, "eager_cpu", lambda x: False, raising=False)
     changes, tied, residual_scale = VARIANTS[variant]
     config, batch = small_config(train_gpt, **changes), make_batch(train_gpt)
     model = shake(small_model(train_gpt, residual_scale=residual_scale, **changes)).double()
     for p in model.parameters():  # as the optimizer's buckets do; a table's rows are then added in place
         p.grad = torch.zeros_like(p)
-    loss, _ = model(batch, WINDOWS, torch.tensor(WEIGHTS), tied)
+    loss, _ = model.train_loss(batch, WINDOWS, tied, torch.tensor(WEIGHTS))
     loss.backward()
     reference, rng = reference_of(model, config, residual_scale), np.random.default_rng(0)
     for name, p in model.named_parameters():
@@ -311,12 +328,12 @@ def test_slices_of_one_pass_do_not_see_each_other():
     one_by_one = []
     batch = make_batch(train_gpt)
     with torch.no_grad():
-        together = model(batch, WINDOWS, torch.tensor(WEIGHTS), False)[0].item()
+        together = model.train_loss(batch, WINDOWS, False, torch.tensor(WEIGHTS))[0].item()
         for i, starts in enumerate(DOCUMENTS):
             inputs, targets = batch.inputs_BT[i].numpy(), batch.targets_BT[i].numpy()
             only = (inputs, targets, np.diff([*starts, 32]))
-            alone = train_gpt.stack_slices([only], torch.device("cpu"), 32)
-            one_by_one.append(model(alone, WINDOWS, torch.tensor(WEIGHTS), False)[0].item())
+            (alone,) = train_gpt.stack_slices([only], torch.device("cpu"), 32)
+            one_by_one.append(model.train_loss(alone, WINDOWS, False, torch.tensor(WEIGHTS))[0].item())
     assert together == pytest.approx(sum(one_by_one), rel=1e-6)
 
 
@@ -346,32 +363,32 @@ def attention_case(paired, num_kv_heads, T=32, seed=0):
 
 
 class InBlocks(torch.autograd.Function):
-    """The eager CPU's attention alone, (B, H, T, D)."""
+    """The CPU's fast form of attention without the rest of its layer, (B, H, T, D)."""
 
     @staticmethod
     def forward(ctx, q, k, v, masks, scale):
-        y, probabilities = cpu_kernels.attend(q, k, v, masks, scale)
+        y, probabilities = cpu.attend(q, k, v, masks, scale)
         ctx.rest = q, k, v, [mask[:2] for mask in masks], scale, probabilities
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        return *cpu_kernels.attend_backward(grad, *ctx.rest), None, None
+        return *cpu.attend_backward(grad, *ctx.rest), None, None
 
 
 @pytest.mark.parametrize("window", [1, 4, 8, 16, 7, 100])
 @pytest.mark.parametrize("paired, num_kv_heads", [(False, 4), (True, 4), (False, 2), (True, 1)])
 @pytest.mark.parametrize("block", [8, 24, 64, None])
-def test_sdpa_attention_equals_a_loop(block, paired, num_kv_heads, window, monkeypatch):
+def test_attention_on_a_cpu_equals_a_loop(block, paired, num_kv_heads, window, monkeypatch):
     """Fails if a query sees another document, the future, or past its window, in blocks or whole; or if the
-    gradient goes elsewhere. block: queries at a time of the eager CPU's path; None: the other path."""
+    gradient goes elsewhere. block: queries at a time, of the CPU's fast form; None: torch's own attention."""
     q, k, v, batch, doc = attention_case(paired, num_kv_heads)
-    docs = train_gpt.Documents(batch, "sdpa")
+    docs = Documents(batch, "sdpa")
     if block is None:
         ours = lambda *x: docs.attend(*x, window, paired, 0.37)
     else:
-        monkeypatch.setattr(cpu_kernels, "QUERY_BLOCK", block)
-        masks = docs.query_blocks(window, paired)
+        monkeypatch.setattr(cpu, "QUERY_BLOCK", block)
+        masks = cpu.query_blocks(docs.doc_ids(paired), window)
         ours = lambda *x: InBlocks.apply(*(z.transpose(1, 2) for z in x), masks, 0.37).transpose(1, 2)
     results = []
     for function in (ours, lambda *x: naive_attention(*x, doc, window, 0.37)):
@@ -388,7 +405,7 @@ def test_sdpa_attention_equals_a_loop(block, paired, num_kv_heads, window, monke
 def test_flex_attention_equals_a_loop(paired, num_kv_heads):
     """Fails if the second CUDA backend masks otherwise than the first. Forward only: no backward on a CPU."""
     q, k, v, batch, doc = attention_case(paired, num_kv_heads)
-    docs = train_gpt.Documents(batch, "flex")
+    docs = Documents(batch, "flex")
     y = docs.attend(q.float(), k.float(), v.float(), 8, paired, 0.37)
     torch.testing.assert_close(y.double(), naive_attention(q, k, v, doc, 8, 0.37), rtol=1e-5, atol=1e-5)
 
@@ -397,12 +414,13 @@ def test_many_short_documents_fit():
     """Fails if a slice of more documents than the padded number of boundaries loses some of them."""
     starts = [list(range(0, 64, 2)), [0]]  # 32 documents of two tokens
     q, k, v, _, _ = attention_case(False, 4, T=64)
-    docs = train_gpt.Documents(make_batch(train_gpt, starts, 64), "sdpa")
+    docs = Documents(make_batch(train_gpt, starts, 64), "sdpa")
     expected = naive_attention(q, k, v, [ref_doc_ids(s, 64) for s in starts], 8, 0.1)
     torch.testing.assert_close(docs.attend(q, k, v, 8, False, 0.1), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_passes_add_up_in_the_buffer_that_the_optimizer_gave():
+@pytest.mark.parametrize("forms", FORMS, indirect=True)
+def test_passes_add_up_in_the_optimizers_buffer(forms):
     """Fails if backward puts another tensor, sparse or dense, in the place of a bucket's view: the optimizer
     would read zeros. Or if the second pass of a step overwrites the first."""
     model = shake(small_model(train_gpt))
@@ -411,7 +429,7 @@ def test_passes_add_up_in_the_buffer_that_the_optimizer_gave():
     for _ in range(2):
         for name, p in model.named_parameters():
             p.grad = buffers[name]
-        model(make_batch(train_gpt), WINDOWS, torch.tensor(WEIGHTS), False)[0].backward()
+        model.train_loss(make_batch(train_gpt), WINDOWS, False, torch.tensor(WEIGHTS))[0].backward()
         assert all(p.grad is buffers[name] for name, p in model.named_parameters())
         sums.append({name: g.clone() for name, g in buffers.items()})
     for name, once in sums[0].items():
@@ -481,14 +499,10 @@ def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
 def test_ngram_rows(rows, vocab_size, num_tokens):
     """Fails if a hash falls outside its table, takes other tokens than the last ones, or depends on how wide
     the integers are: int32, as in the records."""
-
-    class Tables:
-        ngram, config = torch.empty(rows, 0), dataclasses.replace(train_gpt.ModelConfig(), ngrams=(2, 5, 3))
-
     tokens = np.random.default_rng(0).integers(0, vocab_size, (2, num_tokens)).astype(np.int32)
     tokens[0, :4] = [vocab_size - 1, 0, vocab_size - 1, vocab_size - 1][:num_tokens]
     multipliers = np.array([36313, 27191, 40693, 32467, 24281], dtype=np.int32)
-    for length, got in zip((2, 5, 3), train_gpt.GPT.ngram_rows(Tables, torch.tensor(tokens))):
+    for length, got in zip((2, 5, 3), train_gpt.ngram_rows(torch.tensor(tokens), (2, 5, 3), rows)):
         got = got.numpy()
         assert got.shape == tokens.shape and (got[:, : length - 1] == rows - 1).all()
         assert (got >= 0).all() and (got < rows).all()
@@ -499,8 +513,9 @@ def test_ngram_rows(rows, vocab_size, num_tokens):
 
 
 def float8_product(x, w, grad):
+    """(output, gradient of x, gradient of w) of the head's product in float8."""
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = train_gpt.Float8Head.apply(x, w)
+    y = Float8Linear.apply(x, w, train_gpt.HEAD_SCALES)
     y.backward(grad)
     return y.detach(), x.grad, w.grad
 
@@ -540,8 +555,8 @@ def test_float8_head_is_used_in_training_only():
     exact.load_state_dict(model.state_dict())
     batch = make_batch(train_gpt)
     with torch.no_grad():
-        assert model(batch, WINDOWS, None, True)[0] == exact(batch, WINDOWS, None, True)[0]
-        ours, plain = (m(batch, WINDOWS, torch.ones(1), True)[0].item() for m in (model, exact))
+        assert model.val_loss(batch, WINDOWS, True)[0] == exact.val_loss(batch, WINDOWS, True)[0]
+        ours, plain = (m.train_loss(batch, WINDOWS, True, torch.ones(1))[0].item() for m in (model, exact))
     assert ours != plain and ours == pytest.approx(plain, rel=0.02)
 
 
@@ -549,17 +564,17 @@ def test_float8_head_is_used_in_training_only():
 
 
 def test_initial_values_are_the_tables():
-    """Fails if a parameter starts elsewhere than FACTS says, or depends on more than the seed."""
+    """Fails if a parameter starts with other values than the table's, or depends on more than the seed."""
     model, again, other = (small_model(train_gpt, seed=s, width=64, vocab_size=2000) for s in (1, 1, 2))
     scalars = {
-        "l_res": 1.1,
-        "l_x0": 0.0,
-        "l_ngram": 0.1,
-        "a_in": 0.5,
-        "a_out": 1.0,
-        "l_smear": 0.0,
-        "l_skip": -1.5,
-        "l_back": 0.5,
+        "resid_lambda": 1.1,
+        "x0_lambda": 0.0,
+        "ngram_lambda": 0.1,
+        "qkv_lambda": 0.5,
+        "o_lambda": 1.0,
+        "smear_lambda": 0.0,
+        "skip_lambda": -1.5,
+        "backout_lambda": 0.5,
     }
     others = dict(other.named_parameters())
     for (name, p), q in zip(model.named_parameters(), again.parameters()):
@@ -593,7 +608,7 @@ def test_every_parameter_of_a_preset_has_one_role(trainer, preset):
     """Fails if a preset has a parameter that no rule updates, or two do."""
     config = trainer.PRESETS[preset][0]
     with torch.device("meta"):
-        model = trainer.GPT(config, 50257, "sdpa", False, 1.0)
+        model = trainer.GPT(config, 50257, "sdpa")
     for name, p in model.named_parameters():
         role = trainer.find_role(name)
         assert sum(bool(trainer.re.fullmatch(r.pattern, name)) for r in trainer.ROLES) == 1
@@ -604,7 +619,7 @@ def test_every_parameter_of_a_preset_has_one_role(trainer, preset):
 def test_gpt2_small_is_the_speedruns():
     """Fails if the default model has other sizes than the table of facts."""
     with torch.device("meta"):
-        model = train_gpt.GPT(train_gpt.PRESETS["gpt2-small"][0], 50257, "sdpa", False, 1.0)
+        model = train_gpt.GPT(train_gpt.PRESETS["gpt2-small"][0], 50257, "sdpa")
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     assert sum(s == (768, 768) for s in shapes.values()) == 40
     assert sum(s == (3072, 768) for s in shapes.values()) == 22
@@ -627,9 +642,10 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
 
 
 FAULTS = """
-import resource, sys, torch, cpu_kernels
+import resource, sys, torch
+from runtime.compiling import keep_freed_memory
 if sys.argv[1] == "keep":
-    cpu_kernels.keep_freed_memory()
+    keep_freed_memory()
 for _ in range(40):
     begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     x = torch.empty(1 << 23).fill_(1)

@@ -24,6 +24,10 @@ from hypothesis import strategies as st
 
 import train_gpt
 import train_gpt_muon_ord as ord_gpt
+from data.shards import DataError, open_shards
+from runtime import supervise
+from runtime.log_writer import source_hash
+from runtime.settings import SettingsError, knobs
 
 MORE = int(os.environ.get("FUZZ", 1))  # FUZZ=100 pytest ...: a long search
 
@@ -53,7 +57,7 @@ def test_stages_of_the_speedrun():
     }
     for step, (tokens, windows) in expected.items():
         assert (plan.batch_tokens(step), plan.windows(plan.stage(step))) == (tokens, windows)
-    assert plan.final_windows() == (768, 2560)
+    assert plan.windows(train_gpt.NUM_STAGES) == (768, 2560)
     assert sum(plan.batch_tokens(step) for step in range(1600)) == 520 * 786432 + 40 * 393216  # about 425M
 
 
@@ -264,7 +268,7 @@ def data_settings(folder, **env):
 
 
 def train_data(s, rank=0, world_size=1):
-    shards = train_gpt.open_shards(s.data_path, s.train_files, "TRAIN_FILES")
+    shards = open_shards(s.data_path, s.train_files, "TRAIN_FILES")
     return train_gpt.TrainData(shards, s, one_rank(rank, world_size))
 
 
@@ -272,7 +276,7 @@ def steps_of(s, steps, rank=0, world_size=1, tokens=1024):
     """The passes of some steps, all of them, as one rank gets them."""
     data = train_data(s, rank, world_size)
     out = [data.next(tokens, tokens if i + 1 < steps else None) for i in range(steps)]
-    data.ahead.close()
+    data.prefetcher.close()
     return out
 
 
@@ -310,14 +314,14 @@ def test_slices_hold_whole_documents_and_true_targets(tmp_path, long_docs):
             assert batch.max_doc_tokens == 40 and batch.targets_BT.dtype == torch.int64
 
 
-@pytest.mark.parametrize("tokens, pieces", [(1024, 1), (8192, 4)])
-def test_ranks_share_the_same_batch(tmp_path, tokens, pieces):
+@pytest.mark.parametrize("tokens", [1024, 8192])
+def test_ranks_share_the_same_batch(tmp_path, tokens, monkeypatch):
     """Fails if 1, 2, 4 and 8 ranks do not see the same global batch, in the same order, or a rank's slices
     depend on how many fit one pass."""
     Source(tmp_path, LENGTHS * 3)
     s = data_settings(tmp_path)
 
-    def read_all(s, world_size):
+    def read_all(world_size):
         steps = []
         ranks = [steps_of(s, 5, r, world_size, tokens) for r in range(world_size)]
         for step in range(5):
@@ -325,13 +329,14 @@ def test_ranks_share_the_same_batch(tmp_path, tokens, pieces):
             steps.append([torch.cat([b[i] for b in passes]).numpy() for i in (0, 1)])  # inputs, targets
         return np.array(steps)
 
-    one = read_all(s, 1)
+    one = read_all(1)
     assert one.shape == (5, 2, 8, tokens // 8)
     for world_size in (2, 4, 8):
-        assert (read_all(s, world_size) == one).all()
-    stacked = data_settings(tmp_path, SLICES_PER_PASS=3)
-    assert [len(b.inputs_BT) for b in steps_of(stacked, 1)[0]] == [3, 3, 2]
-    assert (read_all(stacked, 1) == one).all() and (read_all(stacked, 4) == one).all()
+        assert (read_all(world_size) == one).all()
+    monkeypatch.setattr(train_gpt, "PASS_TOKENS", 3 * tokens // 8)
+    assert [len(b.inputs_BT) for b in steps_of(s, 1, tokens=tokens)[0]] == [3, 3, 2]
+    for world_size in (1, 4):
+        assert (read_all(world_size) == one).all()
 
 
 def test_sixteen_ranks_cut_sixteen_slices(tmp_path):
@@ -434,7 +439,7 @@ def test_data_that_cannot_fill_a_slice_is_refused(tmp_path):
     largest batch cannot be filled. Documents of 30 and 90 tokens: 70 are read of them, 120 if split."""
     write_shard(tmp_path / "train_0.bin", make_tokens([30, 90]))
     write_shard(tmp_path / "val_0.bin", make_tokens([30] * 60))
-    with pytest.raises(train_gpt.DataError, match="128 tokens"):
+    with pytest.raises(DataError, match="128 tokens"):
         train_data(data_settings(tmp_path)).make(1024)
     for batch, long_docs, fits in (
         (640, "cut", False),
@@ -448,7 +453,7 @@ def test_data_that_cannot_fill_a_slice_is_refused(tmp_path):
             made = train_gpt.TrainData(train, s, one_rank()).make(batch)
             assert sum(b.inputs_BT.numel() for b in made) == batch
         else:
-            with pytest.raises(train_gpt.DataError, match=rf"BATCH_SIZES=.*slices of {batch // 8} tokens"):
+            with pytest.raises(DataError, match=rf"BATCH_SIZES=.*slices of {batch // 8} tokens"):
                 train_gpt.open_data(s, 1)
 
 
@@ -461,7 +466,7 @@ def test_a_shard_cut_short_while_in_use_matters_when_it_is_read_again(tmp_path):
         os.truncate(path, 2000)
     for _ in range(2):  # 48 documents of the first shard
         assert all(map(torch.equal, whole.make(640)[0][:3], data.make(640)[0][:3]))
-    with pytest.raises(train_gpt.DataError, match="had 1800 tokens when the run began and has 488 now"):
+    with pytest.raises(DataError, match="had 1800 tokens when the run began and has 488 now"):
         data.make(640)
 
 
@@ -476,7 +481,7 @@ def test_text_before_the_first_mark_is_not_read_in_training(tmp_path):
 def val_pass(tmp_path, **env):
     """All validation passes of all ranks: {world_size: [batches of rank 0, ...]}."""
     s = data_settings(tmp_path, **env)
-    shards = train_gpt.open_shards(s.data_path, s.val_files, "VAL_FILES")
+    shards = open_shards(s.data_path, s.val_files, "VAL_FILES")
     return {n: [list(train_gpt.val_batches(shards, s, one_rank(r, n))) for r in range(n)] for n in (1, 2, 8)}
 
 
@@ -519,9 +524,9 @@ GOOD = dict(tokens=make_tokens([100] * 40))
     "name, bad, wanted",
     [
         ("magic", dict(magic=20240521), "20240520"),
-        ("version", dict(version=2), "another kind"),
-        ("count too large", dict(count=4001), "4001"),
-        ("count too small", dict(count=3999), "3999"),
+        ("version", dict(version=2), "version 2"),
+        ("count too large", dict(count=4001), "4,001"),
+        ("count too small", dict(count=3999), "3,999"),
         ("count negative", dict(count=-1), "-1"),
         ("empty", dict(tokens=[]), "0 tokens"),
         ("token beyond", dict(vocab_size=200), "vocabulary of 200"),
@@ -535,7 +540,7 @@ def test_bad_shards_are_refused(tmp_path, name, bad, wanted, which):
     """Fails if a damaged or foreign file is trained on. The message names the file and what was found."""
     for kind in ("train", "val"):
         write_shard(tmp_path / f"{kind}_0.bin", **{**GOOD, **(bad if kind == which else {})})
-    with pytest.raises(train_gpt.DataError) as error:
+    with pytest.raises(DataError) as error:
         train_gpt.open_data(data_settings(tmp_path), 1)
     assert wanted in str(error.value) and f"{which}_0.bin" in str(error.value)
 
@@ -545,22 +550,22 @@ def test_shards_cut_short_are_refused(tmp_path, size):
     """Fails if a download that broke off, at any byte, is taken for data."""
     whole = write_shard(tmp_path / "whole", **GOOD).read_bytes() + b"\0\0"
     (tmp_path / "train_0.bin").write_bytes(whole[:size])
-    with pytest.raises(train_gpt.DataError, match="train_0.bin"):
+    with pytest.raises(DataError, match="train_0.bin"):
         train_data(data_settings(tmp_path))
 
 
 def test_folders_and_links_to_nothing_are_refused(tmp_path):
     """Fails if what only has a shard's name ends in a traceback."""
     (tmp_path / "train_0.bin").mkdir()
-    with pytest.raises(train_gpt.DataError, match="train_0.bin is no regular file"):
+    with pytest.raises(DataError, match="train_0.bin: no regular file"):
         train_data(data_settings(tmp_path))
     (tmp_path / "train_0.bin").rmdir()
     (tmp_path / "train_0.bin").symlink_to(tmp_path / "gone")
-    with pytest.raises(train_gpt.DataError, match="train_0.bin cannot be read"):
+    with pytest.raises(DataError, match="train_0.bin: no such file"):
         train_data(data_settings(tmp_path))
     (tmp_path / "train_0.bin").unlink()
     os.mkfifo(tmp_path / "train_0.bin")  # to open it would wait for a writer
-    with pytest.raises(train_gpt.DataError, match="train_0.bin is no regular file"):
+    with pytest.raises(DataError, match="train_0.bin: no regular file"):
         train_data(data_settings(tmp_path))
 
 
@@ -569,19 +574,19 @@ def test_data_that_does_not_fit_together_is_refused(tmp_path):
     write_shard(tmp_path / "train_0.bin", **GOOD)
     write_shard(tmp_path / "val_0.bin", **GOOD)
     train_gpt.open_data(data_settings(tmp_path), 1)
-    with pytest.raises(train_gpt.DataError, match="VAL_TOKENS=4096.*4000"):
+    with pytest.raises(DataError, match="VAL_TOKENS=4096.*4000"):
         train_gpt.open_data(data_settings(tmp_path, VAL_TOKENS=4096), 1)
-    with pytest.raises(train_gpt.SettingsError, match="3 ranks"):
+    with pytest.raises(SettingsError, match="3 ranks"):
         train_gpt.open_data(data_settings(tmp_path), 3)
     write_shard(tmp_path / "train_1.bin", **GOOD, vocab_size=300)
-    with pytest.raises(train_gpt.DataError, match="train_1.bin 300"):
+    with pytest.raises(DataError, match="train_1.bin 300"):
         train_gpt.open_data(data_settings(tmp_path), 1)
-    with pytest.raises(train_gpt.DataError, match="300.*256"):
+    with pytest.raises(DataError, match="300.*256"):
         train_gpt.open_data(data_settings(tmp_path, TRAIN_FILES="train_1.bin"), 1)
-    with pytest.raises(train_gpt.DataError, match="TRAIN_FILES='none.bin'"):
+    with pytest.raises(DataError, match="TRAIN_FILES='none.bin'"):
         train_gpt.open_data(data_settings(tmp_path, TRAIN_FILES="none.bin"), 1)
     write_shard(tmp_path / "gpt2_0.bin", np.arange(2000), vocab_size=0)
-    with pytest.raises(train_gpt.DataError, match="no document mark .token 50256"):
+    with pytest.raises(DataError, match="no document mark .token 50256"):
         train_gpt.open_data(data_settings(tmp_path, TRAIN_FILES="gpt2_0.bin", VAL_FILES="gpt2_0.bin"), 1)
 
 
@@ -658,7 +663,7 @@ def test_bad_settings_are_refused_with_what_was_found_and_wanted(trainer, env, s
     what was found and what is wanted."""
     if trainer is ord_gpt and env == dict(OPTIMIZER="sgd"):
         env = {**env, "ORD_MODE": "off"}
-    with pytest.raises(train_gpt.SettingsError if trainer is train_gpt else ord_gpt.SettingsError) as error:
+    with pytest.raises(SettingsError) as error:
         read(trainer, **env)
     for words in said:
         assert words in str(error.value)
@@ -677,7 +682,7 @@ SILENT = [
 @pytest.mark.parametrize("env", SILENT, ids=str)
 def test_settings_of_another_ord_mode_are_refused(env):
     """Fails if a setting that the chosen mode ignores is accepted: the run would not be what its log says."""
-    with pytest.raises(ord_gpt.SettingsError):
+    with pytest.raises(SettingsError):
         read(ord_gpt, **env)
 
 
@@ -783,14 +788,7 @@ def test_empty_strength_of_a_kind_is_the_common_one():
     assert optimizer_settings(ord_gpt).spectral_lr_mul_mlp is None
 
 
-NAMES = sorted(
-    {
-        f.name.upper()
-        for t in TRAINERS
-        for c in (t.Settings, t.OptimizerSettings)
-        for f in t.dataclasses.fields(c)
-    }
-)
+NAMES = sorted({name for t in TRAINERS for name in knobs(t.SETTINGS)})
 VALUES = st.one_of(
     st.text(max_size=12),
     st.integers().map(str),
@@ -835,7 +833,7 @@ def test_no_environment_makes_anything_but_a_settings_error(trainer, env):
     """Fails if some text in some variable ends in a traceback, or is accepted and breaks the schedule."""
     try:
         s, _, config = trainer.read_settings({"DEVICE": "cpu", **env})
-    except trainer.SettingsError as error:
+    except SettingsError as error:
         assert any(name in str(error) for name in (*env, "VAL_TOKENS")), error
         return
     plan = trainer.Schedule(s, config)
@@ -851,29 +849,25 @@ def test_no_environment_makes_anything_but_a_settings_error(trainer, env):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_help_explains_every_setting(trainer, capsys):
     """Fails if a setting has no line in --help, or --help trains."""
-    assert trainer.main(["--help"]) == 0
+    assert supervise.main(trainer, ["--help"]) == 0
     text = capsys.readouterr().out
-    for c in (trainer.Settings, trainer.OptimizerSettings):
-        for f in trainer.dataclasses.fields(c):
-            assert re.search(rf"^ +{f.name.upper()} .*default.*\n +\S", text, re.M), f.name
+    for name in knobs(trainer.SETTINGS):
+        assert re.search(rf"^ +{name} .*default.*\n +\S", text, re.M), name
     assert all(preset in text for preset in trainer.PRESETS)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_settings_json_is_what_a_launcher_can_read(trainer, capsys):
     """Fails if --settings-json is no JSON, lacks a setting, or offers a default that the trainer refuses."""
-    assert trainer.main(["--settings-json"]) == 0
+    assert supervise.main(trainer, ["--settings-json"]) == 0
     out = capsys.readouterr().out
     table = json.loads(out, parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
     by_name = {s["name"]: s for s in table["settings"]}
-    names = {
-        f.name.upper()
-        for c in (trainer.Settings, trainer.OptimizerSettings)
-        for f in trainer.dataclasses.fields(c)
-    }
-    assert set(by_name) == names and len(table["settings"]) == len(names)
+    assert list(by_name) == list(knobs(trainer.SETTINGS)) and len(table["settings"]) == len(by_name)
     assert set(table["presets"]) == set(trainer.PRESETS) and table["script"] == trainer.SCRIPT.name
-    assert all({"type", "default", "allowed", "help"} <= set(s) for s in by_name.values())
+    assert all({"type", "default", "allowed", "help", "rare"} <= set(s) for s in by_name.values())
+    assert {s["affects"] for s in by_name.values()} == {"training", "recording", "machine"}
+    assert table["source_hash"] == source_hash(trainer.SCRIPT)
     for name, s in by_name.items():
         default = s["default"]
         if default in ("", None) or name == "ATTN_BACKEND":
@@ -890,7 +884,7 @@ def test_refused_settings_exit_with_two(trainer, capsys, monkeypatch, tmp_path):
     no_data = {"DEVICE": "cpu", "MODEL": "tiny", "DATA_PATH": str(tmp_path)}
     cases = (([], {"SEED": "x"}, "SEED"), (["seed=1"], {}, "seed=1"), ([], no_data, "TRAIN_FILES"))
     for argv, env, said in cases:
-        assert trainer.main(argv, env) == 2
+        assert supervise.main(trainer, argv, env) == 2
         captured = capsys.readouterr()
         assert said in captured.err and captured.err.startswith(trainer.SCRIPT.name) and not captured.out
         assert captured.err.count("\n") == 1
