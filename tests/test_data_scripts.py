@@ -89,6 +89,8 @@ def test_round_trip(values, vocabulary):
         shards.write_shard(path, np.array(values), vocabulary)
         assert shards.check_shard(path, every_token=True) == (len(values), vocabulary)
         assert shards.read_shard(path).tolist() == values
+        opened = shards.open_shard(path)
+        assert (opened.tokens.tolist(), opened.vocab_size) == (values, vocabulary)
         assert (
             shards.content_hash(path) == hashlib.sha256(struct.pack(f"<{len(values)}H", *values)).hexdigest()
         )
@@ -126,15 +128,22 @@ CORRUPTED = {
 def test_corrupted_shards_are_refused_with_the_reason(tmp_path, content, message):
     path = tmp_path / "bad.bin"
     path.write_bytes(content)
-    with pytest.raises(ValueError) as refusal:
-        shards.check_shard(path, every_token=True)
-    assert message in str(refusal.value) and str(path) in str(refusal.value)
+    for reader in (lambda: shards.check_shard(path, every_token=True), lambda: shards.open_shard(path)):
+        with pytest.raises(shards.DataError) as refusal:
+            reader()
+        assert message in str(refusal.value) and str(path) in str(refusal.value)
 
 
-def test_a_folder_or_missing_file_is_refused(tmp_path):
-    for path, message in ((tmp_path, "a folder"), (tmp_path / "none.bin", "no such file")):
-        with pytest.raises(ValueError, match=message):
-            shards.check_shard(path)
+def test_folders_pipes_and_missing_files_are_refused(tmp_path):
+    """Fails if somebody waits for ever for a pipe to be written to, or gets a traceback."""
+    os.mkfifo(tmp_path / "pipe.bin")
+    for name, message in (
+        (".", "no regular file; a token shard is wanted"),
+        ("pipe.bin", "no regular file; a token shard is wanted"),
+        ("none.bin", "no such file"),
+    ):
+        with pytest.raises(shards.DataError, match=message):
+            shards.check_shard(tmp_path / name)
 
 
 @FUZZ
