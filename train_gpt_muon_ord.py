@@ -762,12 +762,10 @@ class Block(nn.Module):
         self.resid_lambda, self.x0_lambda = learned_scalar(1.1), learned_scalar(0.0)
         self.ngram_lambda = learned_scalar(0.1) if c.ngram_rows else None
 
-    def mix(self, x_BTC: Tensor, x0_BTC: Tensor, ngram_BTC: Tensor | None) -> Tensor:
-        x_BTC = self.resid_lambda * x_BTC + self.x0_lambda * x0_BTC
-        return x_BTC if ngram_BTC is None else x_BTC + self.ngram_lambda * ngram_BTC
-
     def forward(self, x, x0, ngram, value, docs, window, rotary, out_scale, routing):
-        x = self.mix(x, x0, ngram)
+        x = self.resid_lambda * x + self.x0_lambda * x0
+        if ngram is not None:
+            x = x + self.ngram_lambda * ngram
         if self.attn is not None:
             x = self.attn(x, value, docs, window, rotary, out_scale)
         if isinstance(self.mlp, MixtureOfExperts):
@@ -830,7 +828,8 @@ class GPT(nn.Module):
         x = x0 = self.embed_tokens(tokens_BT, tied)
         ngram = None
         if self.ngram is not None:
-            ngram = look_up_ngrams(ngram_rows(tokens_BT, c.ngrams, len(self.ngram)), self.ngram)
+            rows = ngram_rows(tokens_BT, c.ngrams, len(self.ngram))
+            ngram = sum([F.embedding(rows_BT, self.ngram) for rows_BT in rows])
         kept = {}  # outputs of layers that later ones read
         for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
             if c.skip and i == c.skip[1]:
@@ -905,14 +904,6 @@ def ngram_rows(tokens_BT: Tensor, lengths: tuple[int, ...], num_rows: int) -> li
         padded = F.pad(hashed % (num_rows - 1), (last, 0), value=num_rows - 1)
         found.append(padded[:, : tokens_BT.shape[1]])
     return found
-
-
-def look_up_ngrams(rows: list[Tensor], table: Tensor) -> Tensor:
-    """The sum of the table's rows, (B, T, C)."""
-    x = F.embedding(rows[0], table)
-    for more in rows[1:]:
-        x = x + F.embedding(more, table)
-    return x
 
 
 def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch.device) -> GPT:

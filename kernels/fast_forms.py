@@ -42,11 +42,7 @@ CPU_FORMS = (
         "f0a580f9bcda",
     ),
     FastForm("MLP.forward", cpu.make_mlp_forward, ("MLP.__init__", "norm"), "28ff85897c6b"),
-    FastForm("Block.mix", cpu.make_block_mix, (), "2051375f2769"),
-    FastForm("norm", cpu.make_norm, (), "f615d1f7e81a"),
-    FastForm("look_up_ngrams", cpu.make_look_up_ngrams, (), "b5a4706fbc80"),
     FastForm("polar_express", cpu.make_polar_express, (), "da3474ec8e1d"),
-    FastForm("step_adam", cpu.make_step_adam, ("adam_update", "with_decay"), "1e71ffea0b43"),
 )
 
 
