@@ -18,7 +18,14 @@ from analysis.command_line import complain, make_parser
 
 from analysis.run_log import RunLog, embedded_sources, read_log
 
-NO_SETTINGS = {"model_config", "vocab_size", "mark", "num_slices"}  # in the log's config, but derived
+NO_SETTINGS = {
+    "model_config",
+    "vocab_size",
+    "mark",
+    "num_slices",
+    "train_data",
+    "val_data",
+}  # in the log's config, but derived
 
 
 def write_sources(sources: dict[str, bytes], folder: Path):

@@ -1,6 +1,6 @@
 """Fast forms for a GPU, in Triton: each kernel beside the plain torch that defines it.
 
-    KERNELS=auto python train_gpt.py     # these on CUDA from sm_80 on with triton installed, else torch
+    KERNELS=auto python train_gpt.py     # these on CUDA from sm_80 on, where triton is installed
     KERNELS=torch python train_gpt.py    # plain torch everywhere
 
 | what | replaces | why |
@@ -991,6 +991,11 @@ def polar_steps(X_NRK: Tensor, coefficients) -> Tensor:
     return X_NRK
 
 
+def covers_muon(o) -> bool:
+    """Whether these settings take make_step_muon: the baseline's, but for AdamW."""
+    return o.optimizer != "adamw" and not hasattr(o, "ord_mode")
+
+
 def make_step_muon(trainer, compiler):
     """Each line reads what is as large as the matrices once."""
 
@@ -1010,9 +1015,10 @@ def make_step_muon(trainer, compiler):
 
 def covers_ord(o) -> bool:
     """Whether make_step_ord knows these settings: it wants one number per matrix for the radial part."""
-    if getattr(o, "ord_mode", "post") == "post" or o.optimizer == "adamw":
+    if not hasattr(o, "ord_mode"):  # the baseline's
         return False
-    return o.spectral_rho_mode == "global" and not o.spectral_variance
+    one_number = o.spectral_rho_mode == "global" and not o.spectral_variance
+    return o.optimizer != "adamw" and o.ord_mode != "post" and one_number
 
 
 def make_step_ord(trainer, compiler):

@@ -55,7 +55,7 @@ def cuda_forms() -> tuple[FastForm, ...]:
     return (
         FastForm("MLP.forward", cuda.make_mlp_forward, ("MLP.__init__",), "d2251fd515d9"),
         FastForm("GPT.head_loss", cuda.make_head_loss, ("softcap", "multi_token_loss"), "e66576f4245c"),
-        FastForm("step_muon", cuda.make_step_muon, muon, "3865e015ba45"),
+        FastForm("step_muon", cuda.make_step_muon, muon, "3865e015ba45", cuda.covers_muon),
         FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "3018f9198d38", cuda.covers_ord),
     )
 
@@ -82,12 +82,11 @@ def plain_text(function) -> str:
     return ast.unparse(tree)
 
 
-def forms_for(s) -> tuple[FastForm, ...]:
-    """The fast forms for these settings of a trainer."""
-    if s.kernels == "triton":
+def forms_for(kernels: str) -> tuple[FastForm, ...]:
+    """The fast forms of KERNELS=triton, cpu or torch (none)."""
+    if kernels == "triton":
         return cuda_forms()
-    # compiled code on a CPU does better from plain torch
-    return CPU_FORMS if s.device == "cpu" and s.compile == "0" else ()
+    return CPU_FORMS if kernels == "cpu" else ()
 
 
 @contextlib.contextmanager
@@ -98,7 +97,7 @@ def installed(trainer, s, o):
     """
     compiler = torch_compile if s.compile == "1" else not_compiled
     names, warnings, originals = [], [], []
-    wanted = [form for form in forms_for(s) if form.covers(o)]
+    wanted = [form for form in forms_for(s.kernels) if form.covers(o)]
     fits = [fingerprint(trainer, (form.name, *form.repeats)) == form.fingerprint for form in wanted]
     try:
         for form, form_fits in zip(wanted, fits):

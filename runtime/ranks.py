@@ -200,7 +200,8 @@ def refuse_together(error: SettingsError):
     ranks = Ranks.__new__(Ranks)
     ranks.find_place("cpu")
     if ranks.launched:
-        agree_on_settings(ranks.rendezvous(60), ranks.rank, ranks.world_size, error)
+        with contextlib.suppress(dist.DistError):  # without the store nobody can be told
+            agree_on_settings(ranks.rendezvous(60), ranks.rank, ranks.world_size, error)
     raise error
 
 

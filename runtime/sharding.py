@@ -68,13 +68,17 @@ class Bucket:
 
     def reduce(self):
         """Begin to sum the gradients over the ranks; wait on self.work before reading self.grad."""
-        self.work = (self.ranks.reduce_scatter if self.sharded else self.ranks.all_reduce)(self.grads)
+        if self.sharded:
+            self.work = self.ranks.reduce_scatter(self.grads)
+        else:
+            self.work = self.ranks.all_reduce(self.grads)
 
     def square_norm(self) -> Tensor:
         """Square norm of this rank's part of the gradient; an unsharded one counts on rank 0 alone."""
         self.work.wait()
-        counts = self.sharded or self.ranks.rank == 0
-        return self.grad.float().square().sum() * float(counts)
+        if self.sharded or self.ranks.rank == 0:
+            return self.grad.float().square().sum()
+        return self.grad.new_zeros((), dtype=torch.float32)
 
     def gather(self):
         """Begin to send the new weights to all ranks."""
@@ -97,15 +101,15 @@ class Bucket:
     def export(self) -> dict[str, dict[str, Tensor]]:
         """{parameter: {state: flat tensor on the CPU}}, fp32 masters included, on any number of ranks alike.
 
-        A collective. Only rank 0 gets the tensors.
+        A collective. The other ranks get {}.
         """
         self.work.wait()
-        out = {name: {} for name in self.params}
+        out = {}
         for key, mine in {"master": read_master(self.mine, self.mantissa), **self.state()}.items():
             full = self.ranks.gather_shards(mine.flatten()) if self.sharded else mine.flatten()
             if self.ranks.rank == 0:
                 for name, values in zip(self.params, full.split(self.split_sizes(len(full)))):
-                    out[name][key] = values.to("cpu", copy=True)
+                    out.setdefault(name, {})[key] = values.to("cpu", copy=True)
         return out
 
     def check(self, saved: dict[str, dict[str, Tensor]]):
