@@ -406,6 +406,13 @@ def print_help():
             print(f"      {key.upper()}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
 
 
+RECORDING = ("run_id", "resume", "save_every", "save_model", "manifold_every", "target_loss")
+RECORDING += ("diverged_above", "val_loss_every", "val_loss_last_steps", "val_loss_every_last")
+MACHINE = ("data_path", "nproc_per_node", "compile", "kernels", "attn_backend", "dist_timeout", "rehearse")
+MACHINE += ("slices_per_pass",)
+AFFECTS = {**dict.fromkeys(RECORDING, "recording"), **dict.fromkeys(MACHINE, "machine")}
+
+
 def print_settings_json():
     """For the launcher: every setting's name, type, default and allowed values; and the presets' defaults."""
     settings = [
@@ -414,13 +421,16 @@ def print_settings_json():
             "type": type_name(f),
             "default": f.default,
             "allowed": allowed_values(f),
+            "affects": AFFECTS.get(f.name, "training"),
+            "rare": False,
             **f.metadata,
         }
         for c in (Settings, OptimizerSettings)
         for f in dataclasses.fields(c)
     ]
     presets = {name: {k.upper(): v for k, v in defaults.items()} for name, (_, defaults) in PRESETS.items()}
-    print(json.dumps({"script": SCRIPT.name, "settings": settings, "presets": presets}))
+    answer = {"script": SCRIPT.name, "source_hash": source_hash(), "settings": settings, "presets": presets}
+    print(json.dumps(answer))
 
 
 # ---------------------------------------------------------------------------------------------------
