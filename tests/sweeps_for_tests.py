@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from logs_for_tests import SOURCE, hash_of, make_log
 
-from launch_lr_sweep import Run
+from analysis.manifest import Run
 
 STEPS = 200
 REASONS = {
