@@ -31,11 +31,12 @@ A sweep file names a trainer, seeds and what varies:
     MUON_LR = [0.023]
 
 Everything is checked against the trainer's own --settings-json before anything runs. Settings come from the
-file, never from the environment, but for those that say where to run (DATA_PATH, DEVICE and the like).
-Seeds are interleaved across arms. `logs/SWEEP.sweep.json` says what is planned and done, `logs/RUN_ID.out`
-has a run's console output. Launching again runs only what is missing: a run counts as done if it finished or
-diverged with the same settings, seed and source code. Ctrl-C stops all runs. Exit code: 0 all runs finished,
-1 some did not, 2 refused, 128 + n after signal n.
+file, never from the environment, except those that say where to run (DATA_PATH, DEVICE and the like).
+Seeds are interleaved across arms. `logs/SWEEP.sweep.json`, the manifest, says what is planned and done;
+`logs/RUN_ID.out` has a run's console output. Launching again runs only what is missing: a run counts as done
+if it finished or diverged with the same seed, source code and settings. Settings that change only what is
+recorded do not count, but are named. Ctrl-C stops all runs. Exit code: 0 all runs finished, 1 some did not,
+2 refused, 128 + n after signal n.
 """
 
 import argparse
@@ -58,14 +59,14 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from analysis.command import make_parser, say
+from analysis.command_line import complain, make_parser, say
 from analysis.devices import Slot, share_out
 from analysis.expected_time import expected_time
 from analysis.files import write_atomically
 from analysis.manifest import LOGS, Manifest, Run, now
 from analysis.processes import adopt_orphans, processes_of, reap_orphans, start_process, stop_processes
 from analysis.run_log import LogFollower, RunLog, format_value
-from analysis.style import complain, format_time
+from analysis.style import format_time
 from analysis.sweep_files import Sweep, missing_data, read_sweep
 from analysis.sweep_plan import (
     end_log,

@@ -14,9 +14,8 @@ record.toml. Its `commands` are tools of this project, called in that folder, wh
 
 --new copies a sweep's file, manifest and logs from logs/ into a new record, writes its record.toml, and calls
 the commands. Logs, and RUN_ID.manifold.jsonl beside them, are compressed (.xz, which every tool here reads).
-The source code at the head of a log is kept only once, in logs/sources/HASH.txt.xz, if its hash is the one
-that the run logged. --also adds a command, completed with the sweep's file and with `--out .` where it lacks
-them. --new never overwrites anything.
+The source code at the head of logs is kept only once, in logs/sources/HASH.txt.xz. --also adds a command,
+completed with the sweep's file and with `--out .` where it lacks them. --new never overwrites anything.
 
 --check changes nothing. It exits with 1 if a table (.md .json .csv) is not, byte for byte, what the commands
 make of the logs. The bytes of pictures change with matplotlib's version and the fonts of a machine, so
@@ -38,11 +37,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from analysis.command import make_parser
+from analysis.command_line import complain, make_parser
 from analysis.files import write_atomically
 from analysis.manifest import Run, manifest_path, read_manifest
 from analysis.run_log import SEPARATOR_WIDTH, find_log, log_stem, read_log, read_unpacked
-from analysis.style import complain
 
 HERE = Path(__file__).resolve().parent
 RECIPE = "record.toml"
@@ -164,7 +162,8 @@ def pack_log(path: Path, folder: Path) -> Path:
     data = read_unpacked(path)
     source, line, rest = data.partition(b"\n" + b"=" * SEPARATOR_WIDTH)
     name = sha256(source).hexdigest()[:16]
-    if line and name == read_log(path)[-1].source_hash:
+    names_files = data.startswith(b"# file: ")  # older logs do not, and have only the hash to go by
+    if line and (names_files or name == read_log(path)[-1].source_hash):
         kept = folder / "sources" / f"{name}.txt.xz"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)

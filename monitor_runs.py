@@ -27,10 +27,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from analysis.command import make_parser
+from analysis.command_line import complain, make_parser
 from analysis.manifest import Manifest, ManifestFolder, Run
 from analysis.run_log import Column, LogFollower, RunLog
-from analysis.style import complain, format_time, shorten
+from analysis.style import format_time, shorten
 
 RECENT_LINES = 50  # speed is that of the last lines, as batch sizes change during training
 WARM_UP_FACTOR = 4  # before its first step a run compiles, which takes longer than any step
@@ -456,9 +456,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Show the table; return the exit code."""
     options = parse_args(arguments)
     if not options.logs.is_dir():
-        return complain(ValueError(f"{options.logs} is no folder; say where the logs are with --logs DIR"))
+        return complain(f"{options.logs} is no folder; say where the logs are with --logs DIR")
     if not options.interval > 0:
-        return complain(ValueError(f"--interval {options.interval:g} is not above 0 seconds"))
+        return complain(f"--interval {options.interval:g} is not above 0 seconds")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a name in letters that the terminal does not have
     monitor = Monitor(options.logs, options.stalled_after, options.control)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from analysis.manifest import Run
 from analysis.run_log import format_value
-from analysis.trainers import Trainer, read_trainer, typed
+from analysis.trainers import TrainerInfo, read_trainer, typed
 
 TOP_LEVEL = ("script", "seeds", "control", "diverged_above", "env", "grid", "arms", "scale")
 ARM_KEYS = ("tag", "script", "seeds", "versus")
@@ -34,7 +34,7 @@ DATA_SETTINGS = ("TRAIN_FILES", "VAL_FILES")  # globs of data files, relative to
 
 
 @dataclass(frozen=True)
-class Arm:
+class PlannedArm:
     """Runs that differ only in their seed."""
 
     tag: str
@@ -59,7 +59,7 @@ class Sweep:
     scale: str | None
     control: str | None
     diverged_above: float | None
-    arms: list[Arm]
+    arms: list[PlannedArm]
     notes: list[str] = field(default_factory=list)
 
     def runs(self) -> list[Run]:
@@ -215,7 +215,7 @@ def apply_scale(document: dict, name: str) -> None:
     document["env"] = {**document.get("env", {}), **scale}
 
 
-def expand(document: dict) -> tuple[list[Arm], list[str]]:
+def expand(document: dict) -> tuple[list[PlannedArm], list[str]]:
     """Return arms times grid, checked, and notes on which settings were left out for which arms."""
     grid, common = document.get("grid", {}), document.get("env", {})
     for name in grid:
@@ -244,7 +244,7 @@ def expand(document: dict) -> tuple[list[Arm], list[str]]:
     return arms, notes
 
 
-def from_environment(trainers: Iterable[Trainer], in_file: set[str]) -> tuple[dict, list[str]]:
+def from_environment(trainers: Iterable[TrainerInfo], in_file: set[str]) -> tuple[dict, list[str]]:
     """Return the settings that are taken from the environment, and notes on them.
 
     The environment may say where to run: DEVICE, and what affects the machine alone. It may not say what to
@@ -265,7 +265,7 @@ def from_environment(trainers: Iterable[Trainer], in_file: set[str]) -> tuple[di
     return taken, notes
 
 
-def unknown_setting(name: str, where: str, trainers: dict[str, Trainer]) -> ValueError:
+def unknown_setting(name: str, where: str, trainers: dict[str, TrainerInfo]) -> ValueError:
     """Return the error for a setting that no trainer has, with the nearest that one has."""
     known = sorted({other for trainer in trainers.values() for other in trainer.settings})
     near = difflib.get_close_matches(name, known, 1)
@@ -275,7 +275,7 @@ def unknown_setting(name: str, where: str, trainers: dict[str, Trainer]) -> Valu
     return ValueError(f"{name} in {where} is not a setting of {' or '.join(trainers)}; {hint}")
 
 
-def expand_arm(arm: dict, script: str, common: dict, grid: dict, seeds: list[int]) -> list[Arm]:
+def expand_arm(arm: dict, script: str, common: dict, grid: dict, seeds: list[int]) -> list[PlannedArm]:
     """Return one arm times what [grid] varies: all that its script knows and that it does not set itself."""
     trainer = read_trainer(script)
     own = {name: value for name, value in arm.items() if name not in ARM_KEYS}
@@ -298,7 +298,7 @@ def expand_arm(arm: dict, script: str, common: dict, grid: dict, seeds: list[int
         values = [f"{name.lower()}_{format_value(settings[name])}" for name in axes]
         tag = grid_name([arm["tag"], *values]) if arm else grid_name(values) or "all"
         versus = grid_name([arm["versus"], *values]) if "versus" in arm else None
-        arms.append(Arm(tag, script, seeds, settings, hash_settings(trainer, settings), versus))
+        arms.append(PlannedArm(tag, script, seeds, settings, hash_settings(trainer, settings), versus))
     return arms
 
 
@@ -307,14 +307,14 @@ def grid_name(parts: list[str]) -> str:
     return re.sub(r"[^\w.=,+-]", "_", "-".join(parts))
 
 
-def hash_settings(trainer: Trainer, settings: dict) -> str:
+def hash_settings(trainer: TrainerInfo, settings: dict) -> str:
     """Return the hash of all settings that affect training, defaults included, except the seed."""
     training = trainer.affecting("training", settings)
     training.pop("SEED", None)
     return hashlib.sha256(json.dumps([trainer.path.name, training], sort_keys=True).encode()).hexdigest()[:8]
 
 
-def check_different(arms: list[Arm]) -> None:
+def check_different(arms: list[PlannedArm]) -> None:
     """Refuse two arms of one name, and two that train the same: they would count one run twice."""
     tags, trainings = set(), {}
     for arm in arms:
@@ -329,7 +329,7 @@ def check_different(arms: list[Arm]) -> None:
             )
 
 
-def check_versus(arms: list[Arm], control: str | None) -> None:
+def check_versus(arms: list[PlannedArm], control: str | None) -> None:
     """Refuse an arm's own control that is not another arm, or not beside a control for the rest."""
     tags = [arm.tag for arm in arms]
     for arm in arms:

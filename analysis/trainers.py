@@ -28,7 +28,7 @@ BOOLEANS = {"0": False, "false": False, "1": True, "true": True}
 
 
 @dataclass(frozen=True)
-class Trainer:
+class TrainerInfo:
     """A training script. `settings` and `presets` map names to what --settings-json says of them."""
 
     path: Path
@@ -52,7 +52,7 @@ class Trainer:
 
 
 @functools.cache  # asking imports torch, which takes seconds
-def read_trainer(script: str) -> Trainer:
+def read_trainer(script: str) -> TrainerInfo:
     """Ask a script, relative to the working directory or to the project, for its settings."""
     path = Path(script) if Path(script).exists() else ROOT / script
     if not path.is_file():
@@ -65,7 +65,7 @@ def read_trainer(script: str) -> Trainer:
         settings = {spec["name"]: spec for spec in answer["settings"]}
         if not all({"type", "default", "affects"} <= spec.keys() for spec in settings.values()):
             raise ValueError
-        return Trainer(path, settings, answer.get("presets", {}), answer["source_hash"])
+        return TrainerInfo(path, settings, answer.get("presets", {}), answer["source_hash"])
     except (ValueError, KeyError, TypeError):
         said = (asked.stderr or asked.stdout).strip().splitlines()[-1:] or ["nothing"]
         raise ValueError(

@@ -248,17 +248,6 @@ SPECTRAL_LR_MUL = 0.1
 # ------------------------------------------------------------------------------------------------
 
 
-def test_help_needs_no_torch():
-    """Else a look at the options over ssh takes the seconds that importing torch takes."""
-    code = (
-        "import sys, launch_lr_sweep\n"
-        "print({'torch', 'scipy', 'matplotlib', 'rich'} & set(sys.modules))\n"
-        "launch_lr_sweep.main(['--help'])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("set()\n") and "--nproc-per-run" in done.stdout
-
-
 def test_names_are_the_seeds_with_seed_and_hash(place):
     """Else tools that look for `lrmul-...-cd...-TAG-TIME` miss our runs, or two runs share a name."""
     runs = planned(read_sweep(sweep_file(TWO_ARMS)))[0].runs

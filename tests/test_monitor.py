@@ -368,11 +368,3 @@ def test_only_what_is_new_is_read(tmp_path, monkeypatch):
     assert not manifests
     write_manifest(tmp_path, "base", [planned("run000", "other")])
     assert by_name(monitor.poll())["run000"].tag == "other" and len(manifests) == 1
-
-
-def test_import_is_light():
-    code = (
-        "import sys, monitor_runs; print(sorted({'torch', 'matplotlib', 'scipy', 'rich'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
