@@ -132,7 +132,7 @@ def warm_marker(run: Run, nproc: int, slot: Slot) -> Path | None:
     counting = {
         name: resolved[name]
         for name, spec in trainer.settings.items()
-        if spec["affects"] != "recording" and not spec["type"].startswith("float") and name != "SEED"
+        if spec["affects"] != "recording" and not spec["type"].startswith("float")
     }
     text = json.dumps([run.source_hash, nproc, counting], sort_keys=True)
     default = trainer.path.resolve().with_name(".compile_cache") / "inductor"  # as the trainers have it

@@ -308,9 +308,8 @@ def grid_name(parts: list[str]) -> str:
 
 
 def hash_settings(trainer: TrainerInfo, settings: dict) -> str:
-    """Return the hash of all settings that affect training, defaults included, except the seed."""
+    """Return the hash of all settings that affect training, defaults included. SEED is not among an arm's."""
     training = trainer.affecting("training", settings)
-    training.pop("SEED", None)
     return hashlib.sha256(json.dumps([trainer.path.name, training], sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -679,8 +679,10 @@ def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_runs_once_and_only_once(place, launch):
+def test_a_sweep_runs_once_and_only_once(place, launch, monkeypatch):
     """Else the tools that read the manifest do not find the runs, or a second launch repeats them."""
+    for name in ("RANK", "WORLD_SIZE"):  # of a torchrun around us: a run that heeds them waits for others
+        monkeypatch.setenv(name, "1")
     done = launch(sweep_file(TWO_ARMS))
     assert done.returncode == 0, done.stdout + done.stderr
     first = manifest()
@@ -799,6 +801,25 @@ def test_descendants_are_found_without_environment_or_group(place):
     assert found == alive(place)
     assert processes.stop_processes(lambda: processes.processes_of(set(), found & alive(place)))
     process.wait()
+
+
+def test_orphans_that_end_are_buried(place):
+    """Else a launcher that runs for days fills the system's table of processes with zombies."""
+    code = """
+import subprocess, sys, time
+import psutil
+from analysis import processes
+processes.adopt_orphans()
+child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'pass'], stdout=subprocess.DEVNULL)"
+subprocess.run([sys.executable, "-c", child])
+wait = lambda: [process.status() for process in psutil.Process().children()]
+while wait() != ["zombie"]:
+    time.sleep(0.01)
+processes.reap_orphans()
+sys.exit(len(wait()))
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=PATIENCE_S).returncode == 0
 
 
 def test_changed_settings_and_changed_source_run_again(place, launch):
