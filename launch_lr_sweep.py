@@ -42,8 +42,6 @@ recorded do not count, but are named. Ctrl-C stops all runs. Exit code: 0 all ru
 import argparse
 import contextlib
 import fcntl
-import hashlib
-import json
 import math
 import os
 import platform
@@ -65,79 +63,14 @@ from analysis.expected_time import expected_time
 from analysis.files import write_atomically
 from analysis.manifest import LOGS, Manifest, Run, now
 from analysis.processes import adopt_orphans, processes_of, reap_orphans, start_process, stop_processes
+from analysis.run_environment import command_of, environment_of, settings_of, warm_marker
 from analysis.run_log import LogFollower, RunLog, format_value
 from analysis.style import format_time
 from analysis.sweep_files import Sweep, missing_data, read_sweep
-from analysis.sweep_plan import (
-    end_log,
-    given_settings,
-    how_it_ended,
-    open_manifest,
-    plan,
-    recorded_otherwise,
-    settle,
-)
-from analysis.trainers import TORCHRUN_SETS, env_text, read_trainer
+from analysis.sweep_plan import end_log, how_it_ended, open_manifest, plan, recorded_otherwise, settle
+from analysis.trainers import TORCHRUN_SETS, read_trainer
 
 POLL_S = 0.2
-
-
-# ------------------------------------------------------------------------------------------------
-# What a run is started with
-# ------------------------------------------------------------------------------------------------
-
-
-def command_of(script: Path, nproc: int) -> list[str]:
-    """Return the command of a run. One rank needs no torchrun."""
-    if nproc == 1:
-        return [sys.executable, str(script)]
-    # --standalone takes a free port, so that parallel runs do not meet
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, f"--nproc-per-node={nproc}", str(script)]
-
-
-def settings_of(run: Run) -> dict[str, str]:
-    """Return the settings that make this run, as environment variables."""
-    values = {name: env_text(value) for name, value in given_settings(run).items()}
-    return {**values, "SEED": str(run.seed), "RUN_ID": run.run_id}
-
-
-def environment_of(run: Run, slot: Slot) -> dict[str, str]:
-    """Return our environment without anybody's settings or ranks, plus the run's own."""
-    dropped = {*TORCHRUN_SETS, *read_trainer(run.script).settings}
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in dropped and not name.startswith("TORCHELASTIC_")
-    }
-    env.update(settings_of(run), PYTHONUNBUFFERED="1")
-    if slot.gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
-    return env
-
-
-def warm_marker(run: Run, nproc: int, slot: Slot) -> Path | None:
-    """Return a file in the compiler's cache that exists if this code has been compiled; None: no compiling.
-
-    A run without it starts alone, so that those after it need not compile. Any setting may be part of
-    compiled code, except what is recorded, and numbers such as learning rates. A number that is compiled in
-    after all (RESIDUAL_SCALE) costs little: seeds are interleaved, so runs that start side by side are of
-    different arms, and compile code of their own anyway.
-    """
-    trainer = read_trainer(run.script)
-    resolved = trainer.resolve(run.settings)
-    compiles = resolved.get("COMPILE") == "1" or (resolved.get("COMPILE") == "auto" and slot.gpus)
-    if not compiles:
-        return None
-    counting = {
-        name: resolved[name]
-        for name, spec in trainer.settings.items()
-        if spec["affects"] != "recording" and not spec["type"].startswith("float")
-    }
-    text = json.dumps([run.source_hash, nproc, counting], sort_keys=True)
-    default = trainer.path.resolve().with_name(".compile_cache") / "inductor"  # as the trainers have it
-    cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default)
-    return cache / f"launched-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -166,7 +99,8 @@ class RunFollower(LogFollower):
     @property
     def run(self) -> RunLog | None:
         """What the log says so far; None before it exists."""
-        return self.logs[self.path].runs[-1] if self.path in self.logs else None
+        log = self.logs.get(self.path)
+        return log.runs[-1] if log and log.runs else None
 
     def highest_loss(self) -> float:
         """Return the highest loss logged after step 0, -inf if none."""
@@ -251,7 +185,7 @@ class Launcher:
     def look_after(self, job: Job) -> None:
         """Read what a run has logged, and act if it has ended, diverged or hangs."""
         grown = job.log.poll()
-        if job.cold and grown and job.log.run.last_step > 0:
+        if job.cold and job.log.run and job.log.run.last_step > 0:
             job.cold = False
             with contextlib.suppress(OSError):  # then the next launch waits once more
                 job.marker.parent.mkdir(parents=True, exist_ok=True)

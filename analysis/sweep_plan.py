@@ -10,19 +10,10 @@ from pathlib import Path
 from analysis.command_line import say
 from analysis.manifest import LOGS, Manifest, Run, manifest_path, now, read_manifest
 from analysis.processes import processes_of, stop_processes
+from analysis.run_environment import given_settings
 from analysis.run_log import RunLog, format_value, read_log
 from analysis.sweep_files import Sweep, run_name
 from analysis.trainers import read_trainer
-
-# What runs are given unless the sweep file sets it: hundreds of models would fill a disk.
-LAUNCHER_DEFAULTS = {"RESUME": "auto", "SAVE_MODEL": False}
-
-
-def given_settings(run: Run) -> dict:
-    """Return the settings that a run is started with: the launcher's defaults, then the sweep file's."""
-    known = read_trainer(run.script).settings
-    defaults = {name: value for name, value in LAUNCHER_DEFAULTS.items() if name in known}
-    return {**defaults, **run.settings}
 
 
 def open_manifest(sweep: Sweep) -> Manifest:

@@ -25,9 +25,9 @@ from helpers import (
     write_shard,
 )
 
-import launch_lr_sweep
 import train_gpt
 import train_gpt_muon_ord
+from analysis import run_environment, trainers
 
 STAGES = dict(
     num_layers=3,
@@ -380,7 +380,7 @@ def warm_marker(settings):
     """The launcher's, of a run on a GPU."""
     settings = {"MODEL": "tiny", **settings}
     run = SimpleNamespace(script=str(train_gpt.SCRIPT), settings=settings, source_hash="0")
-    return launch_lr_sweep.warm_marker(run, 1, SimpleNamespace(gpus=("0",)))
+    return run_environment.warm_marker(run, 1, SimpleNamespace(gpus=("0",)))
 
 
 OTHER_NUMBERS = dict(  # numbers that compiled code does not hold
@@ -454,7 +454,7 @@ def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only, one_thr
 
     assert graphs_of_two_steps() > 5
     assert graphs_of_two_steps(**OTHER_NUMBERS) == 0
-    specs = launch_lr_sweep.read_trainer(str(trainer.SCRIPT)).settings
+    specs = trainers.read_trainer(str(trainer.SCRIPT)).settings
     real = {name for name, spec in specs.items() if spec["type"].startswith("float")}
     shared = real | {name for name, spec in specs.items() if spec["affects"] == "recording"}
     assert warm_marker({k: v for k, v in OTHER_NUMBERS.items() if k in shared}) == warm_marker({})
