@@ -1,4 +1,4 @@
-"""The commands that launch, watch and keep sweeps start at once, from anywhere, and stand on analysis/ alone."""
+"""The commands for sweeps and records start at once, from anywhere, and stand on analysis/ alone."""
 
 import ast
 import os
