@@ -57,8 +57,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from analysis.command_line import complain, make_parser
-from analysis.console import say
+from analysis.command_line import complain, make_parser, say
 from analysis.devices import Slot, share_out
 from analysis.expected_time import expected_time
 from analysis.files import write_atomically

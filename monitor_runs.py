@@ -456,9 +456,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Show the table; return the exit code."""
     options = parse_args(arguments)
     if not options.logs.is_dir():
-        return complain(ValueError(f"{options.logs} is no folder; say where the logs are with --logs DIR"))
+        return complain(f"{options.logs} is no folder; say where the logs are with --logs DIR")
     if not options.interval > 0:
-        return complain(ValueError(f"--interval {options.interval:g} is not above 0 seconds"))
+        return complain(f"--interval {options.interval:g} is not above 0 seconds")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a name in letters that the terminal does not have
     monitor = Monitor(options.logs, options.stalled_after, options.control)

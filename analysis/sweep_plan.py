@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from analysis.console import say
+from analysis.command_line import say
 from analysis.manifest import LOGS, Manifest, Run, manifest_path, now, read_manifest
 from analysis.processes import processes_of, stop_processes
 from analysis.run_environment import given_settings
