@@ -200,7 +200,8 @@ class Monitor:
                 self._rows[path] = [(RunLog(path, path.stem), row)]
             else:
                 self._rows[path] = [(run, row_of(run)) for run in log.runs]
-        self._members = {run.run_id: (sweep, run) for sweep in self.manifests.poll() for run in sweep.runs}
+        manifests = self.manifests.poll()
+        self._members = {run.run_id: (manifest, run) for manifest in manifests for run in manifest.runs}
         now = time.time()
         rows = []
         for path, entries in self._rows.items():
@@ -218,15 +219,15 @@ class Monitor:
         by_arm: dict[tuple[str, str | None], list[RunLog]] = {}
         for run in runs:
             if run.name in self._members:
-                sweep, planned = self._members[run.name]
-                by_arm.setdefault((sweep.sweep, planned.tag), []).append(run)
+                manifest, planned = self._members[run.name]
+                by_arm.setdefault((manifest.sweep, planned.tag), []).append(run)
         chosen = [run for run in runs if self.control and self.control in run.run_id]
         for run, row in zip(runs, rows, strict=True):
             others = chosen
             if run.name in self._members:
-                sweep, planned = self._members[run.name]
-                row.sweep, row.tag = sweep.sweep, planned.tag
-                others = chosen or by_arm.get((sweep.sweep, sweep.control_of(planned.tag)), [])
+                manifest, planned = self._members[run.name]
+                row.sweep, row.tag = manifest.sweep, planned.tag
+                others = chosen or by_arm.get((manifest.sweep, manifest.control_of(planned.tag)), [])
                 if row.state == "running" and planned.state in LAUNCHER_STATES:
                     row.state = LAUNCHER_STATES[planned.state]
                     row.message = planned.reason or f"launcher: {planned.state}"
@@ -246,10 +247,9 @@ class Monitor:
             total = sum(row.unread_lines for row in unread)
             notes.append(f"{total} lines could not be read in {len(unread)} logs, such as {unread[0].path}")
         started = {run.name for entries in self._rows.values() for run, _ in entries}
-        planned = Counter(sweep.sweep for sweep, _ in self._members.values())
-        missing = Counter(
-            sweep.sweep for run_id, (sweep, _) in self._members.items() if run_id not in started
-        )
+        sweeps = {run_id: manifest.sweep for run_id, (manifest, _) in self._members.items()}
+        planned = Counter(sweeps.values())
+        missing = Counter(sweep for run_id, sweep in sweeps.items() if run_id not in started)
         notes += [f"sweep {s}: {n} of {planned[s]} runs have not started" for s, n in missing.items()]
         return notes + self.manifests.errors
 
