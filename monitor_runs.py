@@ -330,7 +330,7 @@ def layout(contents: Sequence[dict[str, str]], width: int) -> dict[str, int]:
             widths[name] = max(len(name), *(len(content[name]) for content in contents))
     if not widths:
         return {}
-    whole_name = widths["run"]
+    whole_name = widths["run"] = max(LEAST_NAME, widths["run"])
     expendable = [name for name in widths if name not in (*ALWAYS, *EXPENDABLE)]
     expendable += [name for name in EXPENDABLE if name in widths]
 

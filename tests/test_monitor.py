@@ -221,6 +221,15 @@ def test_table_fits_the_terminal(tmp_path, width, height):
         assert all(word in lines[1] for word in ("seed", "progress", "train", "ms/step", "left"))
 
 
+def test_table_of_short_names_fits_any_terminal(tmp_path):
+    """Wrong if the name's column grows after the others have been fitted."""
+    write(tmp_path, "a", make_log("a", 1, num_steps=STEPS, end=100, end_event=""))
+    monitor = Monitor(tmp_path)
+    rows = monitor.poll()
+    for width in range(40, 160):
+        assert max(map(len, shown(rows, monitor, width))) <= width
+
+
 @pytest.mark.parametrize(
     "values, bars", [([3, 2, 1], "█▅▁"), ([1, 1], "▁▁"), ([1], ""), ([], ""), ([math.nan, 2, 1], "█▁")]
 )
