@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from analysis.manifest import Run
 from analysis.run_log import (
     NOT_TRAINING,
     Arm,
@@ -32,7 +33,6 @@ from analysis.run_log import (
 )
 from analysis.stats import Comparison, Verdict, detectable, judge
 from analysis.style import shorten
-from launch_lr_sweep import Run
 
 FAILED = ("crashed", "diverged", "hung")  # they count as runs; all other states but finished: not ended (yet)
 MAX_NAMED = 4  # arms named in a sentence, before "and 3 more"
