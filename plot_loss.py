@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from analysis import style
-from analysis.run_log import Arm, RunLog, group_by_arm, newest_log, read_runs
+from analysis.arms import Arm, group_by_arm
+from analysis.run_log import RunLog, newest_log, read_runs
 from analysis.stats import summarize
 
 X_LABELS = {"steps": "step", "tokens": "training tokens", "time": "training time"}

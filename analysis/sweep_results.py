@@ -20,16 +20,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from analysis.run_log import (
-    NOT_TRAINING,
-    Arm,
-    RunLog,
-    find_log,
-    format_value,
-    group_by_arm,
-    read_log,
-    read_runs,
-)
+from analysis.arms import Arm, group_by_arm
+from analysis.run_log import RunLog, find_log, format_value, not_training, read_log, read_runs
 from analysis.stats import Comparison, Verdict, detectable, judge
 from analysis.style import shorten
 from launch_lr_sweep import Run
@@ -140,7 +132,8 @@ class Results:
 
     def varied(self) -> list[str]:
         """Settings, in lower case, in which arms differ; an arm whose script lacks one says nothing of it."""
-        names = sorted(set().union(*(arm.settings for arm in self.arms)) - NOT_TRAINING)
+        hidden = set().union(*(run.not_training for run in self.runs)) if self.runs else not_training()
+        names = sorted(set().union(*(arm.settings for arm in self.arms)) - hidden)
         values = {name: {repr(a.settings[name]) for a in self.arms if name in a.settings} for name in names}
         return [name for name in names if len(values[name]) > 1]
 

@@ -14,7 +14,8 @@ from matplotlib.text import Text
 
 import plot_loss
 from analysis import style
-from analysis.run_log import group_by_arm, read_runs
+from analysis.arms import group_by_arm
+from analysis.run_log import read_runs
 from analysis.stats import summarize
 
 ROOT = Path(plot_loss.__file__).parent
