@@ -11,6 +11,7 @@ from sweeps_for_tests import make_sweep
 
 import make_record
 import plot_manifold as plot
+from analysis.read_results import read_results
 from analysis.run_log import read_runs
 
 LAYERS, STEPS = 3, (50, 100, 150, 200)
@@ -68,7 +69,7 @@ def test_everything_is_drawn_and_tabled(logs, tmp_path, capsys):
 
 def test_gaps_stay_gaps(logs):
     """Fails if a step that one run lacks is bridged, or takes no room."""
-    results = plot.read_results(logs)
+    results = read_results(logs)
     runs = plot.read_all(results)
     gapped = next(run for run in runs if run.seed == 2)
     grid = plot.step_grid([gapped])
@@ -99,7 +100,7 @@ def test_the_largest_difference_of_seeds_is_found(tmp_path):
     wanted = next(r for r in rows if (r["step"], r["layer"], r["proj"]) == (150, 2, "o"))
     wanted["gap"] = 1000.0
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    header, table = plot.difference_table(plot.read_all(plot.read_results(logs)))
+    header, table = plot.difference_table(plot.read_all(read_results(logs)))
     top = next(row for row in table if row[1] == "gap")
     assert top[2:5] == [2, "o", 150] and "1000" in top[6:8]
 

@@ -13,10 +13,11 @@ from logs_for_tests import SEPARATOR, SOURCE, make_log
 from matplotlib.text import Text
 
 import plot_loss
-from analysis import style
+from analysis import curves, style
 from analysis.arms import group_by_arm
 from analysis.run_log import read_runs
 from analysis.stats import summarize
+from analysis.tables import format_table
 
 ROOT = Path(plot_loss.__file__).parent
 STEPS = 200  # short logs: the tests look at the drawing, not at the reader
@@ -95,7 +96,7 @@ def test_seeds_are_pooled_with_an_interval(tmp_path):
     write_arms(tmp_path / "logs", [0.0, 0.5], seeds=(1, 2, 3))
     figure, arms = draw(tmp_path / "logs")
     assert [len(arm.runs) for arm in arms] == [3, 3]
-    line, thin = plot_loss.lines_of(arms[0], "val_loss", "steps")
+    line, thin = curves.lines_of(arms[0], "val_loss", "steps")
     at = len(line.x) // 2
     want = summarize([run.val.loss[at] for run in arms[0].runs])
     assert (line.y[at], line.low[at], line.high[at]) == pytest.approx((want.mean, want.low, want.high))
@@ -120,7 +121,7 @@ def test_two_seeds_are_both_shown(tmp_path):
     """The 95% interval of two runs is 13 sd wide on either side: the runs themselves say more."""
     write_arms(tmp_path / "logs", [0.1], seeds=(1, 2))
     _, arms = draw(tmp_path / "logs")
-    line, thin = plot_loss.lines_of(arms[0], "val_loss", "steps")
+    line, thin = curves.lines_of(arms[0], "val_loss", "steps")
     assert line.low is None and len(thin) == 2
     np.testing.assert_allclose(line.y, np.mean([run.val.loss for run in arms[0].runs], axis=0))
 
@@ -133,12 +134,12 @@ def test_unfinished_runs_do_not_enter_the_mean(tmp_path):
     )
     write(tmp_path / "logs", "lost", text)
     _, arms = draw(tmp_path / "logs")
-    line, thin = plot_loss.lines_of(arms[0], "val_loss", "steps")
+    line, thin = curves.lines_of(arms[0], "val_loss", "steps")
     assert line.x[-1] == STEPS and [other.x[-1] for other in thin] == [100]
     assert "1 unfinished" in plot_loss.legend_label(arms[0])
     losses = plot_loss.final_losses(arms[0])
     assert len(losses) == 4 and np.isnan(losses).sum() == 1  # it counts, as a failure
-    assert plot_loss.all_met(arms[0], 3.28) is None  # not all of its runs have met the target
+    assert curves.all_met(arms[0], 3.28) is None  # not all of its runs have met the target
 
 
 def test_target_is_met_when_all_runs_of_an_arm_have_met_it(tmp_path):
@@ -147,9 +148,9 @@ def test_target_is_met_when_all_runs_of_an_arm_have_met_it(tmp_path):
         write(tmp_path / "logs", f"s{seed}", text)
     arms, _ = group_by_arm(read_runs(tmp_path / "logs"))
     points = [run.first_at(3.26) for run in arms[0].runs]
-    step, ms = plot_loss.all_met(arms[0], 3.26)
+    step, ms = curves.all_met(arms[0], 3.26)
     assert points[0].step < points[1].step < points[2].step == step and ms == step * 62
-    assert plot_loss.all_met(arms[0], 3.0) is None
+    assert curves.all_met(arms[0], 3.0) is None
 
 
 @pytest.mark.parametrize("x", ["tokens", "time"])
@@ -372,5 +373,5 @@ def test_shorten_keeps_both_ends():
 
 
 def test_format_table():
-    table = style.format_table(["run", "loss"], [["a", 3.25], ["long name", "-"]])
+    table = format_table(["run", "loss"], [["a", 3.25], ["long name", "-"]])
     assert table.splitlines() == ["run        loss", "---------  ----", "a          3.25", "long name     -"]

@@ -15,7 +15,12 @@ from sweeps_for_tests import STEPS, make_sweep, spectral_arms
 
 import report_sweep
 from analysis import stats
-from analysis.sweep_results import Attempt, Results, SweepArm, conclusion, read_results, strength
+from analysis.by_value import looks_of, ordered
+from analysis.conclusion import conclusion
+from analysis.read_results import read_results
+from analysis.results import Attempt, Results, SweepArm
+from analysis.sweep_pictures import VERDICTS, picture_of_bars, picture_of_curves
+from analysis.tables import without_nan
 
 ROOT = Path(report_sweep.__file__).parent
 SEEDS = (1, 2, 3, 4, 5)
@@ -27,7 +32,7 @@ def report_of(paths, target=None, **kwargs):
     goal = report_sweep.choose_target(results, target)
     rows = report_sweep.rows_of(results, goal)
     text = report_sweep.report(results, rows, goal, [])
-    numbers = report_sweep.without_nan(report_sweep.summary(results, rows, goal))
+    numbers = without_nan(report_sweep.summary(results, rows, goal))
     json.dumps(numbers, allow_nan=False)  # any reader of JSON can read it
     return results, {row.arm.label: row for row in rows}, text, numbers
 
@@ -162,9 +167,8 @@ def test_more_runs_and_unseen_differences_follow_from_power(tmp_path):
     _, rows, text, numbers = sweep(
         tmp_path, spectral_arms(0, 0.01, baseline=False), seeds=SEEDS, control="spectral_lr_0"
     )
-    pair, _ = report_sweep.comparison(
-        *[read_results([tmp_path / "sweeps/sweep.toml"], tmp_path / "logs"), "spectral_lr_0.01"]
-    )
+    results = read_results([tmp_path / "sweeps/sweep.toml"], tmp_path / "logs")
+    pair, _ = results.comparison("spectral_lr_0.01")
     more = rows["spectral_lr_0.01"].more_runs
     enough, too_few = (
         stats.power(pair.difference, pair.sd, 5 + more - less, 0.05, pairs=True) for less in (0, 1)
@@ -330,7 +334,7 @@ def test_other_source_code_is_kept_apart(tmp_path):
     other = rows["spectral_lr_0.1 (source deadbeef)"]
     assert other.arm.foreign and "not compared" in text and other.arm.label not in results.verdict.summaries
     assert "spectral_lr_0.1 (source deadbeef) (other source code or data)" in numbers["conclusion"]
-    assert report_sweep.comparison(results, other.arm.label)[0] is None
+    assert results.comparison(other.arm.label)[0] is None
     pooled, _, text, _ = report_of(file, logs=tmp_path / "logs", pool_sources=True)
     assert [arm.count("done") for arm in pooled.arms] == [5, 5]
     assert "runs of 2 different source codes were pooled, as --pool-sources asked" in text
@@ -505,7 +509,7 @@ def test_strength_is_a_where_there_is_one():
         ({"spectral_lr_mul": 0.1, "spectral_lr_mul_mlp": None}, 0.1),
         ({}, None),
     ]:
-        assert strength(SweepArm("x", "x", [], settings=settings)) == a
+        assert SweepArm("x", "x", [], settings=settings).strength == a
 
 
 # ------------------------------------------------------------------------------------------------
@@ -550,23 +554,24 @@ def test_bars_show_the_numbers(tmp_path, num_arms):
         arms["s_11"] = (9.0, {"RESIDUAL_SCALE": 2.1})
     file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="s_0", val_every=50)
     results, rows, _, _ = report_of(file, logs=tmp_path / "logs")
-    figure = report_sweep.picture_of_bars(results, list(rows.values()))
+    figure = picture_of_bars(results)
     figure.draw_without_rendering()
     left = figure.axes[0]
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names == [f"s_{i}" for i in range(num_arms)] and len(figure.axes) == (2 if num_arms > 1 else 1)
-    drawn = {tuple(np.round(line.get_xdata(), 9)) for line in left.lines}
+    means = {round(float(line.get_xdata()[0]), 9) for line in left.lines if len(line.get_xdata()) == 1}
+    bars = [bar for collection in left.collections for bar in collection.get_segments()]
+    intervals = {tuple(np.round(bar[:, 0], 9)) for bar in bars}
     for label in names[:11]:
         result = rows[label].result
-        assert (round(result.mean, 9),) in drawn and (round(result.low, 9), round(result.high, 9)) in drawn
+        assert round(result.mean, 9) in means and (round(result.low, 9), round(result.high, 9)) in intervals
     for label in left.get_yticklabels():
         assert label.get_window_extent().x0 >= 0
     if num_arms == 12:  # the one that failed to learn is named with its loss, and flattens nobody
-        assert left.get_xlim()[1] < 4 and any(
-            "9.0" in text.get_text() and "→" in text.get_text() for text in left.texts
-        )
+        assert left.get_xlim()[1] < 4 and any(text.get_text().startswith("9.0") for text in left.texts)
+        assert [line.get_ydata()[0] for line in left.lines if line.get_marker() == ">"] == [11]
         colours = {line.get_color() for line in figure.axes[1].lines if line.get_marker() == "^"}
-        assert colours == {report_sweep.VERDICTS["worse"][0]}
+        assert colours == {VERDICTS["worse"][0]}
     plt.close("all")
 
 
@@ -577,10 +582,10 @@ def test_curves_are_coloured_by_value(tmp_path):
     arms = {f"s_{v}": (3.27, {"RESIDUAL_SCALE": v}) for v in values}
     file = make_sweep(tmp_path, "sweep", arms, control="s_1.0", val_every=20)
     results = read_results([file], tmp_path / "logs")
-    looks, order = report_sweep.looks_of(results, report_sweep.ordered(results))
+    looks, order = looks_of(results, ordered(results))
     lightness = [np.dot(look["color"][:3], (0.3, 0.59, 0.11)) for look in looks]
     assert order == values and lightness == sorted(lightness) and lightness[-1] < 0.8
-    figure = report_sweep.picture_of_curves(results, 3.28)
+    figure = picture_of_curves(results, 3.28)
     assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["0.5", "0.7", "1", "1.4"]
     assert "tokens" in figure.axes[0].get_xlabel()
     plt.close("all")

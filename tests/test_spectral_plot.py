@@ -15,8 +15,9 @@ from sweeps_for_tests import STEPS, make_sweep, spectral_arms
 
 import plot_spectral_sweep
 from analysis import style
+from analysis.read_results import read_results
+from analysis.spectral_picture import figure as spectral_figure
 from analysis.stats import summarize
-from analysis.sweep_results import read_results
 
 ROOT = Path(plot_spectral_sweep.__file__).parent
 
@@ -34,7 +35,7 @@ def draw(tmp_path, arms, control="spectral_lr_0", **kwargs):
     kwargs = {"val_every": 20, **kwargs}
     file = make_sweep(tmp_path, "sweep", arms, control=control, **kwargs)
     results = read_results([file], tmp_path / "logs")
-    figure = plot_spectral_sweep.figure(results, 3.28)
+    figure = spectral_figure(results, 3.28)
     figure.draw_without_rendering()
     return figure, results
 
@@ -116,7 +117,7 @@ def test_both_signs_of_rho(tmp_path):
     head, steps = log.read_text().rsplit("=" * 100, 1)
     steps = re.sub(r"(step:1\d\d/.*spec_attn:)(\[.*?\])", lambda m: m[1] + m[2].replace("-", ""), steps)
     log.write_text(head + "=" * 100 + steps)
-    figure = plot_spectral_sweep.figure(read_results([file], tmp_path / "logs"), 3.28)
+    figure = spectral_figure(read_results([file], tmp_path / "logs"), 3.28)
     ax = panel(figure, "mean ρ of attention")
     y = next(line for line in ax.lines if len(line.get_xdata()) > 2).get_ydata()
     assert min(y) < 0 < max(y) and ax.get_ylim()[0] < min(y) and max(y) < ax.get_ylim()[1]
