@@ -2,10 +2,7 @@
 
 import math
 import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +16,6 @@ from analysis.run_log import read_runs
 from analysis.stats import summarize
 from analysis.tables import format_table
 
-ROOT = Path(plot_loss.__file__).parent
 STEPS = 200  # short logs: the tests look at the drawing, not at the reader
 
 
@@ -318,32 +314,6 @@ def test_runs_without_the_axis_are_left_out_and_named(tmp_path, capsys):
     assert plot_loss.main([str(folder), "--x", "time", "--out", str(tmp_path / "x.png")]) == 0
     out = capsys.readouterr().out
     assert "llmc.txt: no training time in this log" in out and "empty.txt: no step in this log yet" in out
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "there is no log in logs/ yet"),
-        (["missing.txt"], "no log missing.txt"),
-        (["empty.txt"], "no step in this log yet"),
-        (["some.txt", "--out", "picture.jpg"], "picture.jpg: a plot is written as one of .png, .svg, .pdf"),
-    ],
-)
-def test_errors_speak_to_a_person(tmp_path, monkeypatch, capsys, arguments, message):
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "some.txt").write_text("step:1/1 val_loss:1 train_time:1ms\n")
-    monkeypatch.chdir(tmp_path)
-    assert plot_loss.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and "Traceback" not in captured.err and not captured.out
-    assert not list(tmp_path.glob("*.png")) and not list(tmp_path.glob("*.jpg"))
-
-
-def test_import_is_light():
-    """`--help` and errors must not wait for matplotlib, and nothing here needs torch."""
-    code = "import sys, plot_loss; print(sorted({'torch', 'matplotlib', 'scipy.stats'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,6 @@ from analysis.results import Attempt, Results, SweepArm
 from analysis.sweep_pictures import VERDICTS, picture_of_bars, picture_of_curves
 from analysis.tables import without_nan
 
-ROOT = Path(report_sweep.__file__).parent
 SEEDS = (1, 2, 3, 4, 5)
 
 
@@ -589,40 +586,3 @@ def test_curves_are_coloured_by_value(tmp_path):
     assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["0.5", "0.7", "1", "1.4"]
     assert "tokens" in figure.axes[0].get_xlabel()
     plt.close("all")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["sweeps/none.toml"], "no sweep file sweeps/none.toml; there: sweeps/lr.toml, sweeps/new.toml"),
-        (["sweeps/new.toml"], "launch the sweep first (python launch_lr_sweep.py sweeps/new.toml)"),
-        (["sweeps/lr.toml", "logs"], "give one sweep, or logs, not both"),
-        (["missing.txt"], "no log missing.txt"),
-        (["empty"], "no log in empty"),
-        (["broken.sweep.json"], "is not a sweep's manifest"),
-        (
-            ["sweeps/lr.toml", "--control", "nonsense"],
-            "control 'nonsense' fits none of the arms, wanted one: ",
-        ),
-        (["sweeps/lr.toml", "--control", "spectral"], "control 'spectral' fits 2 of the arms"),
-    ],
-)
-def test_errors_speak_to_a_person(tmp_path, monkeypatch, capsys, arguments, message):
-    make_sweep(tmp_path, "lr", spectral_arms(0, 0.1, baseline=False), seeds=(1,), val_every=100)
-    (tmp_path / "sweeps" / "new.toml").write_text("")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken.sweep.json").write_text('{"runs": [{"tag": 3}]}')
-    monkeypatch.chdir(tmp_path)
-    assert report_sweep.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and "Traceback" not in captured.err and not captured.out
-    assert not list(tmp_path.rglob("REPORT.md"))
-
-
-def test_import_is_light():
-    """Nothing here needs torch, and errors must not wait for matplotlib."""
-    code = (
-        "import sys, report_sweep; print(sorted({'torch', 'matplotlib', 'scipy.stats'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

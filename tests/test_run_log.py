@@ -4,8 +4,6 @@ import json
 import lzma
 import math
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -769,14 +767,6 @@ def test_ten_megabytes_in_half_a_second():
         best = min(best, time.process_time() - begin)
     assert len(run.train) == 58000 and run.unread_lines == 0
     assert best < 0.5, f"{best:.3f} s"
-
-
-def test_import_is_light():
-    """Tools start at once over ssh: no torch, scipy or matplotlib behind the reader."""
-    heavy = {"torch", "scipy", "matplotlib", "rich"}
-    code = f"import sys; from analysis import run_log; print(sorted({heavy!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_config_line_that_is_no_json():

@@ -3,9 +3,6 @@
 import csv
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +15,6 @@ from analysis import style
 from analysis.read_results import read_results
 from analysis.spectral_picture import figure as spectral_figure
 from analysis.stats import summarize
-
-ROOT = Path(plot_spectral_sweep.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -271,31 +266,3 @@ def test_failed_and_missing_runs_are_in_the_table(tmp_path):
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert any("n=3, 1 failed" in text for text in legend) and any("1 not ended" in text for text in legend)
     assert math.isnan(results.arms[1].samples()[0][-1])
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "there is no folder logs/"),
-        (["--logs", "empty"], "no log in empty"),
-        (["none.txt"], "no log none.txt"),
-        (["begun"], "none of the 1 runs has logged a step yet"),
-        (["begun", "--out", "x.jpg"], "x.jpg: a plot is written as one of"),
-    ],
-)
-def test_errors_speak_to_a_person(tmp_path, monkeypatch, capsys, arguments, message):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "x.txt").write_text(make_log("x", num_steps=STEPS, end=-1, end_event=""))
-    monkeypatch.chdir(tmp_path)
-    assert plot_spectral_sweep.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and "Traceback" not in captured.err and not captured.out
-    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.md"))
-
-
-def test_import_is_light():
-    """Nothing here needs torch, and errors must not wait for matplotlib."""
-    code = "import sys, plot_spectral_sweep; print({'torch', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
