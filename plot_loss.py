@@ -147,7 +147,7 @@ def panel_schedule(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: dic
 
 
 def agree(curves: Sequence[tuple]) -> bool:
-    """Whether curves agree at the steps they have in common (runs may be logged more or less often)."""
+    """True if curves agree at the steps they have in common (runs may be logged more or less often)."""
     step, _, y = curves[0]
     for other_step, _, other in curves[1:]:
         _, here, there = np.intersect1d(step, other_step, return_indices=True)
@@ -157,7 +157,7 @@ def agree(curves: Sequence[tuple]) -> bool:
 
 
 def label_batch_sizes(ax, values: np.ndarray) -> None:
-    """From zero on, with a tick at each size, in multiples of 1024 where that is short."""
+    """Start the axis at zero and put a tick at each size, in multiples of 1024 where that is short."""
     ax.set_ylim(0, 1.08 * np.nanmax(values))
     sizes = np.unique(values)
     if len(sizes) <= 6:

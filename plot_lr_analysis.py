@@ -114,7 +114,7 @@ def best_sentence(analysis: Analysis, by: str) -> str:
 
 
 def sentences(analysis: Analysis) -> list[str]:
-    """What was found, in words."""
+    """The findings in words."""
     missing = analysis.results.count("missing")
     total = len(analysis.results.attempts)
     lines = []
@@ -358,7 +358,7 @@ def marks_of(
 
 
 def draw_values(ax, analysis: Analysis, marks: Sequence[Mark], limits: tuple[float, float] | None) -> None:
-    """All values' marks, joined by a line; a cross at the top for a value without a result."""
+    """Draw all values' marks, joined by a line, and a cross at the top for a value without a result."""
     scale_x(ax, analysis)
     ax.plot(
         [mark.at for mark in marks], [mark.mean for mark in marks], color="#bbbbbb", linewidth=1, zorder=1
@@ -557,7 +557,7 @@ def curve_limits(analysis: Analysis) -> tuple[float, float]:
 
 
 def picture_all(analysis: Analysis):
-    """All values' validation losses on one plot, coloured by value, the best in black; their end enlarged."""
+    """Validation losses of all values, coloured by value, the best in black; and their end enlarged."""
     plt = style.load_matplotlib()
     fig, (whole, end) = plt.subplots(1, 2, figsize=(15, 6.5), width_ratios=(1.25, 1))
     best = analysis.best()

@@ -141,7 +141,7 @@ def mean_over(values: np.ndarray, axes) -> np.ndarray:
 
 
 def step_grid(runs: Sequence[Measured]) -> np.ndarray:
-    """All steps; evenly spaced if that is how they were measured, so that a gap takes up its room."""
+    """The steps of all runs; evenly spaced if they were measured so, and a missing one then leaves a gap."""
     steps = np.unique(np.concatenate([run.steps for run in runs]))
     if len(steps) < 2:
         return steps

@@ -113,7 +113,7 @@ def common_grid(positions: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def in_tokens(results: Results) -> bool:
-    """Whether all finished runs log their tokens, so that they can be compared by them."""
+    """True if all finished runs log their tokens, so that they can be compared by them."""
     runs = [attempt.log for attempt in results.attempts if attempt.outcome == "done"]
     return bool(runs) and all(np.isfinite(run.val.tokens).all() for run in runs)
 
@@ -232,7 +232,7 @@ def rows_of(results: Results, target: Target) -> list[Row]:
 
 
 def more_runs(results: Results, name: str) -> int | None:
-    """How many more runs an arm would settle the difference found, at the strictest of Holm's levels."""
+    """The number of further runs an arm to settle the difference, at the strictest of Holm's levels."""
     pair, _ = results.comparison(name)
     alpha = results.verdict.alpha / max(1, results.verdict.num_comparisons)
     return more_runs_needed(pair, alpha) if pair else None
@@ -469,7 +469,7 @@ def report(results: Results, rows: Sequence[Row], target: Target, pictures: Sequ
 
 
 def summary(results: Results, rows: Sequence[Row], target: Target) -> dict:
-    """All numbers of the report, unrounded; null where there is none."""
+    """The numbers of the report, unrounded; null where there is none."""
     verdict, where = results.verdict, reaches(results, target)
     return {
         "sweep": results.name,

@@ -52,7 +52,7 @@ def beside(results: Results, name: str) -> list[str]:
 
 
 def kinds_of(results: Results, name: str) -> dict[str, str]:
-    """What arms share beside this setting's value, as key -> words: each kind of arm has its dashes."""
+    """The kinds of arm: equal settings beside this one, as key -> words. Each kind has its dashes."""
     others = beside(results, name)
     found = {}
     for arm in results.arms:

@@ -1,4 +1,4 @@
-"""What the final losses of a sweep allow to conclude, in one sentence.
+"""A sentence on what the final losses of a sweep allow to conclude.
 
     from analysis.conclusion import conclusion
     print(conclusion(results))

@@ -195,7 +195,7 @@ def add_legend(fig, drawn: Sequence[Drawn], columns: int, title: str) -> None:
 
 
 class ArmLines(NamedTuple):
-    """What is drawn of an arm in one panel: its line (None if nothing is logged), and single runs thinly."""
+    """An arm in one panel: its line (None if nothing is logged), and single runs, drawn thinly."""
 
     drawn: Drawn
     line: Line | None
@@ -254,7 +254,7 @@ def every_line(curves: Sequence[ArmLines]) -> list[Line]:
 
 
 def loss_limits(lines: Sequence[Line], axis: Axis, target: float) -> tuple[float, float]:
-    """From below the lowest loss to that after the first 5% of training, whose fall would dwarf the rest."""
+    """Limits from below the lowest loss to the loss after 5% of training: the first fall dwarfs the rest."""
     every = np.concatenate([line.y for line in lines])
     every = every[np.isfinite(every)]
     if not len(every):
@@ -305,7 +305,7 @@ def any_finished(arm: Arm) -> bool:
 
 
 def end_begin(lines: Sequence[Line], axis: Axis, least: float) -> float | None:
-    """Where the part to enlarge begins; None if there are too few validations to enlarge anything.
+    """The place where the enlarged part begins; None if there are too few validations to enlarge anything.
 
     The smaller it is, the better arms are told apart; but it needs some points, and every arm's end.
     """
@@ -320,7 +320,7 @@ def end_begin(lines: Sequence[Line], axis: Axis, least: float) -> float | None:
 
 
 def end_limits(lines: Sequence[Line], axis: Axis, begin: float, target: float) -> tuple[float, float]:
-    """Limits for the enlarged end: the bulk of the lines decides, so that a failed one flattens no others."""
+    """Limits of the enlarged end, by the bulk of the lines, so that a failed run flattens no others."""
     ranges = []
     for line in lines:
         late = line.x / axis.scale >= begin
@@ -341,7 +341,7 @@ def end_limits(lines: Sequence[Line], axis: Axis, begin: float, target: float) -
 
 
 def mark_target(panels, curves: Sequence[ArmLines], axis: Axis, target: float) -> None:
-    """A star on each arm's line where all of its runs have met the target; for a single arm, words too."""
+    """Put a star on each arm's line where all of its runs have met the target; for one arm, words too."""
     if len(curves) > MAX_MARKED:
         return
     for item, line, _ in curves:

@@ -120,7 +120,7 @@ def _draw_arrow(ax, mark: Mark, limits: tuple[float, float], value: str, horizon
 
 
 def explain(marks: Sequence[Mark]) -> list[str]:
-    """What bars, dots and hollow marks are, as far as these marks show them."""
+    """An explanation of bars, dots and hollow marks, as far as these marks show them."""
     counts = [mark.n for mark in marks]
     parts = []
     if any(n >= MIN_INTERVAL for n in counts):

@@ -65,7 +65,7 @@ def start_of(attempt: Attempt) -> float:
 
 
 def diverged(attempt: Attempt) -> bool:
-    """Whether it was stopped as diverged, has a loss that is no number, or ended no lower than it began."""
+    """True if it was stopped as diverged, has a loss that is no number, or ended no lower than it began."""
     if attempt.outcome == "done":
         return attempt.log is not None and len(attempt.log.val) > 1 and attempt.loss >= start_of(attempt)
     return attempt.state in ("diverged", "finished")

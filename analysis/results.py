@@ -1,4 +1,4 @@
-"""What a sweep found: its runs, planned or found, by arm, and the verdict on the arms.
+"""The results of a sweep: its runs, planned or found, by arm, and the verdict on the arms.
 
     from analysis.read_results import read_results
     results = read_results(["sweeps/spectral_lr.toml"])
@@ -134,7 +134,7 @@ class Results:
 
     @property
     def compared_with(self) -> str:
-        """For headings: the arm that all are compared with, or that each has its own."""
+        """The other side of all comparisons, for headings."""
         return "its control" if self.versus else self.reference or "nothing"
 
     @property
@@ -147,7 +147,7 @@ class Results:
 
     @property
     def has_steps(self) -> bool:
-        """Whether any run has logged a step."""
+        """True if any run has logged a step."""
         return any(run.last_step >= 0 for run in self.runs)
 
     def count(self, outcome: str) -> int:

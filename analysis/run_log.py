@@ -473,7 +473,7 @@ class _Trial:
         return max(self.last_val, self.last_other)
 
     def starts_over(self, step: int, num_steps: int, is_val: bool) -> bool:
-        """Whether a line belongs to the next trial: its step falls back, or the number of steps changed.
+        """True if a line belongs to the next trial: its step falls back, or the number of steps changed.
 
         A validation may repeat the step of the training line before it, so each kind of line is compared
         with its own.

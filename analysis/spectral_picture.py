@@ -46,7 +46,7 @@ class Point(Drawn):
 
 
 def families(results: Results) -> dict[str, str]:
-    """By arm, the settings other than a in which it differs from most: arms of one family are one curve."""
+    """The family of each arm: its settings other than a that differ from most arms'; a curve each."""
     with_a = [arm for arm in results.arms if arm.strength is not None]
     usual = {
         name: Counter(format_value(arm.settings.get(name)) for arm in with_a).most_common(1)[0][0]

@@ -94,7 +94,7 @@ def test_a_run_that_lost_and_learnt_again_is_unstable(tmp_path):
 
 
 def test_single_runs_are_called_so(tmp_path):
-    """Of one run a rate nothing is known of luck: the lowest is named, and that it may be luck."""
+    """A single run a rate says nothing about luck: the lowest is named, and that it may be luck."""
     analysis = analyse(tmp_path, {0.01: 3.4, 0.02: 3.3, 0.04: 3.3001}, {}, seeds=(1,))
     best = plot_lr_analysis.insights(analysis)["best_by_loss"]
     assert best["single_run"] and best["cannot_be_told_from"] is None
@@ -111,7 +111,7 @@ def test_the_best_at_the_edge_is_said(tmp_path):
 
 @pytest.mark.parametrize("luck", [0.0, 0.014])
 def test_the_true_best_is_among_the_contenders(luck):
-    """In 150 sweeps of 12 arms it is missed in fewer than 5% and a margin; an arm clearly worse is out."""
+    """It is missed in fewer than 5% (and a margin) of 150 sweeps of 12 arms; an arm clearly worse is out."""
     rng = np.random.default_rng(20261124)
     means = {f"a{i}": 3.3 + 0.002 * abs(i - 5) for i in range(12)} | {"far": 3.5}
     missed, far = 0, 0
@@ -135,7 +135,7 @@ def test_contenders_without_noise_or_with_failures():
 
 
 def test_everything_is_written_and_the_same_again(tmp_path, monkeypatch, capsys):
-    """All outputs that EXPERIMENTS.md lists; tables know neither the time nor the place."""
+    """The outputs that EXPERIMENTS.md lists; tables know neither the time nor the place."""
     arms = arms_of({0.015: 3.4, 0.065: 3.3, 1.0: 6})
     make_sweep(tmp_path, "lr", arms, val_every=40, ends={("lr_1", 1): "diverged"})
     monkeypatch.chdir(tmp_path)

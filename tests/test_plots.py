@@ -271,7 +271,7 @@ def test_styles_are_distinct_also_for_the_colour_blind():
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
-    """With no argument: the newest log, drawn to logs/RUN_ID.png; the summary has its numbers."""
+    """The newest log is drawn to logs/RUN_ID.png; the summary has its numbers."""
     write_arms(tmp_path / "logs", [0.1])
     log = write(tmp_path / "logs", "newest", make_log("newest", 5, num_steps=STEPS) + "some noise\n")
     os.utime(log, (2e9, 2e9))

@@ -160,7 +160,7 @@ def test_the_sentence_says_what_the_verdict_says():
 
 
 def test_more_runs_and_unseen_differences_follow_from_power(tmp_path):
-    """What is said to be needed would be enough, and one run less would not."""
+    """The number of runs said to be needed would be enough, and one run less would not."""
     _, rows, text, numbers = sweep(
         tmp_path, spectral_arms(0, 0.01, baseline=False), seeds=SEEDS, control="spectral_lr_0"
     )
@@ -427,7 +427,7 @@ def test_common_grid(positions, grid):
 
 
 def test_a_mean_is_not_taken_of_the_lucky_runs(tmp_path):
-    """If two of five runs reach the target, their mean says nothing of the arm."""
+    """The mean of two runs of five that reach the target says nothing about the arm."""
     arms = {"a": (3.2795, {"MUON_LR": 0.1}), "b": (3.2, {"MUON_LR": 0.2})}
     results, rows, text, numbers = sweep(tmp_path, arms, target=3.28, seeds=SEEDS, control="b")
     met = sum(run.first_at(3.28) is not None for run in results.arms[0].runs)

@@ -582,7 +582,7 @@ HARD = [
 
 @pytest.mark.parametrize("copies", [2, 20, 200])
 def test_numbers_are_exact_however_many_lines(copies):
-    """Among many lines of one form: the very same doubles as float() gives."""
+    """The very same doubles as float() gives, among many lines of one form."""
     lines = [f"step:{1000 + i}/9999 x:{HARD[i % len(HARD)]} y:1.5s" for i in range(copies * len(HARD))]
     column = only("\n".join(lines) + "\n").columns["x"]
     assert len(column.step) == len(lines)
@@ -663,7 +663,7 @@ class CountingFollower(LogFollower):
 
 
 def test_follower_reads_only_what_is_new(tmp_path):
-    """With 1,000 logs, reading all of them every second would be the machine's main work."""
+    """Reading all of 1,000 logs every second would be the machine's main work."""
     log = tmp_path / "run.txt"
     text = make_log("run", num_steps=300)
     cut = len(header("run", num_steps=300)) + 5000

@@ -106,7 +106,7 @@ def test_rho_is_signed_and_spans_magnitudes(tmp_path):
 
 
 def test_both_signs_of_rho(tmp_path):
-    """Where rho changes its sign, both halves are shown with the same scale."""
+    """A rho that changes its sign has both halves shown on the same scale."""
     file = make_sweep(tmp_path, "sweep", spectral_arms(0, baseline=False), seeds=(1,), val_every=20)
     log = next((tmp_path / "logs").glob("*.txt"))
     head, steps = log.read_text().rsplit("=" * 100, 1)

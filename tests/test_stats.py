@@ -105,7 +105,7 @@ def test_sqrt_n_rule(n, mean, met):
 
 
 def test_holm():
-    """By hand: 0.01 * 4, 0.02 * 3, then never smaller than the one before, never above 1."""
+    """Worked by hand: 0.01 * 4, 0.02 * 3, then never smaller than the one before, never above 1."""
     assert stats.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([]) == [] and stats.holm([0.03]) == [0.03]
     got = stats.holm([math.nan, 0.01, 0.02])
