@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from analysis import command_line, style
 from analysis.by_value import add_colour_bar, colour_of
 from analysis.curves import FINISHED, lines_of
+from analysis.files import write_atomically
 from analysis.intervals import Mark, draw_mark, explain, limits_of, mark_of
 from analysis.rates import (
     RULES,
@@ -618,10 +619,10 @@ def write_analysis(options: Namespace) -> None:
         raise ValueError(f"none of the {len(analysis.results.attempts)} runs has logged a step yet")
     folder = options.out or results.folder / results.name / "lr_analysis"
     pictures = save_pictures(analysis, folder)
-    style.write_text(markdown(analysis), folder / "results.md")
-    style.write_text(csv_of(analysis), folder / "results.csv")
-    style.write_text(as_json(final_results(analysis)), folder / "final_results.json")
-    style.write_text(as_json(insights(analysis)), folder / "comprehensive_insights.json")
+    write_atomically(folder / "results.md", markdown(analysis))
+    write_atomically(folder / "results.csv", csv_of(analysis))
+    write_atomically(folder / "final_results.json", as_json(final_results(analysis)))
+    write_atomically(folder / "comprehensive_insights.json", as_json(insights(analysis)))
     print(format_table(*table(analysis)))
     for text in [*sentences(analysis), *analysis.notes]:
         print(f"* {text}")
@@ -630,7 +631,7 @@ def write_analysis(options: Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     out = "folder to write to (default: logs/SWEEP/lr_analysis/)"
-    parser = command_line.make_sweep_parser(f"{__doc__}\n{RULES_TEXT}", out)
+    parser = command_line.make_sweep_parser(f"{__doc__ or ''}\n{RULES_TEXT}", out)
     parser.add_argument("--setting", help="the setting to look at (default: the learning rate that varies)")
     parser.add_argument("--where", action="append", default=[], metavar="NAME=VALUE", help="only these arms")
     return command_line.run(write_analysis, parser, arguments)

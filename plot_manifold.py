@@ -30,6 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
+from analysis.files import write_atomically
 from analysis.read_results import read_results
 from analysis.results import Results
 from analysis.run_log import RunLog, find_log, log_stem, read_unpacked
@@ -423,8 +424,8 @@ def write_tables(results: Results, runs: Sequence[Measured], out: Path) -> list[
         "differences": "Where the seeds of an arm differ most: |a - b| over the mean of |a| and |b|",
     }
     for name, table in (("results", final_table(results)), ("differences", difference_table(runs))):
-        style.write_text(f"# {titles[name]}\n\n{format_markdown(*table)}\n", out / f"{name}.md")
-        style.write_text(as_csv(*table), out / f"{name}.csv")
+        write_atomically(out / f"{name}.md", f"# {titles[name]}\n\n{format_markdown(*table)}\n")
+        write_atomically(out / f"{name}.csv", as_csv(*table))
         paths += [out / f"{name}.md", out / f"{name}.csv"]
     return paths
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
 from analysis.conclusion import conclusion
+from analysis.files import write_atomically
 from analysis.read_results import read_results
 from analysis.results import Results, SweepArm
 from analysis.run_log import format_value
@@ -148,8 +149,8 @@ def draw_sweep(options: Namespace) -> None:
         raise ValueError(f"none of the {len(results.attempts)} runs has logged a step yet: nothing to draw")
     out = options.out or default_out(results, time.time())
     style.save(figure(results, style.target_of(results.runs, options.target)), out)
-    style.write_text(markdown(results, out.name), out.with_suffix(".md"))
-    style.write_text(csv_of(results), out.with_suffix(".csv"))
+    write_atomically(out.with_suffix(".md"), markdown(results, out.name))
+    write_atomically(out.with_suffix(".csv"), csv_of(results))
     print(f"{format_table(*table(results))}\n\n{explanation(results)}\n\n{conclusion(results)}")
     for note in results.notes:
         print(f"note: {note}")

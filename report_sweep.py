@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from analysis import command_line, style
 from analysis.conclusion import UPDATE_ONLY, conclusion
 from analysis.curves import all_met
+from analysis.files import write_atomically
 from analysis.intervals import MIN_INTERVAL
 from analysis.read_results import read_results
 from analysis.results import Attempt, Results, SweepArm
@@ -570,8 +571,8 @@ def write_report(options: Namespace) -> None:
     rows = rows_of(results, target)
     folder = options.out or results.folder / results.name
     pictures = save_pictures(results, target.loss, folder)
-    style.write_text(report(results, rows, target, pictures), folder / "REPORT.md")
-    style.write_text(as_json(summary(results, rows, target)), folder / "summary.json")
+    write_atomically(folder / "REPORT.md", report(results, rows, target, pictures))
+    write_atomically(folder / "summary.json", as_json(summary(results, rows, target)))
     print(f"{conclusion(results)}\n\n{folder / 'REPORT.md'}\n{folder / 'summary.json'}")
 
 

@@ -1,20 +1,24 @@
-"""The command line that the plotting and reporting commands share: arguments, errors, exit status."""
+"""The command line that all commands share: arguments, output, errors."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that prints the command's docstring as it is written."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that prints the command's docstring as it is written."""
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
-def make_sweep_parser(description: str, out: str, paths: str = "+") -> argparse.ArgumentParser:
-    """A parser of a command that reads a sweep or logs; `out` explains --out, `paths` is argparse's nargs."""
+def make_sweep_parser(description: str | None, out: str, paths: str = "+") -> argparse.ArgumentParser:
+    """Return a parser for a command that reads a sweep or logs.
+
+    `out` explains --out; `paths` is argparse's nargs of the sweep or logs.
+    """
     parser = make_parser(description)
     parser.add_argument("paths", nargs=paths, type=Path, metavar="SWEEP.toml|LOG", help="a sweep, or logs")
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of logs and manifests")
@@ -28,7 +32,7 @@ def run(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
 ) -> int:
-    """Call a command with its parsed arguments; its exit status, 2 if what the user gave is wrong."""
+    """Call a command with its parsed arguments; return its exit code, 2 if what the user gave is wrong."""
     options = parser.parse_args(arguments)
     try:
         command(options)
@@ -37,7 +41,15 @@ def run(
     return 0
 
 
-def complain(error: Exception) -> int:
-    """Print what is wrong with what the user gave; the exit status for it."""
+def say(text: str) -> None:
+    """Print a line, if anybody reads: `| tee` ends at Ctrl-C before a launcher that has runs to stop."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(error: Exception | str) -> int:
+    """Print what is wrong with what the user gave; return the exit code for it."""
     print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     return 2

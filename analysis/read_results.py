@@ -8,7 +8,6 @@ What a reader of the numbers must know about the runs goes to `results.notes`.
 """
 
 import hashlib
-import json
 import math
 import tomllib
 from collections import Counter
@@ -17,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from analysis.arms import group_by_arm
+from analysis.manifest import Manifest, Run, manifest_path, read_manifest
 from analysis.results import FAILED, Attempt, Results, SweepArm
 from analysis.run_log import RunLog, find_log, format_value, read_log, read_runs
 from analysis.style import shorten
-from launch_lr_sweep import Run
 
 
 def read_results(
@@ -48,14 +47,13 @@ def read_results(
 
 
 def _read_sweep(file: Path, logs: Path, pool_sources: bool) -> Results:
-    name = file.name.removesuffix(".toml").removesuffix(".sweep.json")
-    path = file if file.suffix == ".json" else logs / f"{name}.sweep.json"
+    path = file if file.suffix == ".json" else manifest_path(file.name.removesuffix(".toml"), logs)
     if file.suffix == ".toml" and not file.exists():
         known = ", ".join(sorted(map(str, file.parent.glob("*.toml")))) or f"none in {file.parent}/"
         raise ValueError(f"no sweep file {file}; there: {known}")
-    data = _read_manifest(path, file)
-    attempts = [_attempt(record, path.parent) for record in data["runs"]]
-    records = {record.run_id: record for record in data["runs"]}
+    manifest = _read_plan(path, file)
+    attempts = [_attempt(record, path.parent) for record in manifest.runs]
+    records = {record.run_id: record for record in manifest.runs}
     arms = []
     for (label, source), members in _groups(attempts, pool_sources).items():
         record, runs = records[members[0].run_id], [attempt.log for attempt in members if attempt.log]
@@ -64,14 +62,14 @@ def _read_sweep(file: Path, logs: Path, pool_sources: bool) -> Results:
         arms.append(arm)
     asked = set().union(*(arm.settings for arm in arms))
     _resolve_settings(arms)
-    found = Results(name, arms, data.get("control"), path.parent, True, data.get("scale"))
-    found.versus = data.get("versus", {})
+    found = Results(manifest.sweep, arms, manifest.control, path.parent, True, manifest.scale)
+    found.versus = manifest.versus
     unasked = [name for name in found.varied() if name not in asked]
     if unasked:
         values = (f"{name.upper()} ({_some(_values(arms, name))})" for name in unasked)
         found.notes.append(f"arms differ in settings that the sweep does not set: {', '.join(values)}")
-    found.earlier = [_attempt(record, path.parent) for record in data["earlier"]]
-    found.question = _question(file if file.suffix == ".toml" else Path(str(data.get("file"))))
+    found.earlier = [_attempt(record, path.parent) for record in manifest.earlier]
+    found.question = _question(file if file.suffix == ".toml" else Path(manifest.file))
     if pool_sources:
         found.notes.append(_pooled([attempt.source for attempt in attempts if attempt.source]))
     found.notes += [
@@ -108,21 +106,17 @@ def _values(arms: Sequence[SweepArm], name: str) -> list[str]:
     return sorted({format_value(arm.settings[name]) for arm in arms if name in arm.settings})
 
 
-def _read_manifest(path: Path, file: Path) -> dict:
+def _read_plan(path: Path, file: Path) -> Manifest:
     try:
-        data = json.loads(path.read_text())
-        for key in ("runs", "earlier"):
-            data[key] = [Run.from_record(record) for record in data.get(key, [])]
+        manifest = read_manifest(path)
     except FileNotFoundError:
         raise ValueError(
             f"no {path}, which says what was planned and done: launch the sweep first "
             f"(python launch_lr_sweep.py {file}), name its folder with --logs, or give the logs themselves"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a sweep's manifest: {error}") from None
-    if not data["runs"]:
+    if not manifest.runs:
         raise ValueError(f"{path} plans no runs")
-    return data
+    return manifest
 
 
 def _attempt(record: Run, folder: Path) -> Attempt:

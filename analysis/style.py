@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.command_line import complain  # noqa: F401  make_record.py looks for it here
+from analysis.command_line import complain  # noqa: F401  until make_record.py imports it from there
+from analysis.files import replacing, write_atomically
 
 # Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too faint for a line.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
@@ -141,25 +142,13 @@ def check_suffix(path: Path) -> None:
 
 def save(fig, path: Path) -> None:
     """Write the figure and make its folder; a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
-    try:
-        fig.savefig(half, metadata=metadata)
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
     import matplotlib.pyplot as plt
 
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
+    with replacing(path) as temporary:
+        fig.savefig(temporary, metadata=metadata)
     plt.close(fig)
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a text and make its folder; a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        half.write_text(text, encoding="utf-8")
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
+def write_text(text: str, path: Path) -> None:  # until make_record.py calls write_atomically
+    write_atomically(path, text)

@@ -151,7 +151,7 @@ def test_last_line_without_newline_counts_if_surely_whole():
 
 @pytest.mark.parametrize("resumed_at", [1000, 1200])
 def test_resumed_steps_count_once_and_the_later_ones(resumed_at):
-    """After a crash at 1234 the run goes on from its checkpoint: steps done again replace the lost ones."""
+    """A run that crashed at 1234 goes on from its checkpoint: steps done again replace the lost ones."""
     whole = step_lines()
     before = step_lines(final=9.0, end=1234)  # final=9: recognizably other numbers
     again = step_lines(begin=resumed_at + 1)
