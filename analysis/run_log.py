@@ -24,7 +24,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -34,8 +34,8 @@ import numpy as np
 # `affects:{...}` of their own.
 AFFECTS = {
     "recording": [
-        *("val_loss_every", "val_loss_every_last", "val_loss_last_steps", "manifold_every", "target_loss"),
-        *("save_every", "save_model", "resume", "run_id", "diverged_above"),
+        *("run_id", "resume", "save_every", "save_model", "manifold_every", "target_loss", "diverged_above"),
+        *("val_loss_every", "val_loss_every_last", "val_loss_last_steps"),
     ],
     "machine": [
         *("data_path", "nproc_per_node", "compile", "kernels", "attn_backend", "dist_timeout", "rehearse"),
@@ -310,7 +310,6 @@ _FIELD = re.compile(
 )
 _TORN = re.compile(rb"step:\d+/\d+ |event:")  # where a whole line begins within a torn one
 _LLMC_NAMES = {b"tel": "val_loss", b"trl": "train_loss"}
-_TO_MS = {b"ms": 1.0, b"s": 1000.0, b"%": 1.0, b"": 1.0}
 _NUMERALS = b"0123456789.-+"
 
 
@@ -319,11 +318,14 @@ class _Form:
     """Step lines with the same keys, units and lengths of lists in the same order, and how to read them."""
 
     pattern: re.Pattern
-    columns: dict[str, tuple[int, Callable[[list[bytes]], np.ndarray]]]  # key -> place of its text, reader
+    columns: dict[str, tuple[int, Callable]]  # key -> place of its text, reader
 
     @property
     def is_val(self) -> bool:
         return "val_loss" in self.columns
+
+
+_FORMS: dict[re.Pattern, _Form] = {}  # all that were ever met: there are few, and all logs share them
 
 
 def _form_of(line: bytes) -> _Form | None:
@@ -331,40 +333,33 @@ def _form_of(line: bytes) -> _Form | None:
     head = _HEAD.match(line)
     if head is None:
         return None
-    fields, position, end = [], head.end(), len(line.rstrip())
+    pattern, columns, place = b"", {}, 0
+    position, end = head.end(), len(line.rstrip())
     while position < end:
         match = _FIELD.match(line, position)
         if match is None:
             return None
-        key, number, unit, items, _ = match.groups()
+        key, number, unit, items, word = match.groups()
         if number is not None:
-            fields.append((key, "number", unit))
+            value, read = rb"(%b)%b" % (_NUMBER, unit), _READ_NUMBERS[unit]
         elif items is not None:
-            fields.append((key, "list", items.count(b",")))
-        else:
-            fields.append((key, "word", None))
-        position = match.end()
-    return _make_form(_HEADS[0] if line.startswith(b"step") else _HEADS[1], tuple(fields)) if fields else None
-
-
-@lru_cache(maxsize=1000)
-def _make_form(head: bytes, fields: tuple) -> _Form:
-    pattern, columns = head, {}
-    if any(kind == "word" for _, kind, _ in fields):  # a word could hide the beginning of another line
-        pattern = rb"(?!.+(?:%b))" % _TORN.pattern + pattern
-    for place, (key, kind, detail) in enumerate(fields):
-        if kind == "number":
-            value, read = rb"(%b)%b" % (_NUMBER, detail), partial(_read_numbers, factor=_TO_MS[detail])
-        elif kind == "list":
-            value, read = rb"\[( *%b(?: *, *%b){%d} *)\]" % (_NUMBER, _NUMBER, detail), _read_lists
+            value = rb"\[( *%b(?: *, *%b){%d} *)\]" % (_NUMBER, _NUMBER, items.count(b","))
+            read = _read_lists
         else:
             value, read = rb"(?!%b(?:ms|s|%%|)(?:\s|$))([^\s\[\]]\S*)" % _NUMBER, _read_words
         pattern += rb" +%b:%b" % (re.escape(key), value)
         columns[_LLMC_NAMES.get(key) or key.decode(errors="replace")] = place, read
-    return _Form(re.compile(pattern + rb"\s*"), columns)
+        place, position = place + 1, match.end()
+    if not columns:
+        return None
+    pattern = (_HEADS[0] if line.startswith(b"step") else _HEADS[1]) + pattern
+    if any(read is _read_words for _, read in columns.values()):  # a word could hide the start of a line
+        pattern = rb"(?!.+(?:%b))" % _TORN.pattern + pattern
+    pattern = re.compile(pattern + rb"\s*")
+    return _FORMS.setdefault(pattern, _Form(pattern, columns))
 
 
-def _read_numbers(texts: list[bytes], factor: float) -> np.ndarray:
+def _read_numbers(texts: list[bytes], factor: float = 1.0) -> np.ndarray:
     with np.errstate(over="ignore"):
         return np.array(list(map(float, texts))) * factor
 
@@ -375,6 +370,11 @@ def _read_lists(texts: list[bytes]) -> np.ndarray:
 
 def _read_words(texts: list[bytes]) -> np.ndarray:
     return np.array([text.decode(errors="replace") for text in texts], dtype=object)
+
+
+# By unit; times become milliseconds.
+_READ_NUMBERS = dict.fromkeys((b"", b"ms", b"%"), _read_numbers)
+_READ_NUMBERS[b"s"] = partial(_read_numbers, factor=1000.0)
 
 
 class _Line(NamedTuple):
