@@ -15,17 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis.command_line import complain, make_parser
-
 from analysis.run_log import RunLog, embedded_sources, read_log
 
-NO_SETTINGS = {
-    "model_config",
-    "vocab_size",
-    "mark",
-    "num_slices",
-    "train_data",
-    "val_data",
-}  # in the log's config, but derived
+# in the log's config, but derived, or the business of that one run
+DERIVED = {"model_config", "vocab_size", "mark", "num_slices", "train_data", "val_data"}
+NOT_REPEATED = {"run_id", "resume"}
 
 
 def write_sources(sources: dict[str, bytes], folder: Path):
@@ -48,8 +42,8 @@ def as_text(value) -> str:
 
 
 def command(run: RunLog, folder: Path) -> str:
-    """Shell command that repeats the run in `folder`, with the settings that decide its numbers."""
-    skipped = NO_SETTINGS.union(*run.affects.values())
+    """Shell command that repeats the run in `folder`, with its ranks and all settings but the machine's."""
+    skipped = DERIVED | NOT_REPEATED | set(run.affects["machine"])
     settings = {k.upper(): v for k, v in run.config.items() if k not in skipped and v not in (None, "")}
     settings["DATA_PATH"] = run.config["data_path"]
     words = [f"{name}={shlex.quote(as_text(value))}" for name, value in settings.items()]

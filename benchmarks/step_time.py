@@ -219,7 +219,7 @@ class Timed:
         self.data.coming = None  # read for the stage before, at its batch size
 
     def flush(self):
-        """As the trainer's report: the loss is summed over the ranks and read, on a GPU a step late."""
+        """Read the loss that was summed over the ranks, on a GPU a step late: as a run does."""
         if self.pending:
             (total, mark), self.pending = self.pending, None
             mark.wait()

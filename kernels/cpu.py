@@ -1,4 +1,4 @@
-"""Fast forms for a CPU: passes written by hand, because a step of the small models there waits for memory.
+"""Fast forms for a CPU: hand-written passes, because a step of a small model is memory-bound there.
 
 kernels.fast_forms puts them in the place of a trainer's own functions. Each make_ function takes the trainer
 and returns the fast form, with the arguments of the function that it replaces.
@@ -52,8 +52,8 @@ class MLP(torch.autograd.Function):
 
 
 class Layout(NamedTuple):
-    """Of one layer's heads. Attention walks them as (B, H/P, T, P, D), with P = 2 positions a token where
-    heads h and h + H/2 are paired, else 1."""
+    """Head layout of one layer. Attention walks the heads as (B, H/P, T, P, D), with P = 2 positions a token
+    where heads h and h + H/2 are paired, else 1."""
 
     num_heads: int
     num_kv_heads: int

@@ -507,8 +507,11 @@ def loss_backward_kernel(
 def softcapped_loss(
     z_MV: Tensor, targets_BT: Tensor, weights_K: Tensor, gain: float, shift: float, width: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row, fp32 (M): sum_k w_k CE(logits, target_{t+k}) over the targets within its slice, the plain
-    cross-entropy, and the logits' logsumexp (arXiv 2404.19737, with one head). One pass over z; M = B T."""
+    """Three numbers per row, fp32 (M): sum_k w_k CE(logits, target_{t+k}) over the targets within its
+    slice, the plain cross-entropy, and the logits' logsumexp (arXiv 2404.19737, with one head).
+
+    One pass over z; M = B T.
+    """
     z, M = z_MV.contiguous(), z_MV.shape[0]
     outs = tuple(torch.empty(M, device=z.device) for _ in range(3))
     loss_kernel[M,](
@@ -620,7 +623,7 @@ def _(z_MV, lse_M, targets_BT, weights_K, grad, gain, shift, width, scale):
 
 
 def softcapped_loss_backward_reference(z_MV, lse_M, targets_BT, weights_K, grad, gain, shift, width):
-    """In fp32, by the formula; the tests compare that with autograd of softcapped_loss_reference."""
+    """The gradient by the formula, fp32; tests compare it with autograd of softcapped_loss_reference."""
     T, M = targets_BT.shape[1], z_MV.shape[0]
     s = torch.sigmoid((z_MV.float() + shift) / width)
     probability = (gain * s - lse_M[:, None]).exp()
@@ -997,7 +1000,7 @@ def covers_muon(o) -> bool:
 
 
 def make_step_muon(trainer, compiler):
-    """Each line reads what is as large as the matrices once."""
+    """Muon step in which each kernel reads each matrix-sized tensor once."""
 
     def fused(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, mode: str):
         state, mu = (grad, momentum, weight, mantissa), float(mu)
@@ -1022,9 +1025,8 @@ def covers_ord(o) -> bool:
 
 
 def make_step_ord(trainer, compiler):
-    """The radial part is a number times W, so ORD costs two reads of W.
-
-    One is for the sums that give rho, one where P's input loses it.
+    """Muon + ORD step. The radial part is a number times W, so ORD costs two more reads of W: for rho, and to
+    remove it from P's input.
     """
 
     def radial_part(*arguments):

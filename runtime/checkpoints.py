@@ -1,9 +1,9 @@
-"""Checkpoints, logs/RUN_ID/step_N.pt: all that a run needs to go on as if nothing had happened.
+"""Checkpoints, logs/RUN_ID/step_N.pt: everything that a run needs to resume.
 
-Also where a run begins (anew, from a checkpoint, or not at all because it is over), and the trained model for
-use elsewhere. A checkpoint is keyed by parameter name and independent of the number of ranks. It holds no
-state of random generators: initial weights, data order and router noise are functions of SEED, `position` and
-`step`.
+Also decides where a run begins (anew, from a checkpoint, or not at all because it is over), and writes the
+trained model for use elsewhere. A checkpoint is keyed by parameter name and independent of the number of
+ranks. It holds no state of random generators: initial weights, data order and router noise are functions of
+SEED, `position` and `step`.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def check_contents(path: Path, saved):
     for key, kind in KEYS.items():
         if not isinstance(saved.get(key), kind):
             raise CheckpointError(f"{path} has no {key} of type {kind.__name__}; use another checkpoint")
-    if not is_file_name(saved["run_id"]):  # it would name files, wherever a stranger wanted them
+    if not is_file_name(saved["run_id"]):  # it becomes a path: a crafted file must not choose it
         raise CheckpointError(f"{path} belongs to RUN_ID {saved['run_id'][:80]!r}, which no run can have")
     numbers = [saved["step"], saved["tokens"], *saved["position"]]
     if len(numbers) != 5 or not all(type(n) is int and n >= 0 for n in numbers):
@@ -99,8 +99,7 @@ def check_contents(path: Path, saved):
 
 
 def write(folder: Path, contents: dict) -> Path:
-    """Write step_N.pt aside, sync and rename: a reader finds all of it or nothing. Then remove all but the
-    last two.
+    """Write step_N.pt atomically, then delete all but the newest two.
 
     Raises OSError if the disk does not take it; older checkpoints stay.
     """

@@ -92,7 +92,8 @@ class Session:
     # The loop's questions and reports, in the order in which it makes them
 
     def begin(self) -> range:
-        """Start the clock. Returns the steps to make, and one more number, for the last validation."""
+        """Start the clock. Returns the steps to make and one more number, for the last validation; none after
+        a stop request."""
         self.epoch, self.graphs = self.data.position[0], graphs_compiled()
         if any(self.ranks.all_gather_object(self.stop.reason)):  # during the rehearsal: nothing to save
             return range(0)

@@ -121,7 +121,7 @@ class Bucket:
                     raise ValueError(f"the checkpoint has no {key} of {wanted} fp32 numbers for {name}")
 
     def restore(self, saved: dict[str, dict[str, Tensor]] | None):
-        """Take back what export() gave. saved: on rank 0, which sends the others their parts."""
+        """Restore what export() gave. saved: on rank 0, which sends the others their parts."""
         for key, mine in {"master": self.mine, **self.state()}.items():
             full = torch.zeros(self.full_numel(mine), device=mine.device)
             if saved is not None:
@@ -173,7 +173,7 @@ def check_all(buckets: list[Bucket], states: dict):
 
 
 def restore_all(buckets: list[Bucket], states: dict | None, counts: dict[str, int]):
-    """Take back what export_all() gave. states: on rank 0, which sends the others theirs."""
+    """Restore what export_all() gave. states: on rank 0, which sends the others theirs."""
     for bucket in buckets:
         bucket.restore(states)
         bucket.count = counts[next(iter(bucket.params))]

@@ -1,4 +1,4 @@
-"""Start a run, end it well whatever happens, and say why: signals, hangs, dead ranks, exit codes.
+"""Start a run, end it cleanly, and log why it ended: signals, hangs, dead ranks, exit codes.
 
 A trainer is a module that offers:
     SCRIPT                               its path
@@ -92,8 +92,7 @@ class Watch(threading.Thread):
         }
 
     def speaks_for_all(self, missing: dict) -> bool:
-        """Whether this rank is the first one left beside the log; it speaks for those that only saw others
-        fail."""
+        """Whether this is the first rank left beside the log; it reports for those that saw others fail."""
         return 0 in self.pids and all(rank in missing for rank in self.pids if rank < self.ranks.rank)
 
     def run(self):
@@ -138,7 +137,7 @@ def host() -> str:
 
 
 def process_state(pid: int) -> str:
-    """ "alive", "stopped" (by SIGSTOP) or "gone"."""
+    """State of a process: "alive", "stopped" (by SIGSTOP) or "gone"."""
     try:
         os.kill(pid, 0)
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -234,7 +233,7 @@ def write_beginning(trainer, start: Start):
 
 
 def main(trainer, argv: list[str], env=os.environ) -> int:
-    """Exit code: 0 trained or stopped, 1 crashed, 2 refused what the user gave, 3 diverged."""
+    """Exit code: 0 trained or stopped, 1 crashed or could not write, 2 refused, 3 diverged."""
     name = trainer.SCRIPT.name
     if "--help" in argv or "-h" in argv:
         print(help_text(trainer.__doc__, trainer.SETTINGS, trainer.presets(), CACHE_HELP))
