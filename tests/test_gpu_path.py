@@ -209,7 +209,8 @@ def test_reductions_begin_with_the_last_gradient_and_in_order(trainer, monkeypat
 
 
 def test_validation_passes_share_one_longest_document(tmp_path):
-    """It is a constant of compiled code, and attention launches blocks for it: not the slice's size."""
+    """Fails if it varies, as a constant of compiled code must not, or is the slice's size, which attention
+    would launch blocks for."""
     write_shard(tmp_path / "val.bin", make_text(5000, longest=90))
     s = SimpleNamespace(val_tokens=4096, val_batch_tokens=2048)
     shards = [open_shard(tmp_path / "val.bin")]
@@ -332,8 +333,8 @@ library.define("bwd(Tensor q) -> Tensor")
 
 
 def test_flash_attention_3_where_it_can_be_had(on_gpu, monkeypatch, tmp_path):
-    """Without its package, or on another GPU, torch's own; a package that has no kernels, or whose kernels
-    fail when they are called, is a warning, and torch's own is put back."""
+    """Fails if torch's own attention is not taken without the package or on another GPU, or if a package that
+    has no kernels, or whose kernels fail when they are called, is more than a warning."""
     check, active = attention.check_varlen, torch.nn.attention.current_flash_attention_impl
     monkeypatch.setattr(attention, "check_varlen", lambda device: check(torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -446,7 +447,7 @@ def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only, one_thr
     )
 
     def graphs_of_two_steps(**settings):
-        """New ones: both steps of an Adam pair, with statistics and without."""
+        """Number of new graphs in both steps of an Adam pair, with statistics and without."""
         env = {"MAX_DOC_TOKENS": 64, "BATCH_SIZES": "512,1024,1536,1536", "COMPILE": 1}
         s, o, _ = read(trainer, DATA_PATH=tmp_path, TRAIN_FILES="made_train_*.bin", **(env | settings))
         before = graphs_compiled()

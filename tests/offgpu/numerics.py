@@ -60,7 +60,7 @@ def draw_tokens(below, *shape, seed=0):
 
 
 def assert_close(got, want, rtol=BF16_STEP, atol=1e-6):
-    """Within rtol of the value, or of the root mean square of all values, where terms cancel."""
+    """Assert equality within rtol of the value or, where terms cancel, of the root mean square of all."""
     assert got.dtype == want.dtype
     got, want = got.double(), want.double()
     floor = atol + 0.1 * rtol * want.square().mean().sqrt()
@@ -390,7 +390,8 @@ def test_one_graph_holds_forward_and_backward(scales):
 
 @pytest.mark.parametrize("shape", [(1, 130, 130), (1, 100, 40), (2, 40, 70)])
 def test_polar_steps_give_the_polar_factor(shape):
-    """Within what bfloat16 leaves of it: all singular values near 1, the directions those of an exact SVD."""
+    """Fails if singular values are not near 1, or directions not those of an exact SVD, beyond what bfloat16
+    leaves of them."""
     U, _, Vh = torch.linalg.svd(draw(*shape, dtype=torch.float64), full_matrices=False)
     spectrum = torch.linspace(1, 0.05, U.shape[-1], dtype=torch.float64)
     X = U * spectrum @ Vh

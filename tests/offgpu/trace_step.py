@@ -69,7 +69,7 @@ def build(trainer, backend, kernels: str = "auto", model: str = "gpt2-small"):
 
 @contextlib.contextmanager
 def model_forms(trainer, run):
-    """The fast forms of this run's model, in whose place nothing is traced that was built before."""
+    """The trainer with this run's fast forms, which the model takes when it is traced."""
     with fast_forms.installed(trainer, run.s, run.optimizer.o) as (_, warnings):
         assert not warnings, warnings
         yield
@@ -173,7 +173,7 @@ def defaults():
 
 
 def inductor_step():
-    """As stage, by inductor: its own guards must not tie the code to one number of documents either."""
+    """The same by inductor, whose own guards must not tie the code to one number of documents either."""
     trainer, since = train_gpt_muon_ord, time.perf_counter()
     run = build(trainer, "inductor")
     with model_forms(trainer, run):
@@ -237,7 +237,7 @@ def variants():
 
 
 def experts(backend: str):
-    """As in stage(), but of a mixture of experts: nothing may depend on where the tokens go."""
+    """A step and a validation of a mixture of experts: nothing may depend on where the tokens go."""
     for trainer in (train_gpt, train_gpt_muon_ord):
         since, run = time.perf_counter(), build(trainer, backend, model="moe-79m")
         slice_tokens = run.s.batch_sizes[0] // trainer.NUM_SLICES
