@@ -1116,8 +1116,8 @@ class AdamBucket(Bucket):
         """The parameters' values, one for each number of the bucket; 0-d for a single parameter."""
         if len(values) == 1:
             return scalar(values[0])
-        sizes = torch.tensor([p.numel() for p in self.params.values()])
-        return torch.tensor(values).repeat_interleave(sizes).to(self.mine.device)
+        parts = [torch.full((p.numel(),), float(x)) for p, x in zip(self.params.values(), values)]
+        return torch.cat(parts).to(self.mine.device)
 
     def state(self) -> dict[str, Tensor]:
         return {"m": self.m, "v": self.v}

@@ -233,6 +233,16 @@ def cpu_forms(trainer):
         yield
 
 
+@contextlib.contextmanager
+def triton_forms(trainer, o=None):
+    """The trainer with the fast forms that a run on a GPU takes with these settings of the optimizer."""
+    s, defaults, _ = read(trainer)
+    s = dataclasses.replace(s, kernels="triton")
+    with fast_forms.installed(trainer, s, o or defaults) as (names, warnings):
+        assert names and not warnings
+        yield names
+
+
 FORMS = {"fast": cpu_forms, "plain": contextlib.nullcontext}  # a CPU's fast forms, or the trainer's own code
 
 

@@ -15,7 +15,7 @@ NO_COMPILER = 77
 
 
 def trace(mode: str, tmp_path, timeout_s: int) -> dict[str, int]:
-    """Part of the step -> graphs made so far."""
+    """{part of the step: graphs made up to its end}."""
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "CXX")}
     env |= {
@@ -32,7 +32,7 @@ def trace(mode: str, tmp_path, timeout_s: int) -> dict[str, int]:
 
 
 def new_graphs(so_far: dict[str, int]) -> dict[str, int]:
-    """Of each part."""
+    """{part of the step: graphs that it made itself}."""
     counts = list(so_far.values())
     return dict(zip(so_far, (b - a for a, b in zip([0, *counts], counts))))
 
@@ -40,7 +40,7 @@ def new_graphs(so_far: dict[str, int]) -> dict[str, int]:
 def test_the_step_is_one_graph_forward_and_backward_and_takes_the_kernels(tmp_path):
     """Else a graph break, a tensor on the wrong device or a host read stops the run on a GPU; and a pass with
     another number of documents would compile the model anew. The process itself asserts that the defaults on
-    sm_90 end in triton_kernels' operations, in the graphs and in Muon's step."""
+    sm_90 take the Triton forms, in the graphs and for the matrices' step."""
     graphs = trace("stage", tmp_path, 900)
     assert new_graphs(graphs) == {
         "triton step": 3,  # a pass, which holds backward, and Muon's step for two shapes of matrices
@@ -54,9 +54,9 @@ def test_the_step_is_one_graph_forward_and_backward_and_takes_the_kernels(tmp_pa
 
 @pytest.mark.fake_cuda
 def test_a_mixture_of_experts_is_one_graph(tmp_path):
-    """On demand, test_moe.py compiles the CPU's. Shapes that depend on the routing, a read by the host, or
-    operands that torch's grouped products refuse would stop moe-79m on a GPU. Four graphs: a pass of
-    training, one of validation, and Muon's step for two shapes of matrices."""
+    """Else shapes that depend on the routing, a read by the host, or operands that torch's grouped products
+    refuse stop moe-79m on a GPU. Four graphs: a pass of training, one of validation, and Muon's step for two
+    shapes of matrices. Only with --fake-cuda; test_moe.py compiles the CPU's."""
     graphs = new_graphs(trace("experts", tmp_path, 900))
     assert graphs == {
         "train_gpt experts": 4,
@@ -68,16 +68,16 @@ def test_a_mixture_of_experts_is_one_graph(tmp_path):
 
 @pytest.mark.fake_cuda
 def test_every_stage_and_validation_is_one_graph(tmp_path):
-    """On demand, because test_gpu_path.py counts the same on a small model. Five trained forms (three stages,
-    untied, extension) and a validation of each, the last with its own windows: more than the eight that
-    dynamo allows by default, after which fullgraph is an error."""
+    """Else dynamo's limit on forms ends a run. Five trained forms (three stages, untied, extension) and a
+    validation of each, the last with its own windows, are more than the eight that it allows by default. Only
+    with --fake-cuda; test_gpu_path.py counts the same on a small model."""
     assert trace("variants", tmp_path, 900) == {"variants": 11}
 
 
 @pytest.mark.fake_cuda
 def test_the_step_compiles_for_hopper(tmp_path):
-    """On demand (./test.sh --fake-cuda): inductor makes sm_90 machine code of the whole step, which its own
-    templates and the trainer's kernels may fail at although the trace is fine."""
+    """Else inductor's own templates, or the Triton operations among them, fail on sm_90 although the trace is
+    fine. Only with --fake-cuda: machine code of the whole step takes minutes."""
     graphs = new_graphs(trace("inductor", tmp_path, 3600))
     assert graphs == {"inductor step": 3, "inductor optimizer": 6, "inductor validation": 1}
     assert len(list(tmp_path.rglob("*.cubin"))) > 50
@@ -86,7 +86,7 @@ def test_the_step_compiles_for_hopper(tmp_path):
 
 @pytest.mark.fake_cuda
 def test_every_way_of_ord_compiles_for_hopper(tmp_path):
-    """On demand: else an arm of a sweep fails in code that the default setting never took."""
+    """Else an arm of a sweep fails in code that the default setting never took. Only with --fake-cuda."""
     graphs = new_graphs(trace("ord", tmp_path, 3600))
     # two shapes of matrices; and, of ways that the Triton path covers, radial_part where it is another
     assert graphs == {

@@ -1,7 +1,6 @@
 """What the trainers do on a GPU, as far as a CPU can tell: nothing is compiled after the rehearsal,
-reductions start from gradients, choices that depend on the device."""
+reductions start with the last gradient, choices depend on the device."""
 
-import dataclasses
 import gc
 import os
 import sys
@@ -27,7 +26,18 @@ from helpers import (
 
 import train_gpt
 import train_gpt_muon_ord
+<<<<<<< HEAD
 from analysis import run_environment, trainers
+=======
+from data.shards import DataError, open_shard
+from kernels import attention
+from runtime import checkpoints, compiling
+from runtime.compiling import graphs_compiled
+from runtime.log_writer import LogWriter
+from runtime.prefetch import Prefetcher
+from runtime.settings import SettingsError
+from runtime.supervise import Start, StopRequest
+>>>>>>> tests-model
 
 STAGES = dict(
     num_layers=3,
@@ -44,9 +54,9 @@ STAGES = dict(
 
 
 def staged_start(trainer, folder, **settings):
-    """What main() would start from: a model with everything and four stages that all differ in shape, with
-    passes of three and of two slices, on documents of all lengths, validated after every step. The longest
-    documents of validation are in its second batch."""
+    """A Start as supervise.prepare makes it: a model with everything, four stages that all differ in shape,
+    documents of all lengths, a validation after every step. The longest documents of validation are in its
+    second batch."""
     write_shard(folder / "made_train_0.bin", make_text(60_000))
     val = make_text(2500, 1, longest=60), make_text(6500, 2)
     write_shard(folder / "made_val_0.bin", np.concatenate(val))
@@ -62,42 +72,35 @@ def staged_start(trainer, folder, **settings):
         BATCH_SIZES="512,1024,1536,1536",
         NUM_SCHEDULED_ITERATIONS=9,
         NUM_EXTENSION_ITERATIONS=3,
-        SLICES_PER_PASS=3,
         COMPILE=1,
         **settings,
     )
-    ranks, train_shards_val_shards = lone_ranks(trainer), trainer.open_data(s, 1)
-    log = trainer.RunLog(folder / "run.txt", 0, s.num_scheduled_iterations + s.num_extension_iterations)
-    return trainer.Start(
-        s,
-        o,
-        small_config(trainer, **STAGES),
-        {"vocab_size": 256},
-        *train_shards_val_shards,
-        ranks,
-        log,
-        trainer.Origin("run"),
-    )
+    config, ranks = small_config(trainer, **STAGES), lone_ranks(trainer)
+    log = LogWriter(folder / "run.txt", 0, s.num_scheduled_iterations + s.num_extension_iterations)
+    data, origin = trainer.open_data(s, 1), checkpoints.Origin("run")
+    return Start(trainer.SCRIPT, s, o, config, {"vocab_size": 256}, *data, ranks, origin, log)
 
 
 @pytest.fixture
 def traced_only(monkeypatch):
     """torch.compile by dynamo alone: the graphs it makes are what would be compiled. Attention asks, as
-    varlen's does, for the longest document, a constant of the graph."""
+    varlen's does, for the longest document, a constant of the graph. Passes are small, so that a step has
+    several, of different numbers of slices."""
     torch._dynamo.reset()
+    attend = attention.Documents.attend
+
+    def ask_longest(self, *args):
+        return attend(self, *args) * float(self.max_doc_tokens > 0)
+
+    def by_dynamo(function):
+        return torch.compile(function, dynamic=False, fullgraph=True, backend="eager")
+
+    monkeypatch.setattr(attention.Documents, "attend", ask_longest)
+    for module in (compiling, *TRAINERS):
+        monkeypatch.setattr(module, "torch_compile", by_dynamo)
     for trainer in TRAINERS:
-        attend = trainer.Documents.attend
-
-        def ask_longest(self, *args, attend=attend):
-            return attend(self, *args) * float(self.max_doc_tokens > 0)
-
-        monkeypatch.setattr(trainer.Documents, "attend", ask_longest)
-        monkeypatch.setattr(
-            trainer,
-            "torch_compile",
-            lambda function: torch.compile(function, dynamic=False, fullgraph=True, backend="eager"),
-        )
-    with torch._dynamo.config.patch(recompile_limit=train_gpt.MAX_VARIANTS):
+        monkeypatch.setattr(trainer, "PASS_TOKENS", 400)
+    with torch._dynamo.config.patch(recompile_limit=compiling.MAX_VARIANTS):
         yield
     torch._dynamo.reset()
 
@@ -114,46 +117,46 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thre
         build(self, *args)
 
     monkeypatch.setattr(trainer.Trainer, "__init__", remember)
-    before = trainer.graphs_compiled()
-    trainer.rehearse(*start[:3], start.train_shards, start.val_shards, start.ranks, trainer.Stop())
-    rehearsed = trainer.graphs_compiled()
+    before = graphs_compiled()
+    trainer.rehearse(start, StopRequest())
+    rehearsed = graphs_compiled()
     assert rehearsed - before > 15
     gc.collect()
     assert [t() for t in trainers] == [None], "the rehearsal's trainer is still there"
-    run = trainer.Run(start, trainer.Stop())
-    assert run.train() is None
-    assert trainer.graphs_compiled() == rehearsed
+    run = trainer.Run(start, StopRequest())
+    assert run.train() == 12
+    assert graphs_compiled() == rehearsed
     text = (tmp_path / "run.txt").read_text()
     assert text.count("val_loss:") == 13 and "recompiled" not in text
     # the alarm works
-    run.s = dataclasses.replace(run.s, rehearse="1")
-    trainer.evaluate(run.trainer.forward, run.val_shards, run.s, run.ranks, (8, 8), False, run.data.ahead)
-    run.note_compilation(12)
+    batches = trainer.val_batches(start.val_shards, start.s, start.ranks)
+    trainer.evaluate(run.trainer.val_loss, batches, (8, 8), False, start.ranks)
+    run.session.note_compilation(12)
     assert "event:recompiled step:12 graphs:1" in (tmp_path / "run.txt").read_text()
 
 
 def test_nothing_is_compiled_in_a_resumed_run(tmp_path, traced_only, one_thread, monkeypatch):
-    """Resumed in the middle of stage 3, untied: a softmax scale, say, that comes out of the file with another
-    last bit is another constant of the graph."""
+    """Resumed in the middle of stage 3, untied: a softmax scale, say, that differs in its last bit would be
+    another constant of the graph."""
     at = 8
     monkeypatch.chdir(tmp_path)
     trainer = train_gpt_muon_ord
     start = staged_start(trainer, tmp_path, RUN_ID="saved", SAVE_EVERY=at)
-    run = trainer.Run(start, trainer.Stop())
+    run = trainer.Run(start, StopRequest())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.schedule, "num_steps", at + 1)
-        assert run.train() is None
-    saved = trainer.read_checkpoint(tmp_path / "logs" / "saved" / f"step_{at:08d}.pt")
+        patch.setattr(run.session, "num_steps", at + 1)
+        assert run.train() == at + 1
+    saved = checkpoints.read(tmp_path / "logs" / "saved" / f"step_{at:08d}.pt")
     torch._dynamo.reset()  # as in a new process
-    run = trainer.Run(start, trainer.Stop())
-    run.resume(saved)
-    assert (run.first, run.trainer.stage, run.trainer.tied) == (at, 2, False)
-    before = trainer.graphs_compiled()
-    trainer.rehearse(*start[:3], start.train_shards, start.val_shards, start.ranks, trainer.Stop())
-    rehearsed = trainer.graphs_compiled()
+    run = trainer.Run(start, StopRequest())
+    run.session.resume(saved)
+    assert (run.session.first_step, run.trainer.stage, run.trainer.tied) == (at, 2, False)
+    before = graphs_compiled()
+    trainer.rehearse(start, StopRequest())
+    rehearsed = graphs_compiled()
     assert rehearsed - before > 15
-    assert run.train() is None
-    assert trainer.graphs_compiled() == rehearsed
+    assert run.train() == 12
+    assert graphs_compiled() == rehearsed
     assert (tmp_path / "run.txt").read_text().count("step:12/12 val_loss:") == 1
 
 
@@ -164,12 +167,12 @@ def test_every_way_of_ord_is_one_graph(way, traced_only, one_thread):
     model, o = small_model(trainer), optimizer_settings(trainer, **WAYS_OF_ORD[way])
     optimizer = trainer.Optimizer(model, o, lone_ranks(trainer), 200, trainer.torch_compile)
     matrices = [b for b in optimizer.buckets if isinstance(b, trainer.MatrixBucket)]
-    before = trainer.graphs_compiled()
+    before = graphs_compiled()
     with torch.no_grad():
         for bucket in matrices:
             for measure in (True, False):
                 bucket.update(1.0, 0.95, measure)
-    assert trainer.graphs_compiled() - before == 2 * len(matrices)
+    assert graphs_compiled() - before == 2 * len(matrices)
 
 
 def test_too_many_forms_are_an_error(traced_only):
@@ -210,36 +213,42 @@ def test_reductions_begin_with_the_last_gradient_and_in_order(trainer, monkeypat
 
 
 def test_validation_passes_share_one_longest_document(tmp_path):
-    """It is a constant of compiled code, and attention launches blocks for it: not the slice's size."""
+    """Fails if it varies, as a constant of compiled code must not, or is the slice's size, which attention
+    would launch blocks for."""
     write_shard(tmp_path / "val.bin", make_text(5000, longest=90))
     s = SimpleNamespace(val_tokens=4096, val_batch_tokens=2048)
-    shards = [train_gpt.open_shard(tmp_path / "val.bin")]
+    shards = [open_shard(tmp_path / "val.bin")]
     batches = list(train_gpt.val_batches(shards, s, one_rank()))
     lengths = np.concatenate([np.diff(b.cu_seqlens.numpy()) for b in batches])
     assert {b.max_doc_tokens for b in batches} == {lengths.max()}
     assert lengths.min() > 0 and lengths.max() < 100
 
 
-def test_batches_made_ahead_come_in_order_and_errors_reach_the_caller():
-    ahead = train_gpt.Ahead(torch.device("cpu"))
-    assert list(ahead.each(iter(range(1, 6)))) == [1, 2, 3, 4, 5]
-    with pytest.raises(train_gpt.DataError, match="used up"):
-        ahead.take(ahead.start(lambda: (_ for _ in ()).throw(train_gpt.DataError("used up"))))
-    ahead.close()
+def test_prefetched_batches_come_in_order_and_errors_reach_the_caller():
+    """Fails if a step gets another one's batch, or a data file that is gone does not end the run."""
+
+    def used_up():
+        raise DataError("used up")
+
+    prefetcher = Prefetcher(torch.device("cpu"))
+    assert list(prefetcher.each(iter(range(1, 6)))) == [1, 2, 3, 4, 5]
+    with pytest.raises(DataError, match="used up"):
+        prefetcher.take(prefetcher.start(used_up))
+    prefetcher.close()
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """A function that makes torch say it has a GPU of some capability."""
+    """Function that makes torch claim a GPU of some capability."""
 
     def pretend(*capability):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
-    train_gpt.choose_attention.cache_clear()
+    attention.activate.cache_clear()
     yield pretend
-    train_gpt.choose_attention.cache_clear()
+    attention.activate.cache_clear()
 
 
 @pytest.mark.parametrize("capability,float8", [((8, 0), False), ((8, 9), True), ((9, 0), True)])
@@ -251,9 +260,10 @@ def test_float8_needs_sm_89(on_gpu, capability, float8):
 
 
 def test_more_ranks_than_gpus_are_refused(on_gpu, monkeypatch):
+    """Else two ranks share a device, which NCCL refuses in its own words."""
     on_gpu(9, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    with pytest.raises(train_gpt.SettingsError, match="8 ranks on this machine.* 1 CUDA"):
+    with pytest.raises(SettingsError, match="8 ranks on this machine.* 1 CUDA"):
         train_gpt.read_settings({"MODEL": "tiny"})
     train_gpt.read_settings({"MODEL": "tiny", "DEVICE": "cpu"})
 
@@ -312,10 +322,10 @@ def test_a_wrong_attention_kernel_is_found_out():
         with torch.library._scoped_library("aten", "IMPL") as library:
             kernels.register(library)
             if wrong is None:
-                train_gpt.check_varlen(cpu)
+                attention.check_varlen(cpu)
             else:
                 with pytest.raises(ValueError, match=wrong):
-                    train_gpt.check_varlen(cpu)
+                    attention.check_varlen(cpu)
 
 
 FA3_PACKAGE = """
@@ -327,36 +337,36 @@ library.define("bwd(Tensor q) -> Tensor")
 
 
 def test_flash_attention_3_where_it_can_be_had(on_gpu, monkeypatch, tmp_path):
-    """Without its package, or on another GPU, torch's own; a package that has no kernels, or whose kernels
-    fail when they are called, is a warning, and torch's own is put back."""
-    check, active = train_gpt.check_varlen, torch.nn.attention.current_flash_attention_impl
-    monkeypatch.setattr(train_gpt, "check_varlen", lambda device: check(torch.device("cpu")))
+    """Fails if torch's own attention is not taken without the package or on another GPU, or if a package that
+    has no kernels, or whose kernels fail when they are called, is more than a warning."""
+    check, active = attention.check_varlen, torch.nn.attention.current_flash_attention_impl
+    monkeypatch.setattr(attention, "check_varlen", lambda device: check(torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def choose(backend="varlen"):
-        train_gpt.choose_attention.cache_clear()
-        return train_gpt.choose_attention(backend)
+        attention.activate.cache_clear()
+        return attention.activate(backend)
 
     on_gpu(9, 0)
-    assert choose("sdpa") == ("sdpa", "")
-    assert choose() == ("varlen-FA2", "")
+    assert choose("sdpa") == ("sdpa", [])
+    assert choose() == ("varlen-FA2", [])
     package = tmp_path / "flash_attn_interface.py"
     package.write_text("raise ImportError('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    name, warning = choose()
+    name, (warning,) = choose()
     assert name == "varlen-FA2" and "flash_attn_interface is installed, but" in warning
     assert "undefined symbol" in warning
     package.write_text(FA3_PACKAGE)
     try:
-        name, warning = choose()  # a CPU has no such kernel
+        name, (warning,) = choose()  # a CPU has no such kernel
         assert name == "varlen-FA2" and active() is None
         assert "cannot be used: Could not run 'aten::_flash_attention_forward'" in warning
         on_gpu(8, 0)
-        assert choose() == ("varlen-FA2", "")
+        assert choose() == ("varlen-FA2", [])
         on_gpu(9, 0)
         with torch.library._scoped_library("aten", "IMPL") as library:
             VarlenOnCPU().register(library)
-            assert choose() == ("varlen-FA3", "") and active() == "FA3"
+            assert choose() == ("varlen-FA3", []) and active() == "FA3"
     finally:
         torch.nn.attention.restore_flash_attention_impl()
         sys.modules.pop("flash_attn_interface", None)
@@ -368,7 +378,7 @@ def test_compiled_code_is_kept_beside_the_script(monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
-    train_gpt.torch_compile(abs)
+    compiling.torch_compile(abs)
     folder = train_gpt.SCRIPT.parent / ".compile_cache"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
@@ -378,6 +388,7 @@ def test_compiled_code_is_kept_beside_the_script(monkeypatch):
 
 def warm_marker(settings):
     """The launcher's, of a run on a GPU."""
+    run_environment = pytest.importorskip("analysis.run_environment")
     settings = {"MODEL": "tiny", **settings}
     run = SimpleNamespace(script=str(train_gpt.SCRIPT), settings=settings, source_hash="0")
     return run_environment.warm_marker(run, 1, SimpleNamespace(gpus=("0",)))
@@ -418,7 +429,6 @@ OTHER_NUMBERS = dict(  # numbers that compiled code does not hold
 CONSTANTS = [
     {"RESIDUAL_SCALE": 0.5},
     {"MAX_DOC_TOKENS": 32},
-    {"SLICES_PER_PASS": 4},
     {"SPECTRAL_PROJ_EPS": 1e-6},
     {"MUON_DECAY_MODE": "none"},
 ]
@@ -441,23 +451,39 @@ def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only, one_thr
     )
 
     def graphs_of_two_steps(**settings):
-        """New ones: both steps of an Adam pair, with statistics and without."""
-        env = {"MAX_DOC_TOKENS": 64, "BATCH_SIZES": "512,1024,1536,1536", "SLICES_PER_PASS": 3, "COMPILE": 1}
+        """Number of new graphs in both steps of an Adam pair, with statistics and without."""
+        env = {"MAX_DOC_TOKENS": 64, "BATCH_SIZES": "512,1024,1536,1536", "COMPILE": 1}
         s, o, _ = read(trainer, DATA_PATH=tmp_path, TRAIN_FILES="made_train_*.bin", **(env | settings))
-        before = trainer.graphs_compiled()
+        before = graphs_compiled()
         run = trainer.Trainer(s, o, config, 256, start.ranks)
         data = trainer.TrainData(start.train_shards, s, start.ranks)
         for step in (0, 1):
             run.step(step, data.next(512, None), measure=step == 0)
-        data.ahead.close()
-        return trainer.graphs_compiled() - before
+        data.prefetcher.close()
+        return graphs_compiled() - before
 
     assert graphs_of_two_steps() > 5
     assert graphs_of_two_steps(**OTHER_NUMBERS) == 0
+<<<<<<< HEAD
     specs = trainers.read_trainer(str(trainer.SCRIPT)).settings
     real = {name for name, spec in specs.items() if spec["type"].startswith("float")}
     shared = real | {name for name, spec in specs.items() if spec["affects"] == "recording"}
     assert warm_marker({k: v for k, v in OTHER_NUMBERS.items() if k in shared}) == warm_marker({})
     for constant in CONSTANTS:
         assert graphs_of_two_steps(**constant) > 0, constant
+=======
+    for constant in CONSTANTS:
+        assert graphs_of_two_steps(**constant) > 0, constant
+
+
+def test_the_launcher_knows_which_settings_are_part_of_compiled_code():
+    """Else it takes a cold run for a warm one: its runs then compile the same code side by side. It counts no
+    number of type float, although a few are constants of the graph."""
+    trainers = pytest.importorskip("analysis.trainers")
+    specs = trainers.read_trainer(str(train_gpt_muon_ord.SCRIPT)).settings
+    real = {name for name, spec in specs.items() if spec["type"].startswith("float")}
+    shared = real | {name for name, spec in specs.items() if spec["affects"] == "recording"}
+    assert warm_marker({k: v for k, v in OTHER_NUMBERS.items() if k in shared}) == warm_marker({})
+    for constant in CONSTANTS:
+>>>>>>> tests-model
         assert set(constant) <= real or warm_marker(constant) != warm_marker({}), constant

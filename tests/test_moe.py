@@ -93,7 +93,8 @@ def test_output_and_gradients_equal_a_naive_loop(num_experts, top_k, grouped, mo
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 def test_inductors_gradients_are_the_eager_ones():
-    """COMPILE=1 as it is. torch 2.13's inductor lost the gates' gradient when they were topk's own values."""
+    """Fails if COMPILE=1 trains something else: torch 2.13's inductor lost the gates' gradient when they were
+    topk's own values."""
     moe, n, noise = layer(torch.float32)
     direction, inputs = torch.randn_like(n), (n, *moe.parameters())
 
@@ -108,7 +109,7 @@ def test_inductors_gradients_are_the_eager_ones():
 
 @PATHS
 def test_all_tokens_to_the_same_experts(grouped, monkeypatch):
-    """The worst imbalance: two experts get everything and nothing is dropped; the others' gradients are 0."""
+    """Fails if the worst imbalance, two experts for everything, drops a token or moves the other experts."""
     dtype = take_path(grouped, monkeypatch)
     moe, n, _ = layer(dtype)
     noise = torch.zeros(1, 2, 13, 5, dtype=dtype)
@@ -291,8 +292,9 @@ def test_zero_initialised_experts_train(shards):
 
 
 def test_the_model_compiles_to_one_graph():
-    """COMPILE=1 allows no break, forward and backward, and nothing that depends on the routing; eagerly from
-    there on, because inductor takes a minute. What a GPU compiles, test_fullgraph.py traces."""
+    """Fails if COMPILE=1 would meet a graph break, forward or backward, or a shape that depends on the
+    routing. AOTAutograd alone, because inductor takes a minute; test_fullgraph.py traces what a GPU compiles.
+    """
     plain = dict(paired_layers=(), value_embed_layers=(), no_attention=(), skip=None, backout=None)
     model, one = moe_model(num_layers=2, **plain), torch.ones(1)
     graphs = graphs_compiled() + 1
@@ -319,7 +321,7 @@ def test_the_model_compiles_to_one_graph():
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_experts_are_matrices_of_their_own_and_routers_adams(trainer):
-    """One bank holds every expert's matrix; ROUTER_LR moves the routers alone."""
+    """Fails if one bucket does not hold every expert's matrix, or ROUTER_LR moves more than the routers."""
     config = small_config(trainer, **EXPERTS)
     model = trainer.GPT(config, 100, "sdpa")
     o = read(trainer, MODEL="moe-79m", ROUTER_LR=0.003, ADAM_LR=0.01)[1]
@@ -337,7 +339,7 @@ def test_experts_are_matrices_of_their_own_and_routers_adams(trainer):
 
 
 def test_each_expert_is_orthogonalised_by_itself():
-    """A step of the bank is, expert by expert, the step of that matrix alone; ORD's rho is one an expert."""
+    """Fails if an expert's step depends on another expert's matrix; ORD has one rho per expert."""
     trainer = train_gpt_muon_ord
     o, rng = optimizer_settings(trainer, SPECTRAL_LR_MUL=0.5), np.random.default_rng(0)
     W, G = (torch.tensor(rng.normal(size=(4, 24, 16)), dtype=torch.float32) for _ in range(2))
@@ -384,6 +386,7 @@ def test_settings_that_do_not_fit_are_refused(trainer, env, said):
 
 
 def test_settings_reach_the_model():
+    """Fails if a setting of the experts, or a preset's own number of them, is lost."""
     s, o, config = read(
         train_gpt, MODEL="moe-tiny", NUM_EXPERTS=4, MOE_TOP_K=3, ROUTER_LR=0.5, MOE_BALANCE_WEIGHT=0.2
     )
@@ -395,6 +398,7 @@ def test_settings_reach_the_model():
 
 
 def test_moe_79m_is_the_experiments():
+    """Fails if the preset has other sizes than the experiment that it is named after."""
     c = train_gpt.PRESETS["moe-79m"][0]
     with torch.device("meta"):
         model = train_gpt.GPT(c, 50257, "sdpa")
@@ -419,7 +423,7 @@ def baseline(shards, tmp_path_factory):
 
 
 def test_the_load_is_in_the_log(baseline):
-    """By layer, the busiest and the idlest expert's share of tokens; even is 2 of 8."""
+    """Fails if a layer's busiest or idlest expert has an impossible share of the tokens; even is 2 of 8."""
     log = read_log(baseline[0] / "logs" / "baseline.txt")[0]
     most, least = (log.columns[key].value for key in ("moe_load_max", "moe_load_min"))
     assert most.shape == least.shape == (3, 4)
@@ -427,7 +431,7 @@ def test_the_load_is_in_the_log(baseline):
 
 
 def test_two_ranks_and_the_twin_without_strength_agree(baseline, shards, tmp_path):
-    """1 and 2 ranks within 2e-4; the twin with a = 0 digit for digit, and so a rerun too."""
+    """Fails if 2 ranks are not within 2e-4 of 1, or the twin with a = 0, a rerun, prints another digit."""
     _, val, trained = baseline
     assert val[-1] < val[0] - 0.3
     two, _ = train(tmp_path, shards, "two", ranks=2, **RUN)
@@ -436,7 +440,7 @@ def test_two_ranks_and_the_twin_without_strength_agree(baseline, shards, tmp_pat
 
 
 def test_a_resumed_run_prints_the_same_digits(baseline, shards, tmp_path):
-    """The twin with ORD: stopped by a checkpoint's age, then gone on with, it must draw the same noise."""
+    """Fails if a run of the twin that goes on from a checkpoint draws other noise than the whole run."""
     whole = train(tmp_path, shards, "whole", ORD, SAVE_EVERY=4, **RUN)
     assert whole[0][1:] != baseline[1][1:]
     text = (tmp_path / "logs" / "whole.txt").read_text()

@@ -222,8 +222,8 @@ def test_validation_steps():
 
 
 def test_train_tokens_sets_the_number_of_steps():
-    """Fails if TRAIN_TOKENS gives a run of another length: the three stages take 262144 tokens a step on
-    average."""
+    """Fails if TRAIN_TOKENS gives a run of another length: the three stages take 262144 tokens per step
+    on average."""
     plan = schedule(TRAIN_TOKENS=262144 * 900)
     assert plan.num_steps == 940
     tokens = sum(plan.batch_tokens(i) for i in range(900))
@@ -273,7 +273,7 @@ def train_data(s, rank=0, world_size=1):
 
 
 def steps_of(s, steps, rank=0, world_size=1, tokens=1024):
-    """The passes of some steps, all of them, as one rank gets them."""
+    """All passes of some steps, as one rank gets them."""
     data = train_data(s, rank, world_size)
     out = [data.next(tokens, tokens if i + 1 < steps else None) for i in range(steps)]
     data.prefetcher.close()
@@ -732,7 +732,7 @@ def test_settings_of_another_ord_mode_are_refused(env):
         ),
     ],
 )
-def test_other_programs_variables_are_let_be(trainer, env):
+def test_other_programs_variables_are_left_alone(trainer, env):
     """Fails if a variable of the shell, torchrun, SLURM or CUDA is taken for a misspelt setting."""
     read(trainer, **env)
 

@@ -64,7 +64,8 @@ def test_other_shapes_and_settings_are_among_them(built):
 
 
 def test_nothing_spills(built):
-    """Registers that do not suffice are kept in memory, silently, at many times the cost."""
+    """Fails if a kernel runs out of registers: it then keeps them in memory, silently, at many times the
+    cost."""
     check_spills(built[2])
 
 
@@ -73,6 +74,7 @@ def check_spills(launches):
 
 
 def test_resources_fit(built):
+    """Else a launch fails on the GPU: more shared memory or registers than a block may have."""
     check_resources(built[0], built[2])
 
 
@@ -82,7 +84,8 @@ def check_resources(arch, launches):
 
 
 def test_products_run_on_tensor_cores(built):
-    """Hopper's own (wgmma), fed by copies that overlap with them; elsewhere no kernel multiplies matrices."""
+    """Fails if a product is not made of the architecture's own instructions (wgmma on Hopper), fed by copies
+    that overlap with them, or another kernel multiplies matrices."""
     check_products(built[0], built[2])
 
 
@@ -97,8 +100,9 @@ def check_products(arch, launches):
 
 @pytest.mark.fake_cuda
 def test_every_preset_and_setting():
-    """On demand, minutes: every shape of matrices of every preset, every decay with and without variance
-    reduction and ORD, steps of gpt2-medium and dense-88m."""
+    """Else a preset or a setting that gpt2-small's defaults lack ends on a GPU: every shape of matrices of
+    every preset, every decay with and without variance reduction and ORD, steps of gpt2-medium and
+    dense-88m. Only with --fake-cuda: it takes minutes."""
     _, launches = compile_launches(90, "everything")
     assert len(launches) > 100
     applied = [x["constants"] for x in launches if x["kernel"] == "apply_kernel"]

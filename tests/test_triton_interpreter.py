@@ -1,4 +1,4 @@
-"""Runs offgpu/numerics.py, every GPU kernel against its reference, in a process where Triton interprets."""
+"""Every Triton kernel against its reference: offgpu/numerics.py in a process where Triton interprets."""
 
 import subprocess
 import sys
@@ -11,6 +11,7 @@ CHECKS = Path(__file__).parent / "offgpu" / "numerics.py"
 
 
 def test_kernels_equal_their_references():
+    """Fails if a kernel computes something else than the plain torch beside it, or a check was skipped."""
     pytest.importorskip("triton", reason="triton is not installed, so KERNELS=torch is what runs here")
     done = check("cpu")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -18,6 +19,7 @@ def test_kernels_equal_their_references():
 
 
 def check(device: str):
+    """Run offgpu/numerics.py on a device."""
     return subprocess.run(
         [sys.executable, str(CHECKS), "--device", device],
         cwd=CHECKS.parents[2],

@@ -118,7 +118,7 @@ def ref_ord(G, W, a, o, state):
 
 
 def ref_decay(U, W, l, lr, o):
-    """What decay takes off the weights."""
+    """Part of the weights that decay takes off."""
     wd = o.muon_weight_decay
     return {
         "cautious": l * wd * lr * W * (U * W >= 0),
@@ -168,7 +168,7 @@ def start_weights(seed=0, scale=0.5, shapes=SHAPES):
 
 
 def random_grads(weights, seed):
-    """Gradients a step, with a part along the weights that comes, goes and changes its sign."""
+    """Yield each step's gradients, with a part along the weights that comes, goes and changes its sign."""
     rng = np.random.default_rng(seed + 100)
     while True:
         yield {
@@ -178,7 +178,7 @@ def random_grads(weights, seed):
 
 
 def compare_steps(trainer, o, steps, seed=0, weights=None, lr_mul=1.3, tolerance=2e-5):
-    """Optimizer and reference from the same start under the same gradients, every step compared."""
+    """Run optimizer and reference from one start under the same gradients, and compare every step."""
     weights = weights or start_weights(seed)
     model = Params(weights)
     optimizer = make_optimizer(trainer, model, o)

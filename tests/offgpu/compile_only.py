@@ -17,7 +17,7 @@ MAX_REGISTERS = 65_536  # of a multiprocessor
 
 
 class NoLaunch:
-    """Stands where the C function that launches would."""
+    """Stand-in for the C function that launches."""
 
     launch_cooperative_grid = False
 
@@ -29,7 +29,7 @@ class NoLaunch:
 
 
 class Utils:
-    """What the compiler asks the device."""
+    """Answers to what the compiler asks the device."""
 
     def __init__(self, arch: int):
         self.arch = arch

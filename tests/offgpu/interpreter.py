@@ -1,6 +1,6 @@
 """Triton's interpreter, made right for bfloat16 and float8: import before any kernel is defined.
 
-    TRITON_INTERPRET=1 python -c "import interpreter, triton_kernels"
+    TRITON_INTERPRET=1 python -c "import interpreter, kernels.cuda"
 
 The interpreter of triton 3.7 holds a bfloat16 as its bits in a uint16 and a float8 as those in a uint8, and
 hands these integers to numpy: products and sums of them are silently wrong, and casts cut digits off. Here

@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_map_only
 
 import train_gpt
 import train_gpt_muon_ord
-import triton_kernels
+from data.shards import GPT2_VOCABULARY
+from kernels import cuda
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from flops import matrix_shapes  # noqa: E402
@@ -51,32 +52,33 @@ class NoProducts(TorchDispatchMode):
 
 def train_step(trainer, float8: bool, preset: str = "gpt2-small"):
     """Forward, backward and update."""
-    o = helpers.optimizer_settings(trainer)
-    model = trainer.GPT(helpers.shortened(preset), trainer.GPT2_VOCAB, "sdpa", float8, 1.0, kernels=True)
+    model = trainer.GPT(helpers.shortened(preset), GPT2_VOCABULARY, "sdpa")
+    model.float8_head = float8
     model.init_weights(torch.Generator().manual_seed(0))
     for p in model.parameters():
         p.data = p.data.bfloat16() if p.ndim == 2 else p.data
     model.rotary.make_tables(2 * TOKENS)
     tokens = torch.zeros(SLICES, TOKENS, dtype=torch.int64)
     ends = torch.arange(0, (SLICES + 1) * TOKENS, TOKENS, dtype=torch.int32)
-    batch, ranks = trainer.Batch(tokens.int(), tokens, ends, TOKENS), helpers.lone_ranks(trainer)
-    optimizer = trainer.Optimizer(model, o, ranks, 200, lambda function: function, kernels=True)
-    for K in PREDICTED:
-        loss, _ = model(batch, (128, 384), torch.ones(K), True)
-        loss.backward()
-    for measure in (False, True):
-        optimizer.step(0, 1.0, SLICES * TOKENS, measure)
+    batch, o = trainer.Batch(tokens.int(), tokens, ends, TOKENS), helpers.optimizer_settings(trainer)
+    with helpers.triton_forms(trainer, o):
+        optimizer = helpers.make_optimizer(trainer, model, o)
+        for K in PREDICTED:
+            loss, _ = model.train_loss(batch, (128, 384), True, torch.ones(K))
+            loss.backward()
+        for measure in (False, True):
+            optimizer.step(0, 1.0, SLICES * TOKENS, measure)
 
 
 def muon_step(trainer, shapes, **env):
-    """The update of one matrix of each shape (rows, columns), statistics or not."""
+    """Update one matrix of each shape (rows, columns), with and without statistics."""
     shapes = {tuple(shape) for shape in shapes}
     params = {f"blocks.{i}.mlp.up": np.zeros(shape, np.float32) for i, shape in enumerate(sorted(shapes))}
     params, o = helpers.Params(params, torch.bfloat16), helpers.optimizer_settings(trainer, **env)
-    ranks = helpers.lone_ranks(trainer)
-    optimizer = trainer.Optimizer(params, o, ranks, 200, lambda function: function, kernels=True)
-    for measure in (False, True):
-        optimizer.step(0, 1.0, SLICES * TOKENS, measure)
+    with helpers.triton_forms(trainer, o):
+        optimizer = helpers.make_optimizer(trainer, params, o)
+        for measure in (False, True):
+            optimizer.step(0, 1.0, SLICES * TOKENS, measure)
 
 
 def shapes_of(preset: str):
@@ -84,7 +86,7 @@ def shapes_of(preset: str):
 
 
 def other_settings():
-    """What gpt2-small's defaults do not launch, a few of each: one twin, and whichever shape differs."""
+    """Launch what gpt2-small's defaults do not, a few of each: one twin, and whichever shape differs."""
     tall, wide = (768, 768), (256, 512)
     muon_step(train_gpt_muon_ord, [wide])
     for mode in DECAY_MODES:
@@ -111,7 +113,7 @@ def everything(float8: bool):
 
 
 def constants(compiled) -> dict:
-    """Of the kernel, by name, as the launch gave them; without those that it always has."""
+    """Constants of a kernel, by name, as the launch gave them; without those that it always has."""
     source = compiled.src
     return {
         source.fn.arg_names[at]: value
@@ -123,7 +125,6 @@ def constants(compiled) -> dict:
 def main(arch: int, all_of_it: bool):
     compile_only.install(arch)
     for trainer in (train_gpt, train_gpt_muon_ord):
-        trainer.eager_cpu = lambda x: False  # the path that CUDA takes
         trainer.POLAR_COEFFICIENTS = trainer.POLAR_COEFFICIENTS[:1]  # all steps launch the same
     with NoProducts():
         train_step(train_gpt, float8=False)
@@ -132,10 +133,10 @@ def main(arch: int, all_of_it: bool):
             other_settings()
         if all_of_it:
             everything(float8=arch >= 89)
-    names = [n for n in vars(triton_kernels) if n.endswith("_kernel")]
+    names = [n for n in vars(cuda) if n.endswith("_kernel")]
     found = []
     for name in names:
-        for compiled in compile_only.launches(getattr(triton_kernels, name)):
+        for compiled in compile_only.launches(getattr(cuda, name)):
             found.append(
                 {"kernel": name, "constants": constants(compiled), **compile_only.read_resources(compiled)}
             )

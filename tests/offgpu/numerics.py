@@ -34,7 +34,7 @@ import triton.language as tl
 
 import train_gpt
 import train_gpt_muon_ord
-import triton_kernels as kernels
+from kernels import cuda
 
 if DEVICE == "cuda" and not torch.cuda.is_available():
     raise pytest.UsageError("--device cuda, but torch finds no CUDA device here")
@@ -43,7 +43,7 @@ ON_GPU = DEVICE == "cuda"
 # (architecture, shared memory) that the MLP may be told of; a GPU takes those of its own kind and before
 LIMITS = [(90, 232_448), (80, 166_912), (89, 101_376)]
 if ON_GPU:
-    LIMITS = [x for x in LIMITS if x[0] <= kernels.gpu_limits()[0] and x[1] <= kernels.gpu_limits()[1]]
+    LIMITS = [x for x in LIMITS if x[0] <= cuda.gpu_limits()[0] and x[1] <= cuda.gpu_limits()[1]]
 
 SOFTCAP = (23.0, 5.0, 7.5)
 BF16_STEP = 2.0**-7  # between neighbours, relative: a sum in another order may round to the next
@@ -60,7 +60,7 @@ def draw_tokens(below, *shape, seed=0):
 
 
 def assert_close(got, want, rtol=BF16_STEP, atol=1e-6):
-    """Within rtol of the value, or of the root mean square of all values, where terms cancel."""
+    """Assert equality within rtol of the value or, where terms cancel, of the root mean square of all."""
     assert got.dtype == want.dtype
     got, want = got.double(), want.double()
     floor = atol + 0.1 * rtol * want.square().mean().sqrt()
@@ -101,19 +101,19 @@ def test_interpreter_computes_in_the_narrow_types(dtype):
 def test_gram(shape, turned):
     X = draw(*shape)
     X = X.mT.contiguous().mT if turned else X
-    assert_close(kernels.gram(X), kernels.gram_reference(X))
+    assert_close(cuda.gram(X), cuda.gram_reference(X))
 
 
 def test_gram_reads_any_strides():
     X = draw(2, 60, 300)[:, ::2, 7:150]
-    assert_close(kernels.gram(X), kernels.gram_reference(X))
+    assert_close(cuda.gram(X), cuda.gram_reference(X))
 
 
 @pytest.mark.parametrize("size", [24, 200, 300])
 def test_gram_polynomial(size):
-    A = kernels.gram_reference(draw(2, size, 64, scale=0.1))
-    got = kernels.gram_polynomial(A, -2.5, 0.5)
-    assert_close(got, kernels.gram_polynomial_reference(A, -2.5, 0.5))
+    A = cuda.gram_reference(draw(2, size, 64, scale=0.1))
+    got = cuda.gram_polynomial(A, -2.5, 0.5)
+    assert_close(got, cuda.gram_polynomial_reference(A, -2.5, 0.5))
     off_diagonal_blocks = got[:, :128, 128:]
     assert torch.equal(off_diagonal_blocks, got.mT[:, :128, 128:]), "mirrored, so equal to the last bit"
 
@@ -125,12 +125,12 @@ def test_gram_polynomial(size):
 @pytest.mark.parametrize("M, C, F", [(130, 64, 256), (1200, 64, 512), (1, 128, 256)])
 def test_mlp(M, C, F, limits, monkeypatch):
     """Values and all three gradients against fp32 on the same bfloat16 numbers; a few roundings between."""
-    monkeypatch.setattr(kernels, "gpu_limits", lambda: limits)
-    monkeypatch.setattr(kernels, "num_multiprocessors", lambda device: 3)  # so that each has several blocks
+    monkeypatch.setattr(cuda, "gpu_limits", lambda: limits)
+    monkeypatch.setattr(cuda, "num_multiprocessors", lambda device: 3)  # so that each has several blocks
     shapes = ((M, C), (F, C), (F, C))
     inputs = [draw(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
     exact = [x.detach().float().requires_grad_() for x in inputs]
-    got, want = kernels.mlp(*inputs), kernels.mlp_reference(*exact)
+    got, want = cuda.mlp(*inputs), cuda.mlp_reference(*exact)
     grad = draw(M, C, seed=9)
     got.backward(grad)
     want.backward(grad.float())
@@ -142,18 +142,18 @@ def test_mlp(M, C, F, limits, monkeypatch):
 
 def test_mlp_hidden_is_exact_to_a_rounding():
     x, up = draw(40, 192), draw(256, 192, seed=1)
-    assert_close(kernels.mlp_up(x, up), (x.float() @ up.float().T).relu().square().bfloat16())
+    assert_close(cuda.mlp_up(x, up), (x.float() @ up.float().T).relu().square().bfloat16())
 
 
 def test_mlp_does_not_hide_nan():
     x = draw(8, 64)
     x[3, 5] = float("nan")
-    assert kernels.mlp_up(x, draw(256, 64))[3].isnan().all()
+    assert cuda.mlp_up(x, draw(256, 64))[3].isnan().all()
 
 
 def test_mlp_says_which_widths_it_takes():
     with pytest.raises(ValueError, match="KERNELS=torch"):
-        kernels.mlp_up(draw(8, 64), draw(200, 64))
+        cuda.mlp_up(draw(8, 64), draw(200, 64))
 
 
 # float8
@@ -164,7 +164,7 @@ def test_quantize(shape):
     """Bit for bit; among the numbers are some beyond the clamp. A GPU's division by the scale may be off in
     the last place of fp32, so a few numbers on the edge may fall to the neighbour, an eighth away."""
     x = draw(*shape, scale=30)
-    for a, b in zip(kernels.quantize(x, 0.1), kernels.quantize_reference(x, 0.1)):
+    for a, b in zip(cuda.quantize(x, 0.1), cuda.quantize_reference(x, 0.1)):
         same = a.view(torch.uint8) == b.view(torch.uint8)
         if ON_GPU:
             assert same.float().mean() > 0.999
@@ -176,7 +176,7 @@ def test_quantize(shape):
 def test_quantize_does_not_hide_nan():
     x = draw(4, 4)
     x[1, 2] = float("nan")
-    assert all(q.float().isnan().sum() == 1 for q in kernels.quantize(x, 0.1))
+    assert all(q.float().isnan().sum() == 1 for q in cuda.quantize(x, 0.1))
 
 
 # head and loss
@@ -194,17 +194,15 @@ def test_softcapped_loss(B, T, V, K):
     """Forward against torch, backward against autograd of the same."""
     z, targets, weights = loss_case(B, T, V, K)
     exact = z.float().requires_grad_()
-    want = kernels.softcapped_loss_reference(exact, targets, weights, *SOFTCAP)
-    got = kernels.softcapped_loss(z, targets, weights, *SOFTCAP)
+    want = cuda.softcapped_loss_reference(exact, targets, weights, *SOFTCAP)
+    got = cuda.softcapped_loss(z, targets, weights, *SOFTCAP)
     for a, b in zip(got, want):
         assert_close(a, b.detach(), rtol=1e-5, atol=1e-5)
     factor = torch.tensor(0.25)
     (factor * want[0].sum()).backward()
-    got = kernels.softcapped_loss_backward(z, got[2], targets, weights, factor, *SOFTCAP)
+    got = cuda.softcapped_loss_backward(z, got[2], targets, weights, factor, *SOFTCAP)
     assert_close(got, exact.grad.bfloat16(), rtol=2 * BF16_STEP)
-    formula = kernels.softcapped_loss_backward_reference(
-        z, want[2].detach(), targets, weights, factor, *SOFTCAP
-    )
+    formula = cuda.softcapped_loss_backward_reference(z, want[2].detach(), targets, weights, factor, *SOFTCAP)
     assert_close(formula, exact.grad, rtol=1e-4)
 
 
@@ -212,11 +210,11 @@ def test_softcapped_loss(B, T, V, K):
 def test_softcapped_loss_backward_in_float8(B, T, V, K):
     """Neighbouring float8 numbers are a quarter apart; a value on the edge may fall to either side."""
     z, targets, weights = loss_case(B, T, V, K)
-    lse = kernels.softcapped_loss(z, targets, weights, *SOFTCAP)[2]
+    lse = cuda.softcapped_loss(z, targets, weights, *SOFTCAP)[2]
     known = (z, lse, targets, weights, torch.tensor(0.25), *SOFTCAP)
-    got, turned = kernels.softcapped_loss_backward_float8(*known, 1e-4)
-    want, _ = kernels.quantize_reference(
-        kernels.softcapped_loss_backward_reference(*known), 1e-4, torch.float8_e5m2
+    got, turned = cuda.softcapped_loss_backward_float8(*known, 1e-4)
+    want, _ = cuda.quantize_reference(
+        cuda.softcapped_loss_backward_reference(*known), 1e-4, torch.float8_e5m2
     )
     assert torch.equal(turned.float(), got.float().T)
     assert (got.float() == want.float()).float().mean() > 0.999
@@ -225,17 +223,15 @@ def test_softcapped_loss_backward_in_float8(B, T, V, K):
 
 def test_float8_gradient_saturates():
     z, targets, weights = loss_case(1, 4, 128, 1)
-    lse = kernels.softcapped_loss(z, targets, weights, *SOFTCAP)[2]
-    got, _ = kernels.softcapped_loss_backward_float8(
-        z, lse, targets, weights, torch.tensor(1e9), *SOFTCAP, 1e-3
-    )
+    lse = cuda.softcapped_loss(z, targets, weights, *SOFTCAP)[2]
+    got, _ = cuda.softcapped_loss_backward_float8(z, lse, targets, weights, torch.tensor(1e9), *SOFTCAP, 1e-3)
     assert got.float().abs().max() == torch.finfo(torch.float8_e5m2).max
 
 
 def test_loss_does_not_hide_nan():
     z, targets, weights = loss_case(1, 4, 128, 1)
     z[2, 7] = float("nan")
-    losses, _, _ = kernels.softcapped_loss(z, targets, weights, *SOFTCAP)
+    losses, _, _ = cuda.softcapped_loss(z, targets, weights, *SOFTCAP)
     assert losses.isnan().tolist() == [False, False, True, False]
 
 
@@ -253,8 +249,8 @@ def test_head_loss(scales, error):
     """Values and gradients against fp32; float8 has three bits of mantissa forward and two backward."""
     x, w, targets, weights = head_case()
     exact = [p.detach().float().requires_grad_() for p in (x, w)]
-    loss, entropy = kernels.head_loss(x, w, targets, weights, SOFTCAP, scales)
-    want, want_entropy = kernels.head_loss_reference(*exact, targets, weights, SOFTCAP)
+    loss, entropy = cuda.head_loss(x, w, targets, weights, SOFTCAP, scales)
+    want, want_entropy = cuda.head_loss_reference(*exact, targets, weights, SOFTCAP)
     (0.25 * loss).backward()
     (0.25 * want).backward()
     assert not entropy.requires_grad
@@ -268,18 +264,18 @@ def test_head_loss_in_float8_is_made_of_its_references():
     """The same quantisation, products and loss step by step in plain torch give the same gradients."""
     x, w, targets, weights = head_case()
     scales = x_scale, w_scale, grad_scale = 100 / 448, 6 / 448, 0.1 / 448
-    loss, _ = kernels.head_loss(x, w, targets, weights, SOFTCAP, scales)
+    loss, _ = cuda.head_loss(x, w, targets, weights, SOFTCAP, scales)
     loss.backward()
-    x8, x_t = kernels.quantize_reference(x.detach(), x_scale)
-    w8, w_t = kernels.quantize_reference(w.detach(), w_scale)
-    z = kernels.float8_product(x8, w8, x_scale, w_scale, fast=True)
-    losses, _, lse = kernels.softcapped_loss_reference(z, targets, weights, *SOFTCAP)
-    grad_z = kernels.softcapped_loss_backward_reference(z, lse, targets, weights, torch.tensor(1.0), *SOFTCAP)
-    g, g_t = kernels.quantize_reference(grad_z, grad_scale, torch.float8_e5m2)
+    x8, x_t = cuda.quantize_reference(x.detach(), x_scale)
+    w8, w_t = cuda.quantize_reference(w.detach(), w_scale)
+    z = cuda.float8_product(x8, w8, x_scale, w_scale, fast=True)
+    losses, _, lse = cuda.softcapped_loss_reference(z, targets, weights, *SOFTCAP)
+    grad_z = cuda.softcapped_loss_backward_reference(z, lse, targets, weights, torch.tensor(1.0), *SOFTCAP)
+    g, g_t = cuda.quantize_reference(grad_z, grad_scale, torch.float8_e5m2)
     assert loss.item() == pytest.approx(losses.sum().item(), rel=1e-5)
     for got, want in (
-        (x.grad, kernels.float8_product(g, w_t, grad_scale, w_scale)),
-        (w.grad, kernels.float8_product(g_t, x_t, grad_scale, x_scale)),
+        (x.grad, cuda.float8_product(g, w_t, grad_scale, w_scale)),
+        (w.grad, cuda.float8_product(g_t, x_t, grad_scale, x_scale)),
     ):
         assert (got - want).norm() / want.norm() < 0.01
 
@@ -307,19 +303,19 @@ SHAPES = [(3, 96, 70), (2, 48, 80), (2, 130, 130)]
 def test_momentum_sums_and_polar_input(shape):
     grad, momentum, weight, mantissa = tail_case(shape)
     theirs = momentum.clone()
-    want = kernels.momentum_sums_reference(grad, theirs, weight, mantissa, 0.9)
+    want = cuda.momentum_sums_reference(grad, theirs, weight, mantissa, 0.9)
     plain_momentum = momentum.clone()
-    plain = kernels.momentum_sums(grad, plain_momentum, weight, mantissa, 0.9, ord=False)
-    got = kernels.momentum_sums(grad, momentum, weight, mantissa, 0.9, ord=True)
+    plain = cuda.momentum_sums(grad, plain_momentum, weight, mantissa, 0.9, ord=False)
+    got = cuda.momentum_sums(grad, momentum, weight, mantissa, 0.9, ord=True)
     assert_close(momentum, theirs, rtol=1e-6)
     assert_close(got, want, rtol=1e-4)
     assert torch.equal(plain[:, 0], got[:, 0]) and torch.equal(plain_momentum, momentum)
     removed, scale = draw(shape[0], dtype=torch.float32), draw(shape[0], seed=1, dtype=torch.float32)
     for part in (removed, None):
         state = (grad, momentum, weight, mantissa, part, scale, 0.9)
-        assert_close(kernels.polar_input(*state), kernels.polar_input_reference(*state))
-    nothing = kernels.polar_input(grad, momentum, weight, mantissa, torch.zeros(shape[0]), scale, 0.9)
-    assert torch.equal(nothing, kernels.polar_input(grad, momentum, weight, mantissa, None, scale, 0.9))
+        assert_close(cuda.polar_input(*state), cuda.polar_input_reference(*state))
+    nothing = cuda.polar_input(grad, momentum, weight, mantissa, torch.zeros(shape[0]), scale, 0.9)
+    assert torch.equal(nothing, cuda.polar_input(grad, momentum, weight, mantissa, None, scale, 0.9))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 40, 600), (1, 600, 40)])
@@ -328,8 +324,8 @@ def test_row_scales(shape):
     U = draw(*shape)
     moment = draw(*((N, R, 1) if R >= K else (N, 1, K)), dtype=torch.float32).square()
     theirs = moment.clone()
-    want, want_norms = kernels.row_scales_reference(U, theirs, 0.95)
-    got, norms = kernels.row_scales(U, moment, 0.95)
+    want, want_norms = cuda.row_scales_reference(U, theirs, 0.95)
+    got, norms = cuda.row_scales(U, moment, 0.95)
     assert_close(moment, theirs, rtol=1e-5)
     assert_close(got, want, rtol=1e-5)
     assert_close(norms, want_norms, rtol=1e-5)
@@ -346,17 +342,17 @@ def test_apply_update(shape, mode):
     added, lr = draw(N, dtype=torch.float32), draw(N, seed=1, dtype=torch.float32, scale=0.1)
     for parts in ((scales, added), (scales, None), (None, None)):
         mine, theirs = copies(weight, mantissa), copies(weight, mantissa)
-        want = kernels.apply_update_reference(*theirs, U, *parts, lr, 0.03, mode)
-        got = kernels.apply_update(*mine, U, *parts, lr, 0.03, mode, measure=True)
-        assert_close(kernels.master_reference(*mine), kernels.master_reference(*theirs), rtol=1e-6)
+        want = cuda.apply_update_reference(*theirs, U, *parts, lr, 0.03, mode)
+        got = cuda.apply_update(*mine, U, *parts, lr, 0.03, mode, measure=True)
+        assert_close(cuda.master_reference(*mine), cuda.master_reference(*theirs), rtol=1e-6)
         assert_close(got, want, rtol=1e-4, atol=1e-4)
         again = copies(weight, mantissa)
-        assert kernels.apply_update(*again, U, *parts, lr, 0.03, mode) is None
+        assert cuda.apply_update(*again, U, *parts, lr, 0.03, mode) is None
         assert torch.equal(again[0], mine[0]) and torch.equal(again[1], mine[1]), "measuring changes nothing"
     nothing = copies(weight, mantissa)
-    kernels.apply_update(*nothing, U, scales, torch.zeros(N), lr, 0.03, mode)
+    cuda.apply_update(*nothing, U, scales, torch.zeros(N), lr, 0.03, mode)
     plain = copies(weight, mantissa)
-    kernels.apply_update(*plain, U, scales, None, lr, 0.03, mode)
+    cuda.apply_update(*plain, U, scales, None, lr, 0.03, mode)
     assert torch.equal(nothing[0], plain[0]) and torch.equal(nothing[1], plain[1]), "a = 0 is NorMuon"
 
 
@@ -364,25 +360,27 @@ def test_apply_update(shape, mode):
 
 
 def head_and_mlp(mlp, x, head, targets, weights, scales):
-    y = x + mlp(torch.rms_norm(x, x.shape[-1:]), 1.0)  # not norm(), which is another function when traced
-    return kernels.head_loss(y.flatten(0, 1), head, targets, weights, SOFTCAP, scales)
+    """Loss and cross-entropy of x after an MLP."""
+    y = mlp(x, 1.0)
+    return cuda.head_loss(y.flatten(0, 1), head, targets, weights, SOFTCAP, scales)
 
 
 @pytest.mark.parametrize("scales", [None, (100 / 448, 6 / 448, 0.1 / 448)], ids=["bfloat16", "float8"])
 def test_one_graph_holds_forward_and_backward(scales):
     """fullgraph: dynamo traces through the autograd functions; the kernels are operations of the graph."""
-    mlp = train_gpt.MLP(helpers.small_config(train_gpt, width=64), kernels=True).bfloat16()
+    mlp = train_gpt.MLP(helpers.small_config(train_gpt, width=64)).bfloat16()
     mlp.up.data, mlp.down.data = draw(256, 64, seed=1, scale=0.1), draw(256, 64, seed=2, scale=0.1)
     x, head = draw(2, 16, 64).requires_grad_(), draw(160, 64, seed=3, scale=0.1).requires_grad_()
     targets, weights = torch.randint(0, 160, (2, 16)), torch.tensor([1.0, 0.5])
     leaves, results = (x, head, mlp.up, mlp.down), []
     compiled = torch.compile(head_and_mlp, backend="aot_eager", fullgraph=True, dynamic=False)
-    for run in (head_and_mlp, compiled):
-        for leaf in leaves:
-            leaf.grad = None
-        loss, entropy = run(mlp, x, head, targets, weights, scales)
-        (0.25 * loss).backward()
-        results.append([loss.detach(), entropy, *(leaf.grad for leaf in leaves)])
+    with helpers.triton_forms(train_gpt):
+        for run in (head_and_mlp, compiled):
+            for leaf in leaves:
+                leaf.grad = None
+            loss, entropy = run(mlp, x, head, targets, weights, scales)
+            (0.25 * loss).backward()
+            results.append([loss.detach(), entropy, *(leaf.grad for leaf in leaves)])
     for eager, traced in zip(*results):
         assert_close(traced, eager)
 
@@ -390,30 +388,18 @@ def test_one_graph_holds_forward_and_backward(scales):
 # the trainers with kernels
 
 
-TRAINERS = (train_gpt, train_gpt_muon_ord)
-
-
 @pytest.mark.parametrize("shape", [(1, 130, 130), (1, 100, 40), (2, 40, 70)])
 def test_polar_steps_give_the_polar_factor(shape):
-    """Within what bfloat16 leaves of it: all singular values near 1, the directions those of an exact SVD."""
+    """Fails if singular values are not near 1, or directions not those of an exact SVD, beyond what bfloat16
+    leaves of them."""
     U, _, Vh = torch.linalg.svd(draw(*shape, dtype=torch.float64), full_matrices=False)
     spectrum = torch.linspace(1, 0.05, U.shape[-1], dtype=torch.float64)
     X = U * spectrum @ Vh
-    got = train_gpt.polar_steps((X / (1.02 * X.norm(dim=(1, 2), keepdim=True))).bfloat16()).double()
+    X = (X / (1.02 * X.norm(dim=(1, 2), keepdim=True))).bfloat16()
+    got = cuda.polar_steps(X, train_gpt.POLAR_COEFFICIENTS).double()
     values = torch.linalg.svdvals(got)
     assert 0.75 < values.min() and values.max() < 1.25
     assert (got * (U @ Vh)).sum() / (got.norm() * (U @ Vh).norm()) > 0.99
-
-
-def plain_polar_bfloat16(G_NRK):
-    """polar_express as the trainers have it for CUDA, in plain torch."""
-    X = G_NRK / (1.02 * G_NRK.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    X, tall = X.bfloat16(), G_NRK.size(-2) > G_NRK.size(-1)
-    X = X.mT if tall else X
-    for a, b, c in train_gpt.POLAR_COEFFICIENTS:
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return (X.mT if tall else X).float()
 
 
 ORD_CASES = [
@@ -429,9 +415,13 @@ ORD_CASES = [
 ]
 
 
-def twin_step(step, case, env, measure=True):
+def twin_step(fused: bool, case, env, measure=True):
     """One step of the twin on copies of a case: (masters, momentum, second moment, |rho|, stats)."""
-    o = train_gpt_muon_ord.read_settings({"DEVICE": "cpu", "MODEL": "gpt2-small", **env})[1]
+    o = helpers.optimizer_settings(train_gpt_muon_ord, **env)
+    step = train_gpt_muon_ord.step_ord
+    if fused:
+        with helpers.triton_forms(train_gpt_muon_ord, o):
+            step = train_gpt_muon_ord.step_ord
     grad, momentum, weight, mantissa = copies(*case)
     N, R, K = grad.shape
     moment = torch.full((N, R, 1) if R >= K else (N, 1, K), 1e-3) if o.optimizer == "normuon" else None
@@ -453,20 +443,19 @@ def twin_step(step, case, env, measure=True):
         o,
         measure,
     )
-    return kernels.master_reference(weight, mantissa), momentum, moment, rho, stats
+    return cuda.master_reference(weight, mantissa), momentum, moment, rho, stats
 
 
 @pytest.mark.parametrize("env", ORD_CASES, ids=lambda env: "-".join(env.values()) or "default")
 @pytest.mark.parametrize("shape", [(2, 90, 48), (2, 40, 56)])
-def test_fused_step_is_the_plain_step(shape, env, monkeypatch):
-    """Weights, states and measurements against the torch path with the same bfloat16 polar iterations, whose
-    roundings differ in places: the update agrees to 2%, everything that does not pass through it closely."""
-    monkeypatch.setattr(train_gpt_muon_ord, "polar_express", plain_polar_bfloat16)
+def test_fused_step_is_the_plain_step(shape, env):
+    """Weights, states and measurements against the torch path, whose polar iterations in bfloat16 round
+    differently in places: the update agrees to 2%, everything that does not pass through it closely."""
     case = tail_case(shape)
     case[0].add_(case[2], alpha=3)  # else rho is all but zero
-    want = twin_step(train_gpt_muon_ord.step_muon, case, env)
-    got = twin_step(train_gpt_muon_ord.step_muon_fused, case, env)
-    before = kernels.master_reference(*case[2:])
+    want = twin_step(False, case, env)
+    got = twin_step(True, case, env)
+    before = cuda.master_reference(*case[2:])
     moved = [x[0] - before for x in (got, want)]
     assert (moved[0] - moved[1]).norm() / moved[1].norm() < 0.02
     assert_close(got[1], want[1], rtol=1e-6)
@@ -484,7 +473,9 @@ def test_twins_with_kernels_agree_bit_for_bit(shape, env):
     grad, momentum, weight, mantissa = copies(*case)
     N, R, K = shape
     moment = torch.full((N, R, 1) if R >= K else (N, 1, K), 1e-3)
-    train_gpt.step_muon_fused(
+    with helpers.triton_forms(train_gpt):
+        fused = train_gpt.step_muon
+    fused(
         weight,
         mantissa,
         grad,
@@ -496,16 +487,17 @@ def test_twins_with_kernels_agree_bit_for_bit(shape, env):
         "cautious",
     )
     for measure in (True, False):
-        twin = twin_step(train_gpt_muon_ord.step_muon_fused, case, env, measure)
-        for a, b in zip(twin, (kernels.master_reference(weight, mantissa), momentum, moment)):
+        twin = twin_step(True, case, env, measure)
+        for a, b in zip(twin, (cuda.master_reference(weight, mantissa), momentum, moment)):
             assert torch.equal(a, b)
 
 
-def model_of_every_feature(with_kernels, float8, dtype):
+def model_of_every_feature(float8, dtype):
     """A GPT wide enough for the kernels, tables and matrices in dtype, as build_model makes it for CUDA."""
     c = helpers.small_config(train_gpt, width=64, num_heads=4, head_dim=16, num_kv_heads=4)
     with torch.device("cpu"):  # as the trainers draw it
-        model = train_gpt.GPT(c, 160, "sdpa", float8, 1.0, kernels=with_kernels)
+        model = train_gpt.GPT(c, 160, "sdpa")
+        model.float8_head = float8
         generator = torch.Generator("cpu").manual_seed(0)
         model.init_weights(generator)
         for p in model.parameters():
@@ -521,7 +513,7 @@ def loss_and_grads(model):
     tokens = draw_tokens(160, 2, 33, seed=1)
     ends = torch.tensor([0, 20, 32, 64], dtype=torch.int32)
     batch = train_gpt.Batch(tokens[:, :-1].int(), tokens[:, 1:], ends, 32)
-    loss, entropy = model(batch, (8, 16), torch.tensor([1.0, 0.5]), True)
+    loss, entropy = model.train_loss(batch, (8, 16), True, torch.tensor([1.0, 0.5]))
     (train_gpt.LOSS_SCALE * loss).backward()
     grads = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
     small = [n for n in sorted(grads) if grads[n].numel() < 64]
@@ -536,12 +528,12 @@ def loss_and_grads(model):
 
 
 @pytest.mark.parametrize("float8", [False, True], ids=["bfloat16", "float8"])
-def test_whole_model_with_kernels(float8, monkeypatch):
+def test_whole_model_with_kernels(float8):
     """Loss and every gradient are as near to fp32's as plain torch's are in the same types."""
-    monkeypatch.setattr(train_gpt, "eager_cpu", lambda x: False)  # the path that CUDA takes
-    exact = loss_and_grads(model_of_every_feature(False, False, torch.float32))
-    plain = loss_and_grads(model_of_every_feature(False, float8, torch.bfloat16))
-    got = loss_and_grads(model_of_every_feature(True, float8, torch.bfloat16))
+    exact = loss_and_grads(model_of_every_feature(False, torch.float32))
+    plain = loss_and_grads(model_of_every_feature(float8, torch.bfloat16))
+    with helpers.triton_forms(train_gpt):
+        got = loss_and_grads(model_of_every_feature(float8, torch.bfloat16))
     assert got[:2] == pytest.approx(exact[:2], rel=5e-3)
     assert got[2].keys() == exact[2].keys()
     for name, want in exact[2].items():

@@ -104,7 +104,7 @@ def says(value):
 
 
 class Driver(compile_only.Driver):
-    """What inductor asks of Triton's driver beside what a launch asks."""
+    """Triton's driver as inductor asks it, beside what a launch asks."""
 
     def get_device_interface(self):
         return torch.cuda
@@ -171,7 +171,7 @@ def pretend_torch_cuda():
 
 
 def pretend_inductor():
-    """What inductor would do on a device: allocate, time, launch."""
+    """Replace what inductor would do on a device: allocate, time, launch."""
     import torch._inductor.fx_passes.fuse_attention as fuse_attention
     import torch._inductor.fx_passes.pad_mm as pad_mm
     import torch._inductor.runtime.benchmarking as benchmarking

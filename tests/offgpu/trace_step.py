@@ -1,15 +1,16 @@
-"""Trace, or compile for sm_90, what a train step of gpt2-small runs on a GPU; prints one line a part.
+"""Trace, or compile for sm_90, what a train step of gpt2-small runs on a GPU; prints one line per part.
 
     python trace_step.py stage|variants|experts|inductor|ord
 
 stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins;
-          that the defaults of both take the Triton kernels, for the model and for Muon's step
+          the defaults of both take the Triton forms, for the model and for the matrices' step
 variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
 experts   a step and a validation of moe-79m, which has grouped products, and its optimizer's steps
 inductor  the first stage's step, twin with ORD, and its validation, by inductor to sm_90 machine code
 ord       the update of matrices in each of ORD's ways, by inductor to sm_90 machine code
 """
 
+import contextlib
 import sys
 import time
 from collections import Counter
@@ -26,7 +27,9 @@ from helpers import WAYS_OF_ORD, shortened
 
 import train_gpt
 import train_gpt_muon_ord
-import triton_kernels
+from kernels import cuda, fast_forms
+from runtime import compiling
+from runtime.compiling import graphs_compiled, torch_compile
 
 DEVICE = torch.device("cuda", 0)
 VOCAB = 50257
@@ -44,14 +47,15 @@ def ranks(trainer):
 
 
 def build(trainer, backend, kernels: str = "auto", model: str = "gpt2-small"):
-    """A Trainer of this preset whose compiled parts go to `backend`. Its optimizer is the compiled one in any
-    case: the Triton kernels' Muon step is launched from plain Python (test_triton_compile.py has those)."""
+    """A Trainer of this preset whose compiled parts go to `backend`. Its matrices' step is the compiled one
+    in any case: the Triton form is launched from plain Python (test_triton_compile.py has those)."""
     pretend_cuda.on_device(trainer)
-    assert callable(trainer.torch_compile)
-    trainer.torch_compile = lambda function: torch.compile(
-        function, dynamic=False, fullgraph=True, backend=backend
-    )
-    torch._dynamo.config.recompile_limit = trainer.MAX_VARIANTS
+
+    def by_backend(function):
+        return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
+
+    trainer.torch_compile = compiling.torch_compile = by_backend
+    torch._dynamo.config.recompile_limit = compiling.MAX_VARIANTS
     env = {
         "MODEL": model,
         "NUM_SCHEDULED_ITERATIONS": "12",
@@ -60,17 +64,23 @@ def build(trainer, backend, kernels: str = "auto", model: str = "gpt2-small"):
     }
     s, o, config = trainer.read_settings(env)
     assert (s.device, s.attn_backend, s.compile, s.disable_fp8) == ("cuda", "varlen", "1", False)
-    run = trainer.Trainer(s, o, config, VOCAB, ranks(trainer))
-    run.optimizer = trainer.Optimizer(run.model, o, run.ranks, run.schedule.num_steps, trainer.torch_compile)
-    return run
+    return trainer.Trainer(s, o, config, VOCAB, ranks(trainer))
+
+
+@contextlib.contextmanager
+def model_forms(trainer, run):
+    """The trainer with this run's fast forms, which the model takes when it is traced."""
+    with fast_forms.installed(trainer, run.s, run.optimizer.o) as (_, warnings):
+        assert not warnings, warnings
+        yield
 
 
 def recording(calls: Counter):
-    """A backend as aot_eager that counts what the graphs of forward and backward call of triton_kernels."""
+    """A backend as aot_eager that counts which Triton operations the graphs of forward and backward call."""
 
     def compiler(graph, inputs):
         targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-        prefix = f"{triton_kernels.NAMESPACE}."
+        prefix = f"{cuda.NAMESPACE}."
         calls.update(t.split(".")[1] for t in targets if t.startswith(prefix))
         return make_boxed_func(graph.forward)
 
@@ -83,7 +93,7 @@ def recording(calls: Counter):
 
 
 def calls_wanted(num_layers: int) -> dict:
-    """Of a pass of training in float8: an MLP in every layer, x and the head's weights quantised."""
+    """Calls in a pass of training in float8: an MLP in every layer, x and the head's weights quantised."""
     return {
         "mlp_up": num_layers,
         "mlp_up_backward": num_layers,
@@ -110,146 +120,137 @@ def stage_batch(trainer, run, stage: int, num_docs: int):
 
 
 def report(name: str, since: float):
-    print(f"{name}: {train_gpt.graphs_compiled()} graphs, {time.perf_counter() - since:.1f} s", flush=True)
+    print(f"{name}: {graphs_compiled()} graphs, {time.perf_counter() - since:.1f} s", flush=True)
 
 
 def optimizer_steps(run):
-    """Both kinds: statistics or not, with and without Adam."""
+    """Two steps: with statistics and without, without Adam and with it."""
     run.optimizer.step(0, 1.0, 131_072, measure=True)
     run.optimizer.step(1, 1.0, 131_072, measure=False)
 
 
 def stage():
     """One step with two passes, whose numbers of documents differ; then the optimizer's other forms. One twin
-    with the default, the Triton kernels, the other without: their models are the same."""
+    with the default, the Triton forms, the other without: their models are the same."""
     for trainer, kernels in ((train_gpt, "auto"), (train_gpt_muon_ord, "torch")):
         since, calls = time.perf_counter(), Counter()
         run = build(trainer, recording(calls), kernels)
-        run.step(0, [stage_batch(trainer, run, 0, n) for n in (94, 131)])
-        assert run.s.kernels == ("triton" if kernels == "auto" else "torch")
-        wanted = calls_wanted(run.model.config.num_layers) if kernels == "auto" else {}
-        assert calls == wanted, f"KERNELS={kernels}: {dict(calls)} instead of {wanted}"
-        report(f"{run.s.kernels} step", since)
-        graphs = trainer.graphs_compiled()
-        run.step(2, [stage_batch(trainer, run, 0, 77)])
-        assert trainer.graphs_compiled() == graphs, "the same form was compiled again"
-        optimizer_steps(run)
-        report(f"{trainer.__name__} optimizer", since)
+        with model_forms(trainer, run):
+            run.step(0, [stage_batch(trainer, run, 0, n) for n in (94, 131)])
+            assert run.s.kernels == ("triton" if kernels == "auto" else "torch")
+            wanted = calls_wanted(run.model.config.num_layers) if kernels == "auto" else {}
+            assert calls == wanted, f"KERNELS={kernels}: {dict(calls)} instead of {wanted}"
+            report(f"{run.s.kernels} step", since)
+            graphs = graphs_compiled()
+            run.step(2, [stage_batch(trainer, run, 0, 77)])
+            assert graphs_compiled() == graphs, "the same form was compiled again"
+            optimizer_steps(run)
+            report(f"{trainer.__name__} optimizer", since)
 
 
 WAYS_NOT_FUSED = {"post", "row variance"}
 
 
-def steps_taken(trainer, make_optimizer) -> list[str]:
-    """What each bucket of matrices of make_optimizer() calls for its update; the steps themselves, which
-    would launch kernels, are not taken."""
-    taken, originals = [], {name: getattr(trainer, name) for name in ("step_muon_fused", "step_muon")}
-
-    def note(name):
-        def step(weight, *args, **kwargs):
-            taken.append(name)
-            return torch.zeros(len(weight), 1, 1, device=DEVICE), None
-
-        return step
-
-    vars(trainer).update({name: note(name) for name in originals})
-    try:
-        for bucket in make_optimizer().buckets:
-            if isinstance(bucket, trainer.MatrixBucket):
-                bucket.update(1.0, 0.95, measure=False)
-    finally:
-        vars(trainer).update(originals)
-    return taken
-
-
 def defaults():
-    """Both twins with no setting but the preset, three of its layers: their own optimizer takes the fused
-    step, for every way of ORD that it covers and for no other; their model calls the kernels."""
+    """Both twins with no setting but the preset, three of its layers: their model calls the kernels; their
+    matrices take the fused step, for every way of ORD that it covers and for no other."""
     for trainer in (train_gpt, train_gpt_muon_ord):
         since, calls = time.perf_counter(), Counter()
         trainer.PRESETS["gpt2-small"] = (shortened("gpt2-small"), {})
         run = build(trainer, recording(calls))
-        assert run.s.kernels == "triton" and all(block.mlp.kernels for block in run.model.blocks)
-        run.step(0, [stage_batch(trainer, run, 0, 94)])
+        assert run.s.kernels == "triton"
+        with model_forms(trainer, run):
+            run.step(0, [stage_batch(trainer, run, 0, 94)])
         assert calls == calls_wanted(3), f"{trainer.__name__}: {dict(calls)}"
-        trainer.torch_compile = lambda function: function
-
-        def made_by_trainer(env, trainer=trainer, run=run):
-            s, o, config = trainer.read_settings({"MODEL": "gpt2-small", **env})
-            return trainer.Trainer(s, o, config, VOCAB, run.ranks).optimizer
-
         for way, env in WAYS_OF_ORD.items() if trainer is train_gpt_muon_ord else [("default", {})]:
-            wanted = "step_muon" if way in WAYS_NOT_FUSED else "step_muon_fused"
-            found = steps_taken(trainer, lambda: made_by_trainer(env))  # noqa: B023
-            assert found == [wanted] * 2, f"{trainer.__name__}, {way}, two shapes of matrices: {found}"
+            s, o, _ = trainer.read_settings({"MODEL": "gpt2-small", **env})
+            with fast_forms.installed(trainer, s, o) as (_, warnings):
+                optimizer = trainer.Optimizer(run.model, o, run.ranks, 14, torch_compile)
+            found = [getattr(bucket.run, "runs_eagerly", False) for bucket in optimizer.matrix_buckets]
+            wanted = [way not in WAYS_NOT_FUSED] * 2  # two shapes of matrices
+            assert found == wanted and not warnings, f"{trainer.__name__}, {way}: {found}, {warnings}"
         report(f"{trainer.__name__} defaults", since)
 
 
 def inductor_step():
-    """As stage, by inductor: its own guards must not tie the code to one number of documents either."""
-    since, run = time.perf_counter(), build(train_gpt_muon_ord, "inductor")
-    run.step(0, [stage_batch(train_gpt_muon_ord, run, 0, 94)])
-    report("inductor step", since)
-    optimizer_steps(run)
-    report("inductor optimizer", since)
-    with torch.no_grad():
-        val_slice = run.s.val_batch_tokens // train_gpt_muon_ord.NUM_SLICES
-        val = batch(train_gpt_muon_ord, 1, val_slice, 400, 100_000)
-        run.forward(val, run.schedule.windows(0), None, run.tied)
-    report("inductor validation", since)
-    graphs = train_gpt_muon_ord.graphs_compiled()
-    run.step(2, [stage_batch(train_gpt_muon_ord, run, 0, n) for n in (77, 131)])
-    assert train_gpt_muon_ord.graphs_compiled() == graphs, "other numbers of documents were compiled anew"
+    """The same by inductor, whose own guards must not tie the code to one number of documents either."""
+    trainer, since = train_gpt_muon_ord, time.perf_counter()
+    run = build(trainer, "inductor")
+    with model_forms(trainer, run):
+        run.step(0, [stage_batch(trainer, run, 0, 94)])
+        report("inductor step", since)
+        optimizer_steps(run)
+        report("inductor optimizer", since)
+        with torch.no_grad():
+            val = batch(trainer, 1, run.s.val_batch_tokens // trainer.NUM_SLICES, 400, 100_000)
+            run.val_loss(val, run.schedule.windows(0), run.tied)
+        report("inductor validation", since)
+        graphs = graphs_compiled()
+        run.step(2, [stage_batch(trainer, run, 0, n) for n in (77, 131)])
+        assert graphs_compiled() == graphs, "other numbers of documents were compiled anew"
 
 
 def ord_updates():
-    """All matrices of gpt2-small once, with statistics; and what the Triton path has compiled of it."""
+    """All matrices of gpt2-small once, with statistics; and what the Triton form compiles of its step."""
     trainer, since = train_gpt_muon_ord, time.perf_counter()
     run = build(trainer, "inductor")
-    small = trainer.torch_compile(trainer.radial_part)
+    compiled = []
+
+    def compiler(function):
+        compiled.append(trainer.torch_compile(function))
+        return compiled[-1]
+
+    cuda.make_step_ord(trainer, compiler)
+    (radial_part,) = compiled
     for name, env in WAYS_OF_ORD.items():
         o = trainer.read_settings({"MODEL": "gpt2-small", **env})[1]
         optimizer = trainer.Optimizer(run.model, o, run.ranks, 14, trainer.torch_compile)
-        for bucket in optimizer.buckets:
-            if isinstance(bucket, trainer.MatrixBucket):
-                with torch.no_grad():
-                    bucket.update(1.0, 0.95, measure=True)
-                    if trainer.fused_covers(o):
-                        sums = torch.zeros(len(bucket.names), 3, device=DEVICE)
-                        small(sums, bucket.a_N11, bucket.rho_sum / 40, trainer.scalar(1), o)
+        for bucket in optimizer.matrix_buckets:
+            with torch.no_grad():
+                bucket.update(1.0, 0.95, measure=True)
+                if cuda.covers_ord(o):
+                    sums = torch.zeros(len(bucket.names), 3, device=DEVICE)
+                    radial_part(sums, bucket.a_N11, bucket.rho_sum / 40, trainer.scalar(1), o)
         report(name, since)
 
 
 def variants():
-    """Everything rehearse() would compile of the model, in the schedule's order."""
+    """Everything that rehearse() would compile of the model, in the schedule's order."""
     since, run = time.perf_counter(), build(train_gpt, "eager")
     schedule, val_slice = run.schedule, run.s.val_batch_tokens // train_gpt.NUM_SLICES
     val = batch(train_gpt, 1, val_slice, 400, 100_000)
-    evaluate = torch.no_grad()(lambda windows: run.forward(val, windows, None, run.tied))
+
+    @torch.no_grad()
+    def validate(windows):
+        run.val_loss(val, windows, run.tied)
+
     firsts = {schedule.stage(i): i for i in range(schedule.num_steps - 1, -1, -1)}
-    for step in sorted({*firsts.values(), schedule.untie_step}):
-        run.enter(step)
-        windows, weights = schedule.windows(run.stage), schedule.predict_weights(step)
-        weights = train_gpt.to_device(weights, DEVICE)
-        run.forward(stage_batch(train_gpt, run, run.stage, 100), windows, weights, run.tied)
-        evaluate(windows)
-    evaluate(schedule.final_windows())
+    with model_forms(train_gpt, run):
+        for step in sorted({*firsts.values(), schedule.untie_step}):
+            run.enter(step)
+            windows, weights = schedule.windows(run.stage), schedule.predict_weights(step)
+            weights = train_gpt.to_device(weights, DEVICE)
+            run.train_loss(stage_batch(train_gpt, run, run.stage, 100), windows, run.tied, weights, None)
+            validate(windows)
+        validate(schedule.windows(train_gpt.NUM_STAGES))
     report("variants", since)
 
 
 def experts(backend: str):
-    """As in stage(), but of a mixture of experts: nothing may depend on where the tokens go."""
+    """A step and a validation of a mixture of experts: nothing may depend on where the tokens go."""
     for trainer in (train_gpt, train_gpt_muon_ord):
         since, run = time.perf_counter(), build(trainer, backend, model="moe-79m")
         slice_tokens = run.s.batch_sizes[0] // trainer.NUM_SLICES
-        for num_docs in (94, 131):
-            run.step(0, [batch(trainer, trainer.NUM_SLICES, slice_tokens, num_docs, run.s.max_doc_tokens)])
-        with torch.no_grad():
-            val = batch(trainer, 1, run.s.val_batch_tokens // trainer.NUM_SLICES, 400, 100_000)
-            run.forward(val, run.schedule.final_windows(), None, run.tied)
-        report(f"{trainer.__name__} experts", since)
-        optimizer_steps(run)
-        report(f"{trainer.__name__} optimizer", since)
+        with model_forms(trainer, run):
+            for num_docs in (94, 131):
+                docs = batch(trainer, trainer.NUM_SLICES, slice_tokens, num_docs, run.s.max_doc_tokens)
+                run.step(0, [docs])
+            with torch.no_grad():
+                val = batch(trainer, 1, run.s.val_batch_tokens // trainer.NUM_SLICES, 400, 100_000)
+                run.val_loss(val, run.schedule.windows(trainer.NUM_STAGES), run.tied)
+            report(f"{trainer.__name__} experts", since)
+            optimizer_steps(run)
+            report(f"{trainer.__name__} optimizer", since)
 
 
 def main(mode: str):
