@@ -15,6 +15,7 @@ from torch import Tensor
 from runtime import checkpoints
 from runtime.compiling import graphs_compiled
 from runtime.log_writer import source_hash
+from runtime.manifold import Manifold  # always imported, so that the log's header holds its source too
 from runtime.sharding import check_all, export_all, restore_all
 
 
@@ -84,8 +85,6 @@ class Session:
         self.highest_loss = self.s.diverged_above or 2 * math.log(trainer.model.head.shape[0])
         self.manifold = None
         if self.s.manifold_every:
-            from runtime.manifold import Manifold
-
             path = self.s.log.with_suffix(".manifold.jsonl")
             self.manifold = Manifold(
                 path, self.s.manifold_every, trainer.optimizer, self.ranks, self.clock, self.log
@@ -218,10 +217,10 @@ class Session:
         with self.off_the_clock():
             self.ranks.beat()  # the disk has all of DIST_TIMEOUT
             params, counts = export_all(self.buckets)
-            broken = not all(state["master"].isfinite().all() for state in params.values())
-            if self.ranks.broadcast_object(
-                broken
-            ):  # the last good checkpoint must not make room for this one
+            masters = (state["master"] for state in params.values() if state)  # rank 0 alone has them
+            broken = not all(master.isfinite().all() for master in masters)
+            # the last good checkpoint must not make room for a broken one
+            if self.ranks.broadcast_object(broken):
                 raise Diverged(step, "weight", math.nan)
             worked = self.ranks.rank == 0 and self.write_checkpoint(step, params, counts)
             worked = self.ranks.broadcast_object(worked)

@@ -217,7 +217,7 @@ def write_beginning(trainer, start: Start, attention_name: str, fast_names: list
         **{k: config[k] for k in ("train_data", "val_data")},
     }
     if not log.existed:
-        settings = {k: v for k, v in config.items() if k not in started}
+        settings = {k: v for k, v in config.items() if k not in ("train_data", "val_data")}  # in `started`
         affects = not_training(trainer.SETTINGS)
         log.header(settings, affects, {"run_id": start.s.run_id, **started})
     for _, text in origin.damaged:

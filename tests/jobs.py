@@ -132,7 +132,8 @@ class Job:
     def go_on(self):
         """Continue the ranks that are paused."""
         for pid in self.ranks().values():
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
     def ranks(self) -> dict[int, int]:
         """Process of each of this run's living workers, by rank."""
