@@ -14,7 +14,7 @@ from torch import Tensor
 from runtime import checkpoints
 from runtime.compiling import graphs_compiled
 from runtime.log_writer import source_hash
-from runtime.manifold import Manifold
+from runtime.manifold import Manifold  # always imported, so that the log's header holds its source
 from runtime.sharding import check_all, export_all, restore_all
 
 
@@ -218,9 +218,8 @@ class Session:
             self.ranks.beat()  # the disk has all of DIST_TIMEOUT
             params, counts = export_all(self.buckets)
             broken = any(not state["master"].isfinite().all() for state in params.values())
-            if self.ranks.broadcast_object(
-                broken
-            ):  # the last good checkpoint must not make room for this one
+            # the last good checkpoint must not make room for a broken one
+            if self.ranks.broadcast_object(broken):
                 raise Diverged(step, "weight", math.nan)
             worked = self.ranks.rank == 0 and self.write_checkpoint(step, params, counts)
             worked = self.ranks.broadcast_object(worked)

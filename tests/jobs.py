@@ -10,6 +10,8 @@ from pathlib import Path
 
 from helpers import ROOT, command
 
+from kernels import attention, fast_forms
+from runtime import supervise
 from runtime.supervise import process_state
 
 # A trainer whose ranks stop before the update that follows `step` updates, so that a fault comes exactly
@@ -34,6 +36,29 @@ trainer.Trainer.step = step
 sys.exit(supervise.main(trainer, sys.argv[1:]))
 """
 PATIENCE_S = 300  # ends of waiting loops: far beyond what a busy machine takes
+
+
+def refusal(trainer, env: dict, capsys) -> str:
+    """The message of a run that is refused, in this process and folder, with exit code 2."""
+    capsys.readouterr()
+    assert supervise.main(trainer, [], env) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{trainer.SCRIPT.name}: ") and "Traceback" not in said
+    return said
+
+
+@contextlib.contextmanager
+def run_here(trainer, env: dict):
+    """The beginning of a run in this process and folder, as Supervisor makes it; yields its Start.
+
+    The log has its header, and the fast forms are in place.
+    """
+    start = supervise.prepare(trainer, env)
+    attention_name, _ = attention.activate(start.s.attn_backend)
+    with fast_forms.installed(trainer, start.s, start.o) as (names, _):
+        supervise.write_beginning(trainer, start, attention_name, names)
+        yield start
+    start.log.close()
 
 
 def heed_signals():
@@ -107,7 +132,8 @@ class Job:
     def go_on(self):
         """Continue the ranks that are paused."""
         for pid in self.ranks().values():
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
     def ranks(self) -> dict[int, int]:
         """Process of each of this run's living workers, by rank."""

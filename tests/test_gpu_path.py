@@ -26,9 +26,7 @@ from helpers import (
 
 import train_gpt
 import train_gpt_muon_ord
-<<<<<<< HEAD
-from analysis import run_environment, trainers
-=======
+from analysis import trainers
 from data.shards import DataError, open_shard
 from kernels import attention
 from runtime import checkpoints, compiling
@@ -37,7 +35,6 @@ from runtime.log_writer import LogWriter
 from runtime.prefetch import Prefetcher
 from runtime.settings import SettingsError
 from runtime.supervise import Start, StopRequest
->>>>>>> tests-model
 
 STAGES = dict(
     num_layers=3,
@@ -464,14 +461,6 @@ def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only, one_thr
 
     assert graphs_of_two_steps() > 5
     assert graphs_of_two_steps(**OTHER_NUMBERS) == 0
-<<<<<<< HEAD
-    specs = trainers.read_trainer(str(trainer.SCRIPT)).settings
-    real = {name for name, spec in specs.items() if spec["type"].startswith("float")}
-    shared = real | {name for name, spec in specs.items() if spec["affects"] == "recording"}
-    assert warm_marker({k: v for k, v in OTHER_NUMBERS.items() if k in shared}) == warm_marker({})
-    for constant in CONSTANTS:
-        assert graphs_of_two_steps(**constant) > 0, constant
-=======
     for constant in CONSTANTS:
         assert graphs_of_two_steps(**constant) > 0, constant
 
@@ -479,11 +468,9 @@ def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only, one_thr
 def test_the_launcher_knows_which_settings_are_part_of_compiled_code():
     """Else it takes a cold run for a warm one: its runs then compile the same code side by side. It counts no
     number of type float, although a few are constants of the graph."""
-    trainers = pytest.importorskip("analysis.trainers")
     specs = trainers.read_trainer(str(train_gpt_muon_ord.SCRIPT)).settings
     real = {name for name, spec in specs.items() if spec["type"].startswith("float")}
     shared = real | {name for name, spec in specs.items() if spec["affects"] == "recording"}
     assert warm_marker({k: v for k, v in OTHER_NUMBERS.items() if k in shared}) == warm_marker({})
     for constant in CONSTANTS:
->>>>>>> tests-model
         assert set(constant) <= real or warm_marker(constant) != warm_marker({}), constant
