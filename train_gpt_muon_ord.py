@@ -50,7 +50,7 @@ SCRIPT = Path(__file__).resolve()
 # ---------------------------------------------------------------------------------------------------
 
 
-DECAYS = ("linear", "exp", "cosine", "constant")  # shapes, of the learning rate
+DECAYS = ("linear", "exp", "cosine", "constant")  # shapes of the learning rate's decay
 ATTN_BACKENDS, KERNELS = ("auto", "varlen", "flex", "sdpa"), ("auto", "triton", "cpu", "torch")
 OPTIMIZERS = ("normuon", "muon", "adamw")
 DECAY_MODES = ("cautious", "none", "param", "update", "both")
@@ -76,7 +76,9 @@ class Settings(settings.RunPaths):
     val_tokens: int = knob(10_485_760, "validation tokens, from the start of the shards", low=1024)
     val_batch_tokens: int = knob(2_097_152, "tokens of a validation batch", low=1024, rare=True)
     max_doc_tokens: int = knob(2048, "longest document in training, tokens", low=16, rare=True)
-    long_docs: str = knob("cut", "their rest: dropped, or read on", choices=("cut", "split"), rare=True)
+    long_docs: str = knob(
+        "cut", "rest of a longer document: dropped, or read on", choices=("cut", "split"), rare=True
+    )
     # length and shape of the run; one value per stage: three scheduled thirds, then the extension
     num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
     num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
@@ -84,7 +86,7 @@ class Settings(settings.RunPaths):
     batch_sizes: tuple[int, ...] = knob((131072, 262144, 393216, 393216), "tokens per step", low=128)
     residual_scale: float = knob(1.0, "factor on the output of every attention and MLP branch")
     ngrams: tuple[int, ...] = knob(None, "lengths of hashed n-grams; empty: preset's", low=2, high=5)
-    ngram_rows: int = knob(None, "rows of their embedding; empty: the preset's; 0: none", low=0, high=2**24)
+    ngram_rows: int = knob(None, "rows of the n-gram table; empty: preset's; 0: none", low=0, high=2**24)
     # mixture of experts, for presets that have one
     num_experts: int = knob(0, "experts per layer; 0: none, an MLP", low=0, high=256)
     moe_top_k: int = knob(2, "experts that a token goes to", low=2)
@@ -95,14 +97,16 @@ class Settings(settings.RunPaths):
     warmup_steps: int = knob(0, "steps of linear learning-rate warm-up", low=0)
     cooldown_frac: float = knob(0.55, "share of the scheduled steps that the decay takes", low=0, high=1)
     lr_decay_type: str = knob("linear", "shape of the decay", choices=DECAYS)
-    lr_decay_final: float = knob(0.1, "where it ends: the multiplier; for exp a factor on the stage's", low=0)
+    lr_decay_final: float = knob(0.1, "multiplier at the decay's end; exp: factor on the stage's", low=0)
     lr_decay_switch_step: int = knob(-1, "step from which the second decay applies; -1: never", low=-1)
-    lr_decay_second_type: str = knob("constant", "shape of the second", choices=("linear", "exp", "constant"))
-    lr_decay_second_final: float = knob(0.1, "where it ends: a factor on the stage's multiplier", low=0)
+    lr_decay_second_type: str = knob(
+        "constant", "shape of the second decay", choices=("linear", "exp", "constant")
+    )
+    lr_decay_second_final: float = knob(0.1, "its end, a factor on the stage's multiplier", low=0)
     # evaluation
     val_loss_every: int = recording_knob(50, "steps between validations; 0: only the last", low=0)
     val_loss_last_steps: int = recording_knob(100, "last steps that are validated more often", low=0)
-    val_loss_every_last: int = recording_knob(10, "steps between those; 0: as before", low=0)
+    val_loss_every_last: int = recording_knob(10, "steps between those validations; 0: as before", low=0)
     target_loss: float = recording_knob(3.28, "validation loss to reach, nats per token", above=0)
     manifold_every: int = recording_knob(0, "steps between measurements of spectra; 0: none", low=0)
     diverged_above: float = recording_knob(0.0, "loss that ends a run; 0: 2 ln(V)", low=0, rare=True)
@@ -118,12 +122,12 @@ class NorMuonSettings:
     """The optimizer's settings."""
 
     optimizer: str = knob("normuon", "for matrices; muon: no variance reduction", choices=OPTIMIZERS)
-    muon_lr: float = knob(0.023, "Muon's learning rate, for a matrix times sqrt(max(1, rows/columns))", low=0)
+    muon_lr: float = knob(0.023, "Muon's rate; a matrix's is sqrt(max(1, rows/columns)) times that", low=0)
     muon_momentum: float = knob(0.95, "momentum after its warm-up from 0.85", low=0, high=0.9999)
-    beta_warmup_steps: int = knob(300, "steps of that warm-up", low=0)
-    muon_weight_decay: float = knob(1.2, "decay of matrices; cautious: times learning rate, else as it is")
-    muon_decay_mode: str = knob("cautious", "what decays (with_decay)", choices=DECAY_MODES)
-    adam_lr: float = knob(0.008, "base learning rate of everything but the matrices", low=0)
+    beta_warmup_steps: int = knob(300, "steps of the momentum's warm-up", low=0)
+    muon_weight_decay: float = knob(1.2, "decay of matrices: W -= lr * d * W, d times lr if cautious")
+    muon_decay_mode: str = knob("cautious", "which weights, or the update, decay", choices=DECAY_MODES)
+    adam_lr: float = knob(0.008, "Adam's base rate; roles multiply it by up to 75", low=0)
     router_lr: float = knob(0.001, "learning rate of the experts' routers, in ADAM_LR's place", low=0)
     adam_weight_decay: float = knob(0.005, "cautious decay, times learning rate and role", low=0)
     adam_matrix_lr: float = knob(5e-4, "learning rate of matrices, OPTIMIZER=adamw", low=0, rare=True)
@@ -145,7 +149,7 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     s = replace(s, model=model, device=device)
     check_settings(s, env)
     check_optimizer_settings(o)
-    return resolve(s), o, with_experts(with_ngrams(config, s), s, o)
+    return resolve(s), o, model_config(s, o, config)
 
 
 def check_settings(s: Settings, env):
@@ -186,9 +190,9 @@ def check_settings(s: Settings, env):
         raise SettingsError("KERNELS=cpu is for DEVICE=cpu and COMPILE=0; use KERNELS=torch or auto")
 
 
-def with_ngrams(config: "ModelConfig", s: Settings) -> "ModelConfig":
-    """The preset's sizes with NGRAMS and NGRAM_ROWS."""
-    rows = config.ngram_rows if s.ngram_rows is None else s.ngram_rows
+def model_config(s: Settings, o: "OptimizerSettings", c: "ModelConfig") -> "ModelConfig":
+    """The preset's config with the settings that change it."""
+    rows = c.ngram_rows if s.ngram_rows is None else s.ngram_rows
     if s.ngrams is not None and not rows:
         raise SettingsError(
             f"NGRAMS={settings.as_text(s.ngrams)} does nothing without rows to hash into; set NGRAM_ROWS, "
@@ -196,28 +200,24 @@ def with_ngrams(config: "ModelConfig", s: Settings) -> "ModelConfig":
         )
     if rows == 1:
         raise SettingsError("NGRAM_ROWS=1, but one row is kept for the beginning; wanted 0, or 2 and more")
-    return replace(config, ngrams=s.ngrams or config.ngrams, ngram_rows=rows)
-
-
-def with_experts(config: "ModelConfig", s: Settings, o: "OptimizerSettings") -> "ModelConfig":
-    """The preset's sizes with NUM_EXPERTS and MOE_TOP_K; a dense preset refuses what is for experts."""
-    if config.num_experts:
+    c = replace(c, ngrams=s.ngrams or c.ngrams, ngram_rows=rows)
+    if c.num_experts:
         if not 2 <= s.moe_top_k <= s.num_experts:
             raise SettingsError(
                 f"MOE_TOP_K={s.moe_top_k} of NUM_EXPERTS={s.num_experts}; MODEL={s.model} wants at least 2 "
                 "experts, and from 2 up to all of them for a token"
             )
-        return replace(config, num_experts=s.num_experts, moe_top_k=s.moe_top_k)
+        return replace(c, num_experts=s.num_experts, moe_top_k=s.moe_top_k)
     values = {**asdict(s), **asdict(o)}
     for name in ("NUM_EXPERTS", "MOE_TOP_K", "MOE_BALANCE_WEIGHT", "ROUTER_NOISE", "ROUTER_LR"):
         field = settings.knobs(SETTINGS)[name]
         if values[field.name] != field.default:
-            mixtures = " and ".join(name for name, (c, _) in PRESETS.items() if c.num_experts)
+            mixtures = " and ".join(name for name, (preset, _) in PRESETS.items() if preset.num_experts)
             raise SettingsError(
                 f"{name}={values[field.name]} does nothing with MODEL={s.model}, which has no experts; "
                 f"it is for {mixtures}"
             )
-    return config
+    return c
 
 
 def resolve(s: Settings) -> Settings:
@@ -264,19 +264,19 @@ class ModelConfig:
     window_block: int = 128
     windows: tuple = ((1, 3), (3, 7), (5, 11), (6, 13))  # by stage
     final_windows: tuple = (6, 20)  # at the last validation
-    long_layers: tuple = (3, 10)
-    paired_layers: tuple = (0, 2, 5, 9)
-    value_embed_layers: tuple = (0, 1, 8, 9, 10)
-    skip: tuple | None = (3, 6)  # output of one added before the other
+    long_layers: tuple = (3, 10)  # with the long window, and keys offset by a token
+    paired_layers: tuple = (0, 2, 5, 9)  # heads attend in pairs over a doubled sequence
+    value_embed_layers: tuple = (0, 1, 8, 9, 10)  # each with a table of its own, gated into the values
+    skip: tuple | None = (3, 6)  # layer 3's output is added, gated, to layer 6's input
     no_attention: tuple = (6,)
-    backout: int | None = 7
-    ngram_rows: int = 5 * 50304  # of the hash embedding
+    backout: int | None = 7  # this layer's output, times a scalar, is subtracted at the end
+    ngram_rows: int = 5 * 50304  # of the hash embedding; 0: none
     ngrams: tuple = (2,)  # how many last tokens are hashed into it
-    smear: bool = True
-    attn_gate: bool = True
+    smear: bool = True  # each embedding gets some of the token before
+    attn_gate: bool = True  # on the output of each attention head
     # weights of the losses on token t+1, t+2, ... by stage, each (at its start, at its end)
     predict: tuple = (((1, 1), (0.5, 0.5), (0.25, 0)), ((1, 1), (0.5, 0)), ((1, 1),), ((1, 1),))
-    untie_frac: float = 2 / 3  # of training; 1: embedding, head stay tied
+    untie_frac: float = 2 / 3  # of the scheduled steps, then embedding and head part; 1: never
     num_experts: int = 0  # in place of each MLP; 0: none
     moe_top_k: int = 2
     expert_hidden: int = 0  # hidden width of one expert
@@ -612,11 +612,12 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
 # B slices, T tokens of a slice, H heads, D head dim, C width, V vocabulary (padded), K predicted tokens, M =
 # B T
 #
-# Plain torch, for every device. kernels/ has fast forms of some of these functions; one takes a function's
-# place only while the function reads as it did when the fast form was written, and the log names it.
+# Plain torch, for every device. kernels/fast_forms.py replaces some of these functions by faster ones. An
+# edit of such a function, of its class's __init__ or of a helper it uses brings the plain one back: the log
+# warns, and losses change in the last digit. KERNELS=torch takes plain functions alone.
 # ---------------------------------------------------------------------------------------------------
 
-GATE_CHANNELS = 12  # gates read the first channels of what they gate
+GATE_CHANNELS = 12  # gates read so many of their input's first channels
 SOFTCAP = (23.0, 5.0, 7.5)  # logits = 23 sigmoid((z + 5) / 7.5)
 ATTN_SCALE = 0.1
 ROTARY_BASE = 1024
@@ -753,7 +754,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTC: Tensor, out_scale: float) -> Tensor:
         hidden = F.linear(norm(x_BTC), self.up).relu().square()
-        down = self.down if out_scale == 1 else self.down * out_scale  # smaller than what comes out of it
+        down = self.down if out_scale == 1 else self.down * out_scale  # has fewer numbers than the output
         return x_BTC + hidden @ down
 
 
@@ -778,7 +779,7 @@ class Block(nn.Module):
             x = self.attn(x, value, docs, window, rotary, out_scale)
         if isinstance(self.mlp, MixtureOfExperts):
             return x + self.mlp(norm(x), out_scale, routing)
-        return self.mlp(x, out_scale)
+        return self.mlp(x, out_scale)  # attention and MLP norm and add x themselves: fast forms fuse that
 
 
 class GPT(nn.Module):
@@ -795,7 +796,7 @@ class GPT(nn.Module):
         V = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.head = nn.Parameter(torch.empty(V, c.width))
         self.embed = nn.Parameter(torch.empty(V, c.width)) if c.untie_frac < 1 else None
-        self.ngram = nn.Parameter(torch.empty(c.ngram_rows, c.width)) if c.ngram_rows else None
+        self.ngram_table = nn.Parameter(torch.empty(c.ngram_rows, c.width)) if c.ngram_rows else None
         kv_width = c.num_kv_heads * c.head_dim
         self.value_embeds = nn.ParameterDict({str(i): torch.empty(V, kv_width) for i in c.value_embed_layers})
         if c.smear:
@@ -809,7 +810,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator):
-        """Draw what is drawn, from one stream in the order of the names; the other tables are zero."""
+        """Draw head, matrices and routers, in the order of their names, from one stream; zero the other
+        tables."""
         for name, p in sorted(self.named_parameters()):
             if name == "head":
                 p.normal_(0, 0.005, generator=generator)
@@ -835,9 +837,9 @@ class GPT(nn.Module):
         c, routing = self.config, routing or Routing()
         x = x0 = self.embed_tokens(tokens_BT, tied)
         ngram = None
-        if self.ngram is not None:
-            rows = ngram_rows(tokens_BT, c.ngrams, len(self.ngram))
-            ngram = sum([F.embedding(rows_BT, self.ngram) for rows_BT in rows])
+        if self.ngram_table is not None:
+            rows = hash_ngrams(tokens_BT, c.ngrams, len(self.ngram_table))
+            ngram = sum([F.embedding(rows_BT, self.ngram_table) for rows_BT in rows])
         kept = {}  # outputs of layers that later ones read
         for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
             if c.skip and i == c.skip[1]:
@@ -863,7 +865,7 @@ class GPT(nn.Module):
         routing = Routing(noise_LBTE)
         x = self.trunk(batch.inputs_BT, Documents(batch, self.backend), windows, tied, routing)
         loss, cross_entropy = self.head_loss(x, batch.targets_BT, weights_K)
-        if routing.balance:  # as much as one nat per token of loss would be
+        if routing.balance:  # in units of the summed cross-entropy: T tokens per slice
             balance = torch.stack(routing.balance).sum()
             loss = loss + self.balance_weight * batch.inputs_BT.shape[1] * balance
         return loss, cross_entropy
@@ -897,7 +899,7 @@ class GPT(nn.Module):
         return loss, right
 
 
-def ngram_rows(tokens_BT: Tensor, lengths: tuple[int, ...], num_rows: int) -> list[Tensor]:
+def hash_ngrams(tokens_BT: Tensor, lengths: tuple[int, ...], num_rows: int) -> list[Tensor]:
     """Rows of the hash embedding at each token, for each length; the last row where too few tokens precede
     it.
 
@@ -934,8 +936,10 @@ def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch
 # Loss
 # ---------------------------------------------------------------------------------------------------
 
-LOSS_SCALE = 2 / 8  # on the summed loss: the gradient size in which raw radial strengths were first measured
-HEAD_SCALES = (100 / 448, 1.6 / 448, LOSS_SCALE * 0.75 / 448)  # float8: of input, weight, gradient
+LOSS_SCALE = (
+    2 / 8
+)  # on the summed loss; ORD's raw strengths are in units of this gradient (the public fork's)
+HEAD_SCALES = (100 / 448, 1.6 / 448, LOSS_SCALE * 0.75 / 448)  # of input, weight, gradient; e4m3 ends at 448
 
 
 def softcap(logits: Tensor) -> Tensor:
@@ -966,30 +970,30 @@ def multi_token_loss(logits_BTV: Tensor, targets_BT: Tensor, weights_K: Tensor) 
 
 @dataclass(frozen=True)
 class Role:
-    """How the parameters whose names match are updated.
-
-    lr and decay multiply the settings'; base names the setting that lr multiplies.
-    """
+    """How the parameters whose names match are updated. The _mul's multiply what the settings say."""
 
     name: str
     pattern: str
     rule: str = "adam"
-    lr: float = 1.0
-    decay: float = 0.0
+    lr_mul: float = 1.0
+    decay_mul: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
-    base: str = "adam_lr"
+    lr_setting: str = "adam_lr"
 
 
 ROLES = (  # complete and disjoint: every parameter matches exactly one
+    # matrices take rate and decay from MatrixBucket; betas are for OPTIMIZER=adamw
     Role("matrices", r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))", rule="matrix", betas=(0.9, 0.95)),
-    Role("scalars", r"(smear|skip|backout)_lambda|blocks\.\d+\.((resid|ngram)|attn\.(qkv|o))_lambda", lr=5),
-    Role("x0", r"blocks\.\d+\.x0_lambda", lr=5, betas=(0.65, 0.95)),
-    Role("tables", r"ngram|value_embeds\.\d+", lr=75, decay=5, betas=(0.75, 0.95)),
-    Role("smear gate", r"smear_gate", lr=0.01),
-    Role("skip gate", r"skip_gate", lr=0.05),
-    Role("gates", r"blocks\.\d+\.attn\.(attn|value)_gate", decay=1),
-    Role("routers", r"blocks\.\d+\.mlp\.router", base="router_lr"),
-    Role("head", r"head|embed", decay=150, betas=(0.5, 0.95)),
+    Role(
+        "scalars", r"(smear|skip|backout)_lambda|blocks\.\d+\.((resid|ngram)|attn\.(qkv|o))_lambda", lr_mul=5
+    ),
+    Role("x0", r"blocks\.\d+\.x0_lambda", lr_mul=5, betas=(0.65, 0.95)),
+    Role("tables", r"ngram_table|value_embeds\.\d+", lr_mul=75, decay_mul=5, betas=(0.75, 0.95)),
+    Role("smear gate", r"smear_gate", lr_mul=0.01),
+    Role("skip gate", r"skip_gate", lr_mul=0.05),
+    Role("gates", r"blocks\.\d+\.attn\.(attn|value)_gate", decay_mul=1),
+    Role("routers", r"blocks\.\d+\.mlp\.router", lr_setting="router_lr"),
+    Role("head", r"head|embed", decay_mul=150, betas=(0.5, 0.95)),
 )
 
 ADAM_EVERY = 2  # two steps' gradients add up before Adam moves
@@ -1103,10 +1107,10 @@ class AdamBucket(Bucket):
         self.o, self.run = o, compiler(step_adam)
         self.m, self.v = (torch.zeros_like(self.mine, dtype=torch.float32) for _ in range(2))
         roles = [find_role(name) for name in params]
-        self.lr = self.per_number([r.lr for r in roles])
-        bases = [getattr(o, r.base) for r in roles]
+        self.lr = self.per_number([r.lr_mul for r in roles])
+        bases = [getattr(o, r.lr_setting) for r in roles]
         self.base_lr = bases[0] if len(set(bases)) == 1 else self.per_number(bases)
-        self.decay = self.per_number([r.decay for r in roles])
+        self.decay = self.per_number([r.decay_mul for r in roles])
         self.betas = [self.per_number([r.betas[i] for r in roles]) for i in (0, 1)]
 
     def per_number(self, values: list[float]) -> Tensor:
@@ -1730,7 +1734,7 @@ class Trainer:
         return load_fields(load, self.model.config.moe_top_k)
 
     def go_to(self, step: int):
-        """Become what the trainer was after `step` steps, but for the optimizer's state."""
+        """Restore what follows from `step`: stage, windows, tying. The optimizer has its own state."""
         for earlier in range(step):
             self.enter_stage(self.schedule.stage(earlier))
         untie_step = self.schedule.untie_step

@@ -115,7 +115,7 @@ def table_sizes(c, vocab: int) -> dict[str, int]:
     if c.untie_frac < 1:
         sizes["embed"] = V * c.width
     if c.ngram_rows:
-        sizes["ngram"] = c.ngram_rows * c.width
+        sizes["ngram_table"] = c.ngram_rows * c.width
     sizes.update({f"value_embeds.{i}": V * c.num_kv_heads * c.head_dim for i in c.value_embed_layers})
     return sizes
 

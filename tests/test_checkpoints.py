@@ -136,12 +136,12 @@ def test_masters_in_two_halves_are_saved_whole(tmp_path):
 
     def bucket(dtype):
         param = torch.nn.Parameter(torch.zeros(300, 300, dtype=dtype))
-        return train_gpt.AdamBucket({"ngram": param}, ranks, o, not_compiled)
+        return train_gpt.AdamBucket({"ngram_table": param}, ranks, o, not_compiled)
 
     half, full = bucket(torch.bfloat16), bucket(torch.float32)
     write_master(half.mine, half.mantissa, values.flatten())
     full.restore(half.export())
-    assert torch.equal(full.params["ngram"].data, values)
+    assert torch.equal(full.params["ngram_table"].data, values)
     again = bucket(torch.bfloat16)
     again.restore(full.export())
     assert torch.equal(again.mantissa, half.mantissa) and torch.equal(again.mine, half.mine)

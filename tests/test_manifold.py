@@ -91,7 +91,7 @@ def test_chance_is_what_random_matrices_give():
 
 
 class Log:
-    """As much of LogWriter as the measurement needs."""
+    """The part of LogWriter that the measurement needs."""
 
     def __init__(self):
         self.events = []
@@ -193,7 +193,7 @@ def test_whole_runs(shards, tmp_path):
 
 
 class StopWatch:
-    """As much of the session's Clock as shows whether it runs."""
+    """The part of the session's Clock that shows whether it runs."""
 
     running = True
 

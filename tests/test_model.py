@@ -140,7 +140,7 @@ class Reference:
                     hashed ^= multipliers[back] * tokens[end - back]
                 enough = end >= length - 1
                 rows.append(hashed % (self.c.ngram_rows - 1) if enough else self.c.ngram_rows - 1)
-            total = total + self.p["ngram"][rows]
+            total = total + self.p["ngram_table"][rows]
         return total
 
     def logits(self, tokens, doc, windows, tied):
@@ -502,7 +502,7 @@ def test_ngram_rows(rows, vocab_size, num_tokens):
     tokens = np.random.default_rng(0).integers(0, vocab_size, (2, num_tokens)).astype(np.int32)
     tokens[0, :4] = [vocab_size - 1, 0, vocab_size - 1, vocab_size - 1][:num_tokens]
     multipliers = np.array([36313, 27191, 40693, 32467, 24281], dtype=np.int32)
-    for length, got in zip((2, 5, 3), train_gpt.ngram_rows(torch.tensor(tokens), (2, 5, 3), rows)):
+    for length, got in zip((2, 5, 3), train_gpt.hash_ngrams(torch.tensor(tokens), (2, 5, 3), rows)):
         got = got.numpy()
         assert got.shape == tokens.shape and (got[:, : length - 1] == rows - 1).all()
         assert (got >= 0).all() and (got < rows).all()
@@ -628,7 +628,7 @@ def test_gpt2_small_is_the_speedruns():
     )
     assert not any(n.startswith("blocks.6.attn") for n in shapes) and "blocks.10.mlp.up" in shapes
     assert shapes["head"] == shapes["embed"] == shapes["value_embeds.0"] == (50304, 768)
-    assert shapes["ngram"] == (5 * 50304, 768)
+    assert shapes["ngram_table"] == (5 * 50304, 768)
     c = model.config
     assert (c.num_heads, c.head_dim, c.window_block, c.long_layers) == (6, 128, 128, (3, 10))
     assert (c.paired_layers, c.skip, c.backout) == ((0, 2, 5, 9), (3, 6), 7)

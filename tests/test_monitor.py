@@ -120,7 +120,7 @@ def write_manifest(folder, control, runs, versus=None, name="lr"):
 
 
 def test_difference_to_the_control(tmp_path):
-    """At the same step, of the same seed: else every run under way looks worse than its finished control."""
+    """Taken at the same step of the same seed: else every run under way looks worse than its control."""
     write(tmp_path, "c1", make_log("c1", 1, num_steps=STEPS))
     write(tmp_path, "c2", make_log("c2", 2, num_steps=STEPS))
     write(tmp_path, "t2", make_log("t2", 2, num_steps=STEPS, final=3.25, end=120, end_event=""))
@@ -275,7 +275,7 @@ def test_json(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [[], ["--once"]])
 def test_plain_text_when_not_a_terminal(tmp_path, capsys, arguments):
-    """In a file or a pipe: one table, then the end, and no escape codes."""
+    """A file or a pipe gets one table, then the end, and no escape codes."""
     write(tmp_path, "run", make_log("run", num_steps=STEPS))
     assert monitor_runs.main(["--logs", str(tmp_path), *arguments]) == 0
     text = capsys.readouterr().out
@@ -283,7 +283,7 @@ def test_plain_text_when_not_a_terminal(tmp_path, capsys, arguments):
 
 
 def test_a_poor_terminal(tmp_path):
-    """In one that has no letters but ASCII, nothing fails, and nothing else is written."""
+    """A terminal that has no letters but ASCII: nothing fails, and nothing else is written."""
     write(tmp_path, "run", make_log("run", num_steps=STEPS))
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "60"}
     command = [sys.executable, str(ROOT / "monitor_runs.py"), "--logs", str(tmp_path)]
@@ -312,7 +312,7 @@ def read_terminal(descriptor, until):
 
 
 def test_live_table_follows_and_ends_cleanly(tmp_path):
-    """In a terminal: redrawn as the log grows; Ctrl-C gives the terminal back and is no error."""
+    """A terminal: redrawn as the log grows; Ctrl-C gives the terminal back and is no error."""
     log = write(tmp_path, "run", make_log("run", num_steps=STEPS, end=100, end_event=""))
     ours, theirs = pty.openpty()
     env = {**os.environ, "COLUMNS": "120", "LINES": "20", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}

@@ -604,7 +604,7 @@ def test_shards_of_any_rank_equal_those_of_one_rank_and_padding_stays_zero(train
 def test_shards_of_a_big_table_equal_those_of_one_rank(trainer):
     """Fails if a rank of four updates another's part of a table, or small parameters not at all. Four ranks
     can share 65537 numbers only with padding."""
-    shapes = {"ngram": (65537, 1), "smear_gate": (12,), "blocks.0.attn.attn_gate": (2, 12)}
+    shapes = {"ngram_table": (65537, 1), "smear_gate": (12,), "blocks.0.attn.attn_gate": (2, 12)}
     weights = start_weights(shapes=shapes)
     grads = some_grads(weights, 4)
     o = optimizer_settings(trainer)
@@ -617,7 +617,7 @@ def test_shards_of_a_big_table_equal_those_of_one_rank(trainer):
             optimizer.step(step, 1.3, 2048, False)
         part = slice(rank * 16385, min(65537, (rank + 1) * 16385))
         for name, p in model.named_parameters():
-            mine = part if name == "ngram" else slice(None)
+            mine = part if name == "ngram_table" else slice(None)
             torch.testing.assert_close(p.detach()[mine], whole[name][mine], rtol=0, atol=1e-6)
             assert not torch.equal(p.detach()[mine], torch.tensor(weights[name][mine]))
 
@@ -671,7 +671,7 @@ def test_many_steps_on_bfloat16_weights_equal_steps_on_fp32_masters(trainer, arm
     """
     polar_express = trainer.polar_express
     monkeypatch.setattr(trainer, "polar_express", lambda G, dtype: polar_express(G, torch.float32))
-    shapes = {**SHAPES, "head": (8, 4), "ngram": (5, 3)}
+    shapes = {**SHAPES, "head": (8, 4), "ngram_table": (5, 3)}
     weights = {n: torch.tensor(w).bfloat16().float().numpy() for n, w in start_weights(shapes=shapes).items()}
     o = optimizer_settings(trainer, **arm)
     models = [Params(weights, dtype) for dtype in (torch.float32, torch.bfloat16)]
