@@ -145,6 +145,8 @@ def test_compiled_code_is_made_of_plain_functions():
 
 GELU = ("F.linear(norm(x_BTC), self.up).relu().square()", "F.gelu(F.linear(norm(x_BTC), self.up))")
 
+NEXT = "def build_model("  # what follows look_up_ngrams
+
 
 def edited(old: str, new: str) -> str:
     """train_gpt.py with one passage changed."""
@@ -186,6 +188,12 @@ def load(tmp_path, monkeypatch):
             {"Attention.forward"},
         ),
         ("root = (v / (1 - beta2**count))", "root = (v / (1 - beta2))", {"step_adam"}),
+        (NEXT, "look_up_ngrams = nn.Identity()\n\n\n" + NEXT, {"look_up_ngrams"}),
+        (
+            NEXT,
+            "look_up_ngrams = functools.wraps(look_up_ngrams)(lambda *x: 0)\n\n\n" + NEXT,
+            {"look_up_ngrams"},
+        ),
     ],
 )
 def test_an_edit_takes_its_fast_forms_away_and_no_other(old, new, lost, load):
