@@ -1,11 +1,11 @@
-"""Makes a record's tables and pictures again from its logs, checks them, or starts one from a finished sweep.
+"""Make a record's tables and pictures again from its logs, check them, or start a record from a sweep.
 
     python make_record.py records/2026-11-22_spectral_lr_tiny            # all again, in place
     python make_record.py records/2026-11-22_spectral_lr_tiny --check    # elsewhere, and compared
     python make_record.py records/2026-12-01_moe_lr --new sweeps/moe_lr.toml --also plot_lr_analysis.py
 
 A record is a folder with a README.md written by hand, the sweep's file, its manifest and logs in logs/, and
-record.toml, whose `commands` are the tools of this project that make the rest, called in that folder:
+record.toml. Its `commands` are tools of this project, called in that folder, which make all the rest:
 
     commands = [
         "report_sweep.py spectral_lr.toml --out .",
@@ -13,15 +13,13 @@ record.toml, whose `commands` are the tools of this project that make the rest, 
     ]
 
 --new copies a sweep's file, manifest and logs from logs/ into a new record, writes its record.toml, and calls
-the commands. Logs, and the RUN_ID.manifold.jsonl beside them, are compressed (.xz, which every tool here
-reads); the source code at the heads of logs, the same in all runs, is kept once, in
-logs/sources/HASH.txt.xz, if its hash is the one that the run logged.
---also adds a command; the sweep's file, if it names none, is put in, and `--out .` if it has no --out. --new
-never overwrites anything.
+the commands. Logs, and RUN_ID.manifold.jsonl beside them, are compressed (.xz, which every tool here reads).
+The source code at the head of logs is kept only once, in logs/sources/HASH.txt.xz. --also adds a command,
+completed with the sweep's file and with `--out .` where it lacks them. --new never overwrites anything.
 
---check changes nothing, and exits with 1 if a table (.md .json .csv) is not what the commands make of the
-logs, byte for byte. The bytes of pictures change with matplotlib's version and the fonts of a machine: they
-are compared, too, but differences are only told.
+--check changes nothing. It exits with 1 if a table (.md .json .csv) is not, byte for byte, what the commands
+make of the logs. The bytes of pictures change with matplotlib's version and the fonts of a machine, so
+differences in them are reported but are no failure.
 """
 
 import argparse
@@ -37,7 +35,11 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from analysis import style
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from analysis.command_line import complain, make_parser
+from analysis.files import write_atomically
+from analysis.manifest import Run, manifest_path, read_manifest
 from analysis.run_log import SEPARATOR_WIDTH, find_log, log_stem, read_log, read_unpacked
 
 HERE = Path(__file__).resolve().parent
@@ -52,7 +54,7 @@ HEAD = "The source code that stood here is in sources/{}.txt.xz, without its las
 
 
 def read_commands(record: Path) -> list[list[str]]:
-    """The commands of a record, in words; ValueError if there are none, or one is no tool of this project."""
+    """Return a record's commands, split into words; ValueError unless all are tools of this project."""
     path = record / RECIPE
     try:
         commands = tomllib.loads(path.read_text()).get("commands")
@@ -72,7 +74,7 @@ def read_commands(record: Path) -> list[list[str]]:
 
 
 def make(record: Path) -> list[Path]:
-    """Calls the commands in the record's folder; the files they wrote. ValueError if one fails."""
+    """Call the commands in the record's folder; return the files they wrote. ValueError if one fails."""
     commands, before = read_commands(record), times(record)
     for tool, *arguments in commands:
         done = subprocess.run(
@@ -84,13 +86,13 @@ def make(record: Path) -> list[Path]:
 
 
 def times(folder: Path) -> dict[Path, int]:
-    """When each file was written, in order of name."""
+    """Return when each file was written, in order of name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in files}
 
 
 def check(record: Path) -> dict[Path, str]:
-    """Makes everything in a copy: by file, whether it is "the same", "differs" or is "not in the record"."""
+    """Make everything in a copy; for each file, return "the same", "differs" or "not in the record"."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / record.resolve().name
         shutil.copytree(record, copy)
@@ -110,50 +112,58 @@ def check(record: Path) -> dict[Path, str]:
 
 
 def start(record: Path, sweep: Path, logs: Path, also: Sequence[str]) -> list[str]:
-    """Copies a sweep's file, manifest and logs, and writes the recipe; remarks for the user."""
-    manifest = logs / f"{sweep.stem}.sweep.json"
+    """Copy a sweep's file, manifest and logs, and write the recipe; return remarks for the user."""
+    path = manifest_path(sweep.stem, logs)
     if record.exists():
         raise ValueError(f"{record} exists already; without --new its tables and pictures are made again")
-    if not sweep.is_file() or not manifest.is_file():
-        raise ValueError(f"a record is made of {sweep} and {manifest}: launch the sweep first")
-    data = json.loads(manifest.read_text())
-    runs, remarks = [*data["runs"], *data.get("earlier", [])], []
-    unended = sum(run.get("state") in ("planned", "running", "submitted") for run in data["runs"])
+    if not sweep.is_file() or not path.is_file():
+        raise ValueError(f"a record is made of {sweep} and {path}: launch the sweep first")
+    manifest, remarks = read_manifest(path), []
+    unended = sum(run.state in ("planned", "running", "submitted") for run in manifest.runs)
     if unended:
-        remarks.append(f"{unended} of {len(data['runs'])} runs have not ended; the record will say so")
+        remarks.append(f"{unended} of {len(manifest.runs)} runs have not ended; the record will say so")
     (record / "logs" / "sources").mkdir(parents=True)
     shutil.copyfile(sweep, record / sweep.name)
-    shutil.copyfile(manifest, record / "logs" / manifest.name)
-    for run in runs:
-        log = find_log(logs, Path(run["log"]).name) if run.get("log") else None
-        if log:
-            pack_log(log, record / "logs")
-            measurement = f"{log_stem(log)}.manifold.jsonl"
-            if measured := find_log(logs, measurement):
-                pack(read_unpacked(measured), record / "logs" / measurement)
-    if b'"/' in manifest.read_bytes():
-        remarks.append(f"{manifest.name} and the logs name folders of this machine, as in DATA_PATH")
+    shutil.copyfile(path, record / "logs" / path.name)
+    for run in [*manifest.runs, *manifest.earlier]:
+        pack_run(run, logs, record / "logs")
+    if b'"/' in path.read_bytes():
+        remarks.append(f"{path.name} and the logs name folders of this machine, as in DATA_PATH")
     commands = [f"report_sweep.py {sweep.name} --out .", *(complete(c, sweep.name) for c in also)]
     lines = [f"    {json.dumps(command)}," for command in commands]
     comment = f"# `python make_record.py records/{record.resolve().name}` makes all this again but README.md"
-    style.write_text("\n".join([comment, "commands = [", *lines, "]", ""]), record / RECIPE)
+    write_atomically(record / RECIPE, "\n".join([comment, "commands = [", *lines, "]", ""]))
     return remarks
 
 
+def pack_run(run: Run, logs: Path, folder: Path) -> None:
+    """Compress a run's log, and its measurements of the manifold, into a folder, if it has them."""
+    log = find_log(logs, Path(run.log).name) if run.log else None
+    if log is None:
+        return
+    pack_log(log, folder)
+    measured = find_log(logs, f"{log_stem(log)}.manifold.jsonl")
+    if measured:
+        pack(read_unpacked(measured), folder / f"{log_stem(log)}.manifold.jsonl")
+
+
 def complete(command: str, sweep: str) -> str:
-    """A command with the sweep's file and a place to write to."""
+    """Return a command with the sweep's file and a place to write to."""
     tool, *arguments = shlex.split(command)
     if not any(word.endswith(".toml") for word in arguments):
         arguments.insert(0, sweep)
-    return shlex.join([tool, *arguments, *(() if "--out" in arguments else ("--out", "."))])
+    if "--out" not in arguments:
+        arguments += ["--out", "."]
+    return shlex.join([tool, *arguments])
 
 
 def pack_log(path: Path, folder: Path) -> Path:
-    """A log, compressed, in a folder; its source code, if its hash is the log's, once in folder/sources."""
+    """Write a log, compressed, into a folder; its source code, if the hash fits, once into folder/sources."""
     data = read_unpacked(path)
     source, line, rest = data.partition(b"\n" + b"=" * SEPARATOR_WIDTH)
     name = sha256(source).hexdigest()[:16]
-    if line and name == read_log(path)[-1].source_hash:
+    names_files = data.startswith(b"# file: ")  # older logs do not, and have only the hash to go by
+    if line and (names_files or name == read_log(path)[-1].source_hash):
         kept = folder / "sources" / f"{name}.txt.xz"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +173,7 @@ def pack_log(path: Path, folder: Path) -> Path:
 
 
 def pack(data: bytes, path: Path) -> Path:
-    """Written to path.xz, compressed."""
+    """Write path.xz."""
     packed = path.with_name(f"{path.name}.xz")
     packed.write_bytes(lzma.compress(data, preset=9))
     return packed
@@ -175,21 +185,21 @@ def pack(data: bytes, path: Path) -> Path:
 
 
 def report_check(record: Path) -> int:
-    """Prints what `check` found; 1 if a table is not what the logs give."""
+    """Print what `check` found; return 1 if a table is not what the logs give."""
     found = check(record)
     wrong = [path for path, word in found.items() if word != "the same" and path.suffix in TABLES]
     for path, word in found.items():
-        picture = word == "differs" and path not in wrong
-        print(f"{path}: {word}{' (a picture: another matplotlib, or other fonts?)' if picture else ''}")
+        if word == "differs" and path not in wrong:
+            word += " (a picture: another matplotlib, or other fonts?)"
+        print(f"{path}: {word}")
     if wrong:
         print(f"{len(wrong)} tables are not what `python make_record.py {record}` makes of the logs")
     return int(bool(wrong))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser(__doc__)
     parser.add_argument("record", type=Path, help="the record's folder, records/YYYY-MM-DD_NAME")
     parser.add_argument(
         "--check", action="store_true", help="compare, change nothing; exit code 1: a table differs"
@@ -199,7 +209,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--also", action="append", default=[], metavar="COMMAND", help="another tool, with --new"
     )
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="where --new finds manifest and logs")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make, check or start a record; return the exit code."""
+    options = parse_args(arguments)
     try:
         if options.check and options.new:
             raise ValueError("--check is of a record that exists, --new of one that does not")
@@ -212,12 +227,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return report_check(options.record)
         for path in make(options.record):
             print(options.record / path)
-        if not (options.record / "README.md").exists():
-            print(
-                f"{options.record / 'README.md'} is yours to write: what was asked, run, found, and not shown"
-            )
+        readme = options.record / "README.md"
+        if not readme.exists():
+            print(f"{readme} is yours to write: what was asked, run, found, and not shown")
     except (ValueError, OSError) as error:
-        return style.complain(error)
+        return complain(error)
     return 0
 
 

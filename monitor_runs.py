@@ -1,17 +1,18 @@
-"""A live table of the runs in logs/: how far each is, its losses, its speed, and what went wrong.
+"""Show a live table of the runs in logs/: how far each is, its losses, its speed, and what went wrong.
 
     python monitor_runs.py                  # until Ctrl-C; in a pipe or a file, one plain table
     python monitor_runs.py --once           # one table
     python monitor_runs.py --json | jq      # one list of objects, losses in nats a token, times in s or ms
-    python monitor_runs.py --control a=0    # difference to the runs whose name has a=0
+    python monitor_runs.py --control a=0    # difference from the runs whose name has a=0
 
-In a sweep the runs are called by their tags, and the difference is taken to the control arm which the
-manifest (logs/SWEEP.sweep.json) names: to the control of the same seed if there is one, else to the mean of
-the controls, at the last validation both have. A run has stalled if its log says it runs but has not grown
-for --stalled-after seconds. Only what is new in the logs is read, so that a thousand of them are no burden.
+Runs of a sweep are called by their tags, and compared with the control that the sweep's manifest
+(logs/SWEEP.sweep.json) names: with the run of the same seed if there is one, else with the mean of the
+controls, at the last validation that both have. A run has stalled if its log says that it runs but has not
+grown for --stalled-after seconds. Only what is new in the logs is read, so a thousand of them are no burden.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
@@ -19,12 +20,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from analysis.command_line import complain, make_parser
+from analysis.manifest import Manifest, ManifestFolder, Run
 from analysis.run_log import Column, LogFollower, RunLog
 from analysis.style import format_time, shorten
 
@@ -41,6 +45,8 @@ STATE_COLOURS = {
     "unknown": "dim",
 }
 PROBLEMS = ("crashed", "diverged", "stalled", "unreadable")
+# A killed process writes no event, but the launcher sees it end.
+LAUNCHER_STATES = {"crashed": "crashed", "hung": "crashed", "diverged": "diverged", "stopped": "stopped"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -50,7 +56,7 @@ PROBLEMS = ("crashed", "diverged", "stalled", "unreadable")
 
 @dataclass
 class Row:
-    """What is shown of a run. NaN: not known (yet). Times in the unit of the name."""
+    """What is shown of a run. NaN means not known, or not yet. Units are in the names."""
 
     path: str
     run_id: str
@@ -64,7 +70,7 @@ class Row:
     val_step: int | None = None
     best_val_loss: float = math.nan
     train_loss: float = math.nan
-    difference: float = math.nan  # to the control, at the last validation both have; negative is better
+    difference: float = math.nan  # from the control, at the last validation both have; negative is better
     control: str = ""
     is_control: bool = False
     ms_per_step: float = math.nan
@@ -77,12 +83,12 @@ class Row:
 
     @property
     def share(self) -> float:
-        """Part of training that is done, 0 to 1."""
+        """The part of training that is done, 0 to 1."""
         return min(1.0, self.step / self.num_steps) if self.num_steps else 0.0
 
 
 def speed(run: RunLog) -> tuple[float, float]:
-    """Recent milliseconds a step, and tokens a second; NaN if the log does not say."""
+    """Return recent milliseconds a step, and tokens a second; NaN if the log does not say."""
     times = run.columns.get("train_time")
     if times is None or times.value.dtype == object or len(times.step) < 2:
         return math.nan, math.nan
@@ -91,13 +97,12 @@ def speed(run: RunLog) -> tuple[float, float]:
     steps = int(times.step[-1] - times.step[first])
     if not ms > 0 or not steps:
         return math.nan, math.nan
-    return ms / steps, tokens_between(
-        run.columns.get("tokens"), times.step[first], times.step[-1]
-    ) / ms * 1000
+    tokens = tokens_between(run.columns.get("tokens"), times.step[first], times.step[-1])
+    return ms / steps, tokens / ms * 1000
 
 
 def tokens_between(column: Column | None, first_step: int, last_step: int) -> float:
-    """Tokens trained on between two steps, NaN if they are not logged at both."""
+    """Return the tokens trained on between two steps, NaN if they are not logged at both."""
     if column is None or column.value.dtype == object:
         return math.nan
     at = np.searchsorted(column.step, [first_step, last_step])
@@ -106,17 +111,12 @@ def tokens_between(column: Column | None, first_step: int, last_step: int) -> fl
     return float(column.value[at[1]] - column.value[at[0]])
 
 
-def row_of(run: RunLog, mtime: float) -> Row:
-    """A run's row without what depends on the time or on other runs."""
+def row_of(run: RunLog) -> Row:
+    """Return a run's row, without what depends on the time or on other runs."""
     ms_per_step, tokens_per_s = speed(run)
     left = math.nan
     if run.state == "running" and run.num_steps is not None:
         left = max(0, run.num_steps - max(run.last_step, 0)) * ms_per_step / 1000
-    crash = run.event("crashed") or run.event("diverged")
-    message = ", ".join(
-        value if name in ("error", "message", "reason") else f"{name} {value}"
-        for name, value in (crash.fields.items() if crash and run.state == crash.name else ())
-    )
     return Row(
         path=str(run.path),
         run_id=run.run_id,
@@ -132,14 +132,22 @@ def row_of(run: RunLog, mtime: float) -> Row:
         tokens_per_s=tokens_per_s,
         seconds_left=left,
         train_time_s=run.last_time_ms / 1000,
-        age_s=mtime,  # replaced by the age when shown
         unread_lines=run.unread_lines,
-        message=message,
+        message=last_words(run),
     )
 
 
+def last_words(run: RunLog) -> str:
+    """Return what the log says about a crash or a divergence, empty if it ended otherwise."""
+    event = run.event(run.state) if run.state in ("crashed", "diverged") else None
+    if event is None:
+        return ""
+    prose = ("error", "message", "reason")
+    return ", ".join(value if name in prose else f"{name} {value}" for name, value in event.fields.items())
+
+
 def is_stalled(row: Row, limit: float) -> bool:
-    """Whether a run that says it runs has been silent for too long, given its own pace."""
+    """Return whether a run that says it runs has been silent for too long, given its own pace."""
     if row.state != "running":
         return False
     if not row.step:
@@ -149,9 +157,9 @@ def is_stalled(row: Row, limit: float) -> bool:
 
 
 def difference_to(run: RunLog, controls: Sequence[RunLog]) -> tuple[float, str]:
-    """Loss less the control's at the last validation both have, and the control's name; NaN if there is none.
+    """Return loss minus the control's at the last validation both have, and the control's name; NaN if none.
 
-    The control of the same seed is taken; if there is none, the mean of those that have come that far.
+    The control is the run of the same seed; if there is none, the mean of those that have come that far.
     """
     others = [other for other in controls if len(other.val)]
     same_seed = [other for other in others if other.seed == run.seed and run.seed is not None]
@@ -171,115 +179,64 @@ def difference_to(run: RunLog, controls: Sequence[RunLog]) -> tuple[float, str]:
 # ------------------------------------------------------------------------------------------------
 
 
-class Member(NamedTuple):
-    """What a manifest says of a run: its sweep, arm and state, and the arm that is its control."""
-
-    sweep: str
-    tag: str
-    state: str
-    reason: str
-    control: str
-
-
-NO_MEMBER = Member("", "", "", "", "")
-# A killed process writes no event, but the launcher sees it end.
-LAUNCHER_STATES = {"crashed": "crashed", "hung": "crashed", "diverged": "diverged", "stopped": "stopped"}
-
-
-class Sweeps:
-    """The manifests in a folder: which run belongs to which arm of which sweep."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.known: dict[Path, tuple[float, dict]] = {}
-        self.errors: list[str] = []
-
-    def poll(self) -> None:
-        """Reads manifests that are new or changed. One that cannot be read is a message, not the end."""
-        self.errors = []
-        found = sorted(self.folder.glob("*.sweep.json"))
-        self.known = {path: entry for path, entry in self.known.items() if path in found}
-        for path in found:
-            try:
-                mtime = path.stat().st_mtime
-                if path not in self.known or self.known[path][0] != mtime:
-                    content = json.loads(path.read_text())
-                    if not isinstance(content, dict):
-                        raise ValueError("not an object")
-                    self.known[path] = (mtime, content)
-            except (OSError, ValueError) as error:
-                self.errors.append(f"{path.name} cannot be read: {error}")
-
-    def arms(self) -> dict[str, Member]:
-        """run_id -> what its manifest says of it."""
-        members = {}
-        for path, (_, content) in self.known.items():
-            sweep, runs = path.name.removesuffix(".sweep.json"), content.get("runs")
-            for run in runs if isinstance(runs, list) else []:
-                if isinstance(run, dict) and "run_id" in run:
-                    texts = (str(run.get(key) or "") for key in ("tag", "state", "reason"))
-                    versus = content.get("versus")
-                    own = versus.get(run.get("tag")) if isinstance(versus, dict) else None
-                    control = str(own or content.get("control") or "")
-                    members[str(run["run_id"])] = Member(sweep, *texts, control)
-        return members
-
-
 class Monitor:
     """The rows of a folder of logs, kept up to date."""
 
     def __init__(self, folder: Path, stalled_after: float = 300, control: str = ""):
         self.follower = LogFollower(folder, RECENT_LINES)
-        self.sweeps = Sweeps(folder)
+        self.manifests = ManifestFolder(folder)
         self.stalled_after, self.control = stalled_after, control
         self._rows: dict[Path, list[tuple[RunLog, Row]]] = {}
+        self._members: dict[str, tuple[Manifest, Run]] = {}  # by run_id
 
     def poll(self) -> list[Row]:
-        """The rows now: what runs first, then what ended last."""
+        """Return the rows now: what runs first, then what ended last."""
         for path in self.follower.poll():
             log = self.follower.logs.get(path)
             if log is None:
                 self._rows.pop(path, None)
             elif log.error:
-                row = Row(str(path), path.stem, "unreadable", age_s=log.mtime, message=log.error)
+                row = Row(str(path), path.stem, "unreadable", message=log.error)
                 self._rows[path] = [(RunLog(path, path.stem), row)]
             else:
-                self._rows[path] = [(run, row_of(run, log.mtime)) for run in log.runs]
-        self.sweeps.poll()
+                self._rows[path] = [(run, row_of(run)) for run in log.runs]
+        manifests = self.manifests.poll()
+        self._members = {run.run_id: (manifest, run) for manifest in manifests for run in manifest.runs}
         now = time.time()
         rows = []
-        for entries in self._rows.values():
-            for _, row in entries:
-                rows.append(Row(**{**vars(row), "age_s": max(0.0, now - row.age_s)}))
+        for path, entries in self._rows.items():
+            age_s = max(0.0, now - self.follower.logs[path].mtime)
+            rows += [dataclasses.replace(row, age_s=age_s) for _, row in entries]
         self._place(rows)
         for row in rows:
-            row.state = "stalled" if is_stalled(row, self.stalled_after) else row.state
+            if is_stalled(row, self.stalled_after):
+                row.state = "stalled"
         return sorted(rows, key=lambda row: (row.state not in ("running", "stalled"), row.age_s, row.run_id))
 
     def _place(self, rows: list[Row]) -> None:
-        """Sweep, tag and difference to the control of each row."""
+        """Fill in each row's sweep, tag and difference from the control, and how the launcher saw it end."""
         runs = [run for entries in self._rows.values() for run, _ in entries]
-        arms = self.sweeps.arms()
-        by_arm: dict[tuple[str, str], list[RunLog]] = {}
+        by_arm: dict[tuple[str, str | None], list[RunLog]] = {}
         for run in runs:
-            member = arms.get(run.name, NO_MEMBER)
-            by_arm.setdefault((member.sweep, member.tag), []).append(run)
+            if run.name in self._members:
+                manifest, planned = self._members[run.name]
+                by_arm.setdefault((manifest.sweep, planned.tag), []).append(run)
         chosen = [run for run in runs if self.control and self.control in run.run_id]
         for run, row in zip(runs, rows, strict=True):
-            member = arms.get(run.name, NO_MEMBER)
-            row.sweep, row.tag = member.sweep, member.tag
-            if row.state == "running" and member.state in LAUNCHER_STATES:
-                row.state, row.message = (
-                    LAUNCHER_STATES[member.state],
-                    member.reason or f"launcher: {member.state}",
-                )
-            others = chosen or (by_arm.get((member.sweep, member.control), []) if member.control else [])
+            others = chosen
+            if run.name in self._members:
+                manifest, planned = self._members[run.name]
+                row.sweep, row.tag = manifest.sweep, planned.tag
+                others = chosen or by_arm.get((manifest.sweep, manifest.control_of(planned.tag)), [])
+                if row.state == "running" and planned.state in LAUNCHER_STATES:
+                    row.state = LAUNCHER_STATES[planned.state]
+                    row.message = planned.reason or f"launcher: {planned.state}"
             row.is_control = any(run is other for other in others)
             if not row.is_control:
                 row.difference, row.control = difference_to(run, others)
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
-        """What the user should know besides: failures and their reasons, unread lines, runs yet to come."""
+        """Return what the user should know besides: failures, unread lines, runs yet to come."""
         notes = []
         for row in rows:
             if row.state in PROBLEMS and (row.message or row.state == "stalled"):
@@ -290,11 +247,18 @@ class Monitor:
             total = sum(row.unread_lines for row in unread)
             notes.append(f"{total} lines could not be read in {len(unread)} logs, such as {unread[0].path}")
         started = {run.name for entries in self._rows.values() for run, _ in entries}
-        arms = self.sweeps.arms()
-        planned = Counter(member.sweep for member in arms.values())
-        missing = Counter(member.sweep for run_id, member in arms.items() if run_id not in started)
+        sweeps = {run_id: manifest.sweep for run_id, (manifest, _) in self._members.items()}
+        planned = Counter(sweeps.values())
+        missing = Counter(sweep for run_id, sweep in sweeps.items() if run_id not in started)
         notes += [f"sweep {s}: {n} of {planned[s]} runs have not started" for s, n in missing.items()]
-        return notes + self.sweeps.errors
+        return notes + self.manifests.errors
+
+    def curve(self, row: Row) -> np.ndarray:
+        """Return a row's validation losses after the first tenth of training, which dwarfs the rest."""
+        for run, _ in self._rows.get(Path(row.path), []):
+            if run.run_id == row.run_id:
+                return run.val.loss[run.val.step >= 0.1 * max(run.last_step, 1)]
+        return np.zeros(0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -303,7 +267,7 @@ class Monitor:
 
 
 def sparkline(values: Sequence[float], width: int, plain: bool = False) -> str:
-    """Values as little bars, from the lowest to the highest of them; plain: in ASCII."""
+    """Return values as little bars, from the lowest to the highest of them; `plain` in ASCII."""
     bars = "_.-=+*#%" if plain else "▁▂▃▄▅▆▇█"
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]
@@ -317,19 +281,22 @@ def sparkline(values: Sequence[float], width: int, plain: bool = False) -> str:
 
 
 def progress(share: float, width: int, plain: bool = False) -> str:
+    """Return a bar of `width` characters, of which `share` is full."""
     done = round(share * width)
     full, empty = ("#", ".") if plain else ("━", "╌")
     return full * done + empty * (width - done)
 
 
 def number(value: float, form: str) -> str:
+    """Return a number as text, "-" if it is not known."""
     return format(value, form) if math.isfinite(value) else "-"
 
 
 def cells(row: Row, curve: Sequence[float], plain: bool) -> dict[str, str]:
-    """The text of each column."""
+    """Return the text of each column, from left to right. A new column is a new line here."""
     total = "?" if row.num_steps is None else str(row.num_steps)
     left = format_time(1000 * row.seconds_left) if row.state == "running" else ""
+    thousand = "k" if math.isfinite(row.tokens_per_s) else ""
     return {
         "run": row.tag or row.run_id,
         "state": row.state,
@@ -340,13 +307,14 @@ def cells(row: Row, curve: Sequence[float], plain: bool) -> dict[str, str]:
         "to control": "control" if row.is_control else number(row.difference, "+.4f"),
         "train": number(row.train_loss, ".3f"),
         "ms/step": number(row.ms_per_step, ".1f"),
-        "tokens/s": number(row.tokens_per_s / 1000, ".0f") + ("k" if math.isfinite(row.tokens_per_s) else ""),
+        "tokens/s": number(row.tokens_per_s / 1000, ".0f") + thousand,
         "left": left,
         "curve": sparkline(curve, 10, plain),
     }
 
 
-# The order in which columns give way when the terminal is narrow; run, state and losses stay.
+ALWAYS = ("run", "state", "val loss")
+# The order in which the others give way when the terminal is narrow; one that is not named here goes first.
 EXPENDABLE = ("curve", "tokens/s", "best", "train", "ms/step", "left", "to control", "seed", "progress")
 LEFT_ALIGNED = ("run", "state", "progress", "curve")
 LEAST_NAME = 16
@@ -354,43 +322,48 @@ GAP = 2
 
 
 def layout(contents: Sequence[dict[str, str]], width: int) -> dict[str, int]:
-    """Columns that fit in `width`, with their widths. A column nobody has a value for is not shown."""
+    """Return the columns that fit in `width`, with their widths. A column without any value is not shown."""
     widths = {}
     for name in contents[0] if contents else ():
         known = any(content[name] not in ("", "-") for content in contents)
-        if known or name in ("run", "state", "val loss"):
+        if known or name in ALWAYS:
             widths[name] = max(len(name), *(len(content[name]) for content in contents))
-    whole_name = widths.get("run", 0)
-    expendable = [name for name in EXPENDABLE if name in widths]
+    if not widths:
+        return {}
+    whole_name = widths["run"] = max(LEAST_NAME, widths["run"])
+    expendable = [name for name in widths if name not in (*ALWAYS, *EXPENDABLE)]
+    expendable += [name for name in EXPENDABLE if name in widths]
 
     def spare() -> int:
         return width - sum(widths.values()) - GAP * (len(widths) - 1)
 
     while spare() < 0 and spare() + whole_name < LEAST_NAME and expendable:
         del widths[expendable.pop(0)]
-    if widths:
-        widths["run"] = max(LEAST_NAME, whole_name + min(0, spare()))
+    widths["run"] = max(LEAST_NAME, whole_name + min(0, spare()))
     return widths
 
 
 def heading(rows: Sequence[Row], folder: Path) -> str:
+    """Return the first line: the folder, how many runs are in which state, the time."""
     counts = Counter(row.state for row in rows)
     states = ", ".join(f"{counts[state]} {state}" for state in STATE_COLOURS if counts[state])
-    return f"{folder}: {len(rows)} runs" + (f" ({states})" if states else "") + time.strftime(", %H:%M:%S")
+    text = f"{folder}: {len(rows)} runs"
+    if states:
+        text += f" ({states})"
+    return text + time.strftime(", %H:%M:%S")
 
 
 def text_lines(
     rows: Sequence[Row], monitor: Monitor, width: int, height: int | None = None, plain: bool = False
 ) -> list[list[tuple[str, str]]]:
-    """The whole display as lines of (text, style); at most `height` of them."""
+    """Return the whole display as lines of (text, style), at most `height` of them."""
     notes = monitor.notes(rows)
     limit = len(rows)
     if height is not None:
         notes = notes[: max(1, height // 4)]
         limit = max(1, height - 4 - len(notes))
     shown = rows[:limit] if len(rows) <= limit else rows[: max(1, limit - 1)]
-    curves = {id(row): curve_of(row, monitor) for row in shown}
-    contents = [cells(row, curves[id(row)], plain) for row in shown]
+    contents = [cells(row, monitor.curve(row), plain) for row in shown]
     widths = layout(contents, width)
     lines = [[(shorten(heading(rows, monitor.follower.folder), width), "bold")]]
     if not rows:
@@ -414,25 +387,20 @@ def text_lines(
     return lines
 
 
-def curve_of(row: Row, monitor: Monitor) -> np.ndarray:
-    """Validation losses after the first tenth of training, whose fall would dwarf the rest."""
-    for run, _ in monitor._rows.get(Path(row.path), []):
-        if run.run_id == row.run_id:
-            return run.val.loss[run.val.step >= 0.1 * max(run.last_step, 1)]
-    return np.zeros(0)
-
-
 def aligned(name: str, text: str, size: int) -> str:
-    return (text.ljust(size) if name in LEFT_ALIGNED else text.rjust(size)) + " " * GAP
+    """Return the text of a column as wide as the column, and the gap after it."""
+    padded = text.ljust(size) if name in LEFT_ALIGNED else text.rjust(size)
+    return padded + " " * GAP
 
 
 def print_plain(rows: Sequence[Row], monitor: Monitor, width: int, plain: bool) -> None:
+    """Print one table."""
     for line in text_lines(rows, monitor, width, plain=plain):
         print("".join(text for text, _ in line).rstrip())
 
 
 def watch(monitor: Monitor, interval: float) -> None:
-    """Redraws the table until Ctrl-C."""
+    """Draw the table again and again, until Ctrl-C."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -448,25 +416,25 @@ def watch(monitor: Monitor, interval: float) -> None:
 
 
 def speaks_unicode() -> bool:
+    """Return whether the output can hold any character."""
     return (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
 
 
 def as_json(rows: Sequence[Row]) -> str:
-    """A list of objects; null for what is not known, as JSON has no NaN."""
+    """Return a list of objects, with null for what is not known, as JSON has no NaN."""
     objects = []
     for row in rows:
-        content = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(row).items()
-        }
+        content = dataclasses.asdict(row)
+        for key, value in content.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                content[key] = None
         objects.append(content)
     return json.dumps(objects, indent=1)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--logs", type=Path, default=Path("logs"), metavar="DIR", help="folder of logs (logs)"
     )
@@ -481,16 +449,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--stalled-after", type=float, default=300.0, metavar="S", help="silence of a stalled run (300)"
     )
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Show the table; return the exit code."""
+    options = parse_args(arguments)
     if not options.logs.is_dir():
-        print(
-            f"monitor_runs.py: {options.logs} is no folder; say where the logs are with --logs DIR",
-            file=sys.stderr,
-        )
-        return 2
+        return complain(f"{options.logs} is no folder; say where the logs are with --logs DIR")
     if not options.interval > 0:
-        print(f"monitor_runs.py: --interval {options.interval:g} is not above 0 seconds", file=sys.stderr)
-        return 2
+        return complain(f"--interval {options.interval:g} is not above 0 seconds")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a name in letters that the terminal does not have
     monitor = Monitor(options.logs, options.stalled_after, options.control)

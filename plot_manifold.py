@@ -1,4 +1,4 @@
-"""Draws the manifold measurement: spectra of weights and of their updates over layers and steps.
+"""Draw the manifold measurement: spectra of weights and of their updates over layers and steps.
 
     python plot_manifold.py sweeps/muon_vs_adamw.toml      # the runs of a sweep, by its manifest in logs/
     python plot_manifold.py logs/a.txt logs/b.txt --out pictures
@@ -15,23 +15,27 @@ logs/NAME_manifold/:
     differences.md .csv     where the seeds of one arm differ most
 """
 
-import argparse
-import csv
-import io
 import json
 import math
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from analysis import style
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from analysis import command_line, style
+from analysis.files import write_atomically
+from analysis.read_results import read_results
+from analysis.results import Results
 from analysis.run_log import RunLog, find_log, log_stem, read_unpacked
 from analysis.stats import summarize
-from analysis.sweep_results import Results, read_results
+from analysis.tables import as_csv, format_loss, format_markdown, format_table
 
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")
 METRICS = {  # what a line holds -> what a picture calls it
@@ -59,7 +63,7 @@ NUM_DIFFERENCES = 5  # of each metric
 
 @dataclass
 class Measured:
-    """One run's measurement: values[metric][projection, layer, step], NaN where there is none."""
+    """A run's measurement: values[metric][projection, layer, step], NaN where there is none."""
 
     arm: str
     seed: int | None
@@ -80,7 +84,7 @@ class Measured:
 
 
 def read_lines(path: Path) -> tuple[list[dict], int]:
-    """The lines of a measurement and how many could not be read; of one matrix and step, the later counts."""
+    """The lines of a measurement, and how many could not be read. For a matrix and step the last counts."""
     found, unread = {}, 0
     for line in read_unpacked(path).splitlines():
         try:
@@ -126,7 +130,7 @@ def read_all(results: Results) -> list[Measured]:
 
 
 def mean_over(values: np.ndarray, axes) -> np.ndarray:
-    """Of what there is; NaN, without a warning, where there is nothing."""
+    """The mean of what is not NaN; NaN, without a warning, where there is nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nanmean(values, axis=axes)
@@ -138,7 +142,7 @@ def mean_over(values: np.ndarray, axes) -> np.ndarray:
 
 
 def step_grid(runs: Sequence[Measured]) -> np.ndarray:
-    """All steps; evenly spaced if that is how they were measured, so that a gap takes up its room."""
+    """The steps of all runs; evenly spaced if they were measured so, and a missing one then leaves a gap."""
     steps = np.unique(np.concatenate([run.steps for run in runs]))
     if len(steps) < 2:
         return steps
@@ -147,7 +151,7 @@ def step_grid(runs: Sequence[Measured]) -> np.ndarray:
 
 
 def on_grid(values: np.ndarray, run: Measured, grid: np.ndarray, layers: Sequence[int]) -> np.ndarray:
-    """values[layer, step] of one run, at its places among all layers and steps."""
+    """A run's values[layer, step], at their places among all layers and steps."""
     out = np.full((len(layers), len(grid)), np.nan)
     rows = [layers.index(layer) for layer in run.layers]
     out[np.ix_(rows, np.searchsorted(grid, run.steps))] = values
@@ -155,7 +159,7 @@ def on_grid(values: np.ndarray, run: Measured, grid: np.ndarray, layers: Sequenc
 
 
 def colour_limits(values: Sequence[np.ndarray]) -> tuple[float, float]:
-    """1st and 99th percentile of all together."""
+    """The 1st and 99th percentile of all values together."""
     pooled = np.concatenate([x[np.isfinite(x)] for x in values])
     if not len(pooled):
         return 0.0, 1.0
@@ -164,7 +168,7 @@ def colour_limits(values: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def draw_heat(ax, values: np.ndarray, grid: np.ndarray, layers: Sequence[int], limits):
-    """Cells of layer x step; grey where nothing was measured."""
+    """Draw cells of layer x step; grey where nothing was measured."""
     half = np.diff(grid).min() / 2 if len(grid) > 1 else 0.5
     middles = (grid[1:] + grid[:-1]) / 2
     edges = np.concatenate([[grid[0] - half], middles, [grid[-1] + half]])
@@ -192,7 +196,7 @@ def _few_ticks():
 
 
 def heatmap(runs: Sequence[Measured], metric: str):
-    """Projections down, runs across."""
+    """A heatmap for each projection (down) and run (across)."""
     plt = style.load_matplotlib()
     grid, layers = step_grid(runs), sorted({layer for run in runs for layer in run.layers})
     limits = colour_limits([run.values[metric] for run in runs])
@@ -221,12 +225,12 @@ def heatmap(runs: Sequence[Measured], metric: str):
 
 
 def seeds_of(runs: Sequence[Measured]) -> list:
-    """In order; an unknown one last."""
+    """The seeds in order, an unknown one last."""
     return sorted({run.seed for run in runs}, key=lambda seed: (seed is None, seed or 0))
 
 
 def quick_scan(runs: Sequence[Measured]):
-    """For each metric a block of arms x seeds, each cell a heatmap of the mean over projections."""
+    """A block of arms x seeds for each metric; each cell is a heatmap of the mean over projections."""
     plt = style.load_matplotlib()
     grid, layers = step_grid(runs), sorted({layer for run in runs for layer in run.layers})
     arms, seeds = list(dict.fromkeys(run.arm for run in runs)), seeds_of(runs)
@@ -257,7 +261,7 @@ def quick_scan(runs: Sequence[Measured]):
 
 
 def lines(runs: Sequence[Measured], by: str):
-    """Metrics down, arms across; a colour a projection or layer: thick the seeds' mean, thin each seed."""
+    """Metrics (down) of arms (across), a colour a projection or layer: thick the mean, thin each seed."""
     plt = style.load_matplotlib()
     arms, grid = list(dict.fromkeys(run.arm for run in runs)), step_grid(runs)
     layers = sorted({layer for run in runs for layer in run.layers})
@@ -305,7 +309,7 @@ def lines(runs: Sequence[Measured], by: str):
 
 
 def _curve(run: Measured, metric: str, by: str, number: int, grid, layers) -> np.ndarray:
-    """One run's mean for a projection (over layers), or a layer (over projections), on the grid."""
+    """A run's mean for a projection (over layers) or a layer (over projections), on the grid."""
     out, values = np.full(len(grid), np.nan), run.values[metric]
     if by == "projection":
         found = mean_over(values[number], 0)
@@ -364,16 +368,14 @@ def final_table(results: Results) -> tuple[list[str], list[list]]:
         acc = summarize([float(run.val.acc[-1]) for run in done])
         each = " ".join(f"{run.final_val_loss:.4f}" for run in done)
         seeds = " ".join(str(run.seed) for run in done)
-        rows.append([arm.label, loss.n, seeds, *map(_number, (loss.mean, loss.sd, acc.mean, acc.sd)), each])
+        rows.append(
+            [arm.label, loss.n, seeds, *map(format_loss, (loss.mean, loss.sd, acc.mean, acc.sd)), each]
+        )
     return header, rows
 
 
-def _number(x: float) -> str:
-    return f"{x:.4f}" if math.isfinite(x) else "-"
-
-
 def difference_table(runs: Sequence[Measured]) -> tuple[list[str], list[list]]:
-    """By arm and metric, the largest |a - b| / mean of |a|, |b| between two seeds at one matrix and step."""
+    """The largest |a - b| / mean of |a|, |b| between seeds of an arm at one matrix and step, by metric."""
     header = ["arm", "metric", "layer", "projection", "step", "seeds", "value", "other", "relative"]
     rows = []
     for arm in dict.fromkeys(run.arm for run in runs):
@@ -387,7 +389,7 @@ def difference_table(runs: Sequence[Measured]) -> tuple[list[str], list[list]]:
 
 
 def _differences(a: Measured, b: Measured, metric: str) -> list[tuple]:
-    """The largest few of one pair of seeds."""
+    """The largest differences of one pair of seeds."""
     steps, layers = np.intersect1d(a.steps, b.steps), sorted(set(a.layers) & set(b.layers))
     x, y = (
         run.values[metric][:, [run.layers.index(layer) for layer in layers]][
@@ -415,12 +417,6 @@ def _differences(a: Measured, b: Measured, metric: str) -> list[tuple]:
     return out
 
 
-def as_csv(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([header, *rows])
-    return out.getvalue()
-
-
 def write_tables(results: Results, runs: Sequence[Measured], out: Path) -> list[Path]:
     paths = []
     titles = {
@@ -428,49 +424,43 @@ def write_tables(results: Results, runs: Sequence[Measured], out: Path) -> list[
         "differences": "Where the seeds of an arm differ most: |a - b| over the mean of |a| and |b|",
     }
     for name, table in (("results", final_table(results)), ("differences", difference_table(runs))):
-        style.write_text(f"# {titles[name]}\n\n{style.format_markdown(*table)}\n", out / f"{name}.md")
-        style.write_text(as_csv(*table), out / f"{name}.csv")
+        write_atomically(out / f"{name}.md", f"# {titles[name]}\n\n{format_markdown(*table)}\n")
+        write_atomically(out / f"{name}.csv", as_csv(*table))
         paths += [out / f"{name}.md", out / f"{name}.csv"]
     return paths
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="LOG|SWEEP.toml", help="a sweep, or logs")
-    parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of logs and manifests")
-    parser.add_argument("--out", type=Path, help="folder for pictures and tables")
-    parser.add_argument("--metrics", default=",".join(METRICS), help="of which to draw heatmaps")
-    parser.add_argument("--pool-sources", action="store_true", help="pool runs of different source code")
-    options = parser.parse_args(arguments)
+def draw_measurements(options: Namespace) -> None:
     metrics = [name for name in options.metrics.split(",") if name]
-    try:
-        if unknown := set(metrics) - set(METRICS):
-            raise ValueError(f"--metrics {', '.join(sorted(unknown))}: there are {', '.join(METRICS)}")
-        results = read_results(options.paths, options.logs, None, options.pool_sources)
-        runs = read_all(results)
-        out = options.out or results.folder / f"{results.name}_manifold"
-        figures = {f"heatmap_{metric}": lambda metric=metric: heatmap(runs, metric) for metric in metrics}
-        figures |= {
-            "quick_scan": lambda: quick_scan(runs),
-            "losses": lambda: losses(results),
-            "by_projection": lambda: lines(runs, "projection"),
-            "by_layer": lambda: lines(runs, "layer"),
-        }
-        for name, draw in figures.items():
-            style.save(draw(), out / f"{name}.png")
-        tables = write_tables(results, runs, out)
-    except (ValueError, OSError) as error:
-        return style.complain(error)
-    print(style.format_table(*final_table(results)))
+    unknown = set(metrics) - set(METRICS)
+    if unknown:
+        raise ValueError(f"--metrics {', '.join(sorted(unknown))}: there are {', '.join(METRICS)}")
+    results = read_results(options.paths, options.logs, None, options.pool_sources)
+    runs = read_all(results)
+    out = options.out or results.folder / f"{results.name}_manifold"
+    figures = {f"heatmap_{metric}": partial(heatmap, runs, metric) for metric in metrics}
+    figures |= {
+        "quick_scan": partial(quick_scan, runs),
+        "losses": partial(losses, results),
+        "by_projection": partial(lines, runs, "projection"),
+        "by_layer": partial(lines, runs, "layer"),
+    }
+    for name, draw in figures.items():
+        style.save(draw(), out / f"{name}.png")
+    tables = write_tables(results, runs, out)
+    print(format_table(*final_table(results)))
     for note in results.notes:
         print(f"note: {note}")
     for run in runs:
         if run.unread:
             print(f"note: {run.run.path.stem}: {run.unread} lines of its measurement could not be read")
     print("\n" + "\n".join(map(str, [*(out / f"{name}.png" for name in figures), *tables])))
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line.make_sweep_parser(__doc__, "folder for pictures and tables")
+    parser.add_argument("--metrics", default=",".join(METRICS), help="of which to draw heatmaps")
+    return command_line.run(draw_measurements, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python sample.py logs/RUN_ID/model.safetensors --tokens 300 --temperature 0.8 --seed 1
     echo "def main" | python sample.py logs/RUN_ID/model.safetensors --prompt -
 
-Runs on a CPU, or on CUDA with --device cuda. The whole text so far goes through the model for each new
-token, without a key cache: simple, and fast enough to see what a model has learnt. The trainer writes the
-file at the end of a run (SAVE_MODEL=1, the default).
+Runs on a CPU, or on CUDA with --device cuda. Each new token takes a forward pass over the whole text so far,
+without a key cache: simple, and fast enough to see what a model has learnt. The trainer writes the file at
+the end of a run (SAVE_MODEL=1, the default).
 """
 
 import argparse
@@ -21,11 +21,11 @@ from train_gpt import GPT, SOFTCAP, Batch, ModelConfig
 
 
 class SampleError(ValueError):
-    """What the user gave cannot be used: what was found, what to do. Exit code 2."""
+    """Unusable input; the message says what was found and what to do. Exit code 2."""
 
 
 def load_model(path: Path, device: str) -> tuple[GPT, dict]:
-    """(model in fp32 on the device, metadata); SampleError if the file is not one of the trainer's."""
+    """Load (model in fp32 on the device, metadata); SampleError if no trainer wrote the file."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118, no dict
@@ -36,19 +36,19 @@ def load_model(path: Path, device: str) -> tuple[GPT, dict]:
             "trainer wrote, logs/RUN_ID/model.safetensors"
         ) from None
     if "config" not in metadata:
-        raise SampleError(f"{path} has no configuration in its metadata; wanted one that a trainer wrote")
+        raise SampleError(f"{path} has no configuration in its metadata; wanted a file that a trainer wrote")
     try:
         model = build(tensors, metadata)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise SampleError(
             f"{path} does not fit its own configuration ({type(error).__name__}: {error}); "
-            "wanted one that this version's trainers wrote"
+            "wanted a file that this version's trainers wrote"
         ) from None
     return model.to(device).eval(), metadata
 
 
 def build(tensors: dict, metadata: dict) -> GPT:
-    """The model of this configuration with these weights."""
+    """Build the model of this configuration with these weights."""
     to_tuples = lambda x: tuple(map(to_tuples, x)) if isinstance(x, list) else x
     config = ModelConfig(**{key: to_tuples(value) for key, value in metadata["config"].items()})
     model = GPT(config, metadata["vocab_size"], "sdpa", metadata["residual_scale"])
@@ -61,24 +61,24 @@ def build(tensors: dict, metadata: dict) -> GPT:
 
 
 def text_codec(vocab_size: int):
-    """(text -> tokens, tokens -> text): bytes for a vocabulary of 256, else GPT-2's."""
+    """Return (text -> tokens, tokens -> text): bytes for a vocabulary of 256, else GPT-2's."""
     if vocab_size == 256:
         return lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode(errors="replace")
     import tiktoken
 
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # requests' errors, as many as there are ways to be offline
+    except Exception as error:  # requests raises many kinds when offline
         raise SampleError(
             f"tiktoken cannot get its gpt2 vocabulary ({error}); with a copy of it, set "
-            "TIKTOKEN_CACHE_DIR (data/README.md)"
+            "TIKTOKEN_CACHE_DIR (docs/data.md)"
         ) from None
     return gpt2.encode_ordinary, gpt2.decode
 
 
 @torch.no_grad()
 def next_logits(model: GPT, tokens: list[int], metadata: dict) -> torch.Tensor:
-    """Logits (vocab_size,) of the token after these, which are one document."""
+    """Logits (vocab_size,) of the next token; `tokens` are one document."""
     device, (gain, shift, width) = model.head.device, SOFTCAP
     inputs = torch.tensor([tokens], dtype=torch.int32, device=device)
     ends = torch.tensor([0, len(tokens)], dtype=torch.int32, device=device)
@@ -90,7 +90,7 @@ def next_logits(model: GPT, tokens: list[int], metadata: dict) -> torch.Tensor:
 def sample(
     model: GPT, metadata: dict, tokens: list[int], count: int, temperature: float, top_k: int, seed: int
 ):
-    """Yields up to `count` new tokens, until the model ends the document. temperature 0: the likeliest."""
+    """Yield up to `count` new tokens, until the model ends the document. temperature 0: the likeliest."""
     generator = torch.Generator().manual_seed(seed)
     tokens = [metadata["mark"], *tokens]
     model.rotary.make_tables((len(tokens) + count) * (2 if model.config.paired_layers else 1))
@@ -115,10 +115,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("model", type=Path, help="a model.safetensors that a trainer wrote")
     parser.add_argument("--prompt", default="", help="text to continue; - reads it from standard input")
-    parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add at most (200)")
+    parser.add_argument("--tokens", type=int, default=200, help="maximum number of new tokens (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (0.8)")
-    parser.add_argument("--top-k", type=int, default=0, help="only from the k likeliest tokens; 0: from all")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: from all"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     try:
@@ -129,7 +131,7 @@ def main(argv: list[str]) -> int:
             raise SampleError("--tokens must be at least 1, --temperature and --top-k at least 0")
         given = encode(prompt)
         if metadata["mark"] in given:
-            raise SampleError(f"the prompt holds the document mark (token {metadata['mark']}); leave it out")
+            raise SampleError(f"the prompt contains the document mark (token {metadata['mark']}); remove it")
     except SampleError as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
@@ -138,7 +140,7 @@ def main(argv: list[str]) -> int:
     for token in sample(model, metadata, given, args.tokens, args.temperature, args.top_k, args.seed):
         shown, new = decode(new), [*new, token]
         whole = decode(new)
-        if not whole.endswith("\ufffd"):  # wait for the rest of a character of several bytes
+        if not whole.endswith("\ufffd"):  # wait for the rest of a multi-byte character
             print(whole[len(shown.rstrip("\ufffd")) :], end="", flush=True)
     print()
     return 0

@@ -7,7 +7,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source setup_env.sh
 setup_env
 .venv/bin/python data/embedded_corpus.py
-.venv/bin/python sync_twins.py --check
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # a file of tests on each core: its runs of two ranks and its NumPy references leave gaps that others fill. In the

@@ -54,7 +54,7 @@ SCRIPT = Path(__file__).resolve()
 
 
 DECAYS = ("linear", "exp", "cosine", "constant")  # shapes, of the learning rate
-ATTN_BACKENDS, KERNELS = ("auto", "varlen", "flex", "sdpa"), ("auto", "triton", "torch")
+ATTN_BACKENDS, KERNELS = ("auto", "varlen", "flex", "sdpa"), ("auto", "triton", "cpu", "torch")
 OPTIMIZERS = ("normuon", "muon", "adamw")
 DECAY_MODES = ("cautious", "none", "param", "update", "both")
 
@@ -70,16 +70,16 @@ class Settings(settings.RunPaths):
     nproc_per_node: int = machine_knob(0, "ranks that run.sh starts; 0: by GPUs or cores", low=0, high=1024)
     compile: str = machine_knob("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     attn_backend: str = machine_knob("auto", "auto: varlen on CUDA, else sdpa", choices=ATTN_BACKENDS)
-    kernels: str = machine_knob("auto", "auto: triton on CUDA from sm_80 on", choices=KERNELS)
+    kernels: str = machine_knob("auto", "fast forms: by device; torch: none", choices=KERNELS)
     disable_fp8: bool = knob(False, "bfloat16 head even where float8 is to be had (sm_89 and later)")
     # data
     data_path: str = machine_knob(".", "folder that TRAIN_FILES and VAL_FILES are relative to")
     train_files: str = knob("data/fineweb10B/fineweb_train_*.bin", "glob of training shards")
     val_files: str = knob("data/fineweb10B/fineweb_val_*.bin", "glob of validation shards")
     val_tokens: int = knob(10_485_760, "validation tokens, from the start of the shards", low=1024)
-    val_batch_tokens: int = knob(2_097_152, "tokens of a validation batch, all ranks together", low=1024)
-    max_doc_tokens: int = knob(2048, "longest document in training, tokens", low=16)
-    long_docs: str = knob("cut", "their rest: dropped, or read on", choices=("cut", "split"))
+    val_batch_tokens: int = knob(2_097_152, "tokens of a validation batch", low=1024, rare=True)
+    max_doc_tokens: int = knob(2048, "longest document in training, tokens", low=16, rare=True)
+    long_docs: str = knob("cut", "their rest: dropped, or read on", choices=("cut", "split"), rare=True)
     # length and shape of the run; one value per stage: three scheduled thirds, then the extension
     num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
     num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
@@ -108,12 +108,12 @@ class Settings(settings.RunPaths):
     val_loss_every_last: int = recording_knob(10, "steps between those; 0: as before", low=0)
     target_loss: float = recording_knob(3.28, "validation loss to reach, nats per token", above=0)
     manifold_every: int = recording_knob(0, "steps between measurements of spectra; 0: none", low=0)
-    diverged_above: float = recording_knob(0.0, "loss that ends the run; 0: 2 ln(vocabulary)", low=0)
+    diverged_above: float = recording_knob(0.0, "loss that ends a run; 0: 2 ln(V)", low=0, rare=True)
     # checkpoints, faults
     save_every: int = recording_knob(0, "steps between checkpoints; 0: only when stopped", low=0)
     resume: str = recording_knob("", "auto: from RUN_ID's last checkpoint, if any; or a checkpoint's path")
     save_model: bool = recording_knob(True, "write logs/RUN_ID/model.safetensors at the end")
-    dist_timeout: float = machine_knob(900.0, "seconds without progress that end a rank", low=5)
+    dist_timeout: float = machine_knob(900.0, "seconds without progress that end a rank", low=5, rare=True)
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class NorMuonSettings:
     adam_lr: float = knob(0.008, "base learning rate of everything but the matrices", low=0)
     router_lr: float = knob(0.001, "learning rate of the experts' routers, in ADAM_LR's place", low=0)
     adam_weight_decay: float = knob(0.005, "cautious decay, times learning rate and role", low=0)
-    adam_matrix_lr: float = knob(5e-4, "learning rate of matrices under OPTIMIZER=adamw", low=0)
-    adam_matrix_decay: float = knob(0.1, "their decoupled weight decay under OPTIMIZER=adamw", low=0)
+    adam_matrix_lr: float = knob(5e-4, "learning rate of matrices, OPTIMIZER=adamw", low=0, rare=True)
+    adam_matrix_decay: float = knob(0.1, "weight decay of matrices, OPTIMIZER=adamw", low=0, rare=True)
     grad_clip: float = knob(0.0, "largest norm of the mean loss's gradient in a step; 0: no clipping", low=0)
 
 
@@ -185,6 +185,8 @@ def check_settings(s: Settings, env):
     if s.kernels == "triton" and (s.device == "cpu" or not importlib.util.find_spec("triton")):
         lacks = "no CUDA device is used" if s.device == "cpu" else "triton is not installed"
         raise SettingsError(f"KERNELS=triton, but {lacks} here; use KERNELS=torch or auto")
+    if s.kernels == "cpu" and (s.device == "cuda" or s.compile == "1"):
+        raise SettingsError("KERNELS=cpu is for DEVICE=cpu and COMPILE=0; use KERNELS=torch or auto")
 
 
 def with_ngrams(config: "ModelConfig", s: Settings) -> "ModelConfig":
@@ -232,11 +234,15 @@ def resolve(s: Settings) -> Settings:
     if not cuda or capability() < (8, 9):
         changes["disable_fp8"] = True
     if s.kernels == "auto":
-        able = cuda and capability() >= (8, 0) and importlib.util.find_spec("triton")
-        changes["kernels"] = "triton" if able else "torch"
+        changes["kernels"] = "torch"  # which a compiler on a CPU likes best
+        if cuda and capability() >= (8, 0) and importlib.util.find_spec("triton"):
+            changes["kernels"] = "triton"
+        elif not cuda and s.compile != "1":
+            changes["kernels"] = "cpu"
     if s.train_tokens:
         mean_batch = sum(s.batch_sizes[:-1]) / (NUM_STAGES - 1)
-        changes["num_scheduled_iterations"] = max(1, round(s.train_tokens / mean_batch))
+        num_steps = max(1, round(s.train_tokens / mean_batch))
+        changes |= {"num_scheduled_iterations": num_steps, "train_tokens": 0}
     if not s.run_id:
         changes["run_id"] = f"{time.strftime('%Y%m%d-%H%M%S')}-{SCRIPT.stem}-{s.model}-seed{s.seed}"
     return replace(s, **changes)
@@ -462,7 +468,8 @@ def my_slices(ranks: Ranks) -> range:
 
 
 def stack_slices(slices: list, device: torch.device, max_doc_tokens: int) -> list[Batch]:
-    """As few passes as PASS_TOKENS allows. slices: (inputs, targets, document lengths) in numpy."""
+    """Stack slices into as few passes as PASS_TOKENS allows. slices: (inputs, targets, document lengths) in
+    numpy."""
     per_pass = max(1, PASS_TOKENS // len(slices[0][0]))
     batches = []
     for start in range(0, len(slices), per_pass):
@@ -578,6 +585,8 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
     """Training and validation shards, checked against each other and against what the run needs."""
     train, val = open_pair(s.data_path, s.train_files, s.val_files)
     have = sum(len(v.tokens) for v in val)
+    for v in val:
+        v.head(s.val_tokens + 1)  # read now: a file cut short later would end the process with SIGBUS
     if have < s.val_tokens + 1:
         raise DataError(
             f"VAL_TOKENS={s.val_tokens}, but the validation shards hold {have}, one of them only a target; "
@@ -764,12 +773,10 @@ class Block(nn.Module):
         self.resid_lambda, self.x0_lambda = learned_scalar(1.1), learned_scalar(0.0)
         self.ngram_lambda = learned_scalar(0.1) if c.ngram_rows else None
 
-    def mix(self, x_BTC: Tensor, x0_BTC: Tensor, ngram_BTC: Tensor | None) -> Tensor:
-        x_BTC = self.resid_lambda * x_BTC + self.x0_lambda * x0_BTC
-        return x_BTC if ngram_BTC is None else x_BTC + self.ngram_lambda * ngram_BTC
-
     def forward(self, x, x0, ngram, value, docs, window, rotary, out_scale, routing):
-        x = self.mix(x, x0, ngram)
+        x = self.resid_lambda * x + self.x0_lambda * x0
+        if ngram is not None:
+            x = x + self.ngram_lambda * ngram
         if self.attn is not None:
             x = self.attn(x, value, docs, window, rotary, out_scale)
         if isinstance(self.mlp, MixtureOfExperts):
@@ -832,7 +839,8 @@ class GPT(nn.Module):
         x = x0 = self.embed_tokens(tokens_BT, tied)
         ngram = None
         if self.ngram is not None:
-            ngram = look_up_ngrams(ngram_rows(tokens_BT, c.ngrams, len(self.ngram)), self.ngram)
+            rows = ngram_rows(tokens_BT, c.ngrams, len(self.ngram))
+            ngram = sum([F.embedding(rows_BT, self.ngram) for rows_BT in rows])
         kept = {}  # outputs of layers that later ones read
         for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
             if c.skip and i == c.skip[1]:
@@ -893,7 +901,7 @@ class GPT(nn.Module):
 
 
 def ngram_rows(tokens_BT: Tensor, lengths: tuple[int, ...], num_rows: int) -> list[Tensor]:
-    """For each length of n-grams, the hash embedding's row at each token; the last row where too few precede
+    """Rows of the hash embedding at each token, for each length; the last row where too few tokens precede
     it.
 
     Several lengths in one table are an idea of arXiv 2412.09871; the record has bigrams.
@@ -907,14 +915,6 @@ def ngram_rows(tokens_BT: Tensor, lengths: tuple[int, ...], num_rows: int) -> li
         padded = F.pad(hashed % (num_rows - 1), (last, 0), value=num_rows - 1)
         found.append(padded[:, : tokens_BT.shape[1]])
     return found
-
-
-def look_up_ngrams(rows: list[Tensor], table: Tensor) -> Tensor:
-    """The sum of the table's rows, (B, T, C)."""
-    x = F.embedding(rows[0], table)
-    for more in rows[1:]:
-        x = x + F.embedding(more, table)
-    return x
 
 
 def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch.device) -> GPT:
@@ -1259,7 +1259,7 @@ class Optimizer:
             self.by_name["embed"].active = not tied
 
     def untie(self):
-        """From here on the embedding learns by itself, starting where the head is."""
+        """Let the embedding learn by itself from here on, starting where the head is."""
         self.by_name["embed"].copy_from(self.by_name["head"])
         self.set_tied(False)
 
@@ -1393,7 +1393,7 @@ class Schedule:
         return peak
 
     def second_decay(self, step: int, peak: float) -> float:
-        """From what the first decay has reached at LR_DECAY_SWITCH_STEP to the end of the scheduled steps."""
+        """Decay from what the first has reached at LR_DECAY_SWITCH_STEP to the end of the scheduled steps."""
         s, switch = self.s, self.s.lr_decay_switch_step
         before = max(0, switch - 1)
         old_peak = s.lr_muls[self.stage(before)]
@@ -1510,8 +1510,8 @@ class Trainer:
 
     def go_to(self, step: int):
         """Become what the trainer was after `step` steps, but for the optimizer's state."""
-        for stage in range(self.schedule.stage(step - 1) + 1):
-            self.enter_stage(stage)
+        for earlier in range(step):
+            self.enter_stage(self.schedule.stage(earlier))
         untie_step = self.schedule.untie_step
         self.tied = untie_step is None or step <= untie_step
         self.optimizer.set_tied(self.tied)

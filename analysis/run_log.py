@@ -1,17 +1,18 @@
-"""The one reader of training logs: text -> RunLog. numpy only, so that tools which use it start at once.
+"""The one reader of training logs: text -> RunLog. Needs numpy only, so that commands start at once.
 
-    from analysis.run_log import read_log, read_runs, group_by_arm, LogFollower
+    from analysis.run_log import read_log, read_runs, LogFollower
     run = read_log("logs/my-run.txt")[0]        # a list: some public logs hold several trials
     run.val.step, run.val.loss, run.val.time_ms, run.final_val_loss, run.state, run.config["seed"]
     run.columns["lr_mul"].step, run.columns["lr_mul"].value, run.columns["spec_attn"].value.shape
     run.first_at(3.28)                          # first validation at or below 3.28, or None
 
-Understood are our own logs, the public speedrun's logs of every age (several trials in a file, times in ms
-or s, `step_avg:nanms`), any other order of keys, and llm.c's lines (`s:250 tel:3.45`, `s:250 trl:3.6`).
-A log may be compressed (run.txt.xz, run.txt.gz), as in records/.
-A log begins with the source code of its trainer, which contains lines that look like steps; see
-`LogParser._read_chunk` for how they are told apart. No content makes the reader fail: what it cannot read is
-counted in `RunLog.unread_lines`. Times are in milliseconds, losses in nats a token, steps are integers.
+It reads our own logs, the public speedrun's logs of every age (several trials in a file, times in ms or s,
+`step_avg:nanms`), keys in any order, and llm.c's lines (`s:250 tel:3.45`, `s:250 trl:3.6`). A log may be
+compressed (run.txt.xz, run.txt.gz), as in records/.
+
+A log begins with the source code of its trainer, which contains lines that look like steps;
+`LogParser._read_chunk` tells them apart. No content makes the reader fail: lines that it cannot read are
+counted in `RunLog.unread_lines`. Times are in milliseconds, losses in nats per token, steps are integers.
 """
 
 import gzip
@@ -20,25 +21,31 @@ import json
 import lzma
 import os
 import re
-import warnings
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
-# Settings that say what is recorded, not what is trained; two runs that differ only here are repeats.
-NOT_TRAINING = frozenset(
-    ["seed", "run_id", "resume", "save_every", "manifold_every", "target_loss", "nproc_per_node", "rehearse"]
-    + ["val_loss_every", "val_loss_last_steps", "val_loss_every_last"]
-)
+# Settings that change what is recorded, or the machine, but not the training. Used for logs without a line
+# `affects:{...}` of their own.
+AFFECTS = {
+    "recording": [
+        *("run_id", "resume", "save_every", "save_model", "manifold_every", "target_loss", "diverged_above"),
+        *("val_loss_every", "val_loss_every_last", "val_loss_last_steps"),
+    ],
+    "machine": [
+        *("data_path", "nproc_per_node", "compile", "kernels", "attn_backend", "dist_timeout", "rehearse"),
+    ],
+}
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}  # how a compressed log is read, by its suffix
 END_EVENTS = ("finished", "stopped", "crashed", "diverged")
 SEPARATOR_WIDTH = 80  # ours and the public logs write 100 '='; nothing else in them is this long
-BLOCK_LINES = 2048  # lines parsed at once: a line that cannot be read slows down its block only
-MIN_LAYOUT_LINES = 32  # fewer lines of one layout are not worth an array
+_EMBEDDED_FILE = re.compile(rb"\n?# file: (\S+), (\d{1,9}) bytes\n")
+_SOURCES_MOVED = re.compile(rb"The source code that stood here is in (sources/\w+\.txt\.xz)[^\n]*\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -48,7 +55,7 @@ MIN_LAYOUT_LINES = 32  # fewer lines of one layout are not worth an array
 
 @dataclass(frozen=True)
 class Event:
-    """One `event:NAME key:value ...` line. Values are strings; `after_step` is the last step before it."""
+    """An `event:NAME key:value ...` line. Values are strings; `after_step` is the last step before it."""
 
     name: str
     fields: dict[str, str]
@@ -57,7 +64,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Column:
-    """One logged quantity: `value[i]` (a row for a list) was logged at `step[i]`; steps strictly increase."""
+    """A logged quantity: `value[i]` (a row for a list) was logged at `step[i]`; steps strictly increase."""
 
     step: np.ndarray
     value: np.ndarray
@@ -65,7 +72,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses over steps (strictly increasing); arrays of one length, NaN where a log does not say."""
+    """Losses over steps, which strictly increase; all arrays have the same length; NaN: not logged."""
 
     step: np.ndarray
     loss: np.ndarray
@@ -84,7 +91,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Point:
-    """One validation: step, loss, and training time in ms and tokens (NaN if not logged)."""
+    """A validation: step, loss, training time in ms, and tokens (NaN if not logged)."""
 
     step: int
     loss: float
@@ -94,10 +101,11 @@ class Point:
 
 @dataclass
 class RunLog:
-    """One trial of one log.
+    """A trial in a log.
 
-    `state` is what the log itself says: running, finished, stopped, crashed, diverged, or unknown (a log
-    without events and without a number of steps). Whether a running one has stalled its file's age can tell.
+    `state` is the log's own word: running, finished, stopped, crashed, diverged, or unknown (a log without
+    events and without a number of steps). A run that hangs still says running; only the age of its file
+    shows that. `affects` names the settings that do not change the training: what is recorded, the machine.
     """
 
     path: Path | None
@@ -105,6 +113,7 @@ class RunLog:
     trial: int = 0
     script: str = ""
     config: dict = field(default_factory=dict)
+    affects: Mapping[str, Sequence[str]] = field(default_factory=lambda: AFFECTS)
     source_hash: str = ""
     seed: int | None = None
     num_steps: int | None = None
@@ -119,7 +128,7 @@ class RunLog:
 
     @property
     def name(self) -> str:
-        """The run_id as it was given: without the number of the trial that sets trials of one file apart."""
+        """The run_id as the user gave it, without the number that sets trials in the same file apart."""
         return self.run_id.removesuffix(f"#{self.trial + 1}")
 
     @property
@@ -128,8 +137,13 @@ class RunLog:
         return {key: value for key, value in self.config.items() if not isinstance(value, dict)}
 
     @property
+    def not_training(self) -> frozenset[str]:
+        """Names of the settings that do not tell arms apart: the seed, what is recorded, the machine."""
+        return not_training(self.affects)
+
+    @property
     def final_val_loss(self) -> float:
-        """The last validation's loss, NaN if there is none. Of an unfinished run too: look at `state`."""
+        """The last validation's loss, NaN if there is none. Unfinished runs have one too: check `state`."""
         return float(self.val.loss[-1]) if len(self.val) else float("nan")
 
     @property
@@ -163,13 +177,18 @@ class RunLog:
         return next((event for event in reversed(self.events) if event.name == name), None)
 
 
+def not_training(affects: Mapping[str, Sequence[str]] = AFFECTS) -> frozenset[str]:
+    """Names of the settings that do not tell arms apart: the seed, what is recorded, the machine."""
+    return frozenset(["seed"]).union(*affects.values())
+
+
 # ------------------------------------------------------------------------------------------------
 # Reading files
 # ------------------------------------------------------------------------------------------------
 
 
 def parse_log(data: bytes | str, path: str | Path | None = None) -> list[RunLog]:
-    """The runs in the text of one log, at least one (perhaps empty). Never fails on content."""
+    """The runs in the text of a log, at least one (perhaps empty). No content makes it fail."""
     parser = LogParser(path)
     parser.feed(data.encode(errors="replace") if isinstance(data, str) else bytes(data))
     parser.finish()
@@ -177,7 +196,7 @@ def parse_log(data: bytes | str, path: str | Path | None = None) -> list[RunLog]
 
 
 def read_log(path: str | Path) -> list[RunLog]:
-    """The runs in one log file. An OSError, such as FileNotFoundError, if the file cannot be read."""
+    """The runs in a log file. Raises OSError, such as FileNotFoundError, if the file cannot be read."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a log: name a file in it, as {path}/RUN_ID.txt")
@@ -189,7 +208,7 @@ def read_log(path: str | Path) -> list[RunLog]:
 
 
 def read_unpacked(path: Path) -> bytes:
-    """A file's bytes, unpacked if its name ends in .xz or .gz; OSError if it cannot be read or unpacked."""
+    """A file's bytes, unpacked if its name ends in .xz or .gz. Raises OSError if that fails."""
     try:
         with OPENERS.get(path.suffix, open)(path, "rb") as file:
             return file.read()
@@ -197,19 +216,50 @@ def read_unpacked(path: Path) -> bytes:
         raise OSError(f"{path} is damaged, or not compressed as its name says: {error}") from None
 
 
+def embedded_sources(path: str | Path) -> dict[str, bytes]:
+    """The source files at the head of a log, name -> bytes, exactly as they were.
+
+    Each stands after a line `# file: NAME, N bytes`. Raises ValueError if the log has no such line, ends
+    within a file, or names a file outside the folder it would be unpacked to.
+    """
+    path = Path(path)
+    data, found, at = read_unpacked(path), {}, 0
+    if moved := _SOURCES_MOVED.match(data):  # a packed log in records/: its sources are kept beside it
+        data = read_unpacked(path.parent / moved[1].decode()) + b"\n" + data[moved.end() :]
+    while match := _EMBEDDED_FILE.match(data, at):
+        name, size = match[1].decode(errors="replace"), int(match[2])
+        source = data[match.end() : match.end() + size]
+        if len(source) < size:
+            raise ValueError(
+                f"{path} ends within {name}: {len(source)} bytes, wanted {size}; the log was cut"
+            )
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{path} names a source file {name!r}; wanted a path inside the project")
+        found[name] = source
+        at = match.end() + size
+    if not found:
+        raise ValueError(
+            f"{path} does not say which source files it embeds: wanted a first line `# file: NAME, N bytes`; "
+            "older logs have all source code in one piece, up to the first line of '='"
+        )
+    if not data[at : at + SEPARATOR_WIDTH + 1].lstrip(b"\n").startswith(b"=" * (SEPARATOR_WIDTH - 1)):
+        raise ValueError(f"{path}: no line of '=' after {list(found)[-1]}; the counts of bytes are wrong")
+    return found
+
+
 def log_stem(path: Path) -> str:
-    """The name of a log's file without .txt, .txt.xz or .txt.gz."""
+    """A log's file name without .txt, .txt.xz or .txt.gz."""
     return Path(path.stem).stem if path.suffix in OPENERS else path.stem
 
 
 def find_log(folder: str | Path, name: str) -> Path | None:
-    """The file of that name (RUN_ID.txt) in a folder, plain or compressed; None if there is none."""
+    """The file of this name (RUN_ID.txt) in a folder, plain or compressed; None if there is none."""
     paths = [Path(folder) / f"{name}{suffix}" for suffix in ("", *OPENERS)]
     return next((path for path in paths if path.is_file()), None)
 
 
 def read_runs(paths: str | Path | Iterable[str | Path]) -> list[RunLog]:
-    """The runs of a folder (see `list_logs`), of a file, or of several of either."""
+    """The runs in a folder (see `list_logs`), in a file, or in several folders and files."""
     if isinstance(paths, (str, Path)):
         paths = [paths]
     runs = []
@@ -220,7 +270,7 @@ def read_runs(paths: str | Path | Iterable[str | Path]) -> list[RunLog]:
 
 
 def list_logs(folder: str | Path) -> list[Path]:
-    """The logs directly in a folder, by name: its .txt, and its .txt.xz and .txt.gz that lie there alone."""
+    """The logs directly in a folder, sorted by name: .txt, and .txt.xz or .txt.gz with no .txt beside."""
     endings = (".txt", *(f".txt{suffix}" for suffix in OPENERS))
     with os.scandir(folder) as entries:
         names = {entry.name for entry in entries if entry.name.endswith(endings) and entry.is_file()}
@@ -230,96 +280,13 @@ def list_logs(folder: str | Path) -> list[Path]:
 
 
 def newest_log(folder: str | Path) -> Path | None:
-    """The log written to last, or None if the folder is missing or has none."""
+    """The log written to last; None if the folder is missing or has no log."""
     logs = list_logs(folder) if Path(folder).is_dir() else []
     return max(logs, key=lambda log: log.stat().st_mtime, default=None)
 
 
-# ------------------------------------------------------------------------------------------------
-# Runs that belong together
-# ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Arm:
-    """Runs that differ only in what does not change the training: the seed, names, how often is measured."""
-
-    label: str
-    key: str
-    runs: list[RunLog]
-
-    @property
-    def seeds(self) -> list[int | None]:
-        return [run.seed for run in self.runs]
-
-
-def arm_key(run: RunLog) -> str:
-    """Equal for two runs that differ only in the seed and in what is recorded. The source hash is not in it.
-
-    The same file names with other data in them are another training. A log without configuration (a public
-    one) is known by its source and length: trials of one script are one arm. Without source, by its path.
-    """
-    if run.config:
-        started = run.event("started")
-        data = [started.fields.get(name) for name in ("train_data", "val_data")] if started else []
-        training = {key: value for key, value in run.config.items() if key not in NOT_TRAINING}
-        return json.dumps([run.script, training, data], sort_keys=True, default=str)
-    return json.dumps([run.source_hash, run.num_steps] if run.source_hash else [str(run.path)])
-
-
-def group_by_arm(runs: Iterable[RunLog]) -> tuple[list[Arm], list[str]]:
-    """Arms in order of first appearance, labelled by what sets them apart, and notes for the user.
-
-    Runs of equal settings whose source code differs are kept apart, and a note says so: the same settings may
-    mean another training there.
-    """
-    groups: dict[tuple[str, str], list[RunLog]] = {}
-    for run in runs:
-        groups.setdefault((arm_key(run), run.source_hash), []).append(run)
-    labels = _labels([members[0] for members in groups.values()])
-    sources: dict[str, list[str]] = {}
-    for key, source in groups:
-        sources.setdefault(key, []).append(source)
-    arms, notes = [], []
-    for (key, source), members, label in zip(groups, groups.values(), labels, strict=True):
-        if len(sources[key]) > 1 and members[0].config:
-            label = f"{label} (source {source[:8] or 'unknown'})"
-        elif labels.count(label) > 1:
-            label = f"{label} ({members[0].run_id})"
-        arms.append(Arm(label, key, members))
-    for key, hashes in sources.items():
-        if len(hashes) > 1:
-            names = ", ".join(groups[key, source][0].run_id for source in hashes)
-            notes.append(f"equal settings but {len(hashes)} different sources, not pooled: {names}")
-    for arm in arms:
-        for seed, count in Counter(seed for seed in arm.seeds if seed is not None).items():
-            if count > 1:
-                notes.append(
-                    f"{arm.label}: {count} runs of seed {seed}; repeats show the machine's noise alone"
-                )
-    return arms, notes
-
-
-def _labels(runs: list[RunLog]) -> list[str]:
-    """What sets each run apart: the settings that differ, else its script, else its name."""
-    trainings = [{k: v for k, v in run.settings.items() if k not in NOT_TRAINING} for run in runs]
-    known = [
-        training for training in trainings if training
-    ]  # a public log has none: it is called by its name
-    names = sorted(set().union(*known))
-    missing = object()
-    differing = [n for n in names if len({repr(training.get(n, missing)) for training in known}) > 1]
-    scripts_differ = len({run.script for run in runs if run.config}) > 1
-    labels = []
-    for run, training in zip(runs, trainings, strict=True):
-        parts = [Path(run.script).stem] if scripts_differ and run.script else []
-        parts += [f"{name}={format_value(training[name])}" for name in differing if name in training]
-        labels.append(" ".join(parts) if parts and run.config else run.run_id)
-    return labels
-
-
 def format_value(value: object) -> str:
-    """A setting as the user typed it: 0.1, 1,1.52,1.73,1, true as 1."""
+    """Format a setting as the user typed it: 0.1; 1,1.52,1.73,1; true as 1."""
     if isinstance(value, (list, tuple)):
         return ",".join(format_value(item) for item in value)
     if isinstance(value, bool):
@@ -328,271 +295,109 @@ def format_value(value: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# Step lines, many at once
+# Step lines
 # ------------------------------------------------------------------------------------------------
 
 _NUMBER = rb"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|[nN][aA][nN]|[iI][nN][fF])"
-_FIELD = re.compile(rb" +([A-Za-z_][\w./-]*):(\[[^\[\]]*\]|[^\s\[\]]\S*)")
-_SCALAR = re.compile(rb"(%s)(ms|s|%%)?" % _NUMBER)
-_LIST = re.compile(rb"\[ *(%s(?: *, *%s)*) *\]" % (_NUMBER, _NUMBER))
-_ITEM = re.compile(_NUMBER)
-_STEP = re.compile(rb"step:(\d{1,12})/(\d{1,12})(?= )")
-_LLMC_STEP = re.compile(rb"s:(\d{1,12})(?= (?:tel|trl|eval):)")
+_HEADS = (
+    rb"step:(\d{1,12})/(\d{1,12})(?= )",
+    rb"s:(\d{1,12})()(?= (?:tel|trl|eval):)",  # llm.c's, which gives no number of steps
+)
+_HEAD = re.compile(b"|".join(_HEADS))
+_FIELD = re.compile(
+    rb" +([A-Za-z_][\w./-]*):(?:(%b)(ms|s|%%|)(?=\s|$)|\[( *%b(?: *, *%b)* *)\]|([^\s\[\]]\S*))"
+    % (_NUMBER, _NUMBER, _NUMBER)
+)
 _TORN = re.compile(rb"step:\d+/\d+ |event:")  # where a whole line begins within a torn one
 _LLMC_NAMES = {b"tel": "val_loss", b"trl": "train_loss"}
-_TO_MS = {b"ms": 1.0, b"s": 1000.0, b"%": 1.0, b"": 1.0}
-_BLANKS = bytes.maketrans(b"/ms%[],\n", b" " * 8)
 _NUMERALS = b"0123456789.-+"
-_DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
-_EMPTY_SLOTS = (b"  ", b" \n", b" m", b" s", b" %", b" /", b"/ ")
-_EMPTY_LIST_SLOTS = (b"[,", b",,", b",]", b"[]", b", ")
 
 
-@dataclass
-class _Field:
-    """One `key:value` of a line: its key as written, its value (float, list of floats or str), its unit.
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """Step lines with the same keys, units and lengths of lists in the same order, and how to read them."""
 
-    `spans` are the begin and end of each of its numbers in the line.
-    """
-
-    raw: bytes
-    value: float | list[float] | str
-    unit: bytes = b""
-    spans: list[tuple[int, int]] = field(default_factory=list)
-
-
-@dataclass
-class _Rows:
-    """Lines with the same keys, as arrays: their line numbers, steps, totals (-1: not given), and values."""
-
-    order: np.ndarray
-    step: np.ndarray
-    total: np.ndarray
-    values: dict[str, np.ndarray]
-
-    def take(self, chosen: np.ndarray) -> "_Rows":
-        values = {key: value[chosen] for key, value in self.values.items()}
-        return _Rows(self.order[chosen], self.step[chosen], self.total[chosen], values)
+    pattern: re.Pattern
+    columns: dict[str, tuple[int, Callable]]  # key -> place of its text, reader
 
     @property
     def is_val(self) -> bool:
-        return "val_loss" in self.values
+        return "val_loss" in self.columns
 
 
-def _split_line(line: bytes) -> tuple[int, int, list[_Field]] | None:
-    """Step, number of steps (-1: not given) and fields of one line; None if any part of it cannot be read."""
-    head = _STEP.match(line) or _LLMC_STEP.match(line)
-    if head is None or _TORN.search(line, 1):
+_FORMS: dict[re.Pattern, _Form] = {}  # all that were ever met: there are few, and all logs share them
+
+
+def _form_of(line: bytes) -> _Form | None:
+    """The form of a step line; None if any part of the line cannot be read."""
+    head = _HEAD.match(line)
+    if head is None:
         return None
-    fields, position, end = [], head.end(), len(line.rstrip())
+    pattern, columns, place = b"", {}, 0
+    position, end = head.end(), len(line.rstrip())
     while position < end:
         match = _FIELD.match(line, position)
         if match is None:
             return None
-        raw, text = match.groups()
-        scalar = _SCALAR.fullmatch(text)
-        begin = match.start(2)
-        if scalar:
-            unit = scalar[2] or b""
-            span = (begin, begin + len(scalar[1]))
-            fields.append(_Field(raw, float(scalar[1]) * _TO_MS[unit], unit, [span]))
-        elif text.startswith(b"["):
-            numbers = _LIST.fullmatch(text)
-            if numbers is None:
-                return None
-            spans = [(begin + item.start(), begin + item.end()) for item in _ITEM.finditer(text)]
-            fields.append(_Field(raw, [float(line[a:b]) for a, b in spans], b"", spans))
+        key, number, unit, items, word = match.groups()
+        if number is not None:
+            value, read = rb"(%b)%b" % (_NUMBER, unit), _READ_NUMBERS[unit]
+        elif items is not None:
+            value = rb"\[( *%b(?: *, *%b){%d} *)\]" % (_NUMBER, _NUMBER, items.count(b","))
+            read = _read_lists
         else:
-            fields.append(_Field(raw, text.decode(errors="replace")))
-        position = match.end()
-    total = int(head[2]) if head.re is _STEP else -1
-    return (int(head[1]), total, fields) if fields else None
-
-
-def _name(raw: bytes) -> str:
-    return _LLMC_NAMES.get(raw) or raw.decode(errors="replace")
-
-
-def _rows_of_line(line: bytes, order: int) -> _Rows | None:
-    """One line, read with care: the reference for `_rows_of_alike`, and what it falls back on."""
-    parts = _split_line(line)
-    if parts is None:
+            value, read = rb"(?!%b(?:ms|s|%%|)(?:\s|$))([^\s\[\]]\S*)" % _NUMBER, _read_words
+        pattern += rb" +%b:%b" % (re.escape(key), value)
+        columns[_LLMC_NAMES.get(key) or key.decode(errors="replace")] = place, read
+        place, position = place + 1, match.end()
+    if not columns:
         return None
-    step, total, fields = parts
-    values = {}
-    for item in fields:
-        kind = object if isinstance(item.value, str) else np.float64
-        values[_name(item.raw)] = np.array([item.value], dtype=kind)
-    return _Rows(np.array([order]), np.array([step]), np.array([total]), values)
+    pattern = (_HEADS[0] if line.startswith(b"step") else _HEADS[1]) + pattern
+    if any(read is _read_words for _, read in columns.values()):  # a word could hide the start of a line
+        pattern = rb"(?!.+(?:%b))" % _TORN.pattern + pattern
+    pattern = re.compile(pattern + rb"\s*")
+    return _FORMS.setdefault(pattern, _Form(pattern, columns))
 
 
-def _rows_of_same_layout(lines: list[bytes], order: list[int]) -> _Rows | None:
-    """Lines which differ only in which digit stands where, at once: every number has its fixed place.
-
-    None if there is something but numbers in them. Digits are read as one integer below 2**53 and divided by
-    a power of ten, which rounds exactly as reading the number does.
-    """
-    parts = _split_line(lines[0])
-    if parts is None or any(not item.spans for item in parts[2]):
-        return None
-    table = np.frombuffer(b"".join(lines), np.uint8).reshape(len(lines), -1)
-    first, fields = lines[0], parts[2]
-    spans = [span for item in fields for span in item.spans]
-    head = _STEP.match(first) or _LLMC_STEP.match(first)
-    spans += [head.span(number) for number in range(1, head.re.groups + 1)]
-    is_number = np.zeros(table.shape[1], bool)
-    for begin, end in spans:
-        is_number[begin:end] = True
-    if not (table[:, ~is_number] == table[0, ~is_number]).all():  # a digit in a key differs
-        return None
-    values = {}
-    for item in fields:
-        columns = [_read_digits(table, lines, *span) for span in item.spans]
-        columns = [_to_ms(column, item.unit) for column in columns]
-        values[_name(item.raw)] = np.stack(columns, 1) if isinstance(item.value, list) else columns[0]
-    step = _read_digits(table, lines, *head.span(1)).astype(np.int64)
-    total = np.full(len(lines), -1)
-    if head.re is _STEP:
-        total = _read_digits(table, lines, *head.span(2)).astype(np.int64)
-    return _Rows(np.array(order), step, total, values)
-
-
-def _to_ms(values: np.ndarray, unit: bytes) -> np.ndarray:
+def _read_numbers(texts: list[bytes], factor: float = 1.0) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return values * _TO_MS[unit]
+        return np.array(list(map(float, texts))) * factor
 
 
-def _read_digits(table: np.ndarray, lines: list[bytes], begin: int, end: int) -> np.ndarray:
-    """The numbers that stand at bytes `begin` to `end` of each line."""
-    text = lines[0][begin:end]
-    whole, _, decimals = text.lstrip(b"+-").partition(b".")
-    digits = whole + decimals
-    if not digits.isdigit() or len(digits) > 15:  # an exponent, nan, inf, or too long to be exact
-        return np.array([float(line[begin:end]) for line in lines])
-    places = [i for i in range(begin, end) if table[0, i] >= 48]
-    powers = 10.0 ** np.arange(len(digits) - 1, -1, -1)
-    values = (table[:, places] - 48.0) @ powers / 10.0 ** len(decimals)
-    return -values if text.startswith(b"-") else values
+def _read_lists(texts: list[bytes]) -> np.ndarray:
+    return np.array([list(map(float, text.split(b","))) for text in texts])
 
 
-def _rows_of_alike(lines: list[bytes], order: list[int]) -> _Rows | None:
-    """Lines which are equal but for their numerals, at once; None if that cannot be shown to be safe.
-
-    Keys are struck out, units and brackets blanked, and numpy reads the numbers that remain. This is sound:
-    no colon is left, so every key was one of the first line's; no place for a number is empty, even if digits
-    slipped past a unit (`a:1ms2 b:`); and so, if the count is right, each place holds exactly one number.
-    """
-    parts = _split_line(lines[0])
-    if parts is None or any(not item.spans for item in parts[2]):
-        return None
-    num_lines, fields, num_fixed = len(lines), parts[2], 2 if parts[1] >= 0 else 1
-    text = b"\n".join(lines) + b"\n"
-    for item in fields:
-        text = text.replace(b" " + item.raw + b":", b" ")
-    text = text.replace(b"step:" if num_fixed == 2 else b"s:", b"")
-    slots = _EMPTY_SLOTS + (_EMPTY_LIST_SLOTS if b"[" in text else ())
-    if b":" in text or any(slot in text for slot in slots):
-        return None
-    numbers = _numbers(text.translate(_BLANKS))
-    if numbers is None or len(numbers) != num_lines * (num_fixed + sum(len(item.spans) for item in fields)):
-        return None
-    return _rows_of_table(numbers.reshape(num_lines, -1), order, num_fixed, fields)
+def _read_words(texts: list[bytes]) -> np.ndarray:
+    return np.array([text.decode(errors="replace") for text in texts], dtype=object)
 
 
-def _numbers(text: bytes) -> np.ndarray | None:
-    """The numbers of a blank-separated text; None if it holds anything else."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # older numpy only warns of what it could not read
-        try:
-            return np.fromstring(text, dtype=np.float64, sep=" ")
-        except (ValueError, DeprecationWarning):
-            return None
+# By unit; times become milliseconds.
+_READ_NUMBERS = dict.fromkeys((b"", b"ms", b"%"), _read_numbers)
+_READ_NUMBERS[b"s"] = partial(_read_numbers, factor=1000.0)
 
 
-def _rows_of_table(table: np.ndarray, order: list[int], num_fixed: int, fields: list[_Field]) -> _Rows | None:
-    fixed = table[:, :num_fixed]
-    if not ((fixed >= 0) & (fixed < 1e12) & (fixed == np.floor(fixed))).all():
-        return None
-    step = fixed[:, 0].astype(np.int64)
-    total = fixed[:, 1].astype(np.int64) if num_fixed == 2 else np.full(len(table), -1)
-    values, at = {}, num_fixed
-    for item in fields:
-        columns = _to_ms(table[:, at : at + len(item.spans)], item.unit)
-        values[_name(item.raw)] = columns if isinstance(item.value, list) else columns[:, 0]
-        at += len(item.spans)
-    return _Rows(np.array(order), step, total, values)
-
-
-def _rows_of_group(lines: list[bytes], order: list[int]) -> tuple[list[_Rows], list[int]]:
-    """Rows of lines that are equal but for their numerals, and the places of those that could not be read.
-
-    Three ways, each slower and more general than the one before; they agree, and a test says so.
-    """
-    batches, unread, rest = [], [], list(range(len(lines)))
-    if len(lines) >= MIN_LAYOUT_LINES:
-        layouts: dict[bytes, list[int]] = {}
-        for i, layout in enumerate(b"\n".join(lines).translate(_DIGITS_TO_ZERO).split(b"\n")):
-            layouts.setdefault(layout, []).append(i)
-        rest = []
-        for places in layouts.values():
-            rows = None
-            if len(places) >= MIN_LAYOUT_LINES:
-                rows = _rows_of_same_layout([lines[i] for i in places], [order[i] for i in places])
-            if rows is None:
-                rest += places
-            else:
-                batches.append(rows)
-        rest.sort()
-    for begin in range(0, len(rest), BLOCK_LINES):
-        block = rest[begin : begin + BLOCK_LINES]
-        rows = None
-        if len(block) > 3:
-            rows = _rows_of_alike([lines[i] for i in block], [order[i] for i in block])
-        if rows is not None:
-            batches.append(rows)
-            continue
-        for i in block:
-            rows = _rows_of_line(lines[i], order[i])
-            if rows is None:
-                unread.append(order[i])
-            else:
-                batches.append(rows)
-    return batches, unread
-
-
-def _merge(batches: list[_Rows]) -> list[_Rows]:
-    """As few batches as there are sets of keys (and kinds of value)."""
-    groups: dict[tuple, list[_Rows]] = {}
-    for rows in batches:
-        shape = tuple((key, value.dtype, value.shape[1:]) for key, value in sorted(rows.values.items()))
-        groups.setdefault(shape, []).append(rows)
-    merged = []
-    for group in groups.values():
-        if len(group) > 1:
-            values = {key: np.concatenate([rows.values[key] for rows in group]) for key in group[0].values}
-            fixed = [
-                np.concatenate([getattr(rows, name) for rows in group]) for name in ("order", "step", "total")
-            ]
-            group = [_Rows(*fixed, values)]
-        merged.append(group[0])
-    return merged
+class _Line(NamedTuple):
+    number: int  # in the file
+    step: int
+    texts: tuple[bytes, ...]
 
 
 class _Columns(Mapping):
-    """Key -> Column, put together when asked for: a plot needs few of the thirty columns of a log."""
+    """Key -> Column, read on demand: a plot needs few of the thirty columns of a log."""
 
-    def __init__(self, batches: list[_Rows]):
-        self._batches = batches
+    def __init__(self, lines: Mapping[_Form, list[_Line]]):
+        self._lines = {form: list(found) for form, found in lines.items() if found}
         self._known: dict[str, Column] = {}
-        self._keys = list(dict.fromkeys(key for rows in batches for key in rows.values))
+        self._keys = list(dict.fromkeys(key for form in self._lines for key in form.columns))
 
     def __getitem__(self, key: str) -> Column:
         if key not in self._known:
-            batches = [rows for rows in self._batches if key in rows.values]
-            if not batches:
+            forms = [form for form in self._lines if key in form.columns]
+            if not forms:
                 raise KeyError(key)
-            step, chosen = _sorted_steps(batches)
-            self._known[key] = Column(step, _stack([rows.values[key] for rows in batches])[chosen])
+            step, chosen = self._sorted_steps(forms)
+            self._known[key] = Column(step, _stack([self._read(form, key) for form in forms])[chosen])
         return self._known[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -601,52 +406,52 @@ class _Columns(Mapping):
     def __len__(self) -> int:
         return len(self._keys)
 
+    def curve(self, loss: str) -> Curve:
+        """The lines that give `loss` as a number, with their time, tokens and accuracy."""
+        forms = [form for form in self._lines if self._is_number(form, loss)]
+        step, chosen = self._sorted_steps(forms)
 
-def _sorted_steps(batches: list[_Rows]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps in increasing order, and which row gives each: the last written where several do."""
-    if not batches:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    step = np.concatenate([rows.step for rows in batches])
-    if (step[1:] > step[:-1]).all():
-        return step, np.arange(len(step))
-    by_line = np.argsort(np.concatenate([rows.order for rows in batches]), kind="stable")
-    by_step = by_line[np.argsort(step[by_line], kind="stable")]
-    step = step[by_step]
-    last = np.append(step[1:] != step[:-1], True)
-    return step[last], by_step[last]
+        def gather(key: str) -> np.ndarray:
+            parts = [np.zeros(0)]
+            for form in forms:
+                known = self._is_number(form, key)
+                parts.append(self._read(form, key) if known else np.full(len(self._lines[form]), np.nan))
+            return np.concatenate(parts)[chosen]
+
+        return Curve(step, gather(loss), gather("train_time"), gather("tokens"), gather("val_acc"))
+
+    def _read(self, form: _Form, key: str) -> np.ndarray:
+        place, read = form.columns[key]
+        return read([line.texts[place] for line in self._lines[form]])
+
+    @staticmethod
+    def _is_number(form: _Form, key: str) -> bool:
+        return key in form.columns and form.columns[key][1] not in (_read_lists, _read_words)
+
+    def _sorted_steps(self, forms: list[_Form]) -> tuple[np.ndarray, np.ndarray]:
+        """Steps in increasing order, and the line of each: where several have one step, the last written."""
+        lines = [line for form in forms for line in self._lines[form]]
+        step = np.array([line.step for line in lines], dtype=np.int64)
+        if (step[1:] > step[:-1]).all():
+            return step, np.arange(len(step))
+        order = np.lexsort(([line.number for line in lines], step))
+        step = step[order]
+        last = np.append(step[1:] != step[:-1], True)
+        return step[last], order[last]
 
 
 def _stack(values: list[np.ndarray]) -> np.ndarray:
-    """One array of several. Short lists are filled up with NaN, and so is a word among numbers."""
+    """Join columns. Short lists are padded with NaN; a word among numbers becomes NaN."""
     words = [value.dtype == object for value in values]
     if all(words):
         return np.concatenate(values)
     values = [np.full(len(v), np.nan) if is_word else v for v, is_word in zip(values, words, strict=True)]
     if len({value.shape[1:] for value in values}) > 1:
-        width = max(value.shape[1] if value.ndim == 2 else 1 for value in values)
-        wide = []
-        for value in values:
-            value = value if value.ndim == 2 else value[:, None]
-            wide.append(np.pad(value, ((0, 0), (0, width - value.shape[1])), constant_values=np.nan))
-        values = wide
+        values = [value if value.ndim == 2 else value[:, None] for value in values]
+        width = max(value.shape[1] for value in values)
+        missing = [((0, 0), (0, width - value.shape[1])) for value in values]
+        values = [np.pad(v, m, constant_values=np.nan) for v, m in zip(values, missing, strict=True)]
     return np.concatenate(values)
-
-
-def _curve(batches: list[_Rows], loss: str) -> Curve:
-    """The rows that give `loss`, with their time, tokens and accuracy."""
-    batches = [rows for rows in batches if loss in rows.values and rows.values[loss].dtype != object]
-    batches = [rows for rows in batches if rows.values[loss].ndim == 1]
-    step, chosen = _sorted_steps(batches)
-
-    def gather(key: str) -> np.ndarray:
-        parts = []
-        for rows in batches:
-            value = rows.values.get(key)
-            known = value is not None and value.ndim == 1 and value.dtype != object
-            parts.append(value if known else np.full(len(rows.step), np.nan))
-        return np.concatenate(parts)[chosen] if parts else np.zeros(0)
-
-    return Curve(step, gather(loss), gather("train_time"), gather("tokens"), gather("val_acc"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -657,7 +462,7 @@ def _curve(batches: list[_Rows], loss: str) -> Curve:
 @dataclass
 class _Trial:
     config: dict
-    batches: list[_Rows] = field(default_factory=list)
+    lines: dict[_Form, list[_Line]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     num_steps: int = -1
     last_val: int = -1  # last step of a validation line, and of any other step line
@@ -667,20 +472,38 @@ class _Trial:
     def last_step(self) -> int:
         return max(self.last_val, self.last_other)
 
+    def starts_over(self, step: int, num_steps: int, is_val: bool) -> bool:
+        """True if a line belongs to the next trial: its step falls back, or the number of steps changed.
+
+        A validation may repeat the step of the training line before it, so each kind of line is compared
+        with its own.
+        """
+        last = self.last_val if is_val else self.last_other
+        falls_back = last >= 0 and (step <= last if is_val else step < last)
+        return falls_back or (self.last_step >= 0 and num_steps != self.num_steps)
+
+    def add(self, form: _Form, line: _Line) -> None:
+        self.lines.setdefault(form, []).append(line)
+        if form.is_val:
+            self.last_val = max(self.last_val, line.step)
+        else:
+            self.last_other = max(self.last_other, line.step)
+
     def drop_after(self, step: int) -> None:
         """Forget what was done after `step`: training went back there and does it again."""
-        kept = [rows.take(rows.step <= step) for rows in self.batches]
-        self.batches = [rows for rows in kept if len(rows.step)]
-        self.last_val = max((int(rows.step.max()) for rows in self.batches if rows.is_val), default=-1)
-        self.last_other = max((int(rows.step.max()) for rows in self.batches if not rows.is_val), default=-1)
+        old, self.lines, self.last_val, self.last_other = self.lines, {}, -1, -1
+        for form, lines in old.items():
+            for line in lines:
+                if line.step <= step:
+                    self.add(form, line)
 
 
 class LogParser:
-    """Reads a log piece by piece: `feed` bytes as they come, `runs()` at any time.
+    """Read a log piece by piece: `feed` bytes as they come, ask for `runs()` at any time.
 
     A last line without its newline is kept for later; `finish` says that no more will come. With `recent`,
-    only that many of the lines without a validation are read of each feed, the last ones: twice as fast, for
-    who needs no training curve.
+    only that many of the lines without a validation are read of each feed, the last ones: faster, for a
+    reader that needs no training curve.
     """
 
     def __init__(self, path: str | Path | None = None, recent: int | None = None):
@@ -691,11 +514,12 @@ class LogParser:
         self._source = b""
         self._header_seed: int | None = None
         self._line_number = 0
-        self._last_skeletons: set[bytes] = set()
+        self._forms: dict[bytes, _Form] = {}  # a line without its numerals -> the form it had last
         self._reset()
 
     def _reset(self) -> None:
         self._config: dict = {}
+        self._affects: dict[str, list[str]] = {}
         self._trials = [_Trial({})]
         self._restart_at: int | None = None  # events from here on belong to the next trial, if one begins
         self._resumed_unknown = False
@@ -707,7 +531,7 @@ class LogParser:
         self._examples: list[str] = []
 
     def feed(self, data: bytes) -> None:
-        """Reads what has come since: any bytes, cut anywhere."""
+        """Read what has come since: any bytes, cut anywhere."""
         data = self._partial + data
         end = data.rfind(b"\n") + 1
         self._partial, data = data[end:], data[:end]
@@ -718,20 +542,20 @@ class LogParser:
         self._read_chunk(data[begin:], False)
 
     def finish(self) -> None:
-        """No more will come: takes a last line without newline if it is surely whole, counts what is held.
+        """Take the last line, if it has no newline but is surely whole; count what is still held.
 
         Surely whole is a step line that ends in a unit or a bracket and has the form of an earlier one: of
         `val_loss:3.27` nobody knows whether a digit is missing.
         """
         line, self._partial = self._partial.rstrip(b"\r"), b""
-        if line.endswith((b"s", b"]", b"%")) and line.translate(None, _NUMERALS) in self._last_skeletons:
+        if line.endswith((b"s", b"]", b"%")) and line.translate(None, _NUMERALS) in self._forms:
             self._read_lines(line)
         if self._held:  # cut off inside its own source: nothing in there is a step
             self._count_unread(b"(the log ends inside the source code at its head)", self._held.count(b"\n"))
             self._held = b""
 
     def _read_chunk(self, chunk: bytes, closed: bool) -> None:
-        """Reads the text between two lines of '='; `closed`: the second one has come.
+        """Read the text between two lines of '='; `closed`: the second one has come.
 
         Source code is known by having both imports and definitions at the beginning of lines. From its first
         line on, everything up to the closing separator is source and never steps, whatever it looks like. In
@@ -755,44 +579,53 @@ class LogParser:
         self._chunk_unread, self._chunk_examples = 0, len(self._examples)
 
     def _read_lines(self, text: bytes) -> None:
-        """Reads whole lines that are not source. Step lines wait to be read together until an event comes."""
-        if not text:
-            return
-        lines = text.split(b"\n")
-        skeletons = text.translate(None, _NUMERALS).split(b"\n")
-        groups: dict[bytes, list[int]] = {}
-        if not lines[-1]:
-            lines.pop()
-            skeletons.pop()
-        for i, skeleton in enumerate(skeletons):
-            if skeleton in groups:
-                groups[skeleton].append(i)
-            elif _is_special(skeleton, lines[i]):
-                self._read_steps(groups, lines)
-                groups = {}
-                self._read_special(lines[i], i + self._line_number)
-            elif skeleton.startswith((b"step:/ ", b"s: t", b"s: e")) and not _is_torn(skeleton):
-                groups[skeleton] = [i]
-            elif skeleton and not skeleton.isspace() and not lines[i].startswith(b"peak memory "):
-                self._count_unread(lines[i])
-                self._chunk_empty = False
-        self._read_steps(groups, lines)
+        """Read whole lines that are not source."""
+        lines, skeletons = text.split(b"\n"), text.translate(None, _NUMERALS).split(b"\n")
+        skipped = self._old_training_lines(skeletons)
+        for i, (line, skeleton) in enumerate(zip(lines, skeletons, strict=True)):
+            form = self._forms.get(skeleton)
+            match = form.pattern.fullmatch(line) if form else None
+            if i in skipped:
+                continue
+            if match:
+                self._file(form, i + self._line_number, *match.groups())
+            elif skeleton and not skeleton.isspace():
+                self._read_line(line, skeleton, i + self._line_number)
         self._line_number += len(lines)
 
-    def _read_steps(self, groups: dict[bytes, list[int]], lines: list[bytes]) -> None:
-        batches: list[_Rows] = []
-        for skeleton, places in groups.items():
-            if self._recent is not None and b" val_loss:" not in skeleton and b" tel:" not in skeleton:
-                places = places[-self._recent :]
-            group, unread = _rows_of_group(
-                [lines[i] for i in places], [i + self._line_number for i in places]
-            )
-            batches += group
-            if group:
-                self._last_skeletons.add(skeleton)
-            for place in unread:
-                self._count_unread(lines[place - self._line_number])
-        self._file(batches)
+    def _old_training_lines(self, skeletons: list[bytes]) -> frozenset[int]:
+        """Places of the lines that `recent` leaves out."""
+        if self._recent is None:
+            return frozenset()
+        training = [
+            i
+            for i, skeleton in enumerate(skeletons)
+            if skeleton.startswith((b"step:/ ", b"s: t"))
+            and not any(word in skeleton for word in (b" val_loss:", b" tel:", b"event:"))
+        ]
+        return frozenset(training[: -self._recent])
+
+    def _read_line(self, line: bytes, skeleton: bytes, number: int) -> None:
+        """Read a line of no known form."""
+        if line.startswith(b"event:"):
+            self._read_event(line)
+        elif line.startswith(b"config:"):
+            self._read_config(line)
+        elif line.startswith(b"affects:") and self._config and not self._chunk_steps:
+            self._read_affects(line)
+        elif line.startswith(b"s") and (torn := list(_TORN.finditer(line, 1))):
+            self._count_unread(line)
+            rest = line[torn[-1].start() :]  # the resumed run's first line, appended to a torn one
+            if rest.startswith(b"event:"):
+                self._read_event(rest)
+            elif form := _form_of(rest):
+                self._file(form, number, *form.pattern.fullmatch(rest).groups())
+        elif form := _form_of(line):
+            self._forms[skeleton] = form
+            self._file(form, number, *form.pattern.fullmatch(line).groups())
+        elif not line.startswith(b"peak memory "):
+            self._count_unread(line)
+            self._chunk_empty = False
 
     def _count_unread(self, line: bytes, count: int = 1) -> None:
         self._unread += count
@@ -800,30 +633,35 @@ class LogParser:
         if len(self._examples) < 3:
             self._examples.append(line[:200].decode(errors="replace"))
 
-    def _read_special(self, line: bytes, place: int) -> None:
-        """A line that must not wait: an event, a configuration, or a line torn by a crash.
+    def _file(self, form: _Form, number: int, step_text: bytes, total_text: bytes, *texts: bytes) -> None:
+        """Put a step line under its trial; open a new one where the steps begin anew."""
+        step, num_steps = int(step_text), int(total_text) if total_text else -1
+        trial = self._trials[-1]
+        self._chunk_empty, self._chunk_steps = False, True
+        if self._resumed_unknown:
+            trial.drop_after(step - 1)
+            self._resumed_unknown = False
+        if not self._config:
+            anew = trial.starts_over(step, num_steps, form.is_val)
+        else:  # only a second start that did not resume begins anew
+            anew = self._restart_at is not None and step <= trial.last_step
+            self._restart_at = self._restart_at if anew else None
+        if anew:
+            trial = self._open_trial()
+        trial.num_steps = num_steps
+        trial.add(form, _Line(number, step, texts))
 
-        To a torn line the first line of the resumed run was appended; that one is saved.
-        """
-        if line.startswith(b"event:"):
-            self._read_event(line)
-        elif line.startswith(b"config:"):
-            self._read_config(line)
-        else:
-            self._count_unread(line)
-            whole = line[list(_TORN.finditer(line, 1))[-1].start() :]
-            if whole.startswith(b"event:"):
-                self._read_event(whole)
-            else:
-                rows = _rows_of_line(whole, place)  # None if that one is torn, too
-                self._file([rows] if rows else [])
+    def _open_trial(self) -> _Trial:
+        old, new = self._trials[-1], _Trial(self._config)
+        if self._restart_at is not None:
+            old.events, new.events = old.events[: self._restart_at], old.events[self._restart_at :]
+            self._restart_at = None
+        self._trials.append(new)
+        return new
 
     def _read_config(self, line: bytes) -> None:
-        try:
-            config = json.loads(line[len(b"config:") :])
-        except (ValueError, RecursionError):
-            config = None
-        if not isinstance(config, dict) or not self._chunk_empty:  # it opens a header, or is none
+        config = _json_object(line[len(b"config:") :])
+        if config is None or not self._chunk_empty:  # it opens a header, or is none
             self._count_unread(line)
             self._chunk_unread -= 1  # this one counts in a header, too
             self._chunk_examples = len(self._examples)
@@ -833,6 +671,13 @@ class LogParser:
         self._config, self._chunk_empty = config, False
         if self._trials[-1].last_step < 0:
             self._trials[-1].config = config
+
+    def _read_affects(self, line: bytes) -> None:
+        affects = _json_object(line[len(b"affects:") :])
+        if affects is None or not all(isinstance(names, list) for names in affects.values()):
+            self._count_unread(line)
+            return
+        self._affects = affects
 
     def _read_event(self, line: bytes) -> None:
         name, fields = _event_parts(line.decode(errors="replace"))
@@ -852,53 +697,12 @@ class LogParser:
                 trial.drop_after(int(step))
         trial.events.append(Event(name, fields, trial.last_step))
 
-    def _file(self, batches: list[_Rows]) -> None:
-        """Files rows under their trial, opening a new one wherever the steps begin anew."""
-        if not batches:
-            return
-        self._chunk_empty, self._chunk_steps = False, True
-        first = min(batches, key=lambda rows: rows.order[0])
-        trial = self._trials[-1]
-        if self._resumed_unknown:
-            trial.drop_after(int(first.step[0]) - 1)
-            self._resumed_unknown = False
-        if self._config:  # only a second start that did not resume begins anew
-            anew = self._restart_at is not None and int(first.step[0]) <= trial.last_step
-            borders = [int(first.order[0])] if anew else []
-            self._restart_at = self._restart_at if anew else None
-        else:
-            borders = _new_trials(batches, trial)
-        pieces = [batches]
-        if borders:
-            pieces = [[] for _ in range(len(borders) + 1)]
-            for rows in batches:
-                which = np.searchsorted(borders, rows.order, side="right")
-                for number in np.unique(which):
-                    pieces[number].append(rows.take(which == number))
-        for number, piece in enumerate(pieces):
-            if number:
-                self._open_trial()
-            trial = self._trials[-1]
-            trial.batches += piece
-            for rows in piece:
-                trial.num_steps = int(rows.total[-1])
-                last = "last_val" if rows.is_val else "last_other"
-                setattr(trial, last, max(getattr(trial, last), int(rows.step.max())))
-
-    def _open_trial(self) -> None:
-        old, new = self._trials[-1], _Trial(self._config)
-        if self._restart_at is not None:
-            old.events, new.events = old.events[: self._restart_at], old.events[self._restart_at :]
-            self._restart_at = None
-        self._trials.append(new)
-
     def runs(self) -> list[RunLog]:
         """The runs read so far, at least one."""
         return [self._run(number, trial) for number, trial in enumerate(self._trials)]
 
     def _run(self, number: int, trial: _Trial) -> RunLog:
-        trial.batches = _merge(trial.batches)
-        config = trial.config
+        config, columns = trial.config, _Columns(trial.lines)
         started = next((event.fields for event in trial.events if event.name == "started"), {})
         stem = log_stem(self.path) if self.path else ""
         run_id = str(config.get("run_id") or stem)
@@ -912,14 +716,15 @@ class LogParser:
             trial=number,
             script=str(config.get("script") or started.get("script") or ""),
             config=config,
+            affects=self._affects or AFFECTS,
             source_hash=source_hash,
             seed=int(seed) if re.fullmatch(r"-?\d{1,18}", str(seed)) else None,
             num_steps=self._num_steps(trial),
             last_step=trial.last_step,
             state=self._state(trial, is_last=number == len(self._trials) - 1),
-            val=_curve(trial.batches, "val_loss"),
-            train=_curve(trial.batches, "train_loss"),
-            columns=_Columns(trial.batches),
+            val=columns.curve("val_loss"),
+            train=columns.curve("train_loss"),
+            columns=columns,
             events=list(trial.events),
             unread_lines=self._unread,
             unread_examples=list(self._examples) if self._unread else [],
@@ -951,7 +756,7 @@ class LogParser:
 
 
 def _separators(data: bytes) -> Iterator[tuple[int, int]]:
-    """Begin and end (with newline) of each line that is nothing but many '='."""
+    """Begin and end (with newline) of each line that consists of many '='."""
     position = data.find(b"=" * SEPARATOR_WIDTH)
     while position >= 0:
         begin, end = data.rfind(b"\n", 0, position) + 1, data.index(b"\n", position) + 1
@@ -960,20 +765,8 @@ def _separators(data: bytes) -> Iterator[tuple[int, int]]:
         position = data.find(b"=" * SEPARATOR_WIDTH, end)
 
 
-def _is_torn(skeleton: bytes) -> bool:
-    """Whether a step line without its digits holds the beginning of another line."""
-    return skeleton.startswith(b"s") and (b"event:" in skeleton or b"step:/ " in skeleton[1:])
-
-
-def _is_special(skeleton: bytes, line: bytes) -> bool:
-    """Whether a line, given without and with its digits, must be read before those that follow."""
-    if skeleton.startswith((b"event:", b"config:")):
-        return line.startswith((b"event:", b"config:"))
-    return _is_torn(skeleton) and _TORN.search(line, 1) is not None
-
-
 def _source_begin(text: bytes) -> int:
-    """Where Python source begins in `text`, -1 if it holds none."""
+    """Place where Python source begins in `text`; -1 if there is none."""
 
     def first(*openings: bytes) -> int:
         places = [0 if text.startswith(word) else text.find(b"\n" + word) + 1 or -1 for word in openings]
@@ -982,6 +775,15 @@ def _source_begin(text: bytes) -> int:
     if first(b"import ", b"from ") < 0 or first(b"def ", b"class ") < 0:
         return -1
     return first(b'"""', b'r"""', b"'''", b"#", b"import ", b"from ", b"def ", b"class ")
+
+
+def _json_object(text: bytes) -> dict | None:
+    """A JSON object; None if the text is anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 _EVENT_FIELD = re.compile(
@@ -1008,34 +810,6 @@ def _event_parts(line: str) -> tuple[str, dict[str, str]]:
     return name, fields
 
 
-def _new_trials(batches: list[_Rows], trial: _Trial) -> list[int]:
-    """Line numbers at which a log without events starts over: steps fall back, or their total changes.
-
-    A validation line may repeat the step of the training line before it, so the two kinds are followed apart.
-    """
-    order = np.concatenate([rows.order for rows in batches])
-    rows_in_order = np.argsort(order)
-    order = order[rows_in_order]
-    step = np.concatenate([rows.step for rows in batches])[rows_in_order]
-    total = np.concatenate([rows.total for rows in batches])[rows_in_order]
-    is_val = np.concatenate([np.full(len(rows.step), rows.is_val) for rows in batches])[rows_in_order]
-    has_rows = trial.last_step >= 0
-    candidates = [(order[i], -1) for i in np.flatnonzero(total[1:] != total[:-1]) + 1]
-    if has_rows and total[0] != trial.num_steps:
-        candidates.append((order[0], -1))
-    for chosen, last, margin in ((is_val, trial.last_val, 0), (~is_val, trial.last_other, -1)):
-        lines, steps = order[chosen], step[chosen]
-        previous = np.concatenate([[last], steps[:-1]])
-        before = np.concatenate([[-1], lines[:-1]])
-        back = (steps - previous <= margin) & (previous >= 0)
-        candidates += zip(lines[back], before[back], strict=True)
-    borders: list[int] = []
-    for line, line_before in sorted(candidates):
-        if not borders or (line > borders[-1] and (line_before < 0 or line_before >= borders[-1])):
-            borders.append(int(line))
-    return borders
-
-
 # ------------------------------------------------------------------------------------------------
 # Logs that are still being written
 # ------------------------------------------------------------------------------------------------
@@ -1043,7 +817,7 @@ def _new_trials(batches: list[_Rows], trial: _Trial) -> list[int]:
 
 @dataclass
 class FollowedLog:
-    """One file under watch: its runs so far, its time of writing (s since 1970), why it is unreadable."""
+    """A watched file: its runs so far, its modification time in s, and an error if it is unreadable."""
 
     path: Path
     runs: list[RunLog] = field(default_factory=list)
@@ -1056,7 +830,7 @@ class FollowedLog:
 
 
 class LogFollower:
-    """Follows the logs of a folder, reading only what is new.
+    """Follow the logs in a folder, reading only what is new.
 
     >>> follower = LogFollower("logs")
     >>> changed = follower.poll()       # paths that are new, longer, rewritten or gone
@@ -1071,7 +845,7 @@ class LogFollower:
         self.logs: dict[Path, FollowedLog] = {}
 
     def poll(self) -> list[Path]:
-        """Reads what has been written since the last call; a missing folder has no logs."""
+        """Read what was written since the last call; a missing folder has no logs."""
         try:
             with os.scandir(self.folder) as entries:
                 found = {Path(entry.path): entry for entry in entries if entry.name.endswith(".txt")}

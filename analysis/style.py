@@ -1,10 +1,12 @@
-"""What the plot scripts have in common: colours, units, tables of text, saving. Imports matplotlib late."""
+"""The house style of pictures: colours, looks, units, limits, saving. Matplotlib is imported only to draw."""
 
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from analysis.command_line import complain  # noqa: F401  until make_record.py imports it from there
+from analysis.files import replacing, write_atomically
 
 # Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too faint for a line.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
@@ -45,7 +47,7 @@ def load_matplotlib():
 
 
 def arm_style(number: int) -> dict:
-    """Colour, line and marker of the n-th arm: distinct for 21 lines."""
+    """Colour, line and marker of the n-th arm; 21 arms differ in colour or line."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": LINES[number // len(COLOURS) % len(LINES)],
@@ -54,7 +56,7 @@ def arm_style(number: int) -> dict:
 
 
 def time_unit(longest_ms: float) -> tuple[float, str]:
-    """Milliseconds in the unit that suits a duration, and its name: s, min or h."""
+    """The unit that suits a duration: its milliseconds, and its name s, min or h."""
     for ms, name in ((3_600_000, "h"), (60_000, "min")):
         if longest_ms >= 3 * ms:
             return ms, name
@@ -62,7 +64,7 @@ def time_unit(longest_ms: float) -> tuple[float, str]:
 
 
 def format_time(ms: float) -> str:
-    """A duration to read: 830 ms, 12.3 s, 4 min 05 s, 3 h 20 min; - if unknown."""
+    """Format a duration: 830 ms, 12.3 s, 4 min 05 s, 3 h 20 min; - if it is not known."""
     if not math.isfinite(ms):
         return "-"
     if ms < 1000:
@@ -75,37 +77,12 @@ def format_time(ms: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-def format_loss(loss: float) -> str:
-    return f"{loss:.4f}" if math.isfinite(loss) else "-"
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Text in columns: the first column to the left, the others to the right."""
-    cells = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = []
-    for row in cells:
-        aligned = [row[0].ljust(widths[0])] + [
-            cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)
-        ]
-        lines.append("  ".join(aligned).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def format_markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """The same table in Markdown."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-
-
 def bulk_limits(
     centres: Sequence[float], lows: Sequence[float], highs: Sequence[float]
 ) -> tuple[float, float]:
-    """Limits for losses: the better half decides, so that one bad arm does not flatten all others.
+    """Limits of an axis of losses, by the better half, so that one bad arm does not flatten all others.
 
-    In sight are all up to 5 times the span from the lowest centre to the median one, with their intervals.
+    Shown are all arms up to 5 times the span from the lowest centre to the median one, with their intervals.
     """
     arms = sorted(arm for arm in zip(centres, lows, highs, strict=True) if math.isfinite(arm[0]))
     if not arms:
@@ -122,7 +99,7 @@ def bulk_limits(
 
 
 def shorten(text: str, width: int) -> str:
-    """At most `width` characters, cut in the middle: both ends of a run's name tell it apart."""
+    """Cut a text in the middle to at most `width` characters: both ends of a run's name tell it apart."""
     if len(text) <= width:
         return text
     head = (width - 1) // 2
@@ -130,7 +107,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def target_of(runs, target: float | None) -> float:
-    """The target loss given, else the runs' own if they agree on one, else the speedrun's 3.28."""
+    """The target loss as given, else the runs' own if they agree on one, else the speedrun's 3.28."""
     if target is not None:
         return target
     own = {run.target_loss for run in runs if run.target_loss}
@@ -138,7 +115,7 @@ def target_of(runs, target: float | None) -> float:
 
 
 def say_nothing_logged(ax, what: str) -> None:
-    """An empty panel that says why it is empty."""
+    """Empty a panel and say why it is empty."""
     ax.text(
         0.5, 0.5, f"{what}:\nnot in these logs", transform=ax.transAxes, ha="center", va="center", color=GREY
     )
@@ -148,39 +125,30 @@ def say_nothing_logged(ax, what: str) -> None:
     ax.grid(False)
 
 
+def line_legend(ax, names: Sequence[str], **place) -> None:
+    """A small legend that explains the dashes of lines, in the order of LINES."""
+    handles = [
+        ax.plot([], [], color=GREY, linestyle=LINES[number % len(LINES)], label=name)[0]
+        for number, name in enumerate(names)
+    ]
+    ax.legend(handles=handles, fontsize=8, framealpha=0.8, frameon=True, edgecolor="none", **place)
+
+
 def check_suffix(path: Path) -> None:
-    """ValueError if a plot cannot be written under that name."""
+    """Raise ValueError if a picture cannot be written under this name."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: a plot is written as one of {', '.join(SUFFIXES)}; give --out such a name")
 
 
 def save(fig, path: Path) -> None:
-    """Writes the figure, making its folder; a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
-    try:
-        fig.savefig(half, metadata=metadata)
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
+    """Write the figure and make its folder; a reader never sees half a file."""
     import matplotlib.pyplot as plt
 
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
+    with replacing(path) as temporary:
+        fig.savefig(temporary, metadata=metadata)
     plt.close(fig)
 
 
-def write_text(text: str, path: Path) -> None:
-    """As `save`, for text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        half.write_text(text, encoding="utf-8")
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
-
-
-def complain(error: Exception) -> int:
-    """Prints what is wrong with what the user gave; the exit status for it."""
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    return 2
+def write_text(text: str, path: Path) -> None:  # until make_record.py calls write_atomically
+    write_atomically(path, text)

@@ -1,8 +1,7 @@
-"""How good is the tiny preset on a CPU? Against a plain GPT of the same size, and against the matmul rate.
+"""How good is the tiny preset on a CPU? Measured against a plain GPT of the same size.
 
     python benchmarks/cpu_yardstick.py                    # about 8 minutes on two cores
     python benchmarks/cpu_yardstick.py --seconds 20       # a quick look
-    python benchmarks/cpu_yardstick.py --breakdown        # only where a step's time goes, half a minute
 
 Plain is a GPT as people usually write one: LayerNorm, GELU, learned positions, torch's AdamW with warm-up,
 cosine and clipping, one process on all cores; three learning rates, the best one counts. Both read the same
@@ -20,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,18 +27,17 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from flops import flop_per_token  # noqa: E402
 
 CONTEXT, VAL_TOKENS = 256, 65_536
 PLAIN_RATES = (1e-3, 3e-3, 6e-3)
 
 
-def tiny(script: str = "train_gpt_muon_ord", **env):
+def tiny():
     """(module, settings, optimizer settings, model config) of the tiny preset on this machine."""
-    module = __import__(script)
-    return module, *module.read_settings({"MODEL": "tiny", "DEVICE": "cpu", "DATA_PATH": str(ROOT), **env})
+    import train_gpt
+
+    env = {"MODEL": "tiny", "DEVICE": "cpu", "DATA_PATH": str(ROOT)}
+    return train_gpt, *train_gpt.read_settings(env)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -133,62 +132,8 @@ def train_plain(rate: float, seconds: float) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Where a step's time goes
+# Ours
 # ---------------------------------------------------------------------------------------------------
-
-
-def breakdown_worker():
-    """On every rank at once: milliseconds of each part of a step, and this rank's matmul rate meanwhile."""
-    import torch
-
-    module, s, o, c = tiny()
-    ranks = module.Ranks("cpu")
-    train_shards, _ = module.open_data(s, ranks.world_size)
-    trainer, data = (
-        module.Trainer(s, o, c, train_shards[0].vocab_size, ranks),
-        module.TrainData(train_shards, s, ranks),
-    )
-    trainer.enter(0)
-    tokens = max(s.batch_sizes)
-    square = torch.randn(1024, 1024)
-    spent = {"matmul": [], "data": [], "forward": [], "backward": [], "optimizer": []}
-
-    def timed(name, run):
-        start = time.perf_counter()
-        result = run()
-        spent[name].append(time.perf_counter() - start)
-        return result
-
-    for step in range(40):
-        ranks.all_reduce(torch.zeros(1)).wait()  # start together
-        for _ in range(2):
-            timed("matmul", lambda: square @ square)
-        batches = timed("data", lambda: data.next(tokens, tokens))
-        for batch in batches:
-            weights = trainer.schedule.predict_weights(0)
-            loss, _ = timed(
-                "forward", lambda b=batch, w=weights: trainer.forward(b, trainer.schedule.windows(0), w, True)
-            )
-            timed("backward", lambda x=loss: x.backward())
-        timed("optimizer", lambda i=step: trainer.optimizer.step(i, 1.0, tokens, False))
-    if ranks.rank == 0:
-        ms = {name: 1000 * float(np.median(times)) for name, times in spent.items()}
-        ms["optimizer"] = 1000 * float(
-            np.mean(np.sort(spent["optimizer"])[4:-4])
-        )  # Adam moves on every second step
-        rate = 2 * 1024**3 / (ms["matmul"] / 1000)
-        flop = flop_per_token(c, tokens // module.NUM_SLICES, 256) * tokens / ranks.world_size
-        print(
-            json.dumps(
-                {
-                    **ms,
-                    "gflops": rate / 1e9,
-                    "step_flop": flop,
-                    "share": flop / rate / ((ms["forward"] + ms["backward"]) / 1000),
-                }
-            )
-        )
-    ranks.close()
 
 
 def torchrun(arguments: list[str], ranks: int, **env) -> str:
@@ -212,28 +157,18 @@ def torchrun(arguments: list[str], ranks: int, **env) -> str:
     return done.stdout
 
 
-def print_breakdown(ranks: int):
-    parts = json.loads(torchrun([str(Path(__file__).resolve()), "--worker"], ranks).strip().splitlines()[-1])
-    step = sum(parts[k] for k in ("data", "forward", "backward", "optimizer"))
-    print(f"\na step of the tiny preset on {ranks} rank(s), one thread each: {step:.1f} ms")
-    for name in ("data", "forward", "backward", "optimizer"):
-        note = " (with communication)" if name == "optimizer" else ""
-        print(f"  {name:<10}{parts[name]:7.1f} ms {parts[name] / step:6.1%}{note}")
-    print(
-        f"forward and backward: {parts['step_flop'] / 1e9:.2f} GFLOP a rank, {parts['share']:.0%} of the "
-        f"matmul rate of the same processes ({parts['gflops']:.0f} GFLOP/s a core, 1024^3, fp32)"
-    )
+def ms_per_step(script: str, ranks: int) -> float:
+    """Milliseconds per step of the tiny preset, measured by step_time.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "step_time.json"
+        arguments = ["--script", f"{script}.py", "--json", str(out)]
+        torchrun(["benchmarks/step_time.py", *arguments], ranks, MODEL="tiny", DEVICE="cpu")
+        return json.loads(out.read_text())["schedule"]["ms_step"]
 
 
 def train_ours(script: str, seconds: float, ranks: int) -> list[tuple[float, float, int]]:
     """The tiny preset, cut to the given seconds: [(seconds, validation loss, tokens)] of its log."""
-    _, s, _, _ = tiny(script)
-    speed = json.loads(torchrun([str(Path(__file__).resolve()), "--worker"], ranks).strip().splitlines()[-1])
-    step_ms = (
-        sum(speed[k] for k in ("data", "forward", "backward", "optimizer"))
-        * np.mean(s.batch_sizes)
-        / max(s.batch_sizes)
-    )
+    num_steps = max(60, int(1000 * seconds / ms_per_step(script, ranks)))
     run_id = f"yardstick-{script}-{time.strftime('%Y%m%d-%H%M%S')}"
     torchrun(
         [f"{script}.py"],
@@ -242,7 +177,7 @@ def train_ours(script: str, seconds: float, ranks: int) -> list[tuple[float, flo
         DEVICE="cpu",
         RUN_ID=run_id,
         VAL_LOSS_EVERY="25",
-        NUM_SCHEDULED_ITERATIONS=str(max(60, int(1000 * seconds / step_ms))),
+        NUM_SCHEDULED_ITERATIONS=str(num_steps),
         VAL_TOKENS=str(VAL_TOKENS),
         VAL_BATCH_TOKENS=str(CONTEXT * 8),
     )
@@ -259,18 +194,10 @@ def main():
     parser.add_argument(
         "--ranks", type=int, default=min(2, os.cpu_count() or 1), help="ranks of the tiny preset"
     )
-    parser.add_argument("--breakdown", action="store_true", help="only the breakdown of a step")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--plain", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        return breakdown_worker()
     if args.plain:
         return print(json.dumps(train_plain(args.plain, args.seconds)))
-    print_breakdown(args.ranks)
-    if args.breakdown:
-        return None
-    print()
     for script in ("train_gpt", "train_gpt_muon_ord"):
         curve = train_ours(script, args.seconds, args.ranks)
         spent, loss, tokens = curve[-1]

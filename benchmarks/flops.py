@@ -1,11 +1,11 @@
-"""How many operations and parameters a preset takes: the one place where they are counted.
+"""Count the FLOP and the parameters of a preset; all benchmarks take their counts from here.
 
-Everything is a function of a trainer's ModelConfig, the vocabulary and the documents' lengths. No torch. A
-FLOP is a multiplication or an addition, so a product of (M, K) and (K, N) is 2 M K N. Backward is twice
-forward: one product for the gradient of either factor (tests/test_benchmarks.py checks it against torch's own
-counter on the real model). Flash attention's recomputation of the scores is not counted, nor are norms,
-softmax, rotary, softcap and embedding lookups (value and n-gram tables cost memory traffic, no FLOP). The
-loss on several next tokens reads the same logits, so the head counts once.
+Every count is a function of a trainer's ModelConfig, the vocabulary and the document lengths. Needs no torch.
+A FLOP is a multiplication or an addition, so a product of (M, K) and (K, N) is 2 M K N. The backward pass
+counts twice the forward pass: one product for the gradient of each factor. tests/test_benchmarks.py checks
+this against torch's own counter on the real model. Not counted: flash attention's recomputation of the
+scores, norms, softmax, rotary embedding, softcap, and embedding lookups (value and n-gram tables cost memory
+traffic, not FLOP). The loss on several next tokens reads the same logits, so the head counts once.
 """
 
 import math
@@ -19,7 +19,7 @@ POLAR_STEPS = 5
 
 
 def padded_vocab(vocab: int) -> int:
-    """Rows of the head and of every table that a token indexes."""
+    """Number of rows of the head and of every table indexed by a token."""
     return math.ceil(vocab / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
@@ -29,19 +29,19 @@ def padded_vocab(vocab: int) -> int:
 
 
 def visible_pairs(lengths, window: int) -> int:
-    """Pairs (query, key) with 0 <= query - key <= window, over all documents of these lengths in tokens."""
+    """Count the pairs (query, key) with 0 <= query - key <= window in documents of these lengths."""
     lengths = np.atleast_1d(np.asarray(lengths, dtype=np.int64))
-    rising = np.minimum(lengths, window + 1)  # queries that see all that came before them
+    rising = np.minimum(lengths, window + 1)  # queries that see every earlier token
     return int((rising * (rising + 1) // 2 + (lengths - rising) * (window + 1)).sum())
 
 
 def visible_keys(lengths, window: int) -> float:
-    """Keys that a query sees, the mean over all tokens of documents of these lengths."""
+    """Mean number of keys that a query sees, over all tokens of documents of these lengths."""
     return visible_pairs(lengths, window) / int(np.sum(lengths))
 
 
 def layer_windows(c, windows: tuple[int, int]) -> list[int | None]:
-    """Each layer's window in tokens, None where it has no attention. windows: (short, long) in blocks."""
+    """List the layers' windows in tokens, None for no attention. windows: (short, long) in blocks."""
     return [
         None if i in c.no_attention else windows[i in c.long_layers] * c.window_block
         for i in range(c.num_layers)
@@ -49,8 +49,10 @@ def layer_windows(c, windows: tuple[int, int]) -> list[int | None]:
 
 
 def keys_per_token(c, lengths, windows: tuple[int, int]) -> float:
-    """Keys seen by one token's queries, summed over layers and query heads. A paired layer has half as many
-    heads on documents twice as long, with the same window."""
+    """Number of keys that one token's queries see, summed over layers and query heads.
+
+    A paired layer has half as many heads on documents twice as long, with the same window.
+    """
     total = 0.0
     for i, window in enumerate(layer_windows(c, windows)):
         if window is not None:
@@ -62,10 +64,10 @@ def keys_per_token(c, lengths, windows: tuple[int, int]) -> float:
 class Forward(NamedTuple):
     """FLOP of the forward pass for one token."""
 
-    matrices: float  # attention's four and the MLP's two, or a token's experts' and the router
+    matrices: float  # attention's four and the MLP's two, or those of a token's experts and the router
     head: float
     attention: float  # scores and mixing
-    gates: float  # from 12 channels, a head each
+    gates: float  # one per head, from 12 channels
 
     @property
     def total(self) -> float:
@@ -73,7 +75,7 @@ class Forward(NamedTuple):
 
 
 def forward_flop(c, lengths, vocab: int, windows: tuple[int, int] | None = None) -> Forward:
-    """For one token of such documents. windows: (short, long) in blocks; None: those of the first stage."""
+    """Count one token's forward pass. windows: (short, long) in blocks; None: those of the first stage."""
     with_attention = [i for i in range(c.num_layers) if i not in c.no_attention]
     gates = len(with_attention) * c.num_heads * c.attn_gate
     gates += c.num_kv_heads * len(set(with_attention) & set(c.value_embed_layers))
@@ -86,7 +88,7 @@ def forward_flop(c, lengths, vocab: int, windows: tuple[int, int] | None = None)
 
 
 def flop_per_token(c, lengths, vocab: int, windows: tuple[int, int] | None = None) -> float:
-    """Of forward and backward."""
+    """FLOP of the forward and backward pass for one token."""
     return 3 * forward_flop(c, lengths, vocab, windows).total
 
 
@@ -96,7 +98,7 @@ def flop_per_token(c, lengths, vocab: int, windows: tuple[int, int] | None = Non
 
 
 def matrix_shapes(c) -> dict[tuple[int, int], int]:
-    """{(rows, columns) as stored: how many matrices}; each entry is one bucket of the optimizer."""
+    """Count the matrices by stored shape (rows, columns); each entry is one bucket of the optimizer."""
     queries, keys, shapes = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, {}
     attention = [(queries, c.width), (keys, c.width), (keys, c.width), (c.width, queries)]
     for i in range(c.num_layers):
@@ -107,7 +109,7 @@ def matrix_shapes(c) -> dict[tuple[int, int], int]:
 
 
 def table_sizes(c, vocab: int) -> dict[str, int]:
-    """{name: numbers} of head, embedding, n-gram and value tables."""
+    """Sizes, in numbers, of the head and of the embedding, n-gram and value tables, by name."""
     V = padded_vocab(vocab)
     sizes = {"head": V * c.width}
     if c.untie_frac < 1:
@@ -123,7 +125,7 @@ def num_matrix_params(c) -> int:
 
 
 def active_matrix_params(c) -> int:
-    """Those that one token is multiplied with: of a mixture of experts its k experts', and the router's."""
+    """Parameters that multiply one token; in a mixture of experts, those of its k experts and the router."""
     if not c.num_experts:
         return num_matrix_params(c)
     idle = (c.num_experts - c.moe_top_k) * 2 * c.expert_hidden * c.width
@@ -131,11 +133,14 @@ def active_matrix_params(c) -> int:
 
 
 def polar_flop(rows: int, columns: int, gram: bool = False) -> int:
-    """Of one matrix's Polar Express steps, X = a X + (b A + c A A) X with A = X X^T: two long products and a
-    short one a step. gram: the CPU's way for long matrices, where all steps work on X X^T."""
+    """FLOP of Polar Express for one matrix: X = a X + (b A + c A A) X with A = X X^T in each step.
+
+    A step has two long products and a short one. gram: the CPU's form for long matrices, whose steps all work
+    on X X^T.
+    """
     m, n = sorted((rows, columns))
     long, short = 2 * m * m * n, 2 * m**3
     if not gram:
         return POLAR_STEPS * (2 * long + short)
-    # X X^T and the last product; each step's square, and but for the first P S P and P Q
+    # X X^T and the last product; the square of each step, and P S P and P Q in all but the first
     return 2 * long + POLAR_STEPS * short + (POLAR_STEPS - 1) * 3 * short

@@ -1,4 +1,4 @@
-"""What a training step should take on 1, 8, 16, 64, ... GPUs, what bounds it, where sharding stops paying.
+"""Model a training step on 1, 8, 16, 64, ... GPUs: its time, what bounds it, where sharding stops paying.
 
     python benchmarks/scaling_model.py                                   # three presets, 1 to 256 GPUs
     python benchmarks/scaling_model.py --preset gpt2-1b --gpus 8,64 --table markdown --csv out.csv
@@ -6,22 +6,23 @@
     python benchmarks/scaling_model.py --set network_bytes=25e9 --set matmul_share=0.6
     python benchmarks/scaling_model.py --shard-over 8                    # what if nodes shared the optimizer?
 
-A model, not a measurement: products at a share of the peak rate, memory traffic at a share of the bandwidth,
-collectives as rings, launches at a fixed cost, put in the order in which the trainers do them. Every
-assumption is a field of Machine below with its reason, printed with the tables and changed with --set. One
-constant is fitted, `passes`, to one published figure (July 2026, one H100), on the assumptions as they stand
-below: --set changes the machine afterwards, the fit stays. The other published figures are predicted, and
-printed beside the model's. All are of the public record's code on H100s, and so are the tables by preset.
+This is a model, not a measurement. Products run at a share of the peak rate, memory traffic at a share of the
+bandwidth, collectives as rings, launches at a fixed cost, in the order in which the trainers do them. Every
+assumption is a field of Machine below, with its reason; the tables print them and --set changes them. One
+constant, `passes`, is fitted to one published figure (July 2026, one H100) on the assumptions below. --set
+changes the machine afterwards; the fit stays. The other published figures are predicted and printed beside
+the model's. All of them, and the tables by preset, are for the public record's code on H100s.
 
-What this project's own step should take is printed between them: the same model with four of its assumptions
-replaced by what was counted in the code that is generated for that step (counted() below), on an H100 and an
-H200. Nothing of this project has been timed on a GPU.
+The prediction for this project's own step is printed between them: the same model with four assumptions
+replaced by counts from the code generated for that step (counted() below), on an H100 and an H200. Nothing of
+this project has been timed on a GPU.
 
-How the trainers split the work: the global batch in 8 slices, or as many as there are ranks; all gradients of
-a bucket reduce-scattered over all ranks and all new weights gathered from them; matrices of one shape are one
-bucket, of which a rank owns whole matrices. With fewer matrices than ranks it is padded to one a rank:
-padding is sent like the rest, and ranks that own none wait. --shard-over N instead shares each bucket among
-the N ranks of a group and sums over the groups (not built; it shows what building it would bring).
+The trainers split the work like this. The global batch has 8 slices, or as many as there are ranks. All
+gradients of a bucket are reduce-scattered over all ranks, and all new weights are gathered from them.
+Matrices of one shape form one bucket, in which a rank owns whole matrices. A bucket with fewer matrices than
+ranks is padded to one per rank: padding is sent like the rest, and ranks that own none wait. --shard-over N
+instead shares each bucket among the N ranks of a group and sums over the groups (not built; it shows the
+possible gain).
 """
 
 import argparse
@@ -51,9 +52,9 @@ from flops import (  # noqa: E402
 )
 
 VOCAB = 50257
-NUM_SLICES = 8  # of a global batch, or as many as ranks
-PASS_TOKENS = 65_536  # slices are stacked into passes of so many tokens
-ADAM_EVERY = 2  # tables move, and are sent, on every second step
+NUM_SLICES = 8  # slices of a global batch, or as many as there are ranks
+PASS_TOKENS = 65_536  # slices are stacked into passes of this many tokens
+ADAM_EVERY = 2  # tables are updated, and sent, on every second step
 SMALL_BUCKETS = 2  # scalars in fp32, gates in bf16; all-reduced
 PARTS = (
     "matmul",
@@ -121,9 +122,11 @@ class Machine:
         return self.memory_bytes * self.memory_share
 
     def ring(self, num_bytes: float, ranks: int, stride: int = 1) -> float:
-        """A reduce-scatter or an all-gather of a buffer of so many bytes over `ranks` GPUs, `stride` apart. A
-        ring over whole nodes crosses each border by all cards of the node; one of GPUs a node apart each, by
-        one card."""
+        """Seconds of a reduce-scatter or all-gather of num_bytes over `ranks` GPUs that are `stride` apart.
+
+        A ring over whole nodes crosses each border by all network cards of the node; a ring over GPUs that
+        are a node apart crosses by one card.
+        """
         if ranks == 1:
             return 0.0
         nodes = min(ranks, math.ceil(ranks * stride / self.gpus_per_node))
@@ -147,13 +150,13 @@ DOC_NOTE = (
 
 
 class Slices(NamedTuple):
-    lengths: np.ndarray  # of the pieces of documents that are trained on
-    dropped: float  # share of the tokens read that no slice holds, because a slice was full
+    lengths: np.ndarray  # lengths of the document pieces that are trained on
+    dropped: float  # share of the tokens read that fit into no slice
 
 
 @functools.cache
 def draw_slices(slice_tokens: int) -> Slices:
-    """What slices of this size hold, from drawn documents; the same ones each time."""
+    """Fill slices of this size with randomly drawn documents, the same ones each time."""
     sigma = math.sqrt(2 * math.log(MEAN_DOC_TOKENS / MEDIAN_DOC_TOKENS))
     drawn = np.random.default_rng(0).lognormal(math.log(MEDIAN_DOC_TOKENS), sigma, 20_000)
     pieces, filled, dropped = [], 0, 0
@@ -171,7 +174,7 @@ def draw_slices(slice_tokens: int) -> Slices:
 
 
 def owned(matrices: int, ranks: int) -> int:
-    """Matrices of one shape that a rank owns; the bucket is padded to as many on every rank."""
+    """Number of matrices of one shape that a rank owns; the bucket is padded to as many on every rank."""
     return math.ceil(matrices / ranks)
 
 
@@ -181,23 +184,23 @@ def busy_share(matrices: int, ranks: int) -> float:
 
 
 def padded_matrix_params(c, ranks: int) -> int:
-    """Of all buckets of matrices, padding included: what is kept and sent."""
+    """Numbers kept and sent for all buckets of matrices, padding included."""
     return sum(owned(n, ranks) * ranks * math.prod(shape) for shape, n in matrix_shapes(c).items())
 
 
 class Bucket(NamedTuple):
-    """Seconds of one bucket's steps."""
+    """Seconds that the steps of one bucket take."""
 
     reduce_s: float
     update_s: float
     gather_s: float
-    polar_s: float  # of update_s
+    polar_s: float  # part of update_s
 
 
 def bucket_times(
     m: Machine, entries: float, ranks: int, shard_over: int, update_s: float, polar_s: float = 0.0
 ) -> Bucket:
-    """Of a sharded bf16 bucket of `entries` numbers, padding included, shared among groups of shard_over."""
+    """Time a bf16 bucket of `entries` numbers, padding included, shared among groups of shard_over."""
     inside, groups = m.ring(2 * entries, shard_over), ranks // shard_over
     across = 2 * m.ring(2 * entries / shard_over, groups, shard_over)  # all-reduce of each shard
     zeroing = 2 * entries / m.memory_rate
@@ -205,7 +208,7 @@ def bucket_times(
 
 
 def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bool) -> list[Bucket]:
-    """In the order of the trainers: small parameters and tables on Adam's steps, then matrices, by size."""
+    """List buckets in the trainers' order: on Adam's steps small ones and tables, then matrices by size."""
     due = []
     overhead = m.bucket_kernels * m.launch_s
     if adam:
@@ -226,8 +229,11 @@ def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bo
 
 
 def optimizer_seconds(due: list[Bucket]) -> tuple[float, float]:
-    """(all of it, the part in which the GPU only waits for transfers). All reductions are queued first; a
-    bucket is updated when it has arrived and then gathered; the network does one thing at a time."""
+    """Return (total seconds, seconds in which the GPU only waits for transfers).
+
+    All reductions are queued first. A bucket is updated when it has arrived and is then gathered. The network
+    does one thing at a time.
+    """
     arrived = np.cumsum([b.reduce_s for b in due])
     now, network = 0.0, float(arrived[-1])
     for bucket, here in zip(due, arrived):
@@ -238,7 +244,7 @@ def optimizer_seconds(due: list[Bucket]) -> tuple[float, float]:
 
 
 def num_passes(batch_tokens: int, ranks: int) -> int:
-    """Passes of a rank in a step, as TrainData stacks slices."""
+    """Number of passes of a rank in a step, with slices stacked as TrainData does."""
     slices = max(NUM_SLICES, ranks)
     return math.ceil(slices // ranks / max(1, PASS_TOKENS * slices // batch_tokens))
 
@@ -246,12 +252,12 @@ def num_passes(batch_tokens: int, ranks: int) -> int:
 def step_seconds(
     c, m: Machine, batch_tokens: int, windows, ranks: int, tied: bool = True, shard_over: int | None = None
 ) -> dict[str, float]:
-    """Seconds of each of PARTS in a mean step; they add up to the step. ValueError if ranks do not fit."""
+    """Seconds of each of PARTS in a mean step; their sum is the step. ValueError if the ranks do not fit."""
     shard_over, slices = shard_over or ranks, max(NUM_SLICES, ranks)
     if slices % ranks or batch_tokens % slices or ranks % shard_over:
         raise ValueError(
             f"{ranks} ranks do not divide {slices} slices of {batch_tokens} tokens, or groups "
-            f"of {shard_over} do not divide them; use powers of two"
+            f"of {shard_over} do not divide the ranks; use powers of two"
         )
     tokens, count = batch_tokens / ranks, num_passes(batch_tokens, ranks)
     forward = forward_flop(c, draw_slices(batch_tokens // slices).lengths, VOCAB, windows)
@@ -265,10 +271,10 @@ def step_seconds(
         "tables": count * tables * m.table_pass_bytes / m.memory_rate,
     }
     launches = count * (c.num_layers * m.layer_kernels + m.pass_kernels) * m.launch_s
-    parts["launches"] = max(0.0, launches - sum(parts.values()))
+    parts["launches"] = max(0.0, launches - sum(parts.values()))  # only what the GPU's work does not hide
     parts.update(polar=0.0, updates=0.0, communication=0.0)
-    for adam in (True, *(False,) * (ADAM_EVERY - 1)):
-        due = buckets_due(c, m, ranks, shard_over, adam, tied)
+    for step in range(ADAM_EVERY):
+        due = buckets_due(c, m, ranks, shard_over, step == 0, tied)
         seconds, waiting = optimizer_seconds(due)
         polar = sum(b.polar_s for b in due)
         parts["polar"] += polar / ADAM_EVERY
@@ -278,7 +284,7 @@ def step_seconds(
 
 
 def memory_gib(c, m: Machine, batch_tokens: int, ranks: int, shard_over: int | None = None) -> float:
-    """Of one rank, roughly: bf16 weights and gradients of everything, its shard of the state, and a pass."""
+    """Estimate a rank's memory: all bf16 weights and gradients, its shard of the state, and one pass."""
     shard_over, slices = shard_over or ranks, max(NUM_SLICES, ranks)
     matrices = padded_matrix_params(c, shard_over)
     tables = sum(table_sizes(c, VOCAB).values())
@@ -295,21 +301,21 @@ def memory_gib(c, m: Machine, batch_tokens: int, ranks: int, shard_over: int | N
 
 
 class Preset(NamedTuple):
-    """What the model takes of a preset: its sizes, and the schedule's stages."""
+    """Sizes of a preset and stages of its schedule, as far as the model needs them."""
 
     name: str
     config: object
     batch_sizes: tuple[int, ...]
-    steps: tuple[int, ...]  # of each stage
+    steps: tuple[int, ...]  # steps of each stage
 
     def with_steps(self, total: int) -> "Preset":
-        """The same with so many steps, extension included."""
+        """Return the same preset with `total` steps, extension included."""
         scheduled = total - self.steps[-1]
         return self._replace(steps=(*(scheduled / 3 for _ in range(3)), self.steps[-1]))
 
 
 def read_presets() -> dict[str, Preset]:
-    """From the trainer's own table; torch is imported with it and not used."""
+    """Read the presets from the trainer's own table (imports torch, which is not used)."""
     import train_gpt
 
     defaults, presets = {f.name: f.default for f in dataclasses.fields(train_gpt.Settings)}, {}
@@ -323,7 +329,7 @@ def read_presets() -> dict[str, Preset]:
 
 
 class Run(NamedTuple):
-    """A whole schedule on so many GPUs."""
+    """A whole schedule on `ranks` GPUs."""
 
     preset: str
     ranks: int
@@ -345,7 +351,7 @@ class Run(NamedTuple):
 
 
 def run_schedule(p: Preset, m: Machine, ranks: int, shard_over: int | None = None) -> Run:
-    """shard_over: ranks that share one copy of the optimizer, all if None; groups never exceed the ranks."""
+    """Time a whole schedule. shard_over: ranks that share one copy of the optimizer; None: all."""
     shard_over = min(shard_over or ranks, ranks)
     c, parts, tokens, flop, dropped = p.config, dict.fromkeys(PARTS, 0.0), 0.0, 0.0, 0.0
     for stage, (steps, batch) in enumerate(zip(p.steps, p.batch_sizes)):
@@ -372,7 +378,7 @@ class Published(NamedTuple):
     ms_step: float
 
 
-PUBLISHED = (  # of the speedrun's public records and of the runs that first tried ORD
+PUBLISHED = (  # from the speedrun's public records and the runs that first tried ORD
     Published("one H100, July 2026", 1, 1375, 432.2),
     Published("one H100, January 2026", 1, 1775, 457.9),
     Published("8xH100, 1600 steps in 99 s", 8, 1600, 99e3 / 1600),
@@ -381,14 +387,14 @@ PUBLISHED = (  # of the speedrun's public records and of the runs that first tri
 
 
 def fit_passes(p: Preset, m: Machine, published: Published = PUBLISHED[0]) -> Machine:
-    """`passes` such that this figure is met: a step is linear in it while launches do not bound it."""
+    """Fit `passes` so that the model meets this figure; a step is linear in it unless launches bound it."""
     p = p.with_steps(published.steps)
     at = [run_schedule(p, dataclasses.replace(m, passes=x), published.ranks).ms_step for x in (100, 200)]
     return dataclasses.replace(m, passes=100 + 100 * (published.ms_step - at[0]) / (at[1] - at[0]))
 
 
 def check_published(p: Preset, m: Machine) -> list[tuple]:
-    """(figure, published ms, predicted ms, error, what it is)."""
+    """Return rows of (figure, published ms, predicted ms, error, fitted or predicted)."""
     rows = []
     for published in PUBLISHED:
         predicted = run_schedule(p.with_steps(published.steps), m, published.ranks).ms_step
@@ -398,7 +404,7 @@ def check_published(p: Preset, m: Machine) -> list[tuple]:
 
 
 def arithmetic_limit(c, flops: float) -> float:
-    """Tokens/s if nothing but the products with matrices and head took time, all at this rate."""
+    """Tokens/s if only the products with matrices and head took time, all at this rate."""
     return flops / (6 * (active_matrix_params(c) + padded_vocab(VOCAB) * c.width))
 
 
@@ -406,24 +412,24 @@ def arithmetic_limit(c, flops: float) -> float:
 # This project's own step
 # ---------------------------------------------------------------------------------------------------
 
-# Bytes that inductor's kernels of a pass of 65,536 tokens name, every buffer once: 32e9 forward, 43e9 back
-# (records/2026-11-24_gpu_path). No more than these can move if caches hold what a kernel reads twice.
+# Bytes named by inductor's kernels in a pass of 65,536 tokens, each buffer once: 32e9 forward, 43e9 backward
+# (records/2026-11-24_gpu_path). An upper bound on the traffic if caches hold whatever a kernel reads twice.
 NAMED_BYTES = 32e9 + 43e9
 
 
 def counted(c) -> dict[str, float]:
-    """Assumptions of Machine that were counted in the code generated for this project's step, with the Triton
-    kernels, of gpt2-small (config c)."""
+    """Machine's assumptions as counted in the code generated for this project's step of gpt2-small (config c)
+    with the Triton kernels."""
     return {
         "passes": NAMED_BYTES / (PASS_TOKENS * c.num_layers * c.width * 2),
-        "logit_bytes": 6,  # read by the loss, read by its backward, written twice in float8
-        "table_pass_bytes": 6,  # a pass's gradient added to the one before; making it is among NAMED_BYTES
+        "logit_bytes": 6,  # read by the loss and by its backward pass, written twice in float8
+        "table_pass_bytes": 6,  # adding a pass's gradient to the earlier one; NAMED_BYTES has the rest
         "matrix_bytes": 40,  # 38 with ORD (triton_kernels.py), and zeroing the gradient
     }
 
 
 H200 = {"memory_bytes": 4.8e12, "memory_gib": 131}  # datasheet; its rates of products are an H100's
-ORD_BYTES = 8  # a number of a matrix: W read once more for the sums, once more for the polar factor's input
+ORD_BYTES = 8  # per number of a matrix: W read again for the sums and for the polar factor's input
 
 
 PREDICTION_NOTE = """\
@@ -432,7 +438,7 @@ fit puts down to memory traffic there may cost as much here, whatever it is."""
 
 
 def predictions(p: Preset, fitted: Machine) -> list[tuple[str, str, Machine, Run]]:
-    """(GPU, whose code, machine, schedule) of the public record's step and of this project's."""
+    """Return rows of (GPU, whose code, machine, schedule): the public record's step, this project's."""
     found = []
     for whose, changes in (("public record's, fitted", {}), ("this project's, counted", counted(p.config))):
         for gpu, more in (("H100", {}), ("H200", H200)):
@@ -442,10 +448,10 @@ def predictions(p: Preset, fitted: Machine) -> list[tuple[str, str, Machine, Run
 
 
 # ---------------------------------------------------------------------------------------------------
-# Words
+# Output
 # ---------------------------------------------------------------------------------------------------
 
-PAYS = 1.5  # a doubling of the GPUs pays if it makes the run so many times as fast
+PAYS = 1.5  # doubling the GPUs pays if it makes the run this many times as fast
 
 
 def table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
@@ -493,7 +499,7 @@ def parts_row(run: Run) -> list[str]:
 
 
 def sharding_row(c, ranks: int, shard_over: int) -> list[str]:
-    """How each bucket of matrices fares."""
+    """Sharding of each bucket of matrices: matrices per rank, share of real work, total sent."""
     row = [str(ranks)]
     for n in matrix_shapes(c).values():
         row += [f"{owned(n, shard_over)}", f"{busy_share(n, shard_over):.0%}"]
@@ -501,16 +507,16 @@ def sharding_row(c, ranks: int, shard_over: int) -> list[str]:
 
 
 def stops_paying(runs: list[Run]) -> str:
-    """The last doubling that pays, in words."""
-    gains = ((a.seconds / b.seconds) ** (1 / math.log2(b.ranks / a.ranks)) for a, b in zip(runs, runs[1:]))
-    failing = next(((a, b, gain) for a, b, gain in zip(runs, runs[1:], gains) if gain < PAYS), None)
-    if not failing:
-        return f"every doubling shown makes the run at least {PAYS} times as fast"
-    a, b, gain = failing
-    return (
-        f"from {a.ranks} to {b.ranks} GPUs a doubling makes it only {gain:.3f} times as fast (less than "
-        f"{PAYS}); at {b.ranks} most time goes to {b.bound} ({b.parts[b.bound] / b.seconds:.0%})"
-    )
+    """Describe the first doubling that does not pay."""
+    for a, b in zip(runs, runs[1:]):
+        gain = (a.seconds / b.seconds) ** (1 / math.log2(b.ranks / a.ranks))
+        if gain < PAYS:
+            return (
+                f"from {a.ranks} to {b.ranks} GPUs a doubling makes it only {gain:.3f} times as fast (less "
+                f"than {PAYS}); at {b.ranks} most time goes to {b.bound} "
+                f"({b.parts[b.bound] / b.seconds:.0%})"
+            )
+    return f"every doubling shown makes the run at least {PAYS} times as fast"
 
 
 def print_preset(p: Preset, m: Machine, gpus: list[int], shard_over: int | None, markdown: bool) -> list[Run]:
@@ -567,7 +573,7 @@ def print_published(p: Preset, m: Machine, markdown: bool):
 
 
 def print_predictions(p: Preset, fitted: Machine, markdown: bool):
-    """As fitted, before any --set."""
+    """Print the predictions as fitted, before any --set."""
     print(
         f"\n{'### ' if markdown else ''}Predictions for gpt2-small's whole schedule, before any --set "
         "(nothing was measured on a GPU)\n"
@@ -639,7 +645,7 @@ def write_csv(path: Path, runs: list[Run]):
 
 
 def changed(m: Machine, changes: list[str]) -> Machine:
-    """m with NAME=VALUE applied; ValueError names what is wrong."""
+    """Apply NAME=VALUE changes to m; a ValueError names the one that is wrong."""
     fields = {f.name: type(f.default) for f in dataclasses.fields(Machine)}
     values = {}
     for text in changes:
@@ -661,15 +667,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--preset", default="gpt2-small,gpt2-medium,gpt2-1b", help="comma-separated")
     parser.add_argument("--gpus", default="1,8,16,32,64,128,256", help="default %(default)s")
-    parser.add_argument("--shard-over", type=int, help="ranks that share one optimizer (default: all)")
+    parser.add_argument(
+        "--shard-over", type=int, help="ranks that share one copy of the optimizer (default: all)"
+    )
     parser.add_argument("--table", choices=("text", "markdown"), default="text")
     parser.add_argument("--csv", type=Path, metavar="FILE")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an assumption")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change an assumption"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0, or 2 for options that cannot be used."""
+    """Print the tables; return exit code 0, or 2 for unusable options."""
     args = parse(argv)
     markdown = args.table == "markdown"
     try:

@@ -48,6 +48,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from flops import forward_flop  # noqa: E402
 
+from kernels import attention, fast_forms  # noqa: E402
+from runtime.compiling import choose_allocator  # noqa: E402
+from runtime.ranks import Ranks  # noqa: E402
+from runtime.session import RecordedEvent  # noqa: E402
+
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
 WARM_PAIRS = 2
 TWINS = ("train_gpt", "train_gpt_muon_ord")
@@ -166,15 +171,22 @@ class Timed:
         self.module, self.s, self.o, self.config, self.ranks = module, s, o, config, ranks
         self.train_shards, self.val_shards = shards
         self.vocab_size = self.train_shards[0].vocab_size
+        attention.activate(s.attn_backend)
+        self.forms = contextlib.ExitStack()
+        self.fast_names, _ = self.forms.enter_context(fast_forms.installed(module, s, o))
         self.trainer = module.Trainer(s, o, config, self.vocab_size, ranks)
         self.data = module.TrainData(self.train_shards, s, ranks)
         self.schedule, self.pending, self.entered = self.trainer.schedule, None, -1
         self.clock = Clock(ranks.device)
         self.parts, self.seen = Parts(self.clock), []
         trainer, parts = self.trainer, self.parts
-        trainer.forward = parts.wrap("forward", trainer.forward)
+        trainer.train_loss = parts.wrap("forward", trainer.train_loss)
         trainer.optimizer.step = parts.wrap("optimizer", trainer.optimizer.step)
         self.next_batches = parts.wrap("data", self.data.next)
+
+    def close(self):
+        """Give the module its plain functions back."""
+        self.forms.close()
 
     @contextlib.contextmanager
     def wrapped_collectives(self):
@@ -207,7 +219,7 @@ class Timed:
         self.data.coming = None  # read for the stage before, at its batch size
 
     def flush(self):
-        """As the trainer's report: the loss is summed over the ranks and read, on a GPU a step late."""
+        """Read the loss that was summed over the ranks, on a GPU a step late: as a run does."""
         if self.pending:
             (total, mark), self.pending = self.pending, None
             mark.wait()
@@ -225,7 +237,7 @@ class Timed:
         work = self.ranks.all_reduce(total)
         if self.clock.cuda:  # copied now: a copy asked for later would stand in line behind the next step
             work.wait()
-            total, work = total.to("cpu", non_blocking=True), self.module.Recorded()
+            total, work = total.to("cpu", non_blocking=True), RecordedEvent()
         self.pending = total, work
         if not self.clock.cuda:
             self.flush()
@@ -251,19 +263,12 @@ class Timed:
 
     def evaluate_ms(self, num_batches: int) -> float:
         """The trainer's own evaluation of so many batches."""
-        windows = self.schedule.windows(self.trainer.stage)
+        windows, trainer = self.schedule.windows(self.trainer.stage), self.trainer
         self.clock.sync()
         start = time.perf_counter()
-        self.module.evaluate(
-            self.trainer.forward,
-            self.val_shards,
-            self.s,
-            self.ranks,
-            windows,
-            self.trainer.tied,
-            self.data.ahead,
-            num_batches=num_batches,
-        )
+        batches = self.module.val_batches(self.val_shards, self.s, self.ranks, num_batches)
+        batches = self.data.prefetcher.each(batches)
+        self.module.evaluate(trainer.val_loss, batches, windows, trainer.tied, self.ranks)
         self.clock.sync()
         return 1000 * (time.perf_counter() - start)
 
@@ -286,7 +291,7 @@ def build(script: str, env: dict, ranks=None) -> Timed:
     if script == TWINS[0]:  # it refuses the other's settings
         env = {k: v for k, v in env.items() if not k.startswith(("SPECTRAL_", "ORD_"))}
     s, o, config = module.read_settings(env)
-    ranks = ranks or module.Ranks(s.device)
+    ranks = ranks or Ranks(s.device)
     return Timed(module, s, o, config, module.open_data(s, ranks.world_size), ranks)
 
 
@@ -462,7 +467,7 @@ def compare_twins(twins: list[Timed], stage: int, pairs: int) -> dict:
         "pairs": pairs,
         "steps_each": 2 * pairs,
         "ord_mode": twins[1].o.ord_mode,
-        "fused_step": twins[1].s.kernels == "triton" and twins[1].module.fused_covers(twins[1].o),
+        "fused_step": "step_ord" in twins[1].fast_names,
         "ms_step": {TWINS[0]: float(np.median(base)), TWINS[1]: float(np.median(ord_))},
         "ms_optimizer": {
             TWINS[0]: float(np.median(base_optimizer)),
@@ -587,7 +592,7 @@ def choose_stages(timed: Timed, text: str | None) -> list[int]:
 
 def run(args, env: dict) -> tuple[dict, object]:
     """(everything that --json gets, the process's Ranks)."""
-    importlib.import_module(Path(args.script).stem).choose_allocator()  # as the trainer's own prepare()
+    choose_allocator()  # as a run does
     timed = build(Path(args.script).stem, env)
     ranks = timed.ranks
     say = print if ranks.rank == 0 else lambda text: None
@@ -601,7 +606,7 @@ def run(args, env: dict) -> tuple[dict, object]:
     say(
         f"{args.script}: {timed.s.model} in {result['dtype']} on {result['world_size']} rank(s) of "
         f"{result['device']}, {result['threads_a_rank']} thread(s) each, torch {result['torch']}, "
-        f"compile {timed.s.compile}"
+        f"compile {timed.s.compile}, fast forms: {', '.join(timed.fast_names) or 'none'}"
     )
     result["stages"] = measure(timed, stages, args.steps, say)
     result["schedule"] = whole_schedule(timed, result["stages"])
@@ -612,6 +617,7 @@ def run(args, env: dict) -> tuple[dict, object]:
     if args.ord:
         distinct = [r["stage"] - 1 for r in result["stages"] if "same_as" not in r]
         timed.flush()
+        timed.close()
         del timed  # its memory, for the two; hooks and their optimizer are a cycle
         gc.collect()
         if ranks.device.type == "cuda":
@@ -620,6 +626,10 @@ def run(args, env: dict) -> tuple[dict, object]:
         for stage in distinct:
             result["ord"].append(compare_twins(twins, stage, args.ord))
             print_twins(result["ord"][-1], say)
+        for twin in twins:
+            twin.close()
+    else:
+        timed.close()
     return result, ranks
 
 

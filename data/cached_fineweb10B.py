@@ -1,10 +1,10 @@
-"""Download FineWeb's sample of 10B tokens, already tokenised for GPT-2, from the Hugging Face hub.
+"""Download FineWeb's sample of 10B tokens, already tokenized for GPT-2, from the Hugging Face hub.
 
     python data/cached_fineweb10B.py 9       # the validation shard and the first 9 training shards
-    python data/cached_fineweb10B.py        # all 103 of them, 20.6 GB
+    python data/cached_fineweb10B.py         # all 103 of them, 20.6 GB
 
-Shards of 100M tokens (200 MB) go to data/fineweb10B/. Run it again to go on where it stopped: what is there
-and whole is skipped, and each shard is checked as it arrives.
+Shards of 100M tokens (200 MB) go to data/fineweb10B/, and each is checked as it arrives. An interrupted
+download resumes when the command is run again: complete shards are skipped.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Download FineWeb-Edu's sample of 10B tokens, already tokenised for GPT-2, from the Hugging Face hub.
+"""Download FineWeb-Edu's sample of 10B tokens, already tokenized for GPT-2, from the Hugging Face hub.
 
     python data/cached_finewebedu10B.py 9       # the validation shard and the first 9 training shards
-    python data/cached_finewebedu10B.py        # all 99 of them, 19.9 GB
+    python data/cached_finewebedu10B.py         # all 99 of them, 19.9 GB
 
-Shards of 100M tokens (200 MB) go to data/finewebedu10B/. Run it again to go on where it stopped: what is
-there and whole is skipped, and each shard is checked as it arrives.
+Shards of 100M tokens (200 MB) go to data/finewebedu10B/, and each is checked as it arrives. An interrupted
+download resumes when the command is run again: complete shards are skipped.
 """
 
 import sys

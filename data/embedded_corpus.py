@@ -1,27 +1,27 @@
-"""Make the embedded corpus, without a network: about 10 MB of text that every Python installation carries.
+"""Make the embedded corpus: about 10 MB of text that every Python installation carries. Needs no network.
 
     python data/embedded_corpus.py              # -> data/embedded/embedded_{train,val}_000000.bin
     python data/embedded_corpus.py --out DIR --force
 
-The sources of the standard library, one document a file, and the topics of `help()`, one document each.
-Token = byte value; 0, which no text contains, begins each document; header word 3 gives the vocabulary, 256.
+Every source file of the standard library is one document, and so is every topic of `help()`. A token is a
+byte. Byte 0, which no text contains, begins each document. Header word 3 holds the vocabulary, 256.
 
-What is left out, since a language model would waste its time on it or its validation would lie:
-* everything that is not the standard library's (site-packages, sitecustomize, files a distribution adds) and
-  what differs from machine to machine (_sysconfigdata*);
-* tests: long lists of near-equal cases;
-* generated tables: character maps (the whole of `encodings`), HTML entities, locale aliases, Unicode ranges,
-  and any file that says in its first lines that it was generated;
-* files that are empty, not UTF-8, contain a zero byte or are larger than 200 kB: one of those (_pydecimal.py)
-  would be a fifth of the validation set;
-* near-duplicates: a document more than a third of which (counted in runs of eight words) stands in larger
-  ones. `help("if")` is a part of `help("compound")`; split apart, the model would be validated on
-  what it was trained on.
+These are left out, because a language model learns nothing from them or they would flatter its validation:
+* files that are not part of the standard library (site-packages, sitecustomize, additions of a
+  distribution), and files that differ between machines (_sysconfigdata*);
+* tests: long lists of nearly equal cases;
+* generated tables: character maps (all of `encodings`), HTML entities, locale aliases, Unicode ranges, and
+  any file whose first lines say that it was generated;
+* files that are empty, not UTF-8, contain a zero byte or exceed 200 kB: one of those (_pydecimal.py) would
+  be a fifth of the validation set;
+* near-duplicates: documents that share more than a third of their eight-word sequences with larger ones.
+  `help("if")` is part of `help("compound")`; with one on each side of the split, the model would be
+  validated on text it was trained on.
 
-A tenth of the documents is held out for validation: those whose path's sha256 says so. So a file is on the
-same side with every Python version, on every machine. The same hash gives the order, so that any beginning
-of a shard is a fair sample of it. The text itself differs a little between Python versions: losses can be
-compared where the content hashes, printed here and logged by the trainers, are equal.
+A tenth of the documents is held out for validation, chosen by the sha256 of the path. A file is therefore on
+the same side on every machine and under every Python version. The same hash sets the order, so that any
+prefix of a shard is a fair sample of it. The text differs slightly between Python versions: compare losses
+only where the content hashes agree. This script prints them, and the trainers log them.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
         metavar="DIR",
         help="folder of the two shards (default: embedded/ beside this script)",
     )
-    parser.add_argument("--force", action="store_true", help="make it again although it is there and valid")
+    parser.add_argument("--force", action="store_true", help="rebuild the corpus even if it is valid")
     args = parser.parse_args()
     paths = [args.out / TRAIN_NAME, args.out / VAL_NAME]
     if not args.force and is_made(paths):
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def is_made(paths: list[Path]) -> bool:
-    """Whether both shards are there and sound; says what is wrong with one that is there but not sound."""
+    """Return True if both shards exist and are valid; print what is wrong with a damaged one."""
     if not all(path.exists() for path in paths):
         return False
     try:
@@ -88,7 +88,7 @@ def is_made(paths: list[Path]) -> bool:
 
 
 def read_documents(stdlib: Path) -> dict[str, bytes]:
-    """All documents that are kept, by path relative to `stdlib` (a topic's: pydoc_data/topics.py:NAME)."""
+    """Read the documents to keep, by path relative to `stdlib` (for a topic: pydoc_data/topics.py:NAME)."""
     if not stdlib.is_dir():
         raise ValueError(f"{stdlib}: this Python has no folder of sources to make a corpus from")
     documents = {}
@@ -114,18 +114,18 @@ def read_documents(stdlib: Path) -> dict[str, bytes]:
 
 
 def source_files(stdlib: Path) -> list[str]:
-    """Paths, with forward slashes, of the library's own .py files that are neither tests nor tables."""
+    """List the library's .py files that are neither tests nor tables, as paths with forward slashes."""
     found = []
     for folder, subfolders, files in os.walk(stdlib):
         relative = Path(folder).relative_to(stdlib)
-        # Pruned here rather than filtered later: site-packages lies in the same folder and can be huge.
+        # Prune now instead of filtering later: site-packages is in the same folder and can be huge.
         subfolders[:] = [name for name in subfolders if is_wanted(relative / name)]
         found += [relative / name for name in files if name.endswith(".py") and is_wanted(relative / name)]
     return sorted(path.as_posix() for path in found)
 
 
 def is_wanted(path: Path) -> bool:
-    """`path` is relative to the library, a folder or a file."""
+    """Return True if the corpus takes this file or folder; `path` is relative to the library."""
     module = path.parts[0].removesuffix(".py")
     return (
         module in sys.stdlib_module_names
@@ -135,7 +135,7 @@ def is_wanted(path: Path) -> bool:
 
 
 def clean(raw: bytes) -> bytes | None:
-    """The text with plain line ends, or None if it should be left out."""
+    """Return the text with Unix line ends, or None if it should be left out."""
     text = raw.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
     if not text.strip() or len(text) > MAX_DOCUMENT_BYTES or bytes([BYTE_MARK]) in text:
         return None
@@ -147,24 +147,24 @@ def clean(raw: bytes) -> bytes | None:
 
 
 def read_topics(raw: bytes) -> dict[str, bytes]:
-    """The topics of help(): read as a literal, not imported, so that nothing is run."""
+    """Read the topics of help(), parsed as a literal instead of imported, so that no code runs."""
     try:
         statements = ast.parse(raw).body
         assignment = next(node for node in statements if isinstance(node, (ast.Assign, ast.AnnAssign)))
         topics = ast.literal_eval(assignment.value)
         texts = {f"{TOPICS}:{name}": clean(text.encode()) for name, text in topics.items()}
     except (SyntaxError, ValueError, StopIteration, AttributeError) as error:
-        print(f"{TOPICS} is not the dictionary of texts it used to be ({error}); left out")
+        print(f"{TOPICS} is not the expected dictionary of texts ({error}); left out")
         return {}
     return {name: text for name, text in texts.items() if text is not None}
 
 
 def drop_near_duplicates(documents: dict[str, bytes]) -> dict[str, bytes]:
-    """Without the documents that are mostly contained in larger ones which are kept."""
+    """Remove documents that are mostly contained in larger ones that are kept."""
     seen: set[int] = set()
     kept = {}
-    # The larger first, so that a chapter stays and its sections go. hash() is salted anew in every process,
-    # but only equality matters, and two of a million 64-bit values practically never collide.
+    # Largest first, so that a chapter stays and its sections go. hash() has a new salt in every process, but
+    # only equality matters here, and among a million 64-bit values a collision is practically impossible.
     for name in sorted(documents, key=lambda name: (-len(documents[name]), name)):
         words = documents[name].split()
         count = max(1, len(words) - SHINGLE_WORDS + 1)
@@ -180,12 +180,12 @@ def path_hash(name: str) -> str:
 
 
 def is_held_out(name: str) -> bool:
-    """A tenth of all names. From the hash's end: its beginning gives the order."""
+    """Select a tenth of all names by the end of their hash; the beginning of the hash sets the order."""
     return int(path_hash(name)[-8:], 16) % 10 == 0
 
 
 def split(documents: dict[str, bytes]) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Training and validation documents, each in the order of their paths' hashes."""
+    """Split into training and validation documents, each ordered by the hash of the path."""
     names = sorted(documents, key=path_hash)
     train = {name: documents[name] for name in names if not is_held_out(name)}
     val = {name: documents[name] for name in names if is_held_out(name)}

@@ -1,14 +1,14 @@
-"""Tokenise FineWeb yourself: the hub's parquet files into shards of 100M GPT-2 tokens. Hours, not minutes.
+"""Tokenize FineWeb yourself: turn the hub's parquet files into shards of 100M GPT-2 tokens. Takes hours.
 
     python data/fineweb.py                      # sample-10BT:  31 GB of parquet, 20 GB of shards
     python data/fineweb.py --sample 100BT --workers 64
     python data/fineweb.py --shards 3           # stop after the validation shard and two of training
 
-data/cached_fineweb10B.py fetches nearly the same in a fraction of the time; this script is for another
-shard size or vocabulary (--bytes), or to see where the shards come from. The first shard is for validation,
-the others for training, as in the public ones; unlike there, no document is cut in two by a shard's end.
+data/cached_fineweb10B.py fetches nearly the same data in a fraction of the time. Use this script for another
+shard size or vocabulary (--bytes), or to see where the shards come from. As in the public data set, the first
+shard is for validation and the others are for training. Unlike there, no document straddles two shards.
 
-One parquet file (2 GB) is on the disk at a time. Run it again to go on after the last whole shard.
+Only one parquet file (2 GB) is on disk at a time. Run the command again to resume after the last whole shard.
 """
 
 import argparse
@@ -31,7 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sample", choices=("10BT", "100BT"), default="10BT", help="which (default: 10BT)")
+    parser.add_argument(
+        "--sample", choices=("10BT", "100BT"), default="10BT", help="FineWeb sample (default: 10BT)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -41,7 +43,9 @@ def main() -> None:
     parser.add_argument(
         "--shards", type=int, metavar="N", help="stop after N shards, validation included (default: all)"
     )
-    parser.add_argument("--keep-parquet", action="store_true", help="do not delete parquet files when done")
+    parser.add_argument(
+        "--keep-parquet", action="store_true", help="keep each parquet file after tokenizing it"
+    )
     add_options(parser)
     args = parser.parse_args()
     check_options(args)
@@ -57,13 +61,14 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def make_shards(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
-    # What the shards there were made with: going on with other choices would mix two corpora.
+    # Saved beside the shards: resuming with other choices would mix two corpora.
     choices = {"sample": args.sample, "shard_tokens": args.shard_tokens, "vocabulary": tokenizer.vocabulary}
     state = load_state(args.out, choices)
     writer = ShardWriter(
         lambda number: shard_path(args.out, number), tokenizer.vocabulary, args.shard_tokens, state["shards"]
     )
-    if state["finished"] or args.shards is not None and state["shards"] >= args.shards:
+    has_enough = args.shards is not None and state["shards"] >= args.shards
+    if state["finished"] or has_enough:
         print(f"{args.out}: {state['shards']} shards are there; nothing left to do")
         return
     progress = Progress()
@@ -74,7 +79,7 @@ def make_shards(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
         if len(writer.written) == num_written:
             continue
         progress.note(f"{writer.written[-1]} is written")
-        if tokens.size <= args.shard_tokens:  # so this row is the next shard's first: the place to go on from
+        if tokens.size <= args.shard_tokens:  # then this row is the first of the next shard: resume here
             state |= {"file": name, "row": row, "shards": writer.next_number}
             save_state(args.out, choices, state)
         if args.shards is not None and writer.next_number >= args.shards:
@@ -88,7 +93,7 @@ def make_shards(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
 def tokenized_rows(
     args: argparse.Namespace, tokenizer: Tokenizer, state: dict, progress: Progress
 ) -> Iterator[tuple[str, int, np.ndarray]]:
-    """(parquet file, row, tokens) of every document from where `state` stopped, in the hub's order."""
+    """Yield (parquet file, row, tokens) of every document from `state` on, in the hub's order."""
     names = [name for name in list_files(REPO, f"sample/{args.sample}") if name.endswith(".parquet")]
     if not names:
         raise ValueError(f"{REPO} has no parquet files in sample/{args.sample}; has it been rearranged?")
@@ -107,7 +112,7 @@ def tokenized_rows(
 
 
 def load_state(folder: Path, choices: dict) -> dict:
-    """Where the last run stopped. The shards it counts are checked: a missing or damaged one is an error."""
+    """Read where the last run stopped, and check its shards: a missing or damaged one is an error."""
     state = {"file": None, "row": 0, "shards": 0, "finished": False}
     path = folder / PROGRESS_NAME
     if path.exists():

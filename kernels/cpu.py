@@ -1,4 +1,4 @@
-"""Fast forms for a CPU: passes written by hand, because a step of the small models there waits for memory.
+"""Fast forms for a CPU: hand-written passes, because a step of a small model is memory-bound there.
 
 kernels.fast_forms puts them in the place of a trainer's own functions. Each make_ function takes the trainer
 and returns the fast form, with the arguments of the function that it replaces.
@@ -12,37 +12,21 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 QUERY_BLOCK = 64  # queries that attention takes at once; 32 and 128 were slower with a window of 64
 
 
-class Norm(torch.autograd.Function):
-    """F.rms_norm in two passes forward and three backward."""
+def norm_scale(x: Tensor) -> Tensor:
+    """1 / rms(x) over the last dimension."""
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
+    return mean_square.add_(torch.finfo(x.dtype).eps).rsqrt_()
 
-    @staticmethod
-    def scale(x):
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
-        return mean_square.add_(torch.finfo(x.dtype).eps).rsqrt_()
 
-    @staticmethod
-    def across(grad, y):
-        """grad without its part along y, row by row; times scale this is x's gradient."""
-        along = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.size(-1))
-        return torch.addcmul(grad, y, along)
-
-    @staticmethod
-    def forward(ctx, x):
-        scale = Norm.scale(x)
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, scale = ctx.saved_tensors
-        return Norm.across(grad, y).mul_(scale)
+def norm_across(grad: Tensor, y: Tensor) -> Tensor:
+    """grad without its part along y = x / rms(x), row by row; times norm_scale(x) it is x's gradient."""
+    along = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.size(-1))
+    return torch.addcmul(grad, y, along)
 
 
 class MLP(torch.autograd.Function):
@@ -51,7 +35,7 @@ class MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTC, up, down):
         x = x_BTC.flatten(0, 1)
-        scale = Norm.scale(x)
+        scale = norm_scale(x)
         n = x * scale
         positive = (n @ up.T).relu_()
         hidden = positive * positive
@@ -63,32 +47,13 @@ class MLP(torch.autograd.Function):
         n, scale, positive, hidden, up, down = ctx.saved_tensors
         grad = grad_BTC.flatten(0, 1)
         grad_hidden = (grad @ (2 * down).T).mul_(positive)
-        grad_x = torch.addcmul(grad, Norm.across(grad_hidden @ up, n), scale)
+        grad_x = torch.addcmul(grad, norm_across(grad_hidden @ up, n), scale)
         return grad_x.view_as(grad_BTC), grad_hidden.T @ n, hidden.T @ grad
 
 
-class Mix(torch.autograd.Function):
-    """The sum of streams, each times a scalar that learns: mix(scalar, stream, scalar, stream, ...)."""
-
-    @staticmethod
-    def forward(ctx, *pairs):
-        ctx.save_for_backward(*pairs)
-        out = pairs[0] * pairs[1]
-        for factor, x in zip(pairs[2::2], pairs[3::2]):
-            out.add_(x, alpha=factor.item())
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        pairs, flat = ctx.saved_tensors, grad.flatten()
-        return tuple(
-            g for factor, x in zip(pairs[::2], pairs[1::2]) for g in (flat @ x.flatten(), grad * factor)
-        )
-
-
 class Layout(NamedTuple):
-    """Of one layer's heads. Attention walks them as (B, H/P, T, P, D), with P = 2 positions a token where
-    heads h and h + H/2 are paired, else 1."""
+    """Head layout of one layer. Attention walks the heads as (B, H/P, T, P, D), with P = 2 positions a token
+    where heads h and h + H/2 are paired, else 1."""
 
     num_heads: int
     num_kv_heads: int
@@ -114,7 +79,7 @@ def turn(x: Tensor, cis: Tensor):
 
 def split_heads(raw_BTHD: Tensor, cis: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v as walked, q and k normed and turned, the keys offset; and what norm multiplied by."""
-    scale_BTH1 = Norm.scale(raw_BTHD[:, :, : layout.num_heads + layout.num_kv_heads])
+    scale_BTH1 = norm_scale(raw_BTHD[:, :, : layout.num_heads + layout.num_kv_heads])
     factors = scale_BTH1.split((layout.num_heads, layout.num_kv_heads), dim=2)
     raws = layout.split(raw_BTHD)
     q, k, v = (x.new_empty(x.shape) for x in raws)
@@ -193,7 +158,7 @@ class Attention(torch.autograd.Function):
     def forward(ctx, x_BTC, w_qkv, w_out, attn_gate, value_gate, value_BTC, cis, masks, scale, layout):
         B, T, _ = x_BTC.shape
         x, gates_BTH1 = x_BTC.flatten(0, 1), [None, None]
-        x_scale = Norm.scale(x)
+        x_scale = norm_scale(x)
         n = x * x_scale
         for i, gate in enumerate((attn_gate, value_gate)):
             if gate is not None:
@@ -276,7 +241,7 @@ class Attention(torch.autograd.Function):
         d_gates = [
             Attention.gate_backward(*x, n, dn) for x in ((along_attn, attn_gate), (along_value, value_gate))
         ]
-        dx = torch.addcmul(grad, Norm.across(dn, n), x_scale).view_as(grad_BTC)
+        dx = torch.addcmul(grad, norm_across(dn, n), x_scale).view_as(grad_BTC)
         return dx, d_raw.T @ n, grad.T @ gated, *d_gates, d_value, None, None, None, None
 
     @staticmethod
@@ -345,30 +310,6 @@ def make_mlp_forward(trainer, compiler):
     return forward
 
 
-def make_block_mix(trainer, compiler):
-    def mix(self, x_BTC, x0_BTC, ngram_BTC):
-        pairs = (self.resid_lambda, x_BTC, self.x0_lambda, x0_BTC)
-        return Mix.apply(*pairs) if ngram_BTC is None else Mix.apply(*pairs, self.ngram_lambda, ngram_BTC)
-
-    return mix
-
-
-def make_norm(trainer, compiler):
-    return Norm.apply
-
-
-def make_look_up_ngrams(trainer, compiler):
-    """The gradient is sparse: backward adds its rows to the table's, not a whole table."""
-
-    def look_up_ngrams(rows, table):
-        x = F.embedding(rows[0], table, sparse=True)
-        for more in rows[1:]:
-            x = x + F.embedding(more, table, sparse=True)
-        return x
-
-    return look_up_ngrams
-
-
 def make_polar_express(trainer, compiler):
     """Tall matrices are multiplied from the right, by polynomials in X^T X: transposing is slow here."""
 
@@ -408,35 +349,3 @@ def polynomial(S_NRR: Tensor, a: float, b: float, c: float) -> Tensor:
     P = torch.baddbmm(S_NRR, S_NRR, S_NRR, beta=b, alpha=c)
     P.diagonal(dim1=-2, dim2=-1).add_(a)
     return P
-
-
-def make_step_adam(trainer, compiler):
-    """The kernel of torch.optim.AdamW(fused=True), one pass over memory in place of ten, with cautious decay.
-
-    It takes one learning rate for all numbers; the trainer's own function does the rest.
-    """
-    plain = trainer.step_adam
-
-    def step_adam(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode: str):
-        if lr.ndim or mode != "cautious" or mantissa is not None:
-            plain(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode)
-            return
-        before = weight.clone()
-        torch._fused_adamw_(
-            [weight],
-            [grad],
-            [m],
-            [v],
-            [],
-            [count],
-            lr=lr.item(),
-            beta1=beta1.item(),
-            beta2=beta2.item(),
-            weight_decay=0.0,
-            eps=trainer.ADAM_EPS,
-            amsgrad=False,
-            maximize=False,
-        )
-        weight.addcmul_((m * before).ge_(0), before, value=-(lr * decay).item())
-
-    return step_adam

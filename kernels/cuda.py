@@ -1,6 +1,6 @@
 """Fast forms for a GPU, in Triton: each kernel beside the plain torch that defines it.
 
-    KERNELS=auto python train_gpt.py     # these on CUDA from sm_80 on with triton installed, else torch
+    KERNELS=auto python train_gpt.py     # these on CUDA from sm_80 on, where triton is installed
     KERNELS=torch python train_gpt.py    # plain torch everywhere
 
 | what | replaces | why |
@@ -507,8 +507,11 @@ def loss_backward_kernel(
 def softcapped_loss(
     z_MV: Tensor, targets_BT: Tensor, weights_K: Tensor, gain: float, shift: float, width: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row, fp32 (M): sum_k w_k CE(logits, target_{t+k}) over the targets within its slice, the plain
-    cross-entropy, and the logits' logsumexp (arXiv 2404.19737, with one head). One pass over z; M = B T."""
+    """Three numbers per row, fp32 (M): sum_k w_k CE(logits, target_{t+k}) over the targets within its
+    slice, the plain cross-entropy, and the logits' logsumexp (arXiv 2404.19737, with one head).
+
+    One pass over z; M = B T.
+    """
     z, M = z_MV.contiguous(), z_MV.shape[0]
     outs = tuple(torch.empty(M, device=z.device) for _ in range(3))
     loss_kernel[M,](
@@ -620,7 +623,7 @@ def _(z_MV, lse_M, targets_BT, weights_K, grad, gain, shift, width, scale):
 
 
 def softcapped_loss_backward_reference(z_MV, lse_M, targets_BT, weights_K, grad, gain, shift, width):
-    """In fp32, by the formula; the tests compare that with autograd of softcapped_loss_reference."""
+    """The gradient by the formula, fp32; tests compare it with autograd of softcapped_loss_reference."""
     T, M = targets_BT.shape[1], z_MV.shape[0]
     s = torch.sigmoid((z_MV.float() + shift) / width)
     probability = (gain * s - lse_M[:, None]).exp()
@@ -991,8 +994,13 @@ def polar_steps(X_NRK: Tensor, coefficients) -> Tensor:
     return X_NRK
 
 
+def covers_muon(o) -> bool:
+    """Whether these settings take make_step_muon: the baseline's, but for AdamW."""
+    return o.optimizer != "adamw" and not hasattr(o, "ord_mode")
+
+
 def make_step_muon(trainer, compiler):
-    """Each line reads what is as large as the matrices once."""
+    """Muon step in which each kernel reads each matrix-sized tensor once."""
 
     def fused(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, mode: str):
         state, mu = (grad, momentum, weight, mantissa), float(mu)
@@ -1010,35 +1018,19 @@ def make_step_muon(trainer, compiler):
 
 def covers_ord(o) -> bool:
     """Whether make_step_ord knows these settings: it wants one number per matrix for the radial part."""
-    if getattr(o, "ord_mode", "post") == "post" or o.optimizer == "adamw":
+    if not hasattr(o, "ord_mode"):  # the baseline's
         return False
-    return o.spectral_rho_mode == "global" and not o.spectral_variance
+    one_number = o.spectral_rho_mode == "global" and not o.spectral_variance
+    return o.optimizer != "adamw" and o.ord_mode != "post" and one_number
 
 
 def make_step_ord(trainer, compiler):
-    """The radial part is a number times W, so ORD costs two reads of W.
-
-    One is for the sums that give rho, one where P's input loses it.
+    """Muon + ORD step. The radial part is a number times W, so ORD costs two more reads of W: for rho, and to
+    remove it from P's input.
     """
 
-    def radial_part(sums_N3, a_N11, rho_0, settled, o):
-        """From <G, G>, <G, W>, <W, W> of each matrix: rho, how much W the input of P loses, how much the
-        update gains, and the norms of P's input and of G_perp."""
-        GG, GW, WW = per_matrix(sums_N3)
-        rho = GW / (WW + o.spectral_proj_eps)
-        a_rho = 0 * rho
-        if o.ord_mode != "off":
-            a_rho = trainer.radial_strength(rho, a_N11, rho_0, settled, o) * rho
-        lost = rho if o.ord_mode == "project" else a_rho
-        return rho, lost, a_rho, norm_without(lost, GG, GW, WW), norm_without(rho, GG, GW, WW)
-
-    def stats(sums_N3, applied_N3, rho, gained):
-        """ord_stats, from the sums that the kernels leave."""
-        (GG, GW, WW), (UW, UU, PP) = per_matrix(sums_N3), per_matrix(applied_N3)
-        G, W, U, ratio = GG.sqrt(), WW.sqrt(), UU.sqrt(), trainer.safe_ratio
-        radial_over_p = ratio(gained.abs() * W, PP.sqrt())
-        values = (rho, ratio(GW, G * W), ratio(UW, U * W), W, ratio(U, W), radial_over_p)
-        return torch.cat(values, dim=-1).squeeze(1)
+    def radial_part(*arguments):
+        return ord_radial_part(trainer.radial_strength, *arguments)
 
     compiled_part = compiler(radial_part)
 
@@ -1072,10 +1064,35 @@ def make_step_ord(trainer, compiler):
             gained = gained * trainer.safe_ratio(squares.view(-1, 1, 1).sqrt(), perp_norm)
         last = lr_N11.flatten(), float(decay), o.muon_decay_mode
         applied = apply_update(weight, mantissa, U, scales, gained.flatten(), *last, measure)
-        return rho.abs(), stats(sums, applied, rho, gained) if measure else None
+        stats = ord_stats(trainer.safe_ratio, sums, applied, rho, gained) if measure else None
+        return rho.abs(), stats
 
     fused.runs_eagerly = True
     return fused
+
+
+def ord_radial_part(radial_strength, sums_N3, a_N11, rho_0, settled, o):
+    """Split the radial part, from <G, G>, <G, W>, <W, W> of each matrix.
+
+    Returns rho, how much W the input of P loses, how much the update gains, and the norms of P's input and of
+    G_perp.
+    """
+    GG, GW, WW = per_matrix(sums_N3)
+    rho = GW / (WW + o.spectral_proj_eps)
+    a_rho = 0 * rho
+    if o.ord_mode != "off":
+        a_rho = radial_strength(rho, a_N11, rho_0, settled, o) * rho
+    lost = rho if o.ord_mode == "project" else a_rho
+    return rho, lost, a_rho, norm_without(lost, GG, GW, WW), norm_without(rho, GG, GW, WW)
+
+
+def ord_stats(safe_ratio, sums_N3, applied_N3, rho, gained) -> Tensor:
+    """The trainer's ord_stats, from the sums that the kernels leave."""
+    (GG, GW, WW), (UW, UU, PP) = per_matrix(sums_N3), per_matrix(applied_N3)
+    G, W, U = GG.sqrt(), WW.sqrt(), UU.sqrt()
+    cosines = safe_ratio(GW, G * W), safe_ratio(UW, U * W)
+    radial_over_p = safe_ratio(gained.abs() * W, PP.sqrt())
+    return torch.cat((rho, *cosines, W, safe_ratio(U, W), radial_over_p), dim=-1).squeeze(1)
 
 
 def per_matrix(sums_N3: Tensor) -> tuple[Tensor, Tensor, Tensor]:

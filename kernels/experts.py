@@ -13,7 +13,7 @@ GROUP_MULTIPLE = 8  # rows of a group on CUDA: 16 bytes of bfloat16, which group
 
 
 class Routing:
-    """Noise that one pass's routers are given in training, and what they leave, in the layers' order."""
+    """Router noise that goes into a pass, and router statistics that come out, one entry per layer."""
 
     def __init__(self, noise_LBTE: Tensor | None = None):
         self.noise_LBTE = noise_LBTE
@@ -25,8 +25,8 @@ class MixtureOfExperts(nn.Module):
     """Experts weighted by the softmax of their k router logits (arXiv 1701.06538, 2401.04088).
 
     No expert has a limit, so no token is dropped. The balance loss (arXiv 2101.03961) is taken slice by
-    slice: f_i is expert i's share of a slice's pairs, P_i the slice's mean router probability. All numbers of
-    ranks have the same slices, so they agree; over the global batch it would need an exchange within forward.
+    slice: f_i is expert i's share of a slice's pairs, P_i the slice's mean router probability. So the loss
+    does not depend on the number of ranks; over the global batch it would need a collective in forward.
     """
 
     def __init__(self, width: int, num_experts: int, hidden: int, top_k: int):
@@ -68,7 +68,7 @@ def draw_noise(seed: int, step: int, slices: list[int], shape: tuple[int, int, i
 
 
 def load_fields(load_LE: Tensor, top_k: int) -> dict[str, str]:
-    """By layer, the share of all tokens that the busiest and the idlest expert got, as fields of the log.
+    """Share of all tokens that each layer's busiest and idlest expert got, as fields of the log.
 
     A token counts with each of its k experts: even is k / E.
     """

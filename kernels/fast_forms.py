@@ -42,11 +42,7 @@ CPU_FORMS = (
         "f0a580f9bcda",
     ),
     FastForm("MLP.forward", cpu.make_mlp_forward, ("MLP.__init__", "norm"), "28ff85897c6b"),
-    FastForm("Block.mix", cpu.make_block_mix, (), "2051375f2769"),
-    FastForm("norm", cpu.make_norm, (), "f615d1f7e81a"),
-    FastForm("look_up_ngrams", cpu.make_look_up_ngrams, (), "b5a4706fbc80"),
     FastForm("polar_express", cpu.make_polar_express, (), "da3474ec8e1d"),
-    FastForm("step_adam", cpu.make_step_adam, ("adam_update", "with_decay"), "1e71ffea0b43"),
 )
 
 
@@ -59,7 +55,7 @@ def cuda_forms() -> tuple[FastForm, ...]:
     return (
         FastForm("MLP.forward", cuda.make_mlp_forward, ("MLP.__init__",), "d2251fd515d9"),
         FastForm("GPT.head_loss", cuda.make_head_loss, ("softcap", "multi_token_loss"), "e66576f4245c"),
-        FastForm("step_muon", cuda.make_step_muon, muon, "3865e015ba45"),
+        FastForm("step_muon", cuda.make_step_muon, muon, "3865e015ba45", cuda.covers_muon),
         FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "3018f9198d38", cuda.covers_ord),
     )
 
@@ -89,12 +85,11 @@ def plain_text(function) -> str:
     return ast.unparse(tree)
 
 
-def forms_for(s) -> tuple[FastForm, ...]:
-    """The fast forms for these settings of a trainer."""
-    if s.kernels == "triton":
+def forms_for(kernels: str) -> tuple[FastForm, ...]:
+    """The fast forms of KERNELS=triton, cpu or torch (none)."""
+    if kernels == "triton":
         return cuda_forms()
-    # compiled code on a CPU does better from plain torch
-    return CPU_FORMS if s.device == "cpu" and s.compile == "0" else ()
+    return CPU_FORMS if kernels == "cpu" else ()
 
 
 @contextlib.contextmanager
@@ -105,7 +100,7 @@ def installed(trainer, s, o):
     """
     compiler = torch_compile if s.compile == "1" else not_compiled
     names, warnings, originals = [], [], []
-    wanted = [form for form in forms_for(s) if form.covers(o)]
+    wanted = [form for form in forms_for(s.kernels) if form.covers(o)]
     fits = [fingerprint(trainer, (form.name, *form.repeats)) == form.fingerprint for form in wanted]
     try:
         for form, form_fits in zip(wanted, fits):

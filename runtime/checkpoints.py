@@ -1,9 +1,9 @@
-"""Checkpoints, logs/RUN_ID/step_N.pt: all that a run needs to go on as if nothing had happened.
+"""Checkpoints, logs/RUN_ID/step_N.pt: everything that a run needs to resume.
 
-Also where a run begins (anew, from a checkpoint, or not at all because it is over), and the trained model for
-use elsewhere. A checkpoint is keyed by parameter name and independent of the number of ranks. It holds no
-state of random generators: initial weights, data order and router noise are functions of SEED, `position` and
-`step`.
+Also decides where a run begins (anew, from a checkpoint, or not at all because it is over), and writes the
+trained model for use elsewhere. A checkpoint is keyed by parameter name and independent of the number of
+ranks. It holds no state of random generators: initial weights, data order and router noise are functions of
+SEED, `position` and `step`.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def check_contents(path: Path, saved):
     for key, kind in KEYS.items():
         if not isinstance(saved.get(key), kind):
             raise CheckpointError(f"{path} has no {key} of type {kind.__name__}; use another checkpoint")
-    if not is_file_name(saved["run_id"]):  # it would name files, wherever a stranger wanted them
+    if not is_file_name(saved["run_id"]):  # it becomes a path: a crafted file must not choose it
         raise CheckpointError(f"{path} belongs to RUN_ID {saved['run_id'][:80]!r}, which no run can have")
     numbers = [saved["step"], saved["tokens"], *saved["position"]]
     if len(numbers) != 5 or not all(type(n) is int and n >= 0 for n in numbers):
@@ -99,10 +99,9 @@ def check_contents(path: Path, saved):
 
 
 def write(folder: Path, contents: dict) -> Path:
-    """Write step_N.pt aside, sync and rename: a reader finds all of it or nothing. Then remove all but the
-    last two.
+    """Write step_N.pt atomically, then delete all but the newest two.
 
-    Raises OSError, with everything as it was, if the disk does not take it.
+    Raises OSError if the disk does not take it; older checkpoints stay.
     """
     path, new = folder / f"step_{contents['step']:08d}.pt", folder / ".new.pt"
     try:
@@ -177,27 +176,27 @@ class Origin(NamedTuple):
 
 
 def find_origin(s, classes, config: dict, run_id: str) -> Origin:
-    """What RESUME and torchrun's restarts mean for this run.
+    """Decide where the run begins, from RESUME and torchrun's restarts.
 
-    s: the trainer's settings. classes: the settings' dataclasses. config: all that decides the numbers of the
-    run. run_id: as the user gave it, maybe empty.
+    s: the trainer's settings. classes: dataclasses of the settings and of the model's config. config: all
+    that decides the numbers of the run. run_id: as the user gave it, maybe empty.
     """
-    refuse = Refusal(classes, config)
-    if is_restart():  # as RESUME=auto, if the worker in whose place this one is had got that far
+    same = SameTraining(classes, config)
+    if is_restart():  # resume, if the worker that this one replaces got as far as a log
         s = dataclasses.replace(s, run_id=run_id or run_of_this_launch() or s.run_id)
         if begun_by_this_launch(s.log) and (not s.resume or checkpoints_in(s.folder)):
-            return last_checkpoint(s, refuse)
+            return last_checkpoint(s, same)
     if s.resume == "auto":
         if not run_id:
             raise SettingsError(
                 "RESUME=auto without RUN_ID: which run? Set RUN_ID to its log's name, without .txt"
             )
-        return last_checkpoint(s, refuse)
+        return last_checkpoint(s, same)
     if s.resume:
         saved = read(Path(s.resume))
-        refuse(s.resume, saved["config"])
+        same.require(s.resume, saved["config"])
         s = dataclasses.replace(s, run_id=run_id or saved["run_id"])
-        refuse(s.log, logged_config(s.log))
+        same.require(s.log, logged_config(s.log))
         return Origin(s.run_id, True, s.resume, saved)
     if checkpoints_in(s.folder) and not has_begun(s.log):
         raise SettingsError(
@@ -207,7 +206,7 @@ def find_origin(s, classes, config: dict, run_id: str) -> Origin:
     return Origin(s.run_id)
 
 
-def last_checkpoint(s, refuse: "Refusal") -> Origin:
+def last_checkpoint(s, same: "SameTraining") -> Origin:
     """RESUME=auto: the newest checkpoint that can be read; without any, the run from its start."""
     last, damaged = last_event(s.log), []
     lost_model = s.save_model and checkpoints_in(s.folder) and not (s.folder / MODEL_FILE).exists()
@@ -221,7 +220,7 @@ def last_checkpoint(s, refuse: "Refusal") -> Origin:
         except CheckpointError as error:
             damaged.append((path, str(error)))
             continue
-        refuse(path, saved["config"])
+        same.require(path, saved["config"])
         return Origin(s.run_id, True, str(path), saved, tuple(damaged))
     if damaged:
         found = "; ".join(text for _, text in damaged)
@@ -229,7 +228,7 @@ def last_checkpoint(s, refuse: "Refusal") -> Origin:
             f"{s.folder} has no checkpoint that can be read: {found}. Remove the folder and {s.log} to begin "
             "the run anew"
         )
-    refuse(s.log, logged_config(s.log))
+    same.require(s.log, logged_config(s.log))
     return Origin(s.run_id, has_begun(s.log))
 
 
@@ -238,15 +237,18 @@ def is_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-class Refusal:
-    """Refuses to go on with a run whose settings would train something else."""
+class SameTraining:
+    """Checks that a checkpoint or log belongs to a run of the same training."""
 
     def __init__(self, classes, config: dict):
-        self.defaults = {f.name: f.default for f in knobs(classes).values()}
+        *settings, model_class = classes
+        defaults = {f.name: f.default for f in knobs(settings).values()}
+        model_defaults = {f.name: f.default for f in dataclasses.fields(model_class)}
+        self.defaults = as_json({**defaults, "model_config": model_defaults})
         self.config = as_json(config)
-        self.may_differ = {name for names in not_training(classes).values() for name in names}
+        self.may_differ = {name for names in not_training(settings).values() for name in names}
 
-    def __call__(self, where, theirs: dict):
+    def require(self, where, theirs: dict):
         """Raise SettingsError if `theirs`, the config of a checkpoint or log, differs. {}: there is none."""
         found = self.differences(theirs) if theirs else []
         if found:
@@ -256,15 +258,24 @@ class Refusal:
             )
 
     def differences(self, theirs: dict) -> list[str]:
-        """Differences that change the training, in words. A setting that `theirs` predates counts as its
-        default; so does what a log's header has elsewhere (the data)."""
-        new = self.config
-        old = as_json({**{k: v for k, v in new.items() if k not in self.defaults}, **self.defaults, **theirs})
+        """Differences that change the training, in words.
+
+        A setting, or a field of the model's config, that `theirs` predates counts as its default.
+        """
+        old = {**self.defaults, **as_json(theirs)}
+        old = flat({**old, "model_config": {**self.defaults["model_config"], **old["model_config"]}})
+        new = flat(self.config)
         return [
             f"{key.upper()} was {old.get(key)}, now {new.get(key)}{HINTS.get(key, '')}"
             for key in sorted({*old, *new} - self.may_differ)
             if old.get(key) != new.get(key)
         ]
+
+
+def flat(config: dict) -> dict:
+    """A config with the model's fields beside the settings, as MODEL_CONFIG.WIDTH."""
+    model = {f"model_config.{key}": value for key, value in config["model_config"].items()}
+    return {**{key: value for key, value in config.items() if key != "model_config"}, **model}
 
 
 def as_json(config: dict) -> dict:

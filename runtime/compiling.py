@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 MAX_VARIANTS = 64  # compiled forms of one function: gpt2-small's forward has 11, dynamo allows 8 by default
 CACHE = Path(__file__).resolve().parent.parent / ".compile_cache"  # shared by all runs and sweeps
@@ -44,13 +43,12 @@ def not_compiled(function):
     return function
 
 
-def compile_forward(model: nn.Module):
-    """Compile a model that is called as model(batch, ...).
+def compile_forward(function):
+    """Compile a pass of the model, which is called as function(batch, ...).
 
-    Only the number of documents stays open: it differs in every pass, and only attention's own kernel reads
-    it.
+    Only the number of documents is dynamic: it differs in every pass, and only attention's kernel reads it.
     """
-    forward = torch_compile(model)
+    forward = torch_compile(function)
 
     def with_any_number_of_documents(batch, *args):
         torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
@@ -77,9 +75,8 @@ def choose_allocator():
 def keep_freed_memory():
     """Tell the C library (glibc; others are left alone) to keep what tensors free for the next ones.
 
-    It returns large blocks to the system at once and asks for them again, page by page, each zeroed by the
-    kernel: a quarter of the processor time of 40 steps of `tiny` with three evaluations (10.6 of 40.3 s; so,
-    1.4 of 31.0 s).
+    By default it returns large blocks to the system and faults them in again, page by page: 10.6 of 40.3 s of
+    processor time over 40 steps of `tiny` with three evaluations; 1.4 of 31.0 s with this.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):

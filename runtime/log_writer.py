@@ -42,7 +42,7 @@ DECIDES_NUMBERS = ("kernels/*.py", "runtime/sharding.py", "data/shards.py")
 class LogWriter:
     """The log and the console on rank 0; silent on the others.
 
-    Lines that a full disk does not take are kept, and written before the next one.
+    Lines that a full disk rejects are kept, and written before the next one.
     """
 
     def __init__(self, path: Path, rank: int, num_steps: int, go_on: bool = False):
@@ -130,8 +130,8 @@ class LogWriter:
         return int(bool(self.unwritten))
 
     def header(self, config: dict, affects: dict, started: dict):
-        """Write sources, settings and the first event at once, so that a kill leaves all of it or has_begun()
-        says no."""
+        """Write sources, settings and event:started at once, so that has_begun() recognises a header cut
+        short."""
         lines = [
             sources().decode() + BAR,
             "config:" + json.dumps(config),

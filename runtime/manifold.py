@@ -1,12 +1,12 @@
-"""The manifold measurement: spectra of weights and of their updates, while a trainer trains (MANIFOLD_EVERY).
+"""The manifold measurement: spectra of weights and of their updates during training (MANIFOLD_EVERY).
 
-Every so many steps one JSON line per matrix goes to logs/RUN_ID.manifold.jsonl. Each rank measures the
-matrices it owns, where they lie; what travels is a line each. Both trainers use this file, and only if asked.
-It reads weights and gradients and writes neither, so that training has the same digits with and without it.
+Every MANIFOLD_EVERY steps, one JSON line per matrix is appended to logs/RUN_ID.manifold.jsonl. Each rank
+measures the matrices it owns, in place, and sends only the lines. Both trainers use this file, and only when
+asked. It reads weights and gradients and writes neither, so training is bit-identical with and without it.
 
-A line, of the update that made `step` of them (W before it, dW = W after - W before, both fp32 masters):
+Each line describes the update that completes `step` (W before it, dW = W after - W before; fp32 masters):
     step tokens layer proj shape        proj: q k v o up down; `expert` too, in a mixture of experts
-    entropy effective_rank stable_rank sigma_max gap      of W's full spectrum s: H = -sum p ln p with
+    entropy effective_rank stable_rank sigma_max gap      from W's full spectrum s: H = -sum p ln p with
         p = s / sum s; exp(H); ||W||_F^2 / s_1^2; s_1; s_1 / s_2
     update_entropy ... update_gap       the same of dW
     weight_norm update_norm             Frobenius
@@ -14,9 +14,9 @@ A line, of the update that made `step` of them (W before it, dW = W after - W be
         momentum: of 2 x the loss summed over a slice's tokens, the mean over 8 slices, on any number of ranks
     left_alignment right_alignment      mean singular value of U_W[:, :5]^T U_dW[:, :5], and of V's; 1: the
         same space. update_alignment = left_alignment
-    left_chance right_chance            what random spaces of these sizes give
-    quantiles update_quantiles          of the spectra, from the smallest up; for pictures only
-null is what cannot be said: the spectrum of a zero matrix, the directions of one of rank below 5.
+    left_chance right_chance            the same for random spaces of these sizes
+    quantiles update_quantiles          of the spectra, in ascending order; for pictures only
+null means undefined: the spectrum of a zero matrix, the directions of a matrix of rank below 5.
 """
 
 import functools
@@ -31,23 +31,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NUM_DIRECTIONS = 5  # leading singular vectors that alignment compares
+NUM_DIRECTIONS = 5  # leading singular vectors compared by the alignment
 NUM_QUANTILES = 25
-CHANCE_DRAWS = 2000  # of random spaces; their mean is right to about 1%
+CHANCE_DRAWS = 2000  # random spaces drawn; their mean is accurate to about 1%
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")
-SVD_NUMBERS = 2**26  # in one batch: bounds the memory it takes
+SVD_NUMBERS = 2**26  # numbers in one batch of SVDs: bounds its memory
 
 
 # ---------------------------------------------------------------------------------------------------
-# What is measured
+# Measured quantities
 # ---------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def chance_alignment(dim: int, num: int = NUM_DIRECTIONS) -> float:
-    """Mean singular value of A^T B for two independent, uniformly random orthonormal frames of `num` vectors
-    (at most `dim`) in `dim` dimensions. Seeded Monte Carlo: one frame may stand still on the first axes, the
-    other is the Q of a Gaussian matrix. For num = 1 it is Gamma(dim/2) / (sqrt(pi) Gamma((dim+1)/2))."""
+    """Mean singular value of A^T B for two independent random orthonormal frames of `num` vectors.
+
+    The frames are uniform in `dim` dimensions and have at most `dim` vectors. Seeded Monte Carlo: one frame
+    may be fixed on the first axes, the other is the Q of a Gaussian matrix. For num = 1 the exact value is
+    Gamma(dim/2) / (sqrt(pi) Gamma((dim+1)/2)).
+    """
     num, rng = min(num, dim), np.random.default_rng(dim)
     total, at_once = 0.0, max(1, 2**20 // (dim * num))
     for done in range(0, CHANCE_DRAWS, at_once):
@@ -58,7 +61,7 @@ def chance_alignment(dim: int, num: int = NUM_DIRECTIONS) -> float:
 
 
 def spectrum_facts(s: np.ndarray) -> dict:
-    """What one line says about singular values, the largest first. None: of a zero matrix, or NaN."""
+    """Compute a line's facts about singular values `s`, largest first; None where undefined (zero, NaN)."""
     facts = dict.fromkeys(("entropy", "effective_rank", "stable_rank", "sigma_max", "gap", "quantiles"))
     if not np.isfinite(s).all():
         return facts
@@ -74,8 +77,10 @@ def spectrum_facts(s: np.ndarray) -> dict:
 
 
 def decompose(X_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(U_NRM, s_NM, V_NKM) with the first M = NUM_DIRECTIONS columns of U and V but all singular values;
-    NaN for a matrix that holds one, or that LAPACK gives up on: a measurement must not end a run."""
+    """Return (U_NRM, s, V_NKM): the first M = NUM_DIRECTIONS columns of U and V, and all singular values.
+
+    A matrix that holds a NaN, or on which LAPACK fails, gives NaN: a measurement must not end a run.
+    """
     finite_N = X_NRK.isfinite().all(-1).all(-1)
     X_NRK = torch.where(finite_N[:, None, None], X_NRK, 0.0)
     try:
@@ -90,12 +95,12 @@ def decompose(X_NRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def has_directions(s: np.ndarray, dim: int) -> bool:
-    """Whether the leading singular vectors are more than rounding: numpy's rule for the rank."""
+    """Return True if the leading singular vectors are more than rounding error, by numpy's rank rule."""
     return bool(s[:NUM_DIRECTIONS][-1] > s[0] * dim * np.finfo(np.float32).eps)
 
 
 def measure_matrices(W_NRK: Tensor, dW_NRK: Tensor) -> list[dict]:
-    """A line's numbers for each of N matrices and their updates: two singular value decompositions each."""
+    """Compute a line's numbers for each of N matrices and its update, from two SVDs each."""
     (R, K), rows = W_NRK.shape[1:], []
     (U, s, V), (dU, ds, dV) = decompose(W_NRK), decompose(dW_NRK)
     cosines = [torch.linalg.svdvals((x.mT @ y).nan_to_num()) for x, y in ((U, dU), (V, dV))]
@@ -131,7 +136,7 @@ def measure_matrices(W_NRK: Tensor, dW_NRK: Tensor) -> list[dict]:
 
 
 def rounded(value, digits: int = 8):
-    """For JSON, which knows no NaN; quantiles are for pictures, so four digits do."""
+    """Round for JSON, which has no NaN. Lists (quantiles, for pictures) get four digits."""
     if isinstance(value, list):
         return [rounded(x, 4) for x in value]
     if isinstance(value, float):
@@ -140,7 +145,7 @@ def rounded(value, digits: int = 8):
 
 
 def place(name: str) -> dict:
-    """layer, projection and expert of a parameter: blocks.3.attn.q, blocks.0.mlp.up, blocks.0.mlp.up.7."""
+    """Parse layer, projection and expert from a name: blocks.3.attn.q, blocks.0.mlp.up, blocks.0.mlp.up.7."""
     found = re.fullmatch(r"blocks\.(\d+)\.\w+\.([a-z]+)(?:\.(\d+))?", name)
     assert found, f"{name} is no matrix of a block"
     expert = {} if found[3] is None else {"expert": int(found[3])}
@@ -148,7 +153,7 @@ def place(name: str) -> dict:
 
 
 def order(row: dict) -> tuple:
-    """As the lines of a step are written, whoever measured them."""
+    """Sort key of a step's lines, independent of the rank that measured them."""
     proj = row["proj"]
     return (
         row["layer"],
@@ -159,8 +164,10 @@ def order(row: dict) -> tuple:
 
 
 def trim(path: Path, last_step: int):
-    """Leaves whole lines of steps up to last_step: a run that goes on from there writes the others again. A
-    reader never sees half of it."""
+    """Keep complete lines of steps up to last_step; a run that resumes there writes the later ones again.
+
+    The file is replaced atomically, so a reader never sees half of it.
+    """
     if not path.exists():
         return
     kept, half = [], path.with_name(f".{path.name}.{os.getpid()}")
@@ -169,14 +176,14 @@ def trim(path: Path, last_step: int):
             if json.loads(line)["step"] <= last_step and line.endswith(b"\n"):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
-            continue  # cut short by a crash
+            continue  # a line cut short by a crash
     try:
         with half.open("wb") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())
         os.replace(half, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # else a power cut brings the old file back
+        folder = os.open(path.parent, os.O_RDONLY)  # without this, a power cut can bring the old file back
         os.fsync(folder)
         os.close(folder)
     finally:
@@ -184,7 +191,7 @@ def trim(path: Path, last_step: int):
 
 
 def append(path: Path, rows: list[dict]):
-    """All of a step's lines or, where the disk refuses, none; on the disk before that step's checkpoint."""
+    """Append all lines of a step, or none if the disk fails; synced before that step's checkpoint."""
     data = "".join(json.dumps({k: rounded(v) for k, v in row.items()}) + "\n" for row in rows).encode()
     with path.open("ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
@@ -203,10 +210,10 @@ def append(path: Path, rows: list[dict]):
 
 
 class Manifold:
-    """Takes the measurement when it is due, off the training clock.
+    """The measurement within a run: taken when due, off the training clock.
 
-    optimizer: has .before_update, which it calls once a step's gradients are reduced and before anything uses
-    them, and .matrices(): (names, fp32 masters, gradients) of what this rank owns, one shape at a time.
+    optimizer: calls its .before_update once a step's gradients are reduced and before anything uses them; its
+    .matrices() yields (names, fp32 masters, gradients) of the matrices this rank owns, one shape at a time.
     """
 
     def __init__(self, path: Path, every: int, optimizer, ranks, clock, log):
@@ -214,15 +221,15 @@ class Manifold:
         self.clock, self.log, self.before, self.ms = clock, log, None, 0.0
 
     def go_on(self, step: int):
-        """Before the first step: what an earlier attempt wrote about later steps will be written again."""
+        """Drop lines of later steps, which an earlier attempt wrote. Call before the first step."""
         self.on_disk(step, lambda: trim(self.path, step))
 
     def expect(self, step: int):
-        """Before the update that makes `step` of them."""
+        """Arm the measurement if `step` is due. Call before the update that completes `step`."""
         self.optimizer.before_update = self.look if self.every and step % self.every == 0 else None
 
     def look(self):
-        """The optimizer calls it: what the update will overwrite."""
+        """Keep what the update will overwrite. The optimizer calls this."""
         found = list(self.optimizer.matrices())  # waits for the gradients, as the update would
         self.clock.stop()
         start = time.perf_counter()
@@ -232,7 +239,7 @@ class Manifold:
         self.clock.start()
 
     def measure(self, step: int, tokens: int):
-        """After the update; a collective if one was expected, else nothing."""
+        """Measure after the update, if it was due (then a collective); otherwise do nothing."""
         if self.before is None:
             return
         self.clock.stop()
@@ -261,7 +268,7 @@ class Manifold:
         self.clock.start()
 
     def on_disk(self, step: int, action):
-        """On rank 0. The run goes on if the disk does not take it."""
+        """Run `action` on rank 0; if the disk refuses it, log a warning and go on training."""
         if self.ranks.rank:
             return
         try:

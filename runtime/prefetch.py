@@ -7,13 +7,12 @@ from torch import Tensor
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy without making the host wait: from pageable memory it would wait for all queued work of the
-    device."""
+    """Copy to the device without blocking the host, which a copy from pageable memory would do."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 class Prefetcher:
-    """Makes items in a thread. An item is a batch, which is a named tuple of tensors and numbers, or a list
+    """Makes items in a background thread. An item is a batch (a named tuple of tensors and numbers) or a list
     of them.
 
     On CUDA the copies go through a stream of their own; take() makes the device wait for them, not the host.
@@ -42,9 +41,8 @@ class Prefetcher:
             computing.wait_event(copied)
             batches = item if isinstance(item, list) else [item]
             for x in (x for batch in batches if batch for x in batch if isinstance(x, Tensor)):
-                x.record_stream(
-                    computing
-                )  # the copying stream, which owns the memory, must not reuse it early
+                # the copying stream owns the memory and must not reuse it early
+                x.record_stream(computing)
         return item
 
     def each(self, items):

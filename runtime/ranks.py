@@ -50,7 +50,7 @@ def usable_cores() -> int:
 
 
 class Done:
-    """Handle of a collective that has nobody to talk to."""
+    """Handle of a collective of a single rank: there is nothing to wait for."""
 
     def wait(self):
         pass
@@ -196,19 +196,20 @@ class Ranks:
 
 
 def refuse_together(error: SettingsError):
-    """Tell the other ranks, which wait for this one's settings, that it has none; then raise the error."""
+    """Publish this rank's settings error, so that the others fail too; then raise it."""
     ranks = Ranks.__new__(Ranks)
     ranks.find_place("cpu")
     if ranks.launched:
-        agree_on_settings(ranks.rendezvous(60), ranks.rank, ranks.world_size, error)
+        with contextlib.suppress(dist.DistError):  # without the store nobody can be told
+            agree_on_settings(ranks.rendezvous(60), ranks.rank, ranks.world_size, error)
     raise error
 
 
 def agree_on_settings(store: dist.Store, rank: int, world_size: int, mine: dict | SettingsError):
     """Raise SettingsError on all ranks if one has no settings, or others than the rest.
 
-    Uses the store alone, before a process group forms: a machine with wrong settings would keep the others
-    waiting, and ranks on different devices cannot form a group at all. mine: this rank's settings, or its
+    Uses the store alone, before a process group forms: ranks with wrong settings, or on different devices,
+    would make that hang. mine: this rank's settings, or its
     error.
     """
     refused, soon = isinstance(mine, SettingsError), datetime.timedelta(seconds=30)

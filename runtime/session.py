@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from runtime import checkpoints
 from runtime.compiling import graphs_compiled
 from runtime.log_writer import source_hash
+from runtime.manifold import Manifold  # always imported, so that the log's header holds its source
 from runtime.sharding import check_all, export_all, restore_all
 
 
@@ -84,8 +84,6 @@ class Session:
         self.highest_loss = self.s.diverged_above or 2 * math.log(trainer.model.head.shape[0])
         self.manifold = None
         if self.s.manifold_every:
-            from runtime.manifold import Manifold
-
             path = self.s.log.with_suffix(".manifold.jsonl")
             self.manifold = Manifold(
                 path, self.s.manifold_every, trainer.optimizer, self.ranks, self.clock, self.log
@@ -94,10 +92,11 @@ class Session:
     # The loop's questions and reports, in the order in which it makes them
 
     def begin(self) -> range:
-        """Start the clock. Returns the steps to make, and one more number, for the last validation."""
+        """Start the clock. Returns the steps to make and one more number, for the last validation; none after
+        a stop request."""
         self.epoch, self.graphs = self.data.position[0], graphs_compiled()
         if any(self.ranks.all_gather_object(self.stop.reason)):  # during the rehearsal: nothing to save
-            return range(self.first_step, self.first_step)
+            return range(0)
         if self.manifold:
             self.manifold.go_on(self.first_step)
         self.clock.start()
@@ -218,10 +217,9 @@ class Session:
         with self.off_the_clock():
             self.ranks.beat()  # the disk has all of DIST_TIMEOUT
             params, counts = export_all(self.buckets)
-            broken = not all(state["master"].isfinite().all() for state in params.values())
-            if self.ranks.broadcast_object(
-                broken
-            ):  # the last good checkpoint must not make room for this one
+            broken = any(not state["master"].isfinite().all() for state in params.values())
+            # the last good checkpoint must not make room for a broken one
+            if self.ranks.broadcast_object(broken):
                 raise Diverged(step, "weight", math.nan)
             worked = self.ranks.rank == 0 and self.write_checkpoint(step, params, counts)
             worked = self.ranks.broadcast_object(worked)
@@ -290,7 +288,7 @@ class Session:
         if not self.s.save_model:
             self.log.end("finished")
             return 0
-        path = Path(self.s.folder / checkpoints.MODEL_FILE)
+        path = self.s.folder / checkpoints.MODEL_FILE
         if self.ranks.rank == 0:
             try:
                 checkpoints.save_model(path, self.trainer.model, self.model_metadata())

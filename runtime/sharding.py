@@ -68,13 +68,17 @@ class Bucket:
 
     def reduce(self):
         """Begin to sum the gradients over the ranks; wait on self.work before reading self.grad."""
-        self.work = (self.ranks.reduce_scatter if self.sharded else self.ranks.all_reduce)(self.grads)
+        if self.sharded:
+            self.work = self.ranks.reduce_scatter(self.grads)
+        else:
+            self.work = self.ranks.all_reduce(self.grads)
 
     def square_norm(self) -> Tensor:
         """Square norm of this rank's part of the gradient; an unsharded one counts on rank 0 alone."""
         self.work.wait()
-        counts = self.sharded or self.ranks.rank == 0
-        return self.grad.float().square().sum() * float(counts)
+        if self.sharded or self.ranks.rank == 0:
+            return self.grad.float().square().sum()
+        return self.grad.new_zeros((), dtype=torch.float32)
 
     def gather(self):
         """Begin to send the new weights to all ranks."""
@@ -97,15 +101,15 @@ class Bucket:
     def export(self) -> dict[str, dict[str, Tensor]]:
         """{parameter: {state: flat tensor on the CPU}}, fp32 masters included, on any number of ranks alike.
 
-        A collective. Only rank 0 gets the tensors.
+        A collective. The other ranks get {}.
         """
         self.work.wait()
-        out = {name: {} for name in self.params}
+        out = {}
         for key, mine in {"master": read_master(self.mine, self.mantissa), **self.state()}.items():
             full = self.ranks.gather_shards(mine.flatten()) if self.sharded else mine.flatten()
             if self.ranks.rank == 0:
                 for name, values in zip(self.params, full.split(self.split_sizes(len(full)))):
-                    out[name][key] = values.to("cpu", copy=True)
+                    out.setdefault(name, {})[key] = values.to("cpu", copy=True)
         return out
 
     def check(self, saved: dict[str, dict[str, Tensor]]):
@@ -117,7 +121,7 @@ class Bucket:
                     raise ValueError(f"the checkpoint has no {key} of {wanted} fp32 numbers for {name}")
 
     def restore(self, saved: dict[str, dict[str, Tensor]] | None):
-        """Take back what export() gave. saved: on rank 0, which sends the others their parts."""
+        """Restore what export() gave. saved: on rank 0, which sends the others their parts."""
         for key, mine in {"master": self.mine, **self.state()}.items():
             full = torch.zeros(self.full_numel(mine), device=mine.device)
             if saved is not None:
@@ -169,7 +173,7 @@ def check_all(buckets: list[Bucket], states: dict):
 
 
 def restore_all(buckets: list[Bucket], states: dict | None, counts: dict[str, int]):
-    """Take back what export_all() gave. states: on rank 0, which sends the others theirs."""
+    """Restore what export_all() gave. states: on rank 0, which sends the others theirs."""
     for bucket in buckets:
         bucket.restore(states)
         bucket.count = counts[next(iter(bucket.params))]

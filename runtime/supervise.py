@@ -1,4 +1,4 @@
-"""Start a run, end it well whatever happens, and say why: signals, hangs, dead ranks, exit codes.
+"""Start a run, end it cleanly, and log why it ended: signals, hangs, dead ranks, exit codes.
 
 A trainer is a module that offers:
     SCRIPT                               its path
@@ -7,6 +7,7 @@ A trainer is a module that offers:
     read_settings(env)                   -> (settings, optimizer settings, model config); raises SettingsError
     open_data(settings, world_size)      -> (training shards, validation shards); raises ValueError
     count_slices(world_size)             -> slices of a global batch
+    ModelConfig                          the model config's dataclass
     Schedule(settings, model config)     with .num_steps
     rehearse(start, stop)                compiles what the run will need
     Run(start, stop)                     with .session, and train() -> exit code
@@ -91,8 +92,7 @@ class Watch(threading.Thread):
         }
 
     def speaks_for_all(self, missing: dict) -> bool:
-        """Whether this rank is the first one left beside the log; it speaks for those that only saw others
-        fail."""
+        """Whether this is the first rank left beside the log; it reports for those that saw others fail."""
         return 0 in self.pids and all(rank in missing for rank in self.pids if rank < self.ranks.rank)
 
     def run(self):
@@ -137,7 +137,7 @@ def host() -> str:
 
 
 def process_state(pid: int) -> str:
-    """ "alive", "stopped" (by SIGSTOP) or "gone"."""
+    """State of a process: "alive", "stopped" (by SIGSTOP) or "gone"."""
     try:
         os.kill(pid, 0)
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -190,7 +190,10 @@ def prepare(trainer, env) -> Start:
         "mark": train_shards[0].mark,
         "num_slices": trainer.count_slices(ranks.world_size),
     }
-    origin = ranks.run_on_all(lambda: find_origin(trainer, s, config, run_id, ranks))
+    classes = (*trainer.SETTINGS, trainer.ModelConfig)
+    origin = ranks.run_on_all(
+        lambda: checkpoints.find_origin(s, classes, config, run_id) if ranks.rank == 0 else None
+    )
     shared = ranks.broadcast_object(origin and origin._replace(contents=None))
     origin = origin or shared
     s = dataclasses.replace(s, run_id=origin.run_id)
@@ -202,24 +205,16 @@ def prepare(trainer, env) -> Start:
     return Start(trainer.SCRIPT, s, o, model_config, config, train_shards, val_shards, ranks, origin, log)
 
 
-def find_origin(trainer, s, config: dict, run_id: str, ranks: Ranks) -> checkpoints.Origin | None:
-    """Where the run begins, found by rank 0; None on the others."""
-    return checkpoints.find_origin(s, trainer.SETTINGS, config, run_id) if ranks.rank == 0 else None
-
-
-def write_beginning(trainer, start: Start, attention_name: str, fast_names: list[str]):
+def write_beginning(trainer, start: Start):
     """Write the log's header, or its line about going on."""
     log, origin, config = start.log, start.origin, start.config
     started = {
         **provenance(start.script, start.ranks),
-        "attn": attention_name,
-        "fast_forms": ",".join(fast_names) or "none",
         **{k: config[k] for k in ("train_data", "val_data")},
     }
     if not log.existed:
-        settings = {k: v for k, v in config.items() if k not in started}
         affects = not_training(trainer.SETTINGS)
-        log.header(settings, affects, {"run_id": start.s.run_id, **started})
+        log.header(config, affects, {"run_id": start.s.run_id, **started})
     for _, text in origin.damaged:
         log.event("checkpoint_damaged", error=json.dumps(text))
         log.say(f"warning: {text}; falling back to the one before it")
@@ -238,7 +233,7 @@ def write_beginning(trainer, start: Start, attention_name: str, fast_names: list
 
 
 def main(trainer, argv: list[str], env=os.environ) -> int:
-    """Exit code: 0 trained or stopped, 1 crashed, 2 refused what the user gave, 3 diverged."""
+    """Exit code: 0 trained or stopped, 1 crashed or could not write, 2 refused, 3 diverged."""
     name = trainer.SCRIPT.name
     if "--help" in argv or "-h" in argv:
         print(help_text(trainer.__doc__, trainer.SETTINGS, trainer.presets(), CACHE_HELP))
@@ -256,6 +251,7 @@ def main(trainer, argv: list[str], env=os.environ) -> int:
     if start.log is None:
         if start.ranks.rank == 0:
             show(f"{name}: {start.s.log} is of a run that is over; nothing to do")
+        start.ranks.close()
         return start.origin.exit_code
     return Supervisor(trainer, start).run()
 
@@ -301,12 +297,15 @@ class Supervisor:
     def train(self) -> int:
         """Exit code."""
         s, log, start = self.start.s, self.log, self.start
+        if s.kernels == "triton":
+            fast_forms.cuda_forms()  # imports its source, which the log is to hold
+        if self.ranks.rank == 0:
+            write_beginning(self.trainer, start)
         attention_name, warnings = attention.activate(s.attn_backend)
         with fast_forms.installed(self.trainer, s, start.o) as (names, stepped_aside):
-            if self.ranks.rank == 0:
-                write_beginning(self.trainer, start, attention_name, names)
-                for text in warnings + stepped_aside:
-                    log.warn(text)
+            log.event("kernels", attn=attention_name, fast_forms=",".join(names) or "none")
+            for text in warnings + stepped_aside:
+                log.warn(text)
             log.say(
                 f"{start.script.name}: {s.model} on {self.ranks.world_size} rank(s) of "
                 f"{self.ranks.device.type}, log {log.path}"
@@ -323,6 +322,7 @@ class Supervisor:
 
     def on_error(self, error: BaseException):
         """Say in the log what happened, from the rank whose error it is."""
+        self.watch.over.set()
         missing = {}
         if isinstance(error, RuntimeError) and self.ranks.world_size > 1:
             time.sleep(1)  # a rank that was killed needs a moment to be gone

@@ -2,8 +2,10 @@
 elsewhere."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,3 +50,45 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with two stand-ins, which differ as the twins do, and nothing of ours in the environment."""
+    from launches import STAND_IN, alive
+
+    from analysis import devices
+
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name in ("SEED", "RUN_ID", "MODEL", "DEVICE", "DATA_PATH", "COMPILE"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "base.py").write_text(STAND_IN)
+    (tmp_path / "ord.py").write_text(STAND_IN)
+    devices.visible_gpus.cache_clear()
+    yield tmp_path
+    left = alive(tmp_path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    devices.visible_gpus.cache_clear()
+    assert not left, "processes of the sweep are still there"
+
+
+@pytest.fixture
+def launch(place, monkeypatch, capsys):
+    """The launcher's main, in this process: its exit code and output."""
+    import launch_lr_sweep as launcher
+
+    # else the orphans of later tests would be ours, and nobody would take their exit codes
+    monkeypatch.setattr(launcher, "adopt_orphans", lambda: None)
+    monkeypatch.setattr(launcher, "POLL_S", 0.02)
+
+    def call(*args):
+        capsys.readouterr()
+        code = launcher.main(list(args))
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return call

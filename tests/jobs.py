@@ -1,5 +1,6 @@
 """Runs in the background that faults are done to, and what their logs say; for test_faults.py and soak.py."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,21 +8,88 @@ import subprocess
 import time
 from pathlib import Path
 
-from helpers import command
+from helpers import ROOT, command
+
+from kernels import attention, fast_forms
+from runtime import supervise
+from runtime.supervise import process_state
+
+# A trainer whose ranks stop before the update that follows `step` updates, so that a fault comes exactly
+# there, however busy the machine is. Workers that torchrun restarts do not stop.
+PAUSING = """
+import os, signal, sys
+
+sys.path.insert(0, {root!r})
+import {trainer} as trainer
+from runtime import supervise
+
+make_step = trainer.Trainer.step
+
+
+def step(self, number, *args, **kwargs):
+    if number == {step} and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return make_step(self, number, *args, **kwargs)
+
+
+trainer.Trainer.step = step
+sys.exit(supervise.main(trainer, sys.argv[1:]))
+"""
+PATIENCE_S = 300  # ends of waiting loops: far beyond what a busy machine takes
+
+
+def refusal(trainer, env: dict, capsys) -> str:
+    """The message of a run that is refused, in this process and folder, with exit code 2."""
+    capsys.readouterr()
+    assert supervise.main(trainer, [], env) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{trainer.SCRIPT.name}: ") and "Traceback" not in said
+    return said
+
+
+@contextlib.contextmanager
+def run_here(trainer, env: dict):
+    """The beginning of a run in this process and folder, as Supervisor makes it; yields its Start.
+
+    The log has its header, and the fast forms are in place.
+    """
+    start = supervise.prepare(trainer, env)
+    attention_name, _ = attention.activate(start.s.attn_backend)
+    with fast_forms.installed(trainer, start.s, start.o) as (names, _):
+        supervise.write_beginning(trainer, start, attention_name, names)
+        yield start
+    start.log.close()
 
 
 def heed_signals():
-    """Tests that are started in the background or by nohup pass on that these are ignored."""
+    """Undo what tests started in the background or by nohup pass on: that these signals are ignored."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 class Job:
-    """A run in the background, in a session of its own, whose log can be waited for."""
+    """A run in the background, in a session of its own, whose log can be waited for.
 
-    def __init__(self, cwd: Path, script: str, env: dict, ranks: int = 0, extra: tuple = (), setup=None):
+    pause_at: every rank stops (SIGSTOP) after that many updates; see wait_until_paused() and go_on().
+    """
+
+    def __init__(
+        self,
+        cwd: Path,
+        script: str,
+        env: dict,
+        ranks: int = 0,
+        extra: tuple = (),
+        setup=None,
+        pause_at: int | None = None,
+    ):
         self.log = cwd / "logs" / f"{env['RUN_ID']}.txt"
-        self.run_id, self.out = env["RUN_ID"], cwd / f"{env['RUN_ID']}.out"
+        self.run_id, self.out, self.num_ranks = env["RUN_ID"], cwd / f"{env['RUN_ID']}.out", max(1, ranks)
+        if pause_at is not None:
+            code = PAUSING.format(root=str(ROOT), trainer=Path(script).stem, step=pause_at)
+            script = cwd / f"pausing_{script}"
+            script.write_text(code)
+        self.pause_at = pause_at
         with self.out.open("a") as out:
             self.process = subprocess.Popen(
                 command(script, ranks, extra),
@@ -33,19 +101,42 @@ class Job:
                 preexec_fn=lambda: (heed_signals(), setup() if setup else None),
             )
 
-    def wait_for(self, pattern: str, seconds: float = 90):
-        """Until a line of the log matches."""
-        end = time.monotonic() + seconds
+    def wait_for(self, pattern: str):
+        """Wait until a line of the log matches."""
+        self.wait_until(
+            lambda: self.log.exists() and re.search(pattern, self.log.read_text(), re.M),
+            f"a line {pattern!r} in {self.log}",
+        )
+
+    def wait_until_paused(self):
+        """Wait until every rank has stopped itself before the update after `pause_at`."""
+
+        def paused() -> bool:
+            pids = self.ranks().values()
+            return len(pids) == self.num_ranks and all(process_state(pid) == "stopped" for pid in pids)
+
+        self.wait_until(paused, f"the pause at step {self.pause_at}")
+
+    def wait_until(self, condition, what: str):
+        """Poll until the condition holds; AssertionError if the run ends first."""
+        end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
-            if self.log.exists() and re.search(pattern, self.log.read_text(), re.M):
+            over = self.process.poll() is not None  # asked first: its last words count
+            if condition():
                 return
-            if self.process.poll() is not None:
+            if over:
                 break
             time.sleep(0.02)
-        raise AssertionError(f"no line {pattern!r} in {self.log}: {self.out.read_text()[-2000:]}")
+        raise AssertionError(f"no {what}: {self.out.read_text()[-2000:]}")
+
+    def go_on(self):
+        """Continue the ranks that are paused."""
+        for pid in self.ranks().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
     def ranks(self) -> dict[int, int]:
-        """rank -> process of this run's living workers."""
+        """Process of each of this run's living workers, by rank."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -53,34 +144,34 @@ class Job:
                     x.split(b"=", 1) for x in (folder / "environ").read_bytes().split(b"\0") if b"=" in x
                 )
                 cmdline, cwd = (folder / "cmdline").read_bytes(), Path(os.readlink(folder / "cwd"))
-                dead = (folder / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
             except (OSError, ValueError):
                 continue
             worker = b"train_gpt" in cmdline and b"torch.distributed.run" not in cmdline
             ours = cwd == self.log.parent.parent.resolve() and env.get(b"RUN_ID") == self.run_id.encode()
-            if worker and ours and not dead:
+            if worker and ours and process_state(int(folder.name)) != "gone":
                 found[int(env.get(b"RANK", 0))] = int(folder.name)
         return found
 
-    def end(self, seconds: float = 120) -> int:
-        """Exit code; afterwards no process of the run may be left."""
+    def end(self, seconds: float = PATIENCE_S) -> int:
+        """Wait for the exit code; afterwards no process of the run may be left."""
         code = self.process.wait(seconds)
-        limit = time.monotonic() + 60  # a worker without its launcher finishes its step and saves
-        while self.ranks() and time.monotonic() < limit:
+        end = time.monotonic() + PATIENCE_S  # a worker without its launcher finishes its step and saves
+        while self.ranks() and time.monotonic() < end:
             time.sleep(0.1)
         assert not self.ranks(), f"workers survived: {self.ranks()}"
         return code
 
     def kill(self):
-        """As the machine's end does: everything at once."""
+        """Kill everything at once, as the machine's end does."""
         os.killpg(self.process.pid, signal.SIGKILL)
         for pid in self.ranks().values():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # torchrun's own end may take it along
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
 def lines(log: Path) -> dict[int, list[str]]:
-    """step -> its lines without times; of steps done twice, those after the run was resumed."""
+    """Lines of each step, without times; of steps done twice, those after the run was resumed."""
     out, keep = {}, re.compile(r"^(?:step:(\d+)/\d+ (.*)|event:resumed step:(\d+) .*)$", re.M)
     for step, rest, resumed in keep.findall(log.read_text()):
         if resumed:
@@ -92,4 +183,5 @@ def lines(log: Path) -> dict[int, list[str]]:
 
 
 def events(log: Path, name: str) -> list[str]:
+    """The log's lines about events of this name."""
     return re.findall(rf"^event:{name}\b.*", log.read_text(), re.M)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from helpers import BASELINE, ORD, base_env, make_text, run, write_shard  # noqa: E402, the path comes first
+from helpers import BASELINE, ORD, ROOT, base_env, make_text, run, write_shard  # noqa: E402, path first
 from jobs import Job, events, lines  # noqa: E402
 
 STEPS, TOLERANCE, DIST_TIMEOUT = 60, 5e-3, 10
@@ -70,14 +70,14 @@ def kill_all(job: Job, rng) -> bool:
 
 
 def kill_rank(job: Job, rng) -> bool:
-    """torchrun restarts it, or ends if it has no restarts left."""
+    """Kill a rank: torchrun restarts it, or ends if it has no restarts left."""
     for pid in rng.sample(list(job.ranks().values()), 1) if job.ranks() else ():
         signal_to(pid, signal.SIGKILL)
     return False
 
 
 def kill_launcher(job: Job, rng) -> bool:
-    """The workers notice, save and stop by themselves."""
+    """Kill torchrun: the workers notice, save and stop by themselves."""
     job.process.kill()
     job.end()
     return True
@@ -90,7 +90,7 @@ def ask_to_stop(job: Job, rng) -> bool:
 
 
 def stop_rank(job: Job, rng) -> bool:
-    """Hung for good: the others give up after DIST_TIMEOUT."""
+    """Hang a rank for good: the others give up after DIST_TIMEOUT."""
     for pid in rng.sample(list(job.ranks().values()), 1) if job.ranks() else ():
         signal_to(pid, signal.SIGSTOP)
         if len(job.ranks()) < 2:  # nobody else is there to notice
@@ -100,7 +100,7 @@ def stop_rank(job: Job, rng) -> bool:
 
 
 def pause(job: Job, rng) -> bool:
-    """Shorter than DIST_TIMEOUT: nothing may happen."""
+    """Hang all ranks for less than DIST_TIMEOUT: nothing may happen."""
     pids = list(job.ranks().values())
     for number, seconds in ((signal.SIGSTOP, rng.uniform(0.2, 3)), (signal.SIGCONT, 0)):
         for pid in pids:
@@ -116,7 +116,7 @@ def cut_checkpoint(job: Job, rng) -> bool:
 
 
 def flip_bit(job: Job, rng) -> bool:
-    """In the middle half of the file, where the tensors are."""
+    """Flip a bit in the middle half of a checkpoint, where the tensors are."""
     job.kill()
 
     def flipped(data):
@@ -129,7 +129,7 @@ def flip_bit(job: Job, rng) -> bool:
 
 
 def tear_log(job: Job, rng) -> bool:
-    """The machine died while a line was being written."""
+    """Leave half a line in the log, as a machine does that dies while writing it."""
     job.kill()
     if events(job.log, "finished"):  # too late: nobody will go on with it and end the torn line
         return True
@@ -139,7 +139,7 @@ def tear_log(job: Job, rng) -> bool:
 
 
 def intrude(job: Job, rng) -> bool:
-    """Somebody starts the same run a second time; refused, and the first does not notice."""
+    """Start the same run a second time: it is refused, and the first does not notice."""
     if not job.log.exists():  # it would be the first
         return False
     env = {**job.env, "RESUME": rng.choice(("", "auto"))}
@@ -150,7 +150,7 @@ def intrude(job: Job, rng) -> bool:
 
 
 def hide_data(job: Job, rng) -> bool:
-    """The training shard is away for a second: it is in memory."""
+    """Take the training shard away for a second: the run has it in memory."""
     path = job.log.parent.parent / "made_train_000000.bin"
     path.rename(path.with_suffix(".away"))
     time.sleep(1)
@@ -178,15 +178,24 @@ def signal_to(pid: int, number: int):
 
 
 def damage(job: Job, change):
-    """The newest checkpoint, if there is an older one to fall back to."""
+    """Change the newest checkpoint, if there is an older one to fall back to."""
     found = sorted((job.log.parent / job.run_id).glob("step_*.pt"))
     if len(found) > 1:
         found[-1].write_bytes(change(found[-1].read_bytes()))
 
 
+def copy_project(cwd: Path):
+    """Copy the trainers and what they import: a tree that is edited meanwhile is no fault of the runs."""
+    for script in (BASELINE, ORD, "data/shards.py"):
+        (cwd / script).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / script, cwd / script)
+    for folder in ("runtime", "kernels"):
+        shutil.copytree(ROOT / folder, cwd / folder, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def start(cwd: Path, arm: str, run_id: str, ranks: int, **settings) -> Job:
     script, own, _ = ARMS[arm]
-    script = str(cwd / script)  # a copy: a tree that is edited meanwhile is no fault of the runs
+    script = str(cwd / script)  # the copy
     env = base_env(cwd, RUN_ID=run_id, **COMMON, **own, **settings)
     job = Job(cwd, script, env, ranks, ("--standalone", "--max-restarts=1"))
     job.env, job.script = env, script
@@ -221,26 +230,32 @@ def disturb(cwd: Path, this: Disturbed, rng: random.Random, most_faults: int):
 
 
 def spectra(log: Path) -> list[dict]:
+    """Lines of the manifold measurement beside a log."""
     path = log.with_suffix(".manifold.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def loss(line: str) -> float:
+    """The loss that a line of a step begins with."""
+    return float(line.split()[0].partition(":")[2])
+
+
 def compare(log: Path, twin: Path, this: Disturbed):
+    """Note how a run's log differs from its twin's, and whether that is a problem."""
     found, wanted = lines(log), lines(twin)
-    value = lambda text: float(text.split()[0].partition(":")[2])
-    how_many = lambda steps: {step: len(kinds) for step, kinds in steps.items()}
-    if how_many(found) != how_many(wanted):
-        this.problem = f"has lines of {how_many(found)}, its twin of {how_many(wanted)}"
+    have, want = ({step: len(kinds) for step, kinds in steps.items()} for steps in (found, wanted))
+    if have != want:
+        this.problem = f"has lines of {have}, its twin of {want}"
         return
-    pairs = [(value(a), value(b)) for step in wanted for a, b in zip(found[step], wanted[step])]
+    pairs = [(loss(a), loss(b)) for step in wanted for a, b in zip(found[step], wanted[step])]
     gaps = [abs(a - b) for a, b in pairs]
     this.difference = max(gaps) if all(gap == gap for gap in gaps) else float("nan")
     this.exact = found == wanted
     if not this.exact and not (this.ranks_changed and this.difference <= TOLERANCE):
         this.problem = f"differs from its twin by {this.difference:g}"
     measured, of_twin = (spectra(path) for path in (log, twin))
-    which = lambda rows: [(row["step"], row["layer"], row["proj"]) for row in rows]
-    if which(measured) != which(of_twin) or not this.ranks_changed and measured != of_twin:
+    which = [[(row["step"], row["layer"], row["proj"]) for row in rows] for rows in (measured, of_twin)]
+    if which[0] != which[1] or (not this.ranks_changed and measured != of_twin):
         this.problem = "its spectra differ from its twin's"
     open_lines = [line for line in log.read_text().splitlines() if line.startswith("event:finished")]
     if len(open_lines) != 1:
@@ -260,8 +275,7 @@ def main(argv: list[str]) -> int:
     cwd = Path(tempfile.mkdtemp(prefix="soak-"))
     write_shard(cwd / "made_train_000000.bin", make_text(40_000, 1))  # two epochs, nearly
     write_shard(cwd / "made_val_000000.bin", make_text(20_000, 2))
-    for script in (BASELINE, ORD, "cpu_kernels.py", "manifold.py"):
-        shutil.copy(Path(__file__).resolve().parent.parent / script, cwd / script)
+    copy_project(cwd)
     for arm, (_, _, ranks) in ARMS.items():
         job = start(cwd, arm, f"twin_{arm}", ranks)
         if job.end(600) or not events(job.log, "finished"):

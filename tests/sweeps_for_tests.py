@@ -1,13 +1,11 @@
 """Whole sweeps for the tests of plots and reports: a manifest as the launcher writes it, and its logs."""
 
-import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 from logs_for_tests import SOURCE, hash_of, make_log
 
-from launch_lr_sweep import Run
+from analysis.manifest import Manifest, Run, manifest_path
 
 STEPS = 200
 REASONS = {
@@ -21,7 +19,7 @@ SOURCES = {"train_gpt.py": SOURCE + "# the baseline\n", "train_gpt_muon_ord.py":
 def make_sweep(
     root, name, arms, seeds=(1, 2, 3), control=None, ends=None, noise=0.0013, versus=None, **kwargs
 ):
-    """A sweep's file in root/sweeps, its manifest and logs in root/logs; returns the sweep file's path.
+    """Write a sweep's file to root/sweeps, its manifest and logs to root/logs; return the sweep file's path.
 
     `arms` maps a tag to (final loss, settings); a setting `script` or `source` is the arm's own. `ends` maps
     (tag, seed) to how that run ended instead: crashed, diverged, hung, stopped, running, planned, or gone
@@ -31,7 +29,7 @@ def make_sweep(
     """
     logs = Path(root) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    records = []
+    runs = []
     for seed in seeds:
         for number, (tag, (final, settings)) in enumerate(arms.items()):
             settings = dict(settings)
@@ -49,19 +47,18 @@ def make_sweep(
                     run, source, final, noise * np.random.default_rng([seed, number]).normal(), **kwargs
                 )
                 (logs / f"{run_id}.txt").write_text(text)
-            records.append(dataclasses.asdict(run))
+            runs.append(run)
     file = Path(root) / "sweeps" / f"{name}.toml"
     file.parent.mkdir(exist_ok=True)
     file.write_text('# Does it help? Nobody knows.\n#\n# 2 hours.\nscript = "train_gpt_muon_ord.py"\n')
-    manifest = {"sweep": name, "file": f"sweeps/{name}.toml", "scale": None, "control": control}
-    manifest |= {"versus": versus} if versus else {}
-    manifest |= {"created": "2026-02-06T23:34:06+00:00", "runs": records, "earlier": []}
-    (logs / f"{name}.sweep.json").write_text(json.dumps(manifest))
+    manifest = Manifest(manifest_path(name, logs), file=f"sweeps/{name}.toml", control=control, runs=runs)
+    manifest.versus, manifest.created = versus or {}, "2026-02-06T23:34:06+00:00"
+    manifest.save()
     return file
 
 
 def one_log(run, source, final, luck, **kwargs):
-    """The log of one run; cut short unless it finished."""
+    """Return the log of one run, cut short unless it finished."""
     settings = {key.lower(): value for key, value in run.settings.items()}
     event = {"hung": "event:crashed reason:hung", "running": "", "diverged": "event:diverged step:101"}
     end = {} if run.state == "finished" else {"end": STEPS // 2}
@@ -84,7 +81,7 @@ def one_log(run, source, final, luck, **kwargs):
 
 
 def spectral_arms(*values, baseline=True):
-    """Arms of the first ORD sweep with final losses like those reported."""
+    """Return arms of the first ORD sweep, with final losses like those reported."""
     loss = {0: 3.2742, 0.01: 3.2740, 0.1: 3.2705, 0.5: 3.3003, 1: 3.4067}
     arms = {"baseline_std_0": (3.2743, {"script": "train_gpt.py"})} if baseline else {}
     return {**arms, **{f"spectral_lr_{a}": (loss[a], {"SPECTRAL_LR_MUL": a}) for a in values}}

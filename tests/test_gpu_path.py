@@ -26,6 +26,7 @@ from helpers import (
 
 import train_gpt
 import train_gpt_muon_ord
+from analysis import trainers
 from data.shards import DataError, open_shard
 from kernels import attention
 from runtime import checkpoints, compiling
@@ -467,7 +468,6 @@ def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only, one_thr
 def test_the_launcher_knows_which_settings_are_part_of_compiled_code():
     """Else it takes a cold run for a warm one: its runs then compile the same code side by side. It counts no
     number of type float, although a few are constants of the graph."""
-    trainers = pytest.importorskip("analysis.trainers")
     specs = trainers.read_trainer(str(train_gpt_muon_ord.SCRIPT)).settings
     real = {name for name, spec in specs.items() if spec["type"].startswith("float")}
     shared = real | {name for name, spec in specs.items() if spec["affects"] == "recording"}

@@ -10,9 +10,9 @@ import torch
 from helpers import BASELINE, TRAINERS, base_env, run, train
 from test_checkpoints import small_trainer
 
-import manifold
 import train_gpt
 import train_gpt_muon_ord
+from runtime import manifold
 
 
 def orthonormal(rows, columns, seed):
@@ -20,12 +20,14 @@ def orthonormal(rows, columns, seed):
 
 
 def measure(W, dW):
+    """The line's numbers of one matrix and its update."""
     (row,) = manifold.measure_matrices(*(torch.tensor(x, dtype=torch.float32)[None] for x in (W, dW)))
     return row
 
 
 def test_spectra_that_are_known():
-    """Orthogonal: all directions alike. Diagonal: NumPy's formulas on the diagonal."""
+    """Fails if a figure is not its formula: an orthogonal matrix has all directions alike; a diagonal one is
+    its own spectrum."""
     diagonal = np.linspace(4, 1, 12)
     D = np.zeros((12, 20))
     D[:, :12] = np.diag(diagonal)
@@ -42,7 +44,7 @@ def test_spectra_that_are_known():
 
 
 def test_rank_one_and_zero():
-    """One direction; and where nothing can be said, None instead of rounding's noise or NaN."""
+    """Fails if something that cannot be said is rounding's noise or NaN instead of None."""
     u, v = np.random.default_rng(0).standard_normal((2, 16))
     row = measure(np.outer(u, v), np.zeros((16, 16)))
     assert row["effective_rank"] == pytest.approx(1, abs=1e-4)
@@ -58,14 +60,18 @@ def test_alignment_equals_numpys():
     W, dW = rng.standard_normal((2, 30, 18)) @ np.diag(np.linspace(9, 1, 18))
     row = measure(W, dW)
     (U, _, V), (dU, _, dV) = np.linalg.svd(W), np.linalg.svd(dW)
-    cosines = lambda a, b: np.linalg.svd(a[:, :5].T @ b[:, :5], compute_uv=False).mean()
+
+    def cosines(a, b):
+        return np.linalg.svd(a[:, :5].T @ b[:, :5], compute_uv=False).mean()
+
     assert row["left_alignment"] == row["update_alignment"] == pytest.approx(cosines(U, dU), abs=1e-4)
     assert row["right_alignment"] == pytest.approx(cosines(V.T, dV.T), abs=1e-4)
     assert measure(W, 0.1 * W)["left_alignment"] == pytest.approx(1, abs=1e-4)
 
 
 def test_chance_is_what_random_matrices_give():
-    """Two random frames, neither standing still; one direction has a closed form; 5 of 5 is all of space."""
+    """Fails if alignment is compared with the wrong chance. Two random frames, neither standing still; one
+    direction has a closed form; 5 of 5 is all of space."""
     for dim in (8, 40):
         found = [
             np.linalg.svd(
@@ -85,7 +91,7 @@ def test_chance_is_what_random_matrices_give():
 
 
 class Log:
-    """As much of RunLog as the measurement needs."""
+    """As much of LogWriter as the measurement needs."""
 
     def __init__(self):
         self.events = []
@@ -97,11 +103,9 @@ class Log:
 
 
 def watched(trainer, folder, env, steps=3):
-    """(the last measured update's lines, the parameters before and after it, its raw gradients)."""
+    """The last measured update's lines, the parameters before and after it, and its raw gradients."""
     this, data = small_trainer(trainer, folder, 0, **env)
-    this.ranks.collect, this.ranks.beat = lambda value: [value], lambda: None
-    clock = SimpleNamespace(stop=lambda: None, start=lambda: None)
-    path = folder / "a.manifold.jsonl"
+    clock, path = StopWatch(), folder / "a.manifold.jsonl"
     m = manifold.Manifold(path, steps, this.optimizer, this.ranks, clock, Log())
     for step in range(steps):
         this.enter(step)
@@ -110,8 +114,9 @@ def watched(trainer, folder, env, steps=3):
         this.optimizer.expect(step)
         grads = []
         for batch in batches:  # the same forward and backward, by autograd alone
-            loss, _ = this.forward(
-                batch, this.schedule.windows(this.stage), this.schedule.predict_weights(step), this.tied
+            weights = this.schedule.predict_weights(step)
+            loss, _ = this.model.train_loss(
+                batch, this.schedule.windows(this.stage), this.tied, weights, None
             )
             names = [n for n in before if n.endswith((".q", ".k", ".v", ".o", ".up", ".down"))]
             params = dict(this.model.named_parameters())
@@ -138,7 +143,8 @@ OPTIMIZERS = [
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("trainer, env", OPTIMIZERS)
 def test_update_is_after_minus_before_and_the_gradient_is_raw(trainer, env, tmp_path):
-    """The optimizers know nothing of the test, and clipping and momentum do not show in grad_norm."""
+    """Fails if the measurement is not of what the optimizer did, or clipping and momentum show in
+    grad_norm."""
     rows, before, after, grads = watched(trainer, tmp_path, env)
     assert {row["step"] for row in rows} == {3} and len(rows) == len(grads)
     for row in rows:
@@ -158,9 +164,9 @@ def rows_of(folder, run_id):
     return [json.loads(x) for x in (folder / "logs" / f"{run_id}.manifold.jsonl").read_text().splitlines()]
 
 
-def test_runs(shards, tmp_path):
-    """No digit of training changes; two ranks measure what one does; a run that goes on writes what an
-    undisturbed one wrote, whatever a crash left in the file."""
+def test_whole_runs(shards, tmp_path):
+    """Fails if measuring changes a digit of training, two ranks do not measure what one does, or a run that
+    goes on does not write what an undisturbed one wrote, whatever a crash left in the file."""
     plain = train(tmp_path, shards, "plain", **SHORT)
     one = train(tmp_path, shards, "one", MANIFOLD_EVERY=2, SAVE_EVERY=4, **SHORT)
     assert one == plain and not (tmp_path / "logs" / "plain.manifold.jsonl").exists()
@@ -186,24 +192,40 @@ def test_runs(shards, tmp_path):
             assert a[key] == pytest.approx(b[key], rel=2e-3)
 
 
+class StopWatch:
+    """As much of the session's Clock as shows whether it runs."""
+
+    running = True
+
+    def stop(self):
+        self.running = False
+
+    def start(self):
+        self.running = True
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_its_time_is_not_training_time(trainer, tmp_path):
-    """The clock stands still from before the first copy to after the last line."""
-    running, seen, clock = [True], [], SimpleNamespace()
-    clock.stop = lambda: running.__setitem__(0, False)
-    clock.start = lambda: running.__setitem__(0, True)
+    """Fails if the clock runs between the first copy and the last line, or stands still in the update."""
+    clock, seen = StopWatch(), []
     this, data = small_trainer(trainer, tmp_path, 0)
-    this.ranks.collect = lambda value: seen.append(running[0]) or [value]
     m = manifold.Manifold(tmp_path / "a.manifold.jsonl", 1, this.optimizer, this.ranks, clock, Log())
     m.expect(1)
-    look = this.optimizer.watch
-    this.optimizer.watch = lambda: (look(), seen.append(not running[0]))  # the update itself counts
-    this.ranks.beat = lambda: None  # of the passes, which are training
-    batches = data.next(this.schedule.batch_tokens(0), None)
-    this.step(0, batches)
-    this.ranks.beat = lambda: seen.append(running[0])
+    look = this.optimizer.before_update
+
+    def before_update():
+        look()
+        assert clock.running  # the update itself counts
+
+    def gather(value):
+        seen.append(clock.running)
+        return [value]
+
+    this.optimizer.before_update = before_update
+    this.step(0, data.next(this.schedule.batch_tokens(0), None))
+    this.ranks.beat, this.ranks.all_gather_object = lambda: seen.append(clock.running), gather
     m.measure(1, 0)
-    assert len(seen) > 2 and not any(seen) and running[0] and m.ms > 0
+    assert len(seen) > 2 and not any(seen) and clock.running and m.ms > 0
 
 
 def test_trimmed_to_the_step_it_goes_on_from(tmp_path):
@@ -217,7 +239,7 @@ def test_trimmed_to_the_step_it_goes_on_from(tmp_path):
 
 
 def test_a_full_disk_leaves_no_half_measurement(tmp_path, monkeypatch):
-    """And the run goes on."""
+    """Fails if half a line stays in the file, or the run does not go on."""
     path, log = tmp_path / "a.manifold.jsonl", Log()
     manifold.append(path, [{"step": 1}])
     whole = path.read_bytes()

@@ -14,9 +14,13 @@ from sweeps_for_tests import STEPS, make_sweep
 import make_record
 import plot_lr_analysis
 import report_sweep
+from analysis.by_value import beside, by_value
+from analysis.rates import analyse as analyse_results
+from analysis.read_results import read_results
+from analysis.results import Results
 from analysis.run_log import Curve, list_logs, read_log, read_runs
 from analysis.stats import contenders
-from analysis.sweep_results import Results, read_results
+from analysis.tables import as_json
 
 ROOT = Path(plot_lr_analysis.__file__).parent
 LOSSES = {0.001: 6.0, 0.01: 4.0, 0.03: 3.3, 0.05: 3.3005, 0.08: 3.4, 0.2: 5.0, 0.5: 6.0, 0.8: 7.0, 1.0: 8.0}
@@ -41,7 +45,7 @@ def arms_of(losses, **more):
 
 def analyse(tmp_path, losses=LOSSES, ends=ENDS, asked=None, conditions=(), **kwargs):
     file = make_sweep(tmp_path, "lr", arms_of(losses), ends=ends, val_every=40, **kwargs)
-    return plot_lr_analysis.analyse(read_results([file], tmp_path / "logs"), asked, conditions)
+    return analyse_results(read_results([file], tmp_path / "logs"), asked, conditions)
 
 
 def test_labels_follow_their_rules(tmp_path):
@@ -61,7 +65,7 @@ def test_labels_follow_their_rules(tmp_path):
     }
     assert analysis.setting == "muon_lr" and analysis.results.tied("muon_lr") == ["adam_lr"]
     assert analysis.fall == pytest.approx(7.5, abs=0.02)
-    found = json.loads(plot_lr_analysis.as_json(plot_lr_analysis.insights(analysis)))
+    found = json.loads(as_json(plot_lr_analysis.insights(analysis)))
     assert found["stable_range"] == [0.001, 0.2] and found["divergence_threshold"] == 0.5
     assert found["good_range"] == [0.03, 0.08] and found["range_tested"] == [0.001, 1.0]
     assert found["top_20_percent"]["rates"] == [0.03, 0.05] and found["counts"]["diverged"] == 4
@@ -85,12 +89,12 @@ def test_a_run_that_lost_and_learnt_again_is_unstable(tmp_path):
     place = next(i for i, line in enumerate(lines) if line.startswith(f"step:120/{STEPS} val_loss:"))
     lines[place] = lines[place].replace(lines[place].split()[1], "val_loss:5.50000")
     log.write_text("\n".join(lines))
-    analysis = plot_lr_analysis.analyse(read_results([file], tmp_path / "logs"))
+    analysis = analyse_results(read_results([file], tmp_path / "logs"))
     assert [rate.label for rate in analysis.rates] == ["good", "optimal", "unstable"]
 
 
 def test_single_runs_are_called_so(tmp_path):
-    """Of one run a rate nothing is known of luck: the lowest is named, and that it may be luck."""
+    """A single run a rate says nothing about luck: the lowest is named, and that it may be luck."""
     analysis = analyse(tmp_path, {0.01: 3.4, 0.02: 3.3, 0.04: 3.3001}, {}, seeds=(1,))
     best = plot_lr_analysis.insights(analysis)["best_by_loss"]
     assert best["single_run"] and best["cannot_be_told_from"] is None
@@ -107,7 +111,7 @@ def test_the_best_at_the_edge_is_said(tmp_path):
 
 @pytest.mark.parametrize("luck", [0.0, 0.014])
 def test_the_true_best_is_among_the_contenders(luck):
-    """In 150 sweeps of 12 arms it is missed in fewer than 5% and a margin; an arm clearly worse is out."""
+    """It is missed in fewer than 5% (and a margin) of 150 sweeps of 12 arms; an arm clearly worse is out."""
     rng = np.random.default_rng(20261124)
     means = {f"a{i}": 3.3 + 0.002 * abs(i - 5) for i in range(12)} | {"far": 3.5}
     missed, far = 0, 0
@@ -131,7 +135,7 @@ def test_contenders_without_noise_or_with_failures():
 
 
 def test_everything_is_written_and_the_same_again(tmp_path, monkeypatch, capsys):
-    """All outputs that EXPERIMENTS.md lists; tables know neither the time nor the place."""
+    """The outputs that EXPERIMENTS.md lists; tables know neither the time nor the place."""
     arms = arms_of({0.015: 3.4, 0.065: 3.3, 1.0: 6})
     make_sweep(tmp_path, "lr", arms, val_every=40, ends={("lr_1", 1): "diverged"})
     monkeypatch.chdir(tmp_path)
@@ -173,8 +177,8 @@ def test_any_setting_and_what_to_choose(tmp_path, monkeypatch, capsys):
     with pytest.raises(
         ValueError, match="both have MUON_WEIGHT_DECAY=-0.1: .*--where MUON_DECAY_MODE=update"
     ):
-        plot_lr_analysis.analyse(results)
-    analysis = plot_lr_analysis.analyse(results, None, ["MUON_DECAY_MODE=param"])
+        analyse_results(results)
+    analysis = analyse_results(results, None, ["MUON_DECAY_MODE=param"])
     assert [rate.value for rate in analysis.rates] == [-0.1, 0.0, 0.1]
     name = plot_lr_analysis.plot_names(analysis)[-0.1]
     assert name == "muon_weight_decay_-0.1000_loss_vs_steps.png"
@@ -191,7 +195,7 @@ def test_tied_settings_are_one(tmp_path):
     """A sweep of MUON_LR with ADAM_LR = 0.1 x is coloured by MUON_LR: else every arm is a kind of its own."""
     results = analyse(tmp_path, ends={}).results
     results = Results("lr", results.arms)
-    assert report_sweep.by_value(results) == "muon_lr" and report_sweep.beside(results, "muon_lr") == []
+    assert by_value(results) == "muon_lr" and beside(results, "muon_lr") == []
 
 
 def test_smoothed_training_loss_by_hand():

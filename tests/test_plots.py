@@ -2,10 +2,7 @@
 
 import math
 import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +10,12 @@ from logs_for_tests import SEPARATOR, SOURCE, make_log
 from matplotlib.text import Text
 
 import plot_loss
-from analysis import style
-from analysis.run_log import group_by_arm, read_runs
+from analysis import curves, style
+from analysis.arms import group_by_arm
+from analysis.run_log import read_runs
 from analysis.stats import summarize
+from analysis.tables import format_table
 
-ROOT = Path(plot_loss.__file__).parent
 STEPS = 200  # short logs: the tests look at the drawing, not at the reader
 
 
@@ -94,7 +92,7 @@ def test_seeds_are_pooled_with_an_interval(tmp_path):
     write_arms(tmp_path / "logs", [0.0, 0.5], seeds=(1, 2, 3))
     figure, arms = draw(tmp_path / "logs")
     assert [len(arm.runs) for arm in arms] == [3, 3]
-    line, thin = plot_loss.lines_of(arms[0], "val_loss", "steps")
+    line, thin = curves.lines_of(arms[0], "val_loss", "steps")
     at = len(line.x) // 2
     want = summarize([run.val.loss[at] for run in arms[0].runs])
     assert (line.y[at], line.low[at], line.high[at]) == pytest.approx((want.mean, want.low, want.high))
@@ -119,7 +117,7 @@ def test_two_seeds_are_both_shown(tmp_path):
     """The 95% interval of two runs is 13 sd wide on either side: the runs themselves say more."""
     write_arms(tmp_path / "logs", [0.1], seeds=(1, 2))
     _, arms = draw(tmp_path / "logs")
-    line, thin = plot_loss.lines_of(arms[0], "val_loss", "steps")
+    line, thin = curves.lines_of(arms[0], "val_loss", "steps")
     assert line.low is None and len(thin) == 2
     np.testing.assert_allclose(line.y, np.mean([run.val.loss for run in arms[0].runs], axis=0))
 
@@ -132,12 +130,12 @@ def test_unfinished_runs_do_not_enter_the_mean(tmp_path):
     )
     write(tmp_path / "logs", "lost", text)
     _, arms = draw(tmp_path / "logs")
-    line, thin = plot_loss.lines_of(arms[0], "val_loss", "steps")
+    line, thin = curves.lines_of(arms[0], "val_loss", "steps")
     assert line.x[-1] == STEPS and [other.x[-1] for other in thin] == [100]
     assert "1 unfinished" in plot_loss.legend_label(arms[0])
     losses = plot_loss.final_losses(arms[0])
     assert len(losses) == 4 and np.isnan(losses).sum() == 1  # it counts, as a failure
-    assert plot_loss.all_met(arms[0], 3.28) is None  # not all of its runs have met the target
+    assert curves.all_met(arms[0], 3.28) is None  # not all of its runs have met the target
 
 
 def test_target_is_met_when_all_runs_of_an_arm_have_met_it(tmp_path):
@@ -146,9 +144,9 @@ def test_target_is_met_when_all_runs_of_an_arm_have_met_it(tmp_path):
         write(tmp_path / "logs", f"s{seed}", text)
     arms, _ = group_by_arm(read_runs(tmp_path / "logs"))
     points = [run.first_at(3.26) for run in arms[0].runs]
-    step, ms = plot_loss.all_met(arms[0], 3.26)
+    step, ms = curves.all_met(arms[0], 3.26)
     assert points[0].step < points[1].step < points[2].step == step and ms == step * 62
-    assert plot_loss.all_met(arms[0], 3.0) is None
+    assert curves.all_met(arms[0], 3.0) is None
 
 
 @pytest.mark.parametrize("x", ["tokens", "time"])
@@ -273,7 +271,7 @@ def test_styles_are_distinct_also_for_the_colour_blind():
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
-    """With no argument: the newest log, drawn to logs/RUN_ID.png; the summary has its numbers."""
+    """The newest log is drawn to logs/RUN_ID.png; the summary has its numbers."""
     write_arms(tmp_path / "logs", [0.1])
     log = write(tmp_path / "logs", "newest", make_log("newest", 5, num_steps=STEPS) + "some noise\n")
     os.utime(log, (2e9, 2e9))
@@ -318,32 +316,6 @@ def test_runs_without_the_axis_are_left_out_and_named(tmp_path, capsys):
     assert "llmc.txt: no training time in this log" in out and "empty.txt: no step in this log yet" in out
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "there is no log in logs/ yet"),
-        (["missing.txt"], "no log missing.txt"),
-        (["empty.txt"], "no step in this log yet"),
-        (["some.txt", "--out", "picture.jpg"], "picture.jpg: a plot is written as one of .png, .svg, .pdf"),
-    ],
-)
-def test_errors_speak_to_a_person(tmp_path, monkeypatch, capsys, arguments, message):
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "some.txt").write_text("step:1/1 val_loss:1 train_time:1ms\n")
-    monkeypatch.chdir(tmp_path)
-    assert plot_loss.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and "Traceback" not in captured.err and not captured.out
-    assert not list(tmp_path.glob("*.png")) and not list(tmp_path.glob("*.jpg"))
-
-
-def test_import_is_light():
-    """`--help` and errors must not wait for matplotlib, and nothing here needs torch."""
-    code = "import sys, plot_loss; print(sorted({'torch', 'matplotlib', 'scipy.stats'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 # ------------------------------------------------------------------------------------------------
 # plot_style
 # ------------------------------------------------------------------------------------------------
@@ -371,5 +343,5 @@ def test_shorten_keeps_both_ends():
 
 
 def test_format_table():
-    table = style.format_table(["run", "loss"], [["a", 3.25], ["long name", "-"]])
+    table = format_table(["run", "loss"], [["a", 3.25], ["long name", "-"]])
     assert table.splitlines() == ["run        loss", "---------  ----", "a          3.25", "long name     -"]

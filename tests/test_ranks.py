@@ -1,140 +1,140 @@
-"""Ranks in processes of their own: the exchange through shared memory against gloo's."""
+"""Ranks in processes of their own: collectives against plain sums; how ranks agree, refuse and leave."""
 
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from helpers import ROOT, lone_ranks
+from jobs import PATIENCE_S
 
-from train_gpt import process_state
+import train_gpt
+from runtime.ranks import agree_on_settings
+from runtime.settings import SettingsError
+from runtime.supervise import process_state
 
-ROOT = Path(__file__).resolve().parent.parent
-
-EXCHANGE = """
+EVERY_COLLECTIVE = """
+import sys
 import torch
-from train_gpt import Ranks
 
-ranks = Ranks("cpu")
-n = 6 * ranks.world_size
-like = torch.zeros(1)
-pairs = [[ranks.zeros(n, like, common) for common in (False, True)] for _ in range(2)]
-for trial in range(50):
-    for grads, _ in pairs:  # two at once, as the optimizer has it
-        grads.copy_(torch.randn(n, generator=torch.Generator().manual_seed(100 * trial + ranks.rank)))
-    plain = pairs[0][0].clone()
-    works = [ranks.reduce_scatter(grads) for grads, _ in pairs]
-    ranks.reduce_scatter(plain).wait()
-    for (grads, weights), work in zip(pairs, works):
-        work.wait()
-        work.wait()  # a second wait must not add anything
-        torch.testing.assert_close(ranks.shard(grads), ranks.shard(plain))
-        ranks.shard(weights).copy_(ranks.shard(plain))
-    works = [ranks.all_gather(weights) for _, weights in pairs]
-    ranks.all_gather(plain).wait()
-    for (_, weights), work in zip(pairs, works):
-        work.wait()
-        assert torch.equal(weights, plain)
-with open(f"rank{ranks.rank}", "w") as file:  # the console mixes the ranks' lines
-    file.write("through memory" if ranks.everyones else "through gloo")
+from runtime.ranks import Ranks
+
+ranks = Ranks("cpu", settings={"seed": 1})
+n = 5 * ranks.world_size
+seeds = range(ranks.world_size)
+numbers = [torch.randn(n, 2, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+total = sum(numbers)
+
+pair = [numbers[ranks.rank].clone(), 2 * numbers[ranks.rank]]
+works = [ranks.reduce_scatter(full) for full in pair]  # two at once, as the optimizer has it
+for factor, full, work in zip((1, 2), pair, works):
+    work.wait()
+    torch.testing.assert_close(ranks.shard(full), factor * ranks.shard(total))
+    ranks.shard(full).copy_(ranks.shard(factor * total))
+for factor, full, work in zip((1, 2), pair, [ranks.all_gather(full) for full in pair]):
+    work.wait()
+    assert torch.equal(full, factor * total)
+
+summed = numbers[ranks.rank].clone()
+ranks.all_reduce(summed).wait()
+torch.testing.assert_close(summed, total)
+assert torch.equal(ranks.gather_shards(ranks.shard(total).flatten()), total.flatten())
+ours = numbers[ranks.rank].clone()
+ranks.broadcast(ours)
+assert torch.equal(ours, numbers[0])
+assert ranks.broadcast_object(f"from {ranks.rank}") == "from 0"
+assert ranks.all_gather_object(ranks.rank) == list(range(ranks.world_size))
+
+def fails():
+    if ranks.rank == 1:
+        raise FileNotFoundError(2, "No such file", "a.bin")
+
+try:
+    ranks.run_on_all(fails)
+except ValueError as error:
+    with open(f"rank{ranks.rank}", "w") as file:  # the console mixes the ranks' lines
+        file.write(str(error))
 ranks.close()
 """
 
-CLOSED_HOST = """
-import os
-open_file = os.open
-def refuse(path, *rest):  # as a host does that does not let a process open another's files
-    if os.environ["RANK"] == "1" and str(path).startswith("/proc/"):
-        raise PermissionError(13, "Permission denied", path)
-    return open_file(path, *rest)
-os.open = refuse
-"""
 
-LEFT_ALONE = """
-import os, time
-import torch
-from train_gpt import Ranks
-
-ranks = Ranks("cpu")
-full = ranks.zeros(ranks.world_size, torch.zeros(1))
-if ranks.rank == 1:
-    time.sleep(1)
-    os._exit(0)
-start = time.monotonic()
-try:
-    ranks.all_gather(full).wait()
-except torch.distributed.DistError as error:
-    with open("said", "w") as file:
-        file.write(f"{error} after {time.monotonic() - start:.0f} s")
-"""
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
 
 
-def launch(tmp_path, num_ranks, arguments, code=EXCHANGE):
-    script = tmp_path / "exchange.py"
-    script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", *arguments]
+def test_collectives_equal_plain_sums_and_an_error_reaches_all(tmp_path):
+    """Fails if a rank gets somebody else's shard, or does not hear that another one failed."""
+    script = tmp_path / "collectives.py"
+    script.write_text(EVERY_COLLECTIVE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, str(script)], env=env, text=True, cwd=tmp_path, stderr=subprocess.PIPE)
+    done = subprocess.run([*command, str(script)], env=env, text=True, cwd=tmp_path, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    said = {path.name: path.read_text() for path in tmp_path.glob("rank*")}
+    own = "a.bin cannot be used: No such file"
+    assert said == {"rank0": f"rank 1: {own}", "rank1": own, "rank2": f"rank 1: {own}"}
 
 
-def ways(tmp_path, num_ranks) -> set[str]:
-    return {(tmp_path / f"rank{rank}").read_text() for rank in range(num_ranks)}
+def test_an_error_of_one_rank_is_raised_on_all():
+    """Fails if the others wait in their first collective for a rank that has gone home."""
+    other = ["the disk of machine 2 is missing"]
+    ranks = lone_ranks(train_gpt, world_size=2)
+    ranks.all_gather_object = lambda value: [value, *other]
+    with pytest.raises(ValueError, match="rank 1: the disk of machine 2 is missing"):
+        ranks.run_on_all(lambda: 5)
+    other[0] = None
+    assert ranks.run_on_all(lambda: 5) == 5
+
+    def fails():
+        raise train_gpt.DataError("mine")
+
+    with pytest.raises(train_gpt.DataError, match="mine"):
+        ranks.run_on_all(fails)
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_exchange_through_memory_equals_gloos(num_ranks, tmp_path):
-    """Fails if a rank reads before another has written, sums a shard twice, or takes somebody else's."""
-    done = launch(tmp_path, num_ranks, ["--standalone"])
-    _, errors = done.communicate(timeout=120)
-    assert done.returncode == 0, errors
-    assert ways(tmp_path, num_ranks) == {"through memory"}
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (({"seed": 0}, {"seed": 0}), None),
+        (({"seed": 0}, {"seed": 1}), "rank 1 has SEED=1 instead of 0; give all machines the same ones"),
+        (({"seed": 0}, {"seed": 0, "new": 2}), "rank 1 has NEW=2 instead of None"),
+        ((SettingsError("SEED='x': wanted int"), {"seed": 0}), "SEED='x': wanted int"),
+        (({"seed": 0}, SettingsError("SEED='x': wanted int")), "SEED='x': wanted int"),
+    ],
+)
+def test_settings_must_be_good_and_the_same_on_all_ranks(settings, said):
+    """Fails if a rank trains with other settings than the rest, or waits for one that has none.
+
+    A rank's own error is raised as it is; the others hear its text.
+    """
+    store, found = dist.HashStore(), [None, None]
+
+    def agree(rank):
+        try:
+            agree_on_settings(store, rank, 2, settings[rank])
+        except SettingsError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=agree, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if said is None:
+        assert found == [None, None]
+    else:
+        assert all(said in text for text in found)
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
-def test_if_one_rank_may_not_open_the_others_files_all_use_gloo(tmp_path):
-    done = launch(tmp_path, 2, ["--standalone"], CLOSED_HOST + EXCHANGE)
-    _, errors = done.communicate(timeout=120)
-    assert done.returncode == 0, errors
-    assert ways(tmp_path, 2) == {"through gloo"}
-
-
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
-def test_nobody_waits_for_a_rank_that_has_left(tmp_path):
-    """Fails if a rank waits on for one that ended without arriving, here without an error."""
-    done = launch(tmp_path, 2, ["--standalone"], LEFT_ALONE)
-    _, errors = done.communicate(timeout=60)
-    assert done.returncode == 0, errors
-    said = (tmp_path / "said").read_text()
-    assert said in ("rank 1 has left after 1 s", "rank 1 has left after 2 s")
-
-
-def test_ranks_of_two_hosts_use_gloo(tmp_path):
-    """Fails if ranks that no memory joins (here two agents, as on two hosts) take that way."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    both = [
-        launch(
-            tmp_path,
-            1,
-            ["--nnodes=2", f"--node-rank={node}", f"--master-port={port}", "--master-addr=localhost"],
-        )
-        for node in (0, 1)
-    ]
-    for agent in both:
-        _, errors = agent.communicate(timeout=120)
-        assert agent.returncode == 0, errors
-    assert ways(tmp_path, 2) == {"through gloo"}
-
-
-def test_who_waits_for_the_others_leaves_with_its_launcher(tmp_path):
+def test_a_rank_that_waits_for_the_others_leaves_with_its_launcher(tmp_path):
     """Fails if a rank whose torchrun was killed while the group came together waits for long."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -144,7 +144,7 @@ def test_who_waits_for_the_others_leaves_with_its_launcher(tmp_path):
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
-    waits = "import os; from train_gpt import Ranks; print(os.getpid(), flush=True); Ranks('cpu')"
+    waits = "import os; from runtime.ranks import Ranks; print(os.getpid(), flush=True); Ranks('cpu')"
     shell = subprocess.Popen(
         ["sh", "-c", f'{sys.executable} -c "{waits}"; true'],
         env=env,
@@ -153,11 +153,20 @@ def test_who_waits_for_the_others_leaves_with_its_launcher(tmp_path):
         stdout=subprocess.PIPE,
     )
     pid = int(shell.stdout.readline())
-    time.sleep(1)
+    wait_until(lambda: answers(port))  # its store answers: it knows its parent, and waits for rank 1
     assert process_state(pid) == "alive"
     shell.kill()
     shell.wait()
-    end = time.monotonic() + 30
-    while process_state(pid) == "alive" and time.monotonic() < end:
+    wait_until(lambda: process_state(pid) == "gone")
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("localhost", port)) == 0
+
+
+def wait_until(condition):
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end
         time.sleep(0.1)
-    assert process_state(pid) == "gone"

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,13 @@ from sweeps_for_tests import STEPS, make_sweep, spectral_arms
 
 import report_sweep
 from analysis import stats
-from analysis.sweep_results import Attempt, Results, SweepArm, conclusion, read_results, strength
+from analysis.by_value import looks_of, ordered
+from analysis.conclusion import conclusion
+from analysis.read_results import read_results
+from analysis.results import Attempt, Results, SweepArm
+from analysis.sweep_pictures import VERDICTS, picture_of_bars, picture_of_curves
+from analysis.tables import without_nan
 
-ROOT = Path(report_sweep.__file__).parent
 SEEDS = (1, 2, 3, 4, 5)
 
 
@@ -27,7 +29,7 @@ def report_of(paths, target=None, **kwargs):
     goal = report_sweep.choose_target(results, target)
     rows = report_sweep.rows_of(results, goal)
     text = report_sweep.report(results, rows, goal, [])
-    numbers = report_sweep.without_nan(report_sweep.summary(results, rows, goal))
+    numbers = without_nan(report_sweep.summary(results, rows, goal))
     json.dumps(numbers, allow_nan=False)  # any reader of JSON can read it
     return results, {row.arm.label: row for row in rows}, text, numbers
 
@@ -158,13 +160,12 @@ def test_the_sentence_says_what_the_verdict_says():
 
 
 def test_more_runs_and_unseen_differences_follow_from_power(tmp_path):
-    """What is said to be needed would be enough, and one run less would not."""
+    """The number of runs said to be needed would be enough, and one run less would not."""
     _, rows, text, numbers = sweep(
         tmp_path, spectral_arms(0, 0.01, baseline=False), seeds=SEEDS, control="spectral_lr_0"
     )
-    pair, _ = report_sweep.comparison(
-        *[read_results([tmp_path / "sweeps/sweep.toml"], tmp_path / "logs"), "spectral_lr_0.01"]
-    )
+    results = read_results([tmp_path / "sweeps/sweep.toml"], tmp_path / "logs")
+    pair, _ = results.comparison("spectral_lr_0.01")
     more = rows["spectral_lr_0.01"].more_runs
     enough, too_few = (
         stats.power(pair.difference, pair.sd, 5 + more - less, 0.05, pairs=True) for less in (0, 1)
@@ -330,7 +331,7 @@ def test_other_source_code_is_kept_apart(tmp_path):
     other = rows["spectral_lr_0.1 (source deadbeef)"]
     assert other.arm.foreign and "not compared" in text and other.arm.label not in results.verdict.summaries
     assert "spectral_lr_0.1 (source deadbeef) (other source code or data)" in numbers["conclusion"]
-    assert report_sweep.comparison(results, other.arm.label)[0] is None
+    assert results.comparison(other.arm.label)[0] is None
     pooled, _, text, _ = report_of(file, logs=tmp_path / "logs", pool_sources=True)
     assert [arm.count("done") for arm in pooled.arms] == [5, 5]
     assert "runs of 2 different source codes were pooled, as --pool-sources asked" in text
@@ -426,7 +427,7 @@ def test_common_grid(positions, grid):
 
 
 def test_a_mean_is_not_taken_of_the_lucky_runs(tmp_path):
-    """If two of five runs reach the target, their mean says nothing of the arm."""
+    """The mean of two runs of five that reach the target says nothing about the arm."""
     arms = {"a": (3.2795, {"MUON_LR": 0.1}), "b": (3.2, {"MUON_LR": 0.2})}
     results, rows, text, numbers = sweep(tmp_path, arms, target=3.28, seeds=SEEDS, control="b")
     met = sum(run.first_at(3.28) is not None for run in results.arms[0].runs)
@@ -505,7 +506,7 @@ def test_strength_is_a_where_there_is_one():
         ({"spectral_lr_mul": 0.1, "spectral_lr_mul_mlp": None}, 0.1),
         ({}, None),
     ]:
-        assert strength(SweepArm("x", "x", [], settings=settings)) == a
+        assert SweepArm("x", "x", [], settings=settings).strength == a
 
 
 # ------------------------------------------------------------------------------------------------
@@ -550,23 +551,24 @@ def test_bars_show_the_numbers(tmp_path, num_arms):
         arms["s_11"] = (9.0, {"RESIDUAL_SCALE": 2.1})
     file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="s_0", val_every=50)
     results, rows, _, _ = report_of(file, logs=tmp_path / "logs")
-    figure = report_sweep.picture_of_bars(results, list(rows.values()))
+    figure = picture_of_bars(results)
     figure.draw_without_rendering()
     left = figure.axes[0]
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names == [f"s_{i}" for i in range(num_arms)] and len(figure.axes) == (2 if num_arms > 1 else 1)
-    drawn = {tuple(np.round(line.get_xdata(), 9)) for line in left.lines}
+    means = {round(float(line.get_xdata()[0]), 9) for line in left.lines if len(line.get_xdata()) == 1}
+    bars = [bar for collection in left.collections for bar in collection.get_segments()]
+    intervals = {tuple(np.round(bar[:, 0], 9)) for bar in bars}
     for label in names[:11]:
         result = rows[label].result
-        assert (round(result.mean, 9),) in drawn and (round(result.low, 9), round(result.high, 9)) in drawn
+        assert round(result.mean, 9) in means and (round(result.low, 9), round(result.high, 9)) in intervals
     for label in left.get_yticklabels():
         assert label.get_window_extent().x0 >= 0
     if num_arms == 12:  # the one that failed to learn is named with its loss, and flattens nobody
-        assert left.get_xlim()[1] < 4 and any(
-            "9.0" in text.get_text() and "→" in text.get_text() for text in left.texts
-        )
+        assert left.get_xlim()[1] < 4 and any(text.get_text().startswith("9.0") for text in left.texts)
+        assert [line.get_ydata()[0] for line in left.lines if line.get_marker() == ">"] == [11]
         colours = {line.get_color() for line in figure.axes[1].lines if line.get_marker() == "^"}
-        assert colours == {report_sweep.VERDICTS["worse"][0]}
+        assert colours == {VERDICTS["worse"][0]}
     plt.close("all")
 
 
@@ -577,47 +579,10 @@ def test_curves_are_coloured_by_value(tmp_path):
     arms = {f"s_{v}": (3.27, {"RESIDUAL_SCALE": v}) for v in values}
     file = make_sweep(tmp_path, "sweep", arms, control="s_1.0", val_every=20)
     results = read_results([file], tmp_path / "logs")
-    looks, order = report_sweep.looks_of(results, report_sweep.ordered(results))
+    looks, order = looks_of(results, ordered(results))
     lightness = [np.dot(look["color"][:3], (0.3, 0.59, 0.11)) for look in looks]
     assert order == values and lightness == sorted(lightness) and lightness[-1] < 0.8
-    figure = report_sweep.picture_of_curves(results, 3.28)
+    figure = picture_of_curves(results, 3.28)
     assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["0.5", "0.7", "1", "1.4"]
     assert "tokens" in figure.axes[0].get_xlabel()
     plt.close("all")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["sweeps/none.toml"], "no sweep file sweeps/none.toml; there: sweeps/lr.toml, sweeps/new.toml"),
-        (["sweeps/new.toml"], "launch the sweep first (python launch_lr_sweep.py sweeps/new.toml)"),
-        (["sweeps/lr.toml", "logs"], "give one sweep, or logs, not both"),
-        (["missing.txt"], "no log missing.txt"),
-        (["empty"], "no log in empty"),
-        (["broken.sweep.json"], "is not a sweep's manifest"),
-        (
-            ["sweeps/lr.toml", "--control", "nonsense"],
-            "control 'nonsense' fits none of the arms, wanted one: ",
-        ),
-        (["sweeps/lr.toml", "--control", "spectral"], "control 'spectral' fits 2 of the arms"),
-    ],
-)
-def test_errors_speak_to_a_person(tmp_path, monkeypatch, capsys, arguments, message):
-    make_sweep(tmp_path, "lr", spectral_arms(0, 0.1, baseline=False), seeds=(1,), val_every=100)
-    (tmp_path / "sweeps" / "new.toml").write_text("")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken.sweep.json").write_text('{"runs": [{"tag": 3}]}')
-    monkeypatch.chdir(tmp_path)
-    assert report_sweep.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and "Traceback" not in captured.err and not captured.out
-    assert not list(tmp_path.rglob("REPORT.md"))
-
-
-def test_import_is_light():
-    """Nothing here needs torch, and errors must not wait for matplotlib."""
-    code = (
-        "import sys, report_sweep; print(sorted({'torch', 'matplotlib', 'scipy.stats'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

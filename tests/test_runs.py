@@ -7,7 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import BASELINE, ORD, ROOT, base_env, losses, run, train
+from helpers import BASELINE, ORD, base_env, losses, run, train
+from jobs import refusal, run_here
+
+import train_gpt
+from analysis.run_log import read_log
+from runtime.log_writer import BAR
+from runtime.supervise import StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -24,27 +30,31 @@ def test_the_model_learns(baseline):
     assert val[-1] < val[0] - 0.5
 
 
-def test_zero_strength_is_the_baseline_digit_for_digit(baseline, shards, tmp_path):
-    """Otherwise the control arm of every ORD experiment would differ from its treatment by more than ORD."""
+@pytest.mark.parametrize(
+    "script, settings",
+    [
+        (BASELINE, {}),
+        (ORD, {"SPECTRAL_LR_MUL": 0}),
+        (ORD, {"ORD_MODE": "off"}),
+        (ORD, {"ORD_MODE": "post"}),
+    ],
+    ids=["again", "zero strength", "off", "post without SPECTRAL_OUT"],
+)
+def test_what_must_be_the_baseline_is_it_digit_for_digit(baseline, shards, tmp_path, script, settings):
+    """Fails if a rerun differs, or the control arm of every ORD experiment would differ from its treatment by
+    more than ORD."""
     _, val, trained = baseline
-    assert train(tmp_path, shards, "a0", ORD, SPECTRAL_LR_MUL=0) == (val, trained)
-    assert train(tmp_path, shards, "off", ORD, ORD_MODE="off") == (val, trained)
-    assert train(tmp_path, shards, "post", ORD, ORD_MODE="post") == (val, trained)
+    assert train(tmp_path, shards, "same", script, **settings) == (val, trained)
 
 
 def test_strength_changes_the_run(baseline, shards, tmp_path):
-    """If a did nothing, the equality above would prove nothing."""
+    """Fails if the strength did nothing: the equality above would prove nothing."""
     _, val, _ = baseline
     assert train(tmp_path, shards, "a1", ORD, SPECTRAL_LR_MUL=1)[0][1:] != val[1:]
 
 
-def test_a_rerun_is_bit_equal(baseline, shards, tmp_path):
-    _, val, trained = baseline
-    assert train(tmp_path, shards, "again") == (val, trained)
-
-
 def test_another_seed_starts_from_other_weights_and_other_batches(baseline, shards, tmp_path):
-    """Seeds that nothing uses gave the first versions error bars of mere GPU noise."""
+    """Fails if nothing uses the seed: error bars would show the noise of the hardware alone."""
     _, val, trained = baseline
     other, other_trained = train(tmp_path, shards, "seed1", SEED=1)
     assert other[0] != val[0]  # the first validation sees the initial weights alone
@@ -53,34 +63,50 @@ def test_another_seed_starts_from_other_weights_and_other_batches(baseline, shar
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_any_number_of_ranks_trains_the_same(baseline, shards, tmp_path, ranks):
-    """Within 2e-4 in every validation loss: the ranks share the tokens and only round differently."""
+    """Fails if a validation loss differs by more than 2e-4: ranks share the tokens, and only round
+    differently."""
     _, val, _ = baseline
     got, _ = train(tmp_path, shards, f"ranks{ranks}", ranks=ranks)
     assert got == pytest.approx(val, abs=2e-4)
 
 
 def test_ord_modes_agree_over_ranks(shards, tmp_path):
-    """Each rank holds other matrices: rho, its reference and its log must not depend on where they live."""
+    """Fails if rho, its reference or its log depend on which rank holds a matrix."""
     # at the preset's ADAM_LR clipping turns a rounding into 1e-3 within two steps; at half of it, it does not
     settings = dict(SPECTRAL_SCALE="unit", SPECTRAL_RHO_MODE="row", GRAD_CLIP=1.0, ADAM_LR=0.008)
     one, _ = train(tmp_path, shards, "one", ORD, **settings)
     two, _ = train(tmp_path, shards, "two", ORD, ranks=2, **settings)
     assert two == pytest.approx(one, abs=2e-4)
-    rhos = [
-        re.findall(
-            r"spec_(?:attn|mlp):\[(.*?)\]", (tmp_path / "logs" / f"{n}.txt").read_text().split("=" * 100)[2]
-        )
-        for n in ("one", "two")
-    ]
-    values = [[float(x) for part in r for x in part.split(",")] for r in rhos]
-    assert len(values[0]) == len(values[1]) > 0
-    assert values[1] == pytest.approx(values[0], abs=2e-3)
+    for name in ("spec_attn", "spec_mlp"):
+        columns = [
+            read_log(tmp_path / "logs" / f"{run_id}.txt")[0].columns[name] for run_id in ("one", "two")
+        ]
+        assert columns[0].value.size > 0
+        np.testing.assert_allclose(columns[1].value, columns[0].value, atol=2e-3)
 
 
-def test_rehearsal_leaks_nothing(baseline, shards, tmp_path):
-    """Warm-up works on a copy: with it or without, every digit is the same."""
+@pytest.mark.usefixtures("one_thread")
+def test_rehearsal_leaks_nothing(baseline, shards, tmp_path, monkeypatch):
+    """Fails if a rehearsal does not work on a copy: after it, every digit must be the same."""
     _, val, trained = baseline
-    assert train(tmp_path, shards, "rehearsed", REHEARSE=1) == (val, trained)
+    monkeypatch.chdir(tmp_path)
+    with run_here(train_gpt, base_env(shards, RUN_ID="rehearsed")) as start:
+        steps, make_step = [], train_gpt.Trainer.step
+
+        def step(self, number, *args, **kwargs):
+            steps.append(number)
+            return make_step(self, number, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_gpt.Trainer, "step", step)
+            train_gpt.rehearse(start, StopRequest())
+        assert {train_gpt.Schedule(start.s, start.model_config).stage(number) for number in steps} == {
+            0,
+            1,
+            2,
+        }
+        assert train_gpt.Run(start, StopRequest()).train() == 14
+    assert (losses(tmp_path, "rehearsed"), losses(tmp_path, "rehearsed", "train_loss")) == (val, trained)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -92,7 +118,7 @@ def test_other_optimizers_train(baseline, shards, tmp_path, optimizer):
 
 
 def test_two_agents_train_together(baseline, shards, tmp_path):
-    """torchrun --nnodes=2, both agents on this machine: what several machines do."""
+    """Fails if several machines do not train as one does: torchrun --nnodes=2, both agents here."""
     _, val, _ = baseline
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -116,7 +142,7 @@ GOLDEN = {  # validation losses at steps 0, 5, 10
 
 @pytest.mark.parametrize("n_grams", GOLDEN)
 def test_golden_losses(n_grams, shards, tmp_path):
-    """Any change to model, data, optimizer or schedule moves these. Processors differ by less than 2e-4."""
+    """Fails if model, data, optimizer or schedule changed. Processors differ by less than 2e-4."""
     settings, wanted = GOLDEN[n_grams]
     rates = dict(ADAM_LR=0.008, MUON_LR=0.012)  # as they were when the losses were written down
     val, _ = train(tmp_path, shards, "golden", NUM_SCHEDULED_ITERATIONS=10, SEED=42, **rates, **settings)
@@ -124,7 +150,7 @@ def test_golden_losses(n_grams, shards, tmp_path):
 
 
 def test_bad_settings_end_the_run_before_it_starts(shards, tmp_path):
-    """Exit code 2 and one sentence; the same from torchrun, where rank 0 alone speaks."""
+    """Fails if there is more than an exit code of 2 and a sentence; from torchrun, rank 0 alone speaks."""
     done = run(tmp_path, BASELINE, base_env(shards, SEED="minus one"), ranks=0)
     assert done.returncode == 2
     assert "SEED='minus one'" in done.stderr and "Traceback" not in done.stderr
@@ -134,22 +160,22 @@ def test_bad_settings_end_the_run_before_it_starts(shards, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_log_is_never_overwritten(baseline, shards):
+def test_a_log_is_never_overwritten(baseline, shards, monkeypatch, capsys):
     cwd, _, _ = baseline
     before = (cwd / "logs" / "baseline.txt").read_bytes()
-    done = run(cwd, BASELINE, base_env(shards, RUN_ID="baseline"), ranks=0)
-    assert done.returncode == 2 and "never overwritten" in done.stderr
+    monkeypatch.chdir(cwd)
+    assert "never overwritten" in refusal(train_gpt, base_env(shards, RUN_ID="baseline"), capsys)
     assert (cwd / "logs" / "baseline.txt").read_bytes() == before
 
 
-def test_missing_data_says_what_makes_it(tmp_path):
-    done = run(tmp_path, BASELINE, base_env(tmp_path), ranks=0)
-    assert done.returncode == 2
-    assert "made_train_*.bin" in done.stderr and "data/README.md" in done.stderr
+def test_missing_data_says_what_makes_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = refusal(train_gpt, base_env(tmp_path), capsys)
+    assert "made_train_*.bin" in said and "data/README.md" in said
 
 
 def test_divergence_ends_the_run_with_3(shards, tmp_path):
-    """A run that lost its numbers must say so and stop, not train on."""
+    """Fails if a run that lost its numbers trains on, or does not say so."""
     done = run(tmp_path, BASELINE, base_env(shards, RUN_ID="wild", ADAM_LR="1e30", MUON_LR="1e30"), ranks=0)
     assert done.returncode == 3, done.stdout + done.stderr
     assert re.search(r"^event:diverged step:\d+", (tmp_path / "logs" / "wild.txt").read_text(), re.M)
@@ -158,8 +184,8 @@ def test_divergence_ends_the_run_with_3(shards, tmp_path):
 def test_the_log_holds_what_the_readers_need(baseline):
     cwd, val, _ = baseline
     text = (cwd / "logs" / "baseline.txt").read_text()
-    source, head, steps = text.split("\n" + "=" * 100 + "\n")
-    assert source.startswith((ROOT / BASELINE).read_text()[:500])
+    source, head, steps = text.split("\n" + BAR + "\n")
+    assert "\n# file: train_gpt.py, " in source
     config = json.loads(head.splitlines()[0].removeprefix("config:"))
     assert config["seed"] == 0 and config["muon_lr"] > 0 and config["model_config"]["width"] > 0
     assert re.search(r"^event:started .*source_hash:[0-9a-f]{16}", head, re.M)

@@ -1,5 +1,6 @@
 """sample.py and the model file that a run leaves: what comes out of it is what was trained."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -10,67 +11,85 @@ from helpers import BASELINE, ROOT, base_env, losses, make_tokens, run, small_co
 
 import sample
 import train_gpt
+from runtime import checkpoints
+from runtime.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory):
+    """The folder of a finished run, `short`."""
     cwd = tmp_path_factory.mktemp("sampled")
     train(cwd, shards, "short", BASELINE)
     return cwd
 
 
 def test_the_file_holds_what_was_validated(trained, shards):
-    """The last validation loss comes out again, token by token, from nothing but the file."""
+    """Fails if the file alone does not give the run's last validation loss again."""
     path = trained / "logs" / "short" / "model.safetensors"
     model, metadata = sample.load_model(path, "cpu")
     settings = train_gpt.read_settings(base_env(shards))[0]
     _, val = train_gpt.open_data(settings, 1)
     model.rotary.make_tables(settings.val_batch_tokens)
-    batches = list(train_gpt.val_batches(val, settings, train_gpt.Ranks("cpu")))
-    total = sum(model(b, tuple(metadata["windows"]), None, metadata["tied"])[0].item() for b in batches)
+    batches = list(train_gpt.val_batches(val, settings, Ranks("cpu")))
+    windows, tied = tuple(metadata["windows"]), metadata["tied"]
+    with torch.no_grad():
+        total = sum(model.val_loss(batch, windows, tied)[0].item() for batch in batches)
     assert total / settings.val_tokens == pytest.approx(losses(trained, "short")[-1], abs=2e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_next_logits_are_the_models(tied, tmp_path):
-    """Sampling goes around GPT.forward, so its probabilities must be checked against it; every feature on."""
+    """Fails if sampling, which goes around GPT.val_loss, has other probabilities; every feature is on."""
     model = small_model(train_gpt, vocab_size=100)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
-    config = {
-        "model_config": train_gpt.dataclasses.asdict(small_config(train_gpt)),
+    metadata = {
+        "config": dataclasses.asdict(small_config(train_gpt)),
         "vocab_size": 100,
         "mark": 0,
         "residual_scale": 1.0,
+        "rotary_scale": model.rotary.scale,
+        "windows": (8, 16),
+        "tied": tied,
     }
     path = tmp_path / "model.safetensors"
-    train_gpt.save_model(path, model, config, (8, 16), tied)
+    checkpoints.save_model(path, model, metadata)
     loaded, metadata = sample.load_model(path, "cpu")
     loaded.rotary.make_tables(64)
     tokens = make_tokens([24], vocab_size=100).tolist()
     ends = torch.tensor([0, 24], dtype=torch.int32)
     inputs = torch.tensor([tokens], dtype=torch.int32)
+
+    @torch.no_grad()
+    def nats_of(targets) -> float:
+        return model.val_loss(train_gpt.Batch(inputs, targets, ends, 24), (8, 16), tied)[0].item()
+
     nats = []
     for target in range(100):  # the loss of each possible last target is minus its log probability
         targets = torch.full((1, 24), target)
-        batch = train_gpt.Batch(inputs, targets, ends, 24)
-        other = train_gpt.Batch(inputs, torch.cat((targets[:, :-1], targets[:, :1] * 0), 1), ends, 24)
-        nats.append((model(batch, (8, 16), None, tied)[0] - model(other, (8, 16), None, tied)[0]).item())
+        other = torch.cat((targets[:, :-1], targets[:, :1] * 0), 1)
+        nats.append(nats_of(targets) - nats_of(other))
     logits = sample.next_logits(loaded, tokens, metadata)
     assert np.allclose((logits[0] - logits).numpy(), nats, atol=2e-4)
 
 
-def test_the_same_seed_gives_the_same_text(trained):
-    def ask(*args):
-        argv = [sys.executable, str(ROOT / "sample.py"), "logs/short/model.safetensors", *args]
-        return subprocess.run(argv, cwd=trained, capture_output=True, text=True)
+def test_the_same_seed_gives_the_same_text(trained, capsys):
+    """Fails if sampled text cannot be had again, or every seed gives the same."""
+    path = str(trained / "logs" / "short" / "model.safetensors")
 
-    first, again = (ask("--prompt", "import", "--tokens", "20", "--seed", "3") for _ in range(2))
-    assert first.returncode == 0, first.stderr
-    assert first.stdout == again.stdout and first.stdout.startswith("import")
-    assert ask("--prompt", "import", "--tokens", "20", "--seed", "4").stdout != first.stdout
-    assert ask("--tokens", "0").returncode == 2
+    def ask(seed) -> str:
+        assert sample.main([path, "--prompt", "import", "--tokens", "20", "--seed", seed]) == 0
+        return capsys.readouterr().out
+
+    first = ask("3")
+    assert first == ask("3") and first.startswith("import") and first != ask("4")
+
+
+def test_a_wrong_argument_ends_the_command_with_2(trained):
+    argv = [sys.executable, str(ROOT / "sample.py"), "logs/short/model.safetensors", "--tokens", "0"]
+    done = subprocess.run(argv, cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 2 and "--tokens must be at least 1" in done.stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", None])

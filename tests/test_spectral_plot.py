@@ -3,9 +3,6 @@
 import csv
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +12,9 @@ from sweeps_for_tests import STEPS, make_sweep, spectral_arms
 
 import plot_spectral_sweep
 from analysis import style
+from analysis.read_results import read_results
+from analysis.spectral_picture import figure as spectral_figure
 from analysis.stats import summarize
-from analysis.sweep_results import read_results
-
-ROOT = Path(plot_spectral_sweep.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +30,7 @@ def draw(tmp_path, arms, control="spectral_lr_0", **kwargs):
     kwargs = {"val_every": 20, **kwargs}
     file = make_sweep(tmp_path, "sweep", arms, control=control, **kwargs)
     results = read_results([file], tmp_path / "logs")
-    figure = plot_spectral_sweep.figure(results, 3.28)
+    figure = spectral_figure(results, 3.28)
     figure.draw_without_rendering()
     return figure, results
 
@@ -110,13 +106,13 @@ def test_rho_is_signed_and_spans_magnitudes(tmp_path):
 
 
 def test_both_signs_of_rho(tmp_path):
-    """Where rho changes its sign, both halves are shown with the same scale."""
+    """A rho that changes its sign has both halves shown on the same scale."""
     file = make_sweep(tmp_path, "sweep", spectral_arms(0, baseline=False), seeds=(1,), val_every=20)
     log = next((tmp_path / "logs").glob("*.txt"))
     head, steps = log.read_text().rsplit("=" * 100, 1)
     steps = re.sub(r"(step:1\d\d/.*spec_attn:)(\[.*?\])", lambda m: m[1] + m[2].replace("-", ""), steps)
     log.write_text(head + "=" * 100 + steps)
-    figure = plot_spectral_sweep.figure(read_results([file], tmp_path / "logs"), 3.28)
+    figure = spectral_figure(read_results([file], tmp_path / "logs"), 3.28)
     ax = panel(figure, "mean ρ of attention")
     y = next(line for line in ax.lines if len(line.get_xdata()) > 2).get_ydata()
     assert min(y) < 0 < max(y) and ax.get_ylim()[0] < min(y) and max(y) < ax.get_ylim()[1]
@@ -270,31 +266,3 @@ def test_failed_and_missing_runs_are_in_the_table(tmp_path):
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert any("n=3, 1 failed" in text for text in legend) and any("1 not ended" in text for text in legend)
     assert math.isnan(results.arms[1].samples()[0][-1])
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "there is no folder logs/"),
-        (["--logs", "empty"], "no log in empty"),
-        (["none.txt"], "no log none.txt"),
-        (["begun"], "none of the 1 runs has logged a step yet"),
-        (["begun", "--out", "x.jpg"], "x.jpg: a plot is written as one of"),
-    ],
-)
-def test_errors_speak_to_a_person(tmp_path, monkeypatch, capsys, arguments, message):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "x.txt").write_text(make_log("x", num_steps=STEPS, end=-1, end_event=""))
-    monkeypatch.chdir(tmp_path)
-    assert plot_spectral_sweep.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and "Traceback" not in captured.err and not captured.out
-    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.md"))
-
-
-def test_import_is_light():
-    """Nothing here needs torch, and errors must not wait for matplotlib."""
-    code = "import sys, plot_spectral_sweep; print({'torch', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

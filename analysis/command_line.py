@@ -1,0 +1,55 @@
+"""The command line that all commands share: arguments, output, errors."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that prints the command's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def make_sweep_parser(description: str | None, out: str, paths: str = "+") -> argparse.ArgumentParser:
+    """Return a parser for a command that reads a sweep or logs.
+
+    `out` explains --out; `paths` is argparse's nargs of the sweep or logs.
+    """
+    parser = make_parser(description)
+    parser.add_argument("paths", nargs=paths, type=Path, metavar="SWEEP.toml|LOG", help="a sweep, or logs")
+    parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of logs and manifests")
+    parser.add_argument("--pool-sources", action="store_true", help="pool runs of different source code")
+    parser.add_argument("--out", type=Path, help=out)
+    return parser
+
+
+def run(
+    command: Callable[[argparse.Namespace], None],
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+) -> int:
+    """Call a command with its parsed arguments; return its exit code, 2 if what the user gave is wrong."""
+    options = parser.parse_args(arguments)
+    try:
+        command(options)
+    except (ValueError, OSError) as error:
+        return complain(error)
+    return 0
+
+
+def say(text: str) -> None:
+    """Print a line, if anybody reads: `| tee` ends at Ctrl-C before a launcher that has runs to stop."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(error: Exception | str) -> int:
+    """Print what is wrong with what the user gave; return the exit code for it."""
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,187 @@
+"""A sentence on what the final losses of a sweep allow to conclude.
+
+    from analysis.conclusion import conclusion
+    print(conclusion(results))
+
+It claims what `results.verdict` (stats.judge) claims, and says what remains undecided or untested.
+"""
+
+import math
+from collections.abc import Sequence
+
+from analysis.results import Results
+from analysis.stats import Comparison, Verdict, detectable
+from analysis.tables import format_p
+
+MAX_NAMED = 4  # arms named in a sentence, before "and 3 more"
+UPDATE_ONLY = "MUON_DECAY_MODE=update is only a learning-rate change, lr (1 + wd), and no decay"
+
+
+def _names(names: Sequence[str]) -> str:
+    """a, b and c; of many, the first ones."""
+    shown = list(names[:MAX_NAMED])
+    if len(names) > len(shown):
+        return f"{', '.join(shown)} and {len(names) - len(shown)} more"
+    return f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else "".join(shown)
+
+
+def _evidence(pair: Comparison, p: float) -> str:
+    size, low, high = abs(pair.difference), *sorted((abs(pair.low), abs(pair.high)))
+    n = f"n = {pair.n_arm}" + ("" if pair.n_arm == pair.n_control else f" and {pair.n_control}")
+    p = format_p(p)
+    p = p if p.startswith("<") else f"= {p}"
+    return f"{size:.4f}, {pair.confidence:.0%} interval {low:.4f} to {high:.4f}, p {p}, {n}"
+
+
+def conclusion(results: Results) -> str:
+    """A sentence that says what may be concluded from the final losses, and what may not."""
+    verdict, missing, done = results.verdict, results.count("missing"), results.count("done")
+    total = len(results.attempts)
+    update = any(arm.settings.get("muon_decay_mode") == "update" for arm in results.arms)
+    ending = f"; {UPDATE_ONLY}." if update else "."
+    if not done:
+        return f"Nothing may be concluded: none of {total} runs has finished{ending}"
+    lowest = verdict.best or verdict.lowest
+    if missing:
+        runs = f"{'planned ' if results.planned else ''}runs {'has' if missing == 1 else 'have'}"
+        so_far = ""
+        if lowest and len(verdict.summaries) > 1:
+            so_far = f"; so far the lowest mean is that of {lowest} ({verdict.summaries[lowest]})"
+        return (
+            f"Nothing may be concluded yet, as {missing} of {total} {runs} not ended, and who tests until "
+            f"something is found will find something{so_far}{ending}"
+        )
+    if len(verdict.summaries) == 1:
+        found = verdict.summaries[lowest]
+        return f"There is nothing to compare {lowest} with, whose final loss is {found}{ending}"
+    if all(summary.n <= 1 for summary in verdict.summaries.values()):
+        return (
+            "No difference may be concluded, as every arm is a single run, and how much repeats of one arm "
+            f"differ is not known; the lowest loss is that of {lowest}, {verdict.summaries[lowest]}{ending}"
+        )
+    may, may_not = _with_control(results) if verdict.control else _without_control(results)
+    parts = [f"it may be concluded that {', and that '.join(may)}"] if may else []
+    if not (verdict.better or verdict.worse):
+        than = "its control" if results.versus else verdict.control
+        kind = f"better or worse than {than}" if verdict.control else "the best"
+        parts.append(f"no arm may be called {kind}")
+    if may_not:
+        parts.append(f"it may not be concluded {', nor '.join(may_not)}")
+    if untested := _untested(results):
+        parts.append(f"nothing may be concluded from {', nor from '.join(untested)}")
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:] + ending
+
+
+def _with_control(results: Results) -> tuple[list[str], list[str]]:
+    verdict = results.verdict
+    may = []
+    for names, word in ((verdict.better, "better"), (verdict.worse, "worse")):
+        for control, group in _by_control(verdict, names):
+            most = max(group, key=lambda name: abs(verdict.versus_control[name].difference))
+            found = _evidence(verdict.versus_control[most], verdict.p_control[most])
+            by = f"by {found}" if len(group) == 1 else f"{most} by {found}"
+            may.append(f"{_names(group)} {_is(group)} {word} than {control} ({by})")
+    may += _facts(results)
+    may_not = []
+    undecided = [
+        name
+        for name, p in verdict.p_control.items()
+        if not math.isnan(p) and name not in verdict.better + verdict.worse and not (p < verdict.alpha)
+    ]
+    for control, group in _by_control(verdict, undecided):
+        unseen = _unseen([verdict.versus_control[name] for name in group], verdict)
+        may_not.append(
+            f"that {_names(group)} {'differs' if len(group) == 1 else 'differ'} from "
+            f"{control} or that {'it does' if len(group) == 1 else 'they do'} not{unseen}"
+        )
+    if len(verdict.better) > 1:
+        first = min(verdict.better, key=lambda name: verdict.summaries[name].mean)
+        others = [name for name in verdict.better if name != first]
+        if not (first == verdict.best and all(verdict.p_best[name] < verdict.alpha for name in others)):
+            may_not.append(f"that {first} is better than {_names(others)}")
+    for name, p in verdict.p_control.items():
+        if p < verdict.alpha and name not in verdict.better + verdict.worse:
+            word = "better" if verdict.versus_control[name].difference < 0 else "worse"
+            loser = name if word == "better" else verdict.controls[name]
+            may_not.append(f"that {name} is {word} ({_lost(verdict, loser)})")
+    return may, may_not
+
+
+def _by_control(verdict: Verdict, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Arms grouped by the control that each was compared with."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(verdict.controls[name], []).append(name)
+    return list(groups.items())
+
+
+def _without_control(results: Results) -> tuple[list[str], list[str]]:
+    verdict, best = results.verdict, results.verdict.best
+    may, may_not = _facts(results), []
+    if verdict.better:
+        runner_up = min(verdict.versus_best, key=lambda name: _mean_or_last(verdict, name))
+        found = _evidence(verdict.versus_best[runner_up], verdict.p_best[runner_up])
+        may = [f"{best} is better than every other arm (than {runner_up}, the next, by {found})", *may]
+    elif best:
+        near = [name for name, p in verdict.p_best.items() if p >= verdict.alpha]
+        if near:
+            unseen = _unseen([verdict.versus_best[name] for name in near], verdict)
+            may_not.append(f"that {best}, whose mean is lowest, differs from {_names(near)}{unseen}")
+    return may, may_not
+
+
+def _mean_or_last(verdict: Verdict, name: str) -> float:
+    mean = verdict.summaries[name].mean
+    return math.inf if math.isnan(mean) else mean
+
+
+def _is(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _lost(verdict: Verdict, name: str) -> str:
+    summary = verdict.summaries[name]
+    return f"{summary.failed} of {summary.n + summary.failed} runs of {name} failed"
+
+
+def _facts(results: Results) -> list[str]:
+    """Facts that need no test: arms that gave the control's very losses, arms whose runs all failed."""
+    verdict = results.verdict
+    equal = [n for n, pair in verdict.versus_control.items() if pair.difference == 0 and pair.sd == 0]
+    lost = [n for n, summary in verdict.summaries.items() if not summary.n and summary.failed]
+    groups = _by_control(verdict, equal)
+    facts = [f"{_names(group)} gave the very losses of {control}" for control, group in groups]
+    return facts + ([f"all runs of {_names(lost)} failed"] if lost else [])
+
+
+def _unseen(pairs: Sequence[Comparison], verdict: Verdict) -> str:
+    """The size below which a difference can go unseen."""
+    alpha = verdict.alpha / max(1, verdict.num_comparisons)
+    sizes = [
+        detectable(pair.sd, min(pair.n_arm, pair.n_control), alpha, pairs=pair.method == "paired")
+        for pair in pairs
+    ]
+    sizes = [size for size in sizes if math.isfinite(size)]
+    return f" (differences below about {max(sizes):.2g} can go unseen in so few runs)" if sizes else ""
+
+
+def _untested(results: Results) -> list[str]:
+    """Arms about which the runs say nothing, with the reason."""
+    verdict, parts = results.verdict, []
+    single = [name for name, summary in verdict.summaries.items() if summary.n == 1]
+    if single:
+        parts.append(f"{_names(single)} ({'a single run' if len(single) == 1 else 'single runs'})")
+    tested = verdict.versus_control if verdict.control else verdict.versus_best
+    p_values = verdict.p_control if verdict.control else verdict.p_best
+    flat = [
+        name
+        for name, pair in tested.items()
+        if min(pair.n_arm, pair.n_control) > 1 and math.isnan(p_values[name]) and pair.difference
+    ]
+    if flat:
+        parts.append(f"{_names(flat)} (whose runs do not vary)")
+    foreign = [arm.label for arm in results.arms if arm.foreign]
+    if foreign:
+        parts.append(f"{_names(foreign)} (other source code or data)")
+    return parts

@@ -1,0 +1,79 @@
+"""The GPUs and cores of this machine, found without torch."""
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+
+@functools.cache
+def visible_gpus() -> tuple[str, ...]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return tuple(ask_nvidia_smi("index"))
+    return tuple(part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1"))
+
+
+def ask_nvidia_smi(what: str) -> list[str]:
+    """Return one property of each GPU; an empty list without a driver."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    return asked.stdout.strip().splitlines() if asked.returncode == 0 else []
+
+
+def usable_cores() -> tuple[int, ...]:
+    """Return the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+@functools.cache
+def device_name(gpu: bool) -> str:
+    """Return the name of the first GPU or of the processor, as the trainers log it."""
+    if gpu:
+        names = ask_nvidia_smi("name")
+        name = names[0] if names else "unknown"
+    else:
+        name = platform.processor() or platform.machine()
+    return name.strip().replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one run may use. No cores means any."""
+
+    gpus: tuple[str, ...] = ()
+    cores: tuple[int, ...] = ()
+
+
+def share_out(parallel: int, nproc: int, use_gpus: bool) -> tuple[list[Slot], int]:
+    """Return disjoint slots for `parallel` runs at a time, and the number of ranks of a run.
+
+    nproc 0 means all GPUs of a slot; on CPU, one rank. ValueError if the machine is too small.
+    """
+    gpus = visible_gpus() if use_gpus else ()
+    if gpus:
+        nproc = nproc or max(1, len(gpus) // parallel)
+        if parallel * nproc > len(gpus):
+            raise ValueError(
+                f"{parallel} runs at a time x {nproc} ranks want {parallel * nproc} GPUs, found "
+                f"{len(gpus)} ({', '.join(gpus)}); lower --parallel or --nproc-per-run"
+            )
+        return [Slot(gpus=gpus[i * nproc : (i + 1) * nproc]) for i in range(parallel)], nproc
+    cores = usable_cores()
+    if parallel > len(cores):
+        raise ValueError(
+            f"{parallel} runs at a time want {parallel} CPU cores at least, found {len(cores)}; "
+            "lower --parallel"
+        )
+    nproc = nproc or 1
+    if parallel == 1:
+        return [Slot()], nproc
+    share = len(cores) // parallel
+    return [Slot(cores=cores[i * share : (i + 1) * share]) for i in range(parallel)], nproc

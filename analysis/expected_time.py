@@ -1,0 +1,73 @@
+"""How long planned runs will take, from earlier runs of the same model, batch sizes and machine."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from analysis.devices import Slot, device_name, usable_cores
+from analysis.manifest import LOGS, ManifestFolder, Run
+from analysis.run_log import list_logs, read_log
+from analysis.style import format_time
+from analysis.trainers import read_trainer
+
+HISTORY_LOGS = 100  # so many of the newest logs are read
+
+
+@dataclass(frozen=True)
+class Past:
+    """A finished run: what decides how long a step takes, seconds a step, and seconds beside the steps."""
+
+    run_id: str
+    shape: tuple
+    step_s: float
+    other_s: float  # start, compiling, validation
+
+
+def expected_time(runs: Sequence[Run], slots: Sequence[Slot], nproc: int) -> str:
+    """Return in words how long these runs will take."""
+    history = read_history(slots[0], nproc)
+    total, used = 0.0, set()
+    for run in runs:
+        settings = read_trainer(run.script).resolve(run.settings)
+        shape = (settings.get("MODEL"), settings.get("BATCH_SIZES"))
+        fits = [past for past in history if past.shape == shape]
+        if not fits:
+            return "expected time unknown: no finished log of this model, batch sizes and device yet"
+        total += sum(past.step_s * num_steps(settings) + past.other_s for past in fits) / len(fits)
+        used.update(past.run_id for past in fits)
+    each, rounds = 1000 * total / len(runs), math.ceil(len(runs) / len(slots))
+    source = "1 earlier log" if len(used) == 1 else f"{len(used)} earlier logs"
+    return f"expected time about {format_time(each * rounds)} ({format_time(each)} a run, from {source})"
+
+
+def num_steps(settings: dict) -> float:
+    """Return the steps of a run by its resolved settings."""
+    scheduled, batches = settings.get("NUM_SCHEDULED_ITERATIONS", 0), settings.get("BATCH_SIZES")
+    if settings.get("TRAIN_TOKENS"):  # the last batch size is that of the extension
+        scheduled = settings["TRAIN_TOKENS"] * (len(batches) - 1) / sum(batches[:-1])
+    return scheduled + settings.get("NUM_EXTENSION_ITERATIONS", 0)
+
+
+def read_history(slot: Slot, nproc: int) -> list[Past]:
+    """Return the finished runs on such a slot."""
+    machine = {"device": device_name(bool(slot.gpus)), "world_size": str(nproc)}
+    if not slot.gpus:
+        threads = str(max(1, len(slot.cores or usable_cores()) // nproc))
+        if nproc == 1:  # several ranks set it themselves
+            threads = os.environ.get("OMP_NUM_THREADS", threads)
+        machine["threads"] = threads
+    walls = {run.run_id: run.wall_s for manifest in ManifestFolder(LOGS).poll() for run in manifest.runs}
+    logs = list_logs(LOGS) if LOGS.is_dir() else []
+    history = []
+    for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)[:HISTORY_LOGS]:
+        log = read_log(path)[-1]
+        started, train_s = log.event("started"), log.last_time_ms / 1000
+        if log.state != "finished" or not started or log.last_step < 1 or not math.isfinite(train_s):
+            continue
+        if all(started.fields.get(name) == value for name, value in machine.items()):
+            shape = (log.config.get("model"), log.config.get("batch_sizes"))
+            wall_s = walls.get(log.run_id, math.nan)
+            other_s = max(0.0, wall_s - train_s) if math.isfinite(wall_s) else 0.0
+            history.append(Past(log.run_id, shape, train_s / log.last_step, other_s))
+    return history

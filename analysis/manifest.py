@@ -1,0 +1,159 @@
+"""Manifests: what a sweep has planned and done, logs/SWEEP.sweep.json. This is their only reader and writer.
+
+manifest = read_manifest(manifest_path("spectral_lr"))
+manifest.runs                        # the present plan, and how each run of it stands
+manifest.earlier                     # attempts that are no longer part of the plan
+manifest.control_of("a_1")           # tag of the arm to compare that arm with, or None
+folder = ManifestFolder("logs")
+folder.poll()                        # all manifests there; what has changed is read again
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from analysis.files import write_atomically
+
+LOGS = Path("logs")  # where the trainers write, relative to the working directory
+SUFFIX = ".sweep.json"
+
+
+@dataclass
+class Run:
+    """One training run, planned or made.
+
+    state: planned, submitted (to SLURM), running, finished, diverged, crashed, hung, stopped.
+    """
+
+    run_id: str
+    tag: str
+    script: str
+    seed: int
+    settings: dict  # as the sweep file sets them; the trainer knows the defaults
+    settings_hash: str  # of all settings that affect training, defaults included, except the seed
+    source_hash: str  # the trainer's own, of the code that decides the numbers
+    state: str = "planned"
+    exit_code: int | None = None
+    log: str = ""
+    started: str | None = None
+    ended: str | None = None
+    reason: str = ""
+    host: str = ""
+    diverged_above: float | None = None  # the threshold at which the launcher stopped it
+
+    @property
+    def key(self) -> tuple:
+        """Equal for two runs that must give the same numbers."""
+        return (self.settings_hash, self.seed, self.source_hash)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from start to end; NaN if the manifest does not say."""
+        if not self.started or not self.ended:
+            return math.nan
+        begin, end = datetime.fromisoformat(self.started), datetime.fromisoformat(self.ended)
+        return (end - begin).total_seconds()
+
+    @property
+    def console(self) -> Path:
+        """The file that has the run's console output."""
+        return Path(self.log).with_suffix(".out")
+
+    @staticmethod
+    def from_record(record: dict) -> "Run":
+        """Return a run from its record in a manifest, without unknown parts; TypeError if one is missing."""
+        names = {f.name for f in dataclasses.fields(Run)}
+        return Run(**{name: value for name, value in record.items() if name in names})
+
+
+@dataclass
+class Manifest:
+    """A sweep's plan and its runs. `versus` maps an arm's tag to its own control, if it has one."""
+
+    path: Path
+    file: str = ""  # the sweep file, as the launcher was given it
+    scale: str | None = None
+    control: str | None = None
+    versus: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    runs: list[Run] = field(default_factory=list)
+    earlier: list[Run] = field(default_factory=list)
+
+    @property
+    def sweep(self) -> str:
+        """Name of the sweep."""
+        return self.path.name.removesuffix(SUFFIX)
+
+    def control_of(self, tag: str) -> str | None:
+        """Return the tag of the arm that this one is compared with, if there is one."""
+        return self.versus.get(tag, self.control)
+
+    def save(self) -> None:
+        """Write the manifest, whole or not at all."""
+        data = {
+            "sweep": self.sweep,
+            "file": self.file,
+            "scale": self.scale,
+            "control": self.control,
+            "versus": self.versus,
+            "created": self.created,
+            "runs": [dataclasses.asdict(run) for run in self.runs],
+            "earlier": [dataclasses.asdict(run) for run in self.earlier],
+        }
+        write_atomically(self.path, json.dumps(data, indent=1) + "\n")
+
+
+def now() -> str:
+    """Return the time as manifests have it."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def manifest_path(sweep: str, logs: Path = LOGS) -> Path:
+    """Return where a sweep's manifest is."""
+    return logs / f"{sweep}{SUFFIX}"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest. FileNotFoundError if there is none; ValueError if the file is not one."""
+    try:
+        data = json.loads(path.read_text())
+        runs = [Run.from_record(record) for record in data["runs"]]
+        earlier = [Run.from_record(record) for record in data.get("earlier", [])]
+        return Manifest(
+            path,
+            file=str(data.get("file", "")),
+            scale=data.get("scale"),
+            control=data.get("control"),
+            versus=dict(data.get("versus") or {}),
+            created=str(data.get("created", "")),
+            runs=runs,
+            earlier=earlier,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a sweep's manifest: {error}") from None
+
+
+class ManifestFolder:
+    """The manifests in a folder, each read again only when its file has changed."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.errors: list[str] = []
+        self._read: dict[Path, tuple[int, Manifest]] = {}
+
+    def poll(self) -> list[Manifest]:
+        """Return all manifests that can be read, by name; `errors` says what is wrong with the others."""
+        before, self._read, self.errors = self._read, {}, []
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+            try:
+                written = path.stat().st_mtime_ns
+                if path in before and before[path][0] == written:
+                    self._read[path] = before[path]
+                else:
+                    self._read[path] = (written, read_manifest(path))
+            except (OSError, ValueError) as error:
+                self.errors.append(str(error))
+        return [manifest for _, manifest in self._read.values()]

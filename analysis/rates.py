@@ -1,0 +1,304 @@
+"""The values of a sweep over one number, such as the learning rate: what learns, what fails, what is best.
+
+    from analysis.rates import analyse
+    analysis = analyse(results)              # or analyse(results, "MUON_LR", ["MUON_DECAY_MODE=param"])
+    analysis.rates[0].label, analysis.best().value, analysis.near_best()
+
+Every value gets a label by RULES. "The fall" is how far the best value's loss fell from where training began.
+Values statistically tied with the best are those of stats.contenders.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from analysis.by_value import beside, by_value, numbers_that_vary
+from analysis.results import Attempt, Results, SweepArm, loss_of, samples_of
+from analysis.run_log import format_value
+from analysis.stats import Contenders, Summary, contenders, summarize
+
+RATES = ("muon_lr", "adam_lr", "router_lr")  # looked at first, if no setting is named
+GOOD = 0.98  # share of the best's fall that a good value keeps
+LOST = 0.05  # share of the fall that an unstable run lost again on its way
+SPREAD = 5.0  # an unstable value's runs differ by so many times the noise, and by 1 - GOOD of the fall
+TOP = 0.2
+RULES = {
+    "optimal": f"good, and it cannot be told from the best value ({1 - 0.05:.0%} confidence)",
+    "good": f"its mean loss fell by at least {GOOD:.0%} of the fall",
+    "too low": "not good, and lower than the best value",
+    "declining": "not good, and higher than the best value",
+    "unstable": "some but not all of its runs diverged; or a run's validation loss stood at some time more "
+    f"than {LOST:.0%} of the fall above its lowest until then; or its runs' sd exceeds {SPREAD:g} times the "
+    f"sweep's noise and {1 - GOOD:.0%} of the fall",
+    "diverged": "all its runs diverged, or ended no lower than they began",
+    "no result": "no run has finished and none diverged: they crashed, hung or have not ended",
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# What is measured of a run
+# ------------------------------------------------------------------------------------------------
+
+
+def accuracy_of(attempt: Attempt) -> float:
+    """Share of tokens predicted right at the last validation; NaN if it is not logged."""
+    val = attempt.log.val if attempt.log else ()
+    return float(val.acc[-1]) if len(val) else math.nan
+
+
+def minutes_of(attempt: Attempt) -> float:
+    return attempt.log.last_time_ms / 60000 if attempt.log else math.nan
+
+
+def efficiency_of(attempt: Attempt) -> float:
+    """Accuracy a minute of training."""
+    minutes = minutes_of(attempt)
+    return accuracy_of(attempt) / minutes if minutes > 0 else math.nan
+
+
+def start_of(attempt: Attempt) -> float:
+    """The first validation's loss, before the first step if that was measured."""
+    losses = attempt.log.val.loss if attempt.log else np.zeros(0)
+    return float(losses[0]) if len(losses) else math.nan
+
+
+def diverged(attempt: Attempt) -> bool:
+    """True if it was stopped as diverged, has a loss that is no number, or ended no lower than it began."""
+    if attempt.outcome == "done":
+        return attempt.log is not None and len(attempt.log.val) > 1 and attempt.loss >= start_of(attempt)
+    return attempt.state in ("diverged", "finished")
+
+
+def largest_rise(attempt: Attempt) -> float:
+    """The most that a run's validation loss rose above its lowest until then; NaN without validations."""
+    losses = attempt.log.val.loss if attempt.log else np.zeros(0)
+    losses = losses[np.isfinite(losses)]
+    return float((losses - np.minimum.accumulate(losses)).max()) if len(losses) else math.nan
+
+
+# ------------------------------------------------------------------------------------------------
+# The values of a sweep
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rate:
+    """A value of the setting, and what its runs gave; means are over seeds."""
+
+    value: float
+    arm: SweepArm
+    loss: Summary
+    accuracy: Summary
+    minutes: Summary
+    label: str = ""
+    sure: bool | None = None  # whether the noise leaves it on its side of good's limit; None: unknown
+
+    @property
+    def name(self) -> str:
+        """The label of its arm, by which the statistics know it."""
+        return self.arm.label
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss.mean)
+
+    @property
+    def efficiency(self) -> float:
+        """Percentage points of accuracy a minute of training."""
+        return 100 * self.accuracy.mean / self.minutes.mean if self.minutes.mean > 0 else math.nan
+
+    @property
+    def num_diverged(self) -> int:
+        return sum(map(diverged, self.arm.attempts))
+
+    @property
+    def status(self) -> str:
+        """Counts such as "2 finished, 1 diverged"; a run that ended no lower than it began has diverged."""
+        words = []
+        for attempt in self.arm.attempts:
+            if diverged(attempt):
+                words.append("diverged")
+            else:
+                words.append("not ended" if attempt.outcome == "missing" else attempt.state)
+        order = sorted(set(words), key=lambda word: (word != "finished", word))
+        return ", ".join(f"{words.count(word)} {word}" for word in order)
+
+
+@dataclass
+class Analysis:
+    """A sweep over one setting (in lower case); rates in order of value, only those that can be compared."""
+
+    results: Results
+    setting: str
+    rates: list[Rate]
+    by_loss: Contenders
+    by_accuracy: Contenders
+    start: float  # loss where training began, mean over runs
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fall(self) -> float:
+        best = self.best()
+        return self.start - best.loss.mean if best else math.nan
+
+    def contenders(self, by: str = "loss") -> Contenders:
+        return self.by_loss if by == "loss" else self.by_accuracy
+
+    def best(self, by: str = "loss") -> Rate | None:
+        """The rate of lowest loss (highest accuracy) whose runs all finished; None if there is none."""
+        lowest = self.contenders(by).lowest
+        return next((rate for rate in self.rates if rate.name == lowest), None)
+
+    def near_best(self, by: str = "loss") -> list[Rate]:
+        """The rates statistically tied with the best, the best among them."""
+        return [rate for rate in self.rates if rate.name in self.contenders(by).names]
+
+    def top(self) -> list[Rate]:
+        """The fifth of the rates whose mean loss is lowest, in order of value."""
+        known = sorted((r for r in self.rates if r.loss.n), key=lambda rate: (rate.loss.mean, rate.value))
+        chosen = known[: math.ceil(TOP * len(known))]
+        return [rate for rate in self.rates if rate in chosen]
+
+    def stable(self) -> list[Rate]:
+        """The rates around the best up to the next that is unstable, diverged or has no result."""
+        best = self.best()
+        if best is None or best.label in ("unstable", "diverged"):
+            return []
+        place = self.rates.index(best)
+        bad = [i for i, rate in enumerate(self.rates) if rate.label in ("unstable", "diverged", "no result")]
+        low = max((i + 1 for i in bad if i < place), default=0)
+        high = min((i for i in bad if i > place), default=len(self.rates))
+        return self.rates[low:high]
+
+    def threshold(self) -> Rate | None:
+        """The lowest rate above the best at which a run diverged."""
+        best = self.best()
+        start = self.rates.index(best) + 1 if best else 0
+        return next((rate for rate in self.rates[start:] if rate.num_diverged), None)
+
+    @property
+    def noise_known(self) -> bool:
+        return bool(self.by_loss.df)
+
+
+def select(results: Results, conditions: Sequence[str]) -> Results:
+    """The results with only the arms for which all conditions NAME=VALUE hold."""
+    arms = results.arms
+    for condition in conditions:
+        name, _, wanted = condition.partition("=")
+        values = sorted({format_value(a.settings[name.lower()]) for a in arms if name.lower() in a.settings})
+        arms = [a for a in arms if format_value(a.settings.get(name.lower(), "")) == wanted]
+        if not arms:
+            known = f"{name} is one of {', '.join(values)}" if values else f"no arm has a setting {name}"
+            raise ValueError(f"--where {condition}: no such arm; {known}")
+    labels = {arm.label for arm in arms}
+    control = results.control if results.control in labels else None
+    versus = {a: b for a, b in results.versus.items() if control and labels >= {a, b}}
+    return replace(results, arms=arms, control=control, versus=versus, notes=list(results.notes))
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def choose_setting(results: Results, asked: str | None) -> str:
+    """The setting to look at, in lower case: as asked, else a learning rate, else the most varied number."""
+    varied = numbers_that_vary(results)
+    known = f"numbers that vary: {', '.join(name.upper() for name in varied) or 'none'}"
+    if asked is not None:
+        if asked.lower() not in varied:
+            raise ValueError(f"--setting {asked}: it is not a number that varies in {results.name}; {known}")
+        return asked.lower()
+    for name in RATES:
+        if name in varied:
+            return name
+    if not varied:
+        raise ValueError(f"no setting that is a number varies in {results.name}: there is nothing to compare")
+    return by_value(results) or varied[0]
+
+
+MEASURES: dict[str, Callable[[Attempt], float]] = {
+    "loss": loss_of,
+    "accuracy": accuracy_of,
+    "minutes": minutes_of,
+}
+
+
+def analyse(results: Results, asked: str | None = None, conditions: Sequence[str] = ()) -> Analysis:
+    """The analysis. Raises ValueError if no such setting varies, or several arms have one value."""
+    results = select(results, conditions)
+    setting = choose_setting(results, asked)
+    results.by = setting
+    arms = [arm for arm in results.arms if setting in arm.settings and not arm.foreign]
+    notes = [
+        f"{arm.label} is left out: {arm.foreign or f'it has no {setting.upper()}'}"
+        for arm in results.arms
+        if arm not in arms
+    ]
+    results.arms = arms
+    check_one_arm_a_value(results, setting)
+    others = beside(results, setting)
+    if others:
+        notes.append(f"values differ also in {', '.join(name.upper() for name in others)}")
+    rates = [
+        Rate(float(arm.settings[setting]), arm, *(summarize(arm.samples(m)[0]) for m in MEASURES.values()))
+        for arm in sorted(arms, key=lambda arm: float(arm.settings[setting]))
+    ]
+    in_order = [rate.arm for rate in rates]
+    by_loss = contenders(*samples_of(in_order))
+    by_accuracy = contenders(*samples_of(in_order, lambda attempt: -accuracy_of(attempt)))
+    starts = [start_of(attempt) for attempt in results.attempts]
+    starts = [start for start in starts if math.isfinite(start)]
+    start = math.fsum(starts) / len(starts) if starts else math.nan
+    analysis = Analysis(results, setting, rates, by_loss, by_accuracy, start, notes)
+    for rate in rates:
+        rate.label, rate.sure = label_of(rate, analysis)
+    return analysis
+
+
+def check_one_arm_a_value(results: Results, setting: str) -> None:
+    arms: dict[float, SweepArm] = {}
+    for arm in results.arms:
+        value = float(arm.settings[setting])
+        if value in arms:
+            names = beside(results, setting)
+            hints = [
+                f"--where {name.upper()}={format_value(arm.settings[name])}"
+                for name in names
+                if arm.settings.get(name) != arms[value].settings.get(name) and name in arm.settings
+            ]
+            raise ValueError(
+                f"{arms[value].label} and {arm.label} both have {setting.upper()}={value:g}: choose between "
+                f"them{f', as with {hints[0]}' if hints else ' by naming another --setting'}"
+            )
+        arms[value] = arm
+
+
+def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
+    """The label by RULES, and whether noise leaves it on its side of good's limit (None: unknown)."""
+    done = [a for a in rate.arm.attempts if a.outcome == "done"]
+    learnt = [attempt for attempt in done if not diverged(attempt)]
+    best, fall = analysis.best(), analysis.fall
+    if not learnt:
+        return ("diverged" if rate.num_diverged else "no result"), None
+    if rate.num_diverged or best is None or is_unstable(rate, learnt, analysis):
+        return "unstable", None
+    short = rate.loss.mean - best.loss.mean
+    limit = (1 - GOOD) * fall
+    sure = None
+    if analysis.noise_known:
+        width = analysis.by_loss.half_width(rate.name, best.name)
+        sure = rate is best or abs(short - limit) > width
+    if not short <= limit:
+        return ("too low" if rate.value < best.value else "declining"), sure
+    return ("optimal" if rate.name in analysis.by_loss.names else "good"), sure
+
+
+def is_unstable(rate: Rate, learnt: Sequence[Attempt], analysis: Analysis) -> bool:
+    fall = analysis.fall
+    if any(largest_rise(attempt) > LOST * fall for attempt in learnt):
+        return True
+    wide = max(SPREAD * analysis.by_loss.sd, (1 - GOOD) * fall)  # NaN if the noise is unknown: never wider
+    return analysis.noise_known and rate.loss.sd > wide

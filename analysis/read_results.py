@@ -1,0 +1,346 @@
+"""Reads a sweep, by its file and manifest, or any logs, into Results.
+
+    from analysis.read_results import read_results
+    results = read_results(["sweeps/spectral_lr.toml"])                  # as planned in its manifest
+    results = read_results(["logs/a.txt", "logs/b.txt"], control="a=0")  # or any logs, or folders of them
+
+What a reader of the numbers must know about the runs goes to `results.notes`.
+"""
+
+import hashlib
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from analysis.arms import group_by_arm
+from analysis.manifest import Manifest, Run, manifest_path, read_manifest
+from analysis.results import FAILED, Attempt, Results, SweepArm
+from analysis.run_log import RunLog, find_log, format_value, read_log, read_runs
+from analysis.style import shorten
+
+
+def read_results(
+    paths: Sequence[str | Path],
+    logs: str | Path = "logs",
+    control: str | None = None,
+    pool_sources: bool = False,
+) -> Results:
+    """A sweep given by its file or manifest, or logs and folders of logs. Raises ValueError or OSError.
+
+    `control` names the arm to compare with, where the sweep names none or another is wanted.
+    """
+    paths = [Path(path) for path in paths]
+    sweeps = [path for path in paths if path.suffix in (".toml", ".json")]
+    if sweeps and len(paths) > 1:
+        raise ValueError(f"{sweeps[0]} is a sweep; give one sweep, or logs, not both")
+    logs = Path(logs)
+    results = _read_sweep(sweeps[0], logs, pool_sources) if sweeps else _read_logs(paths, pool_sources)
+    _mark_foreign(results, control)
+    results.control = _find_control(results, control)
+    if control is None:
+        results.versus = _find_versus(results)
+    results.notes += _remarks(results)
+    return results
+
+
+def _read_sweep(file: Path, logs: Path, pool_sources: bool) -> Results:
+    path = file if file.suffix == ".json" else manifest_path(file.name.removesuffix(".toml"), logs)
+    if file.suffix == ".toml" and not file.exists():
+        known = ", ".join(sorted(map(str, file.parent.glob("*.toml")))) or f"none in {file.parent}/"
+        raise ValueError(f"no sweep file {file}; there: {known}")
+    manifest = _read_plan(path, file)
+    attempts = [_attempt(record, path.parent) for record in manifest.runs]
+    records = {record.run_id: record for record in manifest.runs}
+    arms = []
+    for (label, source), members in _groups(attempts, pool_sources).items():
+        record, runs = records[members[0].run_id], [attempt.log for attempt in members if attempt.log]
+        arm = SweepArm(label, record.tag, runs, members, Path(record.script).name, source)
+        arm.settings = {key.lower(): value for key, value in record.settings.items()}
+        arms.append(arm)
+    asked = set().union(*(arm.settings for arm in arms))
+    _resolve_settings(arms)
+    found = Results(manifest.sweep, arms, manifest.control, path.parent, True, manifest.scale)
+    found.versus = manifest.versus
+    unasked = [name for name in found.varied() if name not in asked]
+    if unasked:
+        values = (f"{name.upper()} ({_some(_values(arms, name))})" for name in unasked)
+        found.notes.append(f"arms differ in settings that the sweep does not set: {', '.join(values)}")
+    found.earlier = [_attempt(record, path.parent) for record in manifest.earlier]
+    found.question = _question(file if file.suffix == ".toml" else Path(manifest.file))
+    if pool_sources:
+        found.notes.append(_pooled([attempt.source for attempt in attempts if attempt.source]))
+    found.notes += [
+        note for attempt in attempts for note in _contradictions(attempt, records[attempt.run_id])
+    ]
+    return found
+
+
+def _groups(attempts: Sequence[Attempt], pool_sources: bool) -> dict[tuple[str, str], list[Attempt]]:
+    """Runs of the same tag, source code and data, by label and source; a run without a log joins its tag."""
+    known: dict[str, Counter] = {}
+    for attempt in attempts:
+        if attempt.log:
+            known.setdefault(attempt.tag, Counter())[attempt.source, attempt.data] += 1
+    groups: dict[tuple, list[Attempt]] = {}
+    for attempt in attempts:
+        source, data = attempt.source, attempt.data
+        if not attempt.log and attempt.tag in known:
+            source, data = known[attempt.tag].most_common(1)[0][0]
+        groups.setdefault((attempt.tag, "" if pool_sources else source, data), []).append(attempt)
+    tags, sources = Counter(tag for tag, _, _ in groups), {key[:2] for key in groups}
+    labelled = {}
+    for (tag, source, data), members in groups.items():
+        label = tag
+        if sum(other == tag for other, _ in sources) > 1:
+            label += f" (source {source[:8] or 'unknown'})"
+        if tags[tag] > sum(other == tag for other, _ in sources):
+            label += f" (data {hashlib.sha256(data.encode()).hexdigest()[:8]})"
+        labelled[label, source] = members
+    return labelled
+
+
+def _values(arms: Sequence[SweepArm], name: str) -> list[str]:
+    return sorted({format_value(arm.settings[name]) for arm in arms if name in arm.settings})
+
+
+def _read_plan(path: Path, file: Path) -> Manifest:
+    try:
+        manifest = read_manifest(path)
+    except FileNotFoundError:
+        raise ValueError(
+            f"no {path}, which says what was planned and done: launch the sweep first "
+            f"(python launch_lr_sweep.py {file}), name its folder with --logs, or give the logs themselves"
+        ) from None
+    if not manifest.runs:
+        raise ValueError(f"{path} plans no runs")
+    return manifest
+
+
+def _attempt(record: Run, folder: Path) -> Attempt:
+    """A planned run with its log, if there is one. Where they disagree on how it ended, the log counts."""
+    log = None
+    for place in (folder, Path(record.log).parent):
+        path = find_log(place, Path(record.log).name) if record.log else None
+        if path:
+            log = read_log(path)[-1]
+            break
+    attempt = Attempt(record.run_id, record.seed, record.state, math.nan, record.tag, record.reason)
+    attempt.source, attempt.log = record.source_hash, log
+    if log:
+        attempt.source = log.source_hash or record.source_hash
+        attempt.seed = record.seed if log.seed is None else log.seed
+        if log.state in ("finished", "crashed", "diverged") and record.state not in FAILED:
+            attempt.state = log.state
+    elif attempt.state == "finished":
+        attempt.state, attempt.reason = "log gone", "it finished, but its log is not there any more"
+    return _with_loss(attempt)
+
+
+def _with_loss(attempt: Attempt) -> Attempt:
+    if attempt.state == "finished":
+        attempt.loss = attempt.log.final_val_loss if attempt.log else math.nan
+        if not math.isfinite(attempt.loss):
+            attempt.reason = "it finished without a validation loss that is a number"
+    return attempt
+
+
+def _contradictions(attempt: Attempt, record: Run) -> Iterable[str]:
+    """A note if a log's own configuration is not what the manifest planned."""
+    if not attempt.log or not attempt.log.config:
+        return
+    planned = {key.lower(): value for key, value in record.settings.items() if value != "auto"}
+    planned["seed"] = record.seed
+    logged = attempt.log.config
+    differing = [
+        f"{key.upper()}={format_value(logged[key])} (planned {format_value(value)})"
+        for key, value in planned.items()
+        if key in logged and format_value(logged[key]) != format_value(value)
+    ]
+    if differing:
+        yield f"the log of {attempt.run_id} has other settings than were planned: {', '.join(differing)}"
+
+
+def _resolve_settings(arms: Sequence[SweepArm]) -> None:
+    """Complete each arm's settings with defaults from its logs, or from those of other arms of its script."""
+    shared: dict[str, dict] = {}
+    for arm in arms:
+        logged = next((run.settings for run in arm.runs if run.config), {})
+        if logged:
+            shared.setdefault(arm.script, logged)
+            arm.settings = {**arm.settings, **logged}
+    for arm in arms:
+        arm.settings = {**shared.get(arm.script, {}), **arm.settings}
+
+
+def _question(file: Path) -> str:
+    """The first paragraph of comment at the head of a sweep file."""
+    try:
+        text = file.read_text()
+        tomllib.loads(text)
+    except (OSError, ValueError):
+        return ""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#") or not line.strip("# "):
+            break
+        lines.append(line.lstrip("# ").rstrip())
+    return " ".join(lines)
+
+
+def _read_logs(paths: Sequence[Path], pool_sources: bool) -> Results:
+    runs = read_runs(paths)
+    if not runs:
+        places = ", ".join(map(str, paths))
+        raise ValueError(f"no log in {places}: logs are files that end in .txt or .txt.xz")
+    notes = []
+    if pool_sources:
+        notes.append(_pooled([run.source_hash for run in runs if run.source_hash]))
+        runs = [replace(run, source_hash="pooled" if run.source_hash else "") for run in runs]
+    groups, said = group_by_arm(runs)
+    arms = []
+    for group in groups:
+        first = group.runs[0]
+        attempts = [_found(run) for run in group.runs]
+        arm = SweepArm(group.label, group.key, group.runs, attempts, Path(first.script).name)
+        arm.source, arm.settings = first.source_hash, first.settings
+        arms.append(arm)
+    _shorten_labels(arms)
+    folder = paths[0] if paths[0].is_dir() else paths[0].parent
+    name = paths[0].stem if len(paths) == 1 else f"{paths[0].stem}-and-{len(paths) - 1}-more"
+    return Results(name, arms, None, folder, notes=[*notes, *said])
+
+
+def _shorten_labels(arms: Sequence[SweepArm]) -> None:
+    """Leave scripts out of labels that are unique without them."""
+    bare = [arm.label.removeprefix(f"{Path(arm.script).stem} ") if arm.script else arm.label for arm in arms]
+    if len(set(bare)) == len(bare):
+        for arm, label in zip(arms, bare, strict=True):
+            arm.label = label
+
+
+def _found(run: RunLog) -> Attempt:
+    """A log without a plan. llm.c's logs do not say whether they are whole, and are taken for finished."""
+    finished = run.state == "finished" or (run.state == "unknown" and math.isfinite(run.final_val_loss))
+    attempt = Attempt(run.run_id, run.seed, "finished" if finished else run.state)
+    attempt.source, attempt.log = run.source_hash, run
+    return _with_loss(attempt)
+
+
+def _pooled(sources: Sequence[str]) -> str:
+    different = sorted(set(sources))
+    if len(different) < 2:
+        return "--pool-sources changed nothing: all runs have the same source code"
+    return f"runs of {len(different)} different source codes were pooled, as --pool-sources asked"
+
+
+def _mark_foreign(results: Results, control: str | None) -> None:
+    """Mark the arms that cannot be compared, as their source code or data is not that of the others.
+
+    The control's source and data count for its script, else those of most runs. Public logs, which have no
+    settings, differ in their source by nature, and are compared.
+    """
+    wanted = control or results.control
+    by_script: dict[str, list[SweepArm]] = {}
+    for arm in results.arms:
+        if arm.settings:
+            by_script.setdefault(arm.script, []).append(arm)
+    for script, arms in by_script.items():
+        preferred = [arm for arm in arms if wanted in (arm.label, arm.key)] or arms
+        sources = Counter({arm.source: 0 for arm in preferred})
+        for arm in preferred:
+            sources[arm.source] += len(arm.runs)
+        usual = max(sources, key=lambda source: (sources[source], source))
+        for arm in arms:
+            if arm.source != usual:
+                arm.foreign = f"other source code than the other runs of {script or 'its script'}"
+                if f"(source {arm.source[:8]}" not in arm.label:
+                    arm.label += f" (source {arm.source[:8] or 'unknown'})"
+    data = Counter()
+    for arm in results.arms:
+        data[_data_of(arm)] += 0 if arm.foreign else len(arm.runs)
+    known = {text: count for text, count in data.items() if text and count}
+    preferred = [_data_of(arm) for arm in results.arms if wanted in (arm.label, arm.key) and not arm.foreign]
+    usual = next(filter(None, preferred), max(known, key=lambda text: (known[text], text), default=""))
+    for arm in results.arms:
+        if _data_of(arm) not in ("", usual) and not arm.foreign:
+            arm.foreign = f"other data ({shorten(_data_of(arm), 60)}) than the other runs"
+
+
+def _data_of(arm: SweepArm) -> str:
+    return next((attempt.data for attempt in arm.attempts if attempt.data), "")
+
+
+def _find_control(results: Results, wanted: str | None) -> str | None:
+    """The control arm's label: as asked for or planned, else that of a = 0, else the baseline's; or None."""
+    arms = [arm for arm in results.arms if not arm.foreign]
+    if wanted is not None:
+        exact = [arm for arm in arms if wanted in (arm.label, arm.key)]
+        fitting = exact or [a for a in arms if wanted in a.label or any(wanted in r.run_id for r in a.runs)]
+        if len(fitting) != 1:
+            found = "none of" if not fitting else f"{len(fitting)} of"
+            names = ", ".join(arm.label for arm in fitting or arms)
+            raise ValueError(f"control {wanted!r} fits {found} the arms, wanted one: {names}")
+        return fitting[0].label
+    if results.planned:
+        named = [arm.label for arm in arms if arm.key == results.control]
+        return named[0] if named else None
+    zero = [arm for arm in arms if arm.strength == 0]
+    if zero and any(arm.strength for arm in arms):
+        return max(zero, key=lambda arm: len(arm.attempts)).label
+    other = [arm for arm in arms if arm.settings and "spectral_lr_mul" not in arm.settings]
+    with_ord = [arm for arm in arms if "spectral_lr_mul" in arm.settings]
+    return other[0].label if len(other) == 1 and with_ord else None
+
+
+def _find_versus(results: Results) -> dict[str, str]:
+    """Labels of the controls that single arms have of their own; one that cannot be compared is a note."""
+    labels = {arm.key: arm.label for arm in results.arms if not arm.foreign}
+    found = {labels[key]: labels.get(other) for key, other in results.versus.items() if key in labels}
+    for label in [label for label, other in found.items() if other is None or results.control is None]:
+        results.notes.append(
+            f"{label}: its own control is not among the arms that can be compared; compared with "
+            f"{results.control or 'the lowest mean'} instead"
+        )
+        del found[label]
+    return found
+
+
+def _remarks(results: Results) -> list[str]:
+    """Notes that a reader of the numbers needs about the runs behind them."""
+    notes = [f"{arm.label} is not compared: it has {arm.foreign}" for arm in results.arms if arm.foreign]
+    for arm in results.arms:
+        repeats = Counter(a.seed for a in arm.attempts if a.outcome == "done" and a.seed is not None)
+        repeated = [f"{count} runs of seed {seed}" for seed, count in repeats.items() if count > 1]
+        if repeated:
+            notes.append(
+                f"{arm.label}: {', '.join(repeated)} count as one, their mean, as they differ by the machine "
+                "alone"
+            )
+    lengths = {int(run.val.step[-1]) for run in _finished(results) if len(run.val)}
+    tokens = {float(run.val.tokens[-1]) for run in _finished(results) if len(run.val)}
+    if len(lengths) > 1:
+        notes.append(f"the runs' last validations are at different steps: {_some(sorted(lengths))}")
+    elif len(tokens) > 1 and all(map(math.isfinite, tokens)):
+        notes.append(
+            f"runs of equal steps were trained on different numbers of tokens: {_some(sorted(tokens))}"
+        )
+    for name in ("device", "world_size", "torch"):
+        started = [run.event("started") for run in results.runs]
+        values = sorted({event.fields[name] for event in started if event and name in event.fields})
+        if len(values) > 1:
+            notes.append(f"runs differ in {name}: {_some(values)}; times cannot be compared")
+    unread = [run for run in results.runs if run.unread_lines]
+    notes += [f"{run.run_id}: {run.unread_lines} lines of its log could not be read" for run in unread]
+    return list(dict.fromkeys(notes))
+
+
+def _finished(results: Results) -> list[RunLog]:
+    return [attempt.log for attempt in results.attempts if attempt.log and attempt.outcome == "done"]
+
+
+def _some(values: Sequence[object]) -> str:
+    texts = [f"{value:.0f}" if isinstance(value, float) else str(value) for value in values]
+    return ", ".join(texts[:6]) + (", ..." if len(texts) > 6 else "")

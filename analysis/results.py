@@ -1,0 +1,218 @@
+"""The results of a sweep: its runs, planned or found, by arm, and the verdict on the arms.
+
+    from analysis.read_results import read_results
+    results = read_results(["sweeps/spectral_lr.toml"])
+    results.arms[0].samples()     # losses and seeds; failed runs are NaN
+    results.verdict.better        # stats.judge; all that plots and reports claim comes from here
+
+Losses are those of the last validation, in nats per token.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from analysis.arms import Arm
+from analysis.run_log import RunLog, not_training
+from analysis.stats import Comparison, Summary, Verdict, judge, summarize
+
+FAILED = ("crashed", "diverged", "hung")  # they count as runs; any other state but finished: not ended (yet)
+
+
+@dataclass
+class Attempt:
+    """A run, planned or found, and what became of it. `loss` is NaN unless it finished."""
+
+    run_id: str
+    seed: int | None
+    state: str
+    loss: float = math.nan
+    tag: str = ""
+    reason: str = ""
+    source: str = ""
+    log: RunLog | None = None
+
+    @property
+    def outcome(self) -> str:
+        """done, failed (counts as a run) or missing (has not ended)."""
+        if self.state == "finished":
+            return "done" if math.isfinite(self.loss) else "failed"
+        return "failed" if self.state in FAILED else "missing"
+
+    @property
+    def data(self) -> str:
+        """The data that the run says it used; empty if it does not say."""
+        started = self.log.event("started") if self.log else None
+        parts = [started.fields.get(name, "") for name in ("train_data", "val_data")] if started else []
+        return " ".join(part for part in parts if part)
+
+
+def loss_of(attempt: Attempt) -> float:
+    return attempt.loss
+
+
+@dataclass
+class SweepArm(Arm):
+    """Runs that differ only in their seed. `runs` are their logs; `foreign` says why it is not compared."""
+
+    attempts: list[Attempt] = field(default_factory=list)
+    script: str = ""
+    source: str = ""
+    settings: dict = field(default_factory=dict)
+    foreign: str = ""
+
+    def samples(self, measure: Callable[[Attempt], float] = loss_of) -> tuple[list[float], list[int | None]]:
+        """A loss (or another measure) and a seed for each seed that finished, NaN for each failed run.
+
+        Repeats of one seed differ by the machine alone: they are averaged to one value. Runs whose seed is
+        unknown are taken for different ones.
+        """
+        by_seed: dict = {}
+        for number, attempt in enumerate(self.attempts):
+            if attempt.outcome == "done":
+                key = ("run", number) if attempt.seed is None else attempt.seed
+                by_seed.setdefault(key, []).append(measure(attempt))
+        losses = [math.fsum(values) / len(values) for values in by_seed.values()]
+        seeds = [None if isinstance(key, tuple) else key for key in by_seed]
+        failed = [attempt for attempt in self.attempts if attempt.outcome == "failed"]
+        return losses + [math.nan] * len(failed), seeds + [attempt.seed for attempt in failed]
+
+    def values(self, measure: Callable[[Attempt], float] = loss_of) -> list[float]:
+        """The finite values among the samples."""
+        return [value for value in self.samples(measure)[0] if math.isfinite(value)]
+
+    def count(self, outcome: str) -> int:
+        return sum(attempt.outcome == outcome for attempt in self.attempts)
+
+    @property
+    def strength(self) -> float | None:
+        """ORD's a, or None where no single a is in the update: the baseline, ORD_MODE=post and the like."""
+        split = any(self.settings.get(f"spectral_lr_mul_{part}") is not None for part in ("attn", "mlp"))
+        if split or self.settings.get("ord_mode") in ("post", "off"):
+            return None
+        value = self.settings.get("spectral_lr_mul")
+        return float(value) if isinstance(value, (int, float)) else None
+
+
+def samples_of(
+    arms: Iterable[SweepArm], measure: Callable[[Attempt], float] = loss_of
+) -> tuple[dict[str, list[float]], dict[str, list[int | None]]]:
+    """Losses (or another measure) by the arms' labels, and seeds by the arms' labels."""
+    losses, seeds = {}, {}
+    for arm in arms:
+        losses[arm.label], seeds[arm.label] = arm.samples(measure)
+    return losses, seeds
+
+
+@dataclass
+class Results:
+    """A sweep's arms in the order planned (or found); `notes` are what its reader must be told."""
+
+    name: str
+    arms: list[SweepArm]
+    control: str | None = None
+    folder: Path = Path("logs")
+    planned: bool = False  # whether there is a manifest that says what should have been run
+    scale: str | None = None
+    question: str = ""
+    earlier: list[Attempt] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    by: str | None = None  # the setting, in lower case, to order and colour arms by, if one was asked for
+    versus: dict[str, str] = field(default_factory=dict)  # an arm's label -> its own control's
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        losses, seeds = samples_of(arm for arm in self.arms if not arm.foreign)
+        return judge(losses, seeds, self.control, self.versus)
+
+    @property
+    def reference(self) -> str | None:
+        """The arm that all are compared with: the control, else the arm of lowest mean."""
+        return self.control or self.verdict.best or self.verdict.lowest
+
+    @property
+    def compared_with(self) -> str:
+        """The other side of all comparisons, for headings."""
+        return "its control" if self.versus else self.reference or "nothing"
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        return [attempt for arm in self.arms for attempt in arm.attempts]
+
+    @property
+    def runs(self) -> list[RunLog]:
+        return [run for arm in self.arms for run in arm.runs]
+
+    @property
+    def has_steps(self) -> bool:
+        """True if any run has logged a step."""
+        return any(run.last_step >= 0 for run in self.runs)
+
+    def count(self, outcome: str) -> int:
+        return sum(arm.count(outcome) for arm in self.arms)
+
+    def summary(self, arm: SweepArm) -> Summary:
+        """The verdict's summary of an arm; for an arm that is not compared, its own."""
+        return self.verdict.summaries.get(arm.label) or summarize(arm.samples()[0])
+
+    def comparison(self, label: str) -> tuple[Comparison | None, float]:
+        """An arm against what it is compared with, and p after Holm's correction.
+
+        (None, NaN) for the reference itself and for arms that are not compared.
+        """
+        verdict = self.verdict
+        pairs, p = verdict.versus_best, verdict.p_best
+        if self.control:
+            pairs, p = verdict.versus_control, verdict.p_control
+        return pairs.get(label), p.get(label, math.nan)
+
+    def call(self, label: str) -> str:
+        """better, worse or undecided; undecided as long as runs are missing."""
+        if self.count("missing"):
+            return "undecided"
+        if label in self.verdict.better:
+            return "better"
+        return "worse" if label in self.verdict.worse else "undecided"
+
+    def ranked(self) -> list[SweepArm]:
+        """Arms by mean final loss; those not compared and those without a finished run come last."""
+        means = {name: summary.mean for name, summary in self.verdict.summaries.items()}
+        places = {arm.label: means.get(arm.label, math.nan) for arm in self.arms}
+        return sorted(
+            self.arms, key=lambda arm: (math.isnan(places[arm.label]), places[arm.label], arm.label)
+        )
+
+    def varied(self) -> list[str]:
+        """Settings, in lower case, in which arms differ; an arm whose script lacks one does not count."""
+        hidden = set().union(*(run.not_training for run in self.runs)) if self.runs else not_training()
+        names = sorted(set().union(*(arm.settings for arm in self.arms)) - hidden)
+        values = {name: {repr(a.settings[name]) for a in self.arms if name in a.settings} for name in names}
+        return [name for name in names if len(values[name]) > 1]
+
+    def tied(self, name: str) -> list[str]:
+        """Settings that vary with this one alone, as ADAM_LR = 0.1 x MUON_LR does.
+
+        Each value of one comes with a single value of the other; two values of each are no rule.
+        """
+        found = []
+        for other in self.varied():
+            both = [arm.settings for arm in self.arms if name in arm.settings and other in arm.settings]
+            pairs = {(repr(settings[name]), repr(settings[other])) for settings in both}
+            own, others = {pair[0] for pair in pairs}, {pair[1] for pair in pairs}
+            if other != name and len(pairs) == len(own) == len(others) > 2:
+                found.append(other)
+        return found
+
+    def remarks(self, arm: SweepArm) -> list[str]:
+        """A single run; how many of its runs failed or have not ended; not compared."""
+        parts = []
+        if self.summary(arm).n == 1:
+            parts.append("a single run")
+        for outcome, word in (("failed", "failed"), ("missing", "not ended")):
+            if arm.count(outcome):
+                parts.append(f"{arm.count(outcome)} of {len(arm.attempts)} {word}")
+        if arm.foreign:
+            parts.append("not compared")
+        return parts

@@ -1,0 +1,194 @@
+"""Which runs of a sweep are still to be made, and what became of those that were started before."""
+
+import platform
+import signal
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from analysis.command_line import say
+from analysis.manifest import LOGS, Manifest, Run, manifest_path, now, read_manifest
+from analysis.processes import processes_of, stop_processes
+from analysis.run_environment import given_settings
+from analysis.run_log import RunLog, format_value, read_log
+from analysis.sweep_files import Sweep, run_name
+from analysis.trainers import read_trainer
+
+
+def open_manifest(sweep: Sweep) -> Manifest:
+    """Return the sweep's manifest with what the sweep file says now, new if there is none yet."""
+    path = manifest_path(sweep.name)
+    try:
+        manifest = read_manifest(path)
+    except FileNotFoundError:
+        manifest = Manifest(path, created=now())
+    except ValueError as error:
+        raise ValueError(f"{error}; move it away to begin the sweep anew") from None
+    manifest.file, manifest.scale, manifest.control = sweep.file, sweep.scale, sweep.control
+    manifest.versus = {arm.tag: arm.versus for arm in sweep.arms if arm.versus}
+    return manifest
+
+
+def plan(sweep: Sweep, manifest: Manifest) -> dict[int, str]:
+    """Put the sweep's runs into the manifest; for the index of each that must be made, return why.
+
+    What was done with the same training settings, seed and source stays as it is, whatever its scale.
+    """
+    old = [*manifest.earlier, *manifest.runs]
+    done = {run.key: run for run in old if is_done(run, sweep.diverged_above)}
+    attempts = {(run.tag, run.seed): run for run in old if run.state != "planned"}
+    runs, why = [], {}
+    for run in sweep.runs():
+        same = done.get(run.key)
+        if same:
+            same.tag = run.tag
+        else:
+            why[len(runs)] = reason_to_run(run, attempts.get((run.tag, run.seed)))
+        runs.append(same or run)
+    stamp = free_stamp([runs[i] for i in why])
+    resumed = set()
+    for i in why:
+        before = attempts.get((runs[i].tag, runs[i].seed))
+        if before and before.key == runs[i].key and left_a_checkpoint(before):
+            runs[i].run_id, runs[i].log = before.run_id, before.log
+            resumed.add(id(before))
+            why[i] += ", goes on from its checkpoint"
+        else:
+            runs[i].run_id = run_name(runs[i], stamp)
+            runs[i].log = str(LOGS / f"{runs[i].run_id}.txt")
+    kept = {id(run) for run in runs} | resumed
+    manifest.earlier = [
+        run for run in old if id(run) not in kept and run.state not in ("planned", "submitted")
+    ]
+    manifest.runs = runs
+    return why
+
+
+def is_done(run: Run, diverged_above: float | None) -> bool:
+    """Return whether a run need not be made again. A crash may be the machine's, a divergence is not."""
+    if run.state == "diverged" and run.diverged_above not in (None, diverged_above):
+        return False  # it was stopped at another threshold
+    return run.state == "running" or (run.state in ("finished", "diverged") and Path(run.log).exists())
+
+
+def reason_to_run(run: Run, before: Run | None) -> str:
+    """Return why a run must be made, given the last attempt of its arm and seed."""
+    if before is None:
+        return "new"
+    if before.settings_hash != run.settings_hash:
+        return "settings changed"
+    if before.source_hash != run.source_hash:
+        return "source changed"
+    if before.state in ("finished", "diverged"):
+        return "threshold changed" if Path(before.log).exists() else "log is gone"
+    return f"{before.state} before"
+
+
+def free_stamp(runs: Sequence[Run]) -> str:
+    """Return the time, or the next second that no log has in its name: logs are never overwritten."""
+    at = time.time()
+    while True:
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(at))
+        if not any((LOGS / f"{run_name(run, stamp)}.txt").exists() for run in runs):
+            return stamp
+        at += 1
+
+
+def left_a_checkpoint(run: Run) -> bool:
+    """Return whether the trainer can go on where this attempt was stopped or crashed."""
+    log = Path(run.log)
+    ended_early = run.state in ("stopped", "crashed", "hung")
+    return ended_early and log.exists() and any(log.with_suffix("").glob("step_*.pt"))
+
+
+def recorded_otherwise(planned: Sequence[Run], done: Sequence[Run]) -> list[str]:
+    """Return one line for each way in which runs that are done were recorded otherwise than is asked now."""
+    logs: dict[str, list[str]] = {}
+    for new, old in zip(planned, done, strict=True):
+        trainer = read_trainer(new.script)
+        was, wanted = (trainer.affecting("recording", given_settings(run)) for run in (old, new))
+        different = [name for name in wanted if was[name] != wanted[name]]
+        if different:
+            with_what = ", ".join(f"{name}={format_value(was[name])}" for name in different)
+            without = ", ".join(format_value(wanted[name]) for name in different)
+            logs.setdefault(f"{with_what} (now {without})", []).append(old.log)
+    return [
+        f"recorded with {what}, and not run again: {', '.join(paths)}; delete a log to run it again"
+        for what, paths in logs.items()
+    ]
+
+
+# ------------------------------------------------------------------------------------------------
+# How runs ended
+# ------------------------------------------------------------------------------------------------
+
+
+def settle(run: Run, hang_minutes: float, act: bool) -> None:
+    """Find out what became of a run that the manifest has as running or submitted.
+
+    With `act`, stop what is left of it and end its log; else only look.
+    """
+    if run.state not in ("running", "submitted"):
+        return
+    here, log = run.host == platform.node(), Path(run.log)
+    if here and processes_of({run.run_id}):
+        if not act:
+            return
+        say(f"stopping {run.run_id}, left over from a launcher that was killed")
+        stop_processes(lambda: processes_of({run.run_id}))
+    if not log.exists():
+        run.state = "planned" if run.state == "submitted" else "stopped"
+        run.reason = "it wrote no log"
+        return
+    found, written = read_log(log)[-1], log.stat().st_mtime
+    state, started = found.state, found.event("started")
+    if state == "running" and not here and time.time() - written < hang_minutes * 60:
+        run.state = "running"  # on another machine
+        return
+    run.state = state if state in ("finished", "diverged", "crashed") else "stopped"
+    run.started = run.started or (started.fields.get("time") if started else None)
+    run.ended = datetime.fromtimestamp(written).astimezone().isoformat(timespec="seconds")
+    run.reason = "" if run.state in ("finished", "diverged") else "its launcher was killed"
+    if act:
+        end_log(run)
+
+
+def end_log(run: Run) -> None:
+    """Say in a run's log how it ended, if the trainer could not, so that no reader waits for more."""
+    path = Path(run.log)
+    event = "crashed" if run.state == "hung" else run.state
+    if event not in ("crashed", "diverged", "stopped") or not path.exists():
+        return
+    log = read_log(path)[-1]
+    if log.config and log.state == "running":
+        line = f"event:{event} reason:{run.reason}\n"
+        if not path.read_bytes().endswith(b"\n"):  # the last line was cut short
+            line = "\n" + line
+        with path.open("a") as file:
+            file.write(line)
+
+
+def how_it_ended(run: Run, log: RunLog | None) -> tuple[str, str]:
+    """Return state and reason, by the log first: torchrun turns every exit code that is not 0 into 1."""
+    if log and log.state == "finished":
+        return "finished", ""
+    if run.exit_code == 3 or (log and log.state == "diverged"):
+        return "diverged", "the loss is not a number, or above DIVERGED_ABOVE"
+    if run.exit_code is not None and run.exit_code < 0:
+        return "crashed", f"killed by signal {-run.exit_code} ({signal.strsignal(-run.exit_code)})"
+    return "crashed", f"exit code {run.exit_code}: {last_words(run, log)[:300]}"
+
+
+def last_words(run: Run, log: RunLog | None) -> str:
+    """Return the error in the log, else the last line on the console."""
+    crash = log.event("crashed") if log and log.state == "crashed" else None  # not one it resumed from
+    if crash:
+        return crash.fields.get("error", "")
+    try:
+        lines = run.console.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    if not log:  # it was refused: torchrun has more to say after the trainer's own words
+        lines = [line for line in lines if line.startswith(f"{Path(run.script).name}: ")] or lines
+    return lines[-1] if lines else ""

@@ -1,0 +1,77 @@
+"""Tables and numbers as text, Markdown, CSV and JSON; numbers that are not known are `-`, empty or null."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Text in columns: the first column to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *others]).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def format_markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def as_csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table as CSV, numbers to the last digit; empty where there is none."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    for row in without_nan(rows):
+        writer.writerow(["" if value is None else value for value in row])
+    return out.getvalue()
+
+
+def as_json(value: object) -> str:
+    """JSON that any reader takes: null for NaN and infinities."""
+    return json.dumps(without_nan(value), indent=1, ensure_ascii=False) + "\n"
+
+
+def without_nan(value: object) -> object:
+    """The value with None for each NaN and infinity in it."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def format_number(value: float, form: str) -> str:
+    """A number in Python's format; - if it is not known."""
+    return format(value, form) if math.isfinite(value) else "-"
+
+
+def format_loss(loss: float) -> str:
+    return format_number(loss, ".4f")
+
+
+def format_difference(value: float) -> str:
+    return format_number(value, "+.4f")
+
+
+def format_interval(low: float, high: float, signed: bool = True) -> str:
+    """[-0.0057, -0.0021]; - if it is not known."""
+    if not math.isfinite(low + high):
+        return "-"
+    return f"[{low:+.4f}, {high:+.4f}]" if signed else f"[{low:.4f}, {high:.4f}]"
+
+
+def format_p(p: float) -> str:
+    """0.034, 0.00012, < 0.0001; - if nothing was tested."""
+    if math.isnan(p):
+        return "-"
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"

@@ -1,0 +1,134 @@
+"""The house: the twins agree, files and functions keep their sizes, imports go one way, docstrings begin
+well."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sync_twins
+
+ROOT = Path(sync_twins.__file__).resolve().parent
+TRAINER_LINES = {"train_gpt.py": 1600, "train_gpt_muon_ord.py": 1850}
+FENCE_LINES = {"train_gpt.py": 25, "train_gpt_muon_ord.py": 350}
+FUNCTION_LINES = 60
+PACKAGES = ("runtime", "kernels", "analysis", "data")
+# What each part of the project may import of the project. The root's commands import no other command.
+MAY_IMPORT = {
+    "trainers": {"runtime", "kernels", "data"},
+    "runtime": {"runtime", "kernels", "data"},
+    "kernels": {"kernels", "runtime"},
+    "analysis": {"analysis"},
+    "data": {"data"},
+    "commands": {"analysis"},
+}
+COMMANDS_OF_A_TRAINER = {"sample.py": {"train_gpt", "kernels"}}  # it runs the model
+NO_GOOD_BEGINNING = re.compile(
+    r"(Of|By|In|To|For|From|With|At|On|What|Where|Which|Whether|Who|How|Until|As|Before|After|If|Than)\b"
+)
+MAY_BEGIN_SO = re.compile(r"(Whether|Where|How|What) .*")  # questions that a function answers
+
+
+def tracked(*patterns: str) -> list[Path]:
+    names = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True).stdout
+    return [ROOT / name for name in names.split() if (ROOT / name).exists()]
+
+
+def functions(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_the_twins_agree_outside_the_fence():
+    """Otherwise a comparison of the two would compare more than ORD with NorMuon."""
+    twin = ROOT / "train_gpt_muon_ord.py"
+    assert sync_twins.synced() == twin.read_text(), "run python sync_twins.py"
+
+
+@pytest.mark.parametrize("name", TRAINER_LINES)
+def test_a_trainer_can_be_read_in_an_hour(name):
+    text = (ROOT / name).read_text()
+    fence = text.partition("# >>> optimizer\n")[2].partition("# <<< optimizer\n")[0]
+    assert len(text.splitlines()) <= TRAINER_LINES[name]
+    assert 0 < len(fence.splitlines()) <= FENCE_LINES[name]
+
+
+def test_the_sections_of_a_trainer_stand_in_the_order_a_reader_asks():
+    text = (ROOT / "train_gpt.py").read_text()
+    found = re.findall(r"^# -{99}\n# ([A-Z]\w+)", text, re.M)
+    order = "Settings Presets Batches Model Loss Optimizer Schedule Evaluation Step Loop"
+    assert found == order.split()
+
+
+def test_no_function_is_longer_than_a_screen():
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for path in tracked("*.py")
+        if "tests" not in path.parts
+        for node in functions(path)
+        if node.end_lineno - node.lineno + 1 > FUNCTION_LINES and not is_kernel(node)
+    ]
+    assert not long, "\n".join(long)
+
+
+def is_kernel(node: ast.FunctionDef) -> bool:
+    """A Triton kernel, whose lines cannot be called apart."""
+    return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the project's modules and packages that a file imports, also inside functions."""
+    ours = {p.stem for p in ROOT.glob("*.py")} | set(PACKAGES)
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names} & ours
+
+
+def test_imports_go_one_way():
+    """commands -> analysis; trainers -> runtime, kernels, data; nothing below imports those."""
+    wrong = []
+    for path in tracked("*.py"):
+        parent = path.parent.relative_to(ROOT).as_posix()
+        if parent not in (".", *PACKAGES):
+            continue
+        kind = parent
+        if parent == ".":
+            kind = "trainers" if path.name in TRAINER_LINES else "commands"
+        allowed = MAY_IMPORT[kind] | COMMANDS_OF_A_TRAINER.get(path.name, set())
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in imported(path) - allowed]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "package, heavy", [("analysis", {"torch", "train_gpt"}), ("data", {"torch", "train_gpt"})]
+)
+def test_tools_start_without_torch(package, heavy):
+    """Loading every module of a package, as any command could, loads no torch."""
+    names = [f"{package}.{p.stem}" for p in sorted((ROOT / package).glob("*.py")) if p.stem != "__init__"]
+    code = f"import sys, importlib\nfor n in {names}: importlib.import_module(n)\n"
+    code += f"print({heavy} & set(sys.modules))"
+    path = f"{ROOT}:{ROOT / 'data'}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": path, "PATH": ""}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    """No docstring begins with a preposition or a relative word, unless it states the question it answers."""
+    odd = []
+    for path in tracked("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                doc = ast.get_docstring(node) or ""
+                if NO_GOOD_BEGINNING.match(doc) and not MAY_BEGIN_SO.match(doc):
+                    odd.append(f"{path.relative_to(ROOT)}:{node.lineno} {doc.splitlines()[0][:60]!r}")
+    assert not odd, "\n".join(odd)

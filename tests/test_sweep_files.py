@@ -1,0 +1,367 @@
+"""Sweep files: what they say is what is run, and what is wrong in them is said before anything runs."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from launches import TWO_ARMS, planned, sweep_file, with_env
+
+from analysis import devices
+from analysis.manifest import manifest_path, read_manifest
+from analysis.sweep_files import read_sweep
+from analysis.trainers import env_text, read_trainer, typed
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_names_are_the_seeds_with_seed_and_hash(place):
+    """Else tools that look for `lrmul-...-cd...-TAG-TIME` miss our runs, or two runs share a name."""
+    runs = planned(read_sweep(sweep_file(TWO_ARMS)))[0].runs
+    assert len({run.run_id for run in runs}) == 4
+    for run in runs:
+        pattern = rf"lrmul-1-1\.52-cd0\.55-{re.escape(run.tag)}-\d{{8}}-\d{{6}}-seed{run.seed}-[0-9a-f]{{8}}"
+        assert re.fullmatch(pattern, run.run_id), run.run_id
+        assert run.log == f"logs/{run.run_id}.txt"
+
+
+def test_seeds_are_interleaved_and_arms_may_have_their_own(place):
+    """Else a machine that slows down or heats up does it to one arm alone."""
+    text = TWO_ARMS + '[[arms]]\ntag = "more"\nseeds = [2, 7, 9]\nSPECTRAL_LR_MUL = 0.5\n'
+    runs = read_sweep(sweep_file(text), None).runs()
+    assert [(run.tag[:4], run.seed) for run in runs] == [
+        *[("base", 1), ("spec", 1), ("more", 2)],
+        *[("base", 2), ("spec", 2), ("more", 7)],
+        ("more", 9),
+    ]
+
+
+def test_an_arm_may_have_its_own_control(place):
+    """Else two forms at several rates can only be compared with one rate of one form. The grid goes along."""
+    text = TWO_ARMS.replace('"base"\n', '"base-cooldown_frac_0.5"\n', 1)
+    text += 'versus = "base"\n[grid]\nCOOLDOWN_FRAC = [0.5, 0.7]\n'
+    sweep = read_sweep(sweep_file(text), None)
+    assert [(arm.tag, arm.versus) for arm in sweep.arms] == [
+        ("base-cooldown_frac_0.5", None),
+        ("base-cooldown_frac_0.7", None),
+        ("spectral_lr_0.1-cooldown_frac_0.5", "base-cooldown_frac_0.5"),
+        ("spectral_lr_0.1-cooldown_frac_0.7", "base-cooldown_frac_0.7"),
+    ]
+    planned(sweep)[0].save()
+    saved = read_manifest(manifest_path("trial"))
+    assert saved.versus == {arm.tag: arm.versus for arm in sweep.arms[2:]}
+    assert saved.control_of("spectral_lr_0.1-cooldown_frac_0.7") == "base-cooldown_frac_0.7"
+    assert saved.control_of("base-cooldown_frac_0.7") == "base-cooldown_frac_0.5"
+
+
+def test_what_a_script_does_not_have_is_left_out_and_said(place):
+    """Else the baseline refuses to start, or the user believes that a setting applied to it."""
+    text = TWO_ARMS.replace("[env]", "[env]\nSPECTRAL_LR_MUL = 0.3\nCOOLDOWN_FRAC = 0")
+    sweep = read_sweep(sweep_file(text), None)
+    base, ord_arm = sweep.arms
+    assert base.settings == {"LR_MULS": [1.0, 1.52], "COOLDOWN_FRAC": 0.0}
+    assert ord_arm.settings == {**base.settings, "SPECTRAL_LR_MUL": 0.1}, (
+        "the arm's own value wins over [env]"
+    )
+    assert any(
+        "base" in note and "SPECTRAL_LR_MUL" in note and "COOLDOWN" not in note for note in sweep.notes
+    )
+
+
+def test_grid_multiplies_the_arms_that_leave_it_open(place):
+    """Else a control is run once for every grid value and counted as so many arms."""
+    text = """
+script = "ord.py"
+seeds = [1]
+[grid]
+SPECTRAL_LR_MUL = [0, 0.5]
+LR_MULS = [[1, 1], [2, 1]]
+[[arms]]
+tag = "open"
+[[arms]]
+tag = "closed"
+SPECTRAL_LR_MUL = 0.25
+[[arms]]
+tag = "base"
+script = "base.py"
+"""
+    sweep = read_sweep(sweep_file(text), None)
+    assert [arm.tag for arm in sweep.arms] == [
+        "open-spectral_lr_mul_0-lr_muls_1,1",
+        "open-spectral_lr_mul_0-lr_muls_2,1",
+        "open-spectral_lr_mul_0.5-lr_muls_1,1",
+        "open-spectral_lr_mul_0.5-lr_muls_2,1",
+        "closed-lr_muls_1,1",
+        "closed-lr_muls_2,1",
+        "base-lr_muls_1,1",
+        "base-lr_muls_2,1",
+    ]
+    assert sweep.arms[3].settings == {"SPECTRAL_LR_MUL": 0.5, "LR_MULS": [2.0, 1.0]}
+    assert sweep.arms[5].settings == {"SPECTRAL_LR_MUL": 0.25, "LR_MULS": [2.0, 1.0]}
+
+
+def test_scale_changes_what_it_says_and_nothing_else(place):
+    """Else the tiny version is another experiment, or too long to be run."""
+    text = (
+        TWO_ARMS.replace("[env]", "[grid]\nCOOLDOWN_FRAC = [0, 0.5, 1]\n[env]\nTARGET_LOSS = 3")
+        + """
+[scale.tiny]
+seeds = [5]
+arms = ["spectral_lr_0.1"]
+TARGET_LOSS = 2
+MODEL = "tiny"
+[scale.tiny.grid]
+COOLDOWN_FRAC = [0.25]
+"""
+    )
+    text = text.replace('control = "base"', "")
+    (arm,) = read_sweep(sweep_file(text), "tiny").arms
+    assert (arm.tag, arm.seeds) == ("spectral_lr_0.1-cooldown_frac_0.25", [5])
+    assert arm.settings == {
+        "LR_MULS": [1.0, 1.52],
+        "TARGET_LOSS": 2.0,
+        "MODEL": "tiny",
+        "COOLDOWN_FRAC": 0.25,
+        "SPECTRAL_LR_MUL": 0.1,
+    }
+    assert len(read_sweep("trial.toml", None).arms) == 6
+
+
+BAD = {  # what is wrong: what the error must say
+    "seed = [1]\n" + TWO_ARMS: ("seed", "did you mean seeds"),
+    TWO_ARMS.replace("[1, 2]", "[1, 1]"): ("seeds = [1, 1]", "different whole numbers"),
+    TWO_ARMS.replace("[1, 2]", "3"): ("seeds is 3",),
+    TWO_ARMS.replace("[1, 2]", "[-1]"): ("seeds = [-1]",),
+    TWO_ARMS.replace('control = "base"', 'control = "bass"'): ("bass", "base, spectral_lr_0.1"),
+    TWO_ARMS + 'versus = "bass"': ("versus = 'bass'", "another arm, of base"),
+    TWO_ARMS + 'versus = "spectral_lr_0.1"': ("another arm, of base",),
+    TWO_ARMS.replace('control = "base"', "") + 'versus = "base"': ("no control = ",),
+    'script = "ord.py"\n[arms]\ntag = "a"\n': ("double brackets",),
+    TWO_ARMS.replace("LR_MULS", "LR_MUL"): ("LR_MUL in [env]", "base.py or ord.py", "LR_MULS"),
+    with_env('LR_MULS = "1;2"'): (
+        "LR_MULS='1;2' in [env]",
+        "wanted float,...",
+    ),
+    TWO_ARMS.replace("SPECTRAL_LR_MUL = 0.1", "SPECTRAL_LR_MULL = 0.1"): (
+        "SPECTRAL_LR_MULL",
+        "SPECTRAL_LR_MUL",
+    ),
+    TWO_ARMS.replace('"base.py"', '"base.py"\nSPECTRAL_LR_MUL = 1'): (
+        "arm 'base'",
+        "not a setting of base.py",
+    ),
+    with_env("COOLDOWN_FRAC = 1.5"): ("COOLDOWN_FRAC=1.5 in [env]",),
+    with_env("NUM_SCHEDULED_ITERATIONS = 1.5"): (
+        "=1.5 in [env]",
+        "wanted int",
+    ),
+    with_env("NUM_SCHEDULED_ITERATIONS = true"): ("=True in [env]",),
+    with_env("TARGET_LOSS = nan"): ("TARGET_LOSS=nan",),
+    with_env("TARGET_LOSS = 0"): ("TARGET_LOSS=0",),
+    with_env('DEVICE = "tpu"'): ("DEVICE='tpu'",),
+    with_env("DISABLE_FP8 = 2"): ("DISABLE_FP8=2",),
+    with_env('MODEL = "huge"'): ("MODEL='huge'", "auto, plain, tiny"),
+    with_env("SEED = 3"): ("SEED in [env]", "seeds = [...]"),
+    with_env('script = "base.py"'): (
+        "script in [env]",
+        "above the first [table]",
+    ),
+    TWO_ARMS.replace("spectral_lr_0.1", "base"): ("two arms are called 'base'",),
+    TWO_ARMS.replace("spectral_lr_0.1", "a/b"): ("arm 'a/b'", "name files"),
+    TWO_ARMS.replace("spectral_lr_0.1", "a" * 200): ("200 at most",),
+    TWO_ARMS + '[[arms]]\ntag = "again"\n': ("'spectral_lr_0.1' and 'again' have the same settings",),
+    TWO_ARMS + "[[arms]]\nSPECTRAL_LR_MUL = 3\n": ("arm 3", 'tag = "..."'),
+    TWO_ARMS + '[[arms]]\ntag = "x"\nspectral_lr_mul = 3\n': ("spectral_lr_mul", "capitals"),
+    TWO_ARMS.replace('"ord.py"', '"no.py"'): ("'no.py'", "neither"),
+    TWO_ARMS.replace('"ord.py"', '"silent.py"'): ("silent.py --settings-json", "I am no trainer"),
+    TWO_ARMS.replace('script = "ord.py"', ""): ("no script",),
+    TWO_ARMS + "[grid]\nLR_MULS = [[1]]\n": ("LR_MULS stands in [grid] and also in [env]",),
+    TWO_ARMS + "[grid]\nCOOLDOWN_FRAC = 0.5\n": ("COOLDOWN_FRAC = 0.5 in [grid]", "list of values"),
+    TWO_ARMS + "[grid]\nCOOLDOWN_FRAC = []\n": ("COOLDOWN_FRAC = []",),
+    "script = [": ("not valid TOML",),
+    TWO_ARMS.replace("[1, 1.52]", "[1, 1.52"): ("not valid TOML",),
+}
+
+
+TAIL = "\n[scale.tiny]\n"
+BAD_SCALES = {
+    TWO_ARMS: ("no [scale.tiny]; its scales: none",),
+    TWO_ARMS + TAIL + "NUM_STEPS = 3": ("NUM_STEPS",),
+    TWO_ARMS + TAIL + "num = 3": ("capitals",),
+    TWO_ARMS + TAIL + 'arms = ["none"]': ("base, spectral_lr_0.1",),
+    TWO_ARMS + TAIL + 'arms = ["spectral_lr_0.1"]': ("control",),
+    TWO_ARMS + TAIL + 'arms = [{ tag = "base" }, "x"]': ("arm 2 of [scale.tiny] is 'x'",),
+    TWO_ARMS + TAIL + "[[scale.tiny.arms]]\nLR_MULS = [1]": ("arm 1 of [scale.tiny]: wanted tag",),
+    TWO_ARMS + TAIL + "[scale.tiny.grid]\nLR_MULS = [[1]]": ("not in [grid]",),
+    'script = "ord.py"\n[[arms]]\ntag = "a"\nTARGET_LOSS = 3' + TAIL + "TARGET_LOSS = 2": ("every arm",),
+}
+
+
+@pytest.mark.parametrize(
+    "text, scale, wanted",
+    [(text, [], wanted) for text, wanted in BAD.items()]
+    + [(text, ["--scale", "tiny"], wanted) for text, wanted in BAD_SCALES.items()],
+)
+def test_a_bad_file_is_refused_before_anything_runs(place, launch, text, scale, wanted):
+    """Else a night is lost to a typing error, --scale does nothing, or the error does not tell what to do."""
+    Path("silent.py").write_text("import sys; sys.exit('I am no trainer')")
+    done = launch(sweep_file(text), *scale)
+    assert done.returncode == 2 and all(part in done.stderr for part in wanted), done.stderr
+    assert (
+        "Traceback" not in done.stderr
+        and not Path("starts.jsonl").exists()
+        and not list(place.glob("logs/*"))
+    )
+
+
+def test_a_scale_may_have_arms_of_its_own(place):
+    """Else arms that differ in a size, such as that of the batch, can only run at one scale."""
+    text = TWO_ARMS + '[[scale.tiny.arms]]\ntag = "base"\nCOOLDOWN_FRAC = 0.2\n'
+    text += '[[scale.tiny.arms]]\ntag = "spectral_lr_9"\nseeds = [7]\nSPECTRAL_LR_MUL = 9\n'
+    assert [arm.tag for arm in read_sweep(sweep_file(text), None).arms] == ["base", "spectral_lr_0.1"]
+    small = read_sweep(sweep_file(text), "tiny").arms
+    assert [(arm.tag, arm.script, arm.seeds) for arm in small] == [
+        ("base", "ord.py", [1, 2]),
+        ("spectral_lr_9", "ord.py", [7]),
+    ]
+    assert small[0].settings["COOLDOWN_FRAC"] == 0.2
+
+
+@pytest.mark.parametrize(
+    "name, value, wanted",
+    [
+        ("COOLDOWN_FRAC", "0.3", r"COOLDOWN_FRAC='0.3' is set in the environment.*unset COOLDOWN_FRAC"),
+        ("TARGET_LOSS", "3", "TARGET_LOSS='3' is set in the environment"),
+        ("SEED", "3", "SEED='3'.*seeds"),
+        ("DEVICE", "tpu", "DEVICE='tpu'"),
+    ],
+)
+def test_the_environment_does_not_say_what_to_run(place, monkeypatch, name, value, wanted):
+    """Else a variable exported days ago changes every run, and no file says so."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=wanted):
+        read_sweep(sweep_file(TWO_ARMS))
+
+
+@pytest.mark.parametrize("name, value", [("DEVICE", "cpu"), ("DATA_PATH", "/data"), ("COMPILE", "1")])
+def test_the_environment_may_say_where_to_run(place, monkeypatch, name, value):
+    """Else a sweep file must be changed on every machine."""
+    monkeypatch.setenv(name, value)
+    sweep = read_sweep(sweep_file(TWO_ARMS))
+    assert all(arm.settings[name] == value for arm in sweep.arms)
+    assert any(f"{name}={value}" in note for note in sweep.notes)
+
+
+def hashes(env):
+    text = with_env(env)
+    return [arm.settings_hash for arm in read_sweep(sweep_file(text)).arms]
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        *("COOLDOWN_FRAC = 0.55", 'COOLDOWN_FRAC = "0.55"', "BATCH_SIZES = [128]", 'BATCH_SIZES = "128"'),
+        *('DATA_PATH = "/else"', "TARGET_LOSS = 3.28", "TARGET_LOSS = 3"),
+    ],
+)
+def test_hash_is_the_same_for_the_same_training(place, env):
+    """Else runs are repeated for the way a number is written, a moved folder, or what is only recorded."""
+    assert hashes(env) == hashes("")
+
+
+@pytest.mark.parametrize(
+    "env", ["COOLDOWN_FRAC = 0.5500001", "BATCH_SIZES = [128, 128]", "DISABLE_FP8 = true"]
+)
+def test_hash_tells_trainings_apart(place, env):
+    """Else changed settings are skipped as done."""
+    plain = hashes("")
+    assert plain[0] != plain[1], "two scripts are two trainings"
+    assert not set(hashes(env)) & set(plain)
+
+
+def test_a_preset_counts_with_its_defaults(place, monkeypatch):
+    """Else a default that is written out is another training, or `auto` is not the preset it stands for."""
+    assert (
+        hashes('MODEL = "tiny"') == hashes('MODEL = "tiny"\nCOOLDOWN_FRAC = 0.5') == hashes('MODEL = "auto"')
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    devices.visible_gpus.cache_clear()
+    resolve = read_trainer("base.py").resolve
+    assert resolve({"MODEL": "auto"})["MODEL"] == "gpt2-small"
+    assert resolve({"MODEL": "auto", "DEVICE": "cpu"})["COOLDOWN_FRAC"] == 0.5
+
+
+@pytest.fixture(scope="module")
+def real_trainer():
+    sys.path.insert(0, str(ROOT))
+    import train_gpt
+
+    return train_gpt, read_trainer("train_gpt.py")
+
+
+PLAUSIBLE = st.one_of(
+    st.integers(-3, 10**6),
+    st.floats(-2, 2e6),
+    st.sampled_from(
+        [0.55, 1e-08, 1.2345678901234567, float("inf"), True, False, "", "0", "1", "0.1", "1e3", "1,2,3,4"]
+    ),
+    st.sampled_from(["auto", "linear", "cuda", "cpu", " 3 ", "true", "x", "nan", "[1, 2]", "131072", "sdpa"]),
+    st.lists(st.one_of(st.integers(-1, 10**6), st.floats(0, 10)), max_size=4),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+@example(data=None)
+def test_launcher_and_trainer_agree_on_values(real_trainer, data):
+    """Else the launcher refuses what the trainer takes, passes what it refuses, or loses digits."""
+    train_gpt, trainer = real_trainer
+    fields = {
+        f.name.upper(): f
+        for c in (train_gpt.Settings, train_gpt.OptimizerSettings)
+        for f in train_gpt.dataclasses.fields(c)
+    }
+    assert set(fields) == set(trainer.settings)
+    if data is None:
+        return
+    name = data.draw(st.sampled_from(sorted(fields)))
+    value = data.draw(PLAUSIBLE)
+    try:
+        ours = typed(name, value, trainer.settings[name], "[env]")
+    except ValueError:
+        ours = None
+    text = env_text(value)
+    try:
+        theirs = train_gpt.parse_value(name, text, fields[name])
+    except train_gpt.SettingsError:
+        theirs = None
+    if ours is not None:  # what we pass on is taken as what we meant
+        assert train_gpt.parse_value(name, env_text(ours), fields[name]) == (
+            tuple(ours) if isinstance(ours, list) else ours
+        )
+    elif isinstance(value, str):  # what is text already is judged alike
+        assert theirs is None
+
+
+# ------------------------------------------------------------------------------------------------
+# The sweeps of this project
+# ------------------------------------------------------------------------------------------------
+
+SWEEPS = sorted((ROOT / "sweeps").glob("*.toml"))
+
+
+def test_every_sweep_here_is_accepted_by_its_trainers(place, real_trainer, monkeypatch):
+    """Else an experiment of this project fails at its first run, or has no small version."""
+    import train_gpt_muon_ord
+
+    modules = {"train_gpt.py": real_trainer[0], "train_gpt_muon_ord.py": train_gpt_muon_ord}
+    assert {"smoke", "spectral_lr", "muon_decay", "residual_scale"} <= {path.stem for path in SWEEPS}
+    for path in SWEEPS:
+        for scale in (None, "tiny"):
+            sweep = read_sweep(str(path), scale)
+            for arm in sweep.arms:
+                env = {name: env_text(value) for name, value in arm.settings.items()}
+                modules[arm.script].read_settings({"DEVICE": "cpu", **env, "SEED": "1", "RUN_ID": "x"})
+            assert len(sweep.runs()) < (150 if scale else 400), f"{path.name} at scale {scale}"

@@ -1,0 +1,44 @@
+"""unpack_run: a run can be rebuilt from its log alone."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ORD, ROOT, base_env, losses, train
+
+import unpack_run
+
+SETTINGS = dict(NUM_SCHEDULED_ITERATIONS=3, VAL_LOSS_EVERY=2, SEED=5, SPECTRAL_LR_MUL=0.3)
+
+
+def test_an_unpacked_run_has_the_same_losses(shards, tmp_path, capsys):
+    """The printed command, run on the unpacked files, gives the losses of the run that was logged."""
+    val, trained = train(tmp_path, shards, "first", ORD, **SETTINGS)
+    folder = tmp_path / "rebuilt"
+    assert unpack_run.main([str(tmp_path / "logs" / "first.txt"), str(folder)]) == 0
+    printed = capsys.readouterr().out
+    command = re.search(r"^cd .*$", printed, re.M)[0]
+    for file in folder.rglob("[a-z]*.py"):
+        assert file.read_bytes() == (ROOT / file.relative_to(folder)).read_bytes()
+    env = {k: v for k, v in base_env(shards).items() if k in ("PATH", "HOME", "OMP_NUM_THREADS")}
+    env |= {"RUN_ID": "again", "PATH": f"{sys.prefix}/bin:{env['PATH']}"}
+    subprocess.run(command, shell=True, env=env, check=True, capture_output=True, timeout=300)
+    assert (losses(folder, "again"), losses(folder, "again", "train_loss")) == (val, trained)
+
+
+@pytest.mark.parametrize("text, says", [("step:1/2 train_loss:3\n", "older logs"), ("", "older logs")])
+def test_a_log_without_sources_is_refused(tmp_path, capsys, text, says):
+    log = tmp_path / "old.txt"
+    log.write_text(text)
+    assert unpack_run.main([str(log), str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(shards, tmp_path, capsys):
+    train(tmp_path, shards, "first", ORD, **SETTINGS)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    assert unpack_run.main([str(tmp_path / "logs" / "first.txt"), str(tmp_path / "full")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]

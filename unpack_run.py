@@ -1,0 +1,77 @@
+"""Rebuild a run from its log alone: write out the source files that it used, and print the command to repeat
+it.
+
+    python unpack_run.py logs/RUN_ID.txt FOLDER
+
+A log holds every source file of the project that its run used, and every setting. Packages and data are not
+in it: requirements.txt pins the former, and the log names the latter (file, tokens, hash), which DATA_PATH
+must hold.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from analysis.command_line import complain, make_parser
+from analysis.run_log import RunLog, embedded_sources, read_log
+
+# in the log's config, but derived, or the business of that one run
+DERIVED = {"model_config", "vocab_size", "mark", "num_slices", "train_data", "val_data"}
+NOT_REPEATED = {"run_id", "resume"}
+
+
+def write_sources(sources: dict[str, bytes], folder: Path):
+    """Write the files below `folder`, which must be new or empty. Raises ValueError if it is not."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; give a new folder")
+    for name, code in sources.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(code)
+        if path.parent != folder:
+            (path.parent / "__init__.py").touch()  # a log does not hold empty files
+
+
+def as_text(value) -> str:
+    """A setting's value as its environment variable is written."""
+    if isinstance(value, bool):
+        return str(int(value))
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def command(run: RunLog, folder: Path) -> str:
+    """Shell command that repeats the run in `folder`, with its ranks and all settings but the machine's."""
+    skipped = DERIVED | NOT_REPEATED | set(run.affects["machine"])
+    settings = {k.upper(): v for k, v in run.config.items() if k not in skipped and v not in (None, "")}
+    settings["DATA_PATH"] = run.config["data_path"]
+    words = [f"{name}={shlex.quote(as_text(value))}" for name, value in settings.items()]
+    started = run.event("started").fields
+    num_ranks = int(started["world_size"])
+    launcher = "python" if num_ranks == 1 else f"torchrun --standalone --nproc-per-node={num_ranks}"
+    return " ".join(["cd", shlex.quote(str(folder)), "&&", *words, launcher, started["script"]])
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, or 2 if the log cannot be unpacked."""
+    parser = make_parser(__doc__)
+    parser.add_argument("log", type=Path, help="a run's log, logs/RUN_ID.txt")
+    parser.add_argument("folder", type=Path, help="a new folder for the source files")
+    args = parser.parse_args(argv)
+    try:
+        sources = embedded_sources(args.log)
+        write_sources(sources, args.folder)
+        run = read_log(args.log)[0]
+        started = run.event("started").fields
+        print(f"{len(sources)} files written to {args.folder}. The run again:\n")
+        print(command(run, args.folder))
+        print(f"\nDATA_PATH is as the run had it; its data were {started['train_data']}")
+        print(f"and {started['val_data']}; packages: torch {started['torch']}")
+    except (OSError, ValueError) as error:
+        return complain(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
