@@ -61,13 +61,16 @@ def cuda_forms() -> tuple[FastForm, ...]:
 
 
 def fingerprint(trainer, names: tuple[str, ...]) -> str:
-    """Hash of these definitions' text, without comments, docstrings and layout; "" if one is missing."""
+    """Hash of these definitions' text, without comments, docstrings and layout.
+
+    "" if one is missing or has been replaced by something else, such as a module or a wrapper.
+    """
     texts = []
     for name in names:
         found = trainer
         for part in name.split("."):
             found = getattr(found, part, None)
-        if found is None:
+        if not inspect.isfunction(found) or hasattr(found, "__wrapped__"):
             return ""
         texts.append(plain_text(found))
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]

@@ -139,7 +139,7 @@ def train(cwd, shards, run_id, script=BASELINE, ranks=0, **settings) -> tuple[li
 
 
 def one_rank(rank=0, world_size=1):
-    """The part of Ranks that the data needs."""
+    """Stand-in for Ranks with what the data needs."""
     return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
 
 
@@ -247,7 +247,7 @@ FORMS = {"fast": cpu_forms, "plain": contextlib.nullcontext}  # a CPU's fast for
 
 
 class Params:
-    """The part of a model that the optimizer needs: named parameters."""
+    """Stand-in for a model with what the optimizer needs: named parameters."""
 
     def __init__(self, values: dict, dtype=torch.float32):
         self.params = {n: nn.Parameter(torch.tensor(v, dtype=dtype)) for n, v in values.items()}
@@ -259,6 +259,6 @@ class Params:
         return self.params[name].detach().double().numpy()
 
     def add_grads(self, grads: dict):
-        """Add to the gradients, as backward does, until the optimizer clears them."""
+        """Add gradients, as backward does, to those that the optimizer has not cleared."""
         for name, grad in grads.items():
             self.params[name].grad += torch.as_tensor(grad).to(self.params[name].dtype)

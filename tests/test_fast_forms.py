@@ -2,6 +2,7 @@
 that function has been edited, so that whoever edits a trainer trains what they wrote."""
 
 import importlib.util
+import re
 import shutil
 import sys
 
@@ -135,15 +136,19 @@ def test_the_trainer_gets_its_own_functions_back(trainer):
     assert all(a is b for a, b in zip(before, in_place()))
 
 
-def test_compiled_code_is_made_of_plain_functions():
-    """Fails if a compiled run on a CPU takes the fast forms, which are slower there and break its graph."""
-    with fast_forms.installed(train_gpt, *read(train_gpt, COMPILE=1)[:2]) as (names, warnings):
+@pytest.mark.parametrize("env", [{"COMPILE": "1"}, {"KERNELS": "torch"}], ids=str)
+def test_runs_of_plain_functions(env):
+    """Fails if a compiled run on a CPU takes the fast forms, which are slower there and break its graph, or
+    nothing turns them off."""
+    with fast_forms.installed(train_gpt, *read(train_gpt, **env)[:2]) as (names, warnings):
         assert names == warnings == []
 
 
 # ------------------------------------------------------------------------------------------------ edits
 
 GELU = ("F.linear(norm(x_BTC), self.up).relu().square()", "F.gelu(F.linear(norm(x_BTC), self.up))")
+
+NEXT = "def nesterov("  # what follows polar_express
 
 
 def edited(old: str, new: str) -> str:
@@ -180,12 +185,14 @@ def load(tmp_path, monkeypatch):
             "F.layer_norm(x, (x.size(-1),))",
             {"MLP.forward", "Attention.forward"},
         ),
+        ("(groups, 2, -1)", "(groups, -1, 2)", {"Attention.forward"}),
+        ("        A = X @ X.mT\n", "        A = X @ X.mT + 0\n", {"polar_express"}),
+        (NEXT, "polar_express = nn.Identity()\n\n\n" + NEXT, {"polar_express"}),
         (
-            "return x_BTHD.unflatten(2, (groups, 2, -1))",
-            "return x_BTHD.unflatten(2, (groups, -1, 2))",
-            {"Attention.forward"},
+            NEXT,
+            "polar_express = functools.wraps(polar_express)(lambda G, dtype: G)\n" + NEXT,
+            {"polar_express"},
         ),
-        ("X = torch.baddbmm(X, B, X, beta=a)", "X = B @ X + a * X", {"polar_express"}),
     ],
 )
 def test_an_edit_takes_its_fast_forms_away_and_no_other(old, new, lost, load):
@@ -237,11 +244,10 @@ def test_a_run_of_an_edited_trainer_trains_the_edit_and_says_so(tmp_path, shards
     )
     assert done.returncode == 0, done.stdout + done.stderr
     log = (tmp_path / "logs" / "edited.txt").read_text()
-    (kernels,) = (line for line in log.splitlines() if line.startswith("event:kernels"))
     (warning,) = (line for line in log.splitlines() if line.startswith("event:warning"))
     assert "the fast form of MLP.forward steps aside" in warning
-    names = kernels.partition("fast_forms:")[2].split()[0].split(",")
-    assert names == [name for name in BY_NAME if name != "MLP.forward"]
+    (names,) = re.findall(r"^event:kernels .*fast_forms:(\S+)", log, re.M)
+    assert names.split(",") == [name for name in BY_NAME if name != "MLP.forward"]
     found = losses(tmp_path, "edited", "train_loss")
     assert found == pytest.approx(plain_losses(load(script.read_text()), shards), abs=1e-4)
     assert abs(found[-1] - plain_losses(train_gpt, shards)[-1]) > 2e-3

@@ -26,7 +26,8 @@ from helpers import (
 
 import train_gpt
 import train_gpt_muon_ord
-from analysis import trainers
+from analysis import run_environment
+from analysis.trainers import read_trainer
 from data.shards import DataError, open_shard
 from kernels import attention
 from runtime import checkpoints, compiling
@@ -107,10 +108,10 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thre
     its model and optimizer are as large as the run's."""
     trainer = train_gpt_muon_ord  # compiles all that the baseline does, and a form of the step that measures
     start = staged_start(trainer, tmp_path)
-    trainers, build = [], trainer.Trainer.__init__
+    made, build = [], trainer.Trainer.__init__
 
     def remember(self, *args):
-        trainers.append(weakref.ref(self))
+        made.append(weakref.ref(self))
         build(self, *args)
 
     monkeypatch.setattr(trainer.Trainer, "__init__", remember)
@@ -119,7 +120,7 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thre
     rehearsed = graphs_compiled()
     assert rehearsed - before > 15
     gc.collect()
-    assert [t() for t in trainers] == [None], "the rehearsal's trainer is still there"
+    assert [t() for t in made] == [None], "the rehearsal's trainer is still there"
     run = trainer.Run(start, StopRequest())
     assert run.train() == 12
     assert graphs_compiled() == rehearsed
@@ -385,7 +386,6 @@ def test_compiled_code_is_kept_beside_the_script(monkeypatch):
 
 def warm_marker(settings):
     """The launcher's, of a run on a GPU."""
-    run_environment = pytest.importorskip("analysis.run_environment")
     settings = {"MODEL": "tiny", **settings}
     run = SimpleNamespace(script=str(train_gpt.SCRIPT), settings=settings, source_hash="0")
     return run_environment.warm_marker(run, 1, SimpleNamespace(gpus=("0",)))
@@ -468,7 +468,7 @@ def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only, one_thr
 def test_the_launcher_knows_which_settings_are_part_of_compiled_code():
     """Else it takes a cold run for a warm one: its runs then compile the same code side by side. It counts no
     number of type float, although a few are constants of the graph."""
-    specs = trainers.read_trainer(str(train_gpt_muon_ord.SCRIPT)).settings
+    specs = read_trainer(str(train_gpt_muon_ord.SCRIPT)).settings
     real = {name for name, spec in specs.items() if spec["type"].startswith("float")}
     shared = real | {name for name, spec in specs.items() if spec["affects"] == "recording"}
     assert warm_marker({k: v for k, v in OTHER_NUMBERS.items() if k in shared}) == warm_marker({})

@@ -23,9 +23,10 @@ def settings_on_cuda(trainer, monkeypatch, capability, installed=True, **env):
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_auto_is_triton_where_it_runs(trainer, monkeypatch):
-    """Fails if a GPU that the kernels are made for trains without them, or another one tries them."""
-    assert read(trainer)[0].kernels == "torch"  # no CUDA
+def test_auto_is_the_devices_own(trainer, monkeypatch):
+    """Fails if a device that fast forms are made for trains without them, or another one tries them."""
+    assert read(trainer)[0].kernels == "cpu"
+    assert read(trainer, COMPILE=1)[0].kernels == read(trainer, KERNELS="torch")[0].kernels == "torch"
     assert settings_on_cuda(trainer, monkeypatch, (9, 0)).kernels == "triton"
     assert settings_on_cuda(trainer, monkeypatch, (8, 0)).kernels == "triton"
     assert settings_on_cuda(trainer, monkeypatch, (7, 5)).kernels == "torch"
@@ -33,12 +34,16 @@ def test_auto_is_triton_where_it_runs(trainer, monkeypatch):
     assert settings_on_cuda(trainer, monkeypatch, (9, 0), KERNELS="torch").kernels == "torch"
 
 
-def test_triton_asked_for_and_not_to_be_had_is_refused(monkeypatch):
+def test_kernels_asked_for_and_not_to_be_had_are_refused(monkeypatch):
     """Fails if there is a silent fallback: whoever asked for the kernels would report wrong timings."""
     with pytest.raises(SettingsError, match="KERNELS=triton, but no CUDA device"):
         read(train_gpt, KERNELS="triton")
     with pytest.raises(SettingsError, match="KERNELS=triton, but triton is not installed"):
         settings_on_cuda(train_gpt, monkeypatch, (9, 0), installed=False, KERNELS="triton")
+    with pytest.raises(SettingsError, match="KERNELS=cpu is for DEVICE=cpu and COMPILE=0"):
+        settings_on_cuda(train_gpt, monkeypatch, (9, 0), KERNELS="cpu")
+    with pytest.raises(SettingsError, match="KERNELS=cpu is for DEVICE=cpu and COMPILE=0"):
+        read(train_gpt, KERNELS="cpu", COMPILE=1)
 
 
 @pytest.mark.parametrize("forms", FORMS)
