@@ -202,7 +202,8 @@ def sources() -> bytes:
     paths = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
     paths = {p.resolve() for p in paths if p.is_absolute()}  # torch.ops is "_ops.py", which is nowhere
     ours = sorted(p for p in paths if p.is_relative_to(ROOT) and "site-packages" not in p.parts)
-    ours = [p for p in ours if p.suffix == ".py" and p.stat().st_size]
+    # torch.classes and torch.ops have a __file__ that does not exist, in the current folder
+    ours = [p for p in ours if p.suffix == ".py" and p.is_file() and p.stat().st_size]
     files = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in ours}
     return b"".join(
         FIRST_LINE + f"{name}, {len(code)} bytes\n".encode() + code for name, code in files.items()

@@ -60,7 +60,7 @@ def logged(request, shards, tmp_path_factory):
         path.resolve() for path in paths if path.is_absolute()
     ]  # torch.ops is "_ops.py", which is nowhere
     ours = {p for p in paths if p.is_relative_to(ROOT) and "site-packages" not in p.parts}
-    imported = {p.relative_to(ROOT).as_posix() for p in ours if p.stat().st_size}
+    imported = {p.relative_to(ROOT).as_posix() for p in ours if p.is_file() and p.stat().st_size}
     return trainer, (cwd / "logs" / "short.txt").read_bytes(), imported
 
 
@@ -72,6 +72,13 @@ def test_the_header_holds_every_file_that_the_run_imported(logged):
     for name, code in files.items():
         assert code == (ROOT / name).read_bytes(), name
     assert rest.startswith(f"{BAR}\nconfig:".encode())
+
+
+def test_a_run_in_the_projects_own_folder_has_a_header_too(monkeypatch):
+    """Fails on modules of torch whose __file__ names no file, and is relative to the current folder."""
+    monkeypatch.chdir(ROOT)
+    files, rest = embedded_files(log_writer.sources())
+    assert BASELINE in files and "runtime/log_writer.py" in files and rest == b""
 
 
 def test_the_header_says_which_settings_change_no_numbers(logged):
