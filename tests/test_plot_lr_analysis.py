@@ -13,9 +13,9 @@ from sweeps_for_tests import STEPS, make_sweep
 
 import make_record
 import plot_lr_analysis
-import report_sweep
 from analysis.by_value import beside, by_value
 from analysis.rates import analyse as analyse_results
+from analysis.reaching import smoothed
 from analysis.read_results import read_results
 from analysis.results import Results
 from analysis.run_log import Curve, list_logs, read_log, read_runs
@@ -202,10 +202,10 @@ def test_smoothed_training_loss_by_hand():
     """The mean over 2% of the run's steps, of as many steps however often they were logged."""
     step = np.arange(1, 101)
     curve = Curve(step, step.astype(float), 10.0 * step, 100.0 * step, np.full(100, np.nan))
-    found = report_sweep.smoothed(curve)
+    found = smoothed(curve)
     assert found.step.tolist() == list(range(2, 101)) and found.loss.tolist() == (found.step - 0.5).tolist()
     sparse = Curve(*(getattr(curve, name)[9::10] for name in ("step", "loss", "time_ms", "tokens", "acc")))
-    assert report_sweep.smoothed(sparse).loss.tolist() == list(range(20, 101, 10))
+    assert smoothed(sparse).loss.tolist() == list(range(20, 101, 10))
 
 
 # ------------------------------------------------------------------------------------------------
