@@ -1,4 +1,4 @@
-"""report_sweep and sweep_results: the numbers are scipy's, and no more is claimed than the runs allow."""
+"""report_sweep, results, conclusion: the numbers are scipy's, and no more is claimed than runs allow."""
 
 import json
 import math
