@@ -14,6 +14,7 @@ from sweeps_for_tests import STEPS, make_sweep
 import make_record
 import plot_lr_analysis
 from analysis.by_value import beside, by_value
+from analysis.rate_pictures import PICTURES, plot_names
 from analysis.rates import analyse as analyse_results
 from analysis.reaching import smoothed
 from analysis.read_results import read_results
@@ -151,7 +152,7 @@ def test_everything_is_written_and_the_same_again(tmp_path, monkeypatch, capsys)
         "results.csv",
         "final_results.json",
         "comprehensive_insights.json",
-        *(f"{name}.png" for name in plot_lr_analysis.PICTURES),
+        *(f"{name}.png" for name in PICTURES),
         *(f"individual_plots/lr_{rate}_loss_vs_steps.png" for rate in ("0.0150", "0.0650", "1.0000")),
     }
     for name, data in files.items():
@@ -180,8 +181,7 @@ def test_any_setting_and_what_to_choose(tmp_path, monkeypatch, capsys):
         analyse_results(results)
     analysis = analyse_results(results, None, ["MUON_DECAY_MODE=param"])
     assert [rate.value for rate in analysis.rates] == [-0.1, 0.0, 0.1]
-    name = plot_lr_analysis.plot_names(analysis)[-0.1]
-    assert name == "muon_weight_decay_-0.1000_loss_vs_steps.png"
+    assert plot_names(analysis)[0] == "muon_weight_decay_-0.1000_loss_vs_steps.png"
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
         (["--setting", "MUON_LR"], "it is not a number that varies in decay; numbers that vary: MUON_WEIGHT"),
