@@ -20,18 +20,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
 from analysis.conclusion import UPDATE_ONLY, conclusion
-from analysis.curves import all_met
 from analysis.files import write_atomically
 from analysis.intervals import MIN_INTERVAL
+from analysis.reaching import SMOOTH, Reach, Target, all_at_target, choose_target, in_tokens, reaches
 from analysis.read_results import read_results
 from analysis.results import Attempt, Results, SweepArm
-from analysis.run_log import Curve, format_value
+from analysis.run_log import format_value
 from analysis.spectral_picture import figure as spectral_picture
 from analysis.stats import (
     SPEEDRUN_P,
@@ -55,127 +53,7 @@ from analysis.tables import (
     format_p,
 )
 
-SMOOTH = 0.02  # share of a run's steps that a training loss is averaged over
 MAX_COLUMNS = 3  # settings that vary get a column each; of more, the arm's name must do
-
-
-# ------------------------------------------------------------------------------------------------
-# Tokens and minutes to a target loss
-# ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reach:
-    """The place where a run reached the target, interpolated; x is in tokens or steps, NaN if not logged."""
-
-    x: float
-    minutes: float
-
-
-@dataclass(frozen=True)
-class Target:
-    """A loss to reach, and why this one."""
-
-    loss: float
-    reason: str
-    proof: bool = False  # whether the user asked for the speedrun's proof
-    on: str = "val"  # or train: the smoothed training loss
-
-
-def choose_target(results: Results, given: float | None, on: str = "val") -> Target:
-    """The one given, else the runs' TARGET_LOSS if one of them met it, else what the control reaches."""
-    if given is not None:
-        return Target(given, "as --target asked", True, on)
-    own = {run.target_loss for run in results.runs if run.target_loss}
-    done = [attempt for attempt in results.attempts if attempt.outcome == "done"]
-    if len(own) == 1 and any(attempt.log.first_at(min(own)) for attempt in done):
-        return Target(own.pop(), "the runs' TARGET_LOSS", on=on)
-    arms = [arm for arm in results.ranked() if arm.count("done")]
-    reference = next(
-        (arm for arm in arms if arm.label == results.control), arms[len(arms) // 2] if arms else None
-    )
-    if reference is None:
-        return Target(style.SPEEDRUN_TARGET, "the speedrun's", on=on)
-    highest = max(attempt.loss for attempt in reference.attempts if attempt.outcome == "done")
-    where = " in validation" if on == "train" else ""
-    reason = f"what every finished run of {reference.label} reaches{where}"
-    return Target(math.ceil(highest * 1000) / 1000, reason, on=on)
-
-
-def common_grid(positions: Sequence[np.ndarray]) -> np.ndarray:
-    """Points between any two of which every run that is still going was validated at least once.
-
-    A run validated more often would otherwise seem to reach a loss sooner. Positions strictly increase.
-    """
-    grid = [max(x[0] for x in positions)]
-    while ahead := [x[np.searchsorted(x, grid[-1], side="right")] for x in positions if x[-1] > grid[-1]]:
-        grid.append(max(ahead))
-    return np.array(grid)
-
-
-def in_tokens(results: Results) -> bool:
-    """True if all finished runs log their tokens, so that they can be compared by them."""
-    runs = [attempt.log for attempt in results.attempts if attempt.outcome == "done"]
-    return bool(runs) and all(np.isfinite(run.val.tokens).all() for run in runs)
-
-
-def reaches(results: Results, target: Target) -> dict[str, Reach | None]:
-    """The place where each finished run reached the target, by run_id; None if it did not reach it."""
-    tokens, curves = in_tokens(results), {}
-    for attempt in results.attempts:
-        if attempt.outcome == "done":
-            curve = attempt.log.val if target.on == "val" else smoothed(attempt.log.train)
-            known = np.isfinite(curve.loss)
-            x = (curve.tokens if tokens else curve.step.astype(float))[known]
-            fresh = np.concatenate([[True], np.diff(x) > 0])[: len(x)]
-            curves[attempt.run_id] = x[fresh], curve.loss[known][fresh], curve.time_ms[known][fresh]
-    lacking = [run_id for run_id, (x, _, _) in curves.items() if not len(x)]
-    if lacking:
-        raise ValueError(f"{lacking[0]} logs too few training losses for --target-on train")
-    grid = common_grid([x for x, _, _ in curves.values()]) if curves else np.zeros(0)
-    return {run_id: reach(*curve, grid, target.loss) for run_id, curve in curves.items()}
-
-
-def smoothed(curve: Curve) -> Curve:
-    """A training curve's mean over the last SMOOTH of the run's steps, from the first full window on.
-
-    The window counts steps, not lines: a run that logs every 10th step is smoothed over the same time.
-    """
-    known = np.isfinite(curve.loss)
-    step, loss = curve.step[known], curve.loss[known]
-    if not len(step):
-        return curve
-    window = max(1, round(SMOOTH * int(step[-1])))
-    sums = np.concatenate([[0.0], np.cumsum(loss)])
-    first = np.searchsorted(step, step - window, side="right")
-    means = (sums[1:] - sums[first]) / (np.arange(len(step)) + 1 - first)
-    whole = step - window >= step[0] - 1
-    fields = {name: getattr(curve, name)[known][whole] for name in ("step", "time_ms", "tokens", "acc")}
-    return Curve(loss=means[whole], **fields)
-
-
-def reach(
-    x: np.ndarray, loss: np.ndarray, time_ms: np.ndarray, grid: np.ndarray, target: float
-) -> Reach | None:
-    """The place where a curve, seen on the grid up to its own end, first meets the target."""
-    seen = np.append(grid[(grid >= x[0]) & (grid < x[-1])], x[-1])
-    seen_loss = np.interp(seen, x, loss)
-    met = np.flatnonzero(seen_loss <= target)
-    if not len(met):
-        return None
-    at, i = seen[met[0]], met[0]
-    if i > 0:
-        share = (seen_loss[i - 1] - target) / (seen_loss[i - 1] - seen_loss[i])
-        at = seen[i - 1] + share * (seen[i] - seen[i - 1])
-    return Reach(float(at), float(np.interp(at, x, time_ms)) / 60000)
-
-
-def all_at_target(arm: SweepArm, target: float) -> int | None:
-    """First step at which all runs of an arm have met the target; None if one has not, or failed."""
-    if arm.count("done") < len(arm.attempts) or not arm.runs:
-        return None
-    met = all_met(arm, target)
-    return met[0] if met else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -208,24 +86,22 @@ def rows_of(results: Results, target: Target) -> list[Row]:
     where = reaches(results, target)
     rows = []
     for arm in results.ranked():
-        losses = arm.samples()[0]
         found = [where.get(attempt.run_id) for attempt in arm.attempts if attempt.outcome == "done"]
         found = [place for place in found if place]
         ended = arm.count("done") + arm.count("failed")
         whole = len(found) == ended  # a mean of those that reached it would be that of the lucky ones
-        rows.append(
-            Row(
-                arm,
-                results.summary(arm),
-                results.call(arm.label),
-                more_runs(results, arm.label),
-                summarize([place.x for place in found] if whole else []),
-                summarize([place.minutes for place in found] if whole else []),
-                len(found),
-                all_at_target(arm, target.loss),
-                target_test(losses, target.loss),
-            )
+        row = Row(
+            arm=arm,
+            result=results.summary(arm),
+            verdict=results.call(arm.label),
+            more_runs=more_runs(results, arm.label),
+            x_to_target=summarize([place.x for place in found] if whole else []),
+            minutes_to_target=summarize([place.minutes for place in found] if whole else []),
+            reached=len(found),
+            first_step_all=all_at_target(arm, target.loss),
+            test=target_test(arm.samples()[0], target.loss),
         )
+        rows.append(row)
     tested = [row for row in rows if not row.arm.foreign]
     for row, p in zip(tested, holm([row.test.p for row in tested]), strict=True):
         row.test_p_holm = p

@@ -404,7 +404,7 @@ def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[
             logged.add(id(item))
     sizes = np.concatenate(sizes) if sizes else np.zeros(0)
     if not len(sizes):
-        style.say_nothing_logged(ax, f"{title} (only runs with ORD log it)")
+        style.say_nothing_logged(ax, "ρ (only runs with ORD log it)")
         return
     least = max(np.quantile(sizes, 0.05), sizes.max() * 1e-5)
     threshold = 10.0 ** math.floor(math.log10(least))

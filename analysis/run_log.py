@@ -674,7 +674,7 @@ class LogParser:
 
     def _read_affects(self, line: bytes) -> None:
         affects = _json_object(line[len(b"affects:") :])
-        if affects is None or not all(isinstance(names, list) for names in affects.values()):
+        if affects is None or not all(map(_is_list_of_words, affects.values())):
             self._count_unread(line)
             return
         self._affects = affects
@@ -784,6 +784,10 @@ def _json_object(text: bytes) -> dict | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _is_list_of_words(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 _EVENT_FIELD = re.compile(

@@ -13,9 +13,10 @@ from sweeps_for_tests import STEPS, make_sweep
 
 import make_record
 import plot_lr_analysis
-import report_sweep
 from analysis.by_value import beside, by_value
+from analysis.rate_pictures import PICTURES, plot_names
 from analysis.rates import analyse as analyse_results
+from analysis.reaching import smoothed
 from analysis.read_results import read_results
 from analysis.results import Results
 from analysis.run_log import Curve, list_logs, read_log, read_runs
@@ -151,7 +152,7 @@ def test_everything_is_written_and_the_same_again(tmp_path, monkeypatch, capsys)
         "results.csv",
         "final_results.json",
         "comprehensive_insights.json",
-        *(f"{name}.png" for name in plot_lr_analysis.PICTURES),
+        *(f"{name}.png" for name in PICTURES),
         *(f"individual_plots/lr_{rate}_loss_vs_steps.png" for rate in ("0.0150", "0.0650", "1.0000")),
     }
     for name, data in files.items():
@@ -180,8 +181,7 @@ def test_any_setting_and_what_to_choose(tmp_path, monkeypatch, capsys):
         analyse_results(results)
     analysis = analyse_results(results, None, ["MUON_DECAY_MODE=param"])
     assert [rate.value for rate in analysis.rates] == [-0.1, 0.0, 0.1]
-    name = plot_lr_analysis.plot_names(analysis)[-0.1]
-    assert name == "muon_weight_decay_-0.1000_loss_vs_steps.png"
+    assert plot_names(analysis)[0] == "muon_weight_decay_-0.1000_loss_vs_steps.png"
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
         (["--setting", "MUON_LR"], "it is not a number that varies in decay; numbers that vary: MUON_WEIGHT"),
@@ -202,10 +202,10 @@ def test_smoothed_training_loss_by_hand():
     """The mean over 2% of the run's steps, of as many steps however often they were logged."""
     step = np.arange(1, 101)
     curve = Curve(step, step.astype(float), 10.0 * step, 100.0 * step, np.full(100, np.nan))
-    found = report_sweep.smoothed(curve)
+    found = smoothed(curve)
     assert found.step.tolist() == list(range(2, 101)) and found.loss.tolist() == (found.step - 0.5).tolist()
     sparse = Curve(*(getattr(curve, name)[9::10] for name in ("step", "loss", "time_ms", "tokens", "acc")))
-    assert report_sweep.smoothed(sparse).loss.tolist() == list(range(20, 101, 10))
+    assert smoothed(sparse).loss.tolist() == list(range(20, 101, 10))
 
 
 # ------------------------------------------------------------------------------------------------

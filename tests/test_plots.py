@@ -1,4 +1,4 @@
-"""plot_loss and plot_style: what is drawn is what was logged, and a stranger could read it."""
+"""plot_loss and analysis/style: what is drawn is what was logged, and a stranger could read it."""
 
 import math
 import os
@@ -317,7 +317,7 @@ def test_runs_without_the_axis_are_left_out_and_named(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
-# plot_style
+# Units and names
 # ------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""report_sweep and sweep_results: the numbers are scipy's, and no more is claimed than the runs allow."""
+"""report_sweep, results, conclusion: the numbers are scipy's, and no more is claimed than runs allow."""
 
 import json
 import math
@@ -15,6 +15,7 @@ import report_sweep
 from analysis import stats
 from analysis.by_value import looks_of, ordered
 from analysis.conclusion import conclusion
+from analysis.reaching import choose_target, common_grid, reach
 from analysis.read_results import read_results
 from analysis.results import Attempt, Results, SweepArm
 from analysis.sweep_pictures import VERDICTS, picture_of_bars, picture_of_curves
@@ -26,7 +27,7 @@ SEEDS = (1, 2, 3, 4, 5)
 def report_of(paths, target=None, **kwargs):
     """(results, rows by label, REPORT.md, summary) of a sweep, without pictures."""
     results = read_results([paths] if isinstance(paths, (str, Path)) else paths, **kwargs)
-    goal = report_sweep.choose_target(results, target)
+    goal = choose_target(results, target)
     rows = report_sweep.rows_of(results, goal)
     text = report_sweep.report(results, rows, goal, [])
     numbers = without_nan(report_sweep.summary(results, rows, goal))
@@ -403,12 +404,12 @@ def test_a_curve_is_seen_on_the_common_grid_only():
     """A dip between the validations of other runs would make the run that was watched closely seem faster."""
     x = np.arange(0, 101, 10.0)
     dip = np.where(x == 30, 1.0, 5 - x / 50)
-    grid = report_sweep.common_grid([x, np.array([0.0, 50.0, 100.0])])
+    grid = common_grid([x, np.array([0.0, 50.0, 100.0])])
     assert grid.tolist() == [0, 50, 100]
-    assert report_sweep.reach(x, dip, x, grid, 3.5).x == pytest.approx(75)
-    assert report_sweep.reach(x, dip, x, x, 3.5).x < 30
-    assert report_sweep.reach(x, dip, x, grid, 2.9) is None
-    assert report_sweep.reach(x, dip, x, grid, 6.0).x == 0
+    assert reach(x, dip, x, grid, 3.5).x == pytest.approx(75)
+    assert reach(x, dip, x, x, 3.5).x < 30
+    assert reach(x, dip, x, grid, 2.9) is None
+    assert reach(x, dip, x, grid, 6.0).x == 0
 
 
 @pytest.mark.parametrize(
@@ -423,7 +424,7 @@ def test_a_curve_is_seen_on_the_common_grid_only():
 )
 def test_common_grid(positions, grid):
     """Between neighbours on the grid, every run that still goes was validated."""
-    assert report_sweep.common_grid([np.array(p, float) for p in positions]).tolist() == grid
+    assert common_grid([np.array(p, float) for p in positions]).tolist() == grid
 
 
 def test_a_mean_is_not_taken_of_the_lucky_runs(tmp_path):

@@ -287,7 +287,9 @@ def test_the_log_says_what_does_not_change_the_training():
     assert arm_key(other) != arm_key(said[0])
 
 
-@pytest.mark.parametrize("line", ["affects:3", "affects:{", 'affects:{"machine": 3}'])
+@pytest.mark.parametrize(
+    "line", ["affects:3", "affects:{", 'affects:{"machine": 3}', 'affects:{"machine": [[1]]}']
+)
 def test_a_damaged_affects_line_is_counted(line):
     run = only(make_log(num_steps=100).replace("\nevent:started", f"\n{line}\nevent:started", 1))
     assert run.affects == run_log.AFFECTS and run.state == "finished"
@@ -463,6 +465,8 @@ LINES = [
 ]
 LINES += [
     "step:4/9 spec:[1,2,3] w:x",
+    'affects:{"machine": ["kernels"]}',
+    'config:{"seed": 3}',
     "import os",
     "def f():",
     "step:2/9 val_loss:1",

@@ -1,0 +1,136 @@
+"""The tokens (or steps) and minutes that runs need to reach a target loss, read alike for all runs.
+
+    from analysis.reaching import choose_target, reaches
+    target = choose_target(results, given=3.28)
+    reaches(results, target)["my-run"].x      # tokens, interpolated; None instead if it was not reached
+
+Runs that are validated more often would seem to reach a loss sooner; so all are read on a common grid.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis import style
+from analysis.curves import all_met
+from analysis.results import Results, SweepArm
+from analysis.run_log import Curve
+
+SMOOTH = 0.02  # share of a run's steps that a training loss is averaged over
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The place where a run reached the target, interpolated; x is in tokens or steps, NaN if not logged."""
+
+    x: float
+    minutes: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A loss to reach, and the reason for it."""
+
+    loss: float
+    reason: str
+    proof: bool = False  # whether the user asked for the speedrun's proof
+    on: str = "val"  # or train: the smoothed training loss
+
+
+def choose_target(results: Results, given: float | None, on: str = "val") -> Target:
+    """The target as given, else the runs' TARGET_LOSS if one met it, else what the control reached."""
+    if given is not None:
+        return Target(given, "as --target asked", True, on)
+    own = {run.target_loss for run in results.runs if run.target_loss}
+    done = [attempt for attempt in results.attempts if attempt.outcome == "done"]
+    if len(own) == 1 and any(attempt.log.first_at(min(own)) for attempt in done):
+        return Target(own.pop(), "the runs' TARGET_LOSS", on=on)
+    arms = [arm for arm in results.ranked() if arm.count("done")]
+    if not arms:
+        return Target(style.SPEEDRUN_TARGET, "the speedrun's", on=on)
+    controls = [arm for arm in arms if arm.label == results.control]
+    reference = controls[0] if controls else arms[len(arms) // 2]
+    highest = max(attempt.loss for attempt in reference.attempts if attempt.outcome == "done")
+    where = " in validation" if on == "train" else ""
+    reason = f"what every finished run of {reference.label} reaches{where}"
+    return Target(math.ceil(highest * 1000) / 1000, reason, on=on)
+
+
+def common_grid(positions: Sequence[np.ndarray]) -> np.ndarray:
+    """Points that have, between any two of them, a validation of every run that still goes on.
+
+    Positions strictly increase.
+    """
+    grid = [max(x[0] for x in positions)]
+    end = max(x[-1] for x in positions)
+    while grid[-1] < end:
+        going_on = [x for x in positions if x[-1] > grid[-1]]
+        grid.append(max(x[np.searchsorted(x, grid[-1], side="right")] for x in going_on))
+    return np.array(grid)
+
+
+def in_tokens(results: Results) -> bool:
+    """True if all finished runs log their tokens, so that they can be compared by them."""
+    runs = [attempt.log for attempt in results.attempts if attempt.outcome == "done"]
+    return bool(runs) and all(np.isfinite(run.val.tokens).all() for run in runs)
+
+
+def reaches(results: Results, target: Target) -> dict[str, Reach | None]:
+    """The place where each finished run reached the target, by run_id; None if it did not reach it."""
+    tokens, curves = in_tokens(results), {}
+    for attempt in results.attempts:
+        if attempt.outcome == "done":
+            curve = attempt.log.val if target.on == "val" else smoothed(attempt.log.train)
+            known = np.isfinite(curve.loss)
+            x = (curve.tokens if tokens else curve.step.astype(float))[known]
+            fresh = np.concatenate([[True], np.diff(x) > 0])[: len(x)]
+            curves[attempt.run_id] = x[fresh], curve.loss[known][fresh], curve.time_ms[known][fresh]
+    lacking = [run_id for run_id, (x, _, _) in curves.items() if not len(x)]
+    if lacking:
+        raise ValueError(f"{lacking[0]} logs too few training losses for --target-on train")
+    grid = common_grid([x for x, _, _ in curves.values()]) if curves else np.zeros(0)
+    return {run_id: reach(*curve, grid, target.loss) for run_id, curve in curves.items()}
+
+
+def smoothed(curve: Curve) -> Curve:
+    """A training curve's mean over the last SMOOTH of the run's steps, from the first full window on.
+
+    The window counts steps, not lines: a run that logs every 10th step is smoothed over the same time.
+    """
+    known = np.isfinite(curve.loss)
+    step, loss = curve.step[known], curve.loss[known]
+    if not len(step):
+        return curve
+    window = max(1, round(SMOOTH * int(step[-1])))
+    sums = np.concatenate([[0.0], np.cumsum(loss)])
+    first = np.searchsorted(step, step - window, side="right")
+    means = (sums[1:] - sums[first]) / (np.arange(len(step)) + 1 - first)
+    whole = step - window >= step[0] - 1
+    fields = {name: getattr(curve, name)[known][whole] for name in ("step", "time_ms", "tokens", "acc")}
+    return Curve(loss=means[whole], **fields)
+
+
+def reach(
+    x: np.ndarray, loss: np.ndarray, time_ms: np.ndarray, grid: np.ndarray, target: float
+) -> Reach | None:
+    """The place where a curve, seen on the grid up to its own end, first meets the target."""
+    seen = np.append(grid[(grid >= x[0]) & (grid < x[-1])], x[-1])
+    seen_loss = np.interp(seen, x, loss)
+    met = np.flatnonzero(seen_loss <= target)
+    if not len(met):
+        return None
+    at, i = seen[met[0]], met[0]
+    if i > 0:
+        share = (seen_loss[i - 1] - target) / (seen_loss[i - 1] - seen_loss[i])
+        at = seen[i - 1] + share * (seen[i] - seen[i - 1])
+    return Reach(float(at), float(np.interp(at, x, time_ms)) / 60000)
+
+
+def all_at_target(arm: SweepArm, target: float) -> int | None:
+    """First step at which all runs of an arm have met the target; None if one has not, or failed."""
+    if arm.count("done") < len(arm.attempts) or not arm.runs:
+        return None
+    met = all_met(arm, target)
+    return met[0] if met else None
