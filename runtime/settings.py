@@ -179,31 +179,39 @@ def is_file_name(text: str) -> bool:
 
 
 def as_text(value) -> str:
-    """A value as the environment variable would be written."""
+    """A value as the environment variable is written; None is empty, the truth 1 or 0."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def help_text(description: str, classes, presets: dict[str, tuple[str, dict]], footer: str) -> str:
-    """--help: every setting with type, limits, default and meaning; rare ones last; then the presets.
+    """--help: every setting with its default, limits and meaning; rare ones last; then the presets.
 
     presets: {name: (description, {setting: default that the preset changes})}.
     """
-    lines = [description]
-    for rare in (False, True):
-        if rare:
-            lines.append("\nRarely needed:\n")
-        for c in classes:
-            if not rare:
-                lines.append(f"\n{c.__doc__}\n")
-            for f in dataclasses.fields(c):
-                if f.metadata["rare"] == rare:
-                    lines.append(f"  {f.name.upper()}  ({allowed_values(f)}; default {as_text(f.default)!r})")
-                    lines.append(f"      {f.metadata['help']}")
+    lines = [description.strip(), "\nEvery setting with its default, what it may be, and what it does:\n"]
+    fields = knobs(classes)
+    lines += [line for name, f in fields.items() if not f.metadata["rare"] for line in help_lines(name, f)]
+    lines.append("\nRarely needed:\n")
+    lines += [line for name, f in fields.items() if f.metadata["rare"] for line in help_lines(name, f)]
     lines += [f"\n{footer}", "\nPresets (MODEL) and the defaults they change:\n"]
     for name, (text, defaults) in presets.items():
         lines.append(f"  {name}: {text}")
         lines += [f"      {key.upper()}={as_text(value)}" for key, value in defaults.items()]
     return "\n".join(lines)
+
+
+def help_lines(name: str, field: dataclasses.Field) -> list[str]:
+    """One setting in --help."""
+    affects = field.metadata["affects"]
+    note = {"training": "", "recording": "; recording only", "machine": "; this machine only"}[affects]
+    return [
+        f"  {name}={as_text(field.default)}  ({allowed_values(field)}{note})",
+        f"      {field.metadata['help']}",
+    ]
 
 
 def settings_json(script: str, classes, presets: dict[str, tuple[str, dict]], source_hash: str) -> str:
