@@ -253,7 +253,21 @@ def test_contents_that_no_run_has_are_refused(changes, tmp_path):
 
 def resume_differences(trainer, config, theirs) -> list[str]:
     """Differences for which a run of this config refuses to go on with theirs."""
-    return checkpoints.Refusal(trainer.SETTINGS, config).differences(theirs)
+    classes, model = (*trainer.SETTINGS, trainer.ModelConfig), dataclasses.asdict(trainer.ModelConfig())
+    config, theirs = ({"model_config": model, **x} for x in (config, theirs))
+    return checkpoints.SameTraining(classes, config).differences(theirs)
+
+
+def test_a_field_of_the_model_newer_than_the_checkpoint_counts_as_its_default():
+    """Fails if a new feature of the model, switched off, makes all checkpoints useless."""
+    model = dataclasses.asdict(train_gpt.ModelConfig())
+    settings = {f.name: f.default for f in knobs(train_gpt.SETTINGS).values()}
+    older = {k: v for k, v in model.items() if k != "smear"}
+    now = {**settings, "model_config": model}
+    assert resume_differences(train_gpt, now, {**settings, "model_config": older}) == []
+    now["model_config"] = {**model, "smear": False}
+    found = resume_differences(train_gpt, now, {**settings, "model_config": older})
+    assert found == ["MODEL_CONFIG.SMEAR was True, now False"]
 
 
 def test_a_setting_newer_than_the_checkpoint_counts_as_its_default():
