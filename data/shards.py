@@ -84,7 +84,7 @@ def write_shard(path: Path | str, tokens: np.ndarray, vocabulary: int = GPT2_VOC
 
 
 def check_shard(path: Path | str, every_token: bool = False) -> ShardInfo:
-    """What the shard holds, or a ValueError that says what was found and what was wanted.
+    """Check a shard and return its size and vocabulary; DataError says what was found and what was wanted.
 
     Reads the header and the file's size; `every_token` also reads all tokens and compares them with the
     vocabulary (a tenth of a second for 100M of them).
@@ -100,9 +100,9 @@ def check_shard(path: Path | str, every_token: bool = False) -> ShardInfo:
         raise DataError(f"{path}: no such file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    info = _parse_header(path, head, size)
+    info = parse_header(path, head, size)
     if every_token:
-        tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(info.num_tokens,))
+        tokens = map_tokens(path, info)
         if int(tokens.max()) >= info.vocabulary:
             where = int(np.argmax(tokens >= info.vocabulary))
             raise DataError(
@@ -112,7 +112,7 @@ def check_shard(path: Path | str, every_token: bool = False) -> ShardInfo:
     return info
 
 
-def _parse_header(path: Path, head: bytes, size: int) -> ShardInfo:
+def parse_header(path: Path, head: bytes, size: int) -> ShardInfo:
     if size == 0:
         raise DataError(f"{path}: an empty file; a shard begins with a header of {HEADER_BYTES:,} bytes")
     for beginning, meaning in IMPOSTORS:
@@ -142,10 +142,15 @@ def _parse_header(path: Path, head: bytes, size: int) -> ShardInfo:
     return ShardInfo(num_tokens, vocabulary or GPT2_VOCABULARY)
 
 
+def map_tokens(path: Path | str, info: ShardInfo) -> np.memmap:
+    """The tokens of a checked file, mapped rather than loaded."""
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(info.num_tokens,))
+
+
 def read_shard(path: Path | str) -> np.ndarray:
     """The tokens, uint16, mapped from the checked file rather than loaded."""
     info = check_shard(path)
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(info.num_tokens,))
+    return map_tokens(path, info)
 
 
 @dataclass
@@ -212,8 +217,7 @@ class Shard:
 def open_shard(path: Path | str) -> Shard:
     """Map a shard, checked to its last token; DataError says what is wrong with it."""
     info = check_shard(path, every_token=True)
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(info.num_tokens,))
-    return Shard(Path(path), tokens, info.vocabulary)
+    return Shard(Path(path), map_tokens(path, info), info.vocabulary)
 
 
 def open_shards(root: str, pattern: str, name: str) -> list[Shard]:
@@ -268,7 +272,7 @@ def content_hash(path: Path | str) -> str:
 
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """The exit status of a script: what a person can put right is one sentence, not a traceback.
+    """Run a script's main and return its exit status; an error that a person can put right is one sentence.
 
     2: something is wrong with what was given (ValueError). 1: the machine or the network failed (OSError).
     """

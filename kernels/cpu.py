@@ -279,7 +279,7 @@ def band_bias(num_queries: int, num_before: int, window: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
-def make_attention_forward(trainer, compiler):
+def make_attention_forward(module, compiler):
     def forward(self, x_BTC, value_BTC, docs, window: int, rotary, out_scale: float):
         plan, key = self.plan, (window, self.plan.paired)
         if key not in docs.query_blocks:
@@ -302,7 +302,7 @@ def make_attention_forward(trainer, compiler):
     return forward
 
 
-def make_mlp_forward(trainer, compiler):
+def make_mlp_forward(module, compiler):
     def forward(self, x_BTC, out_scale: float):
         down = self.down if out_scale == 1 else self.down * out_scale
         return MLP.apply(x_BTC, self.up, down)
@@ -310,17 +310,17 @@ def make_mlp_forward(trainer, compiler):
     return forward
 
 
-def make_polar_express(trainer, compiler):
+def make_polar_express(module, compiler):
     """Tall matrices are multiplied from the right, by polynomials in X^T X: transposing is slow here."""
 
     def polar_express(G_NRK, dtype):
         tall = G_NRK.size(-2) > G_NRK.size(-1)
         norm = G_NRK.norm(dim=(-2, -1), keepdim=True)
-        X = (G_NRK / (trainer.POLAR_SAFETY * norm + trainer.POLAR_EPS)).to(dtype)
+        X = (G_NRK / (module.POLAR_SAFETY * norm + module.POLAR_EPS)).to(dtype)
         if max(X.shape[-2:]) >= 2 * min(X.shape[-2:]):
-            Q = gram_space(X.mT @ X if tall else X @ X.mT, trainer.POLAR_COEFFICIENTS)
+            Q = gram_space(X.mT @ X if tall else X @ X.mT, module.POLAR_COEFFICIENTS)
             return (X @ Q.mT if tall else Q @ X).float()
-        for a, b, c in trainer.POLAR_COEFFICIENTS:
+        for a, b, c in module.POLAR_COEFFICIENTS:
             A = X.mT @ X if tall else X @ X.mT
             B = torch.baddbmm(A, A, A, beta=b, alpha=c)
             X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)

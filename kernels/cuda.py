@@ -28,6 +28,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels import float8
+
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by the tests; it knows no assembly
 KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)  # else max and clamp would hide that a run has diverged
@@ -380,14 +382,6 @@ def quantize_reference(x_RC: Tensor, scale: float, dtype=torch.float8_e4m3fn) ->
     return x8, x8.T.contiguous()
 
 
-def float8_product(a: Tensor, b_t: Tensor, a_scale: float, b_scale: float, fast: bool = False) -> Tensor:
-    """a @ b_t.T in bfloat16, of contiguous a (M, K) and b_t (N, K), by cuBLAS."""
-    scale_a, scale_b = (torch.full((), scale, device=a.device) for scale in (a_scale, b_scale))
-    return torch._scaled_mm(
-        a, b_t.T, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast
-    )
-
-
 # ---------------------------------------------------------------------------------------------------
 # Head and loss
 # logits = gain sigmoid((z + shift) / width) of the head's output z, so 0 < logits < gain
@@ -645,7 +639,7 @@ class FusedHeadLoss(torch.autograd.Function):
         else:
             x8, x_t = quantize(x_MC, scales[0])
             w8, w_t = quantize(w_VC, scales[1])
-            z_MV = float8_product(x8, w8, scales[0], scales[1], fast=True)
+            z_MV = float8.product(x8, w8.T, scales[0], scales[1], fast=True)
         losses, entropies, lse_M = softcapped_loss(z_MV, targets_BT, weights_K, *softcap)
         ctx.save_for_backward(z_MV, lse_M, targets_BT, weights_K, x_t, w_t)
         ctx.softcap, ctx.scales = softcap, scales
@@ -662,8 +656,8 @@ class FusedHeadLoss(torch.autograd.Function):
             return g_MV @ w_t, g_MV.T @ x_t, None, None, None, None
         x_scale, w_scale, grad_scale = ctx.scales
         g_MV, g_VM = softcapped_loss_backward_float8(*known, grad_scale)
-        grad_x = float8_product(g_MV, w_t, grad_scale, w_scale)
-        return grad_x, float8_product(g_VM, x_t, grad_scale, x_scale), None, None, None, None
+        grad_x = float8.product(g_MV, w_t.T, grad_scale, w_scale)
+        return grad_x, float8.product(g_VM, x_t.T, grad_scale, x_scale), None, None, None, None
 
 
 def head_loss(
@@ -965,18 +959,18 @@ def apply_update_reference(weight, mantissa, U_NRK, scales, added_N, lr_N, decay
 # ---------------------------------------------------------------------------------------------------
 
 
-def make_mlp_forward(trainer, compiler):
+def make_mlp_forward(module, compiler):
     def forward(self, x_BTC, out_scale: float):
         down = self.down if out_scale == 1 else self.down * out_scale
-        return x_BTC + mlp(trainer.norm(x_BTC), self.up, down)
+        return x_BTC + mlp(module.norm(x_BTC), self.up, down)
 
     return forward
 
 
-def make_head_loss(trainer, compiler):
+def make_head_loss(module, compiler):
     def fused(self, x_BTC, targets_BT, weights_K):
-        scales = trainer.HEAD_SCALES if self.float8_head else None
-        return head_loss(x_BTC.flatten(0, 1), self.head, targets_BT, weights_K, trainer.SOFTCAP, scales)
+        scales = module.HEAD_SCALES if self.float8_head else None
+        return head_loss(x_BTC.flatten(0, 1), self.head, targets_BT, weights_K, module.SOFTCAP, scales)
 
     return fused
 
@@ -999,17 +993,17 @@ def covers_muon(o) -> bool:
     return o.optimizer != "adamw" and not hasattr(o, "ord_mode")
 
 
-def make_step_muon(trainer, compiler):
+def make_step_muon(module, compiler):
     """Muon step in which each kernel reads each matrix-sized tensor once."""
 
     def fused(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, mode: str):
         state, mu = (grad, momentum, weight, mantissa), float(mu)
         norm = momentum_sums(*state, mu, ord=False)[:, 0].sqrt()
-        scale = 1 / (trainer.POLAR_SAFETY * norm + trainer.POLAR_EPS)
-        U = polar_steps(polar_input(*state, None, scale, mu), trainer.POLAR_COEFFICIENTS)
+        scale = 1 / (module.POLAR_SAFETY * norm + module.POLAR_EPS)
+        U = polar_steps(polar_input(*state, None, scale, mu), module.POLAR_COEFFICIENTS)
         scales = None
         if second_moment is not None:
-            scales, _ = row_scales(U, second_moment, trainer.MUON_BETA2)
+            scales, _ = row_scales(U, second_moment, module.MUON_BETA2)
         apply_update(weight, mantissa, U, scales, None, lr_N11.flatten(), float(decay), mode)
 
     fused.runs_eagerly = True
@@ -1024,13 +1018,13 @@ def covers_ord(o) -> bool:
     return o.optimizer != "adamw" and o.ord_mode != "post" and one_number
 
 
-def make_step_ord(trainer, compiler):
+def make_step_ord(module, compiler):
     """Muon + ORD step. The radial part is a number times W, so ORD costs two more reads of W: for rho, and to
     remove it from P's input.
     """
 
     def radial_part(*arguments):
-        return ord_radial_part(trainer.radial_strength, *arguments)
+        return ord_radial_part(module.radial_strength, *arguments)
 
     compiled_part = compiler(radial_part)
 
@@ -1053,18 +1047,18 @@ def make_step_ord(trainer, compiler):
         state, mu = (grad, momentum, weight, mantissa), float(mu)
         sums = momentum_sums(*state, mu, ord=True)
         rho, lost, gained, norm, perp_norm = compiled_part(sums, a_N11, rho_0, settled, o)
-        scale = 1 / (trainer.POLAR_SAFETY * norm + trainer.POLAR_EPS)
+        scale = 1 / (module.POLAR_SAFETY * norm + module.POLAR_EPS)
         X = polar_input(*state, lost.flatten(), scale.flatten(), mu)
-        U, scales = polar_steps(X, trainer.POLAR_COEFFICIENTS), None
+        U, scales = polar_steps(X, module.POLAR_COEFFICIENTS), None
         if second_moment is not None:
-            scales, squares = row_scales(U, second_moment, trainer.MUON_BETA2)
+            scales, squares = row_scales(U, second_moment, module.MUON_BETA2)
         if o.spectral_scale == "unit":  # variance reduction keeps the norm of U
             if second_moment is None:
                 squares = U.float().square().sum((-2, -1))
-            gained = gained * trainer.safe_ratio(squares.view(-1, 1, 1).sqrt(), perp_norm)
+            gained = gained * module.safe_ratio(squares.view(-1, 1, 1).sqrt(), perp_norm)
         last = lr_N11.flatten(), float(decay), o.muon_decay_mode
         applied = apply_update(weight, mantissa, U, scales, gained.flatten(), *last, measure)
-        stats = ord_stats(trainer.safe_ratio, sums, applied, rho, gained) if measure else None
+        stats = ord_stats(module.safe_ratio, sums, applied, rho, gained) if measure else None
         return rho.abs(), stats
 
     fused.runs_eagerly = True

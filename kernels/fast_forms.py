@@ -28,7 +28,7 @@ class FastForm(NamedTuple):
     """What takes the place of one function of a trainer."""
 
     name: str  # of the function or method in the trainer, such as "Attention.forward"
-    make: Callable  # (trainer, compiler) -> the fast function; the trainer's own is still in place then
+    make: Callable  # (module, compiler) -> the fast function; the trainer's own is still in place then
     repeats: tuple[str, ...]  # other definitions of the trainer whose arithmetic it repeats
     fingerprint: str  # of the text of all of these
     covers: Callable = lambda o: True  # whether it knows these optimizer settings
@@ -60,14 +60,14 @@ def cuda_forms() -> tuple[FastForm, ...]:
     )
 
 
-def fingerprint(trainer, names: tuple[str, ...]) -> str:
+def fingerprint(module, names: tuple[str, ...]) -> str:
     """Hash of these definitions' text, without comments, docstrings and layout.
 
     "" if one is missing or has been replaced by something else, such as a module or a wrapper.
     """
     texts = []
     for name in names:
-        found = trainer
+        found = module
         for part in name.split("."):
             found = getattr(found, part, None)
         if not inspect.isfunction(found) or hasattr(found, "__wrapped__"):
@@ -93,7 +93,7 @@ def forms_for(kernels: str) -> tuple[FastForm, ...]:
 
 
 @contextlib.contextmanager
-def installed(trainer, s, o):
+def installed(module, s, o):
     """Put the fast forms in place for a run with these settings. Yields (names, warnings).
 
     s, o: the trainer's and the optimizer's settings.
@@ -101,7 +101,7 @@ def installed(trainer, s, o):
     compiler = torch_compile if s.compile == "1" else not_compiled
     names, warnings, originals = [], [], []
     wanted = [form for form in forms_for(s.kernels) if form.covers(o)]
-    fits = [fingerprint(trainer, (form.name, *form.repeats)) == form.fingerprint for form in wanted]
+    fits = [fingerprint(module, (form.name, *form.repeats)) == form.fingerprint for form in wanted]
     try:
         for form, form_fits in zip(wanted, fits):
             if not form_fits:
@@ -111,9 +111,9 @@ def installed(trainer, s, o):
                 )
                 continue
             holder, _, attribute = form.name.rpartition(".")
-            owner = getattr(trainer, holder) if holder else trainer
+            owner = getattr(module, holder) if holder else module
             originals.append((owner, attribute, getattr(owner, attribute)))
-            setattr(owner, attribute, form.make(trainer, compiler))
+            setattr(owner, attribute, form.make(module, compiler))
             names.append(form.name)
         yield names, warnings
     finally:
@@ -123,9 +123,9 @@ def installed(trainer, s, o):
 
 def main():
     for script in ("train_gpt", "train_gpt_muon_ord"):
-        trainer = importlib.import_module(script)
+        module = importlib.import_module(script)
         for form in (*CPU_FORMS, *cuda_forms()):
-            print(f"{script:20} {form.name:20} {fingerprint(trainer, (form.name, *form.repeats))}")
+            print(f"{script:20} {form.name:20} {fingerprint(module, (form.name, *form.repeats))}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class LogWriter:
         """go_on: append to a log that exists. Raises SettingsError if the log cannot be written."""
         self.path, self.is_main, self.num_steps = path, rank == 0, num_steps
         self.bar = self.is_main and sys.stdout.isatty()
-        self.unwritten, self.full = b"", False
+        self.unwritten, self.disk_is_full = b"", False
         self.end_lock, self.ended = threading.Lock(), False
         if self.is_main:
             self.open(go_on)
@@ -100,11 +100,11 @@ class LogWriter:
         try:
             while self.unwritten:
                 self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
-            self.full = False
+            self.disk_is_full = False
         except OSError as error:
-            if not self.full:
+            if not self.disk_is_full:
                 self.say(f"warning: {self.path}: {error.strerror}; its lines wait in memory")
-            self.full = True
+            self.disk_is_full = True
 
     def sync(self):
         """Flush to the disk, before a checkpoint that relies on the log. OSError if there is no room."""
@@ -144,9 +144,9 @@ class LogWriter:
     def event(self, name: str, **fields):
         self.write(event_line(name, fields))
 
-    def warn(self, text: str):
-        """Write a warning to the log and the console."""
-        self.event("warning", text=json.dumps(text))
+    def warn(self, text: str, name: str = "warning", **fields):
+        """Write a warning to the log, as an event of this name, and to the console."""
+        self.event(name, **(fields or {"text": json.dumps(text)}))
         self.say(f"warning: {text}")
 
     def end(self, name: str, from_any_rank: bool = False, **fields):

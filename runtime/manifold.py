@@ -274,5 +274,5 @@ class Manifold:
         try:
             action()
         except OSError as error:
-            self.log.event("manifold_failed", step=step, error=json.dumps(str(error)))
-            self.log.say(f"warning: {self.path} could not be written ({error}); training goes on")
+            text = f"{self.path} could not be written ({error}); training goes on"
+            self.log.warn(text, "manifold_failed", step=step, error=json.dumps(str(error)))

@@ -202,15 +202,15 @@ class Session:
         self.log.step(step, {**loss, **times, **fields, "tokens": tokens, **last})
 
     def check_loss(self, step: int, name: str, loss: float):
-        if not loss <= self.highest_loss:  # NaN is not
+        if not loss <= self.highest_loss:  # also true of NaN
             raise Diverged(step, name, loss)
 
     def note_compilation(self, step: int):
         """Warn if the run has just compiled something, which the rehearsal is there to prevent."""
         before, self.graphs = self.graphs, graphs_compiled()
         if self.graphs > before:
-            self.log.event("recompiled", step=step, graphs=self.graphs - before)
-            self.log.say(f"warning: step {step} compiled something that the rehearsal had not met")
+            text = f"step {step} compiled something that the rehearsal had not met"
+            self.log.warn(text, "recompiled", step=step, graphs=self.graphs - before)
 
     def save(self, step: int) -> bool:
         """Write a checkpoint, off the clock. Whether the disk took it; the run goes on if not."""
@@ -246,8 +246,8 @@ class Session:
             self.log.sync()
             path = checkpoints.write(self.s.folder, contents)
         except OSError as error:
-            self.log.event("save_failed", step=step, error=json.dumps(str(error)))
-            self.log.say(f"warning: {error}; training goes on, checkpoints before it are kept")
+            text = f"{error}; training goes on, checkpoints before it are kept"
+            self.log.warn(text, "save_failed", step=step, error=json.dumps(str(error)))
             return False
         self.log.event("checkpoint", step=step, path=path)
         return True

@@ -168,11 +168,11 @@ class Start(NamedTuple):
     log: LogWriter | None  # None if the run is over already
 
 
-def prepare(trainer, env) -> Start:
+def prepare(module, env) -> Start:
     """Refuse everything that can be refused, on all ranks together, before the first step."""
     choose_allocator()
     try:
-        s, o, model_config = trainer.read_settings(env)
+        s, o, model_config = module.read_settings(env)
     except SettingsError as error:
         refuse_together(error)
     config = {
@@ -182,15 +182,15 @@ def prepare(trainer, env) -> Start:
     }
     run_id = env.get("RUN_ID", "")
     ranks = Ranks(s.device, s.dist_timeout, {**config, "run_id": run_id})
-    train_shards, val_shards = ranks.run_on_all(lambda: trainer.open_data(s, ranks.world_size))
+    train_shards, val_shards = ranks.run_on_all(lambda: module.open_data(s, ranks.world_size))
     config |= {
         "train_data": describe_shards(train_shards),
         "val_data": describe_shards(val_shards),
         "vocab_size": train_shards[0].vocab_size,
         "mark": train_shards[0].mark,
-        "num_slices": trainer.count_slices(ranks.world_size),
+        "num_slices": module.count_slices(ranks.world_size),
     }
-    classes = (*trainer.SETTINGS, trainer.ModelConfig)
+    classes = (*module.SETTINGS, module.ModelConfig)
     origin = ranks.run_on_all(
         lambda: checkpoints.find_origin(s, classes, config, run_id) if ranks.rank == 0 else None
     )
@@ -200,12 +200,12 @@ def prepare(trainer, env) -> Start:
     config["run_id"] = s.run_id
     log = None
     if origin.exit_code is None:
-        num_steps = trainer.Schedule(s, model_config).num_steps
+        num_steps = module.Schedule(s, model_config).num_steps
         log = ranks.run_on_all(lambda: LogWriter(s.log, ranks.rank, num_steps, origin.resumed))
-    return Start(trainer.SCRIPT, s, o, model_config, config, train_shards, val_shards, ranks, origin, log)
+    return Start(module.SCRIPT, s, o, model_config, config, train_shards, val_shards, ranks, origin, log)
 
 
-def write_beginning(trainer, start: Start):
+def write_beginning(module, start: Start):
     """Write the log's header, or its line about going on."""
     log, origin, config = start.log, start.origin, start.config
     started = {
@@ -213,11 +213,10 @@ def write_beginning(trainer, start: Start):
         **{k: config[k] for k in ("train_data", "val_data")},
     }
     if not log.existed:
-        affects = not_training(trainer.SETTINGS)
+        affects = not_training(module.SETTINGS)
         log.header(config, affects, {"run_id": start.s.run_id, **started})
     for _, text in origin.damaged:
-        log.event("checkpoint_damaged", error=json.dumps(text))
-        log.say(f"warning: {text}; falling back to the one before it")
+        log.warn(f"{text}; falling back to the one before it", "checkpoint_damaged", error=json.dumps(text))
     if origin.resumed:
         checkpoints.set_aside(origin, start.s.folder)
         saved = origin.contents or {"step": 0, "source_hash": source_hash(start.script)}
@@ -232,31 +231,31 @@ def write_beginning(trainer, start: Start):
 # ---------------------------------------------------------------------------------------------------
 
 
-def main(trainer, argv: list[str], env=os.environ) -> int:
+def main(module, argv: list[str], env=os.environ) -> int:
     """Exit code: 0 trained or stopped, 1 crashed or could not write, 2 refused, 3 diverged."""
-    name = trainer.SCRIPT.name
+    name = module.SCRIPT.name
     if "--help" in argv or "-h" in argv:
-        print(help_text(trainer.__doc__, trainer.SETTINGS, trainer.presets(), CACHE_HELP))
+        print(help_text(module.__doc__, module.SETTINGS, module.presets(), CACHE_HELP))
         return 0
     if "--settings-json" in argv:
-        code = source_hash(trainer.SCRIPT)
-        print(settings_json(name, trainer.SETTINGS, trainer.presets(), code))
+        code = source_hash(module.SCRIPT)
+        print(settings_json(name, module.SETTINGS, module.presets(), code))
         return 0
     try:
         if argv:
             raise SettingsError(f"arguments {argv}: settings are environment variables instead, see --help")
-        start = prepare(trainer, env)
+        start = prepare(module, env)
     except ValueError as error:
-        return refuse(name, error)
+        return exit_refused(name, error)
     if start.log is None:
         if start.ranks.rank == 0:
             show(f"{name}: {start.s.log} is of a run that is over; nothing to do")
         start.ranks.close()
         return start.origin.exit_code
-    return Supervisor(trainer, start).run()
+    return Supervisor(module, start).run()
 
 
-def refuse(name: str, error: ValueError) -> int:
+def exit_refused(name: str, error: ValueError) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
         show(f"{name}: {error}", file=sys.stderr)
     Ranks.close()
@@ -266,8 +265,8 @@ def refuse(name: str, error: ValueError) -> int:
 class Supervisor:
     """Trains and, whatever happens, leaves a last line in the log."""
 
-    def __init__(self, trainer, start: Start):
-        self.trainer, self.start, self.log, self.ranks = trainer, start, start.log, start.ranks
+    def __init__(self, module, start: Start):
+        self.module, self.start, self.log, self.ranks = module, start, start.log, start.ranks
         self.stop = StopRequest()
         self.watch = Watch(self.ranks, start.s.dist_timeout, self.stop, self.give_up)
         self.stop.listen()
@@ -281,7 +280,7 @@ class Supervisor:
             self.watch.over.set()
             self.log.end("crashed", error=json.dumps(str(error)))
             self.log.close()
-            return refuse(self.trainer.SCRIPT.name, error)
+            return exit_refused(self.module.SCRIPT.name, error)
         except Diverged as error:
             self.log.end("diverged", step=error.step, **{error.name: f"{error.value:g}"})
             self.log.say(f"diverged: {error}")
@@ -300,9 +299,9 @@ class Supervisor:
         if s.kernels == "triton":
             fast_forms.cuda_forms()  # imports its source, which the log is to hold
         if self.ranks.rank == 0:
-            write_beginning(self.trainer, start)
+            write_beginning(self.module, start)
         attention_name, warnings = attention.activate(s.attn_backend)
-        with fast_forms.installed(self.trainer, s, start.o) as (names, stepped_aside):
+        with fast_forms.installed(self.module, s, start.o) as (names, stepped_aside):
             log.event("kernels", attn=attention_name, fast_forms=",".join(names) or "none")
             for text in warnings + stepped_aside:
                 log.warn(text)
@@ -312,8 +311,8 @@ class Supervisor:
             )
             if s.compile == "1" or s.device == "cuda":
                 log.say("rehearsing every stage (compiles; not counted as training time)")
-                self.trainer.rehearse(start, self.stop)
-            run = self.trainer.Run(start, self.stop)
+                self.module.rehearse(start, self.stop)
+            run = self.module.Run(start, self.stop)
             if start.origin.has_checkpoint:
                 run.session.resume(start.origin.contents)
             step = run.train()

@@ -99,7 +99,8 @@ class Log:
     def event(self, name, **fields):
         self.events.append(name)
 
-    say = event
+    def warn(self, text, name, **fields):
+        self.event(name, **fields)
 
 
 def watched(trainer, folder, env, steps=3):

@@ -34,7 +34,7 @@ import triton.language as tl
 
 import train_gpt
 import train_gpt_muon_ord
-from kernels import cuda
+from kernels import cuda, float8
 
 if DEVICE == "cuda" and not torch.cuda.is_available():
     raise pytest.UsageError("--device cuda, but torch finds no CUDA device here")
@@ -268,14 +268,14 @@ def test_head_loss_in_float8_is_made_of_its_references():
     loss.backward()
     x8, x_t = cuda.quantize_reference(x.detach(), x_scale)
     w8, w_t = cuda.quantize_reference(w.detach(), w_scale)
-    z = cuda.float8_product(x8, w8, x_scale, w_scale, fast=True)
+    z = float8.product(x8, w8.T, x_scale, w_scale, fast=True)
     losses, _, lse = cuda.softcapped_loss_reference(z, targets, weights, *SOFTCAP)
     grad_z = cuda.softcapped_loss_backward_reference(z, lse, targets, weights, torch.tensor(1.0), *SOFTCAP)
     g, g_t = cuda.quantize_reference(grad_z, grad_scale, torch.float8_e5m2)
     assert loss.item() == pytest.approx(losses.sum().item(), rel=1e-5)
     for got, want in (
-        (x.grad, cuda.float8_product(g, w_t, grad_scale, w_scale)),
-        (w.grad, cuda.float8_product(g_t, x_t, grad_scale, x_scale)),
+        (x.grad, float8.product(g, w_t.T, grad_scale, w_scale)),
+        (w.grad, float8.product(g_t, x_t.T, grad_scale, x_scale)),
     ):
         assert (got - want).norm() / want.norm() < 0.01
 
