@@ -25,8 +25,7 @@ CHECK_SCALE = 0.1  # softmax scale of check_varlen
 class Documents:
     """Attention mask of one pass: query i sees key j of its document where 0 <= i - j <= window.
 
-    Built once per pass and asked by every layer. In a paired layer every token stands twice in a sequence of
-    2T.
+    Built once per pass, asked by every layer. In a paired layer each token stands twice in a sequence of 2T.
     """
 
     def __init__(self, batch, backend: str):
@@ -170,8 +169,7 @@ class CheckBatch(NamedTuple):
 def check_varlen(device: torch.device):
     """Raise ValueError if varlen's attention, forward or backward, is not what plain torch computes.
 
-    A package built for another torch may fail at its first call, or not fail and be wrong. Small, once per
-    run.
+    A package built for another torch may fail at its first call, or not fail and be wrong. Runs once.
     """
     bounds = torch.tensor([0, 90, 256], dtype=torch.int32, device=device)
     batch = CheckBatch(torch.zeros(1, 256), bounds, max_doc_tokens=166)

@@ -209,8 +209,9 @@ def agree_on_settings(store: dist.Store, rank: int, world_size: int, mine: dict 
     """Raise SettingsError on all ranks if one has no settings, or others than the rest.
 
     Uses the store alone, before a process group forms: ranks with wrong settings, or on different devices,
-    would make that hang. mine: this rank's settings, or its
-    error.
+    would make that hang.
+
+    mine: this rank's settings, or its error.
     """
     refused, soon = isinstance(mine, SettingsError), datetime.timedelta(seconds=30)
     store.set(f"settings{rank}", json.dumps({"refused": str(mine)} if refused else mine))
