@@ -96,8 +96,24 @@ class Documents:
         """The mask of one kind of layer, made once."""
         key = window, paired
         if key not in self.bands:
-            self.bands[key] = make_band(self.doc_ids(paired), window)
+            self.bands[key] = self.make_band(window, paired)
         return self.bands[key]
+
+    def make_band(self, window: int, paired: bool) -> "Band":
+        """Blocks as long as the window; or one block, all of it, where that is no more work."""
+        doc_BT = self.doc_ids(paired)
+        T = doc_BT.shape[1]
+        if T <= 2 * window or T % window:
+            block, query, key = T, torch.arange(T), torch.arange(T)
+            doc_q, doc_k = doc_BT[:, None], doc_BT[:, None]
+        else:
+            block, query, key = window, torch.arange(window) + window, torch.arange(2 * window)
+            doc_q = doc_BT.view(-1, T // window, window)
+            doc_k = torch.cat((F.pad(doc_q, (0, 0, 1, 0), value=-1)[:, :-1], doc_q), -1)
+        ago = (query[:, None] - key).to(doc_BT.device)
+        seen = (ago >= 0) & (ago <= window) & (doc_q[..., :, None] == doc_k[..., None, :])
+        bias = torch.zeros(seen.shape, device=doc_BT.device).masked_fill(~seen, -math.inf)
+        return Band(block, bias.flatten(0, 1).unsqueeze(1))
 
 
 class Band(NamedTuple):
@@ -105,22 +121,6 @@ class Band(NamedTuple):
 
     block: int
     bias: Tensor  # 0 or -inf, (B * blocks, 1, block, keys)
-
-
-def make_band(doc_BT: Tensor, window: int) -> Band:
-    """Blocks as long as the window; or one block, all of it, where that is no more work."""
-    T = doc_BT.shape[1]
-    if T <= 2 * window or T % window:
-        block, query, key = T, torch.arange(T), torch.arange(T)
-        doc_q, doc_k = doc_BT[:, None], doc_BT[:, None]
-    else:
-        block, query, key = window, torch.arange(window) + window, torch.arange(2 * window)
-        doc_q = doc_BT.view(-1, T // window, window)
-        doc_k = torch.cat((F.pad(doc_q, (0, 0, 1, 0), value=-1)[:, :-1], doc_q), -1)
-    ago = (query[:, None] - key).to(doc_BT.device)
-    seen = (ago >= 0) & (ago <= window) & (doc_q[..., :, None] == doc_k[..., None, :])
-    bias = torch.zeros(seen.shape, device=doc_BT.device).masked_fill(~seen, -math.inf)
-    return Band(block, bias.flatten(0, 1).unsqueeze(1))
 
 
 def in_blocks(x_BHTD: Tensor, block: int) -> Tensor:
