@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from runtime.ranks import capability
-
 CHECK_SCALE = 0.1  # softmax scale of check_varlen
 # fewer key heads than query heads: torch 2.13 takes them, 2.11 does not
 VARLEN_SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -136,14 +134,14 @@ def with_block_before(x: Tensor) -> Tensor:
 
 @functools.cache
 def activate(backend: str) -> tuple[str, list[str]]:
-    """Choose what computes attention, for this process; call before anything is compiled.
+    """Choose what computes attention, for this process and its current device; call before compiling.
 
     Returns (its name, warnings). For varlen that is torch's FlashAttention-2 or, where its package is
     installed, the GPU is sm_90 and it computes the right thing, FlashAttention-3.
     """
     if backend != "varlen":
         return backend, []
-    if capability()[0] != 9 or not importlib.util.find_spec("flash_attn_interface"):
+    if torch.cuda.get_device_capability()[0] != 9 or not importlib.util.find_spec("flash_attn_interface"):
         return "varlen-FA2", []
     try:
         torch.nn.attention.activate_flash_attention_impl("FA3")

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kernels import cpu
-from runtime.compiling import not_compiled, torch_compile
 
 
 class FastForm(NamedTuple):
@@ -96,12 +95,12 @@ def forms_for(kernels: str) -> tuple[FastForm, ...]:
 
 
 @contextlib.contextmanager
-def installed(module, s, o):
+def installed(module, s, o, compiler=lambda function: function):
     """Put the fast forms in place for a run with these settings. Yields (names, warnings).
 
-    s, o: the trainer's and the optimizer's settings.
+    s, o: the trainer's and the optimizer's settings. compiler: torch.compile in some form, for their small
+    parts.
     """
-    compiler = torch_compile if s.compile == "1" else not_compiled
     names, warnings, originals = [], [], []
     wanted = [form for form in forms_for(s.kernels) if form.covers(o)]
     fits = [fingerprint(module, (form.name, *form.repeats)) == form.fingerprint for form in wanted]
