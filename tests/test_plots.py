@@ -92,7 +92,7 @@ def test_seeds_are_pooled_with_an_interval(tmp_path):
     write_arms(tmp_path / "logs", [0.0, 0.5], seeds=(1, 2, 3))
     figure, arms = draw(tmp_path / "logs")
     assert [len(arm.runs) for arm in arms] == [3, 3]
-    line, thin = curves.lines_of(arms[0], "val_loss", "steps")
+    line, thin = curves.lines_of(arms[0], "val_loss", curves.Axis("steps", []))
     at = len(line.x) // 2
     want = summarize([run.val.loss[at] for run in arms[0].runs])
     assert (line.y[at], line.low[at], line.high[at]) == pytest.approx((want.mean, want.low, want.high))
@@ -117,7 +117,7 @@ def test_two_seeds_are_both_shown(tmp_path):
     """The 95% interval of two runs is 13 sd wide on either side: the runs themselves say more."""
     write_arms(tmp_path / "logs", [0.1], seeds=(1, 2))
     _, arms = draw(tmp_path / "logs")
-    line, thin = curves.lines_of(arms[0], "val_loss", "steps")
+    line, thin = curves.lines_of(arms[0], "val_loss", curves.Axis("steps", []))
     assert line.low is None and len(thin) == 2
     np.testing.assert_allclose(line.y, np.mean([run.val.loss for run in arms[0].runs], axis=0))
 
@@ -130,7 +130,7 @@ def test_unfinished_runs_do_not_enter_the_mean(tmp_path):
     )
     write(tmp_path / "logs", "lost", text)
     _, arms = draw(tmp_path / "logs")
-    line, thin = curves.lines_of(arms[0], "val_loss", "steps")
+    line, thin = curves.lines_of(arms[0], "val_loss", curves.Axis("steps", []))
     assert line.x[-1] == STEPS and [other.x[-1] for other in thin] == [100]
     assert "1 unfinished" in plot_loss.legend_label(arms[0])
     losses = plot_loss.final_losses(arms[0])
