@@ -239,14 +239,12 @@ def test_sparkline(values, bars):
 
 def test_sparkline_samples_to_its_width():
     bars = monitor_runs.sparkline(range(1000), 8)
-    assert bars == "▁▂▃▄▅▆▇█" and monitor_runs.sparkline(range(8), 8, plain=True).isascii()
+    assert bars == "▁▂▃▄▅▆▇█" and bars.translate(monitor_runs.PLAIN).isascii()
 
 
 def test_progress():
-    assert (
-        monitor_runs.progress(0.5, 8, plain=True) == "####...."
-        and monitor_runs.progress(0, 4, plain=True) == "...."
-    )
+    assert monitor_runs.progress(0.5, 8).translate(monitor_runs.PLAIN) == "####...."
+    assert monitor_runs.progress(0, 4).translate(monitor_runs.PLAIN) == "...."
     assert monitor_runs.progress(1.0, 4) == "━━━━"
 
 
