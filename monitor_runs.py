@@ -1,15 +1,15 @@
-"""Show a live table of the runs in logs/: how far each is, its losses, its speed, and what went wrong.
+"""Show a live table of the runs in logs/: progress, losses, speed, and what went wrong.
 
     python monitor_runs.py                  # until Ctrl-C; in a pipe or a file, one plain table
     python monitor_runs.py --once           # one table
-    python monitor_runs.py --json | jq      # one list of objects, losses in nats a token, times in s or ms
-    python monitor_runs.py --control a=0    # difference from the runs whose name has a=0
+    python monitor_runs.py --json | jq      # one list of objects, losses in nats per token, times in s or ms
+    python monitor_runs.py --control a=0    # difference from the runs whose name contains a=0
 
 Runs of a sweep are shown by their tags and compared with the control that the sweep's manifest
 (logs/SWEEP.sweep.json) names: with the control of the same seed if there is one, else with the mean of the
 controls, at the last validation that both have reached. A run has stalled if it has not ended and its log has
-not grown for --stalled-after seconds. Only new lines are read, so a thousand logs are no burden; compressed
-logs, as in records/, are not shown.
+not grown for --stalled-after seconds. Only new lines are read, so watching a thousand logs is cheap;
+compressed logs, as in records/, are not shown.
 """
 
 import argparse

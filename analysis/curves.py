@@ -136,7 +136,10 @@ def lines_of(arm: Arm, key: str, axis: Axis) -> tuple[Line | None, list[Line]]:
 
 
 def all_met(arm: Arm, target: float) -> tuple[int, float] | None:
-    """First step at which all runs of an arm have met the target, and their mean training time in ms."""
+    """First step at which all runs of an arm have met the target, and their mean training time in ms.
+
+    None if one of them has not met it.
+    """
     points = [run.first_at(target) for run in arm.runs]
     if any(point is None for point in points):
         return None
@@ -169,9 +172,10 @@ def runs_of(drawn: Sequence[Drawn]) -> list[RunLog]:
 
 
 def name_ends(drawn: Sequence[Drawn]) -> None:
-    """Make all names fit beside their lines: the value of the one setting that differs, else a letter.
+    """Shorten names so that they fit beside their lines.
 
-    A letter also goes before the label in the legend.
+    If arms differ in one setting, a name is its value. Names that are still too long become letters, which
+    are also put before the labels in the legend.
     """
     words = [item.name.split() for item in drawn]
     one_setting = all(len(w) == 1 and "=" in w[0] for w in words)
@@ -282,7 +286,7 @@ def every_line(curves: Sequence[ArmLines]) -> list[Line]:
 
 
 def loss_limits(lines: Sequence[Line], axis: Axis, target: float) -> tuple[float, float]:
-    """Limits from below the lowest loss to the loss after 5% of training: the first fall dwarfs the rest."""
+    """Limits from below the lowest loss to the loss after 5% of training: the first drop dwarfs the rest."""
     every = np.concatenate([line.y for line in lines])
     every = every[np.isfinite(every)]
     if not len(every):
@@ -295,7 +299,7 @@ def loss_limits(lines: Sequence[Line], axis: Axis, target: float) -> tuple[float
 
 
 def room_for_inset(lines: Sequence[Line], axis: Axis, low: float, top: float) -> float:
-    """The upper limit that keeps the lines below the enlarged end; a runaway run may pass behind it."""
+    """The upper limit that keeps the lines below the inset; a run that diverges may pass behind it."""
     highest = low
     for line in lines:
         late = line.x >= 0.9 * INSET[0] * axis.end
@@ -306,7 +310,7 @@ def room_for_inset(lines: Sequence[Line], axis: Axis, low: float, top: float) ->
 
 
 def enlarge_end(ax, curves: Sequence[ArmLines], axis: Axis, target: float):
-    """The end of training in an inset, on the scale that tells arms apart; None if it has too few points."""
+    """Draw the end of training in an inset, enlarged to tell arms apart. None if it has too few points."""
     whole = [line for item, line, _ in curves if line and any_finished(item.arm)]
     everything = every_line(curves)
     begin = end_begin(whole or everything, axis, 0.0 if len(curves) > 1 else 0.1)
@@ -333,9 +337,10 @@ def any_finished(arm: Arm) -> bool:
 
 
 def end_begin(lines: Sequence[Line], axis: Axis, least: float) -> float | None:
-    """The place where the enlarged part begins; None if there are too few validations to enlarge anything.
+    """The x at which the enlarged end begins; None if there are too few validations to enlarge anything.
 
-    The smaller it is, the better arms are told apart; but it needs some points, and every arm's end.
+    It is as short as possible, at least `least` of training, but long enough to hold some points and the end
+    of every arm.
     """
     longest = max(lines, key=lambda line: line.x[-1])
     first_end = min(line.x[-1] for line in lines)
@@ -348,7 +353,7 @@ def end_begin(lines: Sequence[Line], axis: Axis, least: float) -> float | None:
 
 
 def end_limits(lines: Sequence[Line], begin: float, target: float) -> tuple[float, float]:
-    """Limits of the enlarged end, by the bulk of the lines, so that a failed run flattens no others."""
+    """Limits of the enlarged end, by the bulk of the lines: a failed run must not flatten the others."""
     ranges = []
     for line in lines:
         late = line.x >= begin
@@ -413,7 +418,7 @@ def label_ends(zoom, curves: Sequence[ArmLines]) -> None:
 
 
 def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[str, str]) -> None:
-    """Mean rho over layers: linear around zero, logarithmic beyond, so that sign and magnitude both show.
+    """Mean rho over layers: linear around zero, logarithmic beyond, to show both sign and magnitude.
 
     `keys` maps a logged key to its name; several are told apart by the dashes of their lines.
     """
