@@ -309,9 +309,9 @@ def tokens_per_s_cell(row: Row) -> str:
     return f"{row.tokens_per_s / 1000:.0f}k" if math.isfinite(row.tokens_per_s) else "-"
 
 
-def curve_cell(row: Row) -> str:
-    val, first = row.run.val, 0.1 * max(row.run.last_step, 1)  # the losses before would dwarf the others
-    return sparkline(val.loss[val.step >= first], 10)
+def late_losses(run: RunLog) -> np.ndarray:
+    """Return the validation losses after the first tenth of training, in which the loss drops the most."""
+    return run.val.loss[run.val.step >= 0.1 * max(run.last_step, 1)]
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ COLUMNS = (  # from left to right
     TableColumn("ms/step", 5, lambda row: format_number(row.ms_per_step, ".1f")),
     TableColumn("tokens/s", 2, tokens_per_s_cell),
     TableColumn("left", 6, left_cell),
-    TableColumn("curve", 1, curve_cell, align_left=True),
+    TableColumn("curve", 1, lambda row: sparkline(late_losses(row.run), 10), align_left=True),
 )
 LEAST_NAME = 16  # characters of a run's name
 GAP = 2

@@ -196,7 +196,8 @@ def test_trials_of_one_file_have_their_own_curves(tmp_path):
     write(tmp_path, "two", trial.replace("{}", "3.1") + trial.replace("{}", "4.9"))
     monitor = Monitor(tmp_path)
     rows = by_name(monitor.poll())
-    assert monitor.curve(rows["two#1"]).max() < 4 < monitor.curve(rows["two#2"]).min()
+    first, second = (monitor_runs.late_losses(rows[name].run) for name in ("two#1", "two#2"))
+    assert first.max() < 4 < second.min()
 
 
 # ------------------------------------------------------------------------------------------------
