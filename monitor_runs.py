@@ -328,7 +328,8 @@ class TableColumn:
 
 
 ALWAYS = 100
-COLUMNS = (  # from left to right
+# From left to right. A new column is a field of Row, its value in `row_of`, and a line here.
+COLUMNS = (
     TableColumn("run", ALWAYS, lambda row: row.tag or row.run_id, align_left=True),
     TableColumn("state", ALWAYS, lambda row: row.state, align_left=True),
     TableColumn("seed", 8, lambda row: "-" if row.seed is None else str(row.seed)),

@@ -45,7 +45,8 @@ from analysis.run_log import RunLog, newest_log, read_runs
 from analysis.stats import summarize
 from analysis.tables import format_loss, format_number, format_table
 
-PANELS = (("loss", "time", "lr"), ("rho", "betas", "batch"))  # where each is; `figure` fills them
+PANELS = (("loss", "time", "lr"), ("rho", "betas", "batch"))  # where they are; `figure` fills them
+WIDTHS, HEIGHTS = (1.7, 1, 1), (1.35, 1)  # of their columns and rows, in proportion
 SCHEDULES = {  # by panel: its title, and the name in the legend of each logged key
     "lr": ("learning rate, times its base", {"lr_mul": "lr"}),
     "betas": (
@@ -179,9 +180,8 @@ def figure(arms: Sequence[Arm], axis_kind: str, target: float):
     columns, inches = plan_legend([item.label for item in drawn], 190)
     inches += 0.35
     height = 9.4 + inches
-    fig, panels = plt.subplot_mosaic(
-        PANELS, figsize=(16, height), width_ratios=(1.7, 1, 1), height_ratios=(1.35, 1)
-    )
+    size = (16, height)
+    fig, panels = plt.subplot_mosaic(PANELS, figsize=size, width_ratios=WIDTHS, height_ratios=HEIGHTS)
     panel_loss(panels["loss"], drawn, axis, target)
     panel_time(panels["time"], drawn, axis)
     for name, (title, names) in SCHEDULES.items():
