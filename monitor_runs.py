@@ -395,13 +395,8 @@ def text_lines(
     else:
         lines.append([(aligned(name, name, size), "dim") for name, size in widths.items()])
     for row, content in zip(shown, contents, strict=True):
-        line = []
-        for name, size in widths.items():
-            style = STATE_COLOURS.get(row.state, "") if name in ("state", "progress") else ""
-            if name == "to control" and math.isfinite(row.difference):
-                style = "green" if row.difference < 0 else "red"
-            line.append((aligned(name, shorten(content[name], size), size), style))
-        lines.append(line)
+        cells = [(name, shorten(content[name], size), size) for name, size in widths.items()]
+        lines.append([(aligned(*cell), colour_of(cell[0], row)) for cell in cells])
     if len(shown) < len(rows):
         rest = Counter(row.state for row in rows[len(shown) :])
         lines.append([("and " + ", ".join(f"{n} {state}" for state, n in rest.items()) + " more", "dim")])
@@ -409,6 +404,15 @@ def text_lines(
     if plain:
         lines = [[(text.translate(PLAIN), style) for text, style in line] for line in lines]
     return lines
+
+
+def colour_of(name: str, row: Row) -> str:
+    """Return the colour of a row's cell in the column `name`."""
+    if name in ("state", "progress"):
+        return STATE_COLOURS.get(row.state, "")
+    if name == "to control" and math.isfinite(row.difference):
+        return "green" if row.difference < 0 else "red"
+    return ""
 
 
 def aligned(name: str, text: str, size: int) -> str:

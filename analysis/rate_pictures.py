@@ -192,7 +192,7 @@ def picture_detailed(analysis: Analysis):
 
 
 def draw_top(ax, analysis: Analysis) -> None:
-    """Draw every run of the best fifth of the values: is it the value, or luck?"""
+    """Draw every run of the best fifth of the values, to show whether it is the value or luck."""
     top = analysis.top()
     if not top:
         style.say_nothing_logged(ax, "final losses")
