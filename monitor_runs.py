@@ -438,12 +438,12 @@ def watch(monitor: Monitor, interval: float) -> None:
         live.update(Text(f"reading the logs in {monitor.follower.folder} ..."), refresh=True)
         while True:
             rows = monitor.poll()
-            lines = text_lines(rows, monitor, console.width, console.height, plain=not can_print_unicode())
+            lines = text_lines(rows, monitor, console.width, console.height, plain=not speaks_unicode())
             live.update(Text("\n").join(Text.assemble(*line) for line in lines), refresh=True)
             time.sleep(interval)
 
 
-def can_print_unicode() -> bool:
+def speaks_unicode() -> bool:
     """Return whether the output can take any character."""
     return (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
 
@@ -482,14 +482,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.interval > 0:
         return complain(f"--interval {options.interval:g} is not above 0 seconds")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # names of runs may have characters that the terminal lacks
+        sys.stdout.reconfigure(errors="replace")  # a name in letters that the terminal does not have
     monitor = Monitor(options.logs, options.stalled_after, options.control)
     try:
         if options.json:
             print(as_json(monitor.poll()))
         elif options.once or not sys.stdout.isatty():
             width = shutil.get_terminal_size((160, 50)).columns
-            print_plain(monitor.poll(), monitor, width, plain=not can_print_unicode())
+            print_plain(monitor.poll(), monitor, width, plain=not speaks_unicode())
         else:
             watch(monitor, options.interval)
     except KeyboardInterrupt:

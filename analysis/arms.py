@@ -1,4 +1,4 @@
-"""Runs that belong together: the same training with different seeds, wherever it ran and was recorded.
+"""Runs that belong together: the same training with other seeds, recorded or run in another way.
 
 from analysis.arms import group_by_arm
 arms, notes = group_by_arm(read_runs("logs"))
@@ -30,9 +30,9 @@ class Arm:
 def arm_key(run: RunLog) -> str:
     """A key that is equal for two runs of the same arm. The source hash is not part of it.
 
-    The data is, because the same file name may hold other data. Logs without a configuration (public ones)
-    are grouped by source code and number of steps, so that trials of one script are one arm; without source
-    code, by path.
+    The same file names with other data in them are another training. Logs without configuration (public
+    ones) are told apart by source and number of steps, so that trials of one script are one arm; without
+    source, by path.
     """
     if run.config:
         started = run.event("started")
@@ -45,8 +45,8 @@ def arm_key(run: RunLog) -> str:
 def group_by_arm(runs: Iterable[RunLog]) -> tuple[list[Arm], list[str]]:
     """Arms in order of first appearance, labelled by the settings that differ, and notes for the user.
 
-    Runs with equal settings but different source code are kept apart, and a note says so: the same settings
-    may mean a different training there.
+    Runs of equal settings but different source code are kept apart, and a note says so: the same settings
+    may mean another training there.
     """
     groups: dict[tuple[str, str], list[RunLog]] = {}
     for run in runs:
