@@ -123,7 +123,7 @@ def compare(
     control_seeds: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> Comparison:
-    """Paired if both arms have finite values for the very same seeds, each once; else Welch's t test."""
+    """A paired t test if both arms have finite values for the same seeds, each once; else Welch's t test."""
     arm, control = list(arm), list(control)
     if arm_seeds is not None and control_seeds is not None:
         if len(arm_seeds) != len(arm) or len(control_seeds) != len(control):
@@ -341,8 +341,8 @@ def _reverse(pair: Comparison) -> Comparison:
 class Contenders:
     """The arms that may be the best: the truly best one is among `names` in at least 1 - alpha of sweeps.
 
-    `noise` is each arm's standard deviation of one run, in the units of the losses; `sd` (NaN: unknown, then
-    `names` has the lowest mean alone) is the pooled one. `names` are in the order of their means.
+    `noise` is each arm's standard deviation of one run, in the units of the losses, and `sd` the pooled one.
+    If it is unknown (NaN), `names` has only the arm of the lowest mean. `names` are in order of their means.
     """
 
     lowest: str | None
