@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from analysis.shown import clean, console
+
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser that prints the command's docstring as it is written."""
@@ -34,22 +36,25 @@ def run(
 ) -> int:
     """Call a command with its parsed arguments; return its exit code, 2 if what the user gave is wrong."""
     options = parser.parse_args(arguments)
-    try:
-        command(options)
-    except (ValueError, OSError) as error:
-        return complain(error)
+    with console():
+        try:
+            command(options)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            return complain(error)
     return 0
 
 
 def say(text: str) -> None:
     """Print a line, if anybody reads: `| tee` ends at Ctrl-C before a launcher that has runs to stop."""
     try:
-        print(text, flush=True)
+        print(clean(text), flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(error: Exception | str) -> int:
     """Print what is wrong with what the user gave; return the exit code for it."""
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    print(clean(f"{Path(sys.argv[0]).name}: {error}"), file=sys.stderr)
     return 2

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from analysis.arms import group_by_arm
+from analysis.files import read_text
 from analysis.manifest import Manifest, Run, manifest_path, read_manifest
 from analysis.results import FAILED, Attempt, Results, SweepArm
 from analysis.run_log import RunLog, find_log, format_value, read_log, read_runs
@@ -178,7 +179,7 @@ def _resolve_settings(arms: Sequence[SweepArm]) -> None:
 def _question(file: Path) -> str:
     """The first paragraph of comment at the head of a sweep file."""
     try:
-        text = file.read_text()
+        text = read_text(file)
         tomllib.loads(text)
     except (OSError, ValueError):
         return ""

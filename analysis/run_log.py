@@ -30,6 +30,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from analysis.shown import clean
+
 # Settings that change what is recorded, or the machine, but not the training. Used for logs without a line
 # `affects:{...}` of their own.
 AFFECTS = {
@@ -631,7 +633,7 @@ class LogParser:
         self._unread += count
         self._chunk_unread += count
         if len(self._examples) < 3:
-            self._examples.append(line[:200].decode(errors="replace"))
+            self._examples.append(clean(line[:200].decode(errors="replace")))
 
     def _file(self, form: _Form, number: int, step_text: bytes, total_text: bytes, *texts: bytes) -> None:
         """Put a step line under its trial; open a new one where the steps begin anew."""
@@ -705,7 +707,7 @@ class LogParser:
         config, columns = trial.config, _Columns(trial.lines)
         started = next((event.fields for event in trial.events if event.name == "started"), {})
         stem = log_stem(self.path) if self.path else ""
-        run_id = str(config.get("run_id") or stem)
+        run_id = str(config.get("run_id") or clean(stem))
         source_hash = str(config.get("source_hash") or started.get("source_hash") or "")
         if not source_hash and self._source:
             source_hash = hashlib.sha256(self._source).hexdigest()[:16]
@@ -783,7 +785,7 @@ def _json_object(text: bytes) -> dict | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return clean(value) if isinstance(value, dict) else None
 
 
 def _is_list_of_words(value: object) -> bool:
@@ -810,7 +812,7 @@ def _event_parts(line: str) -> tuple[str, dict[str, str]]:
                 value = str(json.loads(quoted))
             except ValueError:
                 value = quoted.strip('"')
-        fields.setdefault(quoted_key or prose_key or key, (value or prose).strip())
+        fields.setdefault(quoted_key or prose_key or key, clean((value or prose).strip()))
     return name, fields
 
 

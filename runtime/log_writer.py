@@ -62,11 +62,8 @@ class LogWriter:
                 raise SettingsError(f"{self.path} is no regular file; choose another RUN_ID, or remove it")
             self.lock()  # before anything is asked of it that another process might change
             self.existed = has_begun(self.path)
-            if self.existed and not go_on:
-                raise SettingsError(
-                    f"{self.path} exists already, and logs are never overwritten; choose another RUN_ID, or "
-                    "RESUME=auto to go on with that run"
-                )
+            if not go_on:
+                refuse_existing(self.path)
             if not self.existed:
                 os.ftruncate(self.file, 0)
         except OSError as error:
@@ -258,6 +255,15 @@ def has_begun(log: Path) -> bool:
     text = log.read_bytes()
     is_piece_of_header = not text or text.startswith(FIRST_LINE) or FIRST_LINE.startswith(text)
     return not is_piece_of_header or b"\nevent:started " in text
+
+
+def refuse_existing(log: Path):
+    """Raise SettingsError if a log has begun."""
+    if has_begun(log):
+        raise SettingsError(
+            f"{log} exists already, and logs are never overwritten; choose another RUN_ID, or RESUME=auto to "
+            "go on with that run"
+        )
 
 
 def last_event(log: Path) -> str:

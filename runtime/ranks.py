@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.cores import usable_cores
 from runtime.compiling import keep_freed_memory
 from runtime.settings import SettingsError
 
@@ -42,11 +43,6 @@ def find_device(env) -> str:
 def capability() -> tuple[int, int]:
     """(major, minor) compute capability of this rank's own GPU: 9, 0 for sm_90."""
     return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def usable_cores() -> int:
-    """Number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class Done:

@@ -26,11 +26,11 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
-from data.shards import describe_shards
 from kernels import attention, fast_forms
-from runtime import checkpoints
+from runtime import checking, checkpoints
 from runtime.compiling import CACHE_HELP, choose_allocator
 from runtime.log_writer import LogWriter, last_event, provenance, show, source_hash
 from runtime.ranks import Ranks, refuse_together
@@ -166,30 +166,21 @@ class Start(NamedTuple):
     ranks: Ranks
     origin: checkpoints.Origin
     log: LogWriter | None  # None if the run is over already
+    notes: list  # on the data, for the log
 
 
 def prepare(module, env) -> Start:
     """Refuse everything that can be refused, on all ranks together, before the first step."""
     choose_allocator()
     try:
-        s, o, model_config = module.read_settings(env)
+        s, o, model_config, notes = checking.read_run(module, env)
     except SettingsError as error:
         refuse_together(error)
-    config = {
-        **dataclasses.asdict(s),
-        **dataclasses.asdict(o),
-        "model_config": dataclasses.asdict(model_config),
-    }
     run_id = env.get("RUN_ID", "")
+    config = checking.describe_settings(s, o, model_config)
     ranks = Ranks(s.device, s.dist_timeout, {**config, "run_id": run_id})
     train_shards, val_shards = ranks.run_on_all(lambda: module.open_data(s, ranks.world_size))
-    config |= {
-        "train_data": describe_shards(train_shards),
-        "val_data": describe_shards(val_shards),
-        "vocab_size": train_shards[0].vocab_size,
-        "mark": train_shards[0].mark,
-        "num_slices": module.count_slices(ranks.world_size),
-    }
+    config = checking.describe_run(module, s, o, model_config, train_shards, val_shards, ranks.world_size)
     classes = (*module.SETTINGS, module.ModelConfig)
     origin = ranks.run_on_all(
         lambda: checkpoints.find_origin(s, classes, config, run_id) if ranks.rank == 0 else None
@@ -202,7 +193,9 @@ def prepare(module, env) -> Start:
     if origin.exit_code is None:
         num_steps = module.Schedule(s, model_config).num_steps
         log = ranks.run_on_all(lambda: LogWriter(s.log, ranks.rank, num_steps, origin.resumed))
-    return Start(module.SCRIPT, s, o, model_config, config, train_shards, val_shards, ranks, origin, log)
+    return Start(
+        module.SCRIPT, s, o, model_config, config, train_shards, val_shards, ranks, origin, log, notes
+    )
 
 
 def write_beginning(module, start: Start):
@@ -239,9 +232,13 @@ def main(module, argv: list[str], env=os.environ) -> int:
         return 0
     if "--settings-json" in argv:
         code = source_hash(module.SCRIPT)
-        print(settings_json(name, module.SETTINGS, module.presets(), code))
+        print(settings_json(name, module.SETTINGS, module.presets(), code, torch.cuda.device_count()))
         return 0
     try:
+        if argv in (["--check-settings"], ["--check-arms"]):
+            choose_allocator()
+            check = checking.check_arms if "--check-arms" in argv else checking.check_settings
+            return check(module, env)
         if argv:
             raise SettingsError(f"arguments {argv}: settings are environment variables instead, see --help")
         start = prepare(module, env)
@@ -303,7 +300,7 @@ class Supervisor:
         attention_name, warnings = attention.activate(s.attn_backend)
         with fast_forms.installed(self.module, s, start.o) as (names, stepped_aside):
             log.event("kernels", attn=attention_name, fast_forms=",".join(names) or "none")
-            for text in warnings + stepped_aside:
+            for text in start.notes + warnings + stepped_aside:
                 log.warn(text)
             log.say(
                 f"{start.script.name}: {s.model} on {self.ranks.world_size} rank(s) of "
