@@ -79,6 +79,7 @@ from analysis.sweep_plan import end_log, how_it_ended, open_manifest, plan, reco
 from analysis.trainers import TORCHRUN_SETS, env_text, read_trainer
 
 POLL_S = 0.2
+SLURM_SAVE_EVERY = "100"  # steps between checkpoints, for runs that may be preempted
 
 
 # ------------------------------------------------------------------------------------------------
@@ -415,30 +416,55 @@ def summarize(manifest: Manifest, signal_number: int) -> int:
 # ------------------------------------------------------------------------------------------------
 
 
-def write_slurm(sweep: Sweep, runs: list[Run], nproc: int, parallel: int) -> Path:
-    """Write a job array, one task a run, that needs no launcher: the manifest already says what each is."""
-    on_cpu = all(arm.settings.get("DEVICE") == "cpu" for arm in sweep.arms)
-    foreign = {*TORCHRUN_SETS}.union(*(read_trainer(run.script).settings for run in runs))
+def slurm_options(sweep: Sweep, num_runs: int, nproc: int, parallel: int) -> list[str]:
+    """Return what a job array asks of SLURM: GPUs, unless all runs are for a CPU; to be requeued."""
+    on_cpu = all(is_for_cpu(arm.settings) for arm in sweep.arms)
     at_once = f"%{parallel}" if parallel > 1 else ""
+    options = [
+        f"job-name={sweep.name}",
+        f"array=0-{num_runs - 1}{at_once}",
+        "nodes=1",
+        "ntasks=1",
+        f"cpus-per-task={nproc if on_cpu else 4 * nproc}",
+        *([] if on_cpu else [f"gpus-per-node={nproc}"]),
+        "time=24:00:00",
+        "signal=B:TERM@120",  # a run that its time is up for saves, and the next launch goes on
+        "requeue",
+        "open-mode=append",
+        f"output={LOGS}/{sweep.name}.slurm-%a.out",
+    ]
+    return [f"#SBATCH --{option}" for option in options]
+
+
+def is_for_cpu(settings: dict) -> bool:
+    """Return whether a run is to be on a CPU, or may be and has a model that a CPU trains in minutes."""
+    device, model = settings.get("DEVICE", "auto"), str(settings.get("MODEL", ""))
+    return device == "cpu" or (device == "auto" and "tiny" in model)
+
+
+def write_slurm(sweep: Sweep, runs: list[Run], nproc: int, parallel: int) -> Path:
+    """Write a job array, one task a run, that needs no launcher: the manifest already says what each is.
+
+    A run that is preempted goes on, requeued, from its last checkpoint.
+    """
+    foreign = {*TORCHRUN_SETS}.union(*(read_trainer(run.script).settings for run in runs))
     lines = [
         "#!/bin/bash",
         f"# {len(runs)} runs of {sweep.file}, written by launch_lr_sweep.py --slurm. Submit it from the same",
         f"# folder: sbatch [--partition=...] [--time=...] {LOGS}/{sweep.name}.slurm.sh",
-        f"#SBATCH --job-name={sweep.name}",
-        f"#SBATCH --array=0-{len(runs) - 1}{at_once}",
-        "#SBATCH --nodes=1",
-        "#SBATCH --ntasks=1",
-        f"#SBATCH --{'cpus-per-task' if on_cpu else 'gpus-per-node'}={nproc}",
-        f"#SBATCH --output={LOGS}/{sweep.name}.slurm-%a.out",
+        *slurm_options(sweep, len(runs), nproc, parallel),
         'cd "${SLURM_SUBMIT_DIR:-.}" || exit 1',
         "unset " + " ".join(sorted(foreign)) + "  # sbatch passes on the environment that it is called in",
         'case "$SLURM_ARRAY_TASK_ID" in',
     ]
     for number, run in enumerate(runs):
-        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings_of(run).items())
+        values = settings_of(run)
+        if "SAVE_EVERY" in read_trainer(run.script).settings and values.get("SAVE_EVERY", "0") == "0":
+            values["SAVE_EVERY"] = SLURM_SAVE_EVERY
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
         command = shlex.join(command_of(read_trainer(run.script).path, nproc))
         lines.append(f"{number}) export {settings}")
-        lines.append(f"    exec {command} > {shlex.quote(str(run.console))} 2>&1 ;;")
+        lines.append(f"    exec {command} >> {shlex.quote(str(run.console))} 2>&1 ;;")
     lines += ['*) echo "no run number $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;', "esac", ""]
     path = LOGS / f"{sweep.name}.slurm.sh"
     write_atomically(path, "\n".join(lines))

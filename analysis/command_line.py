@@ -25,6 +25,11 @@ def make_sweep_parser(description: str | None, out: str, paths: str = "+") -> ar
     parser.add_argument("paths", nargs=paths, type=Path, metavar="SWEEP.toml|LOG", help="a sweep, or logs")
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of logs and manifests")
     parser.add_argument("--pool-sources", action="store_true", help="pool runs of different source code")
+    parser.add_argument(
+        "--stopped-early",
+        action="store_true",
+        help="public logs that end in a validation are complete, also before their last step",
+    )
     parser.add_argument("--out", type=Path, help=out)
     return parser
 

@@ -342,7 +342,10 @@ def check_drafts(drafts: list[Draft], given: dict[str, str], elsewhere: bool) ->
         for (i, draft), text, answer in zip(ours, texts, answers):
             if answer["refused"]:
                 raise ValueError(refusal(draft, text, answer["refused"]))
-            settings = {name: answer["values"].get(name, value) for name, value in draft.settings.items()}
+            values = {name: value for name, value in answer["values"].items() if name in draft.settings}
+            if elsewhere:
+                values.pop("DEVICE", None)
+            settings = draft.settings | values
             tag = draft.tagged("tag", settings) or "all"
             versus = draft.tagged("versus", settings) if "versus" in draft.table else None
             made = hash_settings(trainer, settings)
@@ -353,9 +356,9 @@ def check_drafts(drafts: list[Draft], given: dict[str, str], elsewhere: bool) ->
 def refusal(draft: Draft, text: dict[str, str], said: str) -> str:
     """Return what a trainer says against an arm, and where the setting stands that it names."""
     for name, place in draft.places.items():
-        shown = f"{name}={text[name]!r}"
-        if said.startswith(shown):
-            return said.replace(shown, f"{shown} in {place}", 1)
+        for shown in (f"{name}={text[name]!r}", f"{name}={text[name]}"):
+            if said.startswith(f"{shown}:") or said.startswith(f"{shown} "):
+                return said.replace(shown, f"{shown} in {place}", 1)
     who = f"arm {draft.table['tag']!r}: " if "tag" in draft.table else ""
     return f"{who}{said}"
 

@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Left over from a torchrun around us, they would make a single process wait for others.
 TORCHRUN_SETS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 TORCHRUN_SETS += ("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
+# And a run is no task of the job in which the launcher itself is one.
+SLURM_SETS = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def read_trainer(script: str) -> TrainerInfo:
 
 def inherited_environment(without: Iterable[str] = ()) -> dict[str, str]:
     """Return our environment without some variables, and without those of a torchrun around us."""
-    drop = {*TORCHRUN_SETS, *without}
+    drop = {*TORCHRUN_SETS, *SLURM_SETS, *without}
     return {
         name: value
         for name, value in os.environ.items()

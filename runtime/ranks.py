@@ -24,6 +24,40 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def check_launch(script: str, starts_ranks: bool = False):
+    """Raise SettingsError if this process was started as one of several in a way that cannot work.
+
+    That is: with some of torchrun's variables but not all, or by srun without torchrun. starts_ranks: this
+    process trains nothing itself, so that only srun's own word counts, not the size of the job.
+    """
+    env = os.environ
+    single = f"python {script}"
+    several = f"torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 {script}"
+    found = {name: env[name] for name in TORCHRUN if name in env}
+    if found:
+        wrong = [n for n in TORCHRUN if not env.get(n, "").isdecimal()]
+        wrong += [n for n in ("MASTER_ADDR", "MASTER_PORT") if not env.get(n)]
+        if not wrong and int(env["RANK"]) < int(env["WORLD_SIZE"]):
+            return
+        shown = " ".join(f"{name}={value!r}" for name, value in found.items())
+        lacks = f", without a usable {', '.join(wrong)}" if wrong else ""
+        raise SettingsError(
+            f"found {shown}{lacks}: half of what torchrun sets. For one process `unset {' '.join(TORCHRUN)}; "
+            f"{single}`; for several `{several}`"
+        )
+    tasks = env.get("SLURM_STEP_NUM_TASKS") or ("" if starts_ranks else env.get("SLURM_NTASKS", ""))
+    if tasks.isdecimal() and int(tasks) > 1:
+        raise SettingsError(
+            f"found {tasks} tasks of SLURM, but no torchrun that joins them: each would train for itself. "
+            "Start one task on each machine: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES "
+            "--nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=HOST:29500 "
+            f"{script}; or one process: srun --ntasks=1 {single}"
+        )
+
+
 def find_device(env) -> str:
     """Resolve DEVICE to "cuda" or "cpu"; SettingsError if this machine lacks what it takes."""
     wanted = env.get("DEVICE", "auto")

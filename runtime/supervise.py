@@ -33,7 +33,7 @@ from kernels import attention, fast_forms
 from runtime import checking, checkpoints
 from runtime.compiling import CACHE_HELP, choose_allocator
 from runtime.log_writer import LogWriter, last_event, provenance, show, source_hash
-from runtime.ranks import Ranks, refuse_together
+from runtime.ranks import Ranks, check_launch, refuse_together
 from runtime.session import Diverged
 from runtime.settings import SettingsError, help_text, not_training, settings_json
 
@@ -236,11 +236,13 @@ def main(module, argv: list[str], env=os.environ) -> int:
         return 0
     try:
         if argv in (["--check-settings"], ["--check-arms"]):
+            check_launch(name, starts_ranks=True)
             choose_allocator()
             check = checking.check_arms if "--check-arms" in argv else checking.check_settings
             return check(module, env)
         if argv:
             raise SettingsError(f"arguments {argv}: settings are environment variables instead, see --help")
+        check_launch(name)
         start = prepare(module, env)
     except ValueError as error:
         return exit_refused(name, error)
@@ -253,7 +255,7 @@ def main(module, argv: list[str], env=os.environ) -> int:
 
 
 def exit_refused(name: str, error: ValueError) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+    if os.environ.get("LOCAL_RANK", "0") == "0" or "RANK" not in os.environ:  # once on each machine
         show(f"{name}: {error}", file=sys.stderr)
     Ranks.close()
     return 2

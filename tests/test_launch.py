@@ -589,7 +589,7 @@ def test_missing_data_is_found_before_the_first_run(place, launch):
     """Else every run of the sweep starts, finds no data and fails, one after the other."""
     text = 'script = "train_gpt.py"\n[env]\nMODEL = "tiny"\nDEVICE = "cpu"\nDATA_PATH = "nowhere"\n'
     done = launch(sweep_file(text))
-    assert done.returncode == 2 and "matches no file under DATA_PATH='nowhere'" in done.stderr
+    assert done.returncode == 2 and "under DATA_PATH='nowhere' matches no file" in done.stderr
     assert not Path("logs").exists()
     done = launch("trial.toml", "--dry-run")
     assert done.returncode == 0 and "before it can run" in done.stdout

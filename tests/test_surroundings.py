@@ -10,12 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import BASELINE, ROOT, base_env, make_text, run, write_shard
+from launches import TWO_ARMS, sweep_file
 from logs_for_tests import make_log
 
+import train_gpt
+from analysis.devices import gpu_names
+from analysis.read_results import read_results
 from analysis.run_log import read_log
 from analysis.shown import clean
+from analysis.sweep_files import read_sweep
+from analysis.trainers import read_trainer
 from data import shards, tokenize_text, tokenizing
+from runtime import checkpoints, ranks, supervise
 
 TEXT = "".join(f"Line {i} of a text: {'word ' * (i % 9)}{i * i}.\n" for i in range(900))
 SHORT = dict(NUM_SCHEDULED_ITERATIONS="3", VAL_LOSS_EVERY="0", DEVICE="cpu", NPROC_PER_NODE="1")
@@ -425,3 +433,101 @@ def test_a_model_of_nan_is_named(model, tmp_path):
     command = [sys.executable, str(ROOT / "sample.py"), str(tmp_path / "nan.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "not finite" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- launches
+
+
+HALF = {
+    "WORLD_SIZE alone": {"WORLD_SIZE": "2"},
+    "RANK alone": {"RANK": "0"},
+    "LOCAL_RANK alone": {"LOCAL_RANK": "1"},
+    "empty": {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""},
+    "no address": {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+    "beyond": dict(
+        RANK="2", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1"
+    ),
+    "no number": {"RANK": "a", "WORLD_SIZE": "2"},
+    "srun": {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+}
+
+
+@pytest.mark.parametrize("found", HALF)
+def test_half_a_launch_is_refused_with_the_command_that_works(found, monkeypatch, capsys, tmp_path):
+    """Fails if it hangs, trains twice, or two tasks fight for one log."""
+    monkeypatch.chdir(tmp_path)
+    for name in (*ranks.TORCHRUN, "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in HALF[found].items():
+        monkeypatch.setenv(name, value)
+    assert supervise.main(train_gpt, [], {"MODEL": "tiny", "DEVICE": "cpu"}) == 2
+    said = capsys.readouterr().err
+    assert "torchrun" in said and "train_gpt.py" in said and "found" in said and not list(tmp_path.iterdir())
+
+
+def test_launcher_and_trainer_see_the_same_gpus(monkeypatch):
+    """Fails if CUDA_VISIBLE_DEVICES alone makes the launcher plan for GPUs that the trainer does not find."""
+    if torch.cuda.is_available():
+        pytest.skip("a machine without GPUs is meant")
+    for value in ("NoDevFiles", "0,1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        read_trainer.cache_clear()
+        assert read_trainer(str(ROOT / BASELINE)).gpus == ()
+    read_trainer.cache_clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-a")
+    assert gpu_names(1) == ("3",) and gpu_names(2) == ("3", "GPU-a")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert gpu_names(2) == ("0", "1")
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+def test_a_model_file_heeds_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        checkpoints.save_model(tmp_path / "m/model.safetensors", torch.nn.Linear(2, 2), {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "m/model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_plan_can_be_looked_at_on_any_machine(place, launch):
+    """Fails if a laptop cannot print the plan for eight GPUs, or a login node not write the job array."""
+    done = launch(sweep_file(TWO_ARMS), "--dry-run", "--parallel", "1000")
+    assert done.returncode == 0 and "before it can run: 1000 runs at a time" in done.stdout
+    text = 'script = "train_gpt.py"\n[env]\nDATA_PATH = "/on/the/cluster"\nDEVICE = "cuda"\nSAVE_EVERY = 7\n'
+    assert launch(sweep_file(text), "--slurm").returncode == 0
+    script = Path("logs/trial.slurm.sh").read_text()
+    for option in ("time=", "cpus-per-task=4", "gpus-per-node=1", "requeue", "open-mode=append"):
+        assert f"#SBATCH --{option}" in script
+    assert "SAVE_EVERY=7" in script and "RESUME=auto" in script
+    launch(sweep_file(text.replace('DEVICE = "cuda"\nSAVE_EVERY = 7', 'MODEL = "tiny"'), "small"), "--slurm")
+    script = Path("logs/small.slurm.sh").read_text()
+    assert "gpus" not in script and "#SBATCH --cpus-per-task=1\n" in script and "SAVE_EVERY=100" in script
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_sweep_file_from_windows(place, encoding):
+    Path("trial.toml").write_text("# ρ\n" + TWO_ARMS, encoding=encoding, newline="\r\n")
+    assert [arm.tag for arm in read_sweep("trial.toml").arms] == ["base", "spectral_lr_0.1"]
+
+
+def test_files_are_utf8_whatever_the_locale(place):
+    """Fails if an ASCII locale makes a sweep file with a ρ in it, or its report, unreadable."""
+    Path("trial.toml").write_text("# Does ρ help?\n" + TWO_ARMS, encoding="utf-8")
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for script in ("launch_lr_sweep.py", "report_sweep.py"):
+        command = [sys.executable, str(ROOT / script), "trial.toml"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_public_logs_that_stop_early_can_be_counted(tmp_path):
+    """Fails if runs that were stopped on purpose hold up a proof for ever, or count unasked."""
+    public = "import torch\ndef f():\n    pass\n" + "=" * 100 + "\n"
+    for number in range(3):
+        lines = [f"step:{i * 10}/60 val_loss:{5 - i + number / 100} train_time:{i}ms" for i in range(5)]
+        (tmp_path / f"{number}.txt").write_text(public + "\n".join(lines) + "\n")
+    plain = read_results([tmp_path], tmp_path)
+    assert plain.count("missing") == 3 and any("--stopped-early" in note for note in plain.notes)
+    counted = read_results([tmp_path], tmp_path, stopped_early=True)
+    assert counted.count("done") == 3 and any("as --stopped-early asked" in note for note in counted.notes)
