@@ -38,7 +38,10 @@ eval "$checked"  # exports MODEL, RUN_ID and NPROC_PER_NODE
 
 # time to finish the step and save before torchrun kills; its own default is 30 s
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# threads of several ranks are the trainer's affair; they sleep while they wait, else a busy machine collapses:
+# 20 steps of tiny in one process on two cores with a load of 11 took 8 s, and minutes with threads that spin
+[ "$NPROC_PER_NODE" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 # an address, because the name of this machine need not have one
 $python -m torch.distributed.run --standalone --local-addr=127.0.0.1 \
   --nproc-per-node="$NPROC_PER_NODE" --max-restarts="${MAX_RESTARTS:-0}" "$script"

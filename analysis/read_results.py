@@ -210,8 +210,8 @@ def _read_logs(paths: Sequence[Path], pool_sources: bool, stopped_early: bool) -
         runs = [replace(run, state="finished") if _ends_early(run) else run for run in runs]
     elif early:
         notes.append(
-            f"{len(early)} public logs end in a validation before their last step; if those runs were stopped "
-            "on purpose, --stopped-early counts them"
+            f"{len(early)} public logs end in a validation before their last step; if they were stopped on "
+            "purpose, --stopped-early counts them"
         )
     if pool_sources:
         notes.append(_pooled([run.source_hash for run in runs if run.source_hash]))

@@ -40,6 +40,7 @@ def environment_of(run: Run, slot: Slot) -> dict[str, str]:
     """Return our environment without anybody's settings or ranks, plus the run's own."""
     env = inherited_environment(without=read_trainer(run.script).settings)
     env.update(settings_of(run), PYTHONUNBUFFERED="1")
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin ruin each other on a busy machine
     if slot.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     return env

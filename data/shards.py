@@ -264,8 +264,8 @@ def open_shards(root: str, pattern: str, name: str) -> list[Shard]:
     if not paths:
         fetch = "data/embedded_corpus.py" if "embedded" in pattern else "data/cached_fineweb10B.py 9"
         raise DataError(
-            f"{name}={pattern!r} under DATA_PATH={root!r} matches no file; `.venv/bin/python {fetch}` makes it, "
-            "or set DATA_PATH to the folder of your own shards (data/README.md)"
+            f"{name}={pattern!r} under DATA_PATH={root!r} matches no file; `.venv/bin/python {fetch}` makes "
+            "it, or set DATA_PATH to the folder of your own shards (data/README.md)"
         )
     shards = [open_shard(p) for p in paths]
     if len({s.vocab_size for s in shards}) > 1:

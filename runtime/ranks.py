@@ -110,7 +110,8 @@ class Ranks:
             torch.cuda.set_device(self.device)
         else:
             keep_freed_memory()
-            if "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
+            threads = os.environ.get("OMP_NUM_THREADS")
+            if not threads or (threads == "1" and self.local_world_size > 1):  # torchrun's own default
                 torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
         self.parent = os.getppid()  # read before its store answers, which proves that it is alive
         self.launched = "RANK" in os.environ  # by torchrun, even with a single rank

@@ -255,7 +255,8 @@ def main(module, argv: list[str], env=os.environ) -> int:
 
 
 def exit_refused(name: str, error: ValueError) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0" or "RANK" not in os.environ:  # once on each machine
+    is_launched = os.environ.get("RANK") and os.environ.get("LOCAL_RANK")
+    if not is_launched or os.environ["LOCAL_RANK"] == "0":  # once on each machine
         show(f"{name}: {error}", file=sys.stderr)
     Ranks.close()
     return 2

@@ -16,8 +16,9 @@ from launches import TWO_ARMS, sweep_file
 from logs_for_tests import make_log
 
 import train_gpt
-from analysis.devices import gpu_names
+from analysis.devices import Slot, gpu_names
 from analysis.read_results import read_results
+from analysis.run_environment import environment_of
 from analysis.run_log import read_log
 from analysis.shown import clean
 from analysis.sweep_files import read_sweep
@@ -62,10 +63,13 @@ def shell(project, *command, **env):
 def test_from_a_text_file_to_a_trained_model_and_a_sample(project, tmp_path):
     """Fails if the one obvious command does not do it: a file of one document, smaller than VAL_TOKENS."""
     (tmp_path / "my text.txt").write_text(TEXT)
-    done = shell(project, "./run.sh", str(tmp_path / "my text.txt"), RUN_ID="own", **SHORT)
+    done = shell(
+        project, "./run.sh", str(tmp_path / "my text.txt"), RUN_ID="own", OMP_NUM_THREADS="1", **SHORT
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (log,) = read_log(project / "logs/own.txt")
     assert log.state == "finished" and log.config["model"] == "tiny"
+    assert log.event("started").fields["threads"] == "1", "the user's OMP_NUM_THREADS counts"
     assert log.config["val_tokens"] % 128 == 0 and 1024 <= log.config["val_tokens"] < 10_000
     assert "validation takes" in log.event("warning").fields["text"]
     assert (project / "logs/own.png").exists() and (project / "logs/own/model.safetensors").exists()
@@ -263,6 +267,21 @@ def test_a_document_that_the_tokenizer_cannot_take_is_cut(tmp_path, monkeypatch,
         "c"
     )
     assert "f, line 7: tokenized in pieces" in found.note and "StackOverflow" in found.note
+
+
+def test_a_million_blanks_and_the_real_library(monkeypatch):
+    """Fails if the panic that tiktoken raises there is not caught, or a character is lost."""
+    tiktoken = pytest.importorskip("tiktoken")
+    import tiktoken_ext.openai_public as public
+
+    ranks_of_bytes = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding(
+        "bytes", pat_str=public.r50k_pat_str, mergeable_ranks=ranks_of_bytes, special_tokens={}
+    )
+    monkeypatch.setattr(tokenizing, "_encode", encoding.encode_ordinary)
+    text = "word " * 100 + " " * 1_000_000 + "tail"
+    found = tokenizing._encode_document(tokenizing.Document(text, "f, line 3"))
+    assert bytes(found.tokens[1:].astype(np.uint8)) == text.encode() and found.note.startswith("f, line 3: ")
 
 
 def test_what_was_tokenized_before_an_interruption_is_kept(tmp_path, monkeypatch, capsys):
@@ -463,6 +482,16 @@ def test_half_a_launch_is_refused_with_the_command_that_works(found, monkeypatch
     assert supervise.main(train_gpt, [], {"MODEL": "tiny", "DEVICE": "cpu"}) == 2
     said = capsys.readouterr().err
     assert "torchrun" in said and "train_gpt.py" in said and "found" in said and not list(tmp_path.iterdir())
+
+
+def test_threads_of_a_run_sleep_while_they_wait(place, monkeypatch):
+    """Fails if a run's threads spin: one process on two busy cores then takes 15 s for a step instead of 0.4."""
+    run = read_sweep(sweep_file(TWO_ARMS)).runs()[0]
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert environment_of(run, Slot())["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert environment_of(run, Slot())["OMP_WAIT_POLICY"] == "ACTIVE", "the user's value counts"
+    assert "export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}" in (ROOT / "run.sh").read_text()
 
 
 def test_launcher_and_trainer_see_the_same_gpus(monkeypatch):
