@@ -485,7 +485,7 @@ def test_half_a_launch_is_refused_with_the_command_that_works(found, monkeypatch
 
 
 def test_threads_of_a_run_sleep_while_they_wait(place, monkeypatch):
-    """Fails if a run's threads spin: one process on two busy cores then takes 15 s for a step instead of 0.4."""
+    """Fails if a run's threads spin: on two busy cores a step then takes 15 s instead of 0.4."""
     run = read_sweep(sweep_file(TWO_ARMS)).runs()[0]
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     assert environment_of(run, Slot())["OMP_WAIT_POLICY"] == "PASSIVE"
