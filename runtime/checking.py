@@ -49,14 +49,14 @@ def find_data(s, env, unit: int) -> tuple:
             raise SettingsError(str(error)) from None
         s = dataclasses.replace(s, train_files=train_files, val_files=val_files)
     if {"VAL_TOKENS", "VAL_BATCH_TOKENS"} & set(env):
-        return s, []
+        return s, ()
     have = count_tokens(s.data_path, s.val_files) - 1  # the last token is only a target
     if not LEAST_VAL_TOKENS <= have < s.val_tokens:
-        return s, []
+        return s, ()
     batch = s.val_batch_tokens if have >= s.val_batch_tokens else have // unit * unit
     tokens = have // batch * batch
     note = f"validation takes {tokens:,} tokens instead of {s.val_tokens:,}: the shards hold {have + 1:,}"
-    return dataclasses.replace(s, val_tokens=tokens, val_batch_tokens=batch), [note]
+    return dataclasses.replace(s, val_tokens=tokens, val_batch_tokens=batch), (note,)
 
 
 def fitting_ranks(s) -> int:

@@ -166,7 +166,7 @@ class Start(NamedTuple):
     ranks: Ranks
     origin: checkpoints.Origin
     log: LogWriter | None  # None if the run is over already
-    notes: list  # on the data, for the log
+    notes: tuple[str, ...] = ()  # on the data, for the log
 
 
 def prepare(module, env) -> Start:
@@ -303,7 +303,7 @@ class Supervisor:
         attention_name, warnings = attention.activate(s.attn_backend)
         with fast_forms.installed(self.module, s, start.o) as (names, stepped_aside):
             log.event("kernels", attn=attention_name, fast_forms=",".join(names) or "none")
-            for text in start.notes + warnings + stepped_aside:
+            for text in [*start.notes, *warnings, *stepped_aside]:
                 log.warn(text)
             log.say(
                 f"{start.script.name}: {s.model} on {self.ranks.world_size} rank(s) of "

@@ -36,7 +36,7 @@ def test_every_documented_command_works_as_written():
     commands = []
     for page in PAGES:
         text = re.sub(r"^```text$.*?^```$", "", page.read_text(), flags=re.S | re.M)
-        commands += re.findall(r"(\S*\bpython) (-m \S+|\S+\.py)([^`#\n|]*)", text)
+        commands += re.findall(r"([\w./-]*\bpython) (-m \S+|\S+\.py)([^`#\n|]*)", text)
         assert not re.search(r"(?<![\w/.-])torchrun --", text), page
     assert len(commands) > 40
     shared = "".join((ROOT / name).read_text() for name in SHARED_OPTIONS)
