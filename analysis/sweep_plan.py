@@ -165,7 +165,7 @@ def end_log(run: Run) -> None:
         line = f"event:{event} reason:{run.reason}\n"
         if not path.read_bytes().endswith(b"\n"):  # the last line was cut short
             line = "\n" + line
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(line)
 
 

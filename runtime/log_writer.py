@@ -155,7 +155,7 @@ class LogWriter:
         if self.is_main:
             self.event(name, **fields)
         elif from_any_rank and self.path.exists():
-            with contextlib.suppress(OSError), self.path.open("a") as file:
+            with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
                 file.write(event_line(name, fields) + "\n")
 
     def step(self, step: int, fields: dict):
@@ -281,7 +281,7 @@ def logged_config(log: Path) -> dict:
     """The settings in a log's header; {} if there is none."""
     if not log.is_file():
         return {}
-    found = re.search(r"^config:(\{.*\})$", log.read_text(errors="replace"), re.M)
+    found = re.search(r"^config:(\{.*\})$", log.read_text(encoding="utf-8", errors="replace"), re.M)
     return json.loads(found[1]) if found else {}
 
 
@@ -290,7 +290,7 @@ def begun_by_this_launch(log: Path) -> bool:
     if not log.is_file():
         return False
     ours = rf"^event:(?:started|resumed) .*launch:{re.escape(launch_id())}( |$)"
-    return re.search(ours, log.read_text(errors="replace"), re.M) is not None
+    return re.search(ours, log.read_text(encoding="utf-8", errors="replace"), re.M) is not None
 
 
 def run_of_this_launch() -> str:

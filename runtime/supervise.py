@@ -140,7 +140,12 @@ def process_state(pid: int) -> str:
     """State of a process: "alive", "stopped" (by SIGSTOP) or "gone"."""
     try:
         os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()[0]
+        )
     except ProcessLookupError:
         return "gone"
     except OSError:  # no /proc on this system: alive is all that can be said
