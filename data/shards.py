@@ -196,8 +196,7 @@ class Shard:
     def documents(self, tokens: np.ndarray, longest: int, split: bool) -> tuple[np.ndarray, np.ndarray]:
         """(starts, lengths) of the documents in this shard's tokens, in their order, as training reads them.
 
-        None is longer than `longest`. The rest of a longer one is dropped or, with `split`, read as further
-        documents.
+        None is longer than `longest`: the rest is dropped or, with `split`, read as further documents.
         """
         starts = np.flatnonzero(tokens == self.mark)  # a beginning without a mark is no document
         if not len(starts):

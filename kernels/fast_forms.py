@@ -38,8 +38,11 @@ CPU_FORMS = (
     FastForm(
         "Attention.forward",
         cpu.make_attention_forward,
-        ("Attention.__init__", "norm", "Rotary.forward", "offset_keys", "pair_heads"),
-        "f0a580f9bcda",
+        (
+            *("Attention.__init__", "norm", "Rotary.forward", "offset_keys", "pair_heads"),
+            *("Documents.doc_ids", "Documents.attend", "Documents.attend_sdpa", "Documents.make_band"),
+        ),
+        "673c4c856e5b",
     ),
     FastForm("MLP.forward", cpu.make_mlp_forward, ("MLP.__init__", "norm"), "28ff85897c6b"),
     FastForm("polar_express", cpu.make_polar_express, (), "da3474ec8e1d"),

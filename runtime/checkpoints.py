@@ -51,8 +51,7 @@ class CheckpointError(ValueError):
 
 
 def read(path: Path) -> dict:
-    """A checkpoint's contents, checked to the last byte (every record has a CRC), loaded without running
-    code."""
+    """Load a checkpoint, checked to the last byte (every record has a CRC), without running its code."""
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} is no regular file; a checkpoint (step_*.pt) is wanted")
     try:

@@ -18,8 +18,7 @@ CACHE_HELP = (
 def torch_compile(function):
     """Compile to one graph with fixed shapes, or fail: graph breaks and recompilations cost time silently.
 
-    A function with the attribute `runs_eagerly` (a fast form that launches its own kernels) is returned as it
-    is.
+    A function with the attribute `runs_eagerly` (a fast form with kernels of its own) is returned as it is.
     """
     if getattr(function, "runs_eagerly", False):
         return function

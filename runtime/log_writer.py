@@ -130,8 +130,7 @@ class LogWriter:
         return int(bool(self.unwritten))
 
     def header(self, config: dict, affects: dict, started: dict):
-        """Write sources, settings and event:started at once, so that has_begun() recognises a header cut
-        short."""
+        """Write sources, settings and event:started in one call: has_begun() knows a header cut short."""
         lines = [
             sources().decode() + BAR,
             "config:" + json.dumps(config),
@@ -197,8 +196,7 @@ def show(text: str, file=None, end: str = "\n"):
 
 
 def sources() -> bytes:
-    """Every source file of the project that this process has imported, each after a line with its name and
-    size."""
+    """The project's source files that this process has imported, each after a line with name and size."""
     paths = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
     paths = {p.resolve() for p in paths if p.is_absolute()}  # torch.ops is "_ops.py", which is nowhere
     ours = sorted(p for p in paths if p.is_relative_to(ROOT) and "site-packages" not in p.parts)

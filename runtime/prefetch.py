@@ -12,8 +12,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 class Prefetcher:
-    """Makes items in a background thread. An item is a batch (a named tuple of tensors and numbers) or a list
-    of them.
+    """Makes items in a background thread: batches (named tuples of tensors and numbers) or lists of them.
 
     On CUDA the copies go through a stream of their own; take() makes the device wait for them, not the host.
     """

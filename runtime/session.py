@@ -129,8 +129,7 @@ class Session:
         self.note_compilation(step)
 
     def should_leave(self, step: int) -> bool:
-        """Save a checkpoint if one is due. Whether the run ends here, before `step`: finished or asked to
-        stop."""
+        """Save a checkpoint if one is due. Return True if the run ends here: finished, or asked to stop."""
         if step == self.num_steps:
             return True
         every = self.s.save_every

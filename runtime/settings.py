@@ -148,8 +148,7 @@ def allowed_values(field: dataclasses.Field) -> str:
 
 
 def refuse_lookalikes(env: Mapping[str, str], known: list[str], script: str):
-    """Raise SettingsError for a variable that is nearly one of ours: a typo would silently train something
-    else.
+    """Raise SettingsError for a variable that is nearly a setting: a typo would train something else.
 
     Nearly: it has one of our prefixes, or two letters of a long name are wrong, or one of a short name.
     Capitals do not count.

@@ -33,8 +33,8 @@ class Bucket:
     """Parameters in one flat buffer; they and their gradients become views of it.
 
     A sharded buffer is padded so that every rank owns an equal part: gradients arrive by reduce(), new
-    weights leave by gather(). Derived classes hold the optimizer's state, in state(), and update `mine` from
-    `grad`.
+    weights leave by gather(). Derived classes hold the optimizer's state and update `mine` from `grad`, this
+    rank's parts.
     """
 
     missing = 0  # gradients that this step's reduction still waits for

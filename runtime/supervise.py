@@ -128,8 +128,7 @@ class Watch(threading.Thread):
 
 
 def host() -> str:
-    """Identify this host: node name plus PID and network namespaces, because two containers may bear one
-    name."""
+    """Identify this host by node name, PID and network namespaces: two containers may bear one name."""
     with contextlib.suppress(OSError):
         namespaces = (os.readlink("/proc/self/ns/pid"), os.readlink("/proc/self/ns/net"))
         return " ".join((platform.node(), *namespaces))

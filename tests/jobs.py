@@ -10,7 +10,7 @@ from pathlib import Path
 
 from helpers import ROOT, command
 
-from kernels import attention, fast_forms
+from kernels import fast_forms
 from runtime import supervise
 from runtime.supervise import process_state
 
@@ -54,9 +54,8 @@ def run_here(trainer, env: dict):
     The log has its header, and the fast forms are in place.
     """
     start = supervise.prepare(trainer, env)
-    attention_name, _ = attention.activate(start.s.attn_backend)
-    with fast_forms.installed(trainer, start.s, start.o) as (names, _):
-        supervise.write_beginning(trainer, start, attention_name, names)
+    supervise.write_beginning(trainer, start)
+    with fast_forms.installed(trainer, start.s, start.o):
         yield start
     start.log.close()
 

@@ -202,7 +202,8 @@ def test_the_log_holds_what_the_readers_need(baseline):
     config = json.loads(head.splitlines()[0].removeprefix("config:"))
     assert config["seed"] == 0 and config["muon_lr"] > 0 and config["model_config"]["width"] > 0
     assert re.search(r"^event:started .*source_hash:[0-9a-f]{16}", head, re.M)
-    first = steps.splitlines()[0]
+    kernels, first = steps.splitlines()[:2]
+    assert re.fullmatch(r"event:kernels attn:sdpa fast_forms:\S+", kernels)
     assert re.match(
         r"step:0/14 val_loss:\d+\.\d{5} train_time:0ms step_avg:\S+ms lr_mul:1\.0000 beta1:0\.5000 "
         r"beta2:0\.9500 ",

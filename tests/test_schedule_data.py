@@ -970,7 +970,7 @@ def test_help_explains_every_setting(trainer, capsys):
     assert supervise.main(trainer, ["--help"]) == 0
     text = capsys.readouterr().out
     for name in knobs(trainer.SETTINGS):
-        assert re.search(rf"^ +{name} .*default.*\n +\S", text, re.M), name
+        assert re.search(rf"^ +{name}=.*\(.+\)\n +\S", text, re.M), name
     assert all(preset in text for preset in trainer.PRESETS)
 
 

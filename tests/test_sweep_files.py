@@ -13,6 +13,7 @@ from analysis import devices
 from analysis.manifest import manifest_path, read_manifest
 from analysis.sweep_files import read_sweep
 from analysis.trainers import env_text, read_trainer, typed
+from runtime.settings import SettingsError, knobs, parse_value
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -318,11 +319,7 @@ PLAUSIBLE = st.one_of(
 def test_launcher_and_trainer_agree_on_values(real_trainer, data):
     """Else the launcher refuses what the trainer takes, passes what it refuses, or loses digits."""
     train_gpt, trainer = real_trainer
-    fields = {
-        f.name.upper(): f
-        for c in (train_gpt.Settings, train_gpt.OptimizerSettings)
-        for f in train_gpt.dataclasses.fields(c)
-    }
+    fields = knobs(train_gpt.SETTINGS)
     assert set(fields) == set(trainer.settings)
     if data is None:
         return
@@ -334,11 +331,11 @@ def test_launcher_and_trainer_agree_on_values(real_trainer, data):
         ours = None
     text = env_text(value)
     try:
-        theirs = train_gpt.parse_value(name, text, fields[name])
-    except train_gpt.SettingsError:
+        theirs = parse_value(name, text, fields[name])
+    except SettingsError:
         theirs = None
     if ours is not None:  # what we pass on is taken as what we meant
-        assert train_gpt.parse_value(name, env_text(ours), fields[name]) == (
+        assert parse_value(name, env_text(ours), fields[name]) == (
             tuple(ours) if isinstance(ours, list) else ours
         )
     elif isinstance(value, str):  # what is text already is judged alike
