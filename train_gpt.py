@@ -54,9 +54,10 @@ SCRIPT = Path(__file__).resolve()
 
 
 DECAYS = ("linear", "exp", "cosine", "constant")  # shapes of the learning rate's decay
+SECOND_DECAYS = ("linear", "exp", "constant")
 ATTN_BACKENDS, KERNELS = ("auto", "varlen", "flex", "sdpa"), ("auto", "triton", "cpu", "torch")
 OPTIMIZERS = ("normuon", "muon", "adamw")
-DECAY_MODES = ("cautious", "none", "param", "update", "both")
+LONG_DOCS, DECAY_MODES = ("cut", "split"), ("cautious", "none", "param", "update", "both")
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,7 @@ class Settings(settings.RunPaths):
     val_tokens: int = knob(10_485_760, "validation tokens, from the start of the shards", low=1024)
     val_batch_tokens: int = knob(2_097_152, "tokens of a validation batch", low=1024, rare=True)
     max_doc_tokens: int = knob(2048, "longest document in training, tokens", low=16, rare=True)
-    long_docs: str = knob(
-        "cut", "rest of a longer document: dropped, or read on", choices=("cut", "split"), rare=True
-    )
+    long_docs: str = knob("cut", "rest of a longer document: dropped or kept", choices=LONG_DOCS, rare=True)
     # length and shape of the run; one value per stage: three scheduled thirds, then the extension
     num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
     num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
@@ -101,11 +100,9 @@ class Settings(settings.RunPaths):
     cooldown_frac: float = knob(0.55, "share of the scheduled steps that the decay takes", low=0, high=1)
     lr_decay_type: str = knob("linear", "shape of the decay", choices=DECAYS)
     lr_decay_final: float = knob(0.1, "multiplier at the decay's end; exp: factor on the stage's", low=0)
-    lr_decay_switch_step: int = knob(-1, "step from which the second decay applies; -1: never", low=-1)
-    lr_decay_second_type: str = knob(
-        "constant", "shape of the second decay", choices=("linear", "exp", "constant")
-    )
-    lr_decay_second_final: float = knob(0.1, "its end, a factor on the stage's multiplier", low=0)
+    lr_decay_switch_step: int = knob(0, "first step of a second decay, within the first; 0: none", low=0)
+    lr_decay_second_type: str = knob(None, "its shape; empty: no second decay", choices=SECOND_DECAYS)
+    lr_decay_second_final: float = knob(None, "its end, times the stage's; empty: LR_DECAY_FINAL", low=0)
     # evaluation
     val_loss_every: int = recording_knob(50, "steps between validations; 0: only the last", low=0)
     val_loss_last_steps: int = recording_knob(100, "last steps that are validated more often", low=0)
@@ -127,7 +124,8 @@ class NorMuonSettings:
     optimizer: str = knob("normuon", "for matrices; muon: no variance reduction", choices=OPTIMIZERS)
     muon_lr: float = knob(0.023, "Muon's rate; a matrix's is sqrt(max(1, rows/columns)) times that", low=0)
     muon_momentum: float = knob(0.95, "momentum after its warm-up from 0.85", low=0, high=0.9999)
-    beta_warmup_steps: int = knob(300, "steps of the momentum's warm-up", low=0)
+    muon_warmup_steps: int = knob(300, "steps of the momentum's warm-up", low=0)
+    beta_warmup_steps: int = knob(0, "steps in which Adam's betas rise from 0; 0: none", low=0)
     muon_weight_decay: float = knob(1.2, "decay of matrices: W -= lr * d * W, d times lr if cautious")
     muon_decay_mode: str = knob("cautious", "which weights, or the update, decay", choices=DECAY_MODES)
     adam_lr: float = knob(0.008, "Adam's base rate; roles multiply it by up to 75", low=0)
@@ -149,7 +147,11 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     config, changes = PRESETS[model]
     defaults = {**changes, **OPTIMIZER_PRESETS.get(model, {})}
     s, o = settings.read(SETTINGS, env, defaults, SCRIPT.name)
-    s = replace(s, model=model, device=device)
+    by_stage = {name: getattr(s, name) for name in ("batch_sizes", "lr_muls")}
+    for name, values in by_stage.items():
+        if len(values) == NUM_STAGES - 1:  # the extension keeps its default
+            by_stage[name] = (*values, changes.get(name, getattr(Settings, name))[-1])
+    s = replace(s, model=model, device=device, **by_stage)
     check_settings(s, env)
     check_optimizer_settings(o)
     return resolve(s), o, model_config(s, o, config)
@@ -161,8 +163,8 @@ def check_settings(s: Settings, env):
         values = getattr(s, name)
         if len(values) != NUM_STAGES:
             raise SettingsError(
-                f"{name.upper()} has {len(values)} values, wanted {NUM_STAGES}: one for each scheduled stage "
-                "and one for the extension"
+                f"{name.upper()} has {len(values)} values, wanted {NUM_STAGES - 1} or {NUM_STAGES}: one "
+                "for each scheduled stage, and one for the extension unless its default is meant"
             )
     unit = NUM_SLICES * 16
     for stage, tokens in enumerate(s.batch_sizes, 1):
@@ -468,8 +470,7 @@ def my_slices(ranks: Ranks) -> range:
 
 
 def stack_slices(slices: list, device: torch.device, max_doc_tokens: int) -> list[Batch]:
-    """Stack slices into as few passes as PASS_TOKENS allows. slices: (inputs, targets, document lengths) in
-    numpy."""
+    """Stack slices, (inputs, targets, document lengths) in numpy, into as few passes as PASS_TOKENS asks."""
     per_pass = max(1, PASS_TOKENS // len(slices[0][0]))
     batches = []
     for start in range(0, len(slices), per_pass):
@@ -612,8 +613,7 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
 
 # ---------------------------------------------------------------------------------------------------
 # Model
-# B slices, T tokens of a slice, H heads, D head dim, C width, V vocabulary (padded), K predicted tokens, M =
-# B T
+# B slices, T tokens of one, M = B T, H heads, D head dim, C width, V vocabulary (padded), K predicted tokens
 #
 # Plain torch, for every device. kernels/fast_forms.py replaces some of these functions by faster ones. An
 # edit of such a function, of its class's __init__ or of a helper it uses brings the plain one back: the log
@@ -641,8 +641,7 @@ def learned_scalar(value: float) -> nn.Parameter:
 
 
 class Rotary(nn.Module):
-    """Half-truncated rotary embedding (arXiv 2104.09864): D/4 frequencies turn pairs, half of the head stands
-    still.
+    """Rotary embedding (arXiv 2104.09864) of half a head: D/4 frequencies turn pairs, the rest stands still.
 
     Holds the softmax scale too, because YaRN changes both.
     """
@@ -903,8 +902,7 @@ class GPT(nn.Module):
 
 
 def hash_ngrams(tokens_BT: Tensor, lengths: tuple[int, ...], num_rows: int) -> list[Tensor]:
-    """Rows of the hash embedding at each token, for each length; the last row where too few tokens precede
-    it.
+    """Rows of the hash embedding at each token, for each length; the last row where too few tokens precede.
 
     Several lengths in one table are an idea of arXiv 2412.09871; the record has bigrams.
     """
@@ -939,9 +937,8 @@ def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch
 # Loss
 # ---------------------------------------------------------------------------------------------------
 
-LOSS_SCALE = (
-    2 / 8
-)  # on the summed loss; ORD's raw strengths are in units of this gradient (the public fork's)
+# on the summed loss; ORD's raw strengths are in units of this gradient (the public fork's)
+LOSS_SCALE = 2 / 8
 HEAD_SCALES = (100 / 448, 1.6 / 448, LOSS_SCALE * 0.75 / 448)  # of input, weight, gradient; e4m3 ends at 448
 
 
@@ -951,8 +948,7 @@ def softcap(logits: Tensor) -> Tensor:
 
 
 def multi_token_loss(logits_BTV: Tensor, targets_BT: Tensor, weights_K: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum_k w_k CE(logits_t, target_{t+k}), the plain CE detached), sums over tokens that have such a
-    target.
+    """(sum_k w_k CE(logits_t, target_{t+k}), the plain CE detached), sums over tokens with such a target.
 
     The target is in the same slice; documents may be crossed (arXiv 2404.19737, with one head).
     """
@@ -1043,8 +1039,7 @@ def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
 
 
 def reduce_variance(U_NRK: Tensor, second_moment: Tensor) -> Tensor:
-    """Divide rows (of a wide matrix, columns) by the root of their running mean square: NorMuon (arXiv
-    2510.05491).
+    """Divide rows (columns, if wide) by the root of their running mean square: NorMuon (arXiv 2510.05491).
 
     Each matrix keeps its Frobenius norm. second_moment is updated in place.
     """
@@ -1065,12 +1060,13 @@ def orthogonalize(G_NRK: Tensor, second_moment: Tensor | None, dtype: torch.dtyp
 
 
 def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
-    """The update with its decay: of weights where the update shrinks them ("cautious", arXiv 2411.16085), of
-    all weights ("param"), of the update, or of both."""
+    """The update with its decay: of weights where the update shrinks them ("cautious", arXiv 2411.16085;
+    "strict": not where it is 0), of all weights ("param"), of the update, or of both."""
     if mode == "none":
         return U
-    if mode == "cautious":
-        return torch.addcmul(U, (U * W).ge_(0).mul_(W), decay)
+    if mode in ("cautious", "strict"):
+        shrinks = (U * W).ge_(0) if mode == "cautious" else (U * W).gt_(0)
+        return torch.addcmul(U, shrinks.mul_(W), decay)
     return U + decay * {"param": W, "update": U, "both": W + U}[mode]
 
 
@@ -1086,8 +1082,8 @@ def adam_update(grad: Tensor, m: Tensor, v: Tensor, count: Tensor, beta1: Tensor
     grad = grad.float()
     m.lerp_(grad, 1 - beta1)
     v.lerp_(grad.square(), 1 - beta2)
-    root = (v / (1 - beta2**count)).sqrt_().add_(ADAM_EPS)
-    return (m / (1 - beta1**count)).div_(root)
+    correction = (1 - beta2**count).sqrt() / (1 - beta1**count)  # eps comes before it, as in the records
+    return (m / v.sqrt().add_(ADAM_EPS)).mul_(correction)
 
 
 def step_adam(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode: str):
@@ -1126,14 +1122,15 @@ class AdamBucket(Bucket):
     def state(self) -> dict[str, Tensor]:
         return {"m": self.m, "v": self.v}
 
-    def update(self, lr_mul: float, mu: float, measure: bool):
+    def update(self, lr_mul: float, mu: float, beta_frac: float, measure: bool):
         """Move this rank's part; begin to gather. mu, measure: not Adam's business."""
         self.work.wait()
         self.count += 1
         lr = self.base_lr * lr_mul * self.lr
         decay = self.o.adam_weight_decay * lr * self.decay
         state = self.mine, self.mantissa, self.grad, self.m, self.v
-        self.run(*state, scalar(self.count), lr, decay, *self.betas, "cautious")
+        beta1, beta2 = (beta_frac * beta for beta in self.betas)
+        self.run(*state, scalar(self.count), lr, decay, beta1, beta2, "strict")
         self.gather()
 
 
@@ -1175,14 +1172,14 @@ class MatrixBucket(Bucket):
         found = {"momentum": self.momentum, "second_moment": self.second_moment}
         return {key: value for key, value in found.items() if value is not None}
 
-    def update(self, lr_mul: float, mu: float, measure: bool):
+    def update(self, lr_mul: float, mu: float, beta_frac: float, measure: bool):
         """Move this rank's matrices; begin to gather. measure: take the statistics that the log wants."""
         self.work.wait()
         self.count += 1
         o = self.o
         if o.optimizer == "adamw":
             lr, decay = scalar(o.adam_matrix_lr * lr_mul), scalar(o.adam_matrix_decay)
-            beta1, beta2 = map(scalar, find_role(next(iter(self.params))).betas)
+            beta1, beta2 = (scalar(beta_frac * b) for b in find_role(next(iter(self.params))).betas)
             state = self.mine, self.mantissa, self.grad, self.momentum, self.second_moment
             self.run(*state, scalar(self.count), lr, decay, beta1, beta2, "param")
         else:
@@ -1239,9 +1236,7 @@ class Optimizer:
             role = find_role(name)
             if role.rule == "matrix":
                 key = MatrixUpdate, tuple(p.shape[-2:])
-            elif (
-                p.numel() >= SMALL or role.name == "head"
-            ):  # alone, because embed takes over the head's state
+            elif p.numel() >= SMALL or role.name == "head":  # embed takes over the head's state
                 key = AdamBucket, name
             else:
                 key = AdamBucket, p.dtype
@@ -1272,19 +1267,22 @@ class Optimizer:
         return step % ADAM_EVERY != 0
 
     def momentum(self, step: int) -> float:
-        """Muon's momentum: up from 0.85 over the warm-up, back over the last 50 steps."""
-        up = min(1, step / max(1, self.o.beta_warmup_steps))
-        down = min(1, (self.num_steps - step) / MUON_END_STEPS)
-        low = min(MUON_START_MOMENTUM, self.o.muon_momentum)
-        return low + min(up, down) * (self.o.muon_momentum - low)
+        """Muon's momentum: up from 0.85 over the warm-up; only then back, over the last 50 steps."""
+        warmup, high = self.o.muon_warmup_steps, self.o.muon_momentum
+        frac = step / warmup if step < warmup else min(1, (self.num_steps - step) / MUON_END_STEPS)
+        low = min(MUON_START_MOMENTUM, high)
+        return low + frac * (high - low)
+
+    def beta_frac(self, step: int) -> float:
+        """Factor on Adam's betas: up from 0 over BETA_WARMUP_STEPS."""
+        return min(1, step / self.o.beta_warmup_steps) if self.o.beta_warmup_steps else 1
 
     def due(self, step: int) -> list[Bucket]:
         """The buckets that move at this step."""
         return [b for b in self.buckets if b.active and step % b.every == b.every - 1]
 
     def expect(self, step: int):
-        """Call before a step's last backward pass: a bucket's reduction then begins once its gradients are
-        complete.
+        """Call before a step's last backward pass: buckets are then reduced as their gradients complete.
 
         In the buckets' order, because all ranks must call their collectives in one order.
         """
@@ -1312,7 +1310,7 @@ class Optimizer:
         if self.o.grad_clip:
             self.clip(due, batch_tokens)
         for bucket in due:
-            bucket.update(lr_mul, self.momentum(step), measure)
+            bucket.update(lr_mul, self.momentum(step), self.beta_frac(step), measure)
         for bucket in due:
             bucket.finish()
 
@@ -1326,8 +1324,7 @@ class Optimizer:
             bucket.grad.mul_(factor)
 
     def matrices(self):
-        """Yield (names, fp32 masters, gradients) of the matrices this rank owns, a shape at a time, to look
-        at."""
+        """Yield (names, fp32 masters, gradients) of this rank's matrices, a shape at a time, to look at."""
         for bucket in self.matrix_buckets:
             if bucket.names:
                 bucket.work.wait()
@@ -1336,7 +1333,7 @@ class Optimizer:
 
     def log_fields(self, step: int, full: bool) -> dict:
         """Fields of the step line; `full` at validations. A collective: every rank calls it."""
-        beta1, beta2 = find_role("head").betas
+        beta1, beta2 = (self.beta_frac(step) * beta for beta in find_role("head").betas)
         fields = {
             "beta1": f"{beta1:.4f}",
             "beta2": f"{beta2:.4f}",
@@ -1350,6 +1347,15 @@ class Optimizer:
 # ---------------------------------------------------------------------------------------------------
 
 
+def interpolate(shape: str, start: float, end: float, done: float) -> float:
+    """A value on its way from start to end. done: the share of the way behind it."""
+    if shape == "exp":
+        return start * (end / start) ** done if start else 0.0
+    if shape == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    return start if shape == "constant" else start * (1 - done) + end * done
+
+
 class Schedule:
     """What changes over the steps: stage, learning rate, windows, loss weights; functions of the step."""
 
@@ -1357,10 +1363,14 @@ class Schedule:
         self.s, self.config = s, config
         self.scheduled = s.num_scheduled_iterations
         self.num_steps = self.scheduled + s.num_extension_iterations
+        thirds = [round(self.scheduled * i / (NUM_STAGES - 1)) for i in range(NUM_STAGES)]
+        self.bounds = (*thirds, self.num_steps)  # stage i: from bounds[i] up to bounds[i + 1]
+        self.cooldown_start = int(self.scheduled * (1 - s.cooldown_frac))
+        # the last step that trains embedding and head as one; Adam moves at odd steps
         self.untie_step = round(self.scheduled * config.untie_frac) | 1 if config.untie_frac < 1 else None
 
     def stage(self, step: int) -> int:
-        return (NUM_STAGES - 1) if step >= self.scheduled else step * (NUM_STAGES - 1) // self.scheduled
+        return sum(step >= end for end in self.bounds[1:NUM_STAGES])
 
     def batch_tokens(self, step: int) -> int:
         return self.s.batch_sizes[self.stage(step)]
@@ -1372,43 +1382,34 @@ class Schedule:
 
     def predict_weights(self, step: int) -> Tensor:
         """Weights of the losses on the next tokens, linear within the stage."""
-        stage, length = self.stage(step), self.scheduled / (NUM_STAGES - 1)
-        done = step / length - stage if stage < NUM_STAGES - 1 else 0.0
-        return torch.tensor([a + (b - a) * done for a, b in self.config.predict[stage]])
+        stage = self.stage(step)
+        start, end = self.bounds[stage : stage + 2]
+        done = (step - start) / (end - start)
+        return torch.tensor([interpolate("linear", a, b, done) for a, b in self.config.predict[stage]])
 
     def lr_mul(self, step: int) -> float:
         """Factor on all learning rates."""
         s, peak = self.s, self.s.lr_muls[self.stage(step)]
         warm = min(1.0, (step + 1) / s.warmup_steps) if s.warmup_steps else 1.0
-        if 0 <= s.lr_decay_switch_step <= step:
-            return warm * self.second_decay(step, peak)
-        return warm * self.first_decay(step, s.lr_decay_type, peak, s.lr_decay_final)
+        second = s.lr_decay_second_type and self.cooldown_start < s.lr_decay_switch_step <= step
+        return warm * (self.second_decay(step, peak) if second else self.first_decay(step, peak))
 
-    def first_decay(self, step: int, kind: str, peak: float, final: float) -> float:
-        """linear and cosine end at `final`, exp at peak * final."""
-        start = int(self.scheduled * (1 - self.s.cooldown_frac))
-        done = min(1.0, max(0.0, (step - start) / max(1, self.scheduled - start)))
-        if kind == "linear":
-            return peak * (1 - done) + final * done
-        if kind == "cosine":
-            return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * done)) if done else peak
-        if kind == "exp":
-            return peak * final**done
-        return peak
+    def first_decay(self, step: int, peak: float) -> float:
+        """linear and cosine end at LR_DECAY_FINAL, exp at peak * LR_DECAY_FINAL."""
+        shape, final = self.s.lr_decay_type, self.s.lr_decay_final
+        end = peak * final if shape == "exp" else final
+        return interpolate(shape, peak, end, self.share_done(step, self.cooldown_start))
 
     def second_decay(self, step: int, peak: float) -> float:
-        """Decay from what the first has reached at LR_DECAY_SWITCH_STEP to the end of the scheduled steps."""
+        """Go on from what the first decay would have made of this stage's peak by LR_DECAY_SWITCH_STEP."""
         s, switch = self.s, self.s.lr_decay_switch_step
-        before = max(0, switch - 1)
-        old_peak = s.lr_muls[self.stage(before)]
-        reached = self.first_decay(before, s.lr_decay_type, old_peak, s.lr_decay_final)
-        done = min(1.0, (step - switch) / max(1, self.scheduled - switch))
-        final = peak * s.lr_decay_second_final
-        if s.lr_decay_second_type == "linear":
-            return reached + (final - reached) * done
-        if s.lr_decay_second_type == "exp" and reached:
-            return reached * (final / reached) ** done
-        return reached
+        final = s.lr_decay_final if s.lr_decay_second_final is None else s.lr_decay_second_final
+        reached, done = self.first_decay(switch, peak), self.share_done(step, switch)
+        return interpolate(s.lr_decay_second_type, reached, peak * final, done)
+
+    def share_done(self, step: int, start: int) -> float:
+        """Share of the scheduled steps from `start` on that lies before `step`."""
+        return min(1.0, max(0, step - start) / max(1, self.scheduled - start))
 
     def validates(self, step: int) -> bool:
         """Whether there is a validation after `step` steps."""
@@ -1460,17 +1461,17 @@ class Trainer:
         self.stage, self.tied = 0, True
 
     def enter(self, step: int):
-        """Changes between steps: a new stage's long window (YaRN), the untying of embedding and head."""
-        self.enter_stage(self.schedule.stage(step))
-        if step == self.schedule.untie_step:
-            self.optimizer.untie()
-            self.tied = False
-
-    def enter_stage(self, stage: int):
+        """Go to the stage of `step`, before its validation and update; YaRN follows the long window."""
+        stage = self.schedule.stage(step)
         old, new = self.schedule.windows(self.stage)[1], self.schedule.windows(stage)[1]
         if old != new:
             self.model.rotary.extend(old, new)
         self.stage = stage
+
+    def untie(self):
+        """Let embedding and head part."""
+        self.optimizer.untie()
+        self.tied = False
 
     def step(self, step: int, batches: list[Batch], measure: bool = False) -> Tensor:
         """One update; returns the cross-entropy summed over this rank's tokens.
@@ -1493,6 +1494,8 @@ class Trainer:
             loss_sum = loss_sum + cross_entropy
         measure = measure or schedule.validates(step + 1)
         self.optimizer.step(step, schedule.lr_mul(step), schedule.batch_tokens(step), measure)
+        if step == schedule.untie_step:
+            self.untie()
         return loss_sum
 
     def log_fields(self, step: int, full: bool) -> dict:
@@ -1515,7 +1518,7 @@ class Trainer:
     def go_to(self, step: int):
         """Restore what follows from `step`: stage, windows, tying. The optimizer has its own state."""
         for earlier in range(step):
-            self.enter_stage(self.schedule.stage(earlier))
+            self.enter(earlier)
         untie_step = self.schedule.untie_step
         self.tied = untie_step is None or step <= untie_step
         self.optimizer.set_tied(self.tied)
@@ -1534,18 +1537,15 @@ def rehearse(start, stop):
     """
     run = Run(start, stop)
     trainer, data, schedule, ranks = run.trainer, run.data, run.trainer.schedule, start.ranks
-    steps = range(schedule.num_steps)
-    firsts = {schedule.stage(i): i for i in reversed(steps)}.values()  # of each stage
-    firsts = {*firsts, schedule.untie_step or 0}
+    last, untie = schedule.num_steps, schedule.untie_step or 0
+    firsts = {*schedule.bounds, untie, untie + 1}
     for step in sorted(firsts | {i + 1 for i in firsts}):  # two steps each: Adam moves on every second
-        if any(ranks.all_gather_object(stop.reason)):
+        if step > last or any(ranks.all_gather_object(stop.reason)):
             break
-        if step in steps:
-            trainer.enter(step)
+        trainer.enter(step)
+        run.validate(step, num_batches=1)
+        if step < last:
             trainer.step(step, data.next(schedule.batch_tokens(step), None), measure=step == 0)
-            run.validate(step, num_batches=1)
-    else:
-        run.validate(schedule.num_steps, num_batches=1)
     data.prefetcher.close()
     del trainer, data, run
     gc.collect()  # hooks and their optimizer are a cycle, and gigabytes of the device hang on it
@@ -1582,12 +1582,12 @@ class Run:
         trainer, session, schedule = self.trainer, self.session, self.trainer.schedule
         step = session.first_step
         for step in session.begin():
+            trainer.enter(step)
             if session.should_validate(step):
                 with session.off_the_clock():
                     session.note_validation(step, *self.validate(step))
             if session.should_leave(step):
                 break
-            trainer.enter(step)
             session.expect_update(step + 1)
             batch_tokens = schedule.batch_tokens(step)
             loss_sum = trainer.step(step, self.data.next(batch_tokens, then=schedule.batch_tokens(step + 1)))

@@ -203,17 +203,18 @@ class Timed:
     def steps_of(self, stage: int) -> range:
         """The stage's steps; those with the embedding untied, if it is untied in this stage."""
         steps = [i for i in range(self.schedule.num_steps) if self.schedule.stage(i) == stage]
+        if not steps:
+            return range(0)
         untie = self.schedule.untie_step
-        first = untie if steps and untie in steps[:-2] else steps[0] if steps else 0
-        return range(first, steps[-1] + 1 if steps else 0)
+        return range(untie + 1 if untie in steps[:-2] else steps[0], steps[-1] + 1)
 
     def enter(self, stage: int):
         """Stages are entered in order; what lies between is skipped, but for the untying."""
         self.steps, self.at = self.steps_of(stage), 0
         first, untie = self.steps[0], self.schedule.untie_step
-        for step in sorted({first, *([untie] if untie is not None else [])}):
-            if self.entered < step <= first:
-                self.trainer.enter(step)
+        if untie is not None and self.entered <= untie < first:
+            self.trainer.untie()
+        self.trainer.enter(first)
         self.entered = first
         self.flush()
         self.data.coming = None  # read for the stage before, at its batch size
@@ -368,7 +369,7 @@ def measure_stage(timed: Timed, stage: int, steps: int) -> dict:
 def alike(timed: Timed, stage: int) -> tuple:
     """Stages for which this is equal take the same step."""
     step, schedule = timed.steps_of(stage)[0], timed.schedule
-    untied = schedule.untie_step is not None and step >= schedule.untie_step
+    untied = schedule.untie_step is not None and step > schedule.untie_step
     return schedule.batch_tokens(step), schedule.windows(stage), len(schedule.predict_weights(step)), untied
 
 
@@ -392,7 +393,11 @@ def whole_schedule(timed: Timed, results: list[dict]) -> dict | None:
     of_step = [schedule.stage(i) for i in range(schedule.num_steps)]
     if not set(of_step) <= set(by_stage):
         return None
-    validations = [of_step[max(0, i - 1)] for i in range(schedule.num_steps + 1) if schedule.validates(i)]
+    validations = [
+        of_step[min(i, schedule.num_steps - 1)]
+        for i in range(schedule.num_steps + 1)
+        if schedule.validates(i)
+    ]
     train_ms = sum(by_stage[i]["ms_step"] for i in of_step)
     eval_ms = sum(by_stage[i]["evaluation_ms"] for i in validations)
     shares = {

@@ -57,8 +57,8 @@ def cuda_forms() -> tuple[FastForm, ...]:
     return (
         FastForm("MLP.forward", cuda.make_mlp_forward, ("MLP.__init__",), "d2251fd515d9"),
         FastForm("GPT.head_loss", cuda.make_head_loss, ("softcap", "multi_token_loss"), "e66576f4245c"),
-        FastForm("step_muon", cuda.make_step_muon, muon, "3865e015ba45", cuda.covers_muon),
-        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "3018f9198d38", cuda.covers_ord),
+        FastForm("step_muon", cuda.make_step_muon, muon, "c170ddf8c196", cuda.covers_muon),
+        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "cf9b41d26a3b", cuda.covers_ord),
     )
 
 

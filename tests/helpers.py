@@ -102,7 +102,7 @@ def base_env(shards: Path, **settings) -> dict:
         VAL_LOSS_EVERY="5",
         NUM_SCHEDULED_ITERATIONS="14",
         BATCH_SIZES="2048,2048,4096,4096",
-        BETA_WARMUP_STEPS="5",
+        MUON_WARMUP_STEPS="5",
         OMP_NUM_THREADS="1",
     )
     env.update({k: str(v) for k, v in settings.items()})

@@ -169,7 +169,7 @@ def test_every_way_of_ord_is_one_graph(way, traced_only, one_thread):
     with torch.no_grad():
         for bucket in matrices:
             for measure in (True, False):
-                bucket.update(1.0, 0.95, measure)
+                bucket.update(1.0, 0.95, 1.0, measure)
     assert graphs_compiled() - before == 2 * len(matrices)
 
 
@@ -428,7 +428,8 @@ OTHER_NUMBERS = dict(  # numbers that compiled code does not hold
     LR_DECAY_SECOND_FINAL=0.3,
     MUON_LR=0.01,
     MUON_MOMENTUM=0.9,
-    BETA_WARMUP_STEPS=2,
+    MUON_WARMUP_STEPS=2,
+    BETA_WARMUP_STEPS=5,
     MUON_WEIGHT_DECAY=0.3,
     ADAM_LR=0.01,
     ADAM_WEIGHT_DECAY=0.1,

@@ -476,19 +476,75 @@ def test_yarn_at_each_change_of_the_long_window():
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
-    """Fails if YaRN is applied twice, late or where the long window stays, or the untied embedding is not
-    used from its step on. Thirds of four steps, then two of extension; untied at round(2/3 * 12) | 1 = 9."""
+    """Fails if YaRN is applied twice, late or where the long window stays, or embedding and head part before
+    or long after the update of their last common step, or a resumed run has another state than one that came
+    there. Thirds of four steps, then two of extension; the last tied step is round(2/3 * 12) | 1 = 9."""
     windows = ((1, 2), (1, 2), (2, 4), (2, 8))
     s, o, _ = read(
         trainer, NUM_SCHEDULED_ITERATIONS=12, NUM_EXTENSION_ITERATIONS=2, BATCH_SIZES="128,128,128,128"
     )
-    run = trainer.Trainer(s, o, small_config(trainer, windows=windows), 100, lone_ranks(trainer))
-    for step in range(14):
+
+    def new():
+        return trainer.Trainer(s, o, small_config(trainer, windows=windows), 100, lone_ranks(trainer))
+
+    run, batch = new(), make_batch(trainer)
+    for step in range(15):  # the last for the last validation
+        resumed = new()
+        resumed.go_to(step)
+        for trained in (run, resumed):
+            trained.enter(step)
+            doublings = (step >= 8) + (step >= 12)
+            assert trained.model.rotary.scale == pytest.approx(0.1 * (1 + 0.2 * math.log(2)) ** doublings)
+            assert trained.schedule.windows(trained.stage) == tuple(
+                8 * w for w in windows[min(step, 13) // 4]
+            )
+            assert trained.tied == (step <= 9)
+            assert trained.optimizer.by_name["embed"].active == (step > 9)
+        if step < 14:
+            run.step(step, [batch])
+
+
+def test_untying_by_hand():
+    """Fails if the split comes before the last common update, or its state is not the head's then, or the two
+    steps after it do not add up to the first update of each alone. Of four steps, round(8/3) | 1 = 3 is the
+    last tied one; the embedding then moves at step 5. Head and embedding: rate 0.008 x 0.1, as the learning
+    rate has decayed; decay 150, betas 0.5 and 0.95; the third update's bias correction."""
+    steps = dict(NUM_SCHEDULED_ITERATIONS=4, NUM_EXTENSION_ITERATIONS=2)
+    s, o, _ = read(train_gpt, BATCH_SIZES="128,128,128,128", ADAM_LR=0.008, **steps)
+    run = train_gpt.Trainer(s, o, small_config(train_gpt), 100, lone_ranks(train_gpt))
+    shake(run.model)
+    buckets = {name: run.optimizer.by_name[name] for name in ("head", "embed")}
+    batch, grads = make_batch(train_gpt), {}
+
+    def keep():
+        grads.update({n: b.grads.double().numpy().copy() for n, b in buckets.items()})
+
+    def state(name):
+        b = buckets[name]
+        return [x.double().numpy().copy() for x in (b.mine, b.m, b.v)]
+
+    run.optimizer.before_update = keep
+    for step in range(4):
         run.enter(step)
-        doublings = (step >= 8) + (step >= 12)
-        assert run.model.rotary.scale == pytest.approx(0.1 * (1 + 0.2 * math.log(2)) ** doublings)
-        assert run.schedule.windows(run.stage) == tuple(8 * w for w in windows[step // 4])
-        assert run.tied == (step < 9)
+        assert run.tied and not buckets["embed"].active
+        run.step(step, [batch])
+    assert not run.tied and grads["head"].any() and not grads["embed"].any()
+    for ours, theirs in zip(state("head"), state("embed")):
+        assert (ours == theirs).all() and ours.any()
+    assert [b.count for b in buckets.values()] == [2, 2]
+    before = {name: state(name) for name in buckets}
+    for step in (4, 5):
+        run.enter(step)
+        run.step(step, [batch])
+        if step == 4:  # nothing moves
+            assert all((state(n)[0] == before[n][0]).all() for n in buckets) and grads["embed"].any()
+    assert np.abs(grads["head"] - grads["embed"]).max() > 0.01
+    for name, (W, m, v) in before.items():
+        m, v = 0.5 * m + 0.5 * grads[name], 0.95 * v + 0.05 * grads[name] ** 2
+        U = m / (np.sqrt(v) + 1e-10) * math.sqrt(1 - 0.95**3) / (1 - 0.5**3)
+        lr = 0.008 * 0.1
+        W = W - lr * U - lr * lr * 0.005 * 150 * W * (U * W > 0)
+        np.testing.assert_allclose(state(name)[0], W, rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- tables, head

@@ -348,7 +348,7 @@ def test_each_expert_is_orthogonalised_by_itself():
         params = {n: torch.nn.Parameter(w.clone()) for n, w in weights.items()}
         bucket = trainer.MatrixUpdate(params, lone_ranks(trainer), o, not_compiled)
         bucket.grad.copy_(torch.cat([g.view(-1, 24, 16) for g in grads.values()]))
-        bucket.update(1.0, 0.9, True)
+        bucket.update(1.0, 0.9, 1.0, True)
         return [p.detach() for p in params.values()], bucket.stats
 
     grads = {"blocks.0.mlp.up": G}

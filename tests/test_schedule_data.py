@@ -40,51 +40,97 @@ def schedule(model="gpt2-small", **env):
     return train_gpt.Schedule(s, config)
 
 
-def test_stages_of_the_speedrun():
-    """Fails if a stage begins a step early or late, or has another batch or window. 1560 steps in thirds of
-    520, then 40."""
+ONE, TWO, THREE, EXTENSION = (
+    (131072, (128, 384), 1.0),
+    (262144, (384, 896), 1.52),
+    (393216, (640, 1408), 1.73),
+    (393216, (768, 1664), 1.0),
+)
+# Scheduled steps -> step -> (stage's batch, windows and multiplier; share of the cooldown done; weights of
+# further tokens; Muon's momentum). Worked out by hand: N/3 and 2N/3 rounded, the cooldown from
+# int(0.45 N) (int(0.45 * 100) is 44 in floating point), 40 steps after N.
+TABLES = {
+    1560: {  # stages end at 520, 1040, 1560; 859 steps of cooldown from 701
+        0: (ONE, 0, [1, 0.5, 0.25], 0.85),
+        260: (ONE, 0, [1, 0.5, 0.125], 0.85 + 0.1 * 260 / 300),
+        519: (ONE, 0, [1, 0.5, 0.25 / 520], 0.95),
+        520: (TWO, 0, [1, 0.5], 0.95),
+        701: (TWO, 0, [1, 0.5 * 339 / 520], 0.95),
+        780: (TWO, 79 / 859, [1, 0.25], 0.95),
+        1039: (TWO, 338 / 859, [1, 0.5 / 520], 0.95),
+        1040: (THREE, 339 / 859, [1], 0.95),
+        1550: (THREE, 849 / 859, [1], 0.95),
+        1559: (THREE, 858 / 859, [1], 0.95 - 0.1 * 9 / 50),
+        1560: (EXTENSION, 1, [1], 0.95 - 0.1 * 10 / 50),
+        1599: (EXTENSION, 1, [1], 0.95 - 0.1 * 49 / 50),
+    },
+    1555: {  # 518 (518.33), 1037 (1036.67), 1555; 856 steps from 699 (699.75)
+        0: (ONE, 0, [1, 0.5, 0.25], 0.85),
+        517: (ONE, 0, [1, 0.5, 0.25 / 518], 0.95),
+        518: (TWO, 0, [1, 0.5], 0.95),
+        699: (TWO, 0, [1, 0.5 * 338 / 519], 0.95),
+        700: (TWO, 1 / 856, [1, 0.5 * 337 / 519], 0.95),
+        1036: (TWO, 337 / 856, [1, 0.5 / 519], 0.95),
+        1037: (THREE, 338 / 856, [1], 0.95),
+        1545: (THREE, 846 / 856, [1], 0.95),
+        1554: (THREE, 855 / 856, [1], 0.95 - 0.1 * 9 / 50),
+        1555: (EXTENSION, 1, [1], 0.95 - 0.1 * 10 / 50),
+        1594: (EXTENSION, 1, [1], 0.95 - 0.1 * 49 / 50),
+    },
+    100: {  # 33 (33.33), 67 (66.67), 100; 56 steps from 44; momentum only rises
+        0: (ONE, 0, [1, 0.5, 0.25], 0.85),
+        32: (ONE, 0, [1, 0.5, 0.25 / 33], 0.85 + 0.1 * 32 / 300),
+        33: (TWO, 0, [1, 0.5], 0.861),
+        44: (TWO, 0, [1, 0.5 * 23 / 34], 0.85 + 0.1 * 44 / 300),
+        50: (TWO, 6 / 56, [1, 0.25], 0.85 + 0.1 * 50 / 300),
+        66: (TWO, 22 / 56, [1, 0.5 / 34], 0.872),
+        67: (THREE, 23 / 56, [1], 0.85 + 0.1 * 67 / 300),
+        99: (THREE, 55 / 56, [1], 0.883),
+        100: (EXTENSION, 1, [1], 0.85 + 0.1 * 100 / 300),
+        139: (EXTENSION, 1, [1], 0.85 + 0.1 * 139 / 300),
+    },
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("num_steps", TABLES)
+def test_every_column_of_the_schedule(num_steps, trainer):
+    """Fails if a stage begins a step early or late, or has another batch, window, multiplier or other weights
+    of further tokens; if the cooldown or the momentum of Muon is another one."""
+    s, o, config = read(trainer, MODEL="gpt2-small", NUM_SCHEDULED_ITERATIONS=num_steps)
+    plan = trainer.Schedule(s, config)
+    optimizer = make_optimizer(trainer, Params({}), o, plan.num_steps)
+    assert plan.num_steps == num_steps + 40
+    for step, ((batch, windows, peak), done, weights, momentum) in TABLES[num_steps].items():
+        assert (plan.batch_tokens(step), plan.windows(plan.stage(step))) == (batch, windows), step
+        assert plan.lr_mul(step) == pytest.approx(peak * (1 - done) + 0.1 * done, rel=1e-12), step
+        np.testing.assert_allclose(plan.predict_weights(step).numpy(), weights, atol=1e-6, err_msg=str(step))
+        assert optimizer.momentum(step) == pytest.approx(momentum, rel=1e-12), step
+
+
+def test_the_whole_speedrun():
+    """Fails if a run trains on another number of tokens, about 425M, or the last validation has the windows
+    of a stage."""
     plan = schedule()
-    assert plan.num_steps == 1600
-    expected = {
-        0: (131072, (128, 384)),
-        519: (131072, (128, 384)),
-        520: (262144, (384, 896)),
-        1039: (262144, (384, 896)),
-        1040: (393216, (640, 1408)),
-        1559: (393216, (640, 1408)),
-        1560: (393216, (768, 1664)),
-        1599: (393216, (768, 1664)),
-    }
-    for step, (tokens, windows) in expected.items():
-        assert (plan.batch_tokens(step), plan.windows(plan.stage(step))) == (tokens, windows)
     assert plan.windows(train_gpt.NUM_STAGES) == (768, 2560)
-    assert sum(plan.batch_tokens(step) for step in range(1600)) == 520 * 786432 + 40 * 393216  # about 425M
-
-
-def test_multi_token_weights():
-    """Fails if the further tokens' weights do not fall to 0 within their stages: 1, .5, .25 -> 0, then
-    1, .5 -> 0, then 1."""
-    plan = schedule()
-    for step, expected in {
-        0: [1, 0.5, 0.25],
-        260: [1, 0.5, 0.125],
-        519: [1, 0.5, 0.25 / 520],
-        520: [1, 0.5],
-        780: [1, 0.25],
-        1039: [1, 0.5 / 520],
-        1040: [1],
-        1559: [1],
-        1599: [1],
-    }.items():
-        np.testing.assert_allclose(plan.predict_weights(step).numpy(), expected, atol=1e-6)
+    assert sum(plan.batch_tokens(step) for step in range(1600)) == 520 * 786432 + 40 * 393216
 
 
 def test_the_head_is_untied_after_two_thirds():
-    """Fails if untying comes at another step than round(2N/3) | 1 with N = 1560 scheduled steps, or at an
-    even one, on which Adam does not move."""
-    assert schedule().untie_step == 1041
-    assert schedule(NUM_SCHEDULED_ITERATIONS=900).untie_step == 601
+    """Fails if the last tied step is another than round(2N/3) | 1, or an even one, on which Adam does not
+    move: 1040, 1037 (1036.67), 67 (66.67) and 600 before | 1."""
+    for num_steps, last in {1560: 1041, 1555: 1037, 100: 67, 900: 601}.items():
+        assert schedule(NUM_SCHEDULED_ITERATIONS=num_steps).untie_step == last
     assert schedule("dense-88m").untie_step is None
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5])
+def test_few_steps_in_thirds(num_steps):
+    """Fails if a stage without steps is an error, or a step belongs to no stage."""
+    plan = schedule(NUM_SCHEDULED_ITERATIONS=num_steps, NUM_EXTENSION_ITERATIONS=1)
+    stages = {1: [1, 3], 2: [0, 2, 3], 3: [0, 1, 2, 3], 4: [0, 1, 1, 2, 3], 5: [0, 0, 1, 2, 2, 3]}
+    assert [plan.stage(i) for i in range(num_steps + 1)] == stages[num_steps]
+    assert all(len(plan.predict_weights(i)) for i in range(num_steps + 1))
 
 
 # The cooldown starts at 701: int(1560 * (1 - 0.55)): 1 - 0.55 is a little less than 0.45
@@ -150,29 +196,74 @@ def test_other_cooldowns():
     assert schedule(COOLDOWN_FRAC=1).lr_mul(0) == 1.0
 
 
-@pytest.mark.parametrize("kind, end", [("constant", None), ("linear", 1.73 * 0.1), ("exp", 1.73 * 0.1)])
-def test_second_decay_goes_on_from_the_value_reached(kind, end):
-    """Fails if the learning rate jumps at the switch, or the second decay ends elsewhere than at the stage's
-    multiplier times LR_DECAY_SECOND_FINAL. The switch is at 1300, 599 steps of 859 into a linear decay."""
-    plan = schedule(LR_DECAY_SWITCH_STEP=1300, LR_DECAY_SECOND_TYPE=kind)
-    reached = 1.73 * (1 - 599 / 859) + 0.1 * 599 / 859
-    slope = (1.73 - 0.1) / 859  # one step's doubt: the value before the switch or the value at it
-    assert plan.lr_mul(1299) == pytest.approx(reached + slope)
-    assert abs(plan.lr_mul(1300) - reached) < 1.01 * slope
-    at_switch = plan.lr_mul(1300)
-    halfway = {
-        "constant": at_switch,
-        "linear": (at_switch + (end or 0)) / 2,
-        "exp": math.sqrt(at_switch * (end or 0)),
-    }[kind]
-    assert plan.lr_mul(1430) == pytest.approx(halfway)
-    assert plan.lr_mul(1559) == pytest.approx(end or at_switch, rel=0.02)
+# Scheduled steps -> (LR_DECAY_SWITCH_STEP, share of the cooldown done then, steps from there to N,
+# {step: (its stage's multiplier, share of the second decay done)}), by hand
+SWITCHES = {
+    1560: (
+        900,
+        199 / 859,
+        660,
+        {
+            900: (1.52, 0),
+            1039: (1.52, 139 / 660),
+            1040: (1.73, 140 / 660),
+            1230: (1.73, 0.5),
+            1559: (1.73, 659 / 660),
+            1560: (1.0, 1),
+            1599: (1.0, 1),
+        },
+    ),
+    1555: (1200, 501 / 856, 355, {1200: (1.73, 0), 1271: (1.73, 0.2), 1554: (1.73, 354 / 355), 1555: (1, 1)}),
+    100: (
+        60,
+        16 / 56,
+        40,
+        {60: (1.52, 0), 66: (1.52, 0.15), 67: (1.73, 0.175), 80: (1.73, 0.5), 100: (1, 1), 139: (1, 1)},
+    ),
+}
 
 
-def test_second_decay_does_not_jump_with_the_stage():
-    """Fails if a constant second decay changes where a stage begins: the value reached is one value."""
-    plan = schedule(LR_DECAY_SWITCH_STEP=900)
-    assert plan.lr_mul(1039) == plan.lr_mul(1040) == plan.lr_mul(900)
+@pytest.mark.parametrize("first", ["linear", "exp"])
+@pytest.mark.parametrize("second", ["linear", "exp", "constant"])
+@pytest.mark.parametrize("num_steps", SWITCHES)
+def test_second_decay(num_steps, second, first):
+    """Fails if the second decay does not start, in each stage, from what the first makes of that stage's
+    multiplier b at the switch, v, or does not end at b x LR_DECAY_SECOND_FINAL (or LR_DECAY_FINAL)."""
+    switch, done, left, steps = SWITCHES[num_steps]
+    assert switch + left == num_steps
+    for own, env in ((0.1, {}), (0.3, dict(LR_DECAY_SECOND_FINAL=0.3))):
+        env = dict(env, NUM_SCHEDULED_ITERATIONS=num_steps, LR_DECAY_TYPE=first)
+        plan = schedule(LR_DECAY_SWITCH_STEP=switch, LR_DECAY_SECOND_TYPE=second, **env)
+        assert plan.lr_mul(switch - 1) == schedule(**env).lr_mul(switch - 1)
+        for step, (b, t2) in steps.items():
+            v = b * (1 - done) + 0.1 * done if first == "linear" else b * 0.1**done
+            e = b * own
+            expected = {"constant": v, "linear": v * (1 - t2) + e * t2, "exp": v * (e / v) ** t2}[second]
+            assert plan.lr_mul(step) == pytest.approx(expected, rel=1e-12), step
+
+
+def test_second_final_is_lr_decay_finals_unless_set():
+    """Fails if the second decay ends at 0.1 although LR_DECAY_FINAL is another, or 0 is taken for unset."""
+    env = dict(LR_DECAY_FINAL=0.2, LR_DECAY_SWITCH_STEP=1300, LR_DECAY_SECOND_TYPE="linear")
+    assert schedule(**env).lr_mul(1560) == pytest.approx(0.2)
+    assert schedule(**env, LR_DECAY_SECOND_FINAL="").lr_mul(1560) == pytest.approx(0.2)
+    assert schedule(**env, LR_DECAY_SECOND_FINAL=0).lr_mul(1560) == 0
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        dict(LR_DECAY_SWITCH_STEP=1300),  # no second type
+        dict(LR_DECAY_SWITCH_STEP=1300, LR_DECAY_SECOND_TYPE=""),
+        dict(LR_DECAY_SWITCH_STEP=0, LR_DECAY_SECOND_TYPE="linear"),
+        dict(LR_DECAY_SECOND_TYPE="linear"),
+        dict(LR_DECAY_SWITCH_STEP=701, LR_DECAY_SECOND_TYPE="exp"),  # where the cooldown starts
+    ],
+)
+def test_no_second_decay(env):
+    """Fails if a second decay needs less than a switch step after the cooldown's start, and a type."""
+    plain, plan = schedule(), schedule(**env, LR_DECAY_SECOND_FINAL=0.7)
+    assert [plan.lr_mul(i) for i in range(1600)] == [plain.lr_mul(i) for i in range(1600)]
 
 
 @pytest.mark.parametrize("kind", ["linear", "exp", "constant"])
@@ -185,7 +276,7 @@ def test_second_decay_does_not_jump_with_the_stage():
         dict(LR_DECAY_FINAL=0, LR_DECAY_TYPE="exp"),
     ],
 )
-@pytest.mark.parametrize("switch", [0, 700, 1559, 1590])
+@pytest.mark.parametrize("switch", [1, 702, 1559, 1590])
 def test_learning_rates_of_zero_are_no_error(kind, env, switch):
     """Fails if a decay that ends at 0 divides by it, which would end a run in its last steps."""
     plan = schedule(LR_DECAY_SWITCH_STEP=switch, LR_DECAY_SECOND_TYPE=kind, **env)
@@ -199,12 +290,26 @@ def test_warm_up():
     np.testing.assert_allclose([plan.lr_mul(i) for i in (0, 4, 9, 10, 300)], [0.1, 0.5, 1, 1, 1])
 
 
-def test_momentum():
-    """Fails if momentum does not rise from 0.85 to 0.95 in 300 steps and fall back over the last 50."""
-    o = optimizer_settings(train_gpt)
-    optimizer = make_optimizer(train_gpt, Params({}), o, 1600)
-    for step, value in {0: 0.85, 150: 0.9, 300: 0.95, 1000: 0.95, 1550: 0.95, 1575: 0.9, 1599: 0.852}.items():
-        assert optimizer.momentum(step) == pytest.approx(value), step
+def test_momentum_and_betas():
+    """Fails if momentum falls before its warm-up has ended, or Adam's betas do not rise from 0 over
+    BETA_WARMUP_STEPS, or the log shows other betas than those in force."""
+    for env, total, table in (
+        ({}, 320, {0: 0.85, 150: 0.9, 299: 0.85 + 0.1 * 299 / 300, 300: 0.89, 319: 0.852}),
+        (dict(MUON_WARMUP_STEPS=5), 20, {4: 0.93, 5: 0.88, 19: 0.852}),
+        (dict(MUON_WARMUP_STEPS=0, MUON_MOMENTUM=0.9), 60, {0: 0.9, 10: 0.9, 35: 0.875}),
+        (dict(MUON_MOMENTUM=0.8), 60, {0: 0.8, 59: 0.8}),
+    ):
+        optimizer = make_optimizer(train_gpt, Params({}), optimizer_settings(train_gpt, **env), total)
+        for step, value in table.items():
+            assert optimizer.momentum(step) == pytest.approx(value), step
+    for env, table in (
+        ({}, {0: (0.5, 0.95), 7: (0.5, 0.95)}),
+        (dict(BETA_WARMUP_STEPS=8), {0: (0, 0), 1: (0.0625, 0.11875), 4: (0.25, 0.475), 9: (0.5, 0.95)}),
+    ):
+        optimizer = make_optimizer(train_gpt, Params({}), optimizer_settings(train_gpt, **env), 99)
+        for step, betas in table.items():
+            fields = optimizer.log_fields(step, full=True)
+            assert (float(fields["beta1"]), float(fields["beta2"])) == pytest.approx(betas, abs=5e-5)
 
 
 def test_validation_steps():
@@ -609,8 +714,10 @@ BAD_SETTINGS = [  # trainer (None: both), environment, what the message must say
     (None, dict(OPTIMIZER="sgd"), ["OPTIMIZER", "sgd", "normuon"]),
     (None, dict(MODEL="huge"), ["MODEL", "huge", "gpt2-small"]),
     (None, dict(DEVICE="tpu"), ["DEVICE", "tpu", "cpu"]),
-    (None, dict(BATCH_SIZES="1024,1024,1024"), ["BATCH_SIZES", "3", "4"]),
-    (None, dict(LR_MULS="1,1,1,1,1"), ["LR_MULS", "5", "4"]),
+    (None, dict(BATCH_SIZES="1024,1024"), ["BATCH_SIZES", "2 values", "3 or 4"]),
+    (None, dict(LR_MULS="1,1,1,1,1"), ["LR_MULS", "5 values", "3 or 4"]),
+    (None, dict(LR_DECAY_SECOND_TYPE="cosine"), ["LR_DECAY_SECOND_TYPE", "cosine", "linear"]),
+    (None, dict(LR_DECAY_SWITCH_STEP="-1"), ["LR_DECAY_SWITCH_STEP", "-1", "at least 0"]),
     (None, dict(LR_MULS="1,,1,1"), ["LR_MULS", "float"]),
     (None, dict(LR_MULS="1,nan,1,1"), ["LR_MULS", "finite"]),
     (None, dict(BATCH_SIZES="1024,262145,1024,1024"), ["BATCH_SIZES", "262145", "262144", "262272"]),
@@ -759,11 +866,22 @@ def test_values_are_read_as_they_are_written(trainer):
     for name, value in trainer.PRESETS["tiny"][1].items():
         assert getattr(s, name, getattr(o, name, None)) == value
     s, o, _ = read(trainer, MODEL="gpt2-small")
-    assert (o.muon_lr, o.adam_lr, o.muon_weight_decay, o.beta_warmup_steps) == (0.023, 0.008, 1.2, 300)
+    assert (o.muon_lr, o.adam_lr, o.muon_weight_decay) == (0.023, 0.008, 1.2)
+    assert (o.muon_warmup_steps, o.beta_warmup_steps) == (300, 0)
     assert (o.muon_momentum, o.adam_weight_decay, o.muon_decay_mode) == (0.95, 0.005, "cautious")
     assert (s.val_tokens, s.val_batch_tokens, s.max_doc_tokens) == (10_485_760, 2_097_152, 2048)
     assert (s.num_scheduled_iterations, s.num_extension_iterations, s.long_docs) == (1560, 40, "cut")
     assert (s.lr_muls, s.cooldown_frac, s.lr_decay_final) == ((1, 1.52, 1.73, 1), 0.55, 0.1)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_of_three_values_the_extension_keeps_its_own(trainer):
+    """Fails if LR_MULS or BATCH_SIZES with three values is refused, or the extension takes another value than
+    the preset's."""
+    given = dict(LR_MULS="1,2,3", BATCH_SIZES="1024,2048,1024")
+    for model, extension in (("gpt2-small", 393216), ("tiny", 2048), ("dense-88m", 65536)):
+        s, _, _ = read(trainer, MODEL=model, **given)
+        assert (s.lr_muls, s.batch_sizes) == ((1, 2, 3, 1), (1024, 2048, 1024, extension))
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

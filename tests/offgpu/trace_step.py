@@ -207,7 +207,7 @@ def ord_updates():
         optimizer = trainer.Optimizer(run.model, o, run.ranks, 14, trainer.torch_compile)
         for bucket in optimizer.matrix_buckets:
             with torch.no_grad():
-                bucket.update(1.0, 0.95, measure=True)
+                bucket.update(1.0, 0.95, 1.0, measure=True)
                 if cuda.covers_ord(o):
                     sums = torch.zeros(len(bucket.names), 3, device=DEVICE)
                     radial_part(sums, bucket.a_N11, bucket.rho_sum / 40, trainer.scalar(1), o)
@@ -226,8 +226,10 @@ def variants():
 
     firsts = {schedule.stage(i): i for i in range(schedule.num_steps - 1, -1, -1)}
     with model_forms(train_gpt, run):
-        for step in sorted({*firsts.values(), schedule.untie_step}):
+        for step in sorted({*firsts.values(), schedule.untie_step + 1}):
             run.enter(step)
+            if step == schedule.untie_step + 1:
+                run.untie()
             windows, weights = schedule.windows(run.stage), schedule.predict_weights(step)
             weights = train_gpt.to_device(weights, DEVICE)
             run.train_loss(stage_batch(train_gpt, run, run.stage, 100), windows, run.tied, weights, None)
