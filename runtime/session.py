@@ -301,5 +301,7 @@ class Session:
 
     def model_metadata(self) -> dict:
         """What is needed to build the model, and to run it."""
-        config = {key: self.config[key] for key in ("vocab_size", "mark", "residual_scale")}
+        config = {
+            key: self.config[key] for key in ("vocab_size", "mark", "residual_scale") if key in self.config
+        }
         return {"config": self.config["model_config"], **config, **self.trainer.model_metadata()}
