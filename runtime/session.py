@@ -62,10 +62,9 @@ class RecordedEvent:
 class Session:
     """One run, from its first step or a checkpoint to its last log line.
 
-    trainer: has model, schedule and optimizer (with buckets); go_to(step), which makes it what it was then
-    but for
-        the optimizer's state; log_fields(step, full) and validation_fields(), dicts, by collectives;
-        model_metadata(), a dict.
+    trainer: has model (its `head` has a row for each token), schedule and optimizer (with buckets);
+        go_to(step), which makes it what it was then but for the optimizer's state;
+        log_fields(step, full) and validation_fields(), dicts, by collectives; model_metadata(), a dict.
     data: has position, a tuple of integers, and seek(position).
     """
 
