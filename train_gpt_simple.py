@@ -365,7 +365,7 @@ FAMILY = dict(none=none, interpolate=none, project=none, brake=brake, sphere=sph
 
 def usual_norm(W: Tensor, dims) -> float:
     """Norm over these dimensions that the usual start gives."""
-    return math.sqrt(START_SQUARE / W.size(-1) * math.prod(W.size(d) for d in dims))
+    return math.sqrt(START_SQUARE / W.size(-1) * math.prod([W.size(d) for d in dims]))
 
 
 def decaying(U: Tensor, W: Tensor, mode: str) -> Tensor:

@@ -1,7 +1,8 @@
-"""train_gpt_simple.py: the track's numbers, a straight-line copy of its model, float64 references of the family,
-ranks, resuming, logs."""
+"""train_gpt_simple.py: the track's numbers, a straight-line copy of its model, the family in float64, ranks,
+resuming, logs."""
 
 import contextlib
+import functools
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ import train_gpt_simple as simple
 from analysis.run_log import read_log
 from data.shards import TokenStream
 from kernels import vectors
+from runtime.compiling import graphs_compiled, not_compiled
 from runtime.stream_run import cut_passes
 from runtime.supervise import StopRequest
 
@@ -365,7 +367,7 @@ def test_every_mode_trains_projections_that_start_at_zero(name, small, shards):
         for n, p in made.model.named_parameters():
             if n.endswith(("o.weight", "down.weight")):
                 assert not starts[n].any()
-                assert 0.05 < float(p.norm()) < 30, n
+                assert 0.05 < p.norm().item() < 30, n
             if name == "sphere" and n.endswith("q.weight"):
                 assert float(p.norm()) == pytest.approx(float(starts[n].norm()), rel=1e-5)
             if name == "rows" and n.endswith("q.weight"):
@@ -385,6 +387,29 @@ def test_no_strength_and_no_brake_are_the_baseline(small, shards):
         found.append(losses(made.s.log.parent.parent, f"run{i}", "train_loss"))
     assert found[0] == found[1]
     assert found[2] == pytest.approx(found[0], abs=1e-4)  # its decay comes after the step
+
+
+@pytest.mark.parametrize("name", ["brake with row floor", "rows with gains"])
+def test_a_step_compiles_once(name):
+    """Fails if a graph breaks, on a GPU the end of the run, or if a second step compiles anything anew."""
+    _, o, _ = read(**MODES[name])
+    tokens, found = torch.arange(64).view(4, 16), []
+    torch._dynamo.reset()
+    for compiler in (not_compiled, functools.partial(torch.compile, fullgraph=True, backend="aot_eager")):
+        model = simple.GPT(SMALL, 256, 16)
+        model.init_weights("track", torch.Generator().manual_seed(0))
+        optimizer, loss, graphs = (
+            simple.Optimizer(model, o, lone_ranks(simple), compiler),
+            compiler(model),
+            [],
+        )
+        for step in range(3):
+            loss(tokens, tokens + 1)[0].backward()
+            optimizer.step(1 - 0.1 * step, 1 - 0.2 * step)
+            graphs.append(graphs_compiled())
+        found.append(loss(tokens, tokens + 1)[0].item())
+        assert len(set(graphs)) == 1
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------
