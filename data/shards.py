@@ -285,6 +285,55 @@ def open_pair(root: str, train_files: str, val_files: str) -> tuple[list[Shard],
     return train, val
 
 
+class TokenStream:
+    """Endless batches of consecutive tokens: shards in the order of their names, nothing shuffled.
+
+    A batch that would cross a shard's end is skipped. `position`, (epoch, shard, token), is all its state.
+    """
+
+    def __init__(self, shards: list[Shard], batch_tokens: int):
+        self.shards, self.batch_tokens, self.loaded = shards, batch_tokens, None
+        self.seek((0, 0, 0))
+
+    def seek(self, position: tuple[int, int, int]):
+        self.position = tuple(position)
+
+    def next(self) -> np.ndarray:
+        """The tokens of the next batch, and the one after them."""
+        epoch, index, start = self.position
+        while start + self.batch_tokens + 1 > len(self.shards[index].tokens):
+            index, start = index + 1, 0
+            if index == len(self.shards):
+                epoch, index = epoch + 1, 0
+        if self.loaded != index:
+            self.tokens, self.loaded = self.shards[index].read(), index
+        end = start + self.batch_tokens
+        self.position = epoch, index, end
+        return self.tokens[start : end + 1]
+
+
+def first_batches(shards: list[Shard], num_tokens: int, batch_tokens: int) -> list[np.ndarray]:
+    """The first num_tokens tokens in batches, each with the token after it."""
+    tokens = np.concatenate([shard.head(num_tokens + 1) for shard in shards])
+    return [tokens[start : start + batch_tokens + 1] for start in range(0, num_tokens, batch_tokens)]
+
+
+def check_stream(train: list[Shard], val: list[Shard], batch_tokens: int, val_tokens: int):
+    """Raise DataError unless there is a batch in the training shards, and val_tokens in the others."""
+    longest = max(len(shard.tokens) for shard in train)
+    if longest < batch_tokens + 1:
+        raise DataError(
+            f"BATCH_TOKENS={batch_tokens}, but the largest training shard has {longest} tokens, one of them "
+            "only a target; use larger shards or a smaller batch"
+        )
+    have = sum(len(shard.head(val_tokens + 1)) for shard in val)  # read now: a file may be cut short later
+    if have < val_tokens + 1:
+        raise DataError(
+            f"VAL_TOKENS={val_tokens}, but the validation shards hold {have}, one of them only a target; "
+            f"set it to a multiple of BATCH_TOKENS={batch_tokens} below that"
+        )
+
+
 def describe_shards(shards: list[Shard]) -> str:
     """name/tokens/sha256 of each file, for the log; of files over 64 MiB only the ends are hashed."""
     return ",".join(

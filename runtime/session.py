@@ -62,10 +62,9 @@ class RecordedEvent:
 class Session:
     """One run, from its first step or a checkpoint to its last log line.
 
-    trainer: has model, schedule and optimizer (with buckets); go_to(step), which makes it what it was then
-    but for
-        the optimizer's state; log_fields(step, full) and validation_fields(), dicts, by collectives;
-        model_metadata(), a dict.
+    trainer: has model (its `head` has a row for each token), schedule and optimizer (with buckets);
+        go_to(step), which makes it what it was then but for the optimizer's state;
+        log_fields(step, full) and validation_fields(), dicts, by collectives; model_metadata(), a dict.
     data: has position, a tuple of integers, and seek(position).
     """
 
@@ -301,5 +300,7 @@ class Session:
 
     def model_metadata(self) -> dict:
         """What is needed to build the model, and to run it."""
-        config = {key: self.config[key] for key in ("vocab_size", "mark", "residual_scale")}
+        config = {
+            key: self.config[key] for key in ("vocab_size", "mark", "residual_scale") if key in self.config
+        }
         return {"config": self.config["model_config"], **config, **self.trainer.model_metadata()}

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,6 +63,90 @@ def knob(default, help: str, *, affects: str = "training", rare: bool = False, *
 
 recording_knob = functools.partial(knob, affects="recording")
 machine_knob = functools.partial(knob, affects="machine")
+
+
+EMBEDDED = {  # defaults of a preset that trains on the embedded corpus
+    "train_files": "data/embedded/embedded_train_*.bin",
+    "val_files": "data/embedded/embedded_val_*.bin",
+    "val_tokens": 131_072,
+    "val_loss_every": 100,
+    "val_loss_last_steps": 0,
+    "target_loss": 1.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings(RunPaths):
+    """What any run has: a name, a place, data files, times of validation, checkpoints."""
+
+    run_id: str = recording_knob("", "name of the log logs/RUN_ID.txt; empty: time, model and seed")
+    seed: int = knob(0, "whatever is drawn at random", low=0, high=2**62)
+    model: str = knob("auto", "preset; auto: by the device")
+    device: str = knob("auto", "auto: cuda where there is one", choices=("auto", "cuda", "cpu"))
+    nproc_per_node: int = machine_knob(0, "ranks that run.sh starts; 0: by GPUs or cores", low=0, high=1024)
+    compile: str = machine_knob("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
+    data_path: str = machine_knob(".", "folder that TRAIN_FILES and VAL_FILES are relative to")
+    train_files: str = knob("data/fineweb10B/fineweb_train_*.bin", "glob of training shards")
+    val_files: str = knob("data/fineweb10B/fineweb_val_*.bin", "glob of validation shards")
+    val_tokens: int = knob(10_485_760, "validation tokens, from the start of the shards", low=1024)
+    val_loss_every: int = recording_knob(50, "steps between validations; 0: only the last", low=0)
+    val_loss_last_steps: int = recording_knob(100, "last steps that are validated more often", low=0)
+    val_loss_every_last: int = recording_knob(10, "steps between those validations; 0: as before", low=0)
+    target_loss: float = recording_knob(3.28, "validation loss to reach, nats per token", above=0)
+    manifold_every: int = recording_knob(0, "steps between measurements of spectra; 0: none", low=0)
+    diverged_above: float = recording_knob(0.0, "loss that ends a run; 0: 2 ln(V)", low=0, rare=True)
+    save_every: int = recording_knob(0, "steps between checkpoints; 0: only when stopped", low=0)
+    resume: str = recording_knob("", "auto: from RUN_ID's last checkpoint, if any; or a checkpoint's path")
+    save_model: bool = recording_knob(True, "write logs/RUN_ID/model.safetensors at the end")
+    dist_timeout: float = machine_knob(900.0, "seconds without progress that end a rank", low=5, rare=True)
+
+    def resolved(self, model: str, device: str, script: Path):
+        """These settings with every 'auto', and an empty RUN_ID, replaced by its meaning on this machine."""
+        if self.run_id and not is_file_name(self.run_id):
+            raise SettingsError(
+                f"RUN_ID={self.run_id!r}: wanted a file name of at most 200 letters, digits and . _ - = , + "
+                "that begins with a letter or digit"
+            )
+        compile, run_id = self.compile, self.run_id
+        if compile == "auto":
+            compile = "1" if device == "cuda" else "0"
+        if not run_id:
+            run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{script.stem}-{model}-seed{self.seed}"
+        return dataclasses.replace(self, model=model, device=device, compile=compile, run_id=run_id)
+
+    def validates(self, step: int, num_steps: int) -> bool:
+        """Whether there is a validation after `step` of num_steps steps."""
+        left = num_steps - step
+        near_end = self.val_loss_every_last and left < self.val_loss_last_steps
+        if left == 0 or (near_end and left % self.val_loss_every_last == 0):
+            return True
+        return self.val_loss_every > 0 and step % self.val_loss_every == 0
+
+
+def choose_model(env: Mapping[str, str], presets: dict, default: str) -> str:
+    """The preset that MODEL names; `default` for auto."""
+    model = env.get("MODEL", "auto")
+    if model not in ("auto", *presets):
+        raise SettingsError(f"MODEL={model!r}: wanted one of auto, {', '.join(presets)}")
+    return default if model == "auto" else model
+
+
+def describe_presets(presets: dict[str, tuple], text: str) -> dict[str, tuple[str, dict]]:
+    """{name: (description, {setting: default that the preset changes})}. text: a format for the config."""
+    return {name: (text.format(config), changes) for name, (config, changes) in presets.items()}
+
+
+def refuse_idle(o, mode: str, modes_of: dict[str, tuple], idle: dict):
+    """Raise SettingsError for a setting that does nothing in this ORD_MODE and is not at its idle value.
+
+    modes_of: {setting: the modes that use it}. idle: values other than the setting's default.
+    """
+    for name, modes in modes_of.items():
+        value = getattr(o, name)
+        if mode not in modes and value != idle.get(name, getattr(type(o), name)):
+            raise SettingsError(
+                f"{name.upper()}={value} does nothing with ORD_MODE={mode}; it is for {' and '.join(modes)}"
+            )
 
 
 def knobs(classes) -> dict[str, dataclasses.Field]:

@@ -4,9 +4,12 @@ A step is: reduce the gradients, update, gather the new weights. The update itse
 are fp32: the weight itself, or a bfloat16 weight (the high half) with an int16 mantissa (the low half).
 """
 
+import re
+
 import torch
 from torch import Tensor, nn
 
+from kernels.vectors import adam
 from runtime.ranks import Done, Ranks
 
 SMALL = 2**16  # parameters of fewer numbers are all-reduced together and updated on every rank
@@ -146,6 +149,32 @@ class Bucket:
         self.count = other.count
 
 
+def step_adamw(weight, mantissa, grad, state: dict, count, lr, decay: float, betas: tuple, eps: float):
+    """One AdamW step (arXiv 1711.05101) on a shard, in place."""
+    W = read_master(weight, mantissa)
+    U = adam(grad.float(), state["m"], state["v"], count, betas, eps)
+    write_master(weight, mantissa, W - lr * (U + decay * W))
+
+
+class StateBucket(Bucket):
+    """A bucket whose state is the dict `tensors`, all fp32, which whoever made the bucket fills.
+
+    stacked: matrices of one shape; `mine` and `grad` are then (N, rows, columns).
+    """
+
+    def __init__(self, role: str, params: dict[str, nn.Parameter], ranks: Ranks, stacked: bool):
+        shape = next(iter(params.values())).shape
+        super().__init__(params, ranks, unit=shape.numel() if stacked else 1, every=1)
+        self.role, self.stacked, self.tensors, self.names, self.stats = role, stacked, {}, list(params), None
+        if stacked:
+            self.mine, self.grad = self.mine.view(-1, *shape), self.grad.view(-1, *shape)
+            first = ranks.rank * len(self.mine)
+            self.names = self.names[first : first + len(self.mine)]  # padding, at the end, has no name
+
+    def state(self) -> dict[str, Tensor]:
+        return self.tensors
+
+
 # ---------------------------------------------------------------------------------------------------
 # All buckets of an optimizer
 # ---------------------------------------------------------------------------------------------------
@@ -177,3 +206,80 @@ def restore_all(buckets: list[Bucket], states: dict | None, counts: dict[str, in
     for bucket in buckets:
         bucket.restore(states)
         bucket.count = counts[next(iter(bucket.params))]
+
+
+def find_role(name: str, roles: dict[str, str]) -> str:
+    """The one role of a parameter. roles: {role: pattern of its parameters' names}."""
+    found = [role for role, pattern in roles.items() if re.fullmatch(pattern, name)]
+    assert len(found) == 1, f"parameter {name} matches {len(found)} roles: {found}"
+    return found[0]
+
+
+class ShardedOptimizer:
+    """The order of a step over all buckets; derived classes say how one bucket moves.
+
+    One bucket for each role, and for each shape of the role "matrix".
+    """
+
+    def __init__(self, model: nn.Module, roles: dict[str, str], ranks: Ranks):
+        """roles: {role: pattern of its parameters' names}."""
+        groups = {}
+        for name, p in model.named_parameters():
+            role = find_role(name, roles)
+            groups.setdefault((role, p.shape if role == "matrix" else None), {})[name] = p
+        make = StateBucket
+        self.buckets = [make(role, params, ranks, role == "matrix") for (role, _), params in groups.items()]
+        self.ranks, self.stacks = ranks, [b for b in self.buckets if b.stacked]
+        self.before_update = None  # called when all gradients are reduced and none has been used
+
+    def update(self, bucket: StateBucket, *rates):
+        """Move this rank's part of a bucket."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, *rates):
+        """Reduce, update, gather."""
+        for bucket in self.buckets:
+            bucket.reduce()
+        if self.before_update:
+            self.before_update()
+        for bucket in self.buckets:
+            bucket.work.wait()
+            bucket.count += 1
+            self.update(bucket, *rates)
+            bucket.gather()
+        for bucket in self.buckets:
+            bucket.finish()
+
+    def is_pending(self, step: int) -> bool:
+        """Whether gradients wait for their update after `step` steps: never."""
+        return False
+
+    def matrices(self):
+        """Yield (names, fp32 masters, gradients) of the matrices this rank owns, to look at."""
+        for b in self.stacks:
+            b.work.wait()
+            names = [name.removesuffix(".weight") for name in b.names]
+            yield names, b.mine[: len(names)], b.grad[: len(names)]
+
+    def stats_by_layer(self, keys: tuple[str, ...]) -> dict[str, str]:
+        """Fields {key_part: "[layer 0, ...]"}, means over the matrices of a layer's part. A collective.
+
+        keys: of the columns of each stack's `stats`; names are blocks.LAYER.PART.REST.
+        """
+        names = [name for b in self.stacks for name in b.params]
+        table = torch.zeros(len(names), len(keys), device=self.ranks.device)
+        for b in self.stacks:
+            for name, row in zip(b.names, b.stats if b.stats is not None else ()):
+                table[names.index(name)] = row
+        self.ranks.all_reduce(table).wait()
+        layers = {}
+        for name, row in zip(names, table.tolist()):
+            _, layer, part, *_ = name.split(".")
+            layers.setdefault((part, int(layer)), []).append(row)
+        fields = {}
+        for i, key in enumerate(keys):
+            for part in sorted({part for part, _ in layers}):
+                columns = [[row[i] for row in layers[place]] for place in sorted(layers) if place[0] == part]
+                fields[f"{key}_{part}"] = "[" + ",".join(f"{sum(c) / len(c):.5g}" for c in columns) + "]"
+        return fields
