@@ -36,6 +36,9 @@ def run(
     options = parser.parse_args(arguments)
     try:
         command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         return complain(error)
     return 0
