@@ -5,10 +5,11 @@
     python monitor_runs.py --json | jq      # one list of objects, losses in nats a token, times in s or ms
     python monitor_runs.py --control a=0    # difference from the runs whose name has a=0
 
-Runs of a sweep are called by their tags, and compared with the control that the sweep's manifest
-(logs/SWEEP.sweep.json) names: with the run of the same seed if there is one, else with the mean of the
-controls, at the last validation that both have. A run has stalled if its log says that it runs but has not
-grown for --stalled-after seconds. Only what is new in the logs is read, so a thousand of them are no burden.
+Runs are called by their sweep's tags, or by the fewest settings that tell them apart. Those of a sweep are
+compared with the control that its manifest (logs/SWEEP.sweep.json) names: with the run of the same seed if
+there is one, else with the mean of the controls, at the last validation that both have. A run has stalled if
+its log says that it runs but has not grown for --stalled-after seconds. Only what is new in the logs is read,
+so a thousand of them are no burden.
 """
 
 import argparse
@@ -27,10 +28,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from analysis.arms import arm_key, name_arms
 from analysis.command_line import complain, make_parser
 from analysis.manifest import Manifest, ManifestFolder, Run
 from analysis.run_log import Column, LogFollower, RunLog
-from analysis.style import format_time, shorten
+from analysis.style import format_time, shorten, shorten_apart
 
 RECENT_LINES = 50  # speed is that of the last lines, as batch sizes change during training
 WARM_UP_FACTOR = 4  # before its first step a run compiles, which takes longer than any step
@@ -63,6 +65,7 @@ class Row:
     state: str
     sweep: str = ""
     tag: str = ""
+    name: str = ""  # of its arm: its tag, or the settings that tell it from the others; else its run_id
     seed: int | None = None
     step: int = 0
     num_steps: int | None = None
@@ -188,6 +191,7 @@ class Monitor:
         self.stalled_after, self.control = stalled_after, control
         self._rows: dict[Path, list[tuple[RunLog, Row]]] = {}
         self._members: dict[str, tuple[Manifest, Run]] = {}  # by run_id
+        self._named: tuple[object, dict[tuple, str]] = (None, {})
 
     def poll(self) -> list[Row]:
         """Return the rows now: what runs first, then what ended last."""
@@ -234,6 +238,21 @@ class Monitor:
             row.is_control = any(run is other for other in others)
             if not row.is_control:
                 row.difference, row.control = difference_to(run, others)
+        self._name(runs, rows)
+
+    def _name(self, runs: Sequence[RunLog], rows: Sequence[Row]) -> None:
+        """Name rows by their arms; worked out again only when there are other runs or tags."""
+        tags = {run_id: planned.tag for run_id, (_, planned) in self._members.items()}
+        state = tags, [(run.path, run.run_id, bool(run.config)) for run in runs]
+        if self._named[0] != state:
+            arms: dict[tuple, list[RunLog]] = {}
+            for run, row in zip(runs, rows, strict=True):
+                key = (row.sweep, row.tag) if row.tag else (arm_key(run), run.source_hash)
+                arms.setdefault(key, []).append(run)
+            names = zip(arms.values(), name_arms(list(arms.values()), tags), strict=True)
+            self._named = state, {(run.path, run.run_id): name for runs, name in names for run in runs}
+        for run, row in zip(runs, rows, strict=True):
+            row.name = self._named[1][run.path, run.run_id]
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
         """Return what the user should know besides: failures, unread lines, runs yet to come."""
@@ -298,7 +317,7 @@ def cells(row: Row, curve: Sequence[float], plain: bool) -> dict[str, str]:
     left = format_time(1000 * row.seconds_left) if row.state == "running" else ""
     thousand = "k" if math.isfinite(row.tokens_per_s) else ""
     return {
-        "run": row.tag or row.run_id,
+        "run": row.name,
         "state": row.state,
         "seed": "-" if row.seed is None else str(row.seed),
         "progress": f"{progress(row.share, 8, plain)} {row.step}/{total}",
@@ -365,6 +384,8 @@ def text_lines(
     shown = rows[:limit] if len(rows) <= limit else rows[: max(1, limit - 1)]
     contents = [cells(row, monitor.curve(row), plain) for row in shown]
     widths = layout(contents, width)
+    names = shorten_apart([content["run"] for content in contents], widths.get("run", width))
+    contents = [{**content, "run": name} for content, name in zip(contents, names, strict=True)]
     lines = [[(shorten(heading(rows, monitor.follower.folder), width), "bold")]]
     if not rows:
         lines.append([("no logs here yet: they appear as soon as a run starts", "dim")])
