@@ -1,15 +1,15 @@
-"""Show a live table of the runs in logs/: how far each is, its losses, its speed, and what went wrong.
+"""Show a live table of the runs in logs/: progress, losses, speed, and what went wrong.
 
     python monitor_runs.py                  # until Ctrl-C; in a pipe or a file, one plain table
     python monitor_runs.py --once           # one table
-    python monitor_runs.py --json | jq      # one list of objects, losses in nats a token, times in s or ms
-    python monitor_runs.py --control a=0    # difference from the runs whose name has a=0
+    python monitor_runs.py --json | jq      # one list of objects, losses in nats per token, times in s or ms
+    python monitor_runs.py --control a=0    # difference from the runs whose name contains a=0
 
 Runs are called by their sweep's tags, or by the fewest settings that tell them apart. Those of a sweep are
-compared with the control that its manifest (logs/SWEEP.sweep.json) names: with the run of the same seed if
-there is one, else with the mean of the controls, at the last validation that both have. A run has stalled if
-its log says that it runs but has not grown for --stalled-after seconds. Only what is new in the logs is read,
-so a thousand of them are no burden.
+compared with the control that its manifest (logs/SWEEP.sweep.json) names: with the control of the same seed
+if there is one, else with the mean of the controls, at the last validation that both have reached. A run has
+stalled if it has not ended and its log has not grown for --stalled-after seconds. Only new lines are read, so
+watching a thousand logs is cheap; compressed logs, as in records/, are not shown.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from analysis.arms import arm_key, name_arms
 from analysis.command_line import complain, make_parser
 from analysis.manifest import Manifest, ManifestFolder, Run
-from analysis.run_log import Column, LogFollower, RunLog
+from analysis.run_log import LogFollower, RunLog
 from analysis.style import format_time, shorten, shorten_apart
+from analysis.tables import format_difference, format_loss, format_number, without_nan
 
-RECENT_LINES = 50  # speed is that of the last lines, as batch sizes change during training
-WARM_UP_FACTOR = 4  # before its first step a run compiles, which takes longer than any step
+RECENT_LINES = 50  # speed is measured over the last lines, because batch sizes change during training
+WARM_UP_FACTOR = 4  # a run that has not taken a step may be silent this much longer: it compiles
+SILENT_STEPS = 20  # a run of slow steps may be silent for so many of them
 STATE_COLOURS = {
     "running": "green",
     "stalled": "yellow",
@@ -47,7 +49,7 @@ STATE_COLOURS = {
     "unknown": "dim",
 }
 PROBLEMS = ("crashed", "diverged", "stalled", "unreadable")
-# A killed process writes no event, but the launcher sees it end.
+# Our state for the launcher's: a killed process writes no event to its log, but the launcher sees it end.
 LAUNCHER_STATES = {"crashed": "crashed", "hung": "crashed", "diverged": "diverged", "stopped": "stopped"}
 
 
@@ -58,8 +60,12 @@ LAUNCHER_STATES = {"crashed": "crashed", "hung": "crashed", "diverged": "diverge
 
 @dataclass
 class Row:
-    """What is shown of a run. NaN means not known, or not yet. Units are in the names."""
+    """The values shown of a run; --json prints all but `run`. NaN means not known (yet). Names give units.
 
+    `row_of` fills in what the run's log says, `Monitor` what depends on the time, the sweep and other runs.
+    """
+
+    run: RunLog = field(repr=False)
     path: str
     run_id: str
     state: str
@@ -80,7 +86,7 @@ class Row:
     tokens_per_s: float = math.nan
     seconds_left: float = math.nan
     train_time_s: float = math.nan
-    age_s: float = math.nan  # since the log was written to
+    age_s: float = math.nan  # since the log was last written to
     unread_lines: int = 0
     message: str = ""
 
@@ -90,37 +96,14 @@ class Row:
         return min(1.0, self.step / self.num_steps) if self.num_steps else 0.0
 
 
-def speed(run: RunLog) -> tuple[float, float]:
-    """Return recent milliseconds a step, and tokens a second; NaN if the log does not say."""
-    times = run.columns.get("train_time")
-    if times is None or times.value.dtype == object or len(times.step) < 2:
-        return math.nan, math.nan
-    first = max(0, len(times.step) - RECENT_LINES)
-    ms = float(times.value[-1] - times.value[first])
-    steps = int(times.step[-1] - times.step[first])
-    if not ms > 0 or not steps:
-        return math.nan, math.nan
-    tokens = tokens_between(run.columns.get("tokens"), times.step[first], times.step[-1])
-    return ms / steps, tokens / ms * 1000
-
-
-def tokens_between(column: Column | None, first_step: int, last_step: int) -> float:
-    """Return the tokens trained on between two steps, NaN if they are not logged at both."""
-    if column is None or column.value.dtype == object:
-        return math.nan
-    at = np.searchsorted(column.step, [first_step, last_step])
-    if at[1] >= len(column.step) or (column.step[at] != [first_step, last_step]).any():
-        return math.nan
-    return float(column.value[at[1]] - column.value[at[0]])
-
-
 def row_of(run: RunLog) -> Row:
-    """Return a run's row, without what depends on the time or on other runs."""
+    """Return a run's row, as far as its log tells."""
     ms_per_step, tokens_per_s = speed(run)
     left = math.nan
     if run.state == "running" and run.num_steps is not None:
         left = max(0, run.num_steps - max(run.last_step, 0)) * ms_per_step / 1000
     return Row(
+        run=run,
         path=str(run.path),
         run_id=run.run_id,
         state=run.state,
@@ -140,8 +123,29 @@ def row_of(run: RunLog) -> Row:
     )
 
 
+def speed(run: RunLog) -> tuple[float, float]:
+    """Return recent milliseconds per step and tokens per second; NaN if the log does not tell."""
+    times = run.numbers("train_time")
+    if times is None:
+        return math.nan, math.nan
+    step, time_ms = times.step[-RECENT_LINES:], times.value[-RECENT_LINES:]
+    ms = float(time_ms[-1] - time_ms[0])
+    if not ms > 0:
+        return math.nan, math.nan
+    return ms / int(step[-1] - step[0]), tokens_between(run, step[0], step[-1]) / ms * 1000
+
+
+def tokens_between(run: RunLog, first_step: int, last_step: int) -> float:
+    """Return the tokens trained on between two steps; NaN if they are not logged at both."""
+    tokens = run.numbers("tokens")
+    if tokens is None or not np.isin([first_step, last_step], tokens.step).all():
+        return math.nan
+    first, last = np.searchsorted(tokens.step, [first_step, last_step])
+    return float(tokens.value[last] - tokens.value[first])
+
+
 def last_words(run: RunLog) -> str:
-    """Return what the log says about a crash or a divergence, empty if it ended otherwise."""
+    """Return what the log says about a crash or a divergence; empty if there was none."""
     event = run.event(run.state) if run.state in ("crashed", "diverged") else None
     if event is None:
         return ""
@@ -150,13 +154,13 @@ def last_words(run: RunLog) -> str:
 
 
 def is_stalled(row: Row, limit: float) -> bool:
-    """Return whether a run that says it runs has been silent for too long, given its own pace."""
+    """Return whether a run under way has been silent for too long, which is longer if its steps are slow."""
     if row.state != "running":
         return False
     if not row.step:
         return row.age_s > WARM_UP_FACTOR * limit
     pace = row.ms_per_step / 1000 if math.isfinite(row.ms_per_step) else 0.0
-    return row.age_s > max(limit, 20 * pace)
+    return row.age_s > max(limit, SILENT_STEPS * pace)
 
 
 def difference_to(run: RunLog, controls: Sequence[RunLog]) -> tuple[float, str]:
@@ -189,73 +193,79 @@ class Monitor:
         self.follower = LogFollower(folder, RECENT_LINES)
         self.manifests = ManifestFolder(folder)
         self.stalled_after, self.control = stalled_after, control
-        self._rows: dict[Path, list[tuple[RunLog, Row]]] = {}
-        self._members: dict[str, tuple[Manifest, Run]] = {}  # by run_id
-        self._named: tuple[object, dict[tuple, str]] = (None, {})
+        self._rows: dict[Path, list[Row]] = {}  # as their logs tell
+        self._planned: dict[str, tuple[Manifest, Run]] = {}  # by run_id
+        self._named: tuple[object, dict[tuple, str]] = (None, {})  # what was named, and its names
 
     def poll(self) -> list[Row]:
-        """Return the rows now: what runs first, then what ended last."""
+        """Return the rows as of now: runs under way first, then those whose logs were written to last."""
         for path in self.follower.poll():
             log = self.follower.logs.get(path)
             if log is None:
                 self._rows.pop(path, None)
             elif log.error:
-                row = Row(str(path), path.stem, "unreadable", message=log.error)
-                self._rows[path] = [(RunLog(path, path.stem), row)]
+                empty = RunLog(path, path.stem)
+                self._rows[path] = [Row(empty, str(path), path.stem, "unreadable", message=log.error)]
             else:
-                self._rows[path] = [(run, row_of(run)) for run in log.runs]
+                self._rows[path] = [row_of(run) for run in log.runs]
         manifests = self.manifests.poll()
-        self._members = {run.run_id: (manifest, run) for manifest in manifests for run in manifest.runs}
+        self._planned = {run.run_id: (manifest, run) for manifest in manifests for run in manifest.runs}
         now = time.time()
         rows = []
-        for path, entries in self._rows.items():
+        for path, known in self._rows.items():
             age_s = max(0.0, now - self.follower.logs[path].mtime)
-            rows += [dataclasses.replace(row, age_s=age_s) for _, row in entries]
-        self._place(rows)
+            rows += [dataclasses.replace(row, age_s=age_s) for row in known]
+        self._add_plan(rows)
+        self._compare(rows)
+        self._name(rows)
         for row in rows:
             if is_stalled(row, self.stalled_after):
                 row.state = "stalled"
         return sorted(rows, key=lambda row: (row.state not in ("running", "stalled"), row.age_s, row.run_id))
 
-    def _place(self, rows: list[Row]) -> None:
-        """Fill in each row's sweep, tag and difference from the control, and how the launcher saw it end."""
-        runs = [run for entries in self._rows.values() for run, _ in entries]
-        by_arm: dict[tuple[str, str | None], list[RunLog]] = {}
-        for run in runs:
-            if run.name in self._members:
-                manifest, planned = self._members[run.name]
-                by_arm.setdefault((manifest.sweep, planned.tag), []).append(run)
-        chosen = [run for run in runs if self.control and self.control in run.run_id]
-        for run, row in zip(runs, rows, strict=True):
-            others = chosen
-            if run.name in self._members:
-                manifest, planned = self._members[run.name]
-                row.sweep, row.tag = manifest.sweep, planned.tag
-                others = chosen or by_arm.get((manifest.sweep, manifest.control_of(planned.tag)), [])
-                if row.state == "running" and planned.state in LAUNCHER_STATES:
-                    row.state = LAUNCHER_STATES[planned.state]
-                    row.message = planned.reason or f"launcher: {planned.state}"
-            row.is_control = any(run is other for other in others)
-            if not row.is_control:
-                row.difference, row.control = difference_to(run, others)
-        self._name(runs, rows)
+    def _add_plan(self, rows: Sequence[Row]) -> None:
+        """Fill in what manifests say: sweep, tag, and how a run ended if its log does not say."""
+        for row in rows:
+            if row.run.name not in self._planned:
+                continue
+            manifest, planned = self._planned[row.run.name]
+            row.sweep, row.tag = manifest.sweep, planned.tag
+            if row.state == "running" and planned.state in LAUNCHER_STATES:
+                row.state = LAUNCHER_STATES[planned.state]
+                row.message = planned.reason or f"launcher: {planned.state}"
 
-    def _name(self, runs: Sequence[RunLog], rows: Sequence[Row]) -> None:
-        """Name rows by their arms; worked out again only when there are other runs or tags."""
-        tags = {run_id: planned.tag for run_id, (_, planned) in self._members.items()}
-        state = tags, [(run.path, run.run_id, bool(run.config)) for run in runs]
+    def _compare(self, rows: Sequence[Row]) -> None:
+        """Fill in each row's difference from its control: the runs of --control, else those of its sweep."""
+        chosen = [row.run for row in rows if self.control and self.control in row.run_id]
+        by_arm: dict[tuple[str, str | None], list[RunLog]] = {}
+        for row in rows:
+            by_arm.setdefault((row.sweep, row.tag), []).append(row.run)
+        for row in rows:
+            controls = chosen
+            if not chosen and row.run.name in self._planned:
+                manifest, planned = self._planned[row.run.name]
+                controls = by_arm.get((manifest.sweep, manifest.control_of(planned.tag)), [])
+            row.is_control = any(row.run is control for control in controls)
+            if not row.is_control:
+                row.difference, row.control = difference_to(row.run, controls)
+
+    def _name(self, rows: Sequence[Row]) -> None:
+        """Name the rows by their arms; worked out again only when there are other runs or tags."""
+        state = [(row.path, row.run_id, row.sweep, row.tag, bool(row.run.config)) for row in rows]
         if self._named[0] != state:
             arms: dict[tuple, list[RunLog]] = {}
-            for run, row in zip(runs, rows, strict=True):
-                key = (row.sweep, row.tag) if row.tag else (arm_key(run), run.source_hash)
-                arms.setdefault(key, []).append(run)
-            names = zip(arms.values(), name_arms(list(arms.values()), tags), strict=True)
-            self._named = state, {(run.path, run.run_id): name for runs, name in names for run in runs}
-        for run, row in zip(runs, rows, strict=True):
-            row.name = self._named[1][run.path, run.run_id]
+            for row in rows:
+                key = (row.sweep, row.tag) if row.tag else (arm_key(row.run), row.run.source_hash)
+                arms.setdefault(key, []).append(row.run)
+            tags = {row.run.name: row.tag for row in rows if row.tag}
+            named = zip(arms.values(), name_arms(list(arms.values()), tags), strict=True)
+            names = {(str(run.path), run.run_id): name for runs, name in named for run in runs}
+            self._named = state, names
+        for row in rows:
+            row.name = self._named[1][row.path, row.run_id]
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
-        """Return what the user should know besides: failures, unread lines, runs yet to come."""
+        """Return the lines below the table: failures, unread lines, runs that have not started."""
         notes = []
         for row in rows:
             if row.state in PROBLEMS and (row.message or row.state == "stalled"):
@@ -265,29 +275,22 @@ class Monitor:
         if unread:
             total = sum(row.unread_lines for row in unread)
             notes.append(f"{total} lines could not be read in {len(unread)} logs, such as {unread[0].path}")
-        started = {run.name for entries in self._rows.values() for run, _ in entries}
-        sweeps = {run_id: manifest.sweep for run_id, (manifest, _) in self._members.items()}
+        started = {row.run.name for row in rows}
+        sweeps = {run_id: manifest.sweep for run_id, (manifest, _) in self._planned.items()}
         planned = Counter(sweeps.values())
         missing = Counter(sweep for run_id, sweep in sweeps.items() if run_id not in started)
         notes += [f"sweep {s}: {n} of {planned[s]} runs have not started" for s, n in missing.items()]
         return notes + self.manifests.errors
 
-    def curve(self, row: Row) -> np.ndarray:
-        """Return a row's validation losses after the first tenth of training, which dwarfs the rest."""
-        for run, _ in self._rows.get(Path(row.path), []):
-            if run.run_id == row.run_id:
-                return run.val.loss[run.val.step >= 0.1 * max(run.last_step, 1)]
-        return np.zeros(0)
-
 
 # ------------------------------------------------------------------------------------------------
-# Showing them
+# The table
 # ------------------------------------------------------------------------------------------------
 
 
-def sparkline(values: Sequence[float], width: int, plain: bool = False) -> str:
-    """Return values as little bars, from the lowest to the highest of them; `plain` in ASCII."""
-    bars = "_.-=+*#%" if plain else "▁▂▃▄▅▆▇█"
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Return values as little bars, from the lowest to the highest of them."""
+    bars = "▁▂▃▄▅▆▇█"
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]
     if len(values) < 2:
@@ -299,66 +302,87 @@ def sparkline(values: Sequence[float], width: int, plain: bool = False) -> str:
     return "".join(bars[int(level)] for level in levels.round())
 
 
-def progress(share: float, width: int, plain: bool = False) -> str:
+def progress(share: float, width: int) -> str:
     """Return a bar of `width` characters, of which `share` is full."""
     done = round(share * width)
-    full, empty = ("#", ".") if plain else ("━", "╌")
-    return full * done + empty * (width - done)
+    return "━" * done + "╌" * (width - done)
 
 
-def number(value: float, form: str) -> str:
-    """Return a number as text, "-" if it is not known."""
-    return format(value, form) if math.isfinite(value) else "-"
+PLAIN = str.maketrans("▁▂▃▄▅▆▇█━╌…", "_.-=+*#%#.~")  # for terminals that can print ASCII only
 
 
-def cells(row: Row, curve: Sequence[float], plain: bool) -> dict[str, str]:
-    """Return the text of each column, from left to right. A new column is a new line here."""
+def progress_cell(row: Row) -> str:
     total = "?" if row.num_steps is None else str(row.num_steps)
-    left = format_time(1000 * row.seconds_left) if row.state == "running" else ""
-    thousand = "k" if math.isfinite(row.tokens_per_s) else ""
-    return {
-        "run": row.name,
-        "state": row.state,
-        "seed": "-" if row.seed is None else str(row.seed),
-        "progress": f"{progress(row.share, 8, plain)} {row.step}/{total}",
-        "val loss": number(row.val_loss, ".4f"),
-        "best": number(row.best_val_loss, ".4f"),
-        "to control": "control" if row.is_control else number(row.difference, "+.4f"),
-        "train": number(row.train_loss, ".3f"),
-        "ms/step": number(row.ms_per_step, ".1f"),
-        "tokens/s": number(row.tokens_per_s / 1000, ".0f") + thousand,
-        "left": left,
-        "curve": sparkline(curve, 10, plain),
-    }
+    return f"{progress(row.share, 8)} {row.step}/{total}"
 
 
-ALWAYS = ("run", "state", "val loss")
-# The order in which the others give way when the terminal is narrow; one that is not named here goes first.
-EXPENDABLE = ("curve", "tokens/s", "best", "train", "ms/step", "left", "to control", "seed", "progress")
-LEFT_ALIGNED = ("run", "state", "progress", "curve")
-LEAST_NAME = 16
+def control_cell(row: Row) -> str:
+    return "control" if row.is_control else format_difference(row.difference)
+
+
+def left_cell(row: Row) -> str:
+    return format_time(1000 * row.seconds_left) if row.state == "running" else ""
+
+
+def tokens_per_s_cell(row: Row) -> str:
+    return f"{row.tokens_per_s / 1000:.0f}k" if math.isfinite(row.tokens_per_s) else "-"
+
+
+def late_losses(run: RunLog) -> np.ndarray:
+    """Return the validation losses after the first tenth of training, in which the loss drops the most."""
+    return run.val.loss[run.val.step >= 0.1 * max(run.last_step, 1)]
+
+
+@dataclass(frozen=True)
+class TableColumn:
+    """A column of the table.
+
+    In a narrow terminal, the columns of the lowest `rank` are left out first, those of rank ALWAYS never.
+    """
+
+    name: str
+    rank: int
+    cell: Callable[[Row], str]
+    align_left: bool = False
+
+
+ALWAYS = 100
+# From left to right. A new column is a field of Row, its value in `row_of`, and a line here.
+COLUMNS = (
+    TableColumn("run", ALWAYS, lambda row: row.name, align_left=True),
+    TableColumn("state", ALWAYS, lambda row: row.state, align_left=True),
+    TableColumn("seed", 8, lambda row: "-" if row.seed is None else str(row.seed)),
+    TableColumn("progress", 9, progress_cell, align_left=True),
+    TableColumn("val loss", ALWAYS, lambda row: format_loss(row.val_loss)),
+    TableColumn("best", 3, lambda row: format_loss(row.best_val_loss)),
+    TableColumn("to control", 7, control_cell),
+    TableColumn("train", 4, lambda row: format_number(row.train_loss, ".3f")),
+    TableColumn("ms/step", 5, lambda row: format_number(row.ms_per_step, ".1f")),
+    TableColumn("tokens/s", 2, tokens_per_s_cell),
+    TableColumn("left", 6, left_cell),
+    TableColumn("curve", 1, lambda row: sparkline(late_losses(row.run), 10), align_left=True),
+)
+LEAST_NAME = 16  # characters of a run's name
 GAP = 2
 
 
 def layout(contents: Sequence[dict[str, str]], width: int) -> dict[str, int]:
-    """Return the columns that fit in `width`, with their widths. A column without any value is not shown."""
+    """Return the columns that fit in `width`, with their widths. A column without any value is left out."""
     widths = {}
-    for name in contents[0] if contents else ():
-        known = any(content[name] not in ("", "-") for content in contents)
-        if known or name in ALWAYS:
-            widths[name] = max(len(name), *(len(content[name]) for content in contents))
-    if not widths:
-        return {}
-    whole_name = widths["run"] = max(LEAST_NAME, widths["run"])
-    expendable = [name for name in widths if name not in (*ALWAYS, *EXPENDABLE)]
-    expendable += [name for name in EXPENDABLE if name in widths]
+    for column in COLUMNS:
+        texts = [content[column.name] for content in contents]
+        if column.rank == ALWAYS or any(text not in ("", "-") for text in texts):
+            widths[column.name] = max(map(len, [column.name, *texts]))
+    whole_name = max(LEAST_NAME, widths["run"])
+    widths["run"] = LEAST_NAME
 
     def spare() -> int:
         return width - sum(widths.values()) - GAP * (len(widths) - 1)
 
-    while spare() < 0 and spare() + whole_name < LEAST_NAME and expendable:
-        del widths[expendable.pop(0)]
-    widths["run"] = max(LEAST_NAME, whole_name + min(0, spare()))
+    for column in sorted(COLUMNS, key=lambda column: column.rank):
+        if spare() < 0 and column.rank < ALWAYS:
+            widths.pop(column.name, None)
+    widths["run"] = min(whole_name, LEAST_NAME + max(0, spare()))
     return widths
 
 
@@ -382,36 +406,40 @@ def text_lines(
         notes = notes[: max(1, height // 4)]
         limit = max(1, height - 4 - len(notes))
     shown = rows[:limit] if len(rows) <= limit else rows[: max(1, limit - 1)]
-    contents = [cells(row, monitor.curve(row), plain) for row in shown]
+    contents = [{column.name: column.cell(row) for column in COLUMNS} for row in shown]
     widths = layout(contents, width)
     names = shorten_apart([content["run"] for content in contents], widths.get("run", width))
     contents = [{**content, "run": name} for content, name in zip(contents, names, strict=True)]
     lines = [[(shorten(heading(rows, monitor.follower.folder), width), "bold")]]
     if not rows:
-        lines.append([("no logs here yet: they appear as soon as a run starts", "dim")])
+        lines.append([("no logs here yet (only .txt counts): they appear as soon as a run starts", "dim")])
     else:
         lines.append([(aligned(name, name, size), "dim") for name, size in widths.items()])
     for row, content in zip(shown, contents, strict=True):
-        line = []
-        for name, size in widths.items():
-            style = STATE_COLOURS.get(row.state, "") if name in ("state", "progress") else ""
-            if name == "to control" and math.isfinite(row.difference):
-                style = "green" if row.difference < 0 else "red"
-            line.append((aligned(name, shorten(content[name], size), size), style))
-        lines.append(line)
+        cells = [(name, shorten(content[name], size), size) for name, size in widths.items()]
+        lines.append([(aligned(*cell), colour_of(cell[0], row)) for cell in cells])
     if len(shown) < len(rows):
         rest = Counter(row.state for row in rows[len(shown) :])
         lines.append([("and " + ", ".join(f"{n} {state}" for state, n in rest.items()) + " more", "dim")])
     lines += [[(shorten(note, width), "yellow")] for note in notes]
     if plain:
-        lines = [[(text.replace("…", "~"), style) for text, style in line] for line in lines]
+        lines = [[(text.translate(PLAIN), style) for text, style in line] for line in lines]
     return lines
 
 
+def colour_of(name: str, row: Row) -> str:
+    """Return the colour of a row's cell in the column `name`."""
+    if name in ("state", "progress"):
+        return STATE_COLOURS.get(row.state, "")
+    if name == "to control" and math.isfinite(row.difference):
+        return "green" if row.difference < 0 else "red"
+    return ""
+
+
 def aligned(name: str, text: str, size: int) -> str:
-    """Return the text of a column as wide as the column, and the gap after it."""
-    padded = text.ljust(size) if name in LEFT_ALIGNED else text.rjust(size)
-    return padded + " " * GAP
+    """Return the text of a column padded to the column's width, and the gap after it."""
+    to_left = any(column.align_left for column in COLUMNS if column.name == name)
+    return (text.ljust(size) if to_left else text.rjust(size)) + " " * GAP
 
 
 def print_plain(rows: Sequence[Row], monitor: Monitor, width: int, plain: bool) -> None:
@@ -421,7 +449,7 @@ def print_plain(rows: Sequence[Row], monitor: Monitor, width: int, plain: bool) 
 
 
 def watch(monitor: Monitor, interval: float) -> None:
-    """Draw the table again and again, until Ctrl-C."""
+    """Redraw the table every `interval` seconds, until Ctrl-C."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -437,20 +465,14 @@ def watch(monitor: Monitor, interval: float) -> None:
 
 
 def speaks_unicode() -> bool:
-    """Return whether the output can hold any character."""
+    """Return whether the output can take any character."""
     return (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
 
 
 def as_json(rows: Sequence[Row]) -> str:
     """Return a list of objects, with null for what is not known, as JSON has no NaN."""
-    objects = []
-    for row in rows:
-        content = dataclasses.asdict(row)
-        for key, value in content.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                content[key] = None
-        objects.append(content)
-    return json.dumps(objects, indent=1)
+    names = [f.name for f in dataclasses.fields(Row) if f.name != "run"]
+    return json.dumps(without_nan([{name: getattr(row, name) for name in names} for row in rows]), indent=1)
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:

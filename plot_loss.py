@@ -5,9 +5,10 @@
     python plot_loss.py logs --x time --out all.svg   # every log in a folder, against training time
 
 Six panels: validation loss with its end enlarged, training time, learning rate, betas, batch size, and rho,
-the signed radial part of the gradient. Runs that differ only in their seed are drawn as a mean with its 95%
-interval (from three runs on; of two, both are drawn); --separate draws each run for itself. The target is the
-runs' own TARGET_LOSS, else 3.28; a star marks the first validation at which all runs of an arm have met it.
+the signed radial part of the gradient. Runs that differ only in their seed are one arm: three or more are
+drawn as their mean with its 95% interval, two as both runs and their mean. --separate draws every run on its
+own. The target is the runs' own TARGET_LOSS, else 3.28; a star marks the first validation at which all runs
+of an arm have met it.
 """
 
 import math
@@ -29,26 +30,32 @@ from analysis.curves import (
     X_LABELS,
     Axis,
     Drawn,
+    Line,
     add_legend,
     all_met,
-    curve_of,
+    has_x,
+    line_of,
     name_ends,
     panel_loss,
     panel_rho,
     plan_legend,
     result_label,
     runs_of,
-    x_of,
 )
 from analysis.run_log import RunLog, newest_log, read_runs
 from analysis.stats import summarize
 from analysis.tables import format_loss, format_number, format_table
 
-SCHEDULES = (
-    ("learning rate, times its base", {"lr_mul": "lr"}),
-    ("betas and momentum", {"beta1": "beta1", "beta2": "beta2", "muon_momentum": "Muon momentum"}),
-    ("batch size, tokens", {"batch_size": "batch size"}),
-)
+PANELS = (("loss", "time", "lr"), ("rho", "betas", "batch"))  # where they are; `figure` fills them
+WIDTHS, HEIGHTS = (1.7, 1, 1), (1.35, 1)  # of their columns and rows, in proportion
+SCHEDULES = {  # by panel: its title, and the name in the legend of each logged key
+    "lr": ("learning rate, times its base", {"lr_mul": "lr"}),
+    "betas": (
+        "betas and momentum",
+        {"beta1": "beta1", "beta2": "beta2", "muon_momentum": "Muon momentum"},
+    ),
+    "batch": ("batch size, tokens", {"batch_size": "batch size"}),
+}
 RHO_TITLE = "mean ρ = ⟨G,W⟩ / ‖W‖² over layers, signed"
 
 
@@ -92,13 +99,13 @@ def what_to_draw(arms: Sequence[Arm]) -> list[Drawn]:
 
 
 def panel_time(ax, drawn: Sequence[Drawn], axis: Axis) -> None:
-    """Training time over steps or tokens; steps over training time, if that is the x axis."""
+    """Training time over steps or tokens. If time is the x axis: steps over training time."""
     runs = [(item.line_look, run) for item in drawn for run in item.arm.runs]
+    lines = [(look, line) for look, run in runs if (line := line_of(run, "train_time", axis))]
     if axis.kind == "time":
         ax.set_title("steps done")
-        for look, run in runs:
-            step, x, _ = curve_of(run, "train_time", "time")
-            ax.plot(x / axis.scale, step, **look)
+        for look, line in lines:
+            ax.plot(line.x, line.step, **look)
         return
     longest = max((run.last_time_ms for _, run in runs if math.isfinite(run.last_time_ms)), default=None)
     if longest is None:
@@ -106,55 +113,55 @@ def panel_time(ax, drawn: Sequence[Drawn], axis: Axis) -> None:
         return
     scale, unit = style.time_unit(longest)
     ax.set_title(f"training time, {unit}")
-    for look, run in runs:
-        _, x, y = curve_of(run, "train_time", axis.kind)
-        ax.plot(x / axis.scale, y / scale, **{**look, "linewidth": 1.2})
+    for look, line in lines:
+        ax.plot(line.x, line.y / scale, **{**look, "linewidth": 1.2})
 
 
-def panel_schedule(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: dict[str, str]) -> None:
-    """Scheduled quantities by key; drawn once, in grey, where they are the same in all arms."""
+def panel_schedule(ax, drawn: Sequence[Drawn], axis: Axis, title: str, names: dict[str, str]) -> None:
+    """Scheduled quantities, logged key -> name. One that is the same in all arms is drawn once, in grey."""
     ax.set_title(title)
-    logged, all_same = {}, True
-    for key, name in keys.items():
-        curves = [curve_of(item.arm.runs[0], key, axis.kind) for item in drawn]
-        known = [y for step, _, y in curves if len(step)]
-        if not known:
+    logged: dict[str, list[Line]] = {}
+    all_same = len(drawn) > 1
+    for key, name in names.items():
+        found = [(item.line_look, line_of(item.arm.runs[0], key, axis)) for item in drawn]
+        found = [(look, line) for look, line in found if line]
+        if not found:
             continue
-        dashes = style.LINES[len(logged)]
-        logged[name] = known
-        same = len(drawn) > 1 and len(known) == len(drawn) and agree(curves)
+        same = len(drawn) > 1 and len(found) == len(drawn) and agree([line for _, line in found])
         all_same = all_same and same
-        for item, (_, x, y) in zip(drawn[:1] if same else drawn, curves, strict=False):
-            look = {**item.line_look, "drawstyle": "steps-post"}
+        dashes = style.LINES[len(logged)]
+        logged[name] = [line for _, line in found]
+        for look, line in found[:1] if same else found:
             if same:
-                look["color"] = "#444444"
-            if same or len(keys) > 1:
-                look["linestyle"] = dashes
-            if len(y):
-                ax.plot(x / axis.scale, y, **look)
+                look = {**look, "color": "#444444"}
+            if same or len(names) > 1:
+                look = {**look, "linestyle": dashes}
+            ax.plot(line.x, line.y, **look, drawstyle="steps-post")
     if not logged:
         style.say_nothing_logged(ax, title)
         return
     if all_same:
         ax.set_title("the same in all", loc="right", fontsize=9, fontweight="normal", color=style.GREY)
-    if len(keys) > 1:
+    if len(names) > 1:
         style.line_legend(ax, list(logged), loc="center right")
-    if "batch_size" in keys:
-        label_batch_sizes(ax, np.concatenate(logged["batch size"]))
+    if "batch_size" in names:
+        label_batch_sizes(ax, np.concatenate([line.y for line in logged["batch size"]]))
 
 
-def agree(curves: Sequence[tuple]) -> bool:
-    """True if curves agree at the steps they have in common (runs may be logged more or less often)."""
-    step, _, y = curves[0]
-    for other_step, _, other in curves[1:]:
-        _, here, there = np.intersect1d(step, other_step, return_indices=True)
-        if len(here) < min(len(step), len(other_step)) / 2 or not np.array_equal(y[here], other[there]):
+def agree(lines: Sequence[Line]) -> bool:
+    """True if lines agree at the steps they have in common (runs may be logged more or less often)."""
+    first = lines[0]
+    for other in lines[1:]:
+        _, here, there = np.intersect1d(first.step, other.step, return_indices=True)
+        if len(here) < min(len(first.step), len(other.step)) / 2:
+            return False
+        if not np.array_equal(first.y[here], other.y[there]):
             return False
     return True
 
 
 def label_batch_sizes(ax, values: np.ndarray) -> None:
-    """Start the axis at zero and put a tick at each size, in multiples of 1024 where that is short."""
+    """Start the y axis at zero and put a tick at each size; write multiples of 1024 as 64k."""
     ax.set_ylim(0, 1.08 * np.nanmax(values))
     sizes = np.unique(values)
     if len(sizes) <= 6:
@@ -170,15 +177,15 @@ def figure(arms: Sequence[Arm], axis_kind: str, target: float):
     columns, inches = plan_legend([item.label for item in drawn], 190)
     inches += 0.35
     height = 9.4 + inches
-    fig, axes = plt.subplots(2, 3, figsize=(16, height), width_ratios=(1.7, 1, 1), height_ratios=(1.35, 1))
-    panel_loss(axes[0, 0], drawn, axis, target)
-    panel_time(axes[0, 1], drawn, axis)
-    for place, (title, keys) in zip([axes[0, 2], axes[1, 1], axes[1, 2]], SCHEDULES, strict=True):
-        panel_schedule(place, drawn, axis, title, keys)
-    panel_rho(axes[1, 0], drawn, axis, RHO_TITLE, {"spec_attn": "attention", "spec_mlp": "MLP"})
-    for ax in axes.flat:
-        ax.set_xlabel(axis.label)
-        ax.set_xlim(-0.01 * axis.end, 1.01 * axis.end)
+    size = (16, height)
+    fig, panels = plt.subplot_mosaic(PANELS, figsize=size, width_ratios=WIDTHS, height_ratios=HEIGHTS)
+    panel_loss(panels["loss"], drawn, axis, target)
+    panel_time(panels["time"], drawn, axis)
+    for name, (title, names) in SCHEDULES.items():
+        panel_schedule(panels[name], drawn, axis, title, names)
+    panel_rho(panels["rho"], drawn, axis, RHO_TITLE, {"spec_attn": "attention", "spec_mlp": "MLP"})
+    for ax in panels.values():
+        axis.fit(ax)
     add_legend(fig, drawn, columns, "final validation loss")
     fig.tight_layout(rect=(0, inches / height, 1, 1))
     return fig
@@ -235,13 +242,12 @@ def choose(runs: Sequence[RunLog], axis: str) -> tuple[list[RunLog], list[str]]:
     """The runs that can be drawn on this axis, and why the others cannot."""
     drawn, left_out = [], []
     for run in runs:
-        try:
-            if run.last_step < 0:
-                raise ValueError(f"{run.path}: no step in this log yet, nothing to draw")
-            x_of(run, np.zeros(1), axis)
+        if run.last_step < 0:
+            left_out.append(f"{run.path}: no step in this log yet, nothing to draw")
+        elif not has_x(run, axis):
+            left_out.append(f"{run.path}: no {X_LABELS[axis]} in this log; draw it with --x steps")
+        else:
             drawn.append(run)
-        except ValueError as reason:
-            left_out.append(str(reason))
     return drawn, left_out
 
 

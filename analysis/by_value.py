@@ -91,7 +91,7 @@ def looks_of(results: Results, arms: Sequence[SweepArm]) -> tuple[list[dict], li
 
 
 def colour_of(number: int, count: int):
-    """The colour of the n-th of so many values: ordered in lightness, never as light as the paper."""
+    """The colour of the n-th of `count` values: lighter for higher ones, but never as light as the paper."""
     return _colour_map()(number / max(1, count - 1))
 
 

@@ -1,12 +1,15 @@
 """Curves of arms: means over seeds with intervals, their panels and their names.
 
-    from analysis.curves import Axis, Drawn, name_ends, panel_loss
+    from analysis.curves import Axis, Drawn, draw_lines, lines_of, name_ends, panel_loss
     axis = Axis("steps", runs)
     drawn = [Drawn(arm, style.arm_style(i), arm.label, arm.label) for i, arm in enumerate(arms)]
     name_ends(drawn)
     panel_loss(ax, drawn, axis, target=3.28)
+    for item in drawn:                       # a panel of any other logged quantity
+        draw_lines(ax, *lines_of(item.arm, "val_acc", axis), item.line_look)
 
-A picture builds one list of what is drawn; every panel gets that list. Matplotlib is not imported here.
+A picture makes one list of what is drawn, and every panel gets that list. A panel with another x axis makes
+its own Axis. Matplotlib is not imported here.
 """
 
 import math
@@ -25,12 +28,12 @@ from analysis.stats import Summary, summarize
 from analysis.tables import format_loss
 
 X_LABELS = {"steps": "step", "tokens": "training tokens", "time": "training time"}
-END_SHARES = (0.03, 0.05, 0.1, 0.2, 0.4)  # the smallest part of the end with enough validations is enlarged
-END_POINTS = 5
-INSET = (0.30, 0.34, 0.56, 0.62)  # where: left, bottom, width and height in parts of the panel
-MAX_MARKED = 12  # more arms than this get no stars and no names at their ends: they would cover each other
+END_SHARES = (0.03, 0.05, 0.1, 0.2, 0.4)  # the smallest of these that holds enough validations is enlarged
+END_POINTS = 5  # enough validations
+INSET = (0.30, 0.34, 0.56, 0.62)  # of the enlarged end: left, bottom, width, height as fractions of the panel
+MAX_MARKED = 12  # with more arms, stars and names at the ends of lines would cover each other
 MAX_NAME = 12  # letters that fit beside the enlarged end
-FINISHED = ("finished", "unknown")  # llm.c's logs do not say whether they are whole: taken for it
+FINISHED = ("finished", "unknown")  # llm.c's logs do not say whether they are complete; assume that they are
 
 
 # ------------------------------------------------------------------------------------------------
@@ -40,73 +43,41 @@ FINISHED = ("finished", "unknown")  # llm.c's logs do not say whether they are w
 
 @dataclass
 class Line:
-    """A curve of an arm: x, y, and the interval around y (None for a single run)."""
+    """A curve to draw: `y` at each `step`, whose place on the x axis is `x`.
 
+    `low` to `high` is the interval around y; None for a single run.
+    """
+
+    step: np.ndarray
     x: np.ndarray
     y: np.ndarray
     low: np.ndarray | None = None
     high: np.ndarray | None = None
 
 
-def x_of(run: RunLog, step: np.ndarray, axis: str) -> np.ndarray:
-    """Places of a run's steps on the axis, in steps, tokens or ms. ValueError if they are not logged."""
-    if axis == "steps":
+def x_of(run: RunLog, step: np.ndarray, kind: str) -> np.ndarray:
+    """Steps of a run in steps, training tokens or ms of training time; NaN if the log does not give these."""
+    if kind == "steps":
         return step.astype(float)
-    column = run.columns.get("tokens" if axis == "tokens" else "train_time")
-    if column is None or not np.isfinite(column.value).any():
-        raise ValueError(f"{run.path}: no {X_LABELS[axis]} in this log; draw it with --x steps")
-    known = np.isfinite(column.value)
+    column = run.numbers("tokens" if kind == "tokens" else "train_time")
+    known = np.zeros(0, bool) if column is None else np.isfinite(column.value)
+    if not known.any():
+        return np.full(len(step), np.nan)
     return np.interp(step, column.step[known], column.value[known])
 
 
-def curve_of(run: RunLog, key: str, axis: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Step, x and value of a logged quantity; lists are averaged over layers. Empty if it is not logged."""
-    column = run.columns.get(key)
-    if column is None or column.value.dtype == object or not len(column.step):
-        return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
-    value = column.value
-    if value.ndim == 2:
-        known = np.isfinite(value)
-        value = np.where(known, value, 0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)
-    return column.step, x_of(run, column.step, axis), value
-
-
-def lines_of(arm: Arm, key: str, axis: str) -> tuple[Line | None, list[Line]]:
-    """An arm's line (its only run, or the mean of its finished runs), and runs to be drawn thinly."""
-    curves = [(run, *curve_of(run, key, axis)) for run in arm.runs]
-    curves = [curve for curve in curves if len(curve[1])]
-    whole = [curve for curve in curves if curve[0].state in FINISHED]
-    common = reduce(np.intersect1d, [step for _, step, _, _ in whole]) if len(whole) > 1 else []
-    if not len(common):
-        lines = [Line(x, y) for _, _, x, y in curves]
-        return (lines[0], lines[1:]) if lines else (None, [])
-    at = [np.searchsorted(step, common) for _, step, _, _ in whole]
-    x = np.mean([x[i] for (_, _, x, _), i in zip(whole, at, strict=True)], axis=0)
-    y = np.array([y[i] for (_, _, _, y), i in zip(whole, at, strict=True)])
-    thin = [Line(x, y) for run, _, x, y in curves if run.state not in FINISHED]
-    if len(y) < MIN_INTERVAL:  # show the two runs
-        return Line(x, y.mean(0)), [Line(x, y[0]), Line(x, y[1]), *thin]
-    summaries = [summarize(column) for column in y.T]
-    low, high = np.array([[s.low, s.high] for s in summaries]).T
-    return Line(x, y.mean(0), low, high), thin
-
-
-def all_met(arm: Arm, target: float) -> tuple[int, float] | None:
-    """First step at which all runs of an arm have met the target, and their mean training time in ms."""
-    points = [run.first_at(target) for run in arm.runs]
-    if any(point is None for point in points):
-        return None
-    step = max(point.step for point in points)
-    return step, float(np.mean([np.interp(step, run.val.step, run.val.time_ms) for run in arm.runs]))
+def has_x(run: RunLog, kind: str) -> bool:
+    """True if a run can be drawn against steps, tokens or time."""
+    return bool(np.isfinite(x_of(run, np.zeros(1), kind)).all())
 
 
 class Axis:
-    """The x axis that all panels share: its unit and label."""
+    """An x axis: its kind (a key of X_LABELS), its unit and its label. `end` is where the last run ends."""
 
     def __init__(self, kind: str, runs: Sequence[RunLog]):
         self.kind, self.scale, self.label = kind, 1.0, X_LABELS[kind]
-        ends = [x_of(run, np.array([run.last_step]), kind)[0] for run in runs if run.last_step >= 0]
-        self.end = max(ends, default=1.0)
+        started = [run for run in runs if run.last_step >= 0 and has_x(run, kind)]
+        self.end = max((self.place(run, run.last_step) for run in started), default=1.0)
         if kind == "time":
             self.scale, unit = style.time_unit(self.end)
             self.label = f"training time, {unit}"
@@ -115,6 +86,65 @@ class Axis:
             self.scale, unit = next(unit for unit in units if self.end >= unit[0] or not unit[1])
             self.label = f"training tokens, {unit}" if unit else "training tokens"
         self.end /= self.scale
+
+    def places(self, run: RunLog, step: np.ndarray) -> np.ndarray:
+        """Places of a run's steps on this axis, in its unit; NaN if the log does not give them."""
+        return x_of(run, step, self.kind) / self.scale
+
+    def place(self, run: RunLog, step: int) -> float:
+        return float(self.places(run, np.array([step]))[0])
+
+    def fit(self, ax) -> None:
+        """Label a panel's x axis, and show all of training."""
+        ax.set_xlabel(self.label)
+        ax.set_xlim(-0.01 * self.end, 1.01 * self.end)
+
+
+def line_of(run: RunLog, key: str, axis: Axis) -> Line | None:
+    """The curve of a logged quantity; None if it is not logged. Lists are averaged over layers."""
+    column = run.columns.get(key)
+    if column is None or column.value.dtype == object or not has_x(run, axis.kind):
+        return None
+    value = column.value
+    if value.ndim == 2:
+        known = np.isfinite(value)
+        value = np.where(known, value, 0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)
+    return Line(column.step, axis.places(run, column.step), value)
+
+
+def lines_of(arm: Arm, key: str, axis: Axis) -> tuple[Line | None, list[Line]]:
+    """The line of an arm (None if nothing is logged), and lines of single runs to draw thinly beside it.
+
+    An arm's line is that of its only run, or the mean of its finished runs.
+    """
+    found = [(run, line_of(run, key, axis)) for run in arm.runs]
+    found = [(run, line) for run, line in found if line]
+    finished = [line for run, line in found if run.state in FINISHED]
+    common = reduce(np.intersect1d, [line.step for line in finished]) if len(finished) > 1 else []
+    if not len(common):
+        lines = [line for _, line in found]
+        return (lines[0], lines[1:]) if lines else (None, [])
+    at = [np.searchsorted(line.step, common) for line in finished]
+    x = np.mean([line.x[i] for line, i in zip(finished, at, strict=True)], axis=0)
+    y = np.array([line.y[i] for line, i in zip(finished, at, strict=True)])
+    thin = [line for run, line in found if run.state not in FINISHED]
+    if len(y) < MIN_INTERVAL:  # two runs: show both
+        return Line(common, x, y.mean(0)), [Line(common, x, y[0]), Line(common, x, y[1]), *thin]
+    summaries = [summarize(column) for column in y.T]
+    low, high = np.array([[s.low, s.high] for s in summaries]).T
+    return Line(common, x, y.mean(0), low, high), thin
+
+
+def all_met(arm: Arm, target: float) -> tuple[int, float] | None:
+    """First step at which all runs of an arm have met the target, and their mean training time in ms.
+
+    None if one of them has not met it.
+    """
+    points = [run.first_at(target) for run in arm.runs]
+    if any(point is None for point in points):
+        return None
+    step = max(point.step for point in points)
+    return step, float(np.mean([np.interp(step, run.val.step, run.val.time_ms) for run in arm.runs]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -142,9 +172,10 @@ def runs_of(drawn: Sequence[Drawn]) -> list[RunLog]:
 
 
 def name_ends(drawn: Sequence[Drawn]) -> None:
-    """Make all names fit beside their lines: the value of the one setting that differs, else a letter.
+    """Shorten names so that they fit beside their lines.
 
-    A letter also goes before the label in the legend.
+    If arms differ in one setting, a name is its value. Names that are still too long become letters, which
+    are also put before the labels in the legend.
     """
     words = [item.name.split() for item in drawn]
     one_setting = all(len(w) == 1 and "=" in w[0] for w in words)
@@ -195,43 +226,44 @@ def add_legend(fig, drawn: Sequence[Drawn], columns: int, title: str) -> None:
 
 
 class ArmLines(NamedTuple):
-    """An arm in one panel: its line (None if nothing is logged), and single runs, drawn thinly."""
+    """An arm in one panel, with what `lines_of` gives for it."""
 
     drawn: Drawn
     line: Line | None
     thin: list[Line]
 
 
-def draw(ax, line: Line | None, thin: Sequence[Line], look: dict, axis: Axis, **more) -> None:
-    """Draw one arm's line with its interval, and its single runs thinly."""
-    look = {**look, **more}
+def draw_lines(ax, line: Line | None, thin: Sequence[Line], look: dict) -> None:
+    """Draw an arm's line with its interval, and its single runs thinly."""
     if line is None:
         return
     if line.low is not None:
-        ax.fill_between(line.x / axis.scale, line.low, line.high, color=look["color"], alpha=0.2, linewidth=0)
+        ax.fill_between(line.x, line.low, line.high, color=look["color"], alpha=0.2, linewidth=0)
     for other in thin:
         dot = {"marker": ".", "markersize": 5} if len(other.y) == 1 else {}
-        ax.plot(other.x / axis.scale, other.y, color=look["color"], linewidth=0.7, alpha=0.7, **dot)
+        ax.plot(other.x, other.y, color=look["color"], linewidth=0.7, alpha=0.7, **dot)
     if len(line.y) == 1:  # a line of one point would not be seen
-        look["marker"] = "o"
-    ax.plot(line.x / axis.scale, line.y, **look)
+        look = {**look, "marker": "o"}
+    ax.plot(line.x, line.y, **look)
 
 
 def panel_loss(ax, drawn: Sequence[Drawn], axis: Axis, target: float) -> None:
     """Validation loss with the target, where it is met, and the end of training enlarged."""
     ax.set_title("validation loss")
-    curves = [ArmLines(item, *lines_of(item.arm, "val_loss", axis.kind)) for item in drawn]
+    ax.set_xlabel(axis.label)
+    curves = [ArmLines(item, *lines_of(item.arm, "val_loss", axis)) for item in drawn]
     everything = every_line(curves)
     if not everything:
         style.say_nothing_logged(ax, "validation loss")
         return
     if len(runs_of(drawn)) == 1:
-        _, x, y = curve_of(drawn[0].arm.runs[0], "train_loss", axis.kind)
-        ax.plot(x / axis.scale, y, color="#bbbbbb", linewidth=0.6, zorder=1)
+        train = line_of(drawn[0].arm.runs[0], "train_loss", axis)
+        if train:
+            ax.plot(train.x, train.y, color="#bbbbbb", linewidth=0.6, zorder=1)
         note = {"xycoords": "axes fraction", "fontsize": 8, "color": style.GREY}
         ax.annotate("grey: training loss", (0.02, 0.02), **note)
     for item, line, thin in curves:
-        draw(ax, line, thin, item.line_look, axis)
+        draw_lines(ax, line, thin, item.line_look)
     low, top = loss_limits(everything, axis, target)
     zoom = enlarge_end(ax, curves, axis, target)
     if zoom:
@@ -254,12 +286,12 @@ def every_line(curves: Sequence[ArmLines]) -> list[Line]:
 
 
 def loss_limits(lines: Sequence[Line], axis: Axis, target: float) -> tuple[float, float]:
-    """Limits from below the lowest loss to the loss after 5% of training: the first fall dwarfs the rest."""
+    """Limits from below the lowest loss to the loss after 5% of training: the first drop dwarfs the rest."""
     every = np.concatenate([line.y for line in lines])
     every = every[np.isfinite(every)]
     if not len(every):
         return 0.0, 1.0
-    early = [np.interp(0.05 * axis.end, line.x / axis.scale, line.y) for line in lines]
+    early = [np.interp(0.05 * axis.end, line.x, line.y) for line in lines]
     low, top = every.min(), max([y for y in early if math.isfinite(y)], default=every.max())
     top = max(top, low + 1e-3)
     low = min(low, target) if low - target < 0.3 * (top - low) else low
@@ -267,10 +299,10 @@ def loss_limits(lines: Sequence[Line], axis: Axis, target: float) -> tuple[float
 
 
 def room_for_inset(lines: Sequence[Line], axis: Axis, low: float, top: float) -> float:
-    """The upper limit that keeps the lines below the enlarged end; a runaway run may pass behind it."""
+    """The upper limit that keeps the lines below the inset; a run that diverges may pass behind it."""
     highest = low
     for line in lines:
-        late = line.x / axis.scale >= 0.9 * INSET[0] * axis.end
+        late = line.x >= 0.9 * INSET[0] * axis.end
         y = line.y if line.high is None else line.high
         highest = max(highest, np.nanmax(y[late], initial=low))
     wanted = low + (highest - low) / (INSET[1] - 0.07)
@@ -278,7 +310,7 @@ def room_for_inset(lines: Sequence[Line], axis: Axis, low: float, top: float) ->
 
 
 def enlarge_end(ax, curves: Sequence[ArmLines], axis: Axis, target: float):
-    """The end of training in an inset, on the scale that tells arms apart; None if it has too few points."""
+    """Draw the end of training in an inset, enlarged to tell arms apart. None if it has too few points."""
     whole = [line for item, line, _ in curves if line and any_finished(item.arm)]
     everything = every_line(curves)
     begin = end_begin(whole or everything, axis, 0.0 if len(curves) > 1 else 0.1)
@@ -286,9 +318,9 @@ def enlarge_end(ax, curves: Sequence[ArmLines], axis: Axis, target: float):
         return None
     zoom = ax.inset_axes(INSET)
     for item, line, thin in curves:
-        draw(zoom, line, thin, item.look, axis, markersize=4 if len(curves) < 5 else 3)
+        draw_lines(zoom, line, thin, {**item.look, "markersize": 4 if len(curves) < 5 else 3})
     zoom.set_xlim(begin, axis.end + 0.01 * (axis.end - begin))
-    low, high = end_limits(everything, axis, begin, target)
+    low, high = end_limits(everything, begin, target)
     zoom.set_ylim(low, high)
     zoom.set_title(f"the last {1 - begin / axis.end:.0%}", fontsize=8, fontweight="normal", pad=2)
     above = sum(line is not None and line.y[-1] > high for _, line, _ in curves)
@@ -296,7 +328,7 @@ def enlarge_end(ax, curves: Sequence[ArmLines], axis: Axis, target: float):
         note = f"{above} above this range"
         zoom.set_title(note, loc="right", fontsize=8, fontweight="normal", color=style.GREY, pad=2)
     zoom.tick_params(labelsize=8)
-    label_ends(zoom, curves, axis)
+    label_ends(zoom, curves)
     return zoom
 
 
@@ -305,25 +337,26 @@ def any_finished(arm: Arm) -> bool:
 
 
 def end_begin(lines: Sequence[Line], axis: Axis, least: float) -> float | None:
-    """The place where the enlarged part begins; None if there are too few validations to enlarge anything.
+    """The x at which the enlarged end begins; None if there are too few validations to enlarge anything.
 
-    The smaller it is, the better arms are told apart; but it needs some points, and every arm's end.
+    It is as short as possible, at least `least` of training, but long enough to hold some points and the end
+    of every arm.
     """
     longest = max(lines, key=lambda line: line.x[-1])
-    first_end = min(line.x[-1] for line in lines) / axis.scale
+    first_end = min(line.x[-1] for line in lines)
     for share in END_SHARES:
         begin = (1 - share) * first_end
-        points = (longest.x / axis.scale >= begin).sum()
+        points = (longest.x >= begin).sum()
         if share >= least and points >= (END_POINTS if share < END_SHARES[-1] else 3):
             return max(begin, 0.4 * axis.end)
     return None
 
 
-def end_limits(lines: Sequence[Line], axis: Axis, begin: float, target: float) -> tuple[float, float]:
-    """Limits of the enlarged end, by the bulk of the lines, so that a failed run flattens no others."""
+def end_limits(lines: Sequence[Line], begin: float, target: float) -> tuple[float, float]:
+    """Limits of the enlarged end, by the bulk of the lines: a failed run must not flatten the others."""
     ranges = []
     for line in lines:
-        late = line.x / axis.scale >= begin
+        late = line.x >= begin
         low, high = (line.y, line.y) if line.low is None else (line.low, line.high)
         y = np.concatenate([line.y[late], low[late][-1:], high[late][-1:]])
         if np.isfinite(y).any():
@@ -349,17 +382,17 @@ def mark_target(panels, curves: Sequence[ArmLines], axis: Axis, target: float) -
         if met is None or line is None:
             continue
         step, time_ms = met
-        x = np.mean([x_of(run, np.array([step]), axis.kind)[0] for run in item.arm.runs])
+        x = np.mean([axis.place(run, step) for run in item.arm.runs])
         y = np.interp(x, line.x, line.y)
         star = {"color": item.look["color"], "markersize": 12 if len(curves) < 4 else 9}
         for panel in panels:
-            panel.plot(x / axis.scale, y, "*", **star, markeredgecolor="black", markeredgewidth=0.7, zorder=6)
+            panel.plot(x, y, "*", **star, markeredgecolor="black", markeredgewidth=0.7, zorder=6)
         if len(curves) == 1:
             text = f"{target:g} met at step {step}, {style.format_time(time_ms)}"
             panels[0].set_title(text, loc="right", fontsize=9, fontweight="normal")
 
 
-def label_ends(zoom, curves: Sequence[ArmLines], axis: Axis) -> None:
+def label_ends(zoom, curves: Sequence[ArmLines]) -> None:
     """Name the lines beside their right ends, far enough apart to be read, in order of their losses."""
     if not 1 < len(curves) <= MAX_MARKED:
         return
@@ -369,7 +402,7 @@ def label_ends(zoom, curves: Sequence[ArmLines], axis: Axis) -> None:
         known = np.flatnonzero(np.isfinite(line.y)) if line is not None else []
         if not len(known):
             continue
-        x, y = line.x[known[-1]] / axis.scale, line.y[known[-1]]
+        x, y = line.x[known[-1]], line.y[known[-1]]
         if x >= zoom.get_xlim()[0] and low <= y <= high:
             ends.append((y, x, item.name, item.look["color"]))
     ends.sort()
@@ -385,7 +418,7 @@ def label_ends(zoom, curves: Sequence[ArmLines], axis: Axis) -> None:
 
 
 def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[str, str]) -> None:
-    """Mean rho over layers: linear around zero, logarithmic beyond, so that sign and magnitude both show.
+    """Mean rho over layers: linear around zero, logarithmic beyond, to show both sign and magnitude.
 
     `keys` maps a logged key to its name; several are told apart by the dashes of their lines.
     """
@@ -393,13 +426,13 @@ def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[
     sizes, logged = [], set()
     for number, key in enumerate(keys):
         for item in drawn:
-            line, thin = lines_of(item.arm, key, axis.kind)
+            line, thin = lines_of(item.arm, key, axis)
             if line is None:
                 continue
             look = item.line_look
             if len(keys) > 1:
                 look |= {"linestyle": style.LINES[number], "linewidth": 1.3}
-            draw(ax, line, thin if len(item.arm.runs) < MIN_INTERVAL else [], look, axis)
+            draw_lines(ax, line, thin if len(item.arm.runs) < MIN_INTERVAL else [], look)
             sizes.append(np.abs(line.y[np.isfinite(line.y) & (line.y != 0)]))
             logged.add(id(item))
     sizes = np.concatenate(sizes) if sizes else np.zeros(0)

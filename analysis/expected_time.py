@@ -11,15 +11,15 @@ from analysis.run_log import list_logs, read_log
 from analysis.style import format_time
 from analysis.trainers import read_trainer
 
-HISTORY_LOGS = 100  # so many of the newest logs are read
+HISTORY_LOGS = 100  # how many of the newest logs are read
 
 
 @dataclass(frozen=True)
 class Past:
-    """A finished run: what decides how long a step takes, seconds a step, and seconds beside the steps."""
+    """A finished run: its model and batch sizes, seconds per step, and seconds spent outside the steps."""
 
     run_id: str
-    shape: tuple
+    shape: tuple  # model and batch sizes, which decide how long a step takes
     step_s: float
     other_s: float  # start, compiling, validation
 

@@ -1,4 +1,4 @@
-"""Means with their intervals and runs, drawn alike in all pictures.
+"""Means with their intervals and runs, drawn the same way in all pictures.
 
     from analysis.intervals import mark_of, draw_mark, limits_of, explain
     marks = [mark_of(x, summary, losses, "#0072B2", "o"), ...]
@@ -45,7 +45,7 @@ class Mark:
 def mark_of(
     at: float, summary: Summary, runs: Sequence[float], colour: str, marker: str, factor: float = 1
 ) -> Mark:
-    """The mark of a summary and its runs, in units of 1 / `factor`."""
+    """The mark of a summary and its runs, all multiplied by `factor`."""
     mean, low, high = factor * summary.mean, factor * summary.low, factor * summary.high
     return Mark(at, mean, low, high, summary.n, colour, marker, [factor * value for value in runs])
 

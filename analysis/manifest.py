@@ -1,7 +1,7 @@
 """Manifests: what a sweep has planned and done, logs/SWEEP.sweep.json. This is their only reader and writer.
 
 manifest = read_manifest(manifest_path("spectral_lr"))
-manifest.runs                        # the present plan, and how each run of it stands
+manifest.runs                        # the current plan, with the state of each run
 manifest.earlier                     # attempts that are no longer part of the plan
 manifest.control_of("a_1")           # tag of the arm to compare that arm with, or None
 folder = ManifestFolder("logs")

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 GRACE_S = 30.0  # between SIGTERM and SIGKILL: a run finishes its step and saves
-GIVE_UP_S = 70.0  # from then on it is left: a process in uninterruptible sleep cannot be killed
+GIVE_UP_S = 70.0  # no more attempts after this: a process in uninterruptible sleep cannot be killed
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
@@ -107,7 +107,7 @@ def adopt_orphans() -> None:
 
 
 def reap_orphans() -> None:
-    """Take the exit codes of adopted processes that have ended, else they stay as zombies."""
+    """Collect the exit codes of adopted processes that have ended; otherwise they would stay zombies."""
     ours = {process.pid for process in _started if process.returncode is None}
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):

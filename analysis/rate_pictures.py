@@ -15,7 +15,7 @@ import numpy as np
 
 from analysis import style
 from analysis.by_value import add_colour_bar, colour_of
-from analysis.curves import FINISHED, lines_of
+from analysis.curves import FINISHED, Axis, lines_of
 from analysis.intervals import Mark, draw_mark, explain, limits_of, mark_of
 from analysis.rates import TOP, Analysis, Rate, accuracy_of, efficiency_of
 from analysis.results import Attempt, loss_of
@@ -192,7 +192,7 @@ def picture_detailed(analysis: Analysis):
 
 
 def draw_top(ax, analysis: Analysis) -> None:
-    """Draw every run of the best fifth of the values: is it the value, or luck?"""
+    """Draw every run of the best fifth of the values, to show whether it is the value or luck."""
     top = analysis.top()
     if not top:
         style.say_nothing_logged(ax, "final losses")
@@ -236,7 +236,7 @@ def picture_of_rate(rate: Rate, analysis: Analysis):
     runs = [run for run in rate.arm.runs if run.last_step >= 0]
     best = analysis.best()
     if best and best is not rate:
-        line, _ = lines_of(best.arm, "val_loss", "steps")
+        line, _ = lines_of(best.arm, "val_loss", Axis("steps", runs))
         if line:
             name = f"the best, {format_value(best.value)}"
             ax.plot(line.x, line.y, color="#999999", linewidth=2.5, label=name)
@@ -275,10 +275,10 @@ def picture_all(analysis: Analysis):
     """Validation losses of all values, coloured by value, the best in black; and their end enlarged."""
     plt = style.load_matplotlib()
     fig, (whole, end) = plt.subplots(1, 2, figsize=(15, 6.5), width_ratios=(1.25, 1))
-    best = analysis.best()
+    best, axis = analysis.best(), Axis("steps", analysis.results.runs)
     values = [rate.value for rate in analysis.rates]
     for number, rate in enumerate(analysis.rates):
-        line, thin = lines_of(rate.arm, "val_loss", "steps")
+        line, thin = lines_of(rate.arm, "val_loss", axis)
         if line is None:
             continue
         look = {"color": colour_of(number, len(values)), "linewidth": 1.3}

@@ -38,7 +38,7 @@ RULES = {
 
 
 # ------------------------------------------------------------------------------------------------
-# What is measured of a run
+# Measures of a run
 # ------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +72,7 @@ def diverged(attempt: Attempt) -> bool:
 
 
 def largest_rise(attempt: Attempt) -> float:
-    """The most that a run's validation loss rose above its lowest until then; NaN without validations."""
+    """The largest rise of a run's validation loss above its lowest so far; NaN without validations."""
     losses = attempt.log.val.loss if attempt.log else np.zeros(0)
     losses = losses[np.isfinite(losses)]
     return float((losses - np.minimum.accumulate(losses)).max()) if len(losses) else math.nan
@@ -85,7 +85,7 @@ def largest_rise(attempt: Attempt) -> float:
 
 @dataclass
 class Rate:
-    """A value of the setting, and what its runs gave; means are over seeds."""
+    """A value of the setting, and the results of its runs; means are over seeds."""
 
     value: float
     arm: SweepArm
@@ -93,7 +93,7 @@ class Rate:
     accuracy: Summary
     minutes: Summary
     label: str = ""
-    sure: bool | None = None  # whether the noise leaves it on its side of good's limit; None: unknown
+    sure: bool | None = None  # whether noise could not move it across the limit of "good"; None: unknown
 
     @property
     def name(self) -> str:
@@ -277,7 +277,7 @@ def check_one_arm_a_value(results: Results, setting: str) -> None:
 
 
 def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
-    """The label by RULES, and whether noise leaves it on its side of good's limit (None: unknown)."""
+    """The label by RULES, and whether it is sure that the rate is, or is not, good (None: noise unknown)."""
     done = [a for a in rate.arm.attempts if a.outcome == "done"]
     learnt = [attempt for attempt in done if not diverged(attempt)]
     best, fall = analysis.best(), analysis.fall

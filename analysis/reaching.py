@@ -1,10 +1,10 @@
-"""The tokens (or steps) and minutes that runs need to reach a target loss, read alike for all runs.
+"""The tokens (or steps) and minutes that runs need to reach a target loss, measured the same way for all.
 
     from analysis.reaching import choose_target, reaches
     target = choose_target(results, given=3.28)
     reaches(results, target)["my-run"].x      # tokens, interpolated; None instead if it was not reached
 
-Runs that are validated more often would seem to reach a loss sooner; so all are read on a common grid.
+Runs that are validated more often would seem to reach a loss sooner; so all are compared on a common grid.
 """
 
 import math
@@ -59,9 +59,9 @@ def choose_target(results: Results, given: float | None, on: str = "val") -> Tar
 
 
 def common_grid(positions: Sequence[np.ndarray]) -> np.ndarray:
-    """Points that have, between any two of them, a validation of every run that still goes on.
+    """Points such that every run that has not ended yet has a validation between any two of them.
 
-    Positions strictly increase.
+    `positions` are those of each run's validations, and strictly increase.
     """
     grid = [max(x[0] for x in positions)]
     end = max(x[-1] for x in positions)

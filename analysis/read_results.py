@@ -4,7 +4,7 @@
     results = read_results(["sweeps/spectral_lr.toml"])                  # as planned in its manifest
     results = read_results(["logs/a.txt", "logs/b.txt"], control="a=0")  # or any logs, or folders of them
 
-What a reader of the numbers must know about the runs goes to `results.notes`.
+Whatever a reader of the numbers must know about the runs is in `results.notes`.
 """
 
 import hashlib
@@ -228,19 +228,27 @@ def _pooled(sources: Sequence[str]) -> str:
 
 
 def _mark_foreign(results: Results, control: str | None) -> None:
-    """Mark the arms that cannot be compared, as their source code or data is not that of the others.
+    """Mark the arms that cannot be compared, because their source code or data is not that of the others.
 
-    The control's source and data count for its script, else those of most runs. Public logs, which have no
-    settings, differ in their source by nature, and are compared.
+    The standard is the control's source and data, or those of most runs.
     """
     wanted = control or results.control
+    _mark_other_sources(results, wanted)
+    _mark_other_data(results, wanted)
+
+
+def _mark_other_sources(results: Results, wanted: str | None) -> None:
+    """Mark arms whose source code is not the usual one of their script.
+
+    Public logs have no settings. Each has source code of its own, and they are compared all the same.
+    """
     by_script: dict[str, list[SweepArm]] = {}
     for arm in results.arms:
         if arm.settings:
             by_script.setdefault(arm.script, []).append(arm)
     for script, arms in by_script.items():
         preferred = [arm for arm in arms if wanted in (arm.label, arm.key)] or arms
-        sources = Counter({arm.source: 0 for arm in preferred})
+        sources = Counter()
         for arm in preferred:
             sources[arm.source] += len(arm.runs)
         usual = max(sources, key=lambda source: (sources[source], source))
@@ -249,14 +257,18 @@ def _mark_foreign(results: Results, control: str | None) -> None:
                 arm.foreign = f"other source code than the other runs of {script or 'its script'}"
                 if f"(source {arm.source[:8]}" not in arm.label:
                     arm.label += f" (source {arm.source[:8] or 'unknown'})"
-    data = Counter()
-    for arm in results.arms:
-        data[_data_of(arm)] += 0 if arm.foreign else len(arm.runs)
-    known = {text: count for text, count in data.items() if text and count}
-    preferred = [_data_of(arm) for arm in results.arms if wanted in (arm.label, arm.key) and not arm.foreign]
-    usual = next(filter(None, preferred), max(known, key=lambda text: (known[text], text), default=""))
-    for arm in results.arms:
-        if _data_of(arm) not in ("", usual) and not arm.foreign:
+
+
+def _mark_other_data(results: Results, wanted: str | None) -> None:
+    """Mark arms that were trained or validated on other data than the rest."""
+    arms = [arm for arm in results.arms if not arm.foreign and _data_of(arm)]
+    preferred = [arm for arm in arms if wanted in (arm.label, arm.key)]
+    counts = Counter()
+    for arm in preferred[:1] or arms:
+        counts[_data_of(arm)] += len(arm.runs)
+    usual = max(counts, key=lambda data: (counts[data], data), default="")
+    for arm in arms:
+        if _data_of(arm) != usual:
             arm.foreign = f"other data ({shorten(_data_of(arm), 60)}) than the other runs"
 
 

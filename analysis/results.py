@@ -18,7 +18,7 @@ from analysis.arms import Arm
 from analysis.run_log import RunLog, not_training
 from analysis.stats import Comparison, Summary, Verdict, judge, summarize
 
-FAILED = ("crashed", "diverged", "hung")  # they count as runs; any other state but finished: not ended (yet)
+FAILED = ("crashed", "diverged", "hung")  # these count as runs; all others that are not finished are missing
 
 
 @dataclass
@@ -88,7 +88,7 @@ class SweepArm(Arm):
 
     @property
     def strength(self) -> float | None:
-        """ORD's a, or None where no single a is in the update: the baseline, ORD_MODE=post and the like."""
+        """ORD's a; None if the update has no single a, as in the baseline or with ORD_MODE=post."""
         split = any(self.settings.get(f"spectral_lr_mul_{part}") is not None for part in ("attn", "mlp"))
         if split or self.settings.get("ord_mode") in ("post", "off"):
             return None
@@ -192,9 +192,9 @@ class Results:
         return [name for name in names if len(values[name]) > 1]
 
     def tied(self, name: str) -> list[str]:
-        """Settings that vary with this one alone, as ADAM_LR = 0.1 x MUON_LR does.
+        """Settings that follow from this one, as ADAM_LR = 0.1 x MUON_LR does.
 
-        Each value of one comes with a single value of the other; two values of each are no rule.
+        Each value of one comes with a single value of the other; three values or more, as two may be chance.
         """
         found = []
         for other in self.varied():
@@ -206,7 +206,7 @@ class Results:
         return found
 
     def remarks(self, arm: SweepArm) -> list[str]:
-        """A single run; how many of its runs failed or have not ended; not compared."""
+        """Remarks on an arm: a single run, runs that failed or have not ended, not compared."""
         parts = []
         if self.summary(arm).n == 1:
             parts.append("a single run")

@@ -1,49 +1,68 @@
-"""The one reader of training logs: text -> RunLog. Needs numpy only, so that commands start at once.
+"""The only reader of training logs: text -> RunLog. Needs numpy only, so that commands start at once.
 
     from analysis.run_log import read_log, read_runs, LogFollower
     run = read_log("logs/my-run.txt")[0]        # a list: some public logs hold several trials
     run.val.step, run.val.loss, run.val.time_ms, run.final_val_loss, run.state, run.config["seed"]
     run.columns["lr_mul"].step, run.columns["lr_mul"].value, run.columns["spec_attn"].value.shape
+    run.last("tokens")                          # the last number logged under that key, NaN if none
     run.first_at(3.28)                          # first validation at or below 3.28, or None
 
-It reads our own logs, the public speedrun's logs of every age (several trials in a file, times in ms or s,
-`step_avg:nanms`), keys in any order, and llm.c's lines (`s:250 tel:3.45`, `s:250 trl:3.6`). A log may be
+It reads our own logs, all generations of the public speedrun's logs (several trials in a file, times in ms or
+s, `step_avg:nanms`), keys in any order, and llm.c's lines (`s:250 tel:3.45`, `s:250 trl:3.6`). A log may be
 compressed (run.txt.xz, run.txt.gz), as in records/.
 
 A log begins with the source code of its trainer, which contains lines that look like steps;
-`LogParser._read_chunk` tells them apart. No content makes the reader fail: lines that it cannot read are
-counted in `RunLog.unread_lines`. Times are in milliseconds, losses in nats per token, steps are integers.
+`LogParser._read_chunk` tells them apart, and analysis/step_lines.py reads the steps. No content makes the
+reader fail: lines that it cannot read are counted in `RunLog.unread_lines`. Times are in milliseconds, losses
+in nats per token, steps are integers.
 """
 
 import gzip
 import hashlib
 import json
 import lzma
+import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 
-# Settings that change what is recorded, or the machine, but not the training. Used for logs without a line
-# `affects:{...}` of their own.
+from analysis.step_lines import TORN, Column, Curve, Form, StepColumns, StepLine, form_of
+
+# Settings that change what is recorded, or where a run happens, but not the training. They apply to logs that
+# have no `affects:{...}` line of their own.
 AFFECTS = {
     "recording": [
-        *("run_id", "resume", "save_every", "save_model", "manifold_every", "target_loss", "diverged_above"),
-        *("val_loss_every", "val_loss_every_last", "val_loss_last_steps"),
+        "run_id",
+        "resume",
+        "save_every",
+        "save_model",
+        "manifold_every",
+        "target_loss",
+        "diverged_above",
+        "val_loss_every",
+        "val_loss_every_last",
+        "val_loss_last_steps",
     ],
     "machine": [
-        *("data_path", "nproc_per_node", "compile", "kernels", "attn_backend", "dist_timeout", "rehearse"),
+        "data_path",
+        "nproc_per_node",
+        "compile",
+        "kernels",
+        "attn_backend",
+        "dist_timeout",
+        "rehearse",
     ],
 }
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}  # how a compressed log is read, by its suffix
 END_EVENTS = ("finished", "stopped", "crashed", "diverged")
-SEPARATOR_WIDTH = 80  # ours and the public logs write 100 '='; nothing else in them is this long
+SEPARATOR_WIDTH = 80  # our logs and the public ones write 100 '='; no other line of '=' is this long
+NUMERALS = b"0123456789.-+"
+MAX_EXAMPLES = 3  # of lines that could not be read
 _EMBEDDED_FILE = re.compile(rb"\n?# file: (\S+), (\d{1,9}) bytes\n")
 _SOURCES_MOVED = re.compile(rb"The source code that stood here is in (sources/\w+\.txt\.xz)[^\n]*\n")
 
@@ -63,33 +82,6 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A logged quantity: `value[i]` (a row for a list) was logged at `step[i]`; steps strictly increase."""
-
-    step: np.ndarray
-    value: np.ndarray
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Losses over steps, which strictly increase; all arrays have the same length; NaN: not logged."""
-
-    step: np.ndarray
-    loss: np.ndarray
-    time_ms: np.ndarray
-    tokens: np.ndarray
-    acc: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.step)
-
-    @staticmethod
-    def empty() -> "Curve":
-        none = np.zeros(0)
-        return Curve(none.astype(np.int64), none, none, none, none)
-
-
-@dataclass(frozen=True)
 class Point:
     """A validation: step, loss, training time in ms, and tokens (NaN if not logged)."""
 
@@ -101,11 +93,11 @@ class Point:
 
 @dataclass
 class RunLog:
-    """A trial in a log.
+    """One training run, as its log tells it.
 
-    `state` is the log's own word: running, finished, stopped, crashed, diverged, or unknown (a log without
-    events and without a number of steps). A run that hangs still says running; only the age of its file
-    shows that. `affects` names the settings that do not change the training: what is recorded, the machine.
+    `state` is running, finished, stopped, crashed, diverged, or unknown (a log without events and without a
+    number of steps). A run that hangs or was killed still says running; only the age of its file shows it.
+    `affects` maps "recording" and "machine" to the settings that change these, but not the training.
     """
 
     path: Path | None
@@ -128,7 +120,7 @@ class RunLog:
 
     @property
     def name(self) -> str:
-        """The run_id as the user gave it, without the number that sets trials in the same file apart."""
+        """The run_id as the user gave it, without the number that tells trials in one file apart."""
         return self.run_id.removesuffix(f"#{self.trial + 1}")
 
     @property
@@ -144,13 +136,13 @@ class RunLog:
     @property
     def final_val_loss(self) -> float:
         """The last validation's loss, NaN if there is none. Unfinished runs have one too: check `state`."""
-        return float(self.val.loss[-1]) if len(self.val) else float("nan")
+        return float(self.val.loss[-1]) if len(self.val) else math.nan
 
     @property
     def best_val_loss(self) -> float:
         """The lowest validation loss, NaN if there is none."""
         finite = self.val.loss[np.isfinite(self.val.loss)]
-        return float(finite.min()) if len(finite) else float("nan")
+        return float(finite.min()) if len(finite) else math.nan
 
     @property
     def target_loss(self) -> float | None:
@@ -161,8 +153,17 @@ class RunLog:
     @property
     def last_time_ms(self) -> float:
         """Training time at the last line that gives one, in ms; NaN if none does."""
-        times = self.columns.get("train_time")
-        return float(times.value[-1]) if times is not None and len(times.value) else float("nan")
+        return self.last("train_time")
+
+    def numbers(self, key: str) -> Column | None:
+        """A quantity logged as one number per step; None if it is not logged, or as lists or words."""
+        column = self.columns.get(key)
+        return column if column is not None and column.is_numeric else None
+
+    def last(self, key: str) -> float:
+        """The last number logged under `key`; NaN if there is none."""
+        column = self.numbers(key)
+        return math.nan if column is None else float(column.value[-1])
 
     def first_at(self, target: float) -> Point | None:
         """The first validation whose loss is at or below `target`, or None."""
@@ -276,7 +277,7 @@ def read_runs(paths: str | Path | Iterable[str | Path]) -> list[RunLog]:
 
 
 def list_logs(folder: str | Path) -> list[Path]:
-    """The logs directly in a folder, sorted by name: .txt, and .txt.xz or .txt.gz with no .txt beside."""
+    """The logs directly in a folder, sorted by name; a compressed one only if its .txt is not there too."""
     endings = (".txt", *(f".txt{suffix}" for suffix in OPENERS))
     with os.scandir(folder) as entries:
         names = {entry.name for entry in entries if entry.name.endswith(endings) and entry.is_file()}
@@ -301,178 +302,20 @@ def format_value(value: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# Step lines
-# ------------------------------------------------------------------------------------------------
-
-_NUMBER = rb"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|[nN][aA][nN]|[iI][nN][fF])"
-_HEADS = (
-    rb"step:(\d{1,12})/(\d{1,12})(?= )",
-    rb"s:(\d{1,12})()(?= (?:tel|trl|eval):)",  # llm.c's, which gives no number of steps
-)
-_HEAD = re.compile(b"|".join(_HEADS))
-_FIELD = re.compile(
-    rb" +([A-Za-z_][\w./-]*):(?:(%b)(ms|s|%%|)(?=\s|$)|\[( *%b(?: *, *%b)* *)\]|([^\s\[\]]\S*))"
-    % (_NUMBER, _NUMBER, _NUMBER)
-)
-_TORN = re.compile(rb"step:\d+/\d+ |event:")  # where a whole line begins within a torn one
-_LLMC_NAMES = {b"tel": "val_loss", b"trl": "train_loss"}
-_NUMERALS = b"0123456789.-+"
-
-
-@dataclass(frozen=True, eq=False)
-class _Form:
-    """Step lines with the same keys, units and lengths of lists in the same order, and how to read them."""
-
-    pattern: re.Pattern
-    columns: dict[str, tuple[int, Callable]]  # key -> place of its text, reader
-
-    @property
-    def is_val(self) -> bool:
-        return "val_loss" in self.columns
-
-
-_FORMS: dict[re.Pattern, _Form] = {}  # all that were ever met: there are few, and all logs share them
-
-
-def _form_of(line: bytes) -> _Form | None:
-    """The form of a step line; None if any part of the line cannot be read."""
-    head = _HEAD.match(line)
-    if head is None:
-        return None
-    pattern, columns, place = b"", {}, 0
-    position, end = head.end(), len(line.rstrip())
-    while position < end:
-        match = _FIELD.match(line, position)
-        if match is None:
-            return None
-        key, number, unit, items, word = match.groups()
-        if number is not None:
-            value, read = rb"(%b)%b" % (_NUMBER, unit), _READ_NUMBERS[unit]
-        elif items is not None:
-            value = rb"\[( *%b(?: *, *%b){%d} *)\]" % (_NUMBER, _NUMBER, items.count(b","))
-            read = _read_lists
-        else:
-            value, read = rb"(?!%b(?:ms|s|%%|)(?:\s|$))([^\s\[\]]\S*)" % _NUMBER, _read_words
-        pattern += rb" +%b:%b" % (re.escape(key), value)
-        columns[_LLMC_NAMES.get(key) or key.decode(errors="replace")] = place, read
-        place, position = place + 1, match.end()
-    if not columns:
-        return None
-    pattern = (_HEADS[0] if line.startswith(b"step") else _HEADS[1]) + pattern
-    if any(read is _read_words for _, read in columns.values()):  # a word could hide the start of a line
-        pattern = rb"(?!.+(?:%b))" % _TORN.pattern + pattern
-    pattern = re.compile(pattern + rb"\s*")
-    return _FORMS.setdefault(pattern, _Form(pattern, columns))
-
-
-def _read_numbers(texts: list[bytes], factor: float = 1.0) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        return np.array(list(map(float, texts))) * factor
-
-
-def _read_lists(texts: list[bytes]) -> np.ndarray:
-    return np.array([list(map(float, text.split(b","))) for text in texts])
-
-
-def _read_words(texts: list[bytes]) -> np.ndarray:
-    return np.array([text.decode(errors="replace") for text in texts], dtype=object)
-
-
-# By unit; times become milliseconds.
-_READ_NUMBERS = dict.fromkeys((b"", b"ms", b"%"), _read_numbers)
-_READ_NUMBERS[b"s"] = partial(_read_numbers, factor=1000.0)
-
-
-class _Line(NamedTuple):
-    number: int  # in the file
-    step: int
-    texts: tuple[bytes, ...]
-
-
-class _Columns(Mapping):
-    """Key -> Column, read on demand: a plot needs few of the thirty columns of a log."""
-
-    def __init__(self, lines: Mapping[_Form, list[_Line]]):
-        self._lines = {form: list(found) for form, found in lines.items() if found}
-        self._known: dict[str, Column] = {}
-        self._keys = list(dict.fromkeys(key for form in self._lines for key in form.columns))
-
-    def __getitem__(self, key: str) -> Column:
-        if key not in self._known:
-            forms = [form for form in self._lines if key in form.columns]
-            if not forms:
-                raise KeyError(key)
-            step, chosen = self._sorted_steps(forms)
-            self._known[key] = Column(step, _stack([self._read(form, key) for form in forms])[chosen])
-        return self._known[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def curve(self, loss: str) -> Curve:
-        """The lines that give `loss` as a number, with their time, tokens and accuracy."""
-        forms = [form for form in self._lines if self._is_number(form, loss)]
-        step, chosen = self._sorted_steps(forms)
-
-        def gather(key: str) -> np.ndarray:
-            parts = [np.zeros(0)]
-            for form in forms:
-                known = self._is_number(form, key)
-                parts.append(self._read(form, key) if known else np.full(len(self._lines[form]), np.nan))
-            return np.concatenate(parts)[chosen]
-
-        return Curve(step, gather(loss), gather("train_time"), gather("tokens"), gather("val_acc"))
-
-    def _read(self, form: _Form, key: str) -> np.ndarray:
-        place, read = form.columns[key]
-        return read([line.texts[place] for line in self._lines[form]])
-
-    @staticmethod
-    def _is_number(form: _Form, key: str) -> bool:
-        return key in form.columns and form.columns[key][1] not in (_read_lists, _read_words)
-
-    def _sorted_steps(self, forms: list[_Form]) -> tuple[np.ndarray, np.ndarray]:
-        """Steps in increasing order, and the line of each: where several have one step, the last written."""
-        lines = [line for form in forms for line in self._lines[form]]
-        step = np.array([line.step for line in lines], dtype=np.int64)
-        if (step[1:] > step[:-1]).all():
-            return step, np.arange(len(step))
-        order = np.lexsort(([line.number for line in lines], step))
-        step = step[order]
-        last = np.append(step[1:] != step[:-1], True)
-        return step[last], order[last]
-
-
-def _stack(values: list[np.ndarray]) -> np.ndarray:
-    """Join columns. Short lists are padded with NaN; a word among numbers becomes NaN."""
-    words = [value.dtype == object for value in values]
-    if all(words):
-        return np.concatenate(values)
-    values = [np.full(len(v), np.nan) if is_word else v for v, is_word in zip(values, words, strict=True)]
-    if len({value.shape[1:] for value in values}) > 1:
-        values = [value if value.ndim == 2 else value[:, None] for value in values]
-        width = max(value.shape[1] for value in values)
-        missing = [((0, 0), (0, width - value.shape[1])) for value in values]
-        values = [np.pad(v, m, constant_values=np.nan) for v, m in zip(values, missing, strict=True)]
-    return np.concatenate(values)
-
-
-# ------------------------------------------------------------------------------------------------
 # A whole log
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Trial:
+    """A run whose log is being read."""
+
     config: dict
-    lines: dict[_Form, list[_Line]] = field(default_factory=dict)
+    lines: dict[Form, list[StepLine]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
-    num_steps: int = -1
-    last_val: int = -1  # last step of a validation line, and of any other step line
-    last_other: int = -1
+    num_steps: int = -1  # as its last step line gives it
+    last_val: int = -1  # step of the last validation line
+    last_other: int = -1  # step of the last line of any other kind
 
     @property
     def last_step(self) -> int:
@@ -488,7 +331,7 @@ class _Trial:
         falls_back = last >= 0 and (step <= last if is_val else step < last)
         return falls_back or (self.last_step >= 0 and num_steps != self.num_steps)
 
-    def add(self, form: _Form, line: _Line) -> None:
+    def add(self, form: Form, line: StepLine) -> None:
         self.lines.setdefault(form, []).append(line)
         if form.is_val:
             self.last_val = max(self.last_val, line.step)
@@ -496,20 +339,71 @@ class _Trial:
             self.last_other = max(self.last_other, line.step)
 
     def drop_after(self, step: int) -> None:
-        """Forget what was done after `step`: training went back there and does it again."""
+        """Forget the lines after `step`: training went back there and does these steps again."""
         old, self.lines, self.last_val, self.last_other = self.lines, {}, -1, -1
         for form, lines in old.items():
             for line in lines:
                 if line.step <= step:
                     self.add(form, line)
 
+    def planned_steps(self) -> int | None:
+        """The number of steps by the step lines, else by the configuration; None if neither gives it."""
+        if self.num_steps >= 0:
+            return self.num_steps
+        value = self.config.get("num_steps")
+        if value is None:
+            parts = [self.config.get(f"num_{name}_iterations") for name in ("scheduled", "extension")]
+            value = sum(parts) if all(type(part) is int for part in parts) else None
+        return value if type(value) is int else None
+
+    def state(self, is_last: bool) -> str:
+        """The state of a RunLog. `is_last`: no other trial follows in the log."""
+        state = None
+        for event in self.events:
+            if event.name in END_EVENTS:
+                state = event.name
+            elif event.name in ("started", "resumed"):
+                state = None
+        if state:
+            return state
+        if not self.config and self.num_steps >= 0 and self.last_step >= self.num_steps:
+            return "finished"  # a public log has no events, only its last step
+        if not is_last:
+            return "stopped"
+        return "running" if self.config or self.num_steps >= 0 else "unknown"
+
+
+@dataclass
+class _Unread:
+    """Lines that could not be read: how many, and the first few."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, line: bytes, count: int = 1) -> None:
+        self.count += count
+        if count and len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(line[:200].decode(errors="replace"))
+
+    def __add__(self, other: "_Unread") -> "_Unread":
+        return _Unread(self.count + other.count, [*self.examples, *other.examples][:MAX_EXAMPLES])
+
+
+@dataclass
+class _Chunk:
+    """The text since the last line of '=', as far as it has come."""
+
+    is_blank: bool = True
+    has_steps: bool = False
+    unread: _Unread = field(default_factory=_Unread)
+
 
 class LogParser:
-    """Read a log piece by piece: `feed` bytes as they come, ask for `runs()` at any time.
+    """Read a log piece by piece: `feed` it bytes as they come, ask for `runs()` at any time.
 
-    A last line without its newline is kept for later; `finish` says that no more will come. With `recent`,
-    only that many of the lines without a validation are read of each feed, the last ones: faster, for a
-    reader that needs no training curve.
+    A last line without a newline waits for its end; `finish` says that no more will come. `recent` makes the
+    parser faster for readers that need no training curve: of the lines without a validation, it reads only
+    the last `recent` of each feed.
     """
 
     def __init__(self, path: str | Path | None = None, recent: int | None = None):
@@ -520,7 +414,7 @@ class LogParser:
         self._source = b""
         self._header_seed: int | None = None
         self._line_number = 0
-        self._forms: dict[bytes, _Form] = {}  # a line without its numerals -> the form it had last
+        self._forms: dict[bytes, Form] = {}  # a line without its numerals -> the form of the last such line
         self._reset()
 
     def _reset(self) -> None:
@@ -528,16 +422,12 @@ class LogParser:
         self._affects: dict[str, list[str]] = {}
         self._trials = [_Trial({})]
         self._restart_at: int | None = None  # events from here on belong to the next trial, if one begins
-        self._resumed_unknown = False
-        self._chunk_empty = True  # no line but blank ones since the last separator
-        self._chunk_steps = False
-        self._chunk_unread = 0
-        self._chunk_examples = 0
-        self._unread = 0
-        self._examples: list[str] = []
+        self._resumed_unknown = False  # the run was resumed, but the log does not say at which step
+        self._chunk = _Chunk()
+        self._unread = _Unread()  # in the chunks before
 
     def feed(self, data: bytes) -> None:
-        """Read what has come since: any bytes, cut anywhere."""
+        """Read the next bytes of the log, cut anywhere."""
         data = self._partial + data
         end = data.rfind(b"\n") + 1
         self._partial, data = data[end:], data[:end]
@@ -548,114 +438,114 @@ class LogParser:
         self._read_chunk(data[begin:], False)
 
     def finish(self) -> None:
-        """Take the last line, if it has no newline but is surely whole; count what is still held.
+        """End the log: read a last line without a newline if it is whole; count source code left open.
 
-        Surely whole is a step line that ends in a unit or a bracket and has the form of an earlier one: of
-        `val_loss:3.27` nobody knows whether a digit is missing.
+        A step line is whole if it ends in a unit or a bracket and has the form of an earlier line. After
+        `val_loss:3.27` a digit may be missing.
         """
         line, self._partial = self._partial.rstrip(b"\r"), b""
-        if line.endswith((b"s", b"]", b"%")) and line.translate(None, _NUMERALS) in self._forms:
+        if line.endswith((b"s", b"]", b"%")) and line.translate(None, NUMERALS) in self._forms:
             self._read_lines(line)
-        if self._held:  # cut off inside its own source: nothing in there is a step
-            self._count_unread(b"(the log ends inside the source code at its head)", self._held.count(b"\n"))
+        if self._held:  # the log was cut off inside the source code: nothing in there is a step
+            message = b"(the log ends inside the source code at its head)"
+            self._chunk.unread.add(message, self._held.count(b"\n"))
             self._held = b""
 
-    def _read_chunk(self, chunk: bytes, closed: bool) -> None:
-        """Read the text between two lines of '='; `closed`: the second one has come.
+    def _read_chunk(self, text: bytes, closed: bool) -> None:
+        """Read text that follows a line of '='. `closed`: the next such line comes after it.
 
-        Source code is known by having both imports and definitions at the beginning of lines. From its first
-        line on, everything up to the closing separator is source and never steps, whatever it looks like. In
-        a log that was appended to, steps come before that source in the same chunk.
+        Text is source code if lines of it begin with imports and with definitions. From its first line on,
+        everything up to the closing separator is source, even what looks like steps. In a log that was
+        appended to, steps come before that source in the same chunk.
         """
-        text, self._held = self._held + chunk, b""
+        text, self._held = self._held + text, b""
         begin = _source_begin(text)
         self._read_lines(text if begin < 0 else text[:begin])
         if begin >= 0 and closed:
             self._source = text[begin:]
         elif begin >= 0:
             self._held = text[begin:]
-        if not closed:
-            return
-        if not self._chunk_steps:  # versions, nvidia-smi and the like: a header, not unread steps
-            self._unread -= self._chunk_unread
-            del self._examples[self._chunk_examples :]
+        if closed:
+            self._close_chunk(text)
+
+    def _close_chunk(self, text: bytes) -> None:
+        if self._chunk.has_steps:
+            self._unread += self._chunk.unread
+        else:  # a header, with versions, nvidia-smi and the like: its lines need not be read
             seed = re.search(rb"^(?:Using )?seed[:=] ?(\d{1,12})$", text, re.MULTILINE)
             self._header_seed = int(seed[1]) if seed else self._header_seed
-        self._chunk_empty, self._chunk_steps = True, False
-        self._chunk_unread, self._chunk_examples = 0, len(self._examples)
+        self._chunk = _Chunk()
 
     def _read_lines(self, text: bytes) -> None:
-        """Read whole lines that are not source."""
-        lines, skeletons = text.split(b"\n"), text.translate(None, _NUMERALS).split(b"\n")
+        """Read whole lines that are not source.
+
+        Working out the form of a line is slow. But lines of the same skeleton, which is a line without its
+        numerals, nearly always have the same form; so each line is first tried with the form found last.
+        """
+        lines, skeletons = text.split(b"\n"), text.translate(None, NUMERALS).split(b"\n")
         skipped = self._old_training_lines(skeletons)
-        for i, (line, skeleton) in enumerate(zip(lines, skeletons, strict=True)):
+        for number, (line, skeleton) in enumerate(zip(lines, skeletons, strict=True), self._line_number):
+            if number in skipped:
+                continue
             form = self._forms.get(skeleton)
             match = form.pattern.fullmatch(line) if form else None
-            if i in skipped:
-                continue
             if match:
-                self._file(form, i + self._line_number, *match.groups())
+                self._add_step(form, number, *match.groups())
             elif skeleton and not skeleton.isspace():
-                self._read_line(line, skeleton, i + self._line_number)
+                self._read_line(line, skeleton, number)
         self._line_number += len(lines)
 
     def _old_training_lines(self, skeletons: list[bytes]) -> frozenset[int]:
-        """Places of the lines that `recent` leaves out."""
+        """Numbers of the lines that `recent` leaves out."""
         if self._recent is None:
             return frozenset()
         training = [
-            i
-            for i, skeleton in enumerate(skeletons)
+            number
+            for number, skeleton in enumerate(skeletons, self._line_number)
             if skeleton.startswith((b"step:/ ", b"s: t"))
             and not any(word in skeleton for word in (b" val_loss:", b" tel:", b"event:"))
         ]
         return frozenset(training[: -self._recent])
 
     def _read_line(self, line: bytes, skeleton: bytes, number: int) -> None:
-        """Read a line of no known form."""
+        """Read a line that is no step line of a known form."""
         if line.startswith(b"event:"):
             self._read_event(line)
         elif line.startswith(b"config:"):
             self._read_config(line)
-        elif line.startswith(b"affects:") and self._config and not self._chunk_steps:
+        elif line.startswith(b"affects:") and self._config and not self._chunk.has_steps:
             self._read_affects(line)
-        elif line.startswith(b"s") and (torn := list(_TORN.finditer(line, 1))):
-            self._count_unread(line)
+        elif line.startswith(b"s") and (torn := list(TORN.finditer(line, 1))):
+            self._chunk.unread.add(line)
             rest = line[torn[-1].start() :]  # the resumed run's first line, appended to a torn one
             if rest.startswith(b"event:"):
                 self._read_event(rest)
-            elif form := _form_of(rest):
-                self._file(form, number, *form.pattern.fullmatch(rest).groups())
-        elif form := _form_of(line):
+            elif form := form_of(rest):
+                self._add_step(form, number, *form.pattern.fullmatch(rest).groups())
+        elif form := form_of(line):
             self._forms[skeleton] = form
-            self._file(form, number, *form.pattern.fullmatch(line).groups())
+            self._add_step(form, number, *form.pattern.fullmatch(line).groups())
         elif not line.startswith(b"peak memory "):
-            self._count_unread(line)
-            self._chunk_empty = False
+            self._chunk.unread.add(line)
+            self._chunk.is_blank = False
 
-    def _count_unread(self, line: bytes, count: int = 1) -> None:
-        self._unread += count
-        self._chunk_unread += count
-        if len(self._examples) < 3:
-            self._examples.append(line[:200].decode(errors="replace"))
-
-    def _file(self, form: _Form, number: int, step_text: bytes, total_text: bytes, *texts: bytes) -> None:
-        """Put a step line under its trial; open a new one where the steps begin anew."""
+    def _add_step(self, form: Form, number: int, step_text: bytes, total_text: bytes, *texts: bytes) -> None:
+        """Add a step line to its trial; open a new trial where the steps start over."""
         step, num_steps = int(step_text), int(total_text) if total_text else -1
         trial = self._trials[-1]
-        self._chunk_empty, self._chunk_steps = False, True
+        self._chunk.is_blank, self._chunk.has_steps = False, True
         if self._resumed_unknown:
             trial.drop_after(step - 1)
             self._resumed_unknown = False
-        if not self._config:
-            anew = trial.starts_over(step, num_steps, form.is_val)
-        else:  # only a second start that did not resume begins anew
-            anew = self._restart_at is not None and step <= trial.last_step
-            self._restart_at = self._restart_at if anew else None
-        if anew:
+        if self._config:  # one of our logs: only a run that started again and did not resume starts over
+            starts_over = self._restart_at is not None and step <= trial.last_step
+            self._restart_at = self._restart_at if starts_over else None
+        else:
+            starts_over = trial.starts_over(step, num_steps, form.is_val)
+        if starts_over:
             trial = self._open_trial()
         trial.num_steps = num_steps
-        trial.add(form, _Line(number, step, texts))
+        trial.add(form, StepLine(number, step, texts))
 
     def _open_trial(self) -> _Trial:
         old, new = self._trials[-1], _Trial(self._config)
@@ -666,30 +556,29 @@ class LogParser:
         return new
 
     def _read_config(self, line: bytes) -> None:
+        """Read a configuration, which must be the first line after a line of '='."""
         config = _json_object(line[len(b"config:") :])
-        if config is None or not self._chunk_empty:  # it opens a header, or is none
-            self._count_unread(line)
-            self._chunk_unread -= 1  # this one counts in a header, too
-            self._chunk_examples = len(self._examples)
+        if config is None or not self._chunk.is_blank:
+            self._unread.add(line)  # it counts even if its chunk turns out to be a header
             return
         if not self._config:
-            self._reset()  # the first header of a log of ours: what seemed steps before it was source
-        self._config, self._chunk_empty = config, False
+            self._reset()  # our first header: what looked like steps before it was source
+        self._config, self._chunk.is_blank = config, False
         if self._trials[-1].last_step < 0:
             self._trials[-1].config = config
 
     def _read_affects(self, line: bytes) -> None:
         affects = _json_object(line[len(b"affects:") :])
         if affects is None or not all(map(_is_list_of_words, affects.values())):
-            self._count_unread(line)
+            self._chunk.unread.add(line)
             return
         self._affects = affects
 
     def _read_event(self, line: bytes) -> None:
         name, fields = _event_parts(line.decode(errors="replace"))
-        self._chunk_empty = False
+        self._chunk.is_blank = False
         if not name:
-            self._count_unread(line)
+            self._chunk.unread.add(line)
             return
         trial = self._trials[-1]
         if name == "started" and trial.last_step >= 0 and self._restart_at is None:
@@ -708,7 +597,7 @@ class LogParser:
         return [self._run(number, trial) for number, trial in enumerate(self._trials)]
 
     def _run(self, number: int, trial: _Trial) -> RunLog:
-        config, columns = trial.config, _Columns(trial.lines)
+        config, columns = trial.config, StepColumns(trial.lines)
         started = next((event.fields for event in trial.events if event.name == "started"), {})
         stem = log_stem(self.path) if self.path else ""
         run_id = str(config.get("run_id") or stem)
@@ -716,6 +605,7 @@ class LogParser:
         if not source_hash and self._source:
             source_hash = hashlib.sha256(self._source).hexdigest()[:16]
         seed = config.get("seed", started.get("seed", self._header_seed))
+        unread = self._unread + self._chunk.unread
         return RunLog(
             path=self.path,
             run_id=run_id if len(self._trials) == 1 else f"{run_id}#{number + 1}",
@@ -725,40 +615,16 @@ class LogParser:
             affects=self._affects or AFFECTS,
             source_hash=source_hash,
             seed=int(seed) if re.fullmatch(r"-?\d{1,18}", str(seed)) else None,
-            num_steps=self._num_steps(trial),
+            num_steps=trial.planned_steps(),
             last_step=trial.last_step,
-            state=self._state(trial, is_last=number == len(self._trials) - 1),
+            state=trial.state(is_last=trial is self._trials[-1]),
             val=columns.curve("val_loss"),
             train=columns.curve("train_loss"),
             columns=columns,
             events=list(trial.events),
-            unread_lines=self._unread,
-            unread_examples=list(self._examples) if self._unread else [],
+            unread_lines=unread.count,
+            unread_examples=unread.examples,
         )
-
-    def _num_steps(self, trial: _Trial) -> int | None:
-        if trial.num_steps >= 0:
-            return trial.num_steps
-        value = trial.config.get("num_steps")
-        if value is None:
-            parts = [trial.config.get(f"num_{name}_iterations") for name in ("scheduled", "extension")]
-            value = sum(parts) if all(type(part) is int for part in parts) else None
-        return value if type(value) is int else None
-
-    def _state(self, trial: _Trial, is_last: bool) -> str:
-        state = None
-        for event in trial.events:
-            if event.name in END_EVENTS:
-                state = event.name
-            elif event.name in ("started", "resumed"):
-                state = None
-        if state:
-            return state
-        if not trial.config and trial.num_steps >= 0 and trial.last_step >= trial.num_steps:
-            return "finished"  # a public log has no events, only its last step
-        if not is_last:
-            return "stopped"
-        return "running" if trial.config or trial.num_steps >= 0 else "unknown"
 
 
 def _separators(data: bytes) -> Iterator[tuple[int, int]]:
@@ -827,7 +693,7 @@ def _event_parts(line: str) -> tuple[str, dict[str, str]]:
 
 @dataclass
 class FollowedLog:
-    """A watched file: its runs so far, its modification time in s, and an error if it is unreadable."""
+    """A log being followed: its runs so far, its modification time in s, and an error if it is unreadable."""
 
     path: Path
     runs: list[RunLog] = field(default_factory=list)
@@ -835,12 +701,12 @@ class FollowedLog:
     error: str = ""
     parser: LogParser = field(default_factory=LogParser)
     identity: tuple = ()  # device and inode: another file of the same name is another log
-    offset: int = 0
-    tail: bytes = b""  # what stood before `offset`: if it changed, the file was rewritten
+    offset: int = 0  # bytes read so far
+    tail: bytes = b""  # the last bytes before `offset`: if they have changed, the file was rewritten
 
 
 class LogFollower:
-    """Follow the logs in a folder, reading only what is new.
+    """Follow the logs (.txt) in a folder, reading only what is new. A compressed log no longer grows.
 
     >>> follower = LogFollower("logs")
     >>> changed = follower.poll()       # paths that are new, longer, rewritten or gone
@@ -855,7 +721,10 @@ class LogFollower:
         self.logs: dict[Path, FollowedLog] = {}
 
     def poll(self) -> list[Path]:
-        """Read what was written since the last call; a missing folder has no logs."""
+        """Read what was written since the last call; return the paths of the logs that changed or are gone.
+
+        A missing folder has no logs.
+        """
         try:
             with os.scandir(self.folder) as entries:
                 found = {Path(entry.path): entry for entry in entries if entry.name.endswith(".txt")}

@@ -220,7 +220,6 @@ def figure(results: Results, target: float):
     loss, curve = fig.add_subplot(grid[0, 0]), fig.add_subplot(right[0])
     other = fig.add_subplot(right[1]) if num_others else None
     panel_loss(loss, points, axis, target)
-    loss.set_xlabel(axis.label)
     panel_u_curve(curve, other, points, control)
     for place, (key, what) in enumerate(RHO.items()):
         panel_rho(fig.add_subplot(grid[1, place]), points, axis, f"mean ρ of {what}", {key: what})

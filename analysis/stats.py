@@ -124,7 +124,7 @@ def compare(
     control_seeds: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> Comparison:
-    """Paired if both arms have finite values for the very same seeds, each once; else Welch's t test."""
+    """A paired t test if both arms have finite values for the same seeds, each once; else Welch's t test."""
     arm, control = list(arm), list(control)
     if arm_seeds is not None and control_seeds is not None:
         if len(arm_seeds) != len(arm) or len(control_seeds) != len(control):

@@ -1,4 +1,4 @@
-"""The house style of pictures: colours, looks, units, limits, saving. Matplotlib is imported only to draw."""
+"""The house style of pictures: colours, looks, units, limits, saving. Importing it loads no matplotlib."""
 
 import math
 import os
@@ -6,8 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.command_line import complain  # noqa: F401  until make_record.py imports it from there
-from analysis.files import replacing, write_atomically
+from analysis.files import replacing
 
 # Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too faint for a line.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
@@ -163,7 +162,3 @@ def save(fig, path: Path) -> None:
     with replacing(path) as temporary:
         fig.savefig(temporary, metadata=metadata)
     plt.close(fig)
-
-
-def write_text(text: str, path: Path) -> None:  # until make_record.py calls write_atomically
-    write_atomically(path, text)

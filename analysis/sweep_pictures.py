@@ -6,10 +6,10 @@ import numpy as np
 
 from analysis import style
 from analysis.by_value import DASHES, add_colour_bar, beside, by_value, kinds_of, looks_of, ordered
-from analysis.curves import MAX_NAME, Axis, Drawn, name_ends, panel_loss, plan_legend, runs_of
+from analysis.curves import MAX_NAME, Axis, Drawn, has_x, name_ends, panel_loss, plan_legend, runs_of
 from analysis.intervals import MIN_INTERVAL, Mark, draw_mark, limits_of, mark_of
 from analysis.results import Results, SweepArm
-from analysis.run_log import RunLog, format_value
+from analysis.run_log import format_value
 
 MAX_LABEL = 44  # characters of an arm's name beside a picture
 MAX_LEGEND = 21  # arms that are told apart by their looks
@@ -98,14 +98,14 @@ def picture_of_curves(results: Results, target: float):
     """All validation losses, coloured by the value that varies."""
     plt = style.load_matplotlib()
     drawn, values = what_to_draw(results)
-    axis = Axis("tokens" if all(map(has_tokens, runs_of(drawn))) else "steps", runs_of(drawn))
+    runs = runs_of(drawn)
+    axis = Axis("tokens" if all(has_x(run, "tokens") for run in runs) else "steps", runs)
     handles = legend_of(results, drawn)
     columns, inches = plan_legend([handle.get_label() for handle in handles], 150, gap=10)
     inches = inches + 0.3 if handles else 0
     height = 7 + inches
     fig, ax = plt.subplots(figsize=(13, height))
     panel_loss(ax, drawn, axis, target)
-    ax.set_xlabel(axis.label)
     if values:
         add_colour_bar(fig, ax, by_value(results), values)
     if handles:
@@ -147,8 +147,3 @@ def legend_of(results: Results, drawn: Sequence[Drawn]) -> list:
         Line2D([], [], label=words, color=style.GREY, linestyle=line)
         for line, words in zip(DASHES, kinds, strict=False)
     ]
-
-
-def has_tokens(run: RunLog) -> bool:
-    column = run.columns.get("tokens")
-    return column is not None and bool(np.isfinite(column.value).any())

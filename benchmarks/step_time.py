@@ -49,7 +49,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from flops import forward_flop  # noqa: E402
 
 from kernels import attention, fast_forms  # noqa: E402
-from runtime.compiling import choose_allocator  # noqa: E402
+from runtime.compiling import choose_allocator, compiler_for  # noqa: E402
 from runtime.ranks import Ranks  # noqa: E402
 from runtime.session import RecordedEvent  # noqa: E402
 
@@ -173,7 +173,7 @@ class Timed:
         self.vocab_size = self.train_shards[0].vocab_size
         attention.activate(s.attn_backend)
         self.forms = contextlib.ExitStack()
-        self.fast_names, _ = self.forms.enter_context(fast_forms.installed(module, s, o))
+        self.fast_names, _ = self.forms.enter_context(fast_forms.installed(module, s, o, compiler_for(s)))
         self.trainer = module.Trainer(s, o, config, self.vocab_size, ranks)
         self.data = module.TrainData(self.train_shards, s, ranks)
         self.schedule, self.pending, self.entered = self.trainer.schedule, None, -1

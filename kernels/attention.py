@@ -10,16 +10,18 @@ B slices of T tokens, H query heads of D channels; keys and values may have fewe
 
 import functools
 import importlib.util
+import inspect
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from runtime.ranks import capability
+from torch.nn.attention.varlen import varlen_attn
 
 CHECK_SCALE = 0.1  # softmax scale of check_varlen
+# fewer key heads than query heads: torch 2.13 takes them, 2.11 does not
+VARLEN_SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class Documents:
@@ -48,21 +50,16 @@ class Documents:
         return attend(q, k, v, window, paired, scale).transpose(1, 2)
 
     def attend_varlen(self, q_BTHD, k_BTHD, v_BTHD, window: int, paired: bool, scale: float) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
+        options = {"scale": scale, "window_size": (window, 0)}
+        queries_per_key = q_BTHD.shape[2] // k_BTHD.shape[2]
+        if queries_per_key > 1 and VARLEN_SHARES_KEYS:
+            options["enable_gqa"] = True
+        elif queries_per_key > 1:
+            k_BTHD, v_BTHD = (x.repeat_interleave(queries_per_key, 2) for x in (k_BTHD, v_BTHD))
         times = 2 if paired else 1
         ends, longest = self.cu_seqlens * times, self.max_doc_tokens * times
-        y = varlen_attn(
-            *(x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD)),
-            ends,
-            ends,
-            longest,
-            longest,
-            scale=scale,
-            window_size=(window, 0),
-            enable_gqa=k_BTHD.shape[2] != q_BTHD.shape[2],
-        )
-        return y.view(q_BTHD.shape)
+        flat = (x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD))
+        return varlen_attn(*flat, ends, ends, longest, longest, **options).view(q_BTHD.shape)
 
     def attend_flex(self, q, k, v, window: int, paired: bool, scale: float) -> Tensor:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -97,8 +94,24 @@ class Documents:
         """The mask of one kind of layer, made once."""
         key = window, paired
         if key not in self.bands:
-            self.bands[key] = make_band(self.doc_ids(paired), window)
+            self.bands[key] = self.make_band(window, paired)
         return self.bands[key]
+
+    def make_band(self, window: int, paired: bool) -> "Band":
+        """Blocks as long as the window; or one block, all of it, where that is no more work."""
+        doc_BT = self.doc_ids(paired)
+        T = doc_BT.shape[1]
+        if T <= 2 * window or T % window:
+            block, query, key = T, torch.arange(T), torch.arange(T)
+            doc_q, doc_k = doc_BT[:, None], doc_BT[:, None]
+        else:
+            block, query, key = window, torch.arange(window) + window, torch.arange(2 * window)
+            doc_q = doc_BT.view(-1, T // window, window)
+            doc_k = torch.cat((F.pad(doc_q, (0, 0, 1, 0), value=-1)[:, :-1], doc_q), -1)
+        ago = (query[:, None] - key).to(doc_BT.device)
+        seen = (ago >= 0) & (ago <= window) & (doc_q[..., :, None] == doc_k[..., None, :])
+        bias = torch.zeros(seen.shape, device=doc_BT.device).masked_fill(~seen, -math.inf)
+        return Band(block, bias.flatten(0, 1).unsqueeze(1))
 
 
 class Band(NamedTuple):
@@ -106,22 +119,6 @@ class Band(NamedTuple):
 
     block: int
     bias: Tensor  # 0 or -inf, (B * blocks, 1, block, keys)
-
-
-def make_band(doc_BT: Tensor, window: int) -> Band:
-    """Blocks as long as the window; or one block, all of it, where that is no more work."""
-    T = doc_BT.shape[1]
-    if T <= 2 * window or T % window:
-        block, query, key = T, torch.arange(T), torch.arange(T)
-        doc_q, doc_k = doc_BT[:, None], doc_BT[:, None]
-    else:
-        block, query, key = window, torch.arange(window) + window, torch.arange(2 * window)
-        doc_q = doc_BT.view(-1, T // window, window)
-        doc_k = torch.cat((F.pad(doc_q, (0, 0, 1, 0), value=-1)[:, :-1], doc_q), -1)
-    ago = (query[:, None] - key).to(doc_BT.device)
-    seen = (ago >= 0) & (ago <= window) & (doc_q[..., :, None] == doc_k[..., None, :])
-    bias = torch.zeros(seen.shape, device=doc_BT.device).masked_fill(~seen, -math.inf)
-    return Band(block, bias.flatten(0, 1).unsqueeze(1))
 
 
 def in_blocks(x_BHTD: Tensor, block: int) -> Tensor:
@@ -137,14 +134,14 @@ def with_block_before(x: Tensor) -> Tensor:
 
 @functools.cache
 def activate(backend: str) -> tuple[str, list[str]]:
-    """Choose what computes attention, for this process; call before anything is compiled.
+    """Choose what computes attention, for this process and its current device; call before compiling.
 
     Returns (its name, warnings). For varlen that is torch's FlashAttention-2 or, where its package is
     installed, the GPU is sm_90 and it computes the right thing, FlashAttention-3.
     """
     if backend != "varlen":
         return backend, []
-    if capability()[0] != 9 or not importlib.util.find_spec("flash_attn_interface"):
+    if torch.cuda.get_device_capability()[0] != 9 or not importlib.util.find_spec("flash_attn_interface"):
         return "varlen-FA2", []
     try:
         torch.nn.attention.activate_flash_attention_impl("FA3")

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kernels import cpu
-from runtime.compiling import not_compiled, torch_compile
 
 
 class FastForm(NamedTuple):
@@ -38,8 +37,11 @@ CPU_FORMS = (
     FastForm(
         "Attention.forward",
         cpu.make_attention_forward,
-        ("Attention.__init__", "norm", "Rotary.forward", "offset_keys", "pair_heads"),
-        "f0a580f9bcda",
+        (
+            *("Attention.__init__", "norm", "Rotary.forward", "offset_keys", "pair_heads"),
+            *("Documents.doc_ids", "Documents.attend", "Documents.attend_sdpa", "Documents.make_band"),
+        ),
+        "673c4c856e5b",
     ),
     FastForm("MLP.forward", cpu.make_mlp_forward, ("MLP.__init__", "norm"), "28ff85897c6b"),
     FastForm("polar_express", cpu.make_polar_express, (), "da3474ec8e1d"),
@@ -93,12 +95,12 @@ def forms_for(kernels: str) -> tuple[FastForm, ...]:
 
 
 @contextlib.contextmanager
-def installed(module, s, o):
+def installed(module, s, o, compiler=lambda function: function):
     """Put the fast forms in place for a run with these settings. Yields (names, warnings).
 
-    s, o: the trainer's and the optimizer's settings.
+    s, o: the trainer's and the optimizer's settings. compiler: torch.compile in some form, for their small
+    parts.
     """
-    compiler = torch_compile if s.compile == "1" else not_compiled
     names, warnings, originals = [], [], []
     wanted = [form for form in forms_for(s.kernels) if form.covers(o)]
     fits = [fingerprint(module, (form.name, *form.repeats)) == form.fingerprint for form in wanted]

@@ -42,6 +42,11 @@ def not_compiled(function):
     return function
 
 
+def compiler_for(s):
+    """The compiler of a run with these settings."""
+    return torch_compile if s.compile == "1" else not_compiled
+
+
 def compile_forward(function):
     """Compile a pass of the model, which is called as function(batch, ...).
 

@@ -26,6 +26,12 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 def find_device(env) -> str:
     """Resolve DEVICE to "cuda" or "cpu"; SettingsError if this machine lacks what it takes."""
     wanted = env.get("DEVICE", "auto")
+    if wanted != "cpu" and not torch.cuda.is_available() and torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise SettingsError(
+            f"torch {torch.__version__} finds {found} CUDA devices here, but cannot use them: is the driver "
+            "too old for it? Install a torch for this driver, or set DEVICE=cpu"
+        )
     if wanted == "cuda" and not torch.cuda.is_available():
         raise SettingsError("DEVICE='cuda', but torch finds no CUDA device here; use DEVICE=cpu or auto")
     if wanted == "cpu" or not torch.cuda.is_available():

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from data.shards import describe_shards
 from kernels import attention, fast_forms
 from runtime import checkpoints
-from runtime.compiling import CACHE_HELP, choose_allocator
+from runtime.compiling import CACHE_HELP, choose_allocator, compiler_for
 from runtime.log_writer import LogWriter, last_event, provenance, show, source_hash
 from runtime.ranks import Ranks, refuse_together
 from runtime.session import Diverged
@@ -300,7 +300,7 @@ class Supervisor:
         if self.ranks.rank == 0:
             write_beginning(self.module, start)
         attention_name, warnings = attention.activate(s.attn_backend)
-        with fast_forms.installed(self.module, s, start.o) as (names, stepped_aside):
+        with fast_forms.installed(self.module, s, start.o, compiler_for(s)) as (names, stepped_aside):
             log.event("kernels", attn=attention_name, fast_forms=",".join(names) or "none")
             for text in warnings + stepped_aside:
                 log.warn(text)

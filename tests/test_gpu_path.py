@@ -266,6 +266,22 @@ def test_more_ranks_than_gpus_are_refused(on_gpu, monkeypatch):
     train_gpt.read_settings({"MODEL": "tiny", "DEVICE": "cpu"})
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_gpus_that_torch_cannot_use_are_not_passed_over(device, monkeypatch):
+    """Fails if, under a driver too old for torch, eight ranks train on the CPU without a word."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(SettingsError, match="8 CUDA devices.*driver"):
+        train_gpt.read_settings({"MODEL": "tiny", "DEVICE": device})
+    assert train_gpt.read_settings({"MODEL": "tiny", "DEVICE": "cpu"})[0].device == "cpu"
+
+
+def same_heads(q, k) -> dict:
+    """No option at all; an error where torch 2.11's varlen attention would end in one."""
+    assert q.shape[1] == k.shape[1]
+    return {}
+
+
 class VarlenOnCPU:
     """Kernels of torch's varlen attention for the CPU, which has none; `off` makes their window too long, in
     the forward or in the backward pass."""
@@ -309,9 +325,19 @@ class VarlenOnCPU:
         return tuple(x.bfloat16() for x in grads)
 
 
-def test_a_wrong_attention_kernel_is_found_out():
-    """Else a package built for another torch trains a run on wrong numbers."""
+@pytest.mark.parametrize("shares_keys", [True, False], ids=["torch 2.13", "torch 2.11"])
+def test_a_wrong_attention_kernel_is_found_out(shares_keys, monkeypatch):
+    """Else a package built for another torch trains a run on wrong numbers.
+
+    torch 2.11's varlen attention takes only as many key heads as query heads.
+    """
     cpu = torch.device("cpu")
+    monkeypatch.setattr(attention, "VARLEN_SHARES_KEYS", shares_keys)
+    if not shares_keys:
+        takes_all = attention.varlen_attn
+        monkeypatch.setattr(
+            attention, "varlen_attn", lambda q, k, v, *a, **o: takes_all(q, k, v, *a, **o | same_heads(q, k))
+        )
     for kernels, wrong in (
         (VarlenOnCPU(), None),
         (VarlenOnCPU(forward_off=1), "output is off by 8% for heads of 128"),

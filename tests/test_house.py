@@ -20,7 +20,7 @@ PACKAGES = ("runtime", "kernels", "analysis", "data")
 MAY_IMPORT = {
     "trainers": {"runtime", "kernels", "data"},
     "runtime": {"runtime", "kernels", "data"},
-    "kernels": {"kernels", "runtime"},
+    "kernels": {"kernels"},
     "analysis": {"analysis"},
     "data": {"data"},
     "commands": {"analysis"},

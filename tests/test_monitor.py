@@ -196,7 +196,8 @@ def test_trials_of_one_file_have_their_own_curves(tmp_path):
     write(tmp_path, "two", trial.replace("{}", "3.1") + trial.replace("{}", "4.9"))
     monitor = Monitor(tmp_path)
     rows = by_name(monitor.poll())
-    assert monitor.curve(rows["two#1"]).max() < 4 < monitor.curve(rows["two#2"]).min()
+    first, second = (monitor_runs.late_losses(rows[name].run) for name in ("two#1", "two#2"))
+    assert first.max() < 4 < second.min()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -239,14 +240,12 @@ def test_sparkline(values, bars):
 
 def test_sparkline_samples_to_its_width():
     bars = monitor_runs.sparkline(range(1000), 8)
-    assert bars == "▁▂▃▄▅▆▇█" and monitor_runs.sparkline(range(8), 8, plain=True).isascii()
+    assert bars == "▁▂▃▄▅▆▇█" and bars.translate(monitor_runs.PLAIN).isascii()
 
 
 def test_progress():
-    assert (
-        monitor_runs.progress(0.5, 8, plain=True) == "####...."
-        and monitor_runs.progress(0, 4, plain=True) == "...."
-    )
+    assert monitor_runs.progress(0.5, 8).translate(monitor_runs.PLAIN) == "####...."
+    assert monitor_runs.progress(0, 4).translate(monitor_runs.PLAIN) == "...."
     assert monitor_runs.progress(1.0, 4) == "━━━━"
 
 

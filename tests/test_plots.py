@@ -42,6 +42,11 @@ def draw(folder, x="steps", target=3.28):
     return plot_loss.figure(arms, x, target), arms
 
 
+def panel(figure, name):
+    """A panel by its name in plot_loss.PANELS."""
+    return next(ax for ax in figure.axes if ax.get_label() == name)
+
+
 def texts(figure):
     return [text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text"))]
 
@@ -64,7 +69,8 @@ def test_six_panels_of_one_run(tmp_path):
     write_arms(tmp_path / "logs", [0.1])
     figure, arms = draw(tmp_path / "logs")
     run = arms[0].runs[0]
-    loss, clock, rate, rho, betas, batch = figure.axes[:6]
+    names = ("loss", "time", "lr", "rho", "betas", "batch")
+    loss, clock, rate, rho, betas, batch = (panel(figure, name) for name in names)
     titles = [ax.get_title(loc="left") for ax in (loss, clock, rate, rho, betas, batch)]
     assert titles[0] == "validation loss" and titles[1].startswith("training time")
     assert "learning rate" in titles[2] and "ρ" in titles[3] and "betas" in titles[4] and "batch" in titles[5]
@@ -92,12 +98,12 @@ def test_seeds_are_pooled_with_an_interval(tmp_path):
     write_arms(tmp_path / "logs", [0.0, 0.5], seeds=(1, 2, 3))
     figure, arms = draw(tmp_path / "logs")
     assert [len(arm.runs) for arm in arms] == [3, 3]
-    line, thin = curves.lines_of(arms[0], "val_loss", "steps")
+    line, thin = curves.lines_of(arms[0], "val_loss", curves.Axis("steps", []))
     at = len(line.x) // 2
     want = summarize([run.val.loss[at] for run in arms[0].runs])
     assert (line.y[at], line.low[at], line.high[at]) == pytest.approx((want.mean, want.low, want.high))
     assert line.x.tolist() == arms[0].runs[0].val.step.tolist() and not thin
-    assert len(figure.axes[0].collections) == 2  # a band for each arm
+    assert len(panel(figure, "loss").collections) == 2  # a band for each arm
     final = summarize([run.final_val_loss for run in arms[0].runs])
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert any(f"{final.mean:.4f} ± {final.high - final.mean:.4f} (n=3)" in text for text in legend)
@@ -109,7 +115,7 @@ def test_a_single_validation_is_visible(tmp_path):
     for seed in (1, 2, 3):
         write(tmp_path / "logs", f"s{seed}", f"step:99/99 val_loss:3.{seed} train_time:9s\n")
     figure, _ = draw(tmp_path / "logs")
-    points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    points = [line for line in panel(figure, "loss").lines if line.get_marker() == "o"]
     assert sorted(line.get_ydata()[0] for line in points) == [3.1, 3.2, 3.3]
 
 
@@ -117,7 +123,7 @@ def test_two_seeds_are_both_shown(tmp_path):
     """The 95% interval of two runs is 13 sd wide on either side: the runs themselves say more."""
     write_arms(tmp_path / "logs", [0.1], seeds=(1, 2))
     _, arms = draw(tmp_path / "logs")
-    line, thin = curves.lines_of(arms[0], "val_loss", "steps")
+    line, thin = curves.lines_of(arms[0], "val_loss", curves.Axis("steps", []))
     assert line.low is None and len(thin) == 2
     np.testing.assert_allclose(line.y, np.mean([run.val.loss for run in arms[0].runs], axis=0))
 
@@ -130,7 +136,7 @@ def test_unfinished_runs_do_not_enter_the_mean(tmp_path):
     )
     write(tmp_path / "logs", "lost", text)
     _, arms = draw(tmp_path / "logs")
-    line, thin = curves.lines_of(arms[0], "val_loss", "steps")
+    line, thin = curves.lines_of(arms[0], "val_loss", curves.Axis("steps", []))
     assert line.x[-1] == STEPS and [other.x[-1] for other in thin] == [100]
     assert "1 unfinished" in plot_loss.legend_label(arms[0])
     losses = plot_loss.final_losses(arms[0])
@@ -155,11 +161,11 @@ def test_other_axes(tmp_path, x):
     write_arms(tmp_path / "logs", [0.1])
     figure, arms = draw(tmp_path / "logs", x)
     run = arms[0].runs[0]
-    line = next(line for line in figure.axes[0].lines if len(line.get_xdata()) == len(run.val))
+    line = next(line for line in panel(figure, "loss").lines if len(line.get_xdata()) == len(run.val))
     want = run.val.tokens / 1e6 if x == "tokens" else run.val.time_ms / 1000
     np.testing.assert_allclose(line.get_xdata(), want)
-    assert figure.axes[0].get_xlim()[1] == pytest.approx(want[-1], rel=0.02)
-    assert all({"tokens": "millions", "time": "time, s"}[x] in ax.get_xlabel() for ax in figure.axes[:6])
+    assert panel(figure, "loss").get_xlim()[1] == pytest.approx(want[-1], rel=0.02)
+    assert all({"tokens": "millions", "time": "time, s"}[x] in ax.get_xlabel() for ax in figure.axes)
 
 
 def test_schedules_that_agree_are_drawn_once(tmp_path):
@@ -170,8 +176,8 @@ def test_schedules_that_agree_are_drawn_once(tmp_path):
     assert texts(figure).count("the same in all") == 3
     write(tmp_path / "logs", "other", text)
     figure, _ = draw(tmp_path / "logs")
-    assert texts(figure).count("the same in all") == 2 and len(figure.axes[5].lines) == 3
-    assert "64k" in [label.get_text() for label in figure.axes[5].get_yticklabels()]
+    assert texts(figure).count("the same in all") == 2 and len(panel(figure, "batch").lines) == 3
+    assert "64k" in [label.get_text() for label in panel(figure, "batch").get_yticklabels()]
 
 
 def test_public_log_without_schedules(tmp_path):
@@ -200,17 +206,17 @@ def test_nothing_overlaps(tmp_path, num_arms):
     figure, arms = draw(tmp_path / "logs")
     figure.draw_without_rendering()
     assert len(arms) == num_arms
-    boxes = [ax.get_tightbbox() for ax in figure.axes[:6]]
+    boxes = [ax.get_tightbbox() for ax in figure.axes]
     boxes.append(figure.legends[0].get_window_extent())
     for i, a in enumerate(boxes):
         assert a.x0 >= 0 and a.y0 >= 0 and a.x1 <= figure.bbox.x1 and a.y1 <= figure.bbox.y1, i
         for b in boxes[i + 1 :]:
             assert not a.overlaps(b)
-    names = [text for text in figure.axes[0].child_axes[0].texts if text.get_text()]
+    names = [text for text in panel(figure, "loss").child_axes[0].texts if text.get_text()]
     words = [Text.get_window_extent(text) for text in names]  # without their leading lines
     ends = sorted(words, key=lambda box: box.y0)
     assert len(ends) == (num_arms if 1 < num_arms <= 12 else 0)
-    box = figure.axes[0].child_axes[0].get_window_extent()
+    box = panel(figure, "loss").child_axes[0].get_window_extent()
     assert all(box.y0 - 0.1 * box.height < end.y0 and end.y1 < box.y1 + 0.1 * box.height for end in ends)
     for below, above in zip(ends[:-1], ends[1:], strict=True):
         assert above.y0 >= below.y0 + 0.6 * below.height
@@ -224,7 +230,7 @@ def test_long_names_get_letters(tmp_path):
         settings = {"optimizer": optimizer}
         write(tmp_path / "logs", optimizer, make_log(optimizer, 1, settings, STEPS, val_every=10))
     figure, _ = draw(tmp_path / "logs")
-    assert sorted(text.get_text() for text in figure.axes[0].child_axes[0].texts) == ["A", "B"]
+    assert sorted(text.get_text() for text in panel(figure, "loss").child_axes[0].texts) == ["A", "B"]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [text[0] for text in legend] == ["A", "B"] and "optimizer=adamw" in legend[0]
 
@@ -247,7 +253,7 @@ def test_a_failed_run_does_not_flatten_the_others(tmp_path):
         tmp_path / "logs", "bad", make_log("bad", 1, {"spectral_lr_mul": 9.0}, STEPS, val_every=10, final=7.0)
     )
     figure, _ = draw(tmp_path / "logs")
-    low, high = figure.axes[0].child_axes[0].get_ylim()
+    low, high = panel(figure, "loss").child_axes[0].get_ylim()
     assert low < 3.25 and 3.29 < high < 4 and "1 above this range" in texts(figure)
 
 

@@ -103,6 +103,14 @@ def test_one_wrong_word_does_not_spoil_a_column():
     np.testing.assert_array_equal(run.columns["spec"].value, [[1, 2], [1, math.nan], [3, 4]])
 
 
+@pytest.mark.parametrize("value", ["abc", "[1,2]"])
+def test_a_word_or_a_list_is_no_number(value):
+    """One odd line must not end a monitor that shows a thousand logs."""
+    run = only(f"step:1/9 train_loss:4 train_time:{value} tokens:7\n")
+    assert run.numbers("train_time") is None and math.isnan(run.last_time_ms)
+    assert run.last("tokens") == 7 and math.isnan(run.last("nothing"))
+
+
 def test_source_lookalikes_are_not_read():
     """Step, event and config lines inside the embedded source are text, wherever in the source they stand."""
     run = only(make_log())
