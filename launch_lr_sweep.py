@@ -30,12 +30,13 @@ A sweep file names a trainer, seeds and what varies:
     [scale.tiny.grid]
     MUON_LR = [0.023]
 
-Everything is checked against the trainer's own --settings-json before anything runs. Settings come from the
+The trainer itself checks the settings of every arm before anything runs. Settings come from the
 file, never from the environment, except those that say where to run (DATA_PATH, DEVICE and the like).
 Seeds are interleaved across arms. `logs/SWEEP.sweep.json`, the manifest, says what is planned and done;
 `logs/RUN_ID.out` has a run's console output. Launching again runs only what is missing: a run counts as done
 if it finished or diverged with the same seed, source code and settings. Settings that change only what is
-recorded do not count, but are named. Ctrl-C stops all runs. Exit code: 0 all runs finished, 1 some did not,
+recorded do not count, but are named. A run that the trainer refuses to begin is the last one that is started.
+Ctrl-C stops all runs. Exit code: 0 all runs finished, 1 some did not,
 2 refused, 128 + n after signal n.
 """
 
@@ -63,14 +64,22 @@ from analysis.expected_time import expected_time
 from analysis.files import write_atomically
 from analysis.manifest import LOGS, Manifest, Run, now
 from analysis.processes import adopt_orphans, processes_of, reap_orphans, start_process, stop_processes
-from analysis.run_environment import command_of, environment_of, settings_of, warm_marker
+from analysis.run_environment import (
+    LAUNCHER_DEFAULTS,
+    command_of,
+    environment_of,
+    settings_of,
+    warm_marker,
+)
 from analysis.run_log import LogFollower, RunLog, format_value
+from analysis.shown import clean
 from analysis.style import format_time
-from analysis.sweep_files import Sweep, missing_data, read_sweep
+from analysis.sweep_files import Sweep, read_sweep
 from analysis.sweep_plan import end_log, how_it_ended, open_manifest, plan, recorded_otherwise, settle
-from analysis.trainers import TORCHRUN_SETS, read_trainer
+from analysis.trainers import TORCHRUN_SETS, env_text, read_trainer
 
 POLL_S = 0.2
+SLURM_SAVE_EVERY = "100"  # steps between checkpoints, for runs that may be preempted
 
 
 # ------------------------------------------------------------------------------------------------
@@ -219,6 +228,9 @@ class Launcher:
         except OSError as error:
             self.display.say(f"{run.log}: {error}")
         self.save()
+        if state == "refused" and self.todo:  # the others would be refused, too
+            self.display.say(f"{len(self.todo)} run(s) not started: the trainer refused this one")
+            self.todo.clear()
         seconds = time.monotonic() - job.begin
         if state == "finished":
             self.seconds.append(seconds)
@@ -273,7 +285,7 @@ class Display:
         """Print a line, above the table if there is one."""
         if self.live:
             with contextlib.suppress(OSError):  # the terminal has gone
-                self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self.live.console.print(clean(text), markup=False, highlight=False, soft_wrap=True)
         else:
             say(text)
 
@@ -394,6 +406,8 @@ def summarize(manifest: Manifest, signal_number: int) -> int:
         say("launch again to run what is missing")
     if signal_number:
         return 128 + signal_number
+    if "refused" in states:
+        return 2
     return int(states.count("finished") < len(states))
 
 
@@ -402,30 +416,55 @@ def summarize(manifest: Manifest, signal_number: int) -> int:
 # ------------------------------------------------------------------------------------------------
 
 
-def write_slurm(sweep: Sweep, runs: list[Run], nproc: int, parallel: int) -> Path:
-    """Write a job array, one task a run, that needs no launcher: the manifest already says what each is."""
-    on_cpu = all(arm.settings.get("DEVICE") == "cpu" for arm in sweep.arms)
-    foreign = {*TORCHRUN_SETS}.union(*(read_trainer(run.script).settings for run in runs))
+def slurm_options(sweep: Sweep, num_runs: int, nproc: int, parallel: int) -> list[str]:
+    """Return what a job array asks of SLURM: GPUs, unless all runs are for a CPU; to be requeued."""
+    on_cpu = all(is_for_cpu(arm.settings) for arm in sweep.arms)
     at_once = f"%{parallel}" if parallel > 1 else ""
+    options = [
+        f"job-name={sweep.name}",
+        f"array=0-{num_runs - 1}{at_once}",
+        "nodes=1",
+        "ntasks=1",
+        f"cpus-per-task={nproc if on_cpu else 4 * nproc}",
+        *([] if on_cpu else [f"gpus-per-node={nproc}"]),
+        "time=24:00:00",
+        "signal=B:TERM@120",  # a run that its time is up for saves, and the next launch goes on
+        "requeue",
+        "open-mode=append",
+        f"output={LOGS}/{sweep.name}.slurm-%a.out",
+    ]
+    return [f"#SBATCH --{option}" for option in options]
+
+
+def is_for_cpu(settings: dict) -> bool:
+    """Return whether a run is to be on a CPU, or may be and has a model that a CPU trains in minutes."""
+    device, model = settings.get("DEVICE", "auto"), str(settings.get("MODEL", ""))
+    return device == "cpu" or (device == "auto" and "tiny" in model)
+
+
+def write_slurm(sweep: Sweep, runs: list[Run], nproc: int, parallel: int) -> Path:
+    """Write a job array, one task a run, that needs no launcher: the manifest already says what each is.
+
+    A run that is preempted goes on, requeued, from its last checkpoint.
+    """
+    foreign = {*TORCHRUN_SETS}.union(*(read_trainer(run.script).settings for run in runs))
     lines = [
         "#!/bin/bash",
         f"# {len(runs)} runs of {sweep.file}, written by launch_lr_sweep.py --slurm. Submit it from the same",
         f"# folder: sbatch [--partition=...] [--time=...] {LOGS}/{sweep.name}.slurm.sh",
-        f"#SBATCH --job-name={sweep.name}",
-        f"#SBATCH --array=0-{len(runs) - 1}{at_once}",
-        "#SBATCH --nodes=1",
-        "#SBATCH --ntasks=1",
-        f"#SBATCH --{'cpus-per-task' if on_cpu else 'gpus-per-node'}={nproc}",
-        f"#SBATCH --output={LOGS}/{sweep.name}.slurm-%a.out",
+        *slurm_options(sweep, len(runs), nproc, parallel),
         'cd "${SLURM_SUBMIT_DIR:-.}" || exit 1',
         "unset " + " ".join(sorted(foreign)) + "  # sbatch passes on the environment that it is called in",
         'case "$SLURM_ARRAY_TASK_ID" in',
     ]
     for number, run in enumerate(runs):
-        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings_of(run).items())
+        values = settings_of(run)
+        if "SAVE_EVERY" in read_trainer(run.script).settings and values.get("SAVE_EVERY", "0") == "0":
+            values["SAVE_EVERY"] = SLURM_SAVE_EVERY
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
         command = shlex.join(command_of(read_trainer(run.script).path, nproc))
         lines.append(f"{number}) export {settings}")
-        lines.append(f"    exec {command} > {shlex.quote(str(run.console))} 2>&1 ;;")
+        lines.append(f"    exec {command} >> {shlex.quote(str(run.console))} 2>&1 ;;")
     lines += ['*) echo "no run number $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;', "esac", ""]
     path = LOGS / f"{sweep.name}.slurm.sh"
     write_atomically(path, "\n".join(lines))
@@ -511,20 +550,25 @@ class Prepared(NamedTuple):
     why: dict[int, str]
     slots: list[Slot]
     nproc: int
-    missing: str  # data files, which a dry run only tells
+    missing: list[str]  # data files, cores or GPUs, which a dry run only tells
 
 
 def prepare(args: argparse.Namespace, held: contextlib.ExitStack) -> Prepared:
     """Check and plan everything; ValueError or OSError for whatever can be refused. `held` takes the lock."""
-    sweep = read_sweep(args.sweep, args.scale)
-    slots, nproc = [], args.nproc_per_run or 1
+    given = {name: env_text(value) for name, value in LAUNCHER_DEFAULTS.items()}
+    given["NPROC_PER_NODE"] = str(args.nproc_per_run)
+    sweep = read_sweep(args.sweep, args.scale, given, elsewhere=args.slurm)
+    slots, nproc, missing = [], args.nproc_per_run or 1, []
     if not args.slurm:  # a cluster's machines are others
-        use_gpus = any(arm.settings.get("DEVICE") != "cpu" for arm in sweep.arms)
-        slots, nproc = share_out(args.parallel, args.nproc_per_run, use_gpus)
-    missing = missing_data(sweep)
+        gpus = [read_trainer(arm.script).gpus for arm in sweep.arms if arm.settings.get("DEVICE") != "cpu"]
+        try:
+            slots, nproc = share_out(args.parallel, args.nproc_per_run, gpus[0] if gpus else ())
+        except ValueError as error:
+            missing.append(str(error))
+        missing += [f"arm {arm.tag!r}: {arm.lacks}" for arm in sweep.arms if arm.lacks][:1]
     if not args.dry_run:
         if missing:
-            raise ValueError(missing)
+            raise ValueError(missing[0])
         held.enter_context(locked(sweep))
     manifest = open_manifest(sweep)
     for run in [*manifest.runs, *manifest.earlier]:
@@ -552,8 +596,8 @@ def main(argv: list[str]) -> int:
             return 128 + signal.SIGINT
         print_plan(sweep, manifest, why, slots, nproc)
         if args.dry_run:
-            if missing:
-                say(f"before it can run: {missing}")
+            for text in missing:
+                say(f"before it can run: {text}")
             return 0
         if args.slurm and why:
             path = write_slurm(sweep, [manifest.runs[i] for i in why], nproc, args.parallel)

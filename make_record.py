@@ -38,9 +38,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis.command_line import complain, make_parser
-from analysis.files import write_atomically
+from analysis.files import read_text, write_atomically
 from analysis.manifest import Run, manifest_path, read_manifest
 from analysis.run_log import SEPARATOR_WIDTH, find_log, log_stem, read_log, read_unpacked
+from analysis.shown import console
 
 HERE = Path(__file__).resolve().parent
 RECIPE = "record.toml"
@@ -57,7 +58,7 @@ def read_commands(record: Path) -> list[list[str]]:
     """Return a record's commands, split into words; ValueError unless all are tools of this project."""
     path = record / RECIPE
     try:
-        commands = tomllib.loads(path.read_text()).get("commands")
+        commands = tomllib.loads(read_text(path)).get("commands")
     except FileNotFoundError:
         raise ValueError(
             f"no {path}, whose commands make the record: `python make_record.py --help`"
@@ -215,6 +216,12 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make, check or start a record; return the exit code."""
     options = parse_args(arguments)
+    with console():
+        return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make, check or start a record; return the exit code."""
     try:
         if options.check and options.new:
             raise ValueError("--check is of a record that exists, --new of one that does not")
@@ -230,6 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         readme = options.record / "README.md"
         if not readme.exists():
             print(f"{readme} is yours to write: what was asked, run, found, and not shown")
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return complain(error)
     return 0

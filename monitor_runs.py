@@ -13,6 +13,7 @@ watching a thousand logs is cheap; compressed logs, as in records/, are not show
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -32,6 +33,7 @@ from analysis.arms import arm_key, name_arms
 from analysis.command_line import complain, make_parser
 from analysis.manifest import Manifest, ManifestFolder, Run
 from analysis.run_log import LogFollower, RunLog
+from analysis.shown import clean, console
 from analysis.style import format_time, shorten, shorten_apart
 from analysis.tables import format_difference, format_loss, format_number, without_nan
 
@@ -460,7 +462,8 @@ def watch(monitor: Monitor, interval: float) -> None:
         while True:
             rows = monitor.poll()
             lines = text_lines(rows, monitor, console.width, console.height, plain=not speaks_unicode())
-            live.update(Text("\n").join(Text.assemble(*line) for line in lines), refresh=True)
+            shown = [Text.assemble(*((clean(text), look) for text, look in line)) for line in lines]
+            live.update(Text("\n").join(shown), refresh=True)
             time.sleep(interval)
 
 
@@ -502,21 +505,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain(f"{options.logs} is no folder; say where the logs are with --logs DIR")
     if not options.interval > 0:
         return complain(f"--interval {options.interval:g} is not above 0 seconds")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a name in letters that the terminal does not have
     monitor = Monitor(options.logs, options.stalled_after, options.control)
-    try:
-        if options.json:
-            print(as_json(monitor.poll()))
-        elif options.once or not sys.stdout.isatty():
-            width = shutil.get_terminal_size((160, 50)).columns
-            print_plain(monitor.poll(), monitor, width, plain=not speaks_unicode())
-        else:
+    with contextlib.suppress(KeyboardInterrupt):
+        if sys.stdout.isatty() and not (options.once or options.json):
             watch(monitor, options.interval)
-    except KeyboardInterrupt:
-        pass
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stderr.close()
+            return 0
+        with console():
+            if options.json:
+                print(as_json(monitor.poll()))
+            else:
+                width = shutil.get_terminal_size((160, 50)).columns
+                print_plain(monitor.poll(), monitor, width, plain=not speaks_unicode())
     return 0
 
 

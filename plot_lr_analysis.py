@@ -304,7 +304,7 @@ def csv_of(analysis: Analysis) -> str:
 
 
 def write_analysis(options: Namespace) -> None:
-    results = read_results(options.paths, options.logs, None, options.pool_sources)
+    results = read_results(options.paths, options.logs, None, options.pool_sources, options.stopped_early)
     analysis = analyse(results, options.setting, options.where)
     if not analysis.results.has_steps:
         raise ValueError(f"none of the {len(analysis.results.attempts)} runs has logged a step yet")

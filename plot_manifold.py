@@ -435,7 +435,7 @@ def draw_measurements(options: Namespace) -> None:
     unknown = set(metrics) - set(METRICS)
     if unknown:
         raise ValueError(f"--metrics {', '.join(sorted(unknown))}: there are {', '.join(METRICS)}")
-    results = read_results(options.paths, options.logs, None, options.pool_sources)
+    results = read_results(options.paths, options.logs, None, options.pool_sources, options.stopped_early)
     runs = read_all(results)
     out = options.out or results.folder / f"{results.name}_manifold"
     figures = {f"heatmap_{metric}": partial(heatmap, runs, metric) for metric in metrics}

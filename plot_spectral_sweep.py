@@ -141,7 +141,7 @@ def draw_sweep(options: Namespace) -> None:
     if not options.paths and not options.logs.is_dir():
         raise ValueError(f"there is no folder {options.logs}/: train first, or name logs or a sweep")
     paths = options.paths or [options.logs]
-    results = read_results(paths, options.logs, options.control, options.pool_sources)
+    results = read_results(paths, options.logs, options.control, options.pool_sources, options.stopped_early)
     if not results.has_steps:
         raise ValueError(f"none of the {len(results.attempts)} runs has logged a step yet: nothing to draw")
     out = options.out or default_out(results, time.time())

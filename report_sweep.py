@@ -459,7 +459,9 @@ def save_pictures(results: Results, target: float, folder: Path) -> list[str]:
 
 
 def write_report(options: Namespace) -> None:
-    results = read_results(options.paths, options.logs, options.control, options.pool_sources)
+    results = read_results(
+        options.paths, options.logs, options.control, options.pool_sources, options.stopped_early
+    )
     target = choose_target(results, options.target, options.target_on)
     rows = rows_of(results, target)
     folder = options.out or results.folder / results.name

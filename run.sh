@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 # Set everything up and train. All settings are environment variables (README.md, or --help of the script):
 #   ./run.sh                                 two or three minutes on a laptop; all GPUs where there are some
+#   ./run.sh my_text.txt                     on your own text (.txt .md .rst .jsonl .parquet), and show a sample
 #   SCRIPT=train_gpt.py SEED=1 ./run.sh      the baseline instead of Muon + ORD
 #   NPROC_PER_NODE=4 ./run.sh                so many ranks
 #   SAVE_EVERY=100 MAX_RESTARTS=3 ./run.sh   checkpoints, from which torchrun restarts the run if it dies
 #   RUN_ID=mine RESUME=auto ./run.sh         go on with a run that was stopped
 set -euo pipefail
+texts=()
+for text in "$@"; do
+  [ -f "$text" ] || { echo "$text: no such file; run.sh takes text files, settings are variables: MODEL=tiny ./run.sh" >&2; exit 2; }
+  texts+=("$(cd "$(dirname "$text")" && pwd)/$(basename "$text")")
+done
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ -n "${RESUME:-}" ] && [ -z "${RUN_ID:-}" ]; then
   echo "RESUME=$RESUME without RUN_ID: which run? Set RUN_ID to the name of its log in logs/, without .txt" >&2
@@ -13,38 +19,40 @@ if [ -n "${RESUME:-}" ] && [ -z "${RUN_ID:-}" ]; then
 fi
 source setup_env.sh
 setup_env
-source .venv/bin/activate
+python=.venv/bin/python
 
 script=${SCRIPT:-train_gpt_muon_ord.py}
 [ -f "$script" ] || { echo "SCRIPT=$script: no such file; train_gpt_muon_ord.py and train_gpt.py are" >&2; exit 2; }
 
-num_gpus=0
-if [ "${DEVICE:-auto}" != cpu ]; then
-  num_gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-fi
-# the largest of 1, 2, 4, 8 that fits the GPUs, or the cores: these divide the 8 slices of a batch
-fit() { local n=1; while [ $((n * 2)) -le "$1" ] && [ $n -lt 8 ]; do n=$((n * 2)); done; echo $n; }
-if [ -z "${NPROC_PER_NODE:-}" ] || [ "$NPROC_PER_NODE" = 0 ]; then
-  if [ "$num_gpus" -gt 0 ]; then NPROC_PER_NODE=$(fit "$num_gpus"); else NPROC_PER_NODE=$(fit "$(nproc)"); fi
+if [ ${#texts[@]} -gt 0 ]; then
+  # a small model on bytes, unless MODEL names another; all of a long document is read
+  export MODEL=${MODEL:-tiny} DATA_PATH=${DATA_PATH:-data/own} LONG_DOCS=${LONG_DOCS:-split}
+  vocabulary=()
+  case $MODEL in tiny* | moe-tiny) vocabulary=(--bytes) ;; esac
+  $python data/tokenize_text.py "${texts[@]}" --out "$DATA_PATH" --force ${vocabulary[@]+"${vocabulary[@]}"}
 fi
 
-model=${MODEL:-auto}
-[ "$model" = auto ] && { [ "$num_gpus" -gt 0 ] && model=gpt2-small || model=tiny; }
-if [ "$model" = tiny ] && [ -z "${TRAIN_FILES:-}" ]; then
-  python data/embedded_corpus.py
-elif [ -z "${TRAIN_FILES:-}" ] && ! compgen -G "${DATA_PATH:-.}/data/fineweb10B/fineweb_train_*.bin" >/dev/null; then
-  echo "no FineWeb shards in ${DATA_PATH:-.}/data/fineweb10B; this fetches 900M tokens (1.8 GB):" >&2
-  echo "    .venv/bin/python data/cached_fineweb10B.py 9" >&2
-  echo "or train the small model on text that is here already:  MODEL=tiny ./run.sh" >&2
-  exit 2
-fi
+# the trainer refuses, here and once, what it would refuse later on every rank; else it says what it will use
+checked=$($python "$script" --check-settings) || exit
+eval "$checked"  # exports MODEL, RUN_ID and NPROC_PER_NODE
 
-export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)-$(basename "$script" .py)-$model-seed${SEED:-0}}
-export MODEL=$model NPROC_PER_NODE OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-[ "$NPROC_PER_NODE" = 1 ] && unset OMP_NUM_THREADS
 # time to finish the step and save before torchrun kills; its own default is 30 s
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
-torchrun --standalone --nproc-per-node="$NPROC_PER_NODE" --max-restarts="${MAX_RESTARTS:-0}" "$script"
-python plot_loss.py "logs/$RUN_ID.txt" --out "logs/$RUN_ID.png"
+# threads of several ranks are the trainer's affair; they sleep while they wait, else a busy machine collapses:
+# 20 steps of tiny in one process on two cores with a load of 11 took 8 s, and minutes with threads that spin
+[ "$NPROC_PER_NODE" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+# an address, because the name of this machine need not have one
+$python -m torch.distributed.run --standalone --local-addr=127.0.0.1 \
+  --nproc-per-node="$NPROC_PER_NODE" --max-restarts="${MAX_RESTARTS:-0}" "$script"
+$python plot_loss.py "logs/$RUN_ID.txt" --out "logs/$RUN_ID.png" ||
+  echo "the run is finished; its curves could not be drawn" >&2
 echo "log    logs/$RUN_ID.txt"
 echo "curves logs/$RUN_ID.png"
+model=logs/$RUN_ID/model.safetensors
+[ -f "$model" ] || exit 0
+echo "model  $model; it goes on with a text: $python sample.py $model --prompt \"...\""
+if [ ${#texts[@]} -gt 0 ]; then
+  echo "a sample of it:"
+  $python sample.py "$model" --tokens 200
+fi

@@ -10,14 +10,21 @@ the end of a run (SAVE_MODEL=1, the default).
 
 import argparse
 import json
+import math
+import os
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH=1
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from analysis.shown import console
 from kernels.attention import Documents
 from train_gpt import GPT, SOFTCAP, Batch, ModelConfig
+
+LEAST_TEMPERATURE = 1e-6  # below it, fp32 knows only the likeliest token
 
 
 class SampleError(ValueError):
@@ -96,8 +103,12 @@ def sample(
     model.rotary.make_tables((len(tokens) + count) * (2 if model.config.paired_layers else 1))
     for _ in range(count):
         logits = next_logits(model, tokens, metadata).float().cpu()
-        if temperature > 0:
-            logits = logits / temperature
+        if not logits.isfinite().all():
+            raise SampleError(
+                "the model's logits are not finite numbers: its weights are broken, train again"
+            )
+        if temperature > LEAST_TEMPERATURE:
+            logits = (logits - logits.max()) / temperature
             if top_k:
                 logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
             token = int(torch.multinomial(logits.softmax(0), 1, generator=generator))
@@ -109,7 +120,45 @@ def sample(
         yield token
 
 
+def read_prompt(given: str) -> str:
+    """The prompt as given, or from standard input for "-"; SampleError if it is not UTF-8.
+
+    Read as bytes, so that the console's encoding does not matter.
+    """
+    raw = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise SampleError(
+            f"the prompt is not UTF-8 (found byte {raw[error.start]:#04x} at position {error.start}); use "
+            "iconv"
+        ) from None
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise SampleError for numbers out of range, or a device that is not here."""
+    if args.tokens < 1 or not 0 <= args.temperature < math.inf or args.top_k < 0:
+        raise SampleError("--tokens must be at least 1, --temperature and --top-k at least 0")
+    if not 0 <= args.seed < 2**63:
+        raise SampleError(f"--seed {args.seed}: wanted a whole number from 0 to {2**63 - 1}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SampleError("--device cuda, but torch finds no CUDA device here; leave it out")
+
+
 def main(argv: list[str]) -> int:
+    """Exit code: 0, or 2 for unusable input, 130 after Ctrl-C."""
+    with console():
+        try:
+            write_sample(parse_args(argv))
+        except SampleError as error:
+            print(f"sample.py: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+    return 0
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -121,20 +170,19 @@ def main(argv: list[str]) -> int:
         "--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: from all"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    args = parser.parse_args(argv)
-    try:
-        model, metadata = load_model(args.model, args.device)
-        encode, decode = text_codec(metadata["vocab_size"])
-        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-        if args.tokens < 1 or args.temperature < 0 or args.top_k < 0:
-            raise SampleError("--tokens must be at least 1, --temperature and --top-k at least 0")
-        given = encode(prompt)
-        if metadata["mark"] in given:
-            raise SampleError(f"the prompt contains the document mark (token {metadata['mark']}); remove it")
-    except SampleError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (cpu)")
+    return parser.parse_args(argv)
+
+
+def write_sample(args: argparse.Namespace) -> None:
+    """Print the prompt and what the model makes of it."""
+    check_arguments(args)
+    model, metadata = load_model(args.model, args.device)
+    encode, decode = text_codec(metadata["vocab_size"])
+    prompt = read_prompt(args.prompt)
+    given = encode(prompt)
+    if metadata["mark"] in given:
+        raise SampleError(f"the prompt contains the document mark (token {metadata['mark']}); remove it")
     new = []
     print(prompt, end="", flush=True)
     for token in sample(model, metadata, given, args.tokens, args.temperature, args.top_k, args.seed):
@@ -143,7 +191,6 @@ def main(argv: list[str]) -> int:
         if not whole.endswith("\ufffd"):  # wait for the rest of a multi-byte character
             print(whole[len(shown.rstrip("\ufffd")) :], end="", flush=True)
     print()
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,17 +17,17 @@ PARTS = re.compile(r'\A(""".*?"""\n)(.*?)(^# >>> optimizer$.*?^# <<< optimizer$)
 
 def synced() -> str:
     """The twin as it should be: its own docstring and fence, the baseline's everything else."""
-    _, before, _, after = PARTS.match(BASELINE.read_text()).groups()
-    docstring, _, fenced, _ = PARTS.match(TWIN.read_text()).groups()
+    _, before, _, after = PARTS.match(BASELINE.read_text(encoding="utf-8")).groups()
+    docstring, _, fenced, _ = PARTS.match(TWIN.read_text(encoding="utf-8")).groups()
     return docstring + before + fenced + after
 
 
 def main() -> int:
     text = synced()
-    if text == TWIN.read_text():
+    if text == TWIN.read_text(encoding="utf-8"):
         print("the twins agree")
     else:
-        TWIN.write_text(text)
+        TWIN.write_text(text, encoding="utf-8")
         print(f"{TWIN.name}: shared part copied from {BASELINE.name}")
     return 0
 

@@ -7,8 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source setup_env.sh
 setup_env
 .venv/bin/python data/embedded_corpus.py
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
+.venv/bin/python -m ruff check .
+.venv/bin/python -m ruff format --check .
 # a file of tests on each core: its runs of two ranks and its NumPy references leave gaps that others fill. In the
 # order of their names, because xdist's own (many tests first) leaves the few long ones to the end, on one core
 .venv/bin/python -m pytest -q tests -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -8,13 +8,14 @@ in it: requirements.txt pins the former, and the log names the latter (file, tok
 must hold.
 """
 
+import argparse
 import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from analysis.command_line import complain, make_parser
+from analysis.command_line import make_parser, run
 from analysis.run_log import RunLog, embedded_sources, read_log
 
 # in the log's config, but derived, or the business of that one run
@@ -58,19 +59,19 @@ def main(argv: list[str]) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("log", type=Path, help="a run's log, logs/RUN_ID.txt")
     parser.add_argument("folder", type=Path, help="a new folder for the source files")
-    args = parser.parse_args(argv)
-    try:
-        sources = embedded_sources(args.log)
-        write_sources(sources, args.folder)
-        run = read_log(args.log)[0]
-        started = run.event("started").fields
-        print(f"{len(sources)} files written to {args.folder}. The run again:\n")
-        print(command(run, args.folder))
-        print(f"\nDATA_PATH is as the run had it; its data were {started['train_data']}")
-        print(f"and {started['val_data']}; packages: torch {started['torch']}")
-    except (OSError, ValueError) as error:
-        return complain(error)
-    return 0
+    return run(unpack, parser, argv)
+
+
+def unpack(args: argparse.Namespace) -> None:
+    """Write the source files, and print the command that repeats the run."""
+    sources = embedded_sources(args.log)
+    write_sources(sources, args.folder)
+    found = read_log(args.log)[0]
+    started = found.event("started").fields
+    print(f"{len(sources)} files written to {args.folder}. The run again:\n")
+    print(command(found, args.folder))
+    print(f"\nDATA_PATH is as the run had it; its data were {started['train_data']}")
+    print(f"and {started['val_data']}; packages: torch {started['torch']}")
 
 
 if __name__ == "__main__":

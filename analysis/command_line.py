@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from analysis.shown import clean, console
+
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser that prints the command's docstring as it is written."""
@@ -23,6 +25,11 @@ def make_sweep_parser(description: str | None, out: str, paths: str = "+") -> ar
     parser.add_argument("paths", nargs=paths, type=Path, metavar="SWEEP.toml|LOG", help="a sweep, or logs")
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of logs and manifests")
     parser.add_argument("--pool-sources", action="store_true", help="pool runs of different source code")
+    parser.add_argument(
+        "--stopped-early",
+        action="store_true",
+        help="public logs that end in a validation are complete, also before their last step",
+    )
     parser.add_argument("--out", type=Path, help=out)
     return parser
 
@@ -34,25 +41,25 @@ def run(
 ) -> int:
     """Call a command with its parsed arguments; return its exit code, 2 if what the user gave is wrong."""
     options = parser.parse_args(arguments)
-    try:
-        command(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        return complain(error)
+    with console():
+        try:
+            command(options)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            return complain(error)
     return 0
 
 
 def say(text: str) -> None:
     """Print a line, if anybody reads: `| tee` ends at Ctrl-C before a launcher that has runs to stop."""
     try:
-        print(text, flush=True)
+        print(clean(text), flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(error: Exception | str) -> int:
     """Print what is wrong with what the user gave; return the exit code for it."""
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    print(clean(f"{Path(sys.argv[0]).name}: {error}"), file=sys.stderr)
     return 2

@@ -442,6 +442,7 @@ def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[
     least = max(np.quantile(sizes, 0.05), sizes.max() * 1e-5)
     threshold = 10.0 ** math.floor(math.log10(least))
     ax.set_yscale("symlog", linthresh=threshold, linscale=0.5)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own wants text.parse_math
     ax.axhline(0, color="black", linewidth=1)
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, -1.5 * threshold), max(high, 1.5 * threshold))

@@ -8,13 +8,10 @@ import subprocess
 from dataclasses import dataclass
 
 
-@functools.cache
-def visible_gpus() -> tuple[str, ...]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return tuple(ask_nvidia_smi("index"))
-    return tuple(part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1"))
+def gpu_names(count: int) -> tuple[str, ...]:
+    """Return the first `count` GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    return tuple(part.strip() for part in chosen.split(",") if part.strip())[:count]
 
 
 def ask_nvidia_smi(what: str) -> list[str]:
@@ -52,12 +49,11 @@ class Slot:
     cores: tuple[int, ...] = ()
 
 
-def share_out(parallel: int, nproc: int, use_gpus: bool) -> tuple[list[Slot], int]:
+def share_out(parallel: int, nproc: int, gpus: tuple[str, ...]) -> tuple[list[Slot], int]:
     """Return disjoint slots for `parallel` runs at a time, and the number of ranks of a run.
 
-    nproc 0 means all GPUs of a slot; on CPU, one rank. ValueError if the machine is too small.
+    nproc 0 means all GPUs of a slot; without GPUs, one rank. ValueError if the machine is too small.
     """
-    gpus = visible_gpus() if use_gpus else ()
     if gpus:
         nproc = nproc or max(1, len(gpus) // parallel)
         if parallel * nproc > len(gpus):

@@ -1,9 +1,24 @@
-"""Files that are written whole or not at all."""
+"""Text files: read in whatever encoding editors left them, written whole or not at all."""
 
+import codecs
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 or UTF-16 file, without its byte order mark; ValueError if it is neither."""
+    raw = path.read_bytes()
+    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = raw.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {line}: not UTF-8 (found byte {raw[error.start]:#04x}); save it as UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n")
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from analysis.files import write_atomically
+from analysis.shown import clean
 
 LOGS = Path("logs")  # where the trainers write, relative to the working directory
 SUFFIX = ".sweep.json"
@@ -25,7 +26,8 @@ SUFFIX = ".sweep.json"
 class Run:
     """One training run, planned or made.
 
-    state: planned, submitted (to SLURM), running, finished, diverged, crashed, hung, stopped.
+    state: planned, submitted (to SLURM), running, finished, diverged, crashed, hung, stopped, refused (by the
+    trainer, before it began).
     """
 
     run_id: str
@@ -119,7 +121,7 @@ def manifest_path(sweep: str, logs: Path = LOGS) -> Path:
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest. FileNotFoundError if there is none; ValueError if the file is not one."""
     try:
-        data = json.loads(path.read_text())
+        data = clean(json.loads(path.read_text(encoding="utf-8")))
         runs = [Run.from_record(record) for record in data["runs"]]
         earlier = [Run.from_record(record) for record in data.get("earlier", [])]
         return Manifest(

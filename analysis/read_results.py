@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from analysis.arms import group_by_arm
+from analysis.files import read_text
 from analysis.manifest import Manifest, Run, manifest_path, read_manifest
 from analysis.results import FAILED, Attempt, Results, SweepArm
 from analysis.run_log import RunLog, find_log, format_value, read_log, read_runs
@@ -27,6 +28,7 @@ def read_results(
     logs: str | Path = "logs",
     control: str | None = None,
     pool_sources: bool = False,
+    stopped_early: bool = False,
 ) -> Results:
     """A sweep given by its file or manifest, or logs and folders of logs. Raises ValueError or OSError.
 
@@ -37,7 +39,11 @@ def read_results(
     if sweeps and len(paths) > 1:
         raise ValueError(f"{sweeps[0]} is a sweep; give one sweep, or logs, not both")
     logs = Path(logs)
-    results = _read_sweep(sweeps[0], logs, pool_sources) if sweeps else _read_logs(paths, pool_sources)
+    results = (
+        _read_sweep(sweeps[0], logs, pool_sources)
+        if sweeps
+        else _read_logs(paths, pool_sources, stopped_early)
+    )
     _mark_foreign(results, control)
     results.control = _find_control(results, control)
     if control is None:
@@ -178,7 +184,7 @@ def _resolve_settings(arms: Sequence[SweepArm]) -> None:
 def _question(file: Path) -> str:
     """The first paragraph of comment at the head of a sweep file."""
     try:
-        text = file.read_text()
+        text = read_text(file)
         tomllib.loads(text)
     except (OSError, ValueError):
         return ""
@@ -190,12 +196,23 @@ def _question(file: Path) -> str:
     return " ".join(lines)
 
 
-def _read_logs(paths: Sequence[Path], pool_sources: bool) -> Results:
+def _read_logs(paths: Sequence[Path], pool_sources: bool, stopped_early: bool) -> Results:
     runs = read_runs(paths)
     if not runs:
         places = ", ".join(map(str, paths))
         raise ValueError(f"no log in {places}: logs are files that end in .txt or .txt.xz")
     notes = []
+    early = [run for run in runs if _ends_early(run)]
+    if early and stopped_early:
+        notes.append(
+            f"{len(early)} public logs end before their last step, and count as --stopped-early asked"
+        )
+        runs = [replace(run, state="finished") if _ends_early(run) else run for run in runs]
+    elif early:
+        notes.append(
+            f"{len(early)} public logs end in a validation before their last step; if they were stopped on "
+            "purpose, --stopped-early counts them"
+        )
     if pool_sources:
         notes.append(_pooled([run.source_hash for run in runs if run.source_hash]))
         runs = [replace(run, source_hash="pooled" if run.source_hash else "") for run in runs]
@@ -210,6 +227,12 @@ def _read_logs(paths: Sequence[Path], pool_sources: bool) -> Results:
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
     name = paths[0].stem if len(paths) == 1 else f"{paths[0].stem}-and-{len(paths) - 1}-more"
     return Results(name, arms, None, folder, notes=[*notes, *said])
+
+
+def _ends_early(run: RunLog) -> bool:
+    """Whether a public log, which has no events, ends in a validation before its last step."""
+    is_public = not run.config and run.state == "running"
+    return is_public and run.last_step > 0 and len(run.val) > 0 and run.val.step[-1] == run.last_step
 
 
 def _found(run: RunLog) -> Attempt:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from analysis.devices import Slot
 from analysis.manifest import Run
-from analysis.trainers import TORCHRUN_SETS, env_text, read_trainer
+from analysis.trainers import env_text, inherited_environment, read_trainer
 
 # What runs are given unless the sweep file sets it: hundreds of models would fill a disk.
 LAUNCHER_DEFAULTS = {"RESUME": "auto", "SAVE_MODEL": False}
@@ -25,8 +25,8 @@ def command_of(script: Path, nproc: int) -> list[str]:
     """Return the command of a run. One rank needs no torchrun."""
     if nproc == 1:
         return [sys.executable, str(script)]
-    # --standalone takes a free port, so that parallel runs do not meet
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    # --standalone takes a free port, so that parallel runs do not meet; the address: its name may have none
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     return [*torchrun, f"--nproc-per-node={nproc}", str(script)]
 
 
@@ -38,13 +38,9 @@ def settings_of(run: Run) -> dict[str, str]:
 
 def environment_of(run: Run, slot: Slot) -> dict[str, str]:
     """Return our environment without anybody's settings or ranks, plus the run's own."""
-    dropped = {*TORCHRUN_SETS, *read_trainer(run.script).settings}
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in dropped and not name.startswith("TORCHELASTIC_")
-    }
+    env = inherited_environment(without=read_trainer(run.script).settings)
     env.update(settings_of(run), PYTHONUNBUFFERED="1")
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin ruin each other on a busy machine
     if slot.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     return env

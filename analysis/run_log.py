@@ -31,6 +31,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from analysis.shown import clean
 from analysis.step_lines import TORN, Column, Curve, Form, StepColumns, StepLine, form_of
 
 # Settings that change what is recorded, or where a run happens, but not the training. They apply to logs that
@@ -383,7 +384,7 @@ class _Unread:
     def add(self, line: bytes, count: int = 1) -> None:
         self.count += count
         if count and len(self.examples) < MAX_EXAMPLES:
-            self.examples.append(line[:200].decode(errors="replace"))
+            self.examples.append(clean(line[:200].decode(errors="replace")))
 
     def __add__(self, other: "_Unread") -> "_Unread":
         return _Unread(self.count + other.count, [*self.examples, *other.examples][:MAX_EXAMPLES])
@@ -600,7 +601,7 @@ class LogParser:
         config, columns = trial.config, StepColumns(trial.lines)
         started = next((event.fields for event in trial.events if event.name == "started"), {})
         stem = log_stem(self.path) if self.path else ""
-        run_id = str(config.get("run_id") or stem)
+        run_id = str(config.get("run_id") or clean(stem))
         source_hash = str(config.get("source_hash") or started.get("source_hash") or "")
         if not source_hash and self._source:
             source_hash = hashlib.sha256(self._source).hexdigest()[:16]
@@ -655,7 +656,7 @@ def _json_object(text: bytes) -> dict | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return clean(value) if isinstance(value, dict) else None
 
 
 def _is_list_of_words(value: object) -> bool:
@@ -682,7 +683,7 @@ def _event_parts(line: str) -> tuple[str, dict[str, str]]:
                 value = str(json.loads(quoted))
             except ValueError:
                 value = quoted.strip('"')
-        fields.setdefault(quoted_key or prose_key or key, (value or prose).strip())
+        fields.setdefault(quoted_key or prose_key or key, clean((value or prose).strip()))
     return name, fields
 
 

@@ -19,9 +19,10 @@ SPEEDRUN_TARGET = 3.28
 
 def load_matplotlib():
     """matplotlib.pyplot without a display, in the house style."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's own would be inherited, and is not installed here
     import matplotlib
 
+    matplotlib.rcdefaults()  # the user's matplotlibrc may want TeX, or other sizes
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -40,6 +41,7 @@ def load_matplotlib():
             "grid.linewidth": 0.6,
             "lines.linewidth": 1.6,
             "legend.frameon": False,
+            "text.parse_math": False,  # a $ in a name is a $
             "svg.hashsalt": "plot",  # the same plot twice is the same file
         }
     )

@@ -5,7 +5,6 @@ that says what was found, what was wanted and what to do.
 """
 
 import difflib
-import glob
 import hashlib
 import itertools
 import json
@@ -16,21 +15,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from analysis.files import read_text
 from analysis.manifest import Run
 from analysis.run_log import format_value
-from analysis.trainers import TrainerInfo, read_trainer, typed
+from analysis.trainers import TrainerInfo, env_text, read_trainer
 
 TOP_LEVEL = ("script", "seeds", "control", "diverged_above", "env", "grid", "arms", "scale")
 ARM_KEYS = ("tag", "script", "seeds", "versus")
 SCALE_KEYS = ("seeds", "arms", "grid")
-NAME = re.compile(r"[\w.=,+-]+")  # of sweeps and arms: they name files
+NAME = re.compile(r"[\w.=,+-]+", re.ASCII)  # of sweeps and arms: they name files
 LAUNCHER_SETS = {
     "SEED": "seeds go into `seeds = [...]`",
     "RUN_ID": "the launcher names the runs",
     "NPROC_PER_NODE": "use --nproc-per-run",
     "RESUME": "a run that left a checkpoint goes on from it by itself",
 }
-DATA_SETTINGS = ("TRAIN_FILES", "VAL_FILES")  # globs of data files, relative to DATA_PATH
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class PlannedArm:
     settings: dict
     settings_hash: str
     versus: str | None = None  # tag of the arm to compare it with, where that is not the control
+    lacks: str = ""  # why the data files will not do, if they will not
 
     def run(self, seed: int) -> Run:
         """Return the arm's run of a seed, not yet named."""
@@ -68,15 +68,21 @@ class Sweep:
         return [arm.run(arm.seeds[i]) for i in rounds for arm in self.arms if i < len(arm.seeds)]
 
 
-def read_sweep(file: str, scale: str | None = None) -> Sweep:
-    """Read and check a sweep file, with its [scale.SCALE] in place."""
+def read_sweep(
+    file: str, scale: str | None = None, given: dict[str, str] | None = None, elsewhere: bool = False
+) -> Sweep:
+    """Read and check a sweep file, with its [scale.SCALE] in place.
+
+    given: what the launcher adds to the environment of each run. elsewhere: another machine is to make the
+    runs, so what concerns this one is not checked.
+    """
     path = Path(file)
     try:
-        document = tomllib.loads(path.read_text())
+        document = tomllib.loads(read_text(path))
     except OSError as error:
         near = ", ".join(sorted(str(other) for other in Path("sweeps").glob("*.toml"))) or "none in sweeps/"
         raise ValueError(f"cannot read {file} ({error.strerror}); sweep files here: {near}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also what read_text says of its encoding
         raise ValueError(f"{file} is not valid TOML: {error}") from None
     if not NAME.fullmatch(path.stem):
         raise ValueError(
@@ -85,7 +91,9 @@ def read_sweep(file: str, scale: str | None = None) -> Sweep:
     check_shape(document)
     if scale is not None:
         apply_scale(document, scale)
-    arms, notes = expand(document)
+    drafts, notes = expand(document)
+    arms = check_drafts(drafts, given or {}, elsewhere)
+    check_different(arms)
     control = document.get("control")
     tags = [arm.tag for arm in arms]
     if control is not None and control not in tags:
@@ -215,8 +223,8 @@ def apply_scale(document: dict, name: str) -> None:
     document["env"] = {**document.get("env", {}), **scale}
 
 
-def expand(document: dict) -> tuple[list[PlannedArm], list[str]]:
-    """Return arms times grid, checked, and notes on which settings were left out for which arms."""
+def expand(document: dict) -> tuple[list["Draft"], list[str]]:
+    """Return arms times grid, and notes on which settings were left out for which arms."""
     grid, common = document.get("grid", {}), document.get("env", {})
     for name in grid:
         if name in common:
@@ -233,15 +241,14 @@ def expand(document: dict) -> tuple[list[PlannedArm], list[str]]:
     for name in (*common, *grid):
         if not any(name in trainer.settings for trainer in trainers.values()):
             raise unknown_setting(name, "[env], [grid] or [scale]", trainers)
-    arms = []
+    drafts = []
     for arm, script in zip(tables, scripts):
-        arms += expand_arm(arm, script, common, grid, arm.get("seeds", document.get("seeds", [0])))
+        drafts += draft_arms(arm, script, common, grid, arm.get("seeds", document.get("seeds", [0])))
         lacking = [name for name in (*common, *grid) if name not in trainers[script].settings]
         if lacking:
             who = arm.get("tag", script)
             notes.append(f"left out for {who}, as {script} has no such settings: {', '.join(lacking)}")
-    check_different(arms)
-    return arms, notes
+    return drafts, notes
 
 
 def from_environment(trainers: Iterable[TrainerInfo], in_file: set[str]) -> tuple[dict, list[str]]:
@@ -275,7 +282,29 @@ def unknown_setting(name: str, where: str, trainers: dict[str, TrainerInfo]) -> 
     return ValueError(f"{name} in {where} is not a setting of {' or '.join(trainers)}; {hint}")
 
 
-def expand_arm(arm: dict, script: str, common: dict, grid: dict, seeds: list[int]) -> list[PlannedArm]:
+@dataclass
+class Draft:
+    """An arm as the file has it. places: where each setting stands."""
+
+    table: dict
+    script: str
+    seeds: list[int]
+    settings: dict
+    places: dict[str, str]
+    axes: tuple[str, ...]  # the settings that [grid] varies
+
+    def identity(self) -> dict[str, str]:
+        """Return SEED and RUN_ID much as a run of the arm will have them."""
+        run_id = f"x{self.tagged('tag', self.settings)}"
+        return {"SEED": str(self.seeds[0]), "RUN_ID": run_id[:100]}
+
+    def tagged(self, key: str, settings: dict) -> str:
+        """Return the arm's tag, or that of its control, with the values of the grid."""
+        values = [f"{name.lower()}_{format_value(settings[name])}" for name in self.axes]
+        return grid_name([self.table[key], *values] if key in self.table else values)
+
+
+def draft_arms(arm: dict, script: str, common: dict, grid: dict, seeds: list[int]) -> list[Draft]:
     """Return one arm times what [grid] varies: all that its script knows and that it does not set itself."""
     trainer = read_trainer(script)
     own = {name: value for name, value in arm.items() if name not in ARM_KEYS}
@@ -285,26 +314,58 @@ def expand_arm(arm: dict, script: str, common: dict, grid: dict, seeds: list[int
             raise unknown_setting(name, where, {script: trainer})
     shared = {name: value for name, value in common.items() if name in trainer.settings}
     axes = {name: values for name, values in grid.items() if name in trainer.settings and name not in own}
-    arms = []
+    drafts = []
     for combination in itertools.product(*axes.values()):
-        settings = {}
+        settings, places = {}, {}
         for table, place in ((shared, "[env]"), (dict(zip(axes, combination)), "[grid]"), (own, where)):
-            for name, value in table.items():
-                if name in LAUNCHER_SETS:
-                    raise ValueError(f"{name} in {place}: {LAUNCHER_SETS[name]}")
-                settings[name] = typed(name, value, trainer.settings[name], place)
-        if trainer.presets and settings.get("MODEL", "auto") not in ("auto", *trainer.presets):
-            raise ValueError(f"MODEL={settings['MODEL']!r}: wanted one of auto, {', '.join(trainer.presets)}")
-        values = [f"{name.lower()}_{format_value(settings[name])}" for name in axes]
-        tag = grid_name([arm["tag"], *values]) if arm else grid_name(values) or "all"
-        versus = grid_name([arm["versus"], *values]) if "versus" in arm else None
-        arms.append(PlannedArm(tag, script, seeds, settings, hash_settings(trainer, settings), versus))
-    return arms
+            settings |= table
+            places |= dict.fromkeys(table, place)
+        for name in settings:
+            if name in LAUNCHER_SETS:
+                raise ValueError(f"{name} in {places[name]}: {LAUNCHER_SETS[name]}")
+        drafts.append(Draft(arm, script, seeds, settings, places, tuple(axes)))
+    return drafts
+
+
+def check_drafts(drafts: list[Draft], given: dict[str, str], elsewhere: bool) -> list[PlannedArm]:
+    """Return the arms with their values as the trainers take them; ValueError if a trainer refuses one."""
+    arms = {}
+    for script in dict.fromkeys(draft.script for draft in drafts):
+        trainer = read_trainer(script)
+        ours = [(i, draft) for i, draft in enumerate(drafts) if draft.script == script]
+        added = {name: value for name, value in given.items() if name in trainer.settings}
+        texts = [{name: env_text(value) for name, value in draft.settings.items()} for _, draft in ours]
+        asked = [{**added, **text, **draft.identity()} for text, (_, draft) in zip(texts, ours)]
+        if elsewhere:
+            asked = [{**trainer.without_machine(env), "DEVICE": "cpu"} for env in asked]
+        answers = trainer.check(asked)
+        for (i, draft), text, answer in zip(ours, texts, answers):
+            if answer["refused"]:
+                raise ValueError(refusal(draft, text, answer["refused"]))
+            values = {name: value for name, value in answer["values"].items() if name in draft.settings}
+            if elsewhere:
+                values.pop("DEVICE", None)
+            settings = draft.settings | values
+            tag = draft.tagged("tag", settings) or "all"
+            versus = draft.tagged("versus", settings) if "versus" in draft.table else None
+            made = hash_settings(trainer, settings)
+            arms[i] = PlannedArm(tag, script, draft.seeds, settings, made, versus, answer["data"] or "")
+    return [arms[i] for i in range(len(drafts))]
+
+
+def refusal(draft: Draft, text: dict[str, str], said: str) -> str:
+    """Return what a trainer says against an arm, and where the setting stands that it names."""
+    for name, place in draft.places.items():
+        for shown in (f"{name}={text[name]!r}", f"{name}={text[name]}"):
+            if said.startswith(f"{shown}:") or said.startswith(f"{shown} "):
+                return said.replace(shown, f"{shown} in {place}", 1)
+    who = f"arm {draft.table['tag']!r}: " if "tag" in draft.table else ""
+    return f"{who}{said}"
 
 
 def grid_name(parts: list[str]) -> str:
     """Return an arm's tag: its own, then the values of the grid."""
-    return re.sub(r"[^\w.=,+-]", "_", "-".join(parts))
+    return re.sub(r"[^\w.=,+-]", "_", "-".join(parts), flags=re.ASCII)
 
 
 def hash_settings(trainer: TrainerInfo, settings: dict) -> str:
@@ -358,18 +419,3 @@ def run_name(run: Run, stamp: str) -> str:
     if len(name) > 200:
         raise ValueError(f"the run name {name} has {len(name)} characters, 200 at most; shorten the tag")
     return name
-
-
-def missing_data(sweep: Sweep) -> str:
-    """Return which data files are missing, empty if none. Every run would find out, one after the other."""
-    for arm in sweep.arms:
-        resolved = read_trainer(arm.script).resolve(arm.settings)
-        root = resolved.get("DATA_PATH") or "."
-        for name in DATA_SETTINGS:
-            pattern = resolved.get(name)
-            if pattern and not glob.glob(os.path.join(root, pattern)):
-                return (
-                    f"{name}={pattern!r} of arm {arm.tag!r} matches no file under DATA_PATH={root!r}; "
-                    "data/README.md says how to get or make it"
-                )
-    return ""

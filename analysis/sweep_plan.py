@@ -165,7 +165,7 @@ def end_log(run: Run) -> None:
         line = f"event:{event} reason:{run.reason}\n"
         if not path.read_bytes().endswith(b"\n"):  # the last line was cut short
             line = "\n" + line
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(line)
 
 
@@ -175,6 +175,8 @@ def how_it_ended(run: Run, log: RunLog | None) -> tuple[str, str]:
         return "finished", ""
     if run.exit_code == 3 or (log and log.state == "diverged"):
         return "diverged", "the loss is not a number, or above DIVERGED_ABOVE"
+    if not log and (run.exit_code == 2 or own_words(run)):  # torchrun makes 1 of 2
+        return "refused", last_words(run, log)[:300]
     if run.exit_code is not None and run.exit_code < 0:
         return "crashed", f"killed by signal {-run.exit_code} ({signal.strsignal(-run.exit_code)})"
     return "crashed", f"exit code {run.exit_code}: {last_words(run, log)[:300]}"
@@ -185,10 +187,18 @@ def last_words(run: Run, log: RunLog | None) -> str:
     crash = log.event("crashed") if log and log.state == "crashed" else None  # not one it resumed from
     if crash:
         return crash.fields.get("error", "")
-    try:
-        lines = run.console.read_text(errors="replace").strip().splitlines()
-    except OSError:
-        return ""
-    if not log:  # it was refused: torchrun has more to say after the trainer's own words
-        lines = [line for line in lines if line.startswith(f"{Path(run.script).name}: ")] or lines
+    lines = (own_words(run) if not log else []) or console_lines(run)
     return lines[-1] if lines else ""
+
+
+def own_words(run: Run) -> list[str]:
+    """Return the lines on the console that the trainer begins with its name: why it refused to run."""
+    return [line for line in console_lines(run) if line.startswith(f"{Path(run.script).name}: ")]
+
+
+def console_lines(run: Run) -> list[str]:
+    """Return what a run has written to its console."""
+    try:
+        return run.console.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return []

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 
 
@@ -22,8 +23,13 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str
 def format_markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table in Markdown."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in lines]
+    cells = [[in_markdown(str(cell)) for cell in row] for row in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def in_markdown(text: str) -> str:
+    """Text that stays in its cell and is no HTML."""
+    return re.sub(r"<(?=[A-Za-z/!])", "&lt;", text.replace("|", "\\|").replace("\n", " "))
 
 
 def as_csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -163,7 +163,7 @@ def ms_per_step(script: str, ranks: int) -> float:
         out = Path(folder) / "step_time.json"
         arguments = ["--script", f"{script}.py", "--json", str(out)]
         torchrun(["benchmarks/step_time.py", *arguments], ranks, MODEL="tiny", DEVICE="cpu")
-        return json.loads(out.read_text())["schedule"]["ms_step"]
+        return json.loads(out.read_text(encoding="utf-8"))["schedule"]["ms_step"]
 
 
 def train_ours(script: str, seconds: float, ranks: int) -> list[tuple[float, float, int]]:
@@ -182,7 +182,7 @@ def train_ours(script: str, seconds: float, ranks: int) -> list[tuple[float, flo
         VAL_BATCH_TOKENS=str(CONTEXT * 8),
     )
     pattern = r"^step:\d+/\d+ val_loss:(\S+) train_time:(\d+)ms .* tokens:(\d+)"
-    found = re.findall(pattern, (ROOT / "logs" / f"{run_id}.txt").read_text(), re.M)
+    found = re.findall(pattern, (ROOT / "logs" / f"{run_id}.txt").read_text(encoding="utf-8"), re.M)
     return [(int(ms) / 1000, float(loss), int(tokens)) for loss, ms, tokens in found]
 
 

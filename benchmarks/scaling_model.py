@@ -613,7 +613,7 @@ def print_predictions(p: Preset, fitted: Machine, markdown: bool):
 
 
 def write_csv(path: Path, runs: list[Run]):
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         out.writerow(
             [

@@ -643,7 +643,7 @@ def main(argv: list[str], env=os.environ) -> int:
             print(f"step_time.py: {error}", file=sys.stderr)
         return 2
     if args.json and ranks.rank == 0:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     ranks.close()
     return 0
 

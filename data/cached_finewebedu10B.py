@@ -8,9 +8,12 @@ download resumes when the command is run again: complete shards are skipped.
 """
 
 import sys
+from pathlib import Path
 
-from hub import PublicShards, download_main
-from shards import run_script
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under PYTHONSAFEPATH=1
+
+from data.hub import PublicShards, download_main
+from data.shards import run_script
 
 SHARDS = PublicShards(
     repo="kjj0/finewebedu10B-gpt2", folder="finewebedu10B", prefix="finewebedu", num_train=99

@@ -34,7 +34,10 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
-from shards import BYTE_MARK, BYTE_VOCABULARY, check_shard, content_hash, run_script, write_shard
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under PYTHONSAFEPATH=1
+
+from data.shards import BYTE_MARK, BYTE_VOCABULARY, check_shard, content_hash, run_script, write_shard
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "embedded"
 TRAIN_NAME = "embedded_train_000000.bin"

@@ -18,10 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from hub import download, list_files
-from shards import check_shard, run_script
-from tokenize_text import read_parquet
-from tokenizing import Progress, ShardWriter, Tokenizer, add_options, check_options
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under PYTHONSAFEPATH=1
+
+from data.hub import download, list_files
+from data.shards import check_shard, run_script
+from data.tokenize_text import read_parquet
+from data.tokenizing import Progress, ShardWriter, Tokenizer, add_options, check_options
 
 REPO = "HuggingFaceFW/fineweb"
 PROGRESS_NAME = "progress.json"
@@ -105,8 +108,10 @@ def tokenized_rows(
         first_row = state["row"] if name == state["file"] else 0
         path = download(REPO, name, args.out / "parquet")
         documents = tokenizer.stream(read_parquet(path, "text", first_row))
-        for row, (tokens, _) in enumerate(documents, first_row):
-            yield name, row, tokens
+        for row, found in enumerate(documents, first_row):
+            if found.note:
+                progress.note(found.note)
+            yield name, row, found.tokens
         if not args.keep_parquet:
             path.unlink()
 
@@ -117,7 +122,7 @@ def load_state(folder: Path, choices: dict) -> dict:
     path = folder / PROGRESS_NAME
     if path.exists():
         try:
-            saved = json.loads(path.read_text())
+            saved = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: damaged ({error}): use another --out") from None
         if saved["choices"] != choices:
@@ -132,7 +137,7 @@ def load_state(folder: Path, choices: dict) -> dict:
 
 def save_state(folder: Path, choices: dict, state: dict) -> None:
     temporary = folder / f".{PROGRESS_NAME}.tmp"
-    temporary.write_text(json.dumps({"choices": choices, "state": state}))
+    temporary.write_text(json.dumps({"choices": choices, "state": state}), encoding="utf-8")
     temporary.replace(folder / PROGRESS_NAME)
 
 

@@ -5,11 +5,12 @@ huggingface_hub resumes partial files. This module skips complete files and chec
 
 import argparse
 import errno
+import shlex
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from shards import check_shard
+from data.shards import check_shard
 
 SHARD_BYTES = 200_001_024  # a full public shard: 100M tokens
 DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -79,8 +80,7 @@ def download_shards(shards: PublicShards, num_train: int, folder: Path) -> None:
                 f"the downloaded file was refused and removed: {error}. Run this again"
             ) from None
         print(f"{name}: {info.num_tokens:,} tokens")
-    files = {part: folder.resolve() / f"{shards.prefix}_{part}_*.bin" for part in ("train", "val")}
-    print(f"done; train with TRAIN_FILES='{files['train']}' VAL_FILES='{files['val']}'")
+    print(f"done; train with DATA_PATH={shlex.quote(str(folder.resolve()))} ./run.sh")
 
 
 def is_sound(path: Path) -> bool:

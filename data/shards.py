@@ -219,14 +219,52 @@ def open_shard(path: Path | str) -> Shard:
     return Shard(Path(path), map_tokens(path, info), info.vocabulary)
 
 
+def find_shards(root: str, pattern: str) -> list[Path]:
+    """The files that match a pattern under a folder, in order. ~ is the user's home.
+
+    [ ] * ? are a pattern's only where no folder or file has them in its name.
+    """
+    root, pattern = os.path.expanduser(root), os.path.expanduser(pattern)
+    whole = os.path.join(root, pattern)
+    folder, name = os.path.split(whole)
+    if os.path.isfile(whole):
+        return [Path(whole)]
+    if os.path.isdir(folder):
+        return sorted(Path(folder, found) for found in glob.glob(name, root_dir=folder))
+    return sorted(Path(root, found) for found in glob.glob(pattern, root_dir=root))
+
+
+def own_shards(folder: str) -> tuple[str, str] | None:
+    """Patterns of the training and validation shards that lie in a folder itself; None without both."""
+    parts = {part: find_shards(folder, f"*_{part}_*.bin") for part in ("train", "val")}
+    names = {part: {path.name.rpartition(f"_{part}_")[0] for path in paths} for part, paths in parts.items()}
+    both = sorted(names["train"] & names["val"])
+    if len(both) > 1:
+        raise DataError(
+            f"DATA_PATH={folder!r} holds shards of several corpora ({', '.join(both)}); set TRAIN_FILES and "
+            f"VAL_FILES to those of one, such as {both[0]}_train_*.bin and {both[0]}_val_*.bin"
+        )
+    if not both:
+        return None
+    return f"{glob.escape(both[0])}_train_*.bin", f"{glob.escape(both[0])}_val_*.bin"
+
+
+def count_tokens(root: str, pattern: str) -> int:
+    """Tokens in the shards that match, by their headers; 0 if one cannot be read, as open_shards will say."""
+    try:
+        return sum(check_shard(path).num_tokens for path in find_shards(root, pattern))
+    except DataError:
+        return 0
+
+
 def open_shards(root: str, pattern: str, name: str) -> list[Shard]:
     """The shards that match a pattern, all of one vocabulary. name: the setting that gave the pattern."""
-    paths = sorted(Path(p) for p in glob.glob(os.path.join(root, pattern)))
+    paths = find_shards(root, pattern)
     if not paths:
         fetch = "data/embedded_corpus.py" if "embedded" in pattern else "data/cached_fineweb10B.py 9"
         raise DataError(
-            f"{name}={pattern!r} under DATA_PATH={root!r} matches no file; `python {fetch}` makes it, or "
-            f"point {name} at your own shards (data/README.md)"
+            f"{name}={pattern!r} under DATA_PATH={root!r} matches no file; `.venv/bin/python {fetch}` makes "
+            "it, or set DATA_PATH to the folder of your own shards (data/README.md)"
         )
     shards = [open_shard(p) for p in paths]
     if len({s.vocab_size for s in shards}) > 1:

@@ -1,38 +1,52 @@
-"""Make shards from your own text: any mix of .txt, .jsonl and .parquet files.
+"""Make shards from your own text: any mix of .txt, .md, .rst, .jsonl and .parquet files.
 
     python data/tokenize_text.py books/*.txt wiki.jsonl --out data/mine
     python data/tokenize_text.py corpus.txt --separator '<|endoftext|>' --out data/mine --val-frac 0.05
     python data/tokenize_text.py notes.txt --separator '' --bytes --out data/mine      # blank lines separate
-    TRAIN_FILES='data/mine/text_train_*.bin' VAL_FILES='data/mine/text_val_*.bin' ./run.sh
+    DATA_PATH=data/mine ./run.sh
 
 Writes DIR/NAME_val_000000.bin ... and DIR/NAME_train_000001.bin ...: the mark of each document, then its
-tokens. A document is a .txt file (or the text between two separator lines), a line of a .jsonl file, or a row
-of a .parquet file. Documents keep the order given. Shuffle them first if that order is not random, because a
-short training run sees only the beginning.
+tokens. A document is a text file, in pieces of at most a million characters (or the text between two
+separator lines), a line of a .jsonl file, or a row of a .parquet file. Documents keep the order given.
+Shuffle them first if that order is not random, because a short training run sees only the beginning.
 
 A hash of its text decides whether a document is for validation. Equal documents are therefore never on both
-sides, and adding files does not move the others.
+sides, and adding files does not move the others. Where there are too few documents to choose from, the end of
+the text is for validation. What was finished when the command was interrupted is kept: run it again to go on.
 """
 
 import argparse
+import codecs
+import contextlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards import run_script
-from tokenizing import Progress, ShardWriter, Tokenizer, add_options, check_options
+import numpy as np
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under PYTHONSAFEPATH=1
+
+from data.shards import find_shards, read_shard, run_script
+from data.tokenizing import Document, Progress, ShardWriter, Tokenizer, add_options, check_options
+
+PLAIN = (".txt", ".md", ".rst")
+SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 PARQUET_ROWS = 1000  # rows per read
+PIECE_CHARACTERS = 1_000_000  # of a text file without separators; training cuts documents much shorter
+LEAST_TOKENS = 1025  # the trainers validate on 1,024 at least, and the last is only a target
+SMALL_BYTES = 100_000_000  # a corpus below this gives a tenth to validation, else it would be noise
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a .txt, .jsonl or .parquet file")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="a .txt, .md, .rst, .jsonl or .parquet file"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument("--name", default="text", help="how the shards' names begin (default: text)")
     parser.add_argument(
@@ -43,21 +57,23 @@ def main() -> None:
     parser.add_argument(
         "--separator",
         metavar="LINE",
-        help="line that separates documents in .txt files; '' means a blank line; "
+        help="line that separates documents in text files; '' means a blank line; "
         "write --separator=--- if it begins with - (default: a file is one document)",
     )
     parser.add_argument(
         "--val-frac",
         type=float,
-        default=0.01,
         metavar="F",
-        help="fraction of documents for validation; 0 for none (default: 0.01)",
+        help="fraction of documents for validation; 0 for none (default: 0.1 of up to 100 MB, 0.01 of more)",
     )
     parser.add_argument("--force", action="store_true", help="replace existing shards of that name in DIR")
     add_options(parser)
     args = parser.parse_args()
     check_options(args)
     check_inputs(args.files)
+    args.small_is_fine = args.val_frac is None
+    if args.val_frac is None:
+        args.val_frac = 0.1 if sum(path.stat().st_size for path in args.files) <= SMALL_BYTES else 0.01
     if not 0 <= args.val_frac < 1:
         raise ValueError(f"--val-frac {args.val_frac}: must be at least 0 and below 1")
     # Readers tell the two parts apart by _train_ and _val_ in the name.
@@ -82,7 +98,7 @@ def check_inputs(paths: list[Path]) -> None:
 
 def make_room(folder: Path, name: str, force: bool) -> None:
     """Refuse or delete old shards of this name, which would be trained on together with the new ones."""
-    old = sorted(folder.glob(f"{name}_train_*.bin")) + sorted(folder.glob(f"{name}_val_*.bin"))
+    old = find_shards(str(folder), f"{name}_train_*.bin") + find_shards(str(folder), f"{name}_val_*.bin")
     if old and not force:
         raise ValueError(
             f"{old[0]} already exists ({len(old)} shards): --force replaces them; another --out keeps both"
@@ -91,42 +107,121 @@ def make_room(folder: Path, name: str, force: bool) -> None:
         path.unlink()
 
 
-def write_split(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
-    def writer(part: str, first: int) -> ShardWriter:
-        return ShardWriter(
-            lambda number: args.out / f"{args.name}_{part}_{number:06d}.bin",
-            tokenizer.vocabulary,
-            args.shard_tokens,
-            first,
-        )
+class Unfinished:
+    """The shards of a corpus that is being made, in a folder where no reader looks for shards.
 
-    train, val = writer("train", 1), writer("val", 0)
-    progress = Progress()
-    lowest, highest = 1.0, 0.0  # hashes of the documents, as fractions of the largest possible hash
+    Beside them is written how far they reach, so that the same command goes on there after an interruption.
+    """
+
+    def __init__(self, args: argparse.Namespace, vocabulary: int):
+        self.args, self.folder = args, args.out / f".{args.name}.unfinished"
+        self.state_path = self.folder / "progress.json"
+        files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in args.files]
+        kept = ("field", "separator", "val_frac", "shard_tokens", "as_bytes")
+        self.choices = {"files": files, **{name: getattr(args, name) for name in kept}}
+        # of each part: the first document that its finished shards lack, and how many shards those are
+        self.state = {"train": [0, 0], "val": [0, 0], "lowest": 1.0, "highest": 0.0}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            saved = json.loads(self.state_path.read_text(encoding="utf-8"))
+            if saved["choices"] == self.choices:
+                self.state = saved["state"]
+        self.parts = {
+            part: self.writer(part, first, vocabulary) for part, first in (("train", 1), ("val", 0))
+        }
+
+    def writer(self, part: str, first: int, vocabulary: int) -> ShardWriter:
+        """Return a writer that goes on after a part's finished shards."""
+        number = first + self.state[part][1]
+        paths = [self.path_of(part, i) for i in range(first, number)]
+        writer = ShardWriter(lambda n: self.path_of(part, n), vocabulary, self.args.shard_tokens, number)
+        writer.written += paths
+        writer.num_tokens = sum(read_shard(path).size for path in paths)
+        return writer
+
+    def path_of(self, part: str, number: int) -> Path:
+        return self.folder / f"{self.args.name}_{part}_{number:06d}.bin"
+
+    def add(self, part: str, index: int, tokens: np.ndarray) -> None:
+        """Add the document number `index` to a part, unless that has it; note each finished shard."""
+        writer = self.parts[part]
+        if index < self.state[part][0]:
+            return
+        before = len(writer.written)
+        writer.add(tokens)
+        if len(writer.written) > before and tokens.size <= self.args.shard_tokens:
+            self.state[part] = [index, len(writer.written)]  # this document is the next shard's first
+            temporary = self.state_path.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"choices": self.choices, "state": self.state}), encoding="utf-8")
+            temporary.replace(self.state_path)
+
+    def first_document(self) -> int:
+        """Return the number of the first document that is not in a finished shard."""
+        return min(self.state["train"][0], self.state["val"][0])
+
+    def finish(self) -> list[Path]:
+        """Move all shards to their folder; return their paths."""
+        for writer in self.parts.values():
+            writer.flush()
+        moved = []
+        for path in self.parts["val"].written + self.parts["train"].written:
+            moved.append(path.replace(self.args.out / path.name))
+        self.remove()
+        return moved
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_split(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    work, progress = Unfinished(args, tokenizer.vocabulary), Progress()
+    first, state = work.first_document(), work.state
+    if first:
+        progress.note(f"going on after {first:,} documents, which are in finished shards")
     try:
-        for tokens, digest in tokenizer.stream(read_all(args, progress)):
-            if not tokens.size:
+        documents = (d for i, d in enumerate(read_all(args, progress)) if i >= first)
+        for index, found in enumerate(tokenizer.stream(documents), first):
+            if found.note:
+                progress.note(found.note)
+            if not found.tokens.size:
                 continue
-            fraction = digest / 2**64
-            part = val if fraction < args.val_frac else train
-            part.add(tokens)
-            lowest, highest = min(lowest, fraction), max(highest, fraction)
-            progress.add(tokens.size)
+            fraction = found.digest / 2**64
+            state["lowest"], state["highest"] = (
+                min(state["lowest"], fraction),
+                max(state["highest"], fraction),
+            )
+            work.add("val" if fraction < args.val_frac else "train", index, found.tokens)
+            progress.add(found.tokens.size)
         progress.show(end=True)
-        check_split(args.val_frac, train, val, lowest, highest)
-        for part in (train, val):
-            part.flush()
-    except BaseException:  # half a corpus must not pass for a complete one
-        for path in train.written + val.written:
-            path.unlink(missing_ok=True)
+        train, val = work.parts["train"], work.parts["val"]
+        if args.small_is_fine:
+            split_small(train, val, args.val_frac)
+        check_split(args.val_frac, train, val, state["lowest"], state["highest"])
+        paths = work.finish()
+    except ValueError:  # the input is to be changed, and what was made of it with it
+        work.remove()
         raise
-    for path in val.written + train.written:
+    for path in paths:
         print(path)
     print(f"{train.num_tokens:,} tokens for training, {val.num_tokens:,} for validation")
 
 
+def split_small(train: ShardWriter, val: ShardWriter, val_frac: float) -> None:
+    """Give the end of the text to validation, where documents are too few to choose from."""
+    total = train.num_tokens + val.num_tokens
+    enough = min(train.num_tokens, val.num_tokens) >= LEAST_TOKENS
+    if enough or total < 2 * LEAST_TOKENS or train.written or val.written:
+        return
+    tokens = np.concatenate([train.take(), val.take()])
+    mark, cut = tokens[:1], total - max(LEAST_TOKENS, int(total * val_frac))
+    train.add(tokens[:cut])
+    val.add(tokens[cut:] if tokens[cut] == mark[0] else np.concatenate([mark, tokens[cut:]]))
+    print("there are too few documents to choose from: the end of the text is for validation")
+
+
 def check_split(val_frac: float, train: ShardWriter, val: ShardWriter, lowest: float, highest: float) -> None:
     """Refuse an empty part, unless no validation was asked for."""
+    if train.num_tokens and val.num_tokens:
+        return
     if not train.num_tokens and not val.num_tokens:
         raise ValueError("the files hold no text")
     if lowest == highest and val_frac:
@@ -146,59 +241,77 @@ def check_split(val_frac: float, train: ShardWriter, val: ShardWriter, lowest: f
         )
 
 
-def read_all(args: argparse.Namespace, progress: Progress) -> Iterator[str]:
+def read_all(args: argparse.Namespace, progress: Progress) -> Iterator[Document]:
     for number, path in enumerate(args.files, 1):
         progress.where = f"(file {number} of {len(args.files)}: {path.name})"
         suffix = path.suffix.lower()
-        try:
-            if suffix == ".txt":
-                yield from read_txt(path, args.separator)
-            elif suffix == ".jsonl":
-                yield from read_jsonl(path, args.field)
-            else:
-                yield from read_parquet(path, args.field)
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise ValueError(f"{path}: not UTF-8 (found byte {byte:#04x}); convert it with iconv") from None
+        if suffix in PLAIN:
+            yield from read_plain(path, args.separator)
+        elif suffix == ".jsonl":
+            yield from read_jsonl(path, args.field)
+        else:
+            yield from read_parquet(path, args.field)
 
 
-def read_txt(path: Path, separator: str | None) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig") as file:  # -sig: skips the byte order mark that some editors write
-        if separator is None:
-            yield file.read()
-            return
-        lines = []
-        for line in file:
-            if line.strip() == separator.strip():
-                yield "".join(lines)
-                lines = []
-            else:
-                lines.append(line)
-        yield "".join(lines)
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number, line) of a text file in UTF-8 or UTF-16, without a byte order mark."""
+    with open(path, "rb") as file:
+        begins = file.read(2)
+    encoding = "utf-16" if begins in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    number = 0
+    try:
+        with open(path, encoding=encoding) as file:
+            for number, line in enumerate(file, 1):
+                yield number, line
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        line = first_bad_line(path) if encoding == "utf-8-sig" else number + 1
+        raise ValueError(
+            f"{path}, line {line}: not UTF-8 (found byte {byte:#04x}); convert it with iconv"
+        ) from None
 
 
-def read_jsonl(path: Path, field: str) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig") as file:
+def first_bad_line(path: Path) -> int:
+    """Return the number of the first line that is not UTF-8: decoding reads ahead of the lines."""
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path}, line {number}: want an object with the field {field!r}, "
-                    f"found {type(row).__name__}"
-                )
-            if field not in row:
-                raise ValueError(
-                    f"{path}, line {number}: no field {field!r} among {sorted(row)}; choose with --field"
-                )
-            yield as_text(row[field], f"{path}, line {number}", field)
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return number
 
 
-def read_parquet(path: Path, field: str, first_row: int = 0) -> Iterator[str]:
+def read_plain(path: Path, separator: str | None) -> Iterator[Document]:
+    lines, first, size = [], 1, 0
+    for number, line in read_lines(path):
+        at_separator = separator is not None and line.strip() == separator.strip()
+        if at_separator or (separator is None and size and size + len(line) > PIECE_CHARACTERS):
+            yield Document("".join(lines), f"{path}, line {first}")
+            lines, first, size = [], number + at_separator, 0
+        if not at_separator:
+            lines.append(line)
+            size += len(line)
+    yield Document("".join(lines), f"{path}, line {first}")
+
+
+def read_jsonl(path: Path, field: str) -> Iterator[Document]:
+    for number, line in read_lines(path):
+        place = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{place}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: want an object with the field {field!r}, found {type(row).__name__}")
+        if field not in row:
+            raise ValueError(f"{place}: no field {field!r} among {sorted(row)}; choose with --field")
+        yield Document(as_text(row[field], place, field), place)
+
+
+def read_parquet(path: Path, field: str, first_row: int = 0) -> Iterator[Document]:
     import pyarrow  # imported late: it takes half a second, and only .parquet needs it
     import pyarrow.parquet
 
@@ -214,8 +327,10 @@ def read_parquet(path: Path, field: str, first_row: int = 0) -> Iterator[str]:
         row = 0
         try:
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
-                for text in batch.column(0).to_pylist()[max(0, first_row - row) :]:
-                    yield as_text(text, str(path), field)
+                skipped = max(0, first_row - row)
+                for number, text in enumerate(batch.column(0).to_pylist()[skipped:], row + skipped):
+                    place = f"{path}, row {number}"
+                    yield Document(as_text(text, place, field), place)
                 row += batch.num_rows
         except pyarrow.ArrowException as error:
             raise ValueError(f"{path}: damaged near row {row:,} ({error})") from None

@@ -1,8 +1,8 @@
 """Text to token shards: code shared by tokenize_text.py and fineweb.py.
 
 with Tokenizer(as_bytes=False, num_workers=8) as tokenizer:
-    for tokens, digest in tokenizer.stream(texts):   # in the order of `texts`
-        writer.add(tokens)
+    for found in tokenizer.stream(documents):   # in their order
+        writer.add(found.tokens)
 """
 
 import argparse
@@ -17,12 +17,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from shards import BYTE_MARK, BYTE_VOCABULARY, GPT2_MARK, GPT2_VOCABULARY, write_shard
+
+from data.cores import usable_cores
+from data.shards import BYTE_MARK, BYTE_VOCABULARY, GPT2_MARK, GPT2_VOCABULARY, write_shard
 
 SHARD_TOKENS = 100_000_000  # 200 MB, like the public shards
 CHUNK_CHARACTERS = 1 << 20  # per message to a worker: large enough to amortize the message, small in memory
+PIECE_CHARACTERS = (100_000, 1_000)  # of a document that the tokenizer's library cannot take whole
 CHUNKS_AHEAD = 3  # queued per worker; more would only fill memory when reading outpaces tokenizing
 
 # tiktoken names a cached file by the sha1 of its address, and checks the sha256 of its content.
@@ -59,9 +63,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
+        default=usable_cores(),
         metavar="N",
-        help="tokenizing processes (default: one per core); does not affect the result",
+        help="tokenizing processes (default: one per core of this job); does not affect the result",
     )
 
 
@@ -133,24 +137,73 @@ def _start_pool_worker(as_bytes: bool) -> None:
     _start_worker(as_bytes)
 
 
-def _encode_chunk(texts: list[str]) -> list[tuple[np.ndarray, int]]:
-    return [_encode_document(text) for text in texts]
+class Document(NamedTuple):
+    text: str
+    place: str  # file and line, for messages
 
 
-def _encode_document(text: str) -> tuple[np.ndarray, int]:
-    """Return (mark and tokens as uint16, 64 bits of the text's sha256); an empty text has no tokens at all.
+class Tokenized(NamedTuple):
+    tokens: np.ndarray  # uint16, the mark first; none at all of an empty text
+    digest: int  # 64 bits of the text's sha256
+    note: str  # what is to be told about the document, with its place
+
+
+def _encode_chunk(documents: list[Document]) -> list[Tokenized]:
+    return [_encode_document(document) for document in documents]
+
+
+def _encode_document(document: Document) -> Tokenized:
+    """Tokenize one document.
 
     The hash ignores leading and trailing white space, so that copies that differ only there count as equal.
     """
-    body = text.strip()
+    body, note = document.text.strip(), ""
     digest = int.from_bytes(hashlib.sha256(body.encode("utf-8", "replace")).digest()[:8], "big")
-    encoded = _encode(text) if body else []
+    try:
+        encoded = _encode(document.text) if body else []
+    except BaseException as error:  # a panic of tiktoken's Rust is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        encoded, note = _encode_in_pieces(document, error)
     if not len(encoded):
-        return np.empty(0, dtype=np.uint16), digest
+        return Tokenized(np.empty(0, dtype=np.uint16), digest, note)
     tokens = np.empty(len(encoded) + 1, dtype=np.uint16)
     tokens[0] = _mark
     tokens[1:] = np.frombuffer(encoded, dtype=np.uint8) if isinstance(encoded, bytes) else encoded
-    return tokens, digest
+    return Tokenized(tokens, digest, note)
+
+
+def _encode_in_pieces(document: Document, error: BaseException) -> tuple[list[int], str]:
+    """Return the tokens of a document that cannot be encoded whole, and what was done about it.
+
+    tiktoken's library panics at a million white-space characters in a row, for example. Its tokens are cut at
+    the pieces' ends; a small piece that fails again is left out.
+    """
+    size, smallest = PIECE_CHARACTERS
+    waiting, encoded, lost = [document.text], [], 0
+    while waiting:
+        text = waiting.pop()
+        found = _try(text) if len(text) <= size else None
+        step = size if len(text) > size else max(smallest, len(text) // 10)
+        if found is not None:
+            encoded += found
+        elif len(text) <= step:
+            lost += len(text)
+        else:
+            waiting += [text[start : start + step] for start in range(0, len(text), step)][::-1]
+    reason = f"{type(error).__name__}: {str(error)[:100]}"
+    left_out = f", {lost:,} characters left out" if lost else ""
+    return encoded, f"{document.place}: tokenized in pieces{left_out} ({reason})"
+
+
+def _try(text: str) -> list[int] | None:
+    """Return a text's tokens; None if the tokenizer fails on it."""
+    try:
+        return list(_encode(text))
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        return None
 
 
 class Tokenizer:
@@ -175,33 +228,35 @@ class Tokenizer:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def stream(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield (tokens, hash) of each text, in order (see _encode_document). Reads only a little ahead."""
+    def stream(self, documents: Iterable[Document]) -> Iterator[Tokenized]:
+        """Yield the tokens of each document, in order. Reads only a little ahead."""
         if self.pool is None:
-            yield from map(_encode_document, texts)
+            yield from map(_encode_document, documents)
             return
         waiting = collections.deque()
-        for chunk in _chunks(texts):
-            waiting.append(self.pool.submit(_encode_chunk, chunk))
+        for chunk in _chunks(documents):
+            waiting.append((chunk[0].place, self.pool.submit(_encode_chunk, chunk)))
             if len(waiting) > CHUNKS_AHEAD * self.num_workers:
-                yield from self._result(waiting.popleft())
+                yield from self._result(*waiting.popleft())
         while waiting:
-            yield from self._result(waiting.popleft())
+            yield from self._result(*waiting.popleft())
 
     @staticmethod
-    def _result(future: concurrent.futures.Future) -> list[tuple[np.ndarray, int]]:
+    def _result(place: str, future: concurrent.futures.Future) -> list[Tokenized]:
         try:
             return future.result()
         except concurrent.futures.process.BrokenProcessPool:
-            message = "a tokenizing process was killed, perhaps for lack of memory: use fewer --workers"
-            raise OSError(message) from None
+            raise OSError(
+                f"a tokenizing process was killed at or after {place}, perhaps for lack of memory: use fewer "
+                "--workers"
+            ) from None
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
     chunk, characters = [], 0
-    for text in texts:
-        chunk.append(text)
-        characters += len(text) + 100  # + 100: a million empty texts must not become one chunk
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text) + 100  # + 100: a million empty texts must not become one chunk
         if characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -240,6 +295,13 @@ class ShardWriter:
         self._buffer[self._fill : self._fill + tokens.size] = tokens
         self._fill += tokens.size
         self.num_tokens += tokens.size
+
+    def take(self) -> np.ndarray:
+        """Return what is not written yet, and forget it."""
+        tokens = self._buffer[: self._fill].copy()
+        self.num_tokens -= self._fill
+        self._fill = 0
+        return tokens
 
     def flush(self) -> None:
         """Write the documents added so far, if there are any."""

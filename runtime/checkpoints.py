@@ -147,7 +147,9 @@ def save_model(path: Path, model: nn.Module, metadata: dict):
         save_file(copies, new, {k: json.dumps(v) for k, v in metadata.items()})
         with new.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(new, 0o644)  # as the log; safetensors makes files for their owner alone
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(new, 0o666 & ~umask)  # as any file; safetensors makes files for their owner alone
         os.replace(new, path)
         make_durable(path)
     finally:

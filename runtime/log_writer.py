@@ -62,11 +62,8 @@ class LogWriter:
                 raise SettingsError(f"{self.path} is no regular file; choose another RUN_ID, or remove it")
             self.lock()  # before anything is asked of it that another process might change
             self.existed = has_begun(self.path)
-            if self.existed and not go_on:
-                raise SettingsError(
-                    f"{self.path} exists already, and logs are never overwritten; choose another RUN_ID, or "
-                    "RESUME=auto to go on with that run"
-                )
+            if not go_on:
+                refuse_existing(self.path)
             if not self.existed:
                 os.ftruncate(self.file, 0)
         except OSError as error:
@@ -157,7 +154,7 @@ class LogWriter:
         if self.is_main:
             self.event(name, **fields)
         elif from_any_rank and self.path.exists():
-            with contextlib.suppress(OSError), self.path.open("a") as file:
+            with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
                 file.write(event_line(name, fields) + "\n")
 
     def step(self, step: int, fields: dict):
@@ -258,6 +255,15 @@ def has_begun(log: Path) -> bool:
     return not is_piece_of_header or b"\nevent:started " in text
 
 
+def refuse_existing(log: Path):
+    """Raise SettingsError if a log has begun."""
+    if has_begun(log):
+        raise SettingsError(
+            f"{log} exists already, and logs are never overwritten; choose another RUN_ID, or RESUME=auto to "
+            "go on with that run"
+        )
+
+
 def last_event(log: Path) -> str:
     """How a log ends so far: finished, diverged, crashed, stopped, started or resumed; empty without any."""
     if not log.is_file():
@@ -273,7 +279,7 @@ def logged_config(log: Path) -> dict:
     """The settings in a log's header; {} if there is none."""
     if not log.is_file():
         return {}
-    found = re.search(r"^config:(\{.*\})$", log.read_text(errors="replace"), re.M)
+    found = re.search(r"^config:(\{.*\})$", log.read_text(encoding="utf-8", errors="replace"), re.M)
     return json.loads(found[1]) if found else {}
 
 
@@ -282,7 +288,7 @@ def begun_by_this_launch(log: Path) -> bool:
     if not log.is_file():
         return False
     ours = rf"^event:(?:started|resumed) .*launch:{re.escape(launch_id())}( |$)"
-    return re.search(ours, log.read_text(errors="replace"), re.M) is not None
+    return re.search(ours, log.read_text(encoding="utf-8", errors="replace"), re.M) is not None
 
 
 def run_of_this_launch() -> str:

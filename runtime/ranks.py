@@ -15,12 +15,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.cores import usable_cores
 from runtime.compiling import keep_freed_memory
 from runtime.settings import SettingsError
 
 # torch 2.13 renamed both; 2.11 and 2.12 have only the old names
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def check_launch(script: str, starts_ranks: bool = False):
+    """Raise SettingsError if this process was started as one of several in a way that cannot work.
+
+    That is: with some of torchrun's variables but not all, or by srun without torchrun. starts_ranks: this
+    process trains nothing itself, so that only srun's own word counts, not the size of the job.
+    """
+    env = os.environ
+    single = f"python {script}"
+    several = f"torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 {script}"
+    found = {name: env[name] for name in TORCHRUN if name in env}
+    if found:
+        wrong = [n for n in TORCHRUN if not env.get(n, "").isdecimal()]
+        wrong += [n for n in ("MASTER_ADDR", "MASTER_PORT") if not env.get(n)]
+        if not wrong and int(env["RANK"]) < int(env["WORLD_SIZE"]):
+            return
+        shown = " ".join(f"{name}={value!r}" for name, value in found.items())
+        lacks = f", without a usable {', '.join(wrong)}" if wrong else ""
+        raise SettingsError(
+            f"found {shown}{lacks}: half of what torchrun sets. For one process `unset {' '.join(TORCHRUN)}; "
+            f"{single}`; for several `{several}`"
+        )
+    tasks = env.get("SLURM_STEP_NUM_TASKS") or ("" if starts_ranks else env.get("SLURM_NTASKS", ""))
+    if tasks.isdecimal() and int(tasks) > 1:
+        raise SettingsError(
+            f"found {tasks} tasks of SLURM, but no torchrun that joins them: each would train for itself. "
+            "Start one task on each machine: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES "
+            "--nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=HOST:29500 "
+            f"{script}; or one process: srun --ntasks=1 {single}"
+        )
 
 
 def find_device(env) -> str:
@@ -48,11 +83,6 @@ def find_device(env) -> str:
 def capability() -> tuple[int, int]:
     """(major, minor) compute capability of this rank's own GPU: 9, 0 for sm_90."""
     return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def usable_cores() -> int:
-    """Number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class Done:
@@ -86,7 +116,8 @@ class Ranks:
             torch.cuda.set_device(self.device)
         else:
             keep_freed_memory()
-            if "OMP_NUM_THREADS" not in os.environ or self.local_world_size > 1:
+            threads = os.environ.get("OMP_NUM_THREADS")
+            if not threads or (threads == "1" and self.local_world_size > 1):  # torchrun's own default
                 torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
         self.parent = os.getppid()  # read before its store answers, which proves that it is alive
         self.launched = "RANK" in os.environ  # by torchrun, even with a single rank

@@ -213,11 +213,13 @@ def help_lines(name: str, field: dataclasses.Field) -> list[str]:
     ]
 
 
-def settings_json(script: str, classes, presets: dict[str, tuple[str, dict]], source_hash: str) -> str:
+def settings_json(
+    script: str, classes, presets: dict[str, tuple[str, dict]], source_hash: str, num_gpus: int
+) -> str:
     """--settings-json, which the launcher reads.
 
     Every setting's name, type, default, allowed values and what it affects; the presets' defaults; the hash
-    of the code that decides the numbers.
+    of the code that decides the numbers; the number of GPUs that a run would find here.
     """
     settings = [
         {
@@ -230,6 +232,5 @@ def settings_json(script: str, classes, presets: dict[str, tuple[str, dict]], so
         for name, f in knobs(classes).items()
     ]
     defaults = {name: {k.upper(): v for k, v in changes.items()} for name, (_, changes) in presets.items()}
-    return json.dumps(
-        {"script": script, "source_hash": source_hash, "settings": settings, "presets": defaults}
-    )
+    found = {"script": script, "source_hash": source_hash, "num_gpus": num_gpus}
+    return json.dumps({**found, "settings": settings, "presets": defaults})

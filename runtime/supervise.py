@@ -26,14 +26,14 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
-from data.shards import describe_shards
 from kernels import attention, fast_forms
-from runtime import checkpoints
+from runtime import checking, checkpoints
 from runtime.compiling import CACHE_HELP, choose_allocator, compiler_for
 from runtime.log_writer import LogWriter, last_event, provenance, show, source_hash
-from runtime.ranks import Ranks, refuse_together
+from runtime.ranks import Ranks, check_launch, refuse_together
 from runtime.session import Diverged
 from runtime.settings import SettingsError, help_text, not_training, settings_json
 
@@ -139,7 +139,12 @@ def process_state(pid: int) -> str:
     """State of a process: "alive", "stopped" (by SIGSTOP) or "gone"."""
     try:
         os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()[0]
+        )
     except ProcessLookupError:
         return "gone"
     except OSError:  # no /proc on this system: alive is all that can be said
@@ -165,30 +170,21 @@ class Start(NamedTuple):
     ranks: Ranks
     origin: checkpoints.Origin
     log: LogWriter | None  # None if the run is over already
+    notes: tuple[str, ...] = ()  # on the data, for the log
 
 
 def prepare(module, env) -> Start:
     """Refuse everything that can be refused, on all ranks together, before the first step."""
     choose_allocator()
     try:
-        s, o, model_config = module.read_settings(env)
+        s, o, model_config, notes = checking.read_run(module, env)
     except SettingsError as error:
         refuse_together(error)
-    config = {
-        **dataclasses.asdict(s),
-        **dataclasses.asdict(o),
-        "model_config": dataclasses.asdict(model_config),
-    }
     run_id = env.get("RUN_ID", "")
+    config = checking.describe_settings(s, o, model_config)
     ranks = Ranks(s.device, s.dist_timeout, {**config, "run_id": run_id})
     train_shards, val_shards = ranks.run_on_all(lambda: module.open_data(s, ranks.world_size))
-    config |= {
-        "train_data": describe_shards(train_shards),
-        "val_data": describe_shards(val_shards),
-        "vocab_size": train_shards[0].vocab_size,
-        "mark": train_shards[0].mark,
-        "num_slices": module.count_slices(ranks.world_size),
-    }
+    config = checking.describe_run(module, s, o, model_config, train_shards, val_shards, ranks.world_size)
     classes = (*module.SETTINGS, module.ModelConfig)
     origin = ranks.run_on_all(
         lambda: checkpoints.find_origin(s, classes, config, run_id) if ranks.rank == 0 else None
@@ -201,7 +197,9 @@ def prepare(module, env) -> Start:
     if origin.exit_code is None:
         num_steps = module.Schedule(s, model_config).num_steps
         log = ranks.run_on_all(lambda: LogWriter(s.log, ranks.rank, num_steps, origin.resumed))
-    return Start(module.SCRIPT, s, o, model_config, config, train_shards, val_shards, ranks, origin, log)
+    return Start(
+        module.SCRIPT, s, o, model_config, config, train_shards, val_shards, ranks, origin, log, notes
+    )
 
 
 def write_beginning(module, start: Start):
@@ -238,11 +236,17 @@ def main(module, argv: list[str], env=os.environ) -> int:
         return 0
     if "--settings-json" in argv:
         code = source_hash(module.SCRIPT)
-        print(settings_json(name, module.SETTINGS, module.presets(), code))
+        print(settings_json(name, module.SETTINGS, module.presets(), code, torch.cuda.device_count()))
         return 0
     try:
+        if argv in (["--check-settings"], ["--check-arms"]):
+            check_launch(name, starts_ranks=True)
+            choose_allocator()
+            check = checking.check_arms if "--check-arms" in argv else checking.check_settings
+            return check(module, env)
         if argv:
             raise SettingsError(f"arguments {argv}: settings are environment variables instead, see --help")
+        check_launch(name)
         start = prepare(module, env)
     except ValueError as error:
         return exit_refused(name, error)
@@ -255,7 +259,8 @@ def main(module, argv: list[str], env=os.environ) -> int:
 
 
 def exit_refused(name: str, error: ValueError) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+    is_launched = os.environ.get("RANK") and os.environ.get("LOCAL_RANK")
+    if not is_launched or os.environ["LOCAL_RANK"] == "0":  # once on each machine
         show(f"{name}: {error}", file=sys.stderr)
     Ranks.close()
     return 2
@@ -302,7 +307,7 @@ class Supervisor:
         attention_name, warnings = attention.activate(s.attn_backend)
         with fast_forms.installed(self.module, s, start.o, compiler_for(s)) as (names, stepped_aside):
             log.event("kernels", attn=attention_name, fast_forms=",".join(names) or "none")
-            for text in warnings + stepped_aside:
+            for text in [*start.notes, *warnings, *stepped_aside]:
                 log.warn(text)
             log.say(
                 f"{start.script.name}: {s.model} on {self.ranks.world_size} rank(s) of "

@@ -57,7 +57,7 @@ def place(tmp_path, monkeypatch):
     """A folder with two stand-ins, which differ as the twins do, and nothing of ours in the environment."""
     from launches import STAND_IN, alive
 
-    from analysis import devices
+    from analysis.trainers import read_trainer
 
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
@@ -67,12 +67,13 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "base.py").write_text(STAND_IN)
     (tmp_path / "ord.py").write_text(STAND_IN)
-    devices.visible_gpus.cache_clear()
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent))  # for the stand-ins
+    read_trainer.cache_clear()
     yield tmp_path
     left = alive(tmp_path)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-    devices.visible_gpus.cache_clear()
+    read_trainer.cache_clear()
     assert not left, "processes of the sweep are still there"
 
 

@@ -4,6 +4,7 @@ The tests of the launcher copy it to base.py and ord.py, which differ as the twi
 behaves. Each start appends a line to starts.jsonl.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -44,7 +45,31 @@ def print_settings():
     ]
     source_hash = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     presets = {"plain": {}, "tiny": {"COOLDOWN_FRAC": 0.5}}
-    print(json.dumps({"source_hash": source_hash, "presets": presets, "settings": settings}))
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    found = {"source_hash": source_hash, "presets": presets, "num_gpus": len(gpus)}
+    print(json.dumps({**found, "settings": settings}))
+
+
+def check_arms():
+    """Answer as a trainer does, by the trainers' own rules for single values."""
+    from runtime.settings import SettingsError, knob, parse_value
+
+    kinds = {"float,...": tuple[float, ...], "int,...": tuple[int, ...]}
+    kinds |= {"str": str, "int": int, "float": float, "bool": bool}
+    fields = [(name, kinds[kind], knob(None, "a knob", **limits)) for name, kind, _, limits in KNOBS]
+    known = {f.name: f for f in dataclasses.fields(dataclasses.make_dataclass("Settings", fields))}
+    answers = []
+    for arm in json.load(sys.stdin):
+        answer = {"values": {}, "refused": None, "data": None}
+        try:
+            for name, text in arm.items():
+                answer["values"][name] = parse_value(name, text, known[name])
+            if arm.get("MODEL", "auto") not in ("auto", "plain", "tiny"):
+                raise SettingsError(f"MODEL={arm['MODEL']!r}: wanted one of auto, plain, tiny")
+        except SettingsError as error:
+            answer["refused"] = str(error)
+        answers.append(answer)
+    print(json.dumps(answers))
 
 
 def note(what):
@@ -121,7 +146,7 @@ def main():
     if "stubborn" in behaviour:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if behaviour == "refuse":
-        print("stand-in: BATCH_SIZES stage 2 = 7 is not a multiple of 8", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: BATCH_SIZES stage 2 = 7 is not a multiple of 8", file=sys.stderr)
         sys.exit(2)
     if "family" in behaviour:
         start_family("loose" in behaviour)
@@ -146,5 +171,7 @@ def main():
 if __name__ == "__main__":
     if "--settings-json" in sys.argv:
         print_settings()
+    elif "--check-arms" in sys.argv:
+        check_arms()
     else:
         main()

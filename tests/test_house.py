@@ -132,3 +132,19 @@ def test_docstrings_begin_with_a_verb_or_a_noun():
                 if NO_GOOD_BEGINNING.match(doc) and not MAY_BEGIN_SO.match(doc):
                     odd.append(f"{path.relative_to(ROOT)}:{node.lineno} {doc.splitlines()[0][:60]!r}")
     assert not odd, "\n".join(odd)
+
+
+def test_every_text_file_is_opened_in_a_stated_encoding():
+    """Else a ρ in a file is an error under an ASCII locale, or another letter on Windows."""
+    unstated = []
+    for path in tracked("*.py"):
+        if "tests" in path.parts or path.parent.name == "records":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", None)
+            stated = any(word.arg == "encoding" for word in node.keywords)
+            if name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute) and not stated:
+                unstated.append(f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)[:70]}")
+    assert not unstated, "\n".join(unstated)

@@ -151,7 +151,7 @@ def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
     monkeypatch.setattr(expected_time, "usable_cores", lambda: (0, 1))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     sweep = read_sweep(sweep_file(TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'MODEL = "tiny"')))
-    slots, nproc = devices.share_out(1, 0, use_gpus=True)
+    slots, nproc = devices.share_out(1, 0, ())
 
     def said():
         return expected_time.expected_time(sweep.runs(), slots, nproc)
@@ -220,9 +220,6 @@ diverged_above = 50
 tag = "crash"
 BEHAVIOUR = "crash, torn"
 [[arms]]
-tag = "refuse"
-BEHAVIOUR = "refuse"
-[[arms]]
 tag = "diverge"
 BEHAVIOUR = "diverge"
 [[arms]]
@@ -244,17 +241,16 @@ def test_trouble_is_recorded_and_the_rest_goes_on(place, launch):
     runs = {run["tag"]: run for run in manifest()["runs"]}
     assert {tag: run["state"] for tag, run in runs.items()} == {
         "crash": "crashed",
-        "refuse": "crashed",
         "diverge": "diverged",
         "spike": "diverged",
         "family": "finished",
         "good": "finished",
     }
-    assert (runs["refuse"]["exit_code"], runs["diverge"]["exit_code"]) == (2, 3)
-    reasons = {"crash": "out of memory", "refuse": "multiple of 8", "spike": "99, above"}
+    assert runs["diverge"]["exit_code"] == 3
+    reasons = {"crash": "out of memory", "spike": "99, above"}
     for tag, said in reasons.items():
         assert said in runs[tag]["reason"] and tag in output
-    logs = {tag: read_log(run["log"])[0].state for tag, run in runs.items() if tag != "refuse"}
+    logs = {tag: read_log(run["log"])[0].state for tag, run in runs.items()}
     assert logs == {
         "crash": "crashed",
         "diverge": "diverged",
@@ -264,17 +260,28 @@ def test_trouble_is_recorded_and_the_rest_goes_on(place, launch):
     }
     text = Path(runs["crash"]["log"]).read_text()
     assert "\nevent:crashed reason:" in text, "not at the end of half a line"
-    assert not Path(runs["refuse"]["log"]).exists()
     assert not alive(place), "even what a finished run left behind is gone"
 
     Path("healed").touch()  # what crashed is tried again; what diverged would diverge again
     assert launch("trial.toml").returncode == 1, "two of the runs have not finished"
     assert [run["tag"] for run in manifest()["runs"] if run["state"] != "finished"] == ["diverge", "spike"]
-    assert len(starts()) == 5 + 2, "refuse did not get so far as to say that it started"
-    assert [run["state"] for run in manifest()["earlier"]] == ["crashed", "crashed"]
+    assert len(starts()) == 5 + 1
+    assert [run["state"] for run in manifest()["earlier"]] == ["crashed"]
     sweep_file(TROUBLE.replace("diverged_above = 50", "diverged_above = 500"))
     assert launch("trial.toml").returncode == 1
-    assert len(starts()) == 8, "a higher threshold tries `spike` again"
+    assert len(starts()) == 7, "a higher threshold tries `spike` again"
+
+
+def test_a_refused_run_is_the_last_one(place, launch):
+    """Else a night goes by with one refusal after the other, by a trainer that knew at the first."""
+    text = 'script = "base.py"\nseeds = [1, 2, 3]\n[env]\nBEHAVIOUR = "refuse"\n'
+    done = launch(sweep_file(text))
+    assert done.returncode == 2 and "2 run(s) not started" in done.stdout, done.stdout
+    assert [run["state"] for run in manifest()["runs"]] == ["refused", "planned", "planned"]
+    assert "multiple of 8" in manifest()["runs"][0]["reason"] and not starts()
+    Path("healed").touch()
+    sweep_file(text.replace("refuse", "good"))
+    assert launch("trial.toml").returncode == 0 and len(starts()) == 3
 
 
 def test_a_hung_run_is_stopped_and_tried_again(place, launch, monkeypatch):
@@ -467,7 +474,7 @@ def overlap(starts, ends):
 def test_parallel_runs_have_gpus_of_their_own(place, launch, monkeypatch):
     """Else two runs share a GPU, and neither their memory nor their times are their own."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,GPU-abc")
-    devices.visible_gpus.cache_clear()
+    read_trainer.cache_clear()
     text = TWO_ARMS.replace("[1, 2]", "[1, 2, 3]").replace("[env]", '[env]\nBEHAVIOUR = "meet at once"')
     done = launch(sweep_file(text), "--parallel", "2")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -582,7 +589,7 @@ def test_missing_data_is_found_before_the_first_run(place, launch):
     """Else every run of the sweep starts, finds no data and fails, one after the other."""
     text = 'script = "train_gpt.py"\n[env]\nMODEL = "tiny"\nDEVICE = "cpu"\nDATA_PATH = "nowhere"\n'
     done = launch(sweep_file(text))
-    assert done.returncode == 2 and "matches no file under DATA_PATH='nowhere'" in done.stderr
+    assert done.returncode == 2 and "under DATA_PATH='nowhere' matches no file" in done.stderr
     assert not Path("logs").exists()
     done = launch("trial.toml", "--dry-run")
     assert done.returncode == 0 and "before it can run" in done.stdout
@@ -670,26 +677,28 @@ def test_a_sweep_of_the_real_trainers(place, launch):
 tag = "spectral_lr_0"
 SPECTRAL_LR_MUL = 0
 SPECTRAL_RHO_MODE = "row"
-[[arms]]
-tag = "refused"
-SPECTRAL_VARIANCE = true
-SPECTRAL_SCALE = "unit"
 """,
     )
+    refused = '[[arms]]\ntag = "refused"\nSPECTRAL_VARIANCE = true\nSPECTRAL_SCALE = "unit"\n'
+    for arm, said in ((refused, "SPECTRAL_VARIANCE"), ('[[arms]]\ntag = "é"\n', "tags name files")):
+        for option in ([], ["--dry-run"]):  # both ask the trainer
+            done = launch(sweep_file(text + arm), *option)
+            assert done.returncode == 2 and said in done.stderr and not Path("logs").exists()
+    done = launch(sweep_file(text.replace("VAL_BATCH_TOKENS = 2048", "")), "--dry-run")
+    assert done.returncode == 2 and "VAL_TOKENS=2048 in [env] must be a multiple" in done.stderr
     done = launch(sweep_file(text))
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     runs = {run["tag"]: run for run in manifest()["runs"]}
     assert {tag: run["state"] for tag, run in runs.items()} == {
         "baseline_std_0": "finished",
         "spectral_lr_0": "finished",
-        "refused": "crashed",
     }
-    assert runs["refused"]["exit_code"] == 2 and "SPECTRAL_VARIANCE" in runs["refused"]["reason"]
     base, ord_run = (read_log(runs[tag]["log"])[0] for tag in ("baseline_std_0", "spectral_lr_0"))
     assert (base.seed, base.last_step, base.num_steps) == (3, 3, 3)
     assert base.source_hash == runs["baseline_std_0"]["source_hash"], "the trainer says what it logs"
     np.testing.assert_allclose(base.val.loss, ord_run.val.loss)  # both got seed, data and batch from the file
     done = launch("trial.toml", "--dry-run")
-    assert done.returncode == 0 and "1 to run" in done.stdout and "expected time about" in done.stdout, (
-        done.stdout
-    )
+    assert done.returncode == 0 and "0 to run" in done.stdout, done.stdout
+    sweep_file(text.replace("seeds = [3]", "seeds = [3, 4]"))
+    done = launch("trial.toml", "--dry-run")
+    assert "2 to run" in done.stdout and "expected time about" in done.stdout, done.stdout

@@ -1,0 +1,63 @@
+"""Text from files, names and other people's messages, made fit to be shown.
+
+A log is text that a stranger may have written. What it holds must reach a terminal, a plot or a page as
+letters, never as a command: `clean` is applied where such text is read, `console` guards what is printed.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Iterator
+
+# Control characters, invisible directions, halves of surrogate pairs, line and paragraph separators.
+NOT_SHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+SUSPECT = re.compile(r"[^\x20-\x7e\n\t]")
+
+
+def clean(value):
+    """Return text with a mark for each character that must not be obeyed; also inside lists and tables."""
+    if isinstance(value, str):
+        return SUSPECT.sub(lambda found: _shown(found[0]), value)
+    if isinstance(value, list):
+        return [clean(item) for item in value]
+    if isinstance(value, dict):
+        return {clean(key): clean(item) for key, item in value.items()}
+    return value
+
+
+def _shown(character: str) -> str:
+    return "\ufffd" if unicodedata.category(character) in NOT_SHOWN else character
+
+
+class Console:
+    """A stream that shows text and obeys nothing in it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(clean(text))
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def console() -> Iterator[None]:
+    """Print any text on any console, and end quietly when nobody reads any more: `| head` has seen enough."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if hasattr(stream, "reconfigure"):  # letters that the console does not have
+            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = map(Console, before)
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # else Python complains when it closes the stream
+            os.dup2(os.open(os.devnull, os.O_WRONLY), before[0].fileno())
+    finally:
+        sys.stdout, sys.stderr = before

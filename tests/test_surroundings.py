@@ -1,0 +1,562 @@
+"""What users' machines, shells and files do to the project. Each test reports something that failed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import BASELINE, ROOT, base_env, make_text, run, write_shard
+from launches import TWO_ARMS, sweep_file
+from logs_for_tests import make_log
+
+import train_gpt
+from analysis.devices import Slot, gpu_names
+from analysis.read_results import read_results
+from analysis.run_environment import environment_of
+from analysis.run_log import read_log
+from analysis.shown import clean
+from analysis.sweep_files import read_sweep
+from analysis.trainers import read_trainer
+from data import shards, tokenize_text, tokenizing
+from runtime import checkpoints, ranks, supervise
+
+TEXT = "".join(f"Line {i} of a text: {'word ' * (i % 9)}{i * i}.\n" for i in range(900))
+SHORT = dict(NUM_SCHEDULED_ITERATIONS="3", VAL_LOSS_EVERY="0", DEVICE="cpu", NPROC_PER_NODE="1")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project that may write where it stands, with the environment that runs these tests."""
+    folder = tmp_path_factory.mktemp("a project [1]")
+    for package in ("analysis", "kernels", "runtime"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "data").mkdir()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "requirements.txt", *ROOT.glob("data/*.py")]:
+        shutil.copy(path, folder / path.relative_to(ROOT))
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+def shell(project, *command, **env):
+    """A command in the project's folder and in an environment that holds little else."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    return subprocess.run(
+        command,
+        cwd=project,
+        env={**kept, **env},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=600,
+    )
+
+
+# ---- own text, and commands that are printed
+
+
+def test_from_a_text_file_to_a_trained_model_and_a_sample(project, tmp_path):
+    """Fails if the one obvious command does not do it: a file of one document, smaller than VAL_TOKENS."""
+    (tmp_path / "my text.txt").write_text(TEXT)
+    done = shell(
+        project, "./run.sh", str(tmp_path / "my text.txt"), RUN_ID="own", OMP_NUM_THREADS="1", **SHORT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (log,) = read_log(project / "logs/own.txt")
+    assert log.state == "finished" and log.config["model"] == "tiny"
+    assert log.event("started").fields["threads"] == "1", "the user's OMP_NUM_THREADS counts"
+    assert log.config["val_tokens"] % 128 == 0 and 1024 <= log.config["val_tokens"] < 10_000
+    assert "validation takes" in log.event("warning").fields["text"]
+    assert (project / "logs/own.png").exists() and (project / "logs/own/model.safetensors").exists()
+    assert "a sample of it:" in done.stdout
+    again = re.search(r"(\S+python sample.py \S+) --prompt", done.stdout)[1].split()
+    assert shell(project, *again, "--tokens", "3").returncode == 0, "the printed command works"
+
+
+def test_a_folder_with_two_parts_is_enough(project, tmp_path):
+    """Fails if DATA_PATH, as the documentation and the tokenizer print it, finds no shards."""
+    out = tmp_path / "mine [2] *"
+    for name in ("notes.md", "more.rst"):
+        (tmp_path / name).write_text(TEXT[:6000] + name)
+    files = [str(tmp_path / name) for name in ("notes.md", "more.rst")]
+    made = shell(project, ".venv/bin/python", "data/tokenize_text.py", *files, "--bytes", "--out", str(out))
+    assert made.returncode == 0, made.stderr
+    done = shell(project, "./run.sh", DATA_PATH=str(out), RUN_ID="folder", MODEL="tiny", **SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = read_log(project / "logs/folder.txt")[0].config
+    assert (config["train_files"], config["val_files"]) == ("text_train_*.bin", "text_val_*.bin")
+    for name in ("a_train_0.bin", "a_val_0.bin"):
+        write_shard(out / name, make_text(3000))
+    two = shell(project, ".venv/bin/python", BASELINE, DATA_PATH=str(out), MODEL="tiny")
+    assert two.returncode == 2 and "several corpora (a, text)" in two.stderr
+
+
+def test_the_end_of_a_text_is_for_validation_where_documents_are_too_few(tmp_path, monkeypatch):
+    """Fails if a small text trains only by luck, or a token is on both sides or lost."""
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    arguments = ["x", str(path), "--bytes", "--workers", "1", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert shards.run_script(tokenize_text.main) == 0
+    train, val = (
+        shards.read_shard(tmp_path / "out" / f"text_{part}.bin") for part in ("train_000001", "val_000000")
+    )
+    assert train[0] == val[0] == 0 and len(val) >= 1025
+    assert bytes([*train[1:], *val[1:]]).decode() == TEXT
+
+
+# ---- refusals
+
+
+def test_settings_are_refused_once_and_before_torchrun(project):
+    """Fails if a wrong value costs thirty lines of torchrun's traceback."""
+    for env, said in (
+        ({"MUON_LR": "abc"}, "MUON_LR='abc'"),
+        ({"DATA_PATH": "nowhere"}, "matches no file"),
+        ({"VAL_TOKENS": "16384"}, "multiple of VAL_BATCH_TOKENS"),
+        ({"NPROC_PER_NODE": "3"}, "3 ranks do not divide"),
+    ):
+        done = shell(project, "./run.sh", **{"MODEL": "tiny", **SHORT, **env})
+        assert done.returncode == 2 and said in done.stderr, done.stdout + done.stderr
+        assert len(done.stderr.strip().splitlines()) <= 6 and "Traceback" not in done.stderr
+
+
+def test_a_text_that_is_not_there_is_named(project):
+    done = shell(project, "./run.sh", "MODEL=tiny")
+    assert done.returncode == 2 and "MODEL=tiny: no such file" in done.stderr
+
+
+# ---- the environment
+
+
+def has_requirements(folder) -> bool:
+    code = "source setup_env.sh; has_requirements"
+    return subprocess.run(["bash", "-c", code], cwd=folder, capture_output=True).returncode == 0
+
+
+def test_an_environment_is_asked_and_not_believed(tmp_path):
+    """Fails if a stamp vouches for a .venv whose packages, Python or versions are not there."""
+    for name in ("setup_env.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    assert not has_requirements(tmp_path)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    assert has_requirements(tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch==1.0  # another version\n")
+    assert not has_requirements(tmp_path)
+    (tmp_path / ".venv").unlink()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    shutil.copy(ROOT / "requirements.txt", tmp_path / "requirements.txt")
+    shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv/installed-requirements.txt")
+    assert not has_requirements(tmp_path), "its Python has no torch, whatever the stamp says"
+    (tmp_path / "requirements.txt").write_text("# nothing\n")
+    assert has_requirements(tmp_path)
+    (tmp_path / ".venv/bin/python").unlink()
+    (tmp_path / ".venv/bin/python").symlink_to("/nowhere/python3")
+    assert not has_requirements(tmp_path), "a Python that is gone"
+
+
+def test_every_script_starts_from_anywhere_with_a_safe_path(tmp_path):
+    """Fails if PYTHONSAFEPATH=1, or another folder, keeps a script from finding the project."""
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("benchmarks/*.py")]
+    scripts = [str(p) for p in sorted(scripts) if 'if __name__ == "__main__"' in p.read_text()]
+    assert len(scripts) > 15
+    code = (
+        "import runpy, sys\n"
+        "before, failed = list(sys.path), []\n"
+        f"for path in {scripts!r}:\n"
+        "    for name in [n for n in sys.modules if n.partition('.')[0] in "
+        "('analysis', 'data', 'kernels', 'runtime', 'train_gpt', 'shards', 'hub', 'tokenizing')]:\n"
+        "        del sys.modules[name]\n"
+        "    sys.path[:], sys.argv = before, [path, '--help']\n"
+        "    try:\n"
+        "        runpy.run_path(path, run_name='not main')\n"
+        "    except BaseException as error:\n"
+        "        failed.append(f'{path}: {error!r}')\n"
+        "sys.exit('; '.join(failed) or 0)\n"
+    )
+    env = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_foreign_settings_of_matplotlib_do_not_matter(tmp_path):
+    """Fails if a notebook's MPLBACKEND, or a matplotlibrc that wants TeX, leaves a run without its plot."""
+    (tmp_path / "matplotlibrc").write_text(
+        "text.usetex: True\nfont.size: 99\naxes.formatter.use_mathtext: True\n"
+    )
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/a.txt").write_text(make_log("a"))
+    command = (sys.executable, str(ROOT / "plot_loss.py"), "logs/a.txt", "--out", "a.png")
+    done = shell(tmp_path, *command, MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert done.returncode == 0 and (tmp_path / "a.png").exists(), done.stderr
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    shutil.move(tmp_path / "logs", plain / "logs")
+    assert shell(plain, *command).returncode == 0
+    assert (tmp_path / "a.png").read_bytes() == (plain / "a.png").read_bytes()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare")
+def test_a_host_name_without_an_address(shards, tmp_path):
+    """Fails if torchrun asks a name service about this machine: it waits for 20 minutes."""
+    from analysis.run_environment import command_of
+
+    env = base_env(shards, RUN_ID="nameless", NUM_SCHEDULED_ITERATIONS=1, VAL_LOSS_EVERY=0, SAVE_MODEL=0)
+    words = ["unshare", "--uts", "sh", "-c", 'hostname nowhere-at-all && exec "$@"', "sh"]
+    try:
+        done = subprocess.run(
+            [*words, *command_of(ROOT / BASELINE, 2)], cwd=tmp_path, env=env, capture_output=True, timeout=120
+        )
+    except PermissionError:
+        pytest.skip("this container may not change its name")
+    if b"unshare" in done.stderr:
+        pytest.skip("this container may not change its name")
+    assert done.returncode == 0, done.stderr
+    assert "--local-addr=127.0.0.1" in (ROOT / "run.sh").read_text()
+
+
+# ---- files and folders
+
+
+@pytest.mark.parametrize("name", ["a[1]", "b*", "~", "c?d {e}", "f g"])
+def test_a_folder_may_have_any_name(tmp_path, monkeypatch, name):
+    """Fails if the characters of a pattern, in the name of a folder, hide what is in it."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / name
+    write_shard(folder_of(folder) / "x_train_0.bin", make_text(2000))
+    write_shard(folder / "x_val_0.bin", make_text(2000))
+    for root, pattern in ((str(folder), "x_train_*.bin"), (".", f"{folder}/x_train_*.bin")):
+        assert [path.name for path in shards.find_shards(root, pattern)] == ["x_train_0.bin"]
+    assert shards.own_shards(str(folder)) == ("x_train_*.bin", "x_val_*.bin")
+    monkeypatch.setenv("HOME", str(folder))
+    assert shards.find_shards("~", "x_train_0.bin") == [folder / "x_train_0.bin"]
+    assert shards.find_shards(str(tmp_path), "[a-f]*/x_*.bin") or name == "~", (
+        "a pattern of folders still is one"
+    )
+
+
+def folder_of(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+# ---- the tokenizer
+
+
+def test_a_document_that_the_tokenizer_cannot_take_is_cut(tmp_path, monkeypatch, capsys):
+    """Fails if a panic in native code (no Exception, and not to be pickled) ends hours of work."""
+
+    class PanicException(BaseException):
+        pass
+
+    def encode(text):
+        if "!" * 2000 in text:
+            raise PanicException("StackOverflow")
+        return list(text.encode())
+
+    monkeypatch.setattr(tokenizing, "_encode", encode)
+    whole = tokenizing._encode_document(tokenizing.Document("a" * 250_000, "f, line 1"))
+    assert whole.note == "" and len(whole.tokens) == 250_001
+    found = tokenizing._encode_document(tokenizing.Document("b" * 120_000 + "!" * 5_000 + "c", "f, line 7"))
+    assert bytes(found.tokens[1:].tolist()).decode().startswith("b" * 110_000) and found.tokens[-1] == ord(
+        "c"
+    )
+    assert "f, line 7: tokenized in pieces" in found.note and "StackOverflow" in found.note
+
+
+def test_a_million_blanks_and_the_real_library(monkeypatch):
+    """Fails if the panic that tiktoken raises there is not caught, or a character is lost."""
+    tiktoken = pytest.importorskip("tiktoken")
+    import tiktoken_ext.openai_public as public
+
+    ranks_of_bytes = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding(
+        "bytes", pat_str=public.r50k_pat_str, mergeable_ranks=ranks_of_bytes, special_tokens={}
+    )
+    monkeypatch.setattr(tokenizing, "_encode", encoding.encode_ordinary)
+    text = "word " * 100 + " " * 1_000_000 + "tail"
+    found = tokenizing._encode_document(tokenizing.Document(text, "f, line 3"))
+    assert bytes(found.tokens[1:].astype(np.uint8)) == text.encode() and found.note.startswith("f, line 3: ")
+
+
+def test_what_was_tokenized_before_an_interruption_is_kept(tmp_path, monkeypatch, capsys):
+    """Fails if a killed tokenization begins anew, or its second part does not fit its first."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"document {i} " + "x" * (i % 50)}) + "\n" for i in range(500))
+    )
+
+    def tokenize(out):
+        arguments = ["x", str(path), "--bytes", "--workers", "1", "--shard-tokens", "700", "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", [*arguments, "--val-frac", "0.2"])
+        return shards.run_script(tokenize_text.main)
+
+    assert tokenize(tmp_path / "whole") == 0
+    encode, count = tokenizing._encode_document, []
+
+    def stop_at_300(document):
+        count.append(document)
+        if len(count) == 300:
+            raise KeyboardInterrupt
+        return encode(document)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizing, "_encode_document", stop_at_300)
+        assert tokenize(tmp_path / "cut") == 130
+    assert not list((tmp_path / "cut").glob("*.bin")), "half a corpus does not pass for a whole one"
+    assert tokenize(tmp_path / "cut") == 0 and "going on after" in capsys.readouterr().out
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "cut"))
+    assert one == two
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_texts_from_windows(tmp_path, monkeypatch, encoding):
+    path = tmp_path / "a.txt"
+    path.write_text("Zoë\r\n", encoding=encoding, newline="")
+    assert [d.text for d in tokenize_text.read_plain(path, None)] == ["Zoë\n"]
+    path.write_bytes(b"one\ntwo\ncaf\xe9\n")
+    with pytest.raises(ValueError, match=r"a.txt, line 3: not UTF-8 \(found byte 0xe9\)"):
+        list(tokenize_text.read_plain(path, None))
+
+
+def test_workers_are_as_many_as_the_job_has_cores(tmp_path):
+    """Fails if a job with one core of a hundred starts a hundred processes."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("no affinity on this system")
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    code += "import argparse; from data.tokenizing import add_options\n"
+    code += "p = argparse.ArgumentParser(); add_options(p); print(p.parse_args([]).workers)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
+# ---- what is shown
+
+HOSTILE = "\x1b[2J\x1b]0;title\x07 $x_1^{ $ \\frac{ [red]|<b>\u202e\udce9 ÿ"
+
+
+def test_clean_leaves_letters_and_nothing_that_is_obeyed():
+    assert clean("Zoë, ρ → ünïcödé\n\t") == "Zoë, ρ → ünïcödé\n\t"
+    shown = clean(HOSTILE)
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202e\ud800-\udfff]", shown) and "$x_1^{ $" in shown
+    assert clean({"a\x1b": ["\x1b", 1, None]}) == {"a\ufffd": ["\ufffd", 1, None]}
+
+
+@pytest.fixture
+def strange_logs(tmp_path):
+    """Logs whose names, settings and messages are somebody's attack, or somebody's typing error."""
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    settings = {"muon_lr": 0.1, "optimizer": HOSTILE.encode("utf-8", "replace").decode()}
+    crash = f"event:crashed error:{json.dumps(HOSTILE)} reason:\x1b[2J"
+    names = [b"a$b_{c$.txt", b"caf\xe9.txt", b"esc\x1b[2J.txt", b"plain.txt"]
+    for number, name in enumerate(names):
+        log = make_log(f"run{number}", number, dict(settings, muon_lr=0.1 * number), num_steps=60)
+        log = log.replace("event:finished", crash) if number % 2 else log
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(log.encode("utf-8", "replace"))
+    return folder
+
+
+COMMANDS = {
+    "monitor": ("monitor_runs.py", "--once"),
+    "monitor json": ("monitor_runs.py", "--json"),
+    "plot": ("plot_loss.py", "logs", "--out", "all.png"),
+    "plot separate": ("plot_loss.py", "logs", "--separate", "--out", "all.svg"),
+    "report": ("report_sweep.py", "logs", "--out", "report"),
+    "rates": ("plot_lr_analysis.py", "logs", "--out", "rates"),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_hostile_text_is_shown_and_not_obeyed(strange_logs, name, encoding):
+    """Fails if a log's text reaches the terminal raw, or is taken for a formula, markup or HTML."""
+    script, *arguments = COMMANDS[name]
+    command = [sys.executable, str(ROOT / script), *arguments]
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, cwd=strange_logs.parent, env=env, capture_output=True)
+    said = done.stdout + done.stderr
+    assert b"Traceback" not in said and done.returncode in (0, 2), said.decode(errors="replace")
+    assert not re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", said), said
+    if name == "monitor json":
+        assert len(json.loads(done.stdout)) == 4
+    for page in strange_logs.parent.rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        assert "\x1b" not in text and "<b>" not in text, page
+
+
+def test_a_pipe_that_closes_is_no_error(strange_logs):
+    for command in (("monitor_runs.py", "--once"), ("plot_loss.py", "logs", "--out", "x.png")):
+        script = (
+            f"{sys.executable} {ROOT / command[0]} {' '.join(command[1:])} | true; exit ${{PIPESTATUS[0]}}"
+        )
+        done = subprocess.run(["bash", "-c", script], cwd=strange_logs.parent, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
+# ---- sample.py
+
+
+@pytest.fixture(scope="module")
+def model(shards, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("sampled")
+    env = base_env(shards, RUN_ID="m", NUM_SCHEDULED_ITERATIONS=2, VAL_LOSS_EVERY=0)
+    assert run(cwd, BASELINE, env, ranks=0).returncode == 0
+    return cwd / "logs/m/model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "arguments, given, env, code, said",
+    [
+        (["--prompt", b"caf\xe9"], b"", {}, 2, b"not UTF-8 (found byte 0xe9 at position 3)"),
+        (["--prompt", "-"], b"caf\xe9", {}, 2, b"not UTF-8"),
+        (["--prompt", "-"], "Zoë".encode(), {"PYTHONIOENCODING": "ascii"}, 0, b"Zo"),
+        (["--prompt", "Zoë→"], b"", {"PYTHONIOENCODING": "latin-1"}, 0, b"Zo\xeb?"),
+        (["--prompt", "Zoë"], b"", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, 0, b"Zo"),
+        (["--device", "cuda"], b"", {"CUDA_VISIBLE_DEVICES": ""}, 2, b"no CUDA device"),
+        (["--device", "tpu"], b"", {}, 2, b"invalid choice"),
+        (["--temperature", "nan"], b"", {}, 2, b"--temperature"),
+        (["--temperature", "1e-300"], b"", {}, 0, b""),
+        (["--seed", str(2**70)], b"", {}, 2, b"--seed"),
+    ],
+)
+def test_sample_on_any_console_with_any_prompt(model, arguments, given, env, code, said):
+    """Fails if a prompt, a console or an argument ends in a traceback."""
+    command = [sys.executable, str(ROOT / "sample.py"), str(model), "--tokens", "5", *arguments]
+    done = subprocess.run(command, input=given, env={**os.environ, **env}, capture_output=True)
+    assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_sample_shows_no_control_characters_and_ends_with_its_reader(model):
+    command = f"{sys.executable} {ROOT / 'sample.py'} {model} --temperature 3 --tokens"
+    done = subprocess.run(["bash", "-c", f"{command} 300"], capture_output=True)
+    assert done.returncode == 0 and not re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", done.stdout)
+    script = f"{command} 400 | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_model_of_nan_is_named(model, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(model, "pt") as file:
+        tensors = {name: file.get_tensor(name) * np.nan for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, tmp_path / "nan.safetensors", metadata=file.metadata())
+    command = [sys.executable, str(ROOT / "sample.py"), str(tmp_path / "nan.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "not finite" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- launches
+
+
+HALF = {
+    "WORLD_SIZE alone": {"WORLD_SIZE": "2"},
+    "RANK alone": {"RANK": "0"},
+    "LOCAL_RANK alone": {"LOCAL_RANK": "1"},
+    "empty": {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""},
+    "no address": {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+    "beyond": dict(
+        RANK="2", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1"
+    ),
+    "no number": {"RANK": "a", "WORLD_SIZE": "2"},
+    "srun": {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+}
+
+
+@pytest.mark.parametrize("found", HALF)
+def test_half_a_launch_is_refused_with_the_command_that_works(found, monkeypatch, capsys, tmp_path):
+    """Fails if it hangs, trains twice, or two tasks fight for one log."""
+    monkeypatch.chdir(tmp_path)
+    for name in (*ranks.TORCHRUN, "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in HALF[found].items():
+        monkeypatch.setenv(name, value)
+    assert supervise.main(train_gpt, [], {"MODEL": "tiny", "DEVICE": "cpu"}) == 2
+    said = capsys.readouterr().err
+    assert "torchrun" in said and "train_gpt.py" in said and "found" in said and not list(tmp_path.iterdir())
+
+
+def test_threads_of_a_run_sleep_while_they_wait(place, monkeypatch):
+    """Fails if a run's threads spin: on two busy cores a step then takes 15 s instead of 0.4."""
+    run = read_sweep(sweep_file(TWO_ARMS)).runs()[0]
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert environment_of(run, Slot())["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert environment_of(run, Slot())["OMP_WAIT_POLICY"] == "ACTIVE", "the user's value counts"
+    assert "export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}" in (ROOT / "run.sh").read_text()
+
+
+def test_launcher_and_trainer_see_the_same_gpus(monkeypatch):
+    """Fails if CUDA_VISIBLE_DEVICES alone makes the launcher plan for GPUs that the trainer does not find."""
+    if torch.cuda.is_available():
+        pytest.skip("a machine without GPUs is meant")
+    for value in ("NoDevFiles", "0,1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        read_trainer.cache_clear()
+        assert read_trainer(str(ROOT / BASELINE)).gpus == ()
+    read_trainer.cache_clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-a")
+    assert gpu_names(1) == ("3",) and gpu_names(2) == ("3", "GPU-a")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert gpu_names(2) == ("0", "1")
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+def test_a_model_file_heeds_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        checkpoints.save_model(tmp_path / "m/model.safetensors", torch.nn.Linear(2, 2), {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "m/model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_plan_can_be_looked_at_on_any_machine(place, launch):
+    """Fails if a laptop cannot print the plan for eight GPUs, or a login node not write the job array."""
+    done = launch(sweep_file(TWO_ARMS), "--dry-run", "--parallel", "1000")
+    assert done.returncode == 0 and "before it can run: 1000 runs at a time" in done.stdout
+    text = 'script = "train_gpt.py"\n[env]\nDATA_PATH = "/on/the/cluster"\nDEVICE = "cuda"\nSAVE_EVERY = 7\n'
+    assert launch(sweep_file(text), "--slurm").returncode == 0
+    script = Path("logs/trial.slurm.sh").read_text()
+    for option in ("time=", "cpus-per-task=4", "gpus-per-node=1", "requeue", "open-mode=append"):
+        assert f"#SBATCH --{option}" in script
+    assert "SAVE_EVERY=7" in script and "RESUME=auto" in script
+    launch(sweep_file(text.replace('DEVICE = "cuda"\nSAVE_EVERY = 7', 'MODEL = "tiny"'), "small"), "--slurm")
+    script = Path("logs/small.slurm.sh").read_text()
+    assert "gpus" not in script and "#SBATCH --cpus-per-task=1\n" in script and "SAVE_EVERY=100" in script
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_sweep_file_from_windows(place, encoding):
+    Path("trial.toml").write_text("# ρ\n" + TWO_ARMS, encoding=encoding, newline="\r\n")
+    assert [arm.tag for arm in read_sweep("trial.toml").arms] == ["base", "spectral_lr_0.1"]
+
+
+def test_files_are_utf8_whatever_the_locale(place):
+    """Fails if an ASCII locale makes a sweep file with a ρ in it, or its report, unreadable."""
+    Path("trial.toml").write_text("# Does ρ help?\n" + TWO_ARMS, encoding="utf-8")
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for script in ("launch_lr_sweep.py", "report_sweep.py"):
+        command = [sys.executable, str(ROOT / script), "trial.toml"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_public_logs_that_stop_early_can_be_counted(tmp_path):
+    """Fails if runs that were stopped on purpose hold up a proof for ever, or count unasked."""
+    public = "import torch\ndef f():\n    pass\n" + "=" * 100 + "\n"
+    for number in range(3):
+        lines = [f"step:{i * 10}/60 val_loss:{5 - i + number / 100} train_time:{i}ms" for i in range(5)]
+        (tmp_path / f"{number}.txt").write_text(public + "\n".join(lines) + "\n")
+    plain = read_results([tmp_path], tmp_path)
+    assert plain.count("missing") == 3 and any("--stopped-early" in note for note in plain.notes)
+    counted = read_results([tmp_path], tmp_path, stopped_early=True)
+    assert counted.count("done") == 3 and any("as --stopped-early asked" in note for note in counted.notes)
