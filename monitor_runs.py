@@ -5,11 +5,11 @@
     python monitor_runs.py --json | jq      # one list of objects, losses in nats per token, times in s or ms
     python monitor_runs.py --control a=0    # difference from the runs whose name contains a=0
 
-Runs of a sweep are shown by their tags and compared with the control that the sweep's manifest
-(logs/SWEEP.sweep.json) names: with the control of the same seed if there is one, else with the mean of the
-controls, at the last validation that both have reached. A run has stalled if it has not ended and its log has
-not grown for --stalled-after seconds. Only new lines are read, so watching a thousand logs is cheap;
-compressed logs, as in records/, are not shown.
+Runs are called by their sweep's tags, or by the fewest settings that tell them apart. Those of a sweep are
+compared with the control that its manifest (logs/SWEEP.sweep.json) names: with the control of the same seed
+if there is one, else with the mean of the controls, at the last validation that both have reached. A run has
+stalled if it has not ended and its log has not grown for --stalled-after seconds. Only new lines are read, so
+watching a thousand logs is cheap; compressed logs, as in records/, are not shown.
 """
 
 import argparse
@@ -29,11 +29,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from analysis.arms import arm_key, name_arms
 from analysis.command_line import complain, make_parser
 from analysis.manifest import Manifest, ManifestFolder, Run
 from analysis.run_log import LogFollower, RunLog
 from analysis.shown import clean, console
-from analysis.style import format_time, shorten
+from analysis.style import format_time, shorten, shorten_apart
 from analysis.tables import format_difference, format_loss, format_number, without_nan
 
 RECENT_LINES = 50  # speed is measured over the last lines, because batch sizes change during training
@@ -72,6 +73,7 @@ class Row:
     state: str
     sweep: str = ""
     tag: str = ""
+    name: str = ""  # of its arm: its tag, or the settings that tell it from the others; else its run_id
     seed: int | None = None
     step: int = 0
     num_steps: int | None = None
@@ -195,6 +197,7 @@ class Monitor:
         self.stalled_after, self.control = stalled_after, control
         self._rows: dict[Path, list[Row]] = {}  # as their logs tell
         self._planned: dict[str, tuple[Manifest, Run]] = {}  # by run_id
+        self._named: tuple[object, dict[tuple, str]] = (None, {})  # what was named, and its names
 
     def poll(self) -> list[Row]:
         """Return the rows as of now: runs under way first, then those whose logs were written to last."""
@@ -216,6 +219,7 @@ class Monitor:
             rows += [dataclasses.replace(row, age_s=age_s) for row in known]
         self._add_plan(rows)
         self._compare(rows)
+        self._name(rows)
         for row in rows:
             if is_stalled(row, self.stalled_after):
                 row.state = "stalled"
@@ -246,6 +250,21 @@ class Monitor:
             row.is_control = any(row.run is control for control in controls)
             if not row.is_control:
                 row.difference, row.control = difference_to(row.run, controls)
+
+    def _name(self, rows: Sequence[Row]) -> None:
+        """Name the rows by their arms; worked out again only when there are other runs or tags."""
+        state = [(row.path, row.run_id, row.sweep, row.tag, bool(row.run.config)) for row in rows]
+        if self._named[0] != state:
+            arms: dict[tuple, list[RunLog]] = {}
+            for row in rows:
+                key = (row.sweep, row.tag) if row.tag else (arm_key(row.run), row.run.source_hash)
+                arms.setdefault(key, []).append(row.run)
+            tags = {row.run.name: row.tag for row in rows if row.tag}
+            named = zip(arms.values(), name_arms(list(arms.values()), tags), strict=True)
+            names = {(str(run.path), run.run_id): name for runs, name in named for run in runs}
+            self._named = state, names
+        for row in rows:
+            row.name = self._named[1][row.path, row.run_id]
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
         """Return the lines below the table: failures, unread lines, runs that have not started."""
@@ -332,7 +351,7 @@ class TableColumn:
 ALWAYS = 100
 # From left to right. A new column is a field of Row, its value in `row_of`, and a line here.
 COLUMNS = (
-    TableColumn("run", ALWAYS, lambda row: row.tag or row.run_id, align_left=True),
+    TableColumn("run", ALWAYS, lambda row: row.name, align_left=True),
     TableColumn("state", ALWAYS, lambda row: row.state, align_left=True),
     TableColumn("seed", 8, lambda row: "-" if row.seed is None else str(row.seed)),
     TableColumn("progress", 9, progress_cell, align_left=True),
@@ -391,6 +410,8 @@ def text_lines(
     shown = rows[:limit] if len(rows) <= limit else rows[: max(1, limit - 1)]
     contents = [{column.name: column.cell(row) for column in COLUMNS} for row in shown]
     widths = layout(contents, width)
+    names = shorten_apart([content["run"] for content in contents], widths.get("run", width))
+    contents = [{**content, "run": name} for content, name in zip(contents, names, strict=True)]
     lines = [[(shorten(heading(rows, monitor.follower.folder), width), "bold")]]
     if not rows:
         lines.append([("no logs here yet (only .txt counts): they appear as soon as a run starts", "dim")])

@@ -12,6 +12,7 @@ of an arm have met it.
 """
 
 import math
+import re
 import sys
 import time
 from argparse import Namespace
@@ -23,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
-from analysis.arms import Arm, group_by_arm
+from analysis.arms import Arm, group_by_arm, one_arm_a_run
 from analysis.curves import (
     FINISHED,
     X_LABELS,
@@ -69,14 +70,9 @@ def final_losses(arm: Arm) -> list[float]:
     return [run.final_val_loss if run.state in FINISHED else math.nan for run in ended]
 
 
-def name_of(arm: Arm) -> str:
-    """The arm's label; the name that its user gave a run, if the label is long."""
-    return arm.runs[0].run_id if len(arm.runs) == 1 and len(arm.label) > 40 else arm.label
-
-
-def legend_label(arm: Arm) -> str:
-    """Name and result of an arm."""
-    name = style.shorten(name_of(arm), 60)
+def legend_label(arm: Arm, name: str = "") -> str:
+    """Name (as given, else the arm's label) and result of an arm."""
+    name = name or arm.label
     if len(arm.runs) == 1:
         run = arm.runs[0]
         state = "" if run.state in FINISHED else f", {run.state} at step {run.last_step}"
@@ -88,9 +84,10 @@ def legend_label(arm: Arm) -> str:
 
 def what_to_draw(arms: Sequence[Arm]) -> list[Drawn]:
     """The arms with their looks and names."""
+    names = style.shorten_apart([arm.label for arm in arms], 60)
     drawn = [
-        Drawn(arm, style.arm_style(number), name_of(arm), legend_label(arm))
-        for number, arm in enumerate(arms)
+        Drawn(arm, style.arm_style(number), arm.label, legend_label(arm, name))
+        for number, (arm, name) in enumerate(zip(arms, names, strict=True))
     ]
     name_ends(drawn)
     return drawn
@@ -202,12 +199,12 @@ def figure(arms: Sequence[Arm], axis_kind: str, target: float):
 def summary(runs: Sequence[RunLog], arms: Sequence[Arm], target: float) -> str:
     """A table of the runs and, if any were pooled, one of the arms."""
     rows = []
-    for run in runs:
+    for run, name in zip(runs, style.shorten_apart([run.run_id for run in runs], 70), strict=True):
         met = run.first_at(target)
         per_step = run.last_time_ms / run.last_step if run.last_step > 0 else math.nan
         rows.append(
             [
-                style.shorten(run.run_id, 70),
+                name,
                 run.state,
                 "-" if run.seed is None else run.seed,
                 f"{max(run.last_step, 0)}/{run.num_steps or '?'}",
@@ -225,22 +222,20 @@ def summary(runs: Sequence[RunLog], arms: Sequence[Arm], target: float) -> str:
     pooled = [arm for arm in arms if len(arm.runs) > 1]
     if pooled:
         arm_rows = []
-        for arm in arms:
+        names = style.shorten_apart([arm.label for arm in arms], 70)
+        for arm, name in zip(arms, names, strict=True):
             met = all_met(arm, target)
             steps = f"{met[0]}, {style.format_time(met[1])}" if met else "not by all"
-            arm_rows.append([style.shorten(name_of(arm), 70), summarize(final_losses(arm)), steps])
+            arm_rows.append([name, summarize(final_losses(arm)), steps])
         header = ["arm", "final validation loss", f"all runs at {target:g}"]
         text += "\n\n" + format_table(header, arm_rows)
     return text
 
 
 def order_of(arm: Arm) -> float:
-    """The place of an arm: by value, if one numeric setting tells arms apart; 0 for all others."""
-    name, _, value = arm.label.partition("=")
-    try:
-        return float(value) if " " not in name else 0.0
-    except ValueError:
-        return 0.0
+    """The place of an arm: the number that its name ends in (muon_lr=0.1, lr_0.1); 0 if there is none."""
+    number = re.fullmatch(r"\S*?[=_](-?\d+\.?\d*(?:e[-+]?\d+)?)", arm.label)
+    return float(number[1]) if number else 0.0
 
 
 def choose(runs: Sequence[RunLog], axis: str) -> tuple[list[RunLog], list[str]]:
@@ -287,7 +282,7 @@ def draw_runs(options: Namespace) -> None:
     arms, notes = group_by_arm(drawn)
     arms.sort(key=order_of)
     if options.separate:
-        arms = [Arm(run.run_id, "", [run]) for run in drawn]
+        arms = one_arm_a_run(arms)
     target = style.target_of(drawn, options.target)
     out = options.out or default_out(drawn, time.time())
     style.save(figure(arms, options.x, target), out)

@@ -83,12 +83,9 @@ def remark(results: Results, arm: SweepArm) -> str:
 def explanation(results: Results) -> str:
     """An explanation of the table's columns."""
     verdict = results.verdict
-    text = (
-        "Differences are final losses, arm minus the other: negative is better. n counts seeds. Intervals "
-        "are those of each difference by itself. "
-    )
+    text = "Differences are final losses, arm minus the other: negative is better. n counts seeds. "
     if verdict.best:
-        text += f"To best: to {verdict.best}, with p after Holm's correction for all pairs of arms. "
+        text += f"To best: to {verdict.best}, with Tukey's interval and p, for all pairs of arms at once. "
     elif verdict.lowest:
         text += (
             f"To lowest: to {verdict.lowest}; no arm has two finished runs and none failed, so none is best. "
@@ -96,9 +93,9 @@ def explanation(results: Results) -> str:
     if results.control:
         controls = dict.fromkeys([results.control, *verdict.controls.values()])
         text += (
-            f"To control: to {' or '.join(controls)}, p after Holm's correction for the arms compared with "
-            f"{'one' if results.versus else 'it'}; paired by seed where both have the same seeds, else "
-            "Welch's test."
+            f"To control: to {' or '.join(controls)}, with the interval of each difference by itself, and p "
+            f"after Holm's correction for the arms compared with {'one' if results.versus else 'it'}; paired "
+            "by seed where both have the same seeds, else Welch's test."
         )
     return text.rstrip()
 

@@ -6,7 +6,8 @@
     python report_sweep.py sweeps/muon_decay.toml --target-on train  # when the smoothed training loss met it
 
 The table ranks the arms by their mean final loss, with the difference to the control (without one, to the
-best arm), its interval, p after Holm's correction, the effect's size, and how many more runs would settle it.
+best arm), its interval, p corrected for the number of arms (by Holm's method; without a control, by Tukey's),
+the effect's size, and how many more runs would settle it.
 One computed sentence says what may be concluded and what may not. Runs that failed count as runs; runs of
 other source code are kept apart unless --pool-sources. Tokens and minutes to a target loss are read on a grid
 common to all runs. The same logs give the same report, byte for byte.
@@ -37,7 +38,6 @@ from analysis.stats import (
     Summary,
     TargetTest,
     holm,
-    more_runs_needed,
     runs_needed_for_target,
     summarize,
     target_test,
@@ -67,7 +67,7 @@ class Row:
 
     arm: SweepArm
     result: Summary
-    verdict: str  # better, worse or undecided, against the control
+    verdict: str  # better, worse or undecided, against the control; without one, the best arm
     more_runs: int | None
     x_to_target: Summary
     minutes_to_target: Summary
@@ -109,10 +109,9 @@ def rows_of(results: Results, target: Target) -> list[Row]:
 
 
 def more_runs(results: Results, name: str) -> int | None:
-    """The number of further runs an arm to settle the difference, at the strictest of Holm's levels."""
+    """The number of further runs an arm to settle the difference, at the level that one pair has to meet."""
     pair, _ = results.comparison(name)
-    alpha = results.verdict.alpha / max(1, results.verdict.num_comparisons)
-    return more_runs_needed(pair, alpha) if pair else None
+    return results.verdict.more_runs(pair) if pair else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -130,12 +129,16 @@ def value_cells(arm: SweepArm, names: Sequence[str]) -> list[str]:
     return [format_value(arm.settings[name]) if name in arm.settings else "-" for name in names]
 
 
+def p_name(results: Results) -> str:
+    return "p (Holm)" if results.control else "p (Tukey)"
+
+
 def main_table(results: Results, rows: Sequence[Row]) -> str:
     names = value_columns(results)
     header = ["arm", *[name.upper() for name in names], "n", "mean", "95% interval", "sd"]
     if results.versus:
         header.append("control")
-    header += ["difference", "95% interval", "p (Holm)", "effect", "test", "more runs", "remark"]
+    header += ["difference", "95% interval", p_name(results), "effect", "test", "more runs", "remark"]
     cells = []
     for row in rows:
         result, (pair, p) = row.result, results.comparison(row.arm.label)
@@ -179,16 +182,29 @@ def table_notes(results: Results) -> str:
     )
     if not verdict.num_comparisons:
         return f"{what} Nothing can be tested: no two arms have two runs each."
-    how = (
-        f"p is two-sided, after Holm's correction for {verdict.num_comparisons} comparisons"
-        f"{'' if results.control else ', all pairs of arms'}: where nothing differs, an arm is called better "
-        f"or worse in at most {verdict.alpha:.0%} of such sweeps"
+    ending = (
+        f"where nothing differs, an arm is called better or worse in at most {verdict.alpha:.0%} of such "
+        "sweeps. {} More runs: how many more an arm would find a true difference of this size with 80% "
+        "chance."
+    )
+    if results.control:
+        effect = (
+            "Arms with the same seeds are compared in pairs, others by Welch's test. The effect is the "
+            "difference in standard deviations, of the pairs' differences or of one run (pooled)."
+        )
+        return (
+            f"{what} Its interval is that of each difference by itself; p is two-sided, after Holm's "
+            f"correction for {verdict.num_comparisons} comparisons: {ending.format(effect)}"
+        )
+    ties = verdict.ties
+    noise = (
+        f"The noise, an sd of {ties.sd:.4f} between runs{', of one seed' if ties.paired else ''}, is that of "
+        "the better half of the arms; an arm whose own runs vary more keeps its own. The effect is the "
+        "difference in such standard deviations."
     )
     return (
-        f"{what} Its interval is that of each difference by itself; {how}. "
-        "Arms with the same seeds are compared in pairs, others by Welch's test. The effect is the "
-        "difference in standard deviations, of the pairs' differences or of one run (pooled). More runs: how "
-        "many more an arm would find a true difference of this size with 80% chance."
+        f"{what} Its interval and p are Tukey's, for all pairs of {len(ties.means)} arms at once: "
+        f"{ending.format(noise)}"
     )
 
 
@@ -378,7 +394,8 @@ def summary(results: Results, rows: Sequence[Row], target: Target) -> dict:
 
 def arm_summary(results: Results, row: Row, target: Target) -> dict:
     arm, (pair, p) = row.arm, results.comparison(row.arm.label)
-    difference = {**asdict(pair), "p_holm": p, "more_runs": row.more_runs} if pair else None
+    p_key = "p_holm" if results.control else "p_tukey"
+    difference = {**asdict(pair), p_key: p, "more_runs": row.more_runs} if pair else None
     x = "tokens" if in_tokens(results) else "steps"
     out = {
         "arm": arm.label,

@@ -7,11 +7,15 @@ arms[0].label, arms[0].runs, arms[0].seeds
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
+from analysis.manifest import ManifestFolder
 from analysis.run_log import RunLog, format_value
+
+DATA = ("train_data", "val_data")  # fields of event:started
 
 
 @dataclass
@@ -36,36 +40,43 @@ def arm_key(run: RunLog) -> str:
     """
     if run.config:
         started = run.event("started")
-        data = [started.fields.get(name) for name in ("train_data", "val_data")] if started else []
+        data = [started.fields.get(name) for name in DATA] if started else []
         training = {key: value for key, value in run.config.items() if key not in run.not_training}
         return json.dumps([run.script, training, data], sort_keys=True, default=str)
     return json.dumps([run.source_hash, run.num_steps] if run.source_hash else [str(run.path)])
 
 
-def group_by_arm(runs: Iterable[RunLog]) -> tuple[list[Arm], list[str]]:
-    """Arms in order of first appearance, labelled by the settings that differ, and notes for the user.
+def group_by_arm(
+    runs: Iterable[RunLog], tags: Mapping[str, str] | None = None
+) -> tuple[list[Arm], list[str]]:
+    """Arms in order of first appearance, named by `name_arms`, and notes for the user.
 
-    Runs of equal settings but different source code are kept apart, and a note says so: the same settings
-    may mean another training there.
+    `tags` maps names of runs to their tags in sweeps; None: those of the manifests beside the logs. Runs of
+    equal settings but different source code are kept apart, and a note says so: the same settings may mean
+    another training there.
     """
+    runs = list(runs)
     groups: dict[tuple[str, str], list[RunLog]] = {}
     for run in runs:
         groups.setdefault((arm_key(run), run.source_hash), []).append(run)
-    labels = _labels([members[0] for members in groups.values()])
+    by_key: dict[str, list[RunLog]] = {}
     sources: dict[str, list[str]] = {}
-    for key, source in groups:
+    for (key, source), members in groups.items():
+        by_key.setdefault(key, []).extend(members)
         sources.setdefault(key, []).append(source)
+    found = name_arms(list(by_key.values()), tags_beside(runs) if tags is None else tags)
+    names = dict(zip(by_key, found, strict=True))
     arms, notes = [], []
-    for (key, source), members, label in zip(groups, groups.values(), labels, strict=True):
-        if len(sources[key]) > 1 and members[0].config:
+    for (key, source), members in groups.items():
+        label = names[key]
+        if len(sources[key]) > 1:
             label = f"{label} (source {source[:8] or 'unknown'})"
-        elif labels.count(label) > 1:
-            label = f"{label} ({members[0].run_id})"
         arms.append(Arm(label, key, members))
     for key, hashes in sources.items():
         if len(hashes) > 1:
-            names = ", ".join(groups[key, source][0].run_id for source in hashes)
-            notes.append(f"equal settings but {len(hashes)} different sources, not pooled: {names}")
+            first = ", ".join(groups[key, source][0].run_id for source in hashes)
+            notes.append(f"equal settings but {len(hashes)} different sources, not pooled: {first}")
+    notes += _left_out(arms)
     for arm in arms:
         for seed, count in Counter(seed for seed in arm.seeds if seed is not None).items():
             if count > 1:
@@ -75,17 +86,110 @@ def group_by_arm(runs: Iterable[RunLog]) -> tuple[list[Arm], list[str]]:
     return arms, notes
 
 
-def _labels(runs: list[RunLog]) -> list[str]:
-    """A label for each run: the settings that differ, else its script, else its name."""
-    trainings = [{k: v for k, v in run.settings.items() if k not in run.not_training} for run in runs]
-    known = [training for training in trainings if training]  # public logs have none
-    names = sorted(set().union(*known))
-    missing = object()
-    differing = [n for n in names if len({repr(training.get(n, missing)) for training in known}) > 1]
-    scripts_differ = len({run.script for run in runs if run.config}) > 1
-    labels = []
-    for run, training in zip(runs, trainings, strict=True):
-        parts = [Path(run.script).stem] if scripts_differ and run.script else []
-        parts += [f"{name}={format_value(training[name])}" for name in differing if name in training]
-        labels.append(" ".join(parts) if parts and run.config else run.run_id)
-    return labels
+def one_arm_a_run(arms: Iterable[Arm]) -> list[Arm]:
+    """An arm for each run, called by its arm and seed; by its run_id, if two runs share a seed."""
+    single = []
+    for arm in arms:
+        seeds = Counter(arm.seeds)
+        for run in arm.runs:
+            label = run.run_id if run.seed is None or seeds[run.seed] > 1 else f"{arm.label} seed={run.seed}"
+            single.append(Arm(arm.label if len(arm.runs) == 1 else label, arm.key, [run]))
+    return single
+
+
+# ------------------------------------------------------------------------------------------------
+# Names
+# ------------------------------------------------------------------------------------------------
+
+
+def tags_beside(runs: Iterable[RunLog]) -> dict[str, str]:
+    """Tags of runs by name, from the manifests beside their logs."""
+    folders = {run.path.parent for run in runs if run.path}
+    manifests = [manifest for folder in sorted(folders) for manifest in ManifestFolder(folder).poll()]
+    return {run.run_id: run.tag for manifest in manifests for run in manifest.runs}
+
+
+def name_arms(arms: Sequence[Sequence[RunLog]], tags: Mapping[str, str]) -> list[str]:
+    """A name for each arm, different from all others.
+
+    It is the arm's tag, if all its runs have that tag and no other arm has it. Else it is the fewest settings
+    that tell the arm from the others, as in "muon_lr=0.1"; else, and for logs without settings, its run_id.
+    """
+    own = [{tags.get(run.name) for run in runs} for runs in arms]
+    times = Counter(tag for found in own for tag in found)
+    names = []
+    for runs, found, settings in zip(arms, own, _fewest_settings(arms), strict=True):
+        tag = next(iter(found))
+        tagged = len(found) == 1 and tag and times[tag] == 1
+        names.append(tag if tagged else settings or runs[0].run_id)
+    counts = Counter(names)
+    return [
+        name if counts[name] == 1 else f"{name} ({runs[0].run_id})"
+        for name, runs in zip(names, arms, strict=True)
+    ]
+
+
+def _fewest_settings(arms: Sequence[Sequence[RunLog]]) -> list[str]:
+    """The fewest settings that tell each arm from all others; those that differ, if no choice of them does.
+
+    A setting differs if it varies among the arms that have it: ORD's settings, which the baseline lacks, do
+    not tell ORD from the baseline, but the script does.
+    """
+    parts = [_parts(runs[0]) for runs in arms]
+    chosen = _telling_apart(parts)
+    names: list[str | None] = [None] * len(arms)
+    for size in [*range(1, min(len(chosen), 4)), len(chosen)]:
+        for some in combinations(chosen, size):
+            shown = [{name: part[name] for name in some if name in part} for part in parts]
+            alike = Counter(tuple(part.get(name) for name in some) for part in parts)
+            for i, part in enumerate(shown):
+                if names[i] is None and len(part) == size and alike[tuple(part.values())] == 1:
+                    names[i] = " ".join(part.values())
+    rest = [" ".join(part[name] for name in chosen if name in part) for part in parts]
+    return [name or other for name, other in zip(names, rest, strict=True)]
+
+
+def _parts(run: RunLog) -> dict[str, str]:
+    """What may name a run, by setting: "muon_lr=0.1"; last the data, and the script by its bare name."""
+    if not run.config:
+        return {}
+    settings = {name: value for name, value in run.settings.items() if name not in run.not_training}
+    started = run.event("started")
+    if started:
+        settings |= {name: started.fields[name] for name in DATA if name in started.fields}
+    parts = {name: f"{name}={format_value(settings[name])}" for name in sorted(settings, reverse=True)}
+    return {**parts, "script": Path(run.script).stem} if run.script else parts
+
+
+def _varying(parts: Sequence[dict[str, str]]) -> list[str]:
+    """What varies among the arms that have it."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return [name for name in names if len({part[name] for part in parts if name in part}) > 1]
+
+
+def _left_out(arms: Sequence[Arm]) -> list[str]:
+    """A note, if arms named by settings differ in more than their names say."""
+    if not any("=" in arm.label for arm in arms):
+        return []
+    varying = _varying([_parts(arm.runs[0]) for arm in arms])
+    silent = [n for n in varying if n != "script" and not any(f"{n}=" in arm.label for arm in arms)]
+    return [f"arms differ also in {', '.join(sorted(silent))}, which their names leave out"] if silent else []
+
+
+def _telling_apart(parts: Sequence[dict[str, str]]) -> list[str]:
+    """Few settings that together tell all arms apart, as far as settings can; the most telling first.
+
+    Of settings that vary together (ADAM_LR = 0.1 x MUON_LR) only the one that is shortest to write is kept.
+    """
+    left, chosen, groups = _varying(parts), [], 1
+    while left:
+        counts = {n: len({tuple(part.get(c) for c in (*chosen, n)) for part in parts}) for n in left}
+        lengths = {n: sum(len(part.get(n, "")) for part in parts) for n in left}
+        best = min(left, key=lambda n: (n == "script", -counts[n], lengths[n]))
+        if counts[best] == groups and best != "script":
+            left.remove(best)
+            continue
+        chosen.append(best)
+        left.remove(best)
+        groups = counts[best]
+    return chosen

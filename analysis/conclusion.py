@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from analysis.results import Results
-from analysis.stats import Comparison, Verdict, detectable
+from analysis.stats import Comparison, Verdict
 from analysis.tables import format_p
 
 MAX_NAMED = 4  # arms named in a sentence, before "and 3 more"
@@ -61,10 +61,11 @@ def conclusion(results: Results) -> str:
         )
     may, may_not = _with_control(results) if verdict.control else _without_control(results)
     parts = [f"it may be concluded that {', and that '.join(may)}"] if may else []
-    if not (verdict.better or verdict.worse):
+    if verdict.control and not (verdict.better or verdict.worse):
         than = "its control" if results.versus else verdict.control
-        kind = f"better or worse than {than}" if verdict.control else "the best"
-        parts.append(f"no arm may be called {kind}")
+        parts.append(f"no arm may be called better or worse than {than}")
+    if not (verdict.control or verdict.better):
+        parts.append("no arm may be called the best")
     if may_not:
         parts.append(f"it may not be concluded {', nor '.join(may_not)}")
     if untested := _untested(results):
@@ -119,21 +120,20 @@ def _by_control(verdict: Verdict, names: Sequence[str]) -> list[tuple[str, list[
 def _without_control(results: Results) -> tuple[list[str], list[str]]:
     verdict, best = results.verdict, results.verdict.best
     may, may_not = _facts(results), []
+    nearest = min(verdict.worse, key=lambda name: verdict.summaries[name].mean, default=None)
+    found = _evidence(verdict.versus_best[nearest], verdict.p_best[nearest]) if nearest else ""
     if verdict.better:
-        runner_up = min(verdict.versus_best, key=lambda name: _mean_or_last(verdict, name))
-        found = _evidence(verdict.versus_best[runner_up], verdict.p_best[runner_up])
-        may = [f"{best} is better than every other arm (than {runner_up}, the next, by {found})", *may]
-    elif best:
-        near = [name for name, p in verdict.p_best.items() if p >= verdict.alpha]
-        if near:
-            unseen = _unseen([verdict.versus_best[name] for name in near], verdict)
-            may_not.append(f"that {best}, whose mean is lowest, differs from {_names(near)}{unseen}")
+        may = [f"{best} is better than every other arm (than {nearest}, the next, by {found})", *may]
+        return may, may_not
+    if nearest:
+        by = f"by {found}" if len(verdict.worse) == 1 else f"{nearest}, the nearest, by {found}"
+        worse = sorted(verdict.worse, key=lambda name: -verdict.summaries[name].mean)
+        may = [f"{_names(worse)} {_is(worse)} worse than {best} ({by})", *may]
+    tied = [name for name, p in verdict.p_best.items() if not math.isnan(p) and name not in verdict.worse]
+    if tied:
+        unseen = _unseen([verdict.versus_best[name] for name in tied], verdict)
+        may_not.append(f"that {best}, whose mean is lowest, differs from {_names(tied)}{unseen}")
     return may, may_not
-
-
-def _mean_or_last(verdict: Verdict, name: str) -> float:
-    mean = verdict.summaries[name].mean
-    return math.inf if math.isnan(mean) else mean
 
 
 def _is(names: Sequence[str]) -> str:
@@ -157,12 +157,7 @@ def _facts(results: Results) -> list[str]:
 
 def _unseen(pairs: Sequence[Comparison], verdict: Verdict) -> str:
     """The size below which a difference can go unseen."""
-    alpha = verdict.alpha / max(1, verdict.num_comparisons)
-    sizes = [
-        detectable(pair.sd, min(pair.n_arm, pair.n_control), alpha, pairs=pair.method == "paired")
-        for pair in pairs
-    ]
-    sizes = [size for size in sizes if math.isfinite(size)]
+    sizes = [size for pair in pairs if math.isfinite(size := verdict.detectable(pair))]
     return f" (differences below about {max(sizes):.2g} can go unseen in so few runs)" if sizes else ""
 
 
@@ -174,11 +169,15 @@ def _untested(results: Results) -> list[str]:
         parts.append(f"{_names(single)} ({'a single run' if len(single) == 1 else 'single runs'})")
     tested = verdict.versus_control if verdict.control else verdict.versus_best
     p_values = verdict.p_control if verdict.control else verdict.p_best
-    flat = [
+    no_p = [
         name
         for name, pair in tested.items()
         if min(pair.n_arm, pair.n_control) > 1 and math.isnan(p_values[name]) and pair.difference
     ]
+    lossy = [name for name in no_p if not verdict.control and verdict.summaries[name].failed]
+    flat = [name for name in no_p if name not in lossy]
+    if lossy:
+        parts.append(f"{_names(lossy)} ({'some of its' if len(lossy) == 1 else 'some of their'} runs failed)")
     if flat:
         parts.append(f"{_names(flat)} (whose runs do not vary)")
     foreign = [arm.label for arm in results.arms if arm.foreign]

@@ -202,7 +202,7 @@ def draw_top(ax, analysis: Analysis) -> None:
     best = analysis.best()
     if best and analysis.noise_known:
         for x, rate in enumerate(top):
-            width = analysis.by_loss.half_width(best.name, rate.name, len(analysis.by_loss.means) - 1)
+            width = analysis.by_loss.half_width(best.name, rate.name)
             if math.isfinite(width):
                 ends = best.loss.mean, best.loss.mean + width
                 grey = {"color": style.GREY, "alpha": 0.15, "linewidth": 0, "zorder": 0}

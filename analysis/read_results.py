@@ -224,7 +224,6 @@ def _read_logs(paths: Sequence[Path], pool_sources: bool, stopped_early: bool) -
         arm = SweepArm(group.label, group.key, group.runs, attempts, Path(first.script).name)
         arm.source, arm.settings = first.source_hash, first.settings
         arms.append(arm)
-    _shorten_labels(arms)
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
     name = paths[0].stem if len(paths) == 1 else f"{paths[0].stem}-and-{len(paths) - 1}-more"
     return Results(name, arms, None, folder, notes=[*notes, *said])
@@ -234,14 +233,6 @@ def _ends_early(run: RunLog) -> bool:
     """Whether a public log, which has no events, ends in a validation before its last step."""
     is_public = not run.config and run.state == "running"
     return is_public and run.last_step > 0 and len(run.val) > 0 and run.val.step[-1] == run.last_step
-
-
-def _shorten_labels(arms: Sequence[SweepArm]) -> None:
-    """Leave scripts out of labels that are unique without them."""
-    bare = [arm.label.removeprefix(f"{Path(arm.script).stem} ") if arm.script else arm.label for arm in arms]
-    if len(set(bare)) == len(bare):
-        for arm, label in zip(arms, bare, strict=True):
-            arm.label = label
 
 
 def _found(run: RunLog) -> Attempt:

@@ -158,7 +158,7 @@ class Results:
         return self.verdict.summaries.get(arm.label) or summarize(arm.samples()[0])
 
     def comparison(self, label: str) -> tuple[Comparison | None, float]:
-        """An arm against what it is compared with, and p after Holm's correction.
+        """An arm against what it is compared with, and p corrected for the number of arms.
 
         (None, NaN) for the reference itself and for arms that are not compared.
         """

@@ -225,9 +225,7 @@ def embedded_sources(path: str | Path) -> dict[str, bytes]:
     within a file, or names a file outside the folder it would be unpacked to.
     """
     path = Path(path)
-    data, found, at = read_unpacked(path), {}, 0
-    if moved := _SOURCES_MOVED.match(data):  # a packed log in records/: its sources are kept beside it
-        data = read_unpacked(path.parent / moved[1].decode()) + b"\n" + data[moved.end() :]
+    data, found, at = read_with_sources(path), {}, 0
     while match := _EMBEDDED_FILE.match(data, at):
         name, size = match[1].decode(errors="replace"), int(match[2])
         source = data[match.end() : match.end() + size]
@@ -247,6 +245,14 @@ def embedded_sources(path: str | Path) -> dict[str, bytes]:
     if not data[at : at + SEPARATOR_WIDTH + 1].lstrip(b"\n").startswith(b"=" * (SEPARATOR_WIDTH - 1)):
         raise ValueError(f"{path}: no line of '=' after {list(found)[-1]}; the counts of bytes are wrong")
     return found
+
+
+def read_with_sources(path: Path) -> bytes:
+    """A log's bytes, unpacked, with the source code that a record keeps beside its logs put back."""
+    data = read_unpacked(path)
+    if moved := _SOURCES_MOVED.match(data):
+        data = read_unpacked(path.parent / moved[1].decode()) + b"\n" + data[moved.end() :]
+    return data
 
 
 def log_stem(path: Path) -> str:

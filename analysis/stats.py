@@ -5,7 +5,7 @@
     compare(arm, control, arm_seeds, control_seeds)  # paired if the seeds are the same ones, else Welch
     target_test(losses, 3.28)                  # the speedrun's proof: is the mean below the target?
     judge({"a": [...], "b": [...]}, control="a").better    # the arms of a sweep, with Holm's correction
-    contenders({"a": [...], "b": [...]}).names      # which of many arms may be the best
+    contenders({"a": [...], "b": [...]}).names      # without a control: which arms may be the best
 
 Losses are values per run. A run that crashed or diverged is passed as NaN or inf: it is left out of means
 and counted in `failed`, so that reports can say so. Only scipy.special is imported, in a tenth of the time of
@@ -14,7 +14,8 @@ scipy.stats; tests compare the two.
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 from scipy.special import nctdtr, ndtr, stdtr, stdtrit
@@ -55,7 +56,7 @@ class Comparison:
     or no spread at all (repeats of one deterministic run are not a sample).
     """
 
-    method: str  # "paired" or "Welch"
+    method: str  # "paired", "Welch", or "Tukey": all arms at once, with one sd and corrected p and interval
     n_arm: int
     n_control: int
     difference: float
@@ -214,139 +215,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The arms of a sweep compared; keys are the arms' names, differences are arm minus the other.
-
-    `better` and `worse` are all that may be claimed: against an arm's control or, without one, in `better`
-    the one arm that beats every other. The chance to claim anything where nothing differs is at most
-    `alpha`, however many arms there are. `p_control` is Holm's over the arms compared with a control,
-    `p_best` over all pairs of arms, since the best arm was found by looking.
-    """
-
-    control: str | None
-    controls: dict[str, str]  # what each arm of `versus_control` was compared with: `control`, or its own
-    best: str | None  # lowest mean of the arms with two runs or more, none failed; None if there is none
-    lowest: str | None  # lowest mean of all: perhaps of a single run, or of the survivors
-    summaries: dict[str, Summary]
-    versus_control: dict[str, Comparison]
-    p_control: dict[str, float]
-    versus_best: dict[str, Comparison]  # against `best`, else `lowest`
-    p_best: dict[str, float]
-    better: tuple[str, ...]
-    worse: tuple[str, ...]
-    num_comparisons: int  # p values that claims are drawn from
-    alpha: float
-
-
-def judge(
-    losses: Mapping[str, Sequence[float]],
-    seeds: Mapping[str, Sequence[Hashable]] | None = None,
-    control: str | None = None,
-    versus: Mapping[str, str] | None = None,
-    alpha: float = 0.05,
-    confidence: float = 0.95,
-) -> Verdict:
-    """Compare arms with the control, and all pairs of arms, each with Holm's correction.
-
-    Losses of failed runs are NaN or inf. `versus` names a control of its own for some arms. Means of an arm
-    with failed runs are those of its survivors, which flatter it: no such arm is called better, and nothing
-    is called worse than it.
-    """
-    versus = dict(versus or {})
-    _check_controls(losses, control, versus)
-    pairs, p_pairs = _compare_all(losses, seeds or {}, confidence)
-    summaries = {name: summarize(values, confidence) for name, values in losses.items()}
-    means = {name: found.mean for name, found in summaries.items() if found.n}
-    sound = [name for name in means if summaries[name].n >= 2 and not summaries[name].failed]
-    best = min(sound, key=means.get, default=None)
-    lowest = min(means, key=means.get, default=None)
-    first = best or lowest
-    versus_best = {name: pairs[name, first] for name in losses if first not in (None, name)}
-    p_best = {name: p_pairs[name, first] for name in versus_best}
-    controls = {name: versus.get(name, control) for name in losses}
-    controls = {name: other for name, other in controls.items() if other not in (None, name)}
-    versus_control = {name: pairs[name, other] for name, other in controls.items()}
-    p_control = dict(zip(versus_control, holm([pair.p for pair in versus_control.values()]), strict=True))
-    if control is not None:
-        better, worse = _claims(versus_control, p_control, alpha)
-        num_tested = sum(not math.isnan(p) for p in p_control.values())
-    else:
-        beaten = [p < alpha for p in p_best.values() if not math.isnan(p)]
-        better, worse = ((best,) if best and beaten and all(beaten) else ()), ()
-        num_tested = sum(not math.isnan(p) for p in p_pairs.values()) // 2  # each pair is there both ways
-    return Verdict(
-        control=control,
-        controls=controls,
-        best=best,
-        lowest=lowest,
-        summaries=summaries,
-        versus_control=versus_control,
-        p_control=p_control,
-        versus_best=versus_best,
-        p_best=p_best,
-        better=better,
-        worse=worse,
-        num_comparisons=num_tested,
-        alpha=alpha,
-    )
-
-
-def _check_controls(losses: Mapping, control: str | None, versus: Mapping[str, str]) -> None:
-    for other in (control, *versus, *versus.values()):
-        if other is not None and other not in losses:
-            raise ValueError(f"control {other!r} is none of the arms: {', '.join(losses)}")
-    if versus and control is None:
-        raise ValueError(f"{', '.join(versus)}: controls of their own, but the other arms have none")
-
-
-def _compare_all(
-    losses: Mapping[str, Sequence[float]], seeds: Mapping[str, Sequence[Hashable]], confidence: float
-) -> tuple[dict[tuple[str, str], Comparison], dict[tuple[str, str], float]]:
-    """Comparisons of all pairs of arms, each both ways, and their p after Holm's correction."""
-    names = list(losses)
-    pairs = {
-        (a, b): compare(losses[a], losses[b], seeds.get(a), seeds.get(b), confidence)
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-    }
-    p = dict(zip(pairs, holm([pair.p for pair in pairs.values()]), strict=True))
-    other_way = {(b, a): _reverse(pair) for (a, b), pair in pairs.items()}
-    return {**other_way, **pairs}, {**{(b, a): value for (a, b), value in p.items()}, **p}
-
-
-def _claims(versus: Mapping[str, Comparison], p: Mapping[str, float], alpha: float) -> tuple[tuple, tuple]:
-    """The arms that are better, and those that are worse, than their control."""
-    found = {name: pair for name, pair in versus.items() if p[name] < alpha}
-    better = tuple(name for name, pair in found.items() if pair.difference < 0 and not pair.failed_arm)
-    worse = tuple(name for name, pair in found.items() if pair.difference > 0 and not pair.failed_control)
-    return better, worse
-
-
-def _reverse(pair: Comparison) -> Comparison:
-    """The comparison of b with a, from that of a with b."""
-    return replace(
-        pair,
-        n_arm=pair.n_control,
-        n_control=pair.n_arm,
-        difference=-pair.difference,
-        low=-pair.high,
-        high=-pair.low,
-        effect_size=-pair.effect_size,
-        failed_arm=pair.failed_control,
-        failed_control=pair.failed_arm,
-    )
-
-
-@dataclass(frozen=True)
 class Contenders:
-    """The arms that may be the best: the truly best one is among `names` in at least 1 - alpha of sweeps.
+    """All arms compared with each other at once, and the arms that may be the best.
 
-    `noise` is each arm's standard deviation of one run, in the units of the losses, and `sd` the pooled one.
-    If it is unknown (NaN), `names` has only the arm of the lowest mean. `names` are in order of their means.
+    `means` are in their order, the lowest first. `noise` is each arm's standard deviation of one run, in the
+    units of the losses; `sd` (NaN: unknown) is the pooled one, over `df` degrees of freedom.
     """
 
-    lowest: str | None
-    names: tuple[str, ...]
     means: dict[str, float]
     counts: dict[str, int]
     noise: dict[str, float]
@@ -355,12 +230,71 @@ class Contenders:
     paired: bool
     alpha: float
 
-    def half_width(self, a: str, b: str, tests: int = 1) -> float:
-        """The one-sided error of the difference of two arms' means, at alpha shared among `tests`."""
-        if not self.df or a not in self.noise or b not in self.noise:
-            return math.nan
-        error = math.hypot(*(self.noise[name] / math.sqrt(self.counts[name]) for name in (a, b)))
-        return float(stdtrit(self.df, 1 - self.alpha / tests) * error)
+    @property
+    def lowest(self) -> str | None:
+        return next(iter(self.means), None)
+
+    @cached_property
+    def reference(self) -> str | None:
+        """The arm that all are compared with: the lowest mean of several runs; of single ones, if all are."""
+        return next((name for name in self.means if self.counts[name] > 1), self.lowest)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The arms statistically tied with the best, in the order of their means.
+
+        The truly best arm is among them in at least 1 - alpha of sweeps. Without a known spread it is the
+        lowest mean alone.
+        """
+        if not self.df:
+            return tuple(self.means)[:1]
+        best = self.reference
+        return tuple(
+            name
+            for name, mean in self.means.items()
+            if name == best or not mean - self.means[best] > self.half_width(name, best)
+        )
+
+    @cached_property
+    def limit(self) -> float:
+        """The standard errors that two arms must differ by."""
+        return _tukey_limit(len(self.means), self.df, self.alpha) if self.df else math.nan
+
+    @property
+    def level(self) -> float:
+        """The level of a two-sided t test of one pair that has the same limit."""
+        return float(2 * stdtr(self.df, -self.limit)) if self.df else math.nan
+
+    def error(self, a: str, b: str) -> float:
+        """The standard error of the difference of two arms' means."""
+        return math.hypot(*(self.noise[name] / math.sqrt(self.counts[name]) for name in (a, b)))
+
+    def half_width(self, a: str, b: str) -> float:
+        """Half of the interval of the difference of two arms' means, of which all hold at once."""
+        known = self.df and a in self.noise and b in self.noise
+        return self.limit * self.error(a, b) if known else math.nan
+
+    def compare(self, a: str, b: str) -> Comparison:
+        """The difference of two arms' means: p and interval are those of all pairs at once."""
+        difference = self.means[a] - self.means[b]
+        half, p, sd = self.half_width(a, b), math.nan, math.nan
+        if math.isfinite(half):
+            from scipy.stats import studentized_range
+
+            statistic = math.sqrt(2) * abs(difference) / self.error(a, b)
+            p = float(studentized_range.sf(statistic, len(self.means), self.df))
+            sd = math.hypot(self.noise[a], self.noise[b]) / math.sqrt(2)
+        effect = difference / sd if sd else math.nan
+        ends, counts = (difference - half, difference + half), (self.counts[a], self.counts[b])
+        return Comparison("Tukey", *counts, difference, *ends, p, effect, sd, 1 - self.alpha)
+
+
+@lru_cache
+def _tukey_limit(num_arms: int, df: int, alpha: float) -> float:
+    """Standard errors of a difference; scipy.stats takes longer to load than many a command, so only here."""
+    from scipy.stats import studentized_range
+
+    return float(studentized_range.ppf(1 - alpha, num_arms, df)) / math.sqrt(2)
 
 
 def contenders(
@@ -368,19 +302,19 @@ def contenders(
     seeds: Mapping[str, Sequence[Hashable]] | None = None,
     alpha: float = 0.05,
 ) -> Contenders:
-    """The arms statistically tied with the best, for a sweep of many arms and few runs each.
+    """Compare all arms with each other, for a sweep without a control: the rule for "tied with the best".
 
-    Multiple comparisons with the best (Hsu 1984), by Bonferroni: an arm is out if it is worse than any other
-    by more than a one-sided t test at alpha / (arms - 1) allows. The arm that looks best gets no special
-    role, so that luck in looking does not count. As a few runs say little about an arm's noise, noise is
-    pooled over the better half of the arms (in a normal sample, mean and spread are independent). If all
-    arms have the same seeds, the part that all runs of a seed share is taken out. An arm whose own runs vary
-    more keeps its own noise. Arms with failed runs are out; an arm with a single run gets the others' noise.
+    Tukey's honestly significant differences (as scipy.stats.tukey_hsd), which keep the chance of any false
+    claim at alpha, whichever arm looks best. As a few runs say little about an arm's noise, noise is pooled
+    over the better half of the arms (in a normal sample, mean and spread are independent): an arm that is
+    about to diverge would drown all others. If all arms have the same seeds, the part that all runs of a seed
+    share is taken out. An arm whose own runs vary more keeps its own noise. Arms with failed runs are left
+    out; an arm with a single run gets the others' noise.
     """
     finite = {name: _split(values)[0] for name, values in losses.items() if not _split(values)[1]}
     finite = {name: values for name, values in finite.items() if len(values)}
-    means = {name: float(values.mean()) for name, values in finite.items()}
-    order = sorted(finite, key=lambda name: (means[name], name))
+    order = sorted(finite, key=lambda name: (finite[name].mean(), name))
+    means = {name: float(finite[name].mean()) for name in order}
     counts = {name: len(finite[name]) for name in order}
     matrix = _by_seed(losses, seeds or {}, order)
     several = [name for name in order if counts[name] > 1]
@@ -394,23 +328,152 @@ def contenders(
         df = sum(counts[name] - 1 for name in pool)
     squares = sum(((left[name] - left[name].mean()) ** 2).sum() for name in pool)
     sd = math.sqrt(squares / df) if df else math.nan
-    if not sd > 1e-12 * max(map(abs, means.values()), default=1):
+    if not sd > 1e-12 * max(map(abs, means.values()), default=1) or len(order) < 2:
         sd, df = math.nan, 0
     own = {name: _sd(left[name]) for name in several}
     noise = {name: max(sd, own.get(name, 0.0)) for name in order} if df else {}
-    found = Contenders(
-        order[0] if order else None, (), means, counts, noise, sd, df, matrix is not None, alpha
+    return Contenders(means, counts, noise, sd, df, matrix is not None, alpha)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The arms of a sweep compared; keys are the arms' names, differences are arm minus the other.
+
+    `better` and `worse` are all that may be claimed, by one rule a sweep. With a control: each arm against
+    its control, p corrected by Holm's method. Without one: all pairs at once by Tukey's (see `contenders`);
+    `worse` are the arms that are worse than `best`, and `best` is `better` if no arm is tied with it. The
+    chance to claim anything where nothing differs is at most `alpha`, however many arms there are.
+    """
+
+    control: str | None
+    controls: dict[str, str]  # what each arm of `versus_control` was compared with: `control`, or its own
+    best: str | None  # lowest mean of the arms with two runs or more, none failed; None if there is none
+    lowest: str | None  # lowest mean of all: perhaps of a single run, or of the survivors
+    summaries: dict[str, Summary]
+    versus_control: dict[str, Comparison]
+    p_control: dict[str, float]
+    ties: Contenders
+    better: tuple[str, ...]
+    worse: tuple[str, ...]
+    num_comparisons: int  # pairs that claims are drawn from
+    alpha: float
+
+    @cached_property
+    def versus_best(self) -> dict[str, Comparison]:
+        """Each arm against `best`, else `lowest`; p and interval are those of all pairs at once."""
+        first = self.best or self.lowest
+        return {name: self._to(name, first) for name in self.summaries if first not in (None, name)}
+
+    def _to(self, name: str, first: str) -> Comparison:
+        """An arm against the first one; nothing is tested of a single run, nor of survivors."""
+        if self._testable(name) and self._testable(first):
+            return self.ties.compare(name, first)
+        arm, other, no = self.summaries[name], self.summaries[first], math.nan
+        counts, failed = (arm.n, other.n), (arm.failed, other.failed)
+        difference = arm.mean - other.mean
+        return Comparison("Tukey", *counts, difference, no, no, no, no, no, 1 - self.alpha, *failed)
+
+    def _testable(self, name: str) -> bool:
+        return self.ties.counts.get(name, 0) > 1
+
+    @property
+    def p_best(self) -> dict[str, float]:
+        return {name: pair.p for name, pair in self.versus_best.items()}
+
+    def detectable(self, pair: Comparison) -> float:
+        """The smallest true difference that such a comparison finds with 80% chance."""
+        n = min(pair.n_arm, pair.n_control)
+        return detectable(pair.sd, n, self.level, pairs=pair.method == "paired", pooled=self._pooled(pair))
+
+    def more_runs(self, pair: Comparison) -> int | None:
+        """The number of further runs an arm that would settle this difference."""
+        return more_runs_needed(pair, self.level, pooled=self._pooled(pair))
+
+    @property
+    def level(self) -> float:
+        """The level that one comparison has to meet: the strictest of Holm's, or Tukey's."""
+        return self.ties.level if self.control is None else self.alpha / max(1, self.num_comparisons)
+
+    def _pooled(self, pair: Comparison) -> float:
+        """The number of arms whose runs tell the noise."""
+        n = max(self.ties.counts.values(), default=2)
+        return self.ties.df / (n - 1) if pair.method == "Tukey" and n > 1 else 2
+
+
+def judge(
+    losses: Mapping[str, Sequence[float]],
+    seeds: Mapping[str, Sequence[Hashable]] | None = None,
+    control: str | None = None,
+    versus: Mapping[str, str] | None = None,
+    alpha: float = 0.05,
+    confidence: float = 0.95,
+) -> Verdict:
+    """Compare arms with the control, with Holm's correction; without one, with each other (`contenders`).
+
+    `versus` names a control of its own for some arms. Means of an arm with failed runs are those of its
+    survivors, which flatter it: no such arm is called better, and nothing is called worse than it.
+    """
+    versus = dict(versus or {})
+    _check_controls(losses, control, versus)
+    seeds = seeds or {}
+    summaries = {name: summarize(values, confidence) for name, values in losses.items()}
+    means = {name: found.mean for name, found in summaries.items() if found.n}
+    sound = [name for name in means if summaries[name].n >= 2 and not summaries[name].failed]
+    best = min(sound, key=means.get, default=None)
+    lowest = min(means, key=means.get, default=None)
+    controls = {name: versus.get(name, control) for name in losses}
+    controls = {name: other for name, other in controls.items() if other not in (None, name)}
+    versus_control = {
+        name: compare(losses[name], losses[other], seeds.get(name), seeds.get(other), confidence)
+        for name, other in controls.items()
+    }
+    p_control = dict(zip(versus_control, holm([pair.p for pair in versus_control.values()]), strict=True))
+    ties = contenders(losses, seeds, alpha)
+    if control is not None:
+        better, worse = _claims(versus_control, p_control, alpha)
+        num_tested = sum(not math.isnan(p) for p in p_control.values())
+    else:
+        better, worse = _claims_without_control(ties, sound, best == lowest)
+        num_tested = len(sound) * (len(sound) - 1) // 2 if ties.df else 0
+    return Verdict(
+        control=control,
+        controls=controls,
+        best=best,
+        lowest=lowest,
+        summaries=summaries,
+        versus_control=versus_control,
+        p_control=p_control,
+        ties=ties,
+        better=better,
+        worse=worse,
+        num_comparisons=num_tested,
+        alpha=alpha,
     )
 
-    def is_out(name: str) -> bool:
-        if not df:
-            return name != order[0]
-        others = [other for other in order if means[other] < means[name]]
-        return any(
-            means[name] - means[other] > found.half_width(name, other, len(order) - 1) for other in others
-        )
 
-    return replace(found, names=tuple(name for name in order if not is_out(name)))
+def _claims_without_control(ties: Contenders, sound: Sequence[str], is_lowest: bool) -> tuple[tuple, tuple]:
+    """The best arm, if none is tied with it or lower, and the arms that are worse than the best."""
+    if not ties.df:
+        return (), ()
+    tied = [name for name in ties.names if name in sound]
+    worse = tuple(name for name in sound if name not in tied)
+    return (tuple(tied) if len(tied) == 1 and worse and is_lowest else ()), worse
+
+
+def _check_controls(losses: Mapping, control: str | None, versus: Mapping[str, str]) -> None:
+    for other in (control, *versus, *versus.values()):
+        if other is not None and other not in losses:
+            raise ValueError(f"control {other!r} is none of the arms: {', '.join(losses)}")
+    if versus and control is None:
+        raise ValueError(f"{', '.join(versus)}: controls of their own, but the other arms have none")
+
+
+def _claims(versus: Mapping[str, Comparison], p: Mapping[str, float], alpha: float) -> tuple[tuple, tuple]:
+    """The arms that are better, and those that are worse, than their control."""
+    found = {name: pair for name, pair in versus.items() if p[name] < alpha}
+    better = tuple(name for name, pair in found.items() if pair.difference < 0 and not pair.failed_arm)
+    worse = tuple(name for name, pair in found.items() if pair.difference > 0 and not pair.failed_control)
+    return better, worse
 
 
 def _by_seed(losses, seeds: Mapping, names: Sequence[str]) -> dict[str, np.ndarray] | None:
@@ -425,11 +488,16 @@ def _by_seed(losses, seeds: Mapping, names: Sequence[str]) -> dict[str, np.ndarr
     return {name: np.array([table[seed] for seed in order], dtype=float) for name, table in tables.items()}
 
 
-def power(difference: float, sd: float, n: int, alpha: float = 0.05, pairs: bool = False) -> float:
-    """The chance that a two-sided t test of n runs an arm (n pairs) finds this difference."""
+def power(
+    difference: float, sd: float, n: int, alpha: float = 0.05, pairs: bool = False, pooled: float = 2
+) -> float:
+    """The chance that a two-sided t test of n runs an arm (n pairs) finds this difference.
+
+    `pooled` is the number of arms whose runs tell the sd, which are two unless all arms are compared at once.
+    """
     if n < 2 or not sd > 0:
         return math.nan
-    df = n - 1 if pairs else 2 * n - 2
+    df = n - 1 if pairs else pooled * (n - 1)
     shift = abs(difference) / sd * math.sqrt(n if pairs else n / 2)
     limit = stdtrit(df, 1 - alpha / 2)
     found = 1 - nctdtr(df, shift, limit) + nctdtr(df, shift, -limit)
@@ -444,32 +512,38 @@ def runs_needed(
     chance: float = 0.8,
     pairs: bool = False,
     limit: int = 10000,
+    pooled: float = 2,
 ) -> int | None:
     """The runs an arm (pairs) that find a difference of this size with this chance; None: over `limit`."""
     if not sd > 0 or not abs(difference) > 0:
         return None
-    return _smallest(lambda n: power(difference, sd, n, alpha, pairs) >= chance, limit)
+    return _smallest(lambda n: power(difference, sd, n, alpha, pairs, pooled) >= chance, limit)
 
 
-def more_runs_needed(comparison: Comparison, alpha: float = 0.05, chance: float = 0.8) -> int | None:
+def more_runs_needed(
+    comparison: Comparison, alpha: float = 0.05, chance: float = 0.8, pooled: float = 2
+) -> int | None:
     """The number of further runs an arm that would settle a difference of this size; 0 if there are enough.
 
     None if no number would: no difference, no spread known, or more than 10,000 runs.
     """
-    n = runs_needed(comparison.difference, comparison.sd, alpha, chance, comparison.method == "paired")
+    pairs = comparison.method == "paired"
+    n = runs_needed(comparison.difference, comparison.sd, alpha, chance, pairs, pooled=pooled)
     return None if n is None else max(0, n - min(comparison.n_arm, comparison.n_control))
 
 
-def detectable(sd: float, n: int, alpha: float = 0.05, chance: float = 0.8, pairs: bool = False) -> float:
+def detectable(
+    sd: float, n: int, alpha: float = 0.05, chance: float = 0.8, pairs: bool = False, pooled: float = 2
+) -> float:
     """The smallest true difference that n runs an arm (n pairs) find with this chance; NaN if unknown."""
     if n < 2 or not sd > 0:
         return math.nan
     low, high = 0.0, sd
-    while power(high, sd, n, alpha, pairs) < chance:
+    while power(high, sd, n, alpha, pairs, pooled) < chance:
         high *= 2
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if power(middle, sd, n, alpha, pairs) >= chance else (middle, high)
+        low, high = (low, middle) if power(middle, sd, n, alpha, pairs, pooled) >= chance else (middle, high)
     return high
 
 

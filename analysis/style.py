@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,6 +106,20 @@ def shorten(text: str, width: int) -> str:
         return text
     head = (width - 1) // 2
     return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+
+
+def shorten_apart(texts: Sequence[str], width: int) -> list[str]:
+    """Cut texts as `shorten` does, but so that different ones stay different.
+
+    Where they would look alike, their common beginning is cut first; if that does not help, they stay whole.
+    """
+    begin = re.match(r"(.*[ _-])?", os.path.commonprefix(list(texts)))[0]
+    rests = [f"…{text[len(begin) :]}" for text in texts] if begin else texts
+    for candidates in (texts, rests):
+        short = [shorten(text, width) for text in candidates]
+        if len(set(short)) == len(set(texts)):
+            return short
+    return list(texts)
 
 
 def target_of(runs, target: float | None) -> float:

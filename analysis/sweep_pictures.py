@@ -11,6 +11,7 @@ from analysis.intervals import MIN_INTERVAL, Mark, draw_mark, limits_of, mark_of
 from analysis.results import Results, SweepArm
 from analysis.run_log import format_value
 
+MAX_LABEL = 44  # characters of an arm's name beside a picture
 MAX_LEGEND = 21  # arms that are told apart by their looks
 VERDICTS = {"better": ("#0072B2", "v"), "worse": ("#D55E00", "^"), "undecided": (style.GREY, "o")}
 
@@ -31,7 +32,7 @@ def picture_of_bars(results: Results):
     draw_means(left, results, arms)
     if compared:
         draw_differences(panels[0, 1], results, arms)
-    names = [style.shorten(arm.label, 44) for arm in arms]
+    names = style.shorten_apart([arm.label for arm in arms], MAX_LABEL)
     left.set_yticks(range(len(arms)), names, fontsize=9 if len(arms) < 40 else 7)
     left.set_ylim(len(arms) - 0.4, -0.6)
     few = any(results.summary(arm).n < MIN_INTERVAL for arm in arms)
@@ -121,13 +122,9 @@ def what_to_draw(results: Results) -> tuple[list[Drawn], list[float]]:
     names = [arm.label for arm in arms]
     if name and not beside(results, name):
         names = [format_value(arm.settings[name]) if name in arm.settings else arm.label for arm in arms]
-    names = [style.shorten(text, MAX_NAME) for text in names]
-    if len(set(names)) < len(names):
-        names = [arm.label for arm in arms]
-    drawn = [
-        Drawn(arm, look, text, style.shorten(arm.label, 44))
-        for arm, look, text in zip(arms, looks, names, strict=True)
-    ]
+    names = style.shorten_apart(names, MAX_NAME)
+    labels = style.shorten_apart([arm.label for arm in arms], MAX_LABEL)
+    drawn = [Drawn(*parts) for parts in zip(arms, looks, names, labels, strict=True)]
     name_ends(drawn)
     return drawn, values
 
@@ -142,7 +139,7 @@ def legend_of(results: Results, drawn: Sequence[Drawn]) -> list:
     if name and len(drawn) > MAX_LEGEND:
         shown = [item for item in drawn if name not in item.arm.settings]
         kinds = [] if not beside(results, name) else list(kinds_of(results, name).values())
-    lettered = any(item.label != style.shorten(item.arm.label, 44) for item in drawn)
+    lettered = any(item.label.startswith(f"{item.name}  ") for item in drawn)
     if name and not beside(results, name) and not lettered:
         shown = [item for item in drawn if name not in item.arm.settings]
     handles = [Line2D([], [], label=item.label, **{**item.look, "markersize": 5}) for item in shown]

@@ -125,6 +125,35 @@ def test_holm_keeps_false_alarms_rare():
     assert raw / 400 > 0.15  # so that the test would notice a correction that does nothing
 
 
+def test_all_pairs_at_once_equal_scipys_tukey():
+    """Without a control, p and intervals are those of scipy.stats.tukey_hsd, if arms are equally noisy."""
+    rest = [-0.002, 0.0005, 0.0015]
+    losses = {
+        name: [mean + value for value in rest] for name, mean in (("a", 3.27), ("b", 3.275), ("c", 3.273))
+    }
+    want = scipy_stats.tukey_hsd(*losses.values())
+    interval, found = want.confidence_interval(), stats.contenders(losses)
+    for i, a in enumerate(losses):
+        for j, b in enumerate(losses):
+            if a != b:
+                pair = found.compare(a, b)
+                got = pair.difference, pair.p, pair.low, pair.high
+                wanted = want.statistic[i, j], want.pvalue[i, j], interval.low[i, j], interval.high[i, j]
+                assert got == pytest.approx(wanted, rel=1e-6)
+    assert found.names == ("a", "c") and stats.judge(losses).worse == ("b",)
+    two = stats.contenders({"a": A, "b": B}, {"a": SEEDS, "b": SEEDS}).compare("a", "b")
+    assert two.p == pytest.approx(stats.paired(A, B).p, rel=1e-6)  # of two arms, a paired t test
+
+
+def test_single_runs_and_survivors_are_not_tested_without_a_control():
+    losses = {"a": A, "b": [value + 1 for value in B], "one": [9.0], "lost": [9.0, 9.1, math.nan]}
+    verdict = stats.judge(losses)
+    assert verdict.worse == ("b",) and verdict.better == ("a",)
+    assert all(math.isnan(verdict.p_best[name]) for name in ("one", "lost"))
+    lower = stats.judge({**losses, "one": [1.0]})  # a single run below the best: nothing is the best
+    assert lower.better == () and lower.worse == ("b",)
+
+
 def test_power_by_simulation():
     """The promise of `runs_needed` is kept: that many runs find the difference about as often as said."""
     rng = np.random.default_rng(1)
