@@ -369,7 +369,7 @@ def test_every_mode_trains_projections_that_start_at_zero(name, small, shards):
                 assert not starts[n].any()
                 assert 0.05 < p.norm().item() < 30, n
             if name == "sphere" and n.endswith("q.weight"):
-                assert float(p.norm()) == pytest.approx(float(starts[n].norm()), rel=1e-5)
+                assert p.norm().item() == pytest.approx(starts[n].norm().item(), rel=1e-5)
             if name == "rows" and n.endswith("q.weight"):
                 torch.testing.assert_close(p.norm(dim=-1), starts[n].norm(dim=-1))
     found = losses(made.s.log.parent.parent, "zero")
