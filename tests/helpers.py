@@ -18,6 +18,7 @@ import train_gpt
 import train_gpt_muon_ord
 from kernels import fast_forms
 from runtime.compiling import not_compiled
+from runtime.log_writer import BAR
 from runtime.ranks import Done, Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +128,7 @@ def command(script: str, ranks: int, extra: tuple = ()) -> list[str]:
 
 def losses(cwd: Path, run_id: str, kind: str = "val_loss") -> list[float]:
     text = (cwd / "logs" / f"{run_id}.txt").read_text()
+    text = text.rpartition(f"\n{BAR}\n")[2]  # sources in the header may hold lines that look like steps
     return [float(x) for x in re.findall(rf"^step:\d+/\d+ {kind}:(\S+)", text, re.M)]
 
 

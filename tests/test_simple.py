@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def env_of(shards, **settings) -> dict:
     """The environment of a short run of the track's settings on made shards."""
     env = base_env(shards)
-    for name in ("VAL_BATCH_TOKENS", "BATCH_SIZES", "BETA_WARMUP_STEPS"):
+    for name in ("VAL_BATCH_TOKENS", "BATCH_SIZES", "MUON_WARMUP_STEPS"):
         del env[name]
     few = dict(MODEL="track", BATCH_TOKENS=1024, ROW_TOKENS=64, VAL_TOKENS=4096, NUM_SCHEDULED_ITERATIONS=20)
     few |= dict(VAL_LOSS_EVERY=10, VAL_LOSS_LAST_STEPS=0, SAVE_MODEL=0)
