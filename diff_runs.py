@@ -121,7 +121,7 @@ def loss_section(a: RunLog, b: RunLog) -> str:
 
 
 def code_section(a: RunLog, b: RunLog) -> Iterable[str]:
-    """What changed in each source file, then the diff."""
+    """Changes in each source file, then the diff."""
     sources = [sources_of(run.path) for run in (a, b)]
     if not all(sources):
         word = "the same" if a.source_hash == b.source_hash else "different"

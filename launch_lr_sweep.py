@@ -107,7 +107,7 @@ class RunFollower(LogFollower):
 
     @property
     def run(self) -> RunLog | None:
-        """What the log says so far; None before it exists."""
+        """Content of the log so far; None before it exists."""
         log = self.logs.get(self.path)
         return log.runs[-1] if log and log.runs else None
 
@@ -543,7 +543,7 @@ def signals_to(launcher: Launcher) -> Iterator[None]:
 
 
 class Prepared(NamedTuple):
-    """What is known before anything runs. `why` maps the index of each run to make to the reason."""
+    """Print what is known before anything runs. `why` maps the index of each run to make to the reason."""
 
     sweep: Sweep
     manifest: Manifest

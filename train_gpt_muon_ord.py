@@ -966,7 +966,7 @@ def multi_token_loss(logits_BTV: Tensor, targets_BT: Tensor, weights_K: Tensor) 
 
 @dataclass(frozen=True)
 class Role:
-    """How the parameters whose names match are updated. The _mul's multiply what the settings say."""
+    """Update of the parameters whose names match. The _mul's multiply what the settings say."""
 
     name: str
     pattern: str
@@ -1474,7 +1474,7 @@ class Optimizer:
                 p.register_post_accumulate_grad_hook(functools.partial(self.arrived, bucket))
 
     def set_tied(self, tied: bool):
-        """Whether the embedding is the head, or learns by itself."""
+        """Return whether the embedding is the head, or learns by itself."""
         if "embed" in self.by_name:
             self.by_name["embed"].active = not tied
 
@@ -1484,7 +1484,7 @@ class Optimizer:
         self.set_tied(False)
 
     def is_pending(self, step: int) -> bool:
-        """Whether gradients wait for their update after `step` steps."""
+        """Return whether gradients wait for their update after `step` steps."""
         return step % ADAM_EVERY != 0
 
     def momentum(self, step: int) -> float:
@@ -1578,7 +1578,7 @@ def interpolate(shape: str, start: float, end: float, done: float) -> float:
 
 
 class Schedule:
-    """What changes over the steps: stage, learning rate, windows, loss weights; functions of the step."""
+    """Stage, learning rate, windows and loss weights, which change over the steps; functions of the step."""
 
     def __init__(self, s: Settings, config: ModelConfig):
         self.s, self.config = s, config
@@ -1633,7 +1633,7 @@ class Schedule:
         return min(1.0, max(0, step - start) / max(1, self.scheduled - start))
 
     def validates(self, step: int) -> bool:
-        """Whether there is a validation after `step` steps."""
+        """Return whether there is a validation after `step` steps."""
         s, left = self.s, self.num_steps - step
         near_end = s.val_loss_every_last and left < s.val_loss_last_steps
         if left == 0 or (near_end and left % s.val_loss_every_last == 0):
@@ -1745,7 +1745,7 @@ class Trainer:
         self.optimizer.set_tied(self.tied)
 
     def model_metadata(self) -> dict:
-        """What forward needs beside weights and config."""
+        """Facts that forward needs beside weights and config."""
         windows = self.schedule.windows(NUM_STAGES)
         return {"rotary_scale": self.model.rotary.scale, "windows": windows, "tied": self.tied}
 

@@ -369,7 +369,7 @@ def usual_norm(W: Tensor, dims) -> float:
 
 
 def decaying(U: Tensor, W: Tensor, mode: str) -> Tensor:
-    """What decays: W, where U shrinks it if cautious (arXiv 2411.16085), U, or both."""
+    """Decaying part: W, where U shrinks it if cautious (arXiv 2411.16085), U, or both."""
     return {"param": W, "cautious": W * (U * W > 0), "update": U, "both": W + U, "none": 0 * W}[mode]
 
 
@@ -448,7 +448,7 @@ class Optimizer(ShardedOptimizer):
 
 
 class Schedule:
-    """What changes over the steps."""
+    """Everything that changes over the steps."""
 
     def __init__(self, s: Settings, config: ModelConfig):
         self.s, self.num_steps = s, s.num_scheduled_iterations

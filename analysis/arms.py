@@ -150,7 +150,7 @@ def _fewest_settings(arms: Sequence[Sequence[RunLog]]) -> list[str]:
 
 
 def _parts(run: RunLog) -> dict[str, str]:
-    """What may name a run, by setting: "muon_lr=0.1"; last the data, and the script by its bare name."""
+    """Candidate names of a run, by setting: "muon_lr=0.1"; last the data, and the script by its bare name."""
     if not run.config:
         return {}
     settings = {name: value for name, value in run.settings.items() if name not in run.not_training}
@@ -162,7 +162,7 @@ def _parts(run: RunLog) -> dict[str, str]:
 
 
 def _varying(parts: Sequence[dict[str, str]]) -> list[str]:
-    """What varies among the arms that have it."""
+    """Settings that vary among the arms that have it."""
     names = dict.fromkeys(name for part in parts for name in part)
     return [name for name in names if len({part[name] for part in parts if name in part}) > 1]
 

@@ -43,7 +43,7 @@ def device_name(gpu: bool) -> str:
 
 @dataclass(frozen=True)
 class Slot:
-    """What one run may use. No cores means any."""
+    """Devices that one run may use. No cores means any."""
 
     gpus: tuple[str, ...] = ()
     cores: tuple[int, ...] = ()

@@ -230,7 +230,7 @@ def _read_logs(paths: Sequence[Path], pool_sources: bool, stopped_early: bool) -
 
 
 def _ends_early(run: RunLog) -> bool:
-    """Whether a public log, which has no events, ends in a validation before its last step."""
+    """Return whether a public log, which has no events, ends in a validation before its last step."""
     is_public = not run.config and run.state == "running"
     return is_public and run.last_step > 0 and len(run.val) > 0 and run.val.step[-1] == run.last_step
 

@@ -136,7 +136,7 @@ class Parts:
             torch.Tensor.backward, self.on = backward, False
 
     def take(self) -> list:
-        """What was recorded since the last call, for spent()."""
+        """Marks recorded since the last call, for spent()."""
         marks, self.marks = self.marks, []
         return marks
 

@@ -989,7 +989,7 @@ def polar_steps(X_NRK: Tensor, coefficients) -> Tensor:
 
 
 def covers_muon(o) -> bool:
-    """Whether these settings take make_step_muon: the baseline's, but for AdamW."""
+    """Return whether these settings take make_step_muon: the baseline's, but for AdamW."""
     return o.optimizer != "adamw" and not hasattr(o, "ord_mode")
 
 
@@ -1011,7 +1011,7 @@ def make_step_muon(module, compiler):
 
 
 def covers_ord(o) -> bool:
-    """Whether make_step_ord knows these settings: it wants one number per matrix for the radial part."""
+    """Return whether make_step_ord knows these settings: one number per matrix for the radial part."""
     if not hasattr(o, "ord_mode"):  # the baseline's
         return False
     one_number = o.spectral_rho_mode == "global" and not o.spectral_variance

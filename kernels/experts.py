@@ -140,7 +140,7 @@ def take_rows(x_MC: Tensor, token_P: Tensor, padded: bool) -> Tensor:
 
 
 def is_grouped(x: Tensor) -> bool:
-    """Whether products are torch's grouped ones, which never wait for the device, or one per expert."""
+    """Return whether products are torch's grouped ones, which wait for nothing, or one per expert."""
     return x.is_cuda
 
 

@@ -24,7 +24,7 @@ from kernels import cpu
 
 
 class FastForm(NamedTuple):
-    """What takes the place of one function of a trainer."""
+    """Replacement of one function of a trainer."""
 
     name: str  # of the function or method in the trainer, such as "Attention.forward"
     make: Callable  # (module, compiler) -> the fast function; the trainer's own is still in place then

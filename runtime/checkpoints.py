@@ -162,7 +162,7 @@ def save_model(path: Path, model: nn.Module, metadata: dict):
 
 
 class Origin(NamedTuple):
-    """Where a run begins: anew, or from a checkpoint."""
+    """Beginning of a run: anew, or from a checkpoint."""
 
     run_id: str
     resumed: bool = False  # goes on in a log that exists
@@ -234,7 +234,7 @@ def last_checkpoint(s, same: "SameTraining") -> Origin:
 
 
 def is_restart() -> bool:
-    """Whether torchrun started this worker in place of one that died."""
+    """Return whether torchrun started this worker in place of one that died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 

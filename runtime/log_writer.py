@@ -217,7 +217,7 @@ def launch_id() -> str:
 
 
 def provenance(script: Path, ranks: Ranks) -> dict:
-    """What ran where, as fields of event:started."""
+    """Description of what ran where, as fields of event:started."""
     git = None
     if shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
@@ -247,7 +247,7 @@ def provenance(script: Path, ranks: Ranks) -> dict:
 
 
 def has_begun(log: Path) -> bool:
-    """Whether a log holds more than the piece of a header that a run killed in its first moment leaves."""
+    """Return whether a log holds more than the piece of a header that an early kill leaves."""
     if not log.is_file():
         return False
     text = log.read_bytes()
@@ -265,7 +265,7 @@ def refuse_existing(log: Path):
 
 
 def last_event(log: Path) -> str:
-    """How a log ends so far: finished, diverged, crashed, stopped, started or resumed; empty without any."""
+    """Last event of a log so far: finished, diverged, crashed, stopped, started, resumed; or empty."""
     if not log.is_file():
         return ""
     with log.open("rb") as file:
@@ -284,7 +284,7 @@ def logged_config(log: Path) -> dict:
 
 
 def begun_by_this_launch(log: Path) -> bool:
-    """Whether a worker of this torchrun, maybe one that died since, began or resumed the log."""
+    """Return whether a worker of this torchrun, maybe one that died since, began or resumed the log."""
     if not log.is_file():
         return False
     ours = rf"^event:(?:started|resumed) .*launch:{re.escape(launch_id())}( |$)"

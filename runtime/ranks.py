@@ -146,7 +146,7 @@ class Ranks:
         )
 
     def is_orphan(self) -> bool:
-        """Whether torchrun is gone. Otherwise the parent is a shell, whose end means nothing (nohup)."""
+        """Return whether torchrun is gone. Any other parent is a shell, whose end means nothing."""
         return self.launched and os.getppid() != self.parent
 
     def leave_with_launcher(self):

@@ -299,7 +299,7 @@ class Session:
         return 0
 
     def model_metadata(self) -> dict:
-        """What is needed to build the model, and to run it."""
+        """Facts needed to build the model, and to run it."""
         config = {
             key: self.config[key] for key in ("vocab_size", "mark", "residual_scale") if key in self.config
         }

@@ -33,7 +33,7 @@ class SettingsError(ValueError):
 
 
 class RunPaths:
-    """Where a run's files are, for settings that have run_id."""
+    """Places of a run's files, for settings that have run_id."""
 
     @property
     def log(self) -> Path:
@@ -77,7 +77,7 @@ EMBEDDED = {  # defaults of a preset that trains on the embedded corpus
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings(RunPaths):
-    """What any run has: a name, a place, data files, times of validation, checkpoints."""
+    """Settings that any run has: a name, a place, data files, times of validation, checkpoints."""
 
     run_id: str = recording_knob("", "name of the log logs/RUN_ID.txt; empty: time, model and seed")
     seed: int = knob(0, "whatever is drawn at random", low=0, high=2**62)
@@ -115,7 +115,7 @@ class RunSettings(RunPaths):
         return dataclasses.replace(self, model=model, device=device, compile=compile, run_id=run_id)
 
     def validates(self, step: int, num_steps: int) -> bool:
-        """Whether there is a validation after `step` of num_steps steps."""
+        """Return whether there is a validation after `step` of num_steps steps."""
         left = num_steps - step
         near_end = self.val_loss_every_last and left < self.val_loss_last_steps
         if left == 0 or (near_end and left % self.val_loss_every_last == 0):
@@ -201,7 +201,7 @@ def parse(text: str, kind):
 
 
 def within_limits(value, limits: Mapping) -> bool:
-    """Whether a value, or every item of a tuple, is allowed."""
+    """Return whether a value, or every item of a tuple, is allowed."""
     if isinstance(value, tuple):
         return all(within_limits(item, limits) for item in value)
     if isinstance(value, str):
@@ -251,14 +251,14 @@ def refuse_lookalikes(env: Mapping[str, str], known: list[str], script: str):
 
 
 def is_typo(word: str, meant: str) -> bool:
-    """Whether `word` is `meant` but for two letters, or for one if it is short."""
+    """Return whether `word` is `meant` but for two letters, or for one if it is short."""
     blocks = difflib.SequenceMatcher(None, word, meant).get_matching_blocks()
     wrong = max(len(word), len(meant)) - sum(block.size for block in blocks)
     return wrong <= (2 if len(meant) >= 8 else 1) and word not in NOT_MEANT
 
 
 def is_file_name(text: str) -> bool:
-    """Whether a text can name files in logs/, and only there."""
+    """Return whether a text can name files in logs/, and only there."""
     return re.fullmatch(r"[A-Za-z0-9_][\w.=,+-]{0,199}", text, re.ASCII) is not None
 
 

@@ -93,7 +93,7 @@ class Bucket:
         self.grads.zero_()
 
     def split_sizes(self, numel: int) -> list[int]:
-        """How many of a state's numbers belong to each parameter, in order; last, those of the padding."""
+        """Number of a state's numbers belong to each parameter, in order; last, those of the padding."""
         sizes = [p.numel() * numel // len(self.weights) for p in self.params.values()]
         return [*sizes, numel - sum(sizes)]
 
@@ -252,7 +252,7 @@ class ShardedOptimizer:
             bucket.finish()
 
     def is_pending(self, step: int) -> bool:
-        """Whether gradients wait for their update after `step` steps: never."""
+        """Return whether gradients wait for their update after `step` steps: never."""
         return False
 
     def matrices(self):

@@ -92,7 +92,7 @@ class Watch(threading.Thread):
         }
 
     def speaks_for_all(self, missing: dict) -> bool:
-        """Whether this is the first rank left beside the log; it reports for those that saw others fail."""
+        """Return whether this is the first rank left beside the log, which reports for the others."""
         return 0 in self.pids and all(rank in missing for rank in self.pids if rank < self.ranks.rank)
 
     def run(self):
@@ -355,5 +355,5 @@ class Supervisor:
 
 
 def is_cut_off(error: BaseException) -> bool:
-    """Whether a collective failed because of another host. gloo's errors are plain RuntimeErrors."""
+    """Return whether a collective failed because of another host. gloo's errors are plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)

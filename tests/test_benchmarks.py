@@ -258,7 +258,7 @@ def test_slices_hold_their_tokens_and_drop_more_when_small():
 
 
 def test_published_figures_one_fitted_the_others_within_a_tenth():
-    """What the record and the docstring claim."""
+    """The record and the docstring claim this."""
     m = scaling_model.fit_passes(SMALL, scaling_model.Machine())
     errors = {kind: [] for kind in ("fitted", "predicted")}
     for _, _, _, error, kind in scaling_model.check_published(SMALL, m):

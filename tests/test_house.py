@@ -29,7 +29,6 @@ COMMANDS_OF_A_TRAINER = {"sample.py": {"train_gpt", "kernels"}}  # it runs the m
 NO_GOOD_BEGINNING = re.compile(
     r"(Of|By|In|To|For|From|With|At|On|What|Where|Which|Whether|Who|How|Until|As|Before|After|If|Than)\b"
 )
-MAY_BEGIN_SO = re.compile(r"(Whether|Where|How|What) .*")  # questions that a function answers
 
 
 def tracked(*patterns: str) -> list[Path]:
@@ -126,13 +125,13 @@ def test_tools_start_without_torch(package, heavy):
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun():
-    """No docstring begins with a preposition or a relative word, unless it states the question it answers."""
+    """No docstring begins with a preposition or a relative word."""
     odd = []
     for path in tracked("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 doc = ast.get_docstring(node) or ""
-                if NO_GOOD_BEGINNING.match(doc) and not MAY_BEGIN_SO.match(doc):
+                if NO_GOOD_BEGINNING.match(doc):
                     odd.append(f"{path.relative_to(ROOT)}:{node.lineno} {doc.splitlines()[0][:60]!r}")
     assert not odd, "\n".join(odd)
 

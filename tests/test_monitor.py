@@ -300,7 +300,7 @@ def test_errors_speak_to_a_person(tmp_path, capsys):
 
 
 def read_terminal(descriptor, until):
-    """What a program writes to its terminal, until `until` is in it."""
+    """Text that a program writes to its terminal, until `until` is in it."""
     text, end = "", time.monotonic() + PATIENCE_S
     os.set_blocking(descriptor, False)
     while time.monotonic() < end and until not in text:
