@@ -17,6 +17,7 @@ HF_DATASETS_OFFLINE=1; or give tasks of your own, whose data are files: tests/lm
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib.metadata
 import json
@@ -190,15 +191,15 @@ def evaluate_model(args: argparse.Namespace) -> None:
     check_device(args.device)
     library = import_optional("lm_eval", LIBRARY)
     scorer = Scorer(load_model(args.model, args.device), args.max_tokens, args.batch_tokens)
-    manager = load_tasks(names, args.include_path)
-    found = library.simple_evaluate(
-        make_adapter(scorer),
-        tasks=names,
-        task_manager=manager,
-        num_fewshot=args.fewshot,
-        limit=args.limit,
-        log_samples=False,
-    )
+    with contextlib.redirect_stderr(sys.__stderr__):  # the libraries' bars move their cursor
+        found = library.simple_evaluate(
+            make_adapter(scorer),
+            tasks=names,
+            task_manager=load_tasks(names, args.include_path),
+            num_fewshot=args.fewshot,
+            limit=args.limit,
+            log_samples=False,
+        )
     scores = scores_of(found, importlib.metadata.version("lm_eval"))
     path = args.model.with_name(RESULTS)
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

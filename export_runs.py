@@ -15,6 +15,8 @@ trackio and wandb are not in requirements.txt. tensorboard and trackio keep ever
 does with WANDB_MODE=offline.
 """
 
+import contextlib
+import contextvars
 import re
 import sys
 import time
@@ -30,7 +32,7 @@ from analysis.arms import tags_beside
 from analysis.command_line import import_optional
 from analysis.files import replacing, write_atomically
 from analysis.run_log import OPENERS, LogFollower, RunLog, list_logs, read_log
-from analysis.run_tables import NewPoints, RunNames, facts_of, facts_table, steps_table
+from analysis.run_tables import NewPoints, RunNames, facts_table, origin_of, steps_table
 from analysis.tables import as_csv
 
 EVERY_S = 5.0  # between two looks at logs that are followed
@@ -99,10 +101,11 @@ class TensorBoard:
                 self.writers[name] = self.start(self.folder / name, run, tags.get(run.name, ""))
             start_s = start_time(run)
             for step, values in self.points.take(name, run):
-                tags_and_values = [(name.replace(".", "/"), value) for name, value in values.items()]
-                summary = self.summary(
-                    value=[self.summary.Value(tag=tag, simple_value=value) for tag, value in tags_and_values]
-                )
+                points = [
+                    self.summary.Value(tag=in_group(quantity), simple_value=value)
+                    for quantity, value in values.items()
+                ]
+                summary = self.summary(value=points)
                 when = start_s + values.get("train_time", 0) / 1000
                 self.writers[name].add_event(self.event(wall_time=when, step=step, summary=summary))
             self.writers[name].flush()
@@ -112,7 +115,7 @@ class TensorBoard:
         for old in folder.glob(f"events.out.tfevents.*{EVENTS_SUFFIX}"):
             old.unlink()
         writer = self.files.EventFileWriter(str(folder), filename_suffix=EVENTS_SUFFIX)
-        facts = {name: value for name, value in facts_of(run, tag).items() if value is not None}
+        facts = {name: value for name, value in origin_of(run, tag).items() if value is not None}
         summary = self.hparams.hparams_pb(facts, trial_id=folder.name, start_time_secs=start_time(run))
         writer.add_event(self.event(wall_time=start_time(run), summary=summary))
         return writer
@@ -120,6 +123,13 @@ class TensorBoard:
     def close(self) -> None:
         for writer in self.writers.values():
             writer.close()
+
+
+def in_group(quantity: str) -> str:
+    """Name of a quantity in tensorboard, which shows groups by the alphabet: the losses come first."""
+    if "." in quantity:  # a place in a list: most lists have a number for each layer
+        return f"per_layer/{quantity}"
+    return f"loss/{quantity}" if quantity.endswith("_loss") else f"more/{quantity}"
 
 
 def start_time(run: RunLog) -> float:
@@ -142,17 +152,31 @@ class Tracker:
     def update(self, runs: Runs, tags: Mapping[str, str]) -> None:
         for name, run in runs.items():
             if name not in self.open:
-                self.open[name] = self.start(name, facts_of(run, tags.get(run.name, "")))
+                with contextlib.redirect_stdout(sys.__stdout__):  # trackio speaks in colours
+                    self.open[name] = self.start(name, origin_of(run, tags.get(run.name, "")))
             for step, values in self.points.take(name, run):
                 self.open[name].log(values, step=step)
 
     def start(self, name: str, facts: dict):
         if self.kind == "trackio":
-            return self.library.init(project=self.project, name=name, config=facts)
+            return self.start_trackio(name, facts)
         run_id = re.sub(r"[^\w.-]", "-", name)
         return self.library.init(
             project=self.project, name=name, id=run_id, resume="allow", config=facts, reinit="create_new"
         )
+
+    def start_trackio(self, name: str, facts: dict):
+        """Begin a run of trackio in place of one of that name.
+
+        In a context of its own, because init() would finish the run of the current one.
+        """
+        with contextlib.suppress(ValueError):  # no such project yet
+            for run in self.library.Api().runs(self.project):
+                if run.name == name:
+                    run.delete()
+        logged = dict(auto_log_gpu=False, auto_log_cpu=False)  # they would be this machine's, not the run's
+        given = dict(project=self.project, name=name, config=facts, embed=False, **logged)
+        return contextvars.Context().run(lambda: self.library.init(**given))
 
     def close(self) -> None:
         for run in self.open.values():

@@ -1,9 +1,9 @@
-"""Runs as tables for other programs: facts (a row for each run) and steps (a row for each run and step).
+"""Runs as tables for other programs: one row for each run, or one for each run and step.
 
-    facts_of(run)                     # {"state": "finished", "val_loss": 3.27, "muon_lr": 0.023, ...}
+    origin_of(run), state_of(run)     # {"muon_lr": 0.023, ...}, {"state": "finished", "val_loss": 3.27, ...}
     series_of(run)["val_loss"]        # a Column; of a list of numbers "spec_attn.0", "spec_attn.1", ...
-    steps_table(runs, names)          # header and rows
-    NewPoints().take(run)             # what has been logged since the last call: [(step, {name: number})]
+    steps_table({"a": run})           # header and rows
+    NewPoints().take("a", run)        # what has been logged since the last call: [(step, {name: number})]
 
 Names are those of the log; a list's places are numbered from 0. Times are in ms, losses in nats per token.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.run_log import RunLog, format_value, log_stem
+from analysis.shown import clean
 from analysis.step_lines import Column
 
 ABOUT_START = ("time", "torch", "device", "world_size", "git", "train_data", "val_data")  # of event:started
@@ -31,27 +32,31 @@ def flat_config(run: RunLog) -> dict[str, object]:
     return flat
 
 
-def facts_of(run: RunLog, tag: str = "") -> dict[str, object]:
-    """Facts of a run as a whole, then its settings. Values are numbers, booleans, texts or None."""
+def origin_of(run: RunLog, tag: str = "") -> dict[str, object]:
+    """Return what was known of a run at its start, settings and all: numbers, booleans, texts or None.
+
+    tag: the run's in its sweep.
+    """
     started = event.fields if (event := run.event("started")) else {}
-    facts = {
-        "tag": tag,
-        "script": run.script,
+    origin = {"tag": tag, "script": run.script, "seed": run.seed, "source_hash": run.source_hash}
+    origin |= {name: started[name] for name in ABOUT_START if name in started}
+    for name, value in flat_config(run).items():
+        plain = isinstance(value, (int, float, str)) or value is None
+        origin.setdefault(name, value if plain else format_value(value))
+    return origin
+
+
+def state_of(run: RunLog) -> dict[str, object]:
+    """Where a run is now."""
+    return {
         "state": run.state,
-        "seed": run.seed,
         "num_steps": run.num_steps,
         "last_step": run.last_step,
         "val_loss": run.final_val_loss,
         "best_val_loss": run.best_val_loss,
         "train_time": run.last_time_ms,
-        "source_hash": run.source_hash,
         "log": str(run.path),
     }
-    facts |= {name: started[name] for name in ABOUT_START if name in started}
-    for name, value in flat_config(run).items():
-        plain = isinstance(value, (int, float, str)) or value is None
-        facts.setdefault(name, value if plain else format_value(value))
-    return facts
 
 
 def series_of(run: RunLog) -> dict[str, Column]:
@@ -82,7 +87,7 @@ def steps_table(runs: Mapping[str, RunLog]) -> tuple[list[str], list[list]]:
 
 def facts_table(runs: Mapping[str, RunLog], tags: Mapping[str, str]) -> tuple[list[str], list[list]]:
     """Header and rows: run, and a column for each fact or setting that any run has; None if it lacks it."""
-    facts = {name: facts_of(run, tags.get(run.name, "")) for name, run in runs.items()}
+    facts = {name: state_of(run) | origin_of(run, tags.get(run.name, "")) for name, run in runs.items()}
     header = list(dict.fromkeys(key for row in facts.values() for key in row))
     return ["run", *header], [[name, *(row.get(key) for key in header)] for name, row in facts.items()]
 
@@ -97,11 +102,11 @@ class RunNames:
     def __getitem__(self, run: RunLog) -> str:
         path = Path(run.path)
         if path not in self._name_of:
-            name = log_stem(path)
+            name = clean(log_stem(path))
             for folder in (path.parent, *path.parent.parents):
                 if name not in self._path_of:
                     break
-                name = f"{folder.resolve().name}.{name}"
+                name = f"{clean(folder.resolve().name)}.{name}"
             self._path_of[name], self._name_of[path] = path, name
         return self._name_of[path] + (f"#{run.trial + 1}" if run.trial else "")
 

@@ -156,8 +156,8 @@ def test_tensorboard_reads_what_was_logged(logs, tmp_path):
         (run,) = read_log(logs / f"{name}.txt")
         found = EventAccumulator(str(tmp_path / "tensorboard" / name))
         found.Reload()
-        events = found.Scalars("val_loss")
+        events = found.Scalars("loss/val_loss")
         assert [event.step for event in events] == run.val.step.tolist()
         assert np.allclose([event.value for event in events], run.val.loss, rtol=1e-6)
-        assert "spec_attn/3" in found.Tags()["scalars"]
+        assert "per_layer/spec_attn.3" in found.Tags()["scalars"]
         assert math.isclose(events[-1].wall_time - events[0].wall_time, run.val.time_ms[-1] / 1000, abs_tol=1)
