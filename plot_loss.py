@@ -58,6 +58,7 @@ SCHEDULES = {  # by panel: its title, and the name in the legend of each logged 
     "betas": ("betas", {"beta1": "beta1", "beta2": "beta2", "muon_momentum": "Muon momentum"}),
     "batch": ("batch, tokens", {"batch_size": "batch size"}),
 }
+MAX_LABEL = 100  # letters of a name in the legend
 RHO = {"spec_attn": "attention", "spec_mlp": "MLP"}
 RHO_TITLE = "mean ρ = ⟨G,W⟩ / ‖W‖²"
 
@@ -94,10 +95,9 @@ def what_to_draw(arms: Sequence[Arm]) -> tuple[list[Drawn], dict[str, str]]:
     sweep = sweep_beside(arms)
     planned = list(dict.fromkeys(run.tag for run in sweep.runs)) if sweep else labels
     looks = looks_of(planned, sweep.control if sweep else None)
-    names = style.shorten_apart(labels, 60)
-    drawn = [
-        Drawn(arm, looks[arm.label], legend_label(arm, name)) for arm, name in zip(arms, names, strict=True)
-    ]
+    names = dict(zip(labels, style.shorten_apart(labels, MAX_LABEL), strict=True))
+    in_order = sorted(arms, key=lambda arm: planned.index(arm.label))
+    drawn = [Drawn(arm, looks[arm.label], legend_label(arm, names[arm.label])) for arm in in_order]
     lowest = min(arms, key=lambda arm: np.nan_to_num(summarize(final_losses(arm)).mean, nan=math.inf)).label
     controls = {label: sweep.control_of(label) if sweep else None for label in labels}
     controls = {label: other if other in labels else lowest for label, other in controls.items()}

@@ -28,8 +28,8 @@ from analysis.tables import format_loss
 
 X_LABELS = {"steps": "step", "tokens": "training tokens", "time": "training time"}
 MAX_MARKED = 12  # with more arms, stars at the target would cover each other
-MAX_BANDS = 8  # with more arms, bands of intervals would hide each other
-MAX_NAME = 30  # letters beside the end of a line
+MAX_BANDS = 5  # with more arms, bands of intervals would hide each other
+MAX_NAME = 40  # letters beside the end of a line
 FINISHED = ("finished", "unknown")  # llm.c's logs do not say whether they are complete; assume that they are
 
 
@@ -258,7 +258,7 @@ def panel_loss(ax, drawn: Sequence[Drawn], axis: Axis, target: tuple[float, str]
     lines += draw_since(ax, drawn, "val_loss", axis)
     axis.fit_losses(ax)
     low, high = loss_limits(lines)
-    if target and 0 < low - target[0] < 0.3 * (high - low):
+    if target and 0 < low - target[0] < 0.1 * (high - low):
         low = target[0] - 0.04 * (high - low)
     ax.set_ylim(low, high)
     if target and low < target[0] < high:
@@ -302,7 +302,7 @@ def draw_target(ax, drawn: Sequence[Drawn], axis: Axis, target: float, reason: s
         if len(drawn) == 1:
             text += f", met at step {met[0]}, after {style.format_time(met[1])}"
     note = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 9}
-    ax.annotate(text, (0.01, target), (0, -4), va="top", color=style.GREY, **note)
+    ax.annotate(text, (0.01, target), (0, 3), color=style.GREY, **note)
 
 
 def differences(drawn: Sequence[Drawn], controls: Mapping[str, str], axis: Axis) -> list[tuple[Drawn, Line]]:
