@@ -201,15 +201,15 @@ def last_words(run: RunLog) -> str:
 
 
 class Monitor:
-    """The runs in folders and logs, or of one sweep, kept up to date. ValueError if `paths` are neither."""
+    """The runs in folders and logs, or of one sweep, kept up to date. ValueError if `paths` are neither.
+
+    Folders and logs may come later.
+    """
 
     def __init__(self, *paths: Path, logs: Path = LOGS, stalled_after: float = 300, control: str = ""):
         sweeps = [path for path in paths if path.suffix in (".toml", ".json")]
-        missing = [path for path in paths if path not in sweeps and not path.exists()]
         if sweeps and len(paths) > 1:
             raise ValueError(f"{sweeps[0]} is a sweep; give one sweep, or logs, not both")
-        if missing:
-            raise ValueError(f"there is no {missing[0]}; name a folder of logs, logs, or a sweep's file")
         self.name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} paths"
         self.sweep = find_manifest(sweeps[0], logs) if sweeps else None  # its manifest, which may come later
         folders = {path if path.is_dir() else path.parent for path in ([self.sweep] if sweeps else paths)}
@@ -510,6 +510,9 @@ def show(options: argparse.Namespace) -> None:
     monitor = Monitor(
         *places, logs=options.logs, stalled_after=options.stalled_after, control=options.control
     )
+    missing = [path for path in places if not path.exists()]
+    if missing:
+        raise ValueError(f"there is no {missing[0]}; name a folder of logs, logs, or a sweep's file")
     with contextlib.suppress(KeyboardInterrupt):
         if options.json:
             print(
