@@ -49,16 +49,9 @@ from analysis.tables import as_json, format_difference, format_loss, format_numb
 RECENT_LINES = 50  # speed is measured over the last lines, because batch sizes change during training
 WARM_UP_FACTOR = 4  # a run that has not taken a step may be silent this much longer: it compiles
 SILENT_STEPS = 20  # a run of slow steps may be silent for so many of them
-STATE_COLOURS = {  # the worst first
-    "crashed": "bold red",
-    "diverged": "bold red",
-    "unreadable": "red",
-    "stalled": "yellow",
-    "stopped": "magenta",
-    "running": "green",
-    "finished": "blue",
-    "unknown": "dim",
-}
+# The worst first.
+STATE_COLOURS = {"crashed": "bold red", "diverged": "bold red", "unreadable": "red", "stalled": "yellow"}
+STATE_COLOURS |= {"stopped": "magenta", "running": "green", "finished": "blue", "unknown": "dim"}
 UNDER_WAY = ("running", "stalled")
 # Our state for the launcher's: a killed process writes no event to its log, but the launcher sees it end.
 LAUNCHER_STATES = {"crashed": "crashed", "hung": "crashed", "diverged": "diverged", "stopped": "stopped"}
@@ -87,7 +80,7 @@ class Row:
 def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
     """Return what is shown of a run, or of the runs of an arm; NaN is not known (yet). Names give units."""
     first, meant = rows[0], averaged(rows)
-    val_step, val_loss = last_mean(map(losses_by_step, meant))
+    val_step, val_loss = last_mean(losses_by_step(row.run) for row in meant)
     paces = [pace_of(row.run) for row in meant]
     own = {
         "path": str(first.run.path),
@@ -136,8 +129,8 @@ def mean(values: Iterable[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def losses_by_step(row: Row) -> dict[int, float]:
-    return dict(zip(row.run.val.step.tolist(), row.run.val.loss.tolist(), strict=True))
+def losses_by_step(run: RunLog) -> dict[int, float]:
+    return dict(zip(run.val.step.tolist(), run.val.loss.tolist(), strict=True))
 
 
 def last_mean(curves: Iterable[Mapping[int, float]]) -> tuple[int | None, float]:
@@ -148,17 +141,11 @@ def last_mean(curves: Iterable[Mapping[int, float]]) -> tuple[int | None, float]
 
 
 def differences(row: Row) -> dict[int, float]:
-    """Return loss minus the control's by step, at the validations that both have.
-
-    Of several controls, it is the mean of those that have come so far.
-    """
-    controls: dict[int, list[float]] = {}
-    for control in row.controls:
-        for step, loss in zip(control.val.step.tolist(), control.val.loss.tolist(), strict=True):
-            controls.setdefault(step, []).append(loss)
-    return {
-        step: loss - mean(controls[step]) for step, loss in losses_by_step(row).items() if step in controls
-    }
+    """Return loss minus the mean of the controls' by step, at the validations that a control has, too."""
+    controls = [losses_by_step(control) for control in row.controls]
+    losses = losses_by_step(row.run)
+    means = {step: mean(curve.get(step, math.nan) for curve in controls) for step in losses}
+    return {step: loss - means[step] for step, loss in losses.items() if math.isfinite(means[step])}
 
 
 def pace_of(run: RunLog) -> tuple[float, float]:
@@ -241,7 +228,7 @@ class Monitor:
         planned = {run.run_id: (manifest, run) for manifest in self.manifests for run in manifest.runs}
         rows, by_arm = [], {}
         for log in self.follower.logs.values():
-            for run in log.runs:
+            for run in log.runs or [RunLog(log.path, clean(log.path.stem))]:
                 row = Row(run, "unreadable" if log.error else run.state, log.error or last_words(run))
                 if run.name in planned:
                     add_plan(row, *planned[run.name])
@@ -266,7 +253,7 @@ class Monitor:
         notes = []
         for row in rows:
             silence = f"no line for {format_time(1000 * row.age_s)}" if row.state == "stalled" else ""
-            if row.message or silence:
+            if silence or (row.message and row.state != "stopped"):
                 notes.append(f"{row.run.run_id} {row.state}: {row.message or silence}")
         unread = [row.run for row in rows if row.run.unread_lines]
         if unread:
@@ -393,20 +380,18 @@ def colour_of(name: str, record: dict) -> str:
 
 def arrange(rows: Sequence[Row], options: argparse.Namespace) -> list[list[Row]]:
     """Return the runs that are asked for, one by one or by arm, in the order that is asked for."""
-    rows = [row for row in rows if options.filter in f"{row.name} {row.run.run_id} {row.sweep} {row.state}"]
-    groups = [[row] for row in rows]
-    if options.arms:
-        arms: dict[tuple, list[Row]] = {}
-        for row in rows:
-            arms.setdefault((row.sweep, row.name), []).append(row)
-        groups = [arms[key] for key in sorted(arms)]
-    if options.by_loss:
-        groups.sort(key=loss_order)
-    return groups
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
+        if options.filter in f"{row.name} {row.run.run_id} {row.sweep} {row.state}":
+            groups.setdefault((row.sweep, row.name) if options.arms else len(groups), []).append(row)
+    found = [groups[key] for key in sorted(groups)]
+    return sorted(found, key=loss_order) if options.by_loss else found
 
 
 def loss_order(rows: Sequence[Row]) -> tuple:
-    _, loss = last_mean(map(losses_by_step, averaged(rows)))
+    loss = rows[0].run.final_val_loss  # at once, as there may be a thousand runs
+    if len(rows) > 1:
+        _, loss = last_mean(losses_by_step(row.run) for row in averaged(rows))
     return math.isnan(loss), loss
 
 
@@ -495,11 +480,10 @@ def single_keys() -> Iterator[None]:
 
 def pressed(seconds: float) -> str:
     """Wait for a key for at most `seconds`; return it, or an empty text."""
-    if not sys.stdin.isatty():
-        time.sleep(seconds)
+    ready, _, _ = select.select([sys.stdin] if sys.stdin.isatty() else [], [], [], seconds)
+    if not ready:
         return ""
-    ready, _, _ = select.select([sys.stdin], [], [], seconds)
-    return os.read(sys.stdin.fileno(), 1).decode(errors="replace") or "q" if ready else ""
+    return os.read(sys.stdin.fileno(), 1).decode(errors="replace") or "q"  # the terminal has gone
 
 
 def show(options: argparse.Namespace) -> None:
@@ -515,9 +499,8 @@ def show(options: argparse.Namespace) -> None:
         raise ValueError(f"there is no {missing[0]}; name a folder of logs, logs, or a sweep's file")
     with contextlib.suppress(KeyboardInterrupt):
         if options.json:
-            print(
-                as_json([record_of(rows, options.arms) for rows in arrange(monitor.poll(), options)]), end=""
-            )
+            groups = arrange(monitor.poll(), options)
+            print(as_json([record_of(rows, options.arms) for rows in groups]), end="")
         elif options.once or not sys.stdout.isatty():
             print_once(monitor, options)
         else:
