@@ -39,8 +39,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line
-from analysis.arms import arm_key, name_arms
-from analysis.manifest import LOGS, Manifest, ManifestFolder, Run, find_manifest
+from analysis.arms import group_by_arm
+from analysis.manifest import LOGS, Manifest, ManifestFolder, find_manifest
 from analysis.run_log import LogFollower, RunLog
 from analysis.shown import clean
 from analysis.style import format_time, shorten_apart
@@ -71,7 +71,8 @@ class Row:
     message: str = ""  # what went wrong
     sweep: str = ""
     tag: str = ""
-    name: str = ""  # of its arm: its tag, or the settings that tell it from the others; else its run_id
+    control_tag: str | None = None
+    name: str = ""  # its tag; else the settings that tell it from the others, or its run_id
     controls: Sequence[RunLog] = ()
     is_control: bool = False
     age_s: float = math.nan  # since the log was last written to
@@ -79,7 +80,7 @@ class Row:
 
 def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
     """Return what is shown of a run, or of the runs of an arm; NaN is not known (yet). Names give units."""
-    first, meant = rows[0], averaged(rows)
+    first, meant = rows[0], averaged(rows) if is_arm else rows
     val_step, val_loss = last_mean(losses_by_step(row.run) for row in meant)
     paces = [pace_of(row.run) for row in meant]
     own = {
@@ -96,7 +97,7 @@ def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
         "sweep": first.sweep,
         "tag": first.tag,
         "name": first.name,
-        "step": min(max(row.run.last_step, 0) for row in meant),
+        "step": min(max(row.run.last_step, 0) for row in meant or rows),
         "num_steps": first.run.num_steps,
         "val_step": val_step,
         "val_loss": val_loss,
@@ -118,9 +119,9 @@ def states_of(rows: Sequence[Row]) -> str:
 
 
 def averaged(rows: Sequence[Row]) -> Sequence[Row]:
-    """Return the runs of an arm that its means are of: the finished ones, else those under way, else all."""
+    """Return the runs of an arm that its means are of: the finished ones, else those under way."""
     finished = [row for row in rows if row.state == "finished"]
-    return finished or [row for row in rows if row.state in UNDER_WAY and len(row.run.val)] or rows
+    return finished or [row for row in rows if row.state in UNDER_WAY and len(row.run.val)]
 
 
 def mean(values: Iterable[float]) -> float:
@@ -141,9 +142,12 @@ def last_mean(curves: Iterable[Mapping[int, float]]) -> tuple[int | None, float]
 
 
 def differences(row: Row) -> dict[int, float]:
-    """Return loss minus the mean of the controls' by step, at the validations that a control has, too."""
+    """Return loss minus the mean of the controls' by step, at the validations that a control has, too.
+
+    Step 0 is not among them: before it, nothing has been trained.
+    """
     controls = [losses_by_step(control) for control in row.controls]
-    losses = losses_by_step(row.run)
+    losses = {step: loss for step, loss in losses_by_step(row.run).items() if step}
     means = {step: mean(curve.get(step, math.nan) for curve in controls) for step in losses}
     return {step: loss - means[step] for step, loss in losses.items() if math.isfinite(means[step])}
 
@@ -230,22 +234,29 @@ class Monitor:
         for log in self.follower.logs.values():
             for run in log.runs or [RunLog(log.path, clean(log.path.stem))]:
                 row = Row(run, "unreadable" if log.error else run.state, log.error or last_words(run))
-                if run.name in planned:
-                    add_plan(row, *planned[run.name])
+                manifest, plan = planned.get(run.name, (None, None))
+                if plan:
+                    row.sweep, row.tag, row.control_tag = (
+                        manifest.sweep,
+                        plan.tag,
+                        manifest.control_of(plan.tag),
+                    )
+                if plan and row.state == "running" and plan.state in LAUNCHER_STATES:
+                    row.state = LAUNCHER_STATES[plan.state]
+                    row.message = plan.reason or f"launcher: {plan.state}"
                 by_arm.setdefault((row.sweep, row.tag), []).append(run)
                 rows.append(row)
         chosen = [row.run for row in rows if self.control and self.control in row.run.run_id]
+        arms, _ = group_by_arm([row.run for row in rows if not row.tag], tags={})
+        labels = {id(run): arm.label for arm in arms for run in arm.runs}
         for row in rows:
-            controls = chosen
-            if row.tag and not chosen:
-                tag = planned[row.run.name][0].control_of(row.tag)
-                controls = by_arm.get((row.sweep, tag), [])
+            row.name = row.tag or labels[id(row.run)]
+            controls = chosen or (by_arm.get((row.sweep, row.control_tag), []) if row.control_tag else [])
             row.is_control = any(row.run is control for control in controls)
             if not row.is_control:
                 controls = [control for control in controls if len(control.val)]
                 same_seed = [control for control in controls if control.seed == row.run.seed is not None]
                 row.controls = same_seed[:1] or controls
-        name_rows(rows)
         return rows
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
@@ -254,7 +265,8 @@ class Monitor:
         for row in rows:
             silence = f"no line for {format_time(1000 * row.age_s)}" if row.state == "stalled" else ""
             if silence or (row.message and row.state != "stopped"):
-                notes.append(f"{row.run.run_id} {row.state}: {row.message or silence}")
+                seed = "" if row.run.seed is None else f" seed {row.run.seed}"
+                notes.append(f"{row.name}{seed} {row.state}: {row.message or silence}")
         unread = [row.run for row in rows if row.run.unread_lines]
         if unread:
             total = sum(run.unread_lines for run in unread)
@@ -269,27 +281,6 @@ class Monitor:
         if self.sweep and not self.manifests:
             notes.append(f"there is no {self.sweep} yet: launch the sweep")
         return notes + [error for folder in self.folders for error in folder.errors]
-
-
-def add_plan(row: Row, manifest: Manifest, planned: Run) -> None:
-    """Fill in what a manifest says of a run: also how it ended, if its log does not say."""
-    row.sweep, row.tag = manifest.sweep, planned.tag
-    if row.state == "running" and planned.state in LAUNCHER_STATES:
-        row.state = LAUNCHER_STATES[planned.state]
-        row.message = planned.reason or f"launcher: {planned.state}"
-
-
-def name_rows(rows: Sequence[Row]) -> None:
-    """Name the runs by their arms."""
-    arms: dict[tuple, list[Row]] = {}
-    for row in rows:
-        arm = (row.sweep, row.tag) if row.tag else (arm_key(row.run), row.run.source_hash)
-        arms.setdefault(arm, []).append(row)
-    tags = {row.run.name: row.tag for row in rows if row.tag}
-    names = name_arms([[row.run for row in members] for members in arms.values()], tags)
-    for members, name in zip(arms.values(), names, strict=True):
-        for row in members:
-            row.name = name
 
 
 def place_of(row: Row) -> tuple:
@@ -330,6 +321,7 @@ ALWAYS = 100
 # From left to right. A new column is a value in `record_of` and a line here.
 COLUMNS = (
     Column("run", ALWAYS, lambda record: record["name"], "left"),
+    Column("sweep", ALWAYS, lambda record: record["sweep"], "left"),  # if there are several
     Column("n", ALWAYS, lambda record: str(record.get("n", ""))),
     Column("state", ALWAYS, lambda record: record["state"], "left"),
     Column("seed", 14, lambda record: "-" if record.get("seed") is None else str(record["seed"])),
@@ -357,6 +349,8 @@ def fit(records: Sequence[dict], width: int) -> dict[str, list[str]]:
     """Return the cells by column, of the columns that fit in `width`. A column without values is left out."""
     cells = {column.name: [column.cell(record) for record in records] for column in COLUMNS}
     cells = {name: texts for name, texts in cells.items() if set(texts) - {"", "-"}}
+    if len(set(cells.get("sweep", ()))) == 1:
+        del cells["sweep"]
 
     def needed(name: str) -> int:
         widest = max(map(len, [name, *cells[name]]))
@@ -385,13 +379,18 @@ def arrange(rows: Sequence[Row], options: argparse.Namespace) -> list[list[Row]]
         if options.filter in f"{row.name} {row.run.run_id} {row.sweep} {row.state}":
             groups.setdefault((row.sweep, row.name) if options.arms else len(groups), []).append(row)
     found = [groups[key] for key in sorted(groups)]
-    return sorted(found, key=loss_order) if options.by_loss else found
+    if options.by_loss:
+        found.sort(key=loss_of_arm if options.arms else loss_of_run)
+    return found
 
 
-def loss_order(rows: Sequence[Row]) -> tuple:
-    loss = rows[0].run.final_val_loss  # at once, as there may be a thousand runs
-    if len(rows) > 1:
-        _, loss = last_mean(losses_by_step(row.run) for row in averaged(rows))
+def loss_of_run(rows: Sequence[Row]) -> tuple:
+    loss = rows[0].run.final_val_loss
+    return math.isnan(loss), loss
+
+
+def loss_of_arm(rows: Sequence[Row]) -> tuple:
+    _, loss = last_mean(losses_by_step(row.run) for row in averaged(rows))
     return math.isnan(loss), loss
 
 
@@ -412,7 +411,7 @@ def display(monitor: Monitor, rows: Sequence[Row], options: argparse.Namespace, 
     shown = groups[: max(1, height - 3 - len(notes))]
     records = [record_of(group, options.arms) for group in shown]
     counts = f" ({states_of(rows)})" if rows else ""
-    lines = [line(f"{monitor.name}: {len(rows)} runs{counts}, {time.strftime('%H:%M:%S')}", "bold")]
+    lines = [line(f"{monitor.name} at {time.strftime('%H:%M:%S')}: {len(rows)} runs{counts}", "bold")]
     if records:
         cells = fit(records, width)
         lines.append(Table(box=None, pad_edge=False, header_style="dim"))

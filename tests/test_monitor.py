@@ -97,8 +97,8 @@ def test_states(tmp_path):
     # what is under way comes first, by name, so that lines stay where they are; then what ended last
     assert [row.run.run_id for row in rows[:4]] == ["compiles", "runs", "slow", "stalls"]
     text = "\n".join(shown(monitor))
-    assert "crashes crashed: no memory: 5 GiB" in text and "diverges diverged: step 100" in text
-    assert "stalls stalled: no line for" in text
+    assert "seed 1 crashed: no memory: 5 GiB" in text and "seed 1 diverged: step 100" in text
+    assert "seed 1 stalled: no line for" in text
 
 
 def test_numbers_of_a_run(tmp_path):
@@ -204,7 +204,7 @@ def test_the_launcher_knows_of_killed_runs(tmp_path):
         "runs": "running",
     }
     text = "\n".join(shown(monitor))
-    assert "killed crashed: killed by signal 9" in text and "hangs crashed: launcher: hung" in text
+    assert "a seed 1 crashed: killed by signal 9" in text and "a seed 1 crashed: launcher: hung" in text
 
 
 def test_garbage_and_empty_logs_are_rows(tmp_path):
@@ -244,7 +244,20 @@ def test_a_sweep_alone(tmp_path, monkeypatch, capsys):
     assert "new.sweep.json yet: launch the sweep" in "\n".join(shown(new))
     monkeypatch.chdir(tmp_path)
     assert monitor_runs.main(["sweeps/lr.toml", "--once"]) == 0
-    assert "sweeps/lr.toml: 1 runs (1 finished)" in capsys.readouterr().out
+    assert ": 1 runs (1 finished)" in capsys.readouterr().out
+
+
+def test_two_sweeps_with_one_tag_are_told_apart(tmp_path):
+    for name in ("lr", "decay"):
+        write(tmp_path, name, make_log(name, num_steps=STEPS))
+        write_manifest(tmp_path, None, [planned(name, "base", state="finished")], name=name)
+    monitor = Monitor(tmp_path)
+    for lines in (shown(monitor, 80), shown(monitor, 80, arms=True)):
+        assert sorted(line.split()[:2] for line in lines[1:]) == [
+            ["base", "decay"],
+            ["base", "lr"],
+            ["run", "sweep"],
+        ]
 
 
 def test_logs_alone(tmp_path):
@@ -297,7 +310,7 @@ def test_sorted_and_filtered(tmp_path):
     order = [line.split()[0] for line in shown(monitor, by_loss=True)[2:7]]
     assert order == [f"model={name}" for name in "bcade"]
     lines = shown(monitor, filter="crashed")
-    assert lines[2].startswith("model=d ") and lines[3:] == ["d crashed: no"]
+    assert lines[2].startswith("model=d ") and lines[3:] == ["model=d seed 1 crashed: no"]
     assert "none of them contains 'xyz'" in "\n".join(shown(monitor, filter="xyz"))
 
 
@@ -493,12 +506,24 @@ def test_live_table_follows_and_ends_cleanly(tmp_path, terminal, end):
     assert re.search("\x1b\\[\\?25h", last)  # the cursor is back
 
 
+def test_hostile_text_stays_text_in_the_live_table(tmp_path, terminal):
+    """A log's messages could otherwise retitle the terminal, move its cursor or choose its colours."""
+    attack = "\x1b[2J\x1b]0;title\x07[red]"
+    end = f"event:crashed error:{json.dumps(attack)} reason:{attack}"
+    write(tmp_path, "run", make_log("run", 1, {"run_id": attack}, num_steps=STEPS, end_event=end))
+    process, ours = terminal(tmp_path)
+    text = read_terminal(ours, "q end")
+    os.write(ours, b"q")
+    assert process.wait(PATIENCE_S) == 0
+    assert text.count("\ufffd]0;title\ufffd[red]") >= 3 and "\x1b]" not in text and "\x1b[2J" not in text
+
+
 def test_live_table_heeds_keys_and_the_size_of_the_terminal(tmp_path, terminal):
     for seed in (1, 2):
         write(tmp_path, f"run{seed}", make_log(f"run{seed}", seed, num_steps=STEPS))
     process, ours = terminal(tmp_path, LC_ALL="C")
     first = read_terminal(ours, "q end")
-    assert "tokens/s" in first and "2 finished)" in first and first.isascii()
+    assert "tokens/s" in first and "2 runs (2 finished)" in first and first.isascii()
     resize(ours, 40)
     os.write(ours, b"a")
     text = read_terminal(ours, "2 finished\x1b[0m")
