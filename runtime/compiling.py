@@ -25,6 +25,15 @@ def torch_compile(function):
     """
     if getattr(function, "runs_eagerly", False):
         return function
+    configure()
+    # torch 2.13 asserts ("16384 v.s. 16383") when it fuses reductions over T and over T - 1; retry in 2.14
+    return torch.compile(
+        function, dynamic=False, fullgraph=True, options={"triton.mix_order_reduction": False}
+    )
+
+
+def configure():
+    """Set torch's options for what is compiled from now on, in this process."""
     for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         os.environ.setdefault(name, str(CACHE / folder))
     import torch._dynamo.config as dynamo
@@ -40,10 +49,6 @@ def torch_compile(function):
     # Options are per thread in torch 2.13 and backward runs in autograd's thread. So backward is compiled
     # with forward, here, and the option below travels with the function.
     functorch.force_non_lazy_backward_lowering = True
-    # torch 2.13 asserts ("16384 v.s. 16383") when it fuses reductions over T and over T - 1; retry in 2.14
-    return torch.compile(
-        function, dynamic=False, fullgraph=True, options={"triton.mix_order_reduction": False}
-    )
 
 
 @functools.cache
