@@ -20,6 +20,7 @@ import pretend_cuda
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -55,7 +56,7 @@ def build(trainer, backend, kernels: str = "auto", model: str = "gpt2-small"):
         return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
     trainer.torch_compile = compiling.torch_compile = by_backend
-    torch._dynamo.config.recompile_limit = compiling.MAX_VARIANTS
+    compiling.configure()
     env = {
         "MODEL": model,
         "NUM_SCHEDULED_ITERATIONS": "12",
@@ -76,7 +77,8 @@ def model_forms(trainer, run):
 
 
 def recording(calls: Counter):
-    """A backend as aot_eager that counts which Triton operations the graphs of forward and backward call."""
+    """A backend as aot_eager that counts which Triton operations the graphs of forward and backward call, and
+    refuses a graph whose compiled form torch would not keep for later runs."""
 
     def compiler(graph, inputs):
         targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
@@ -84,12 +86,18 @@ def recording(calls: Counter):
         calls.update(t.split(".")[1] for t in targets if t.startswith(prefix))
         return make_boxed_func(graph.forward)
 
-    return aot_autograd(
+    trace = aot_autograd(
         fw_compiler=compiler,
         bw_compiler=compiler,
         keep_inference_input_mutations=True,
         partition_fn=min_cut_rematerialization_partition,
     )
+
+    def backend(graph, inputs):
+        check_cacheable(graph)
+        return trace(graph, inputs)
+
+    return backend
 
 
 def calls_wanted(num_layers: int) -> dict:
