@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import BASELINE, ORD, base_env, losses, run, train
+from helpers import BASELINE, ORD, ROOT, base_env, losses, run, train
 from jobs import refusal, run_here
 
 import train_gpt
@@ -210,3 +210,56 @@ def test_the_log_holds_what_the_readers_need(baseline):
         first,
     )
     assert len(val) == 4  # steps 0, 5, 10 and 14
+
+
+def test_validations_say_how_large_gradient_and_memory_are(baseline):
+    """Fails if what people look for is not on the lines of validations, or the readers lose it; before the
+    first update there is no gradient. A CPU has no mfu: its rate is other work's affair."""
+    cwd, _, _ = baseline
+    log = read_log(cwd / "logs" / "baseline.txt")[0]
+    norm, peak = log.columns["grad_norm"], log.columns["peak_mem_mb"]
+    assert norm.step.tolist() == [5, 10, 14] and peak.step.tolist() == [0, 5, 10, 14]
+    assert (0 < norm.value).all() and (norm.value < 10).all()
+    assert (np.diff(peak.value) >= 0).all() and 100 < peak.value[0] < 10_000
+    assert "mfu" not in log.columns and not log.unread_lines
+
+
+FULL_COLLECTION = """
+import gc, sys
+
+sys.path.insert(0, {root!r})
+import {trainer} as trainer
+from runtime import session, supervise
+
+note_update = session.Session.note_update
+
+
+def note(self, step, *args):
+    note_update(self, step, *args)
+    if step == 8:
+        print("frozen", gc.get_freeze_count(), "left", len(gc.get_objects()), flush=True)
+
+
+session.Session.note_update = note
+code = supervise.main(trainer, [])
+print("afterwards", gc.get_freeze_count())
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("trainer", ["train_gpt", "train_gpt_simple"])
+def test_full_collections_during_training_are_short(shards, tmp_path, trainer):
+    """Fails if a full collection in the middle of a run looks at every object there is, for a tenth of a
+    second and more, while the other ranks wait. Each of a million steps may meet one."""
+    script = tmp_path / "watched.py"
+    script.write_text(FULL_COLLECTION.format(root=str(ROOT), trainer=trainer))
+    env = base_env(shards, RUN_ID="watched", NUM_SCHEDULED_ITERATIONS=9, VAL_LOSS_EVERY=0)
+    if trainer == "train_gpt_simple":
+        for name in ("BATCH_SIZES", "VAL_BATCH_TOKENS", "MUON_WARMUP_STEPS", "MAX_DOC_TOKENS"):
+            env.pop(name, None)
+        env |= {"BATCH_TOKENS": "1024", "ROW_TOKENS": "128", "VAL_TOKENS": "4096"}
+    done = run(tmp_path, str(script), env, ranks=0)
+    assert done.returncode == 0, done.stdout + done.stderr
+    frozen, left = map(int, re.search(r"^frozen (\d+) left (\d+)$", done.stdout, re.M).groups())
+    assert frozen > 100_000 and left < frozen / 20
+    assert "afterwards 0" in done.stdout
