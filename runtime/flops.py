@@ -94,7 +94,13 @@ def plain(c, row_tokens: int) -> SimpleNamespace:
     sizes = dict(num_layers=c.num_layers, width=c.width, num_heads=c.num_heads, head_dim=c.head_dim)
     windows = dict(window_block=row_tokens, windows=((1, 1),))
     return SimpleNamespace(
-        **sizes, **nothing, **windows, num_kv_heads=c.num_heads, attn_gate=False, num_experts=0
+        **sizes,
+        **nothing,
+        **windows,
+        num_kv_heads=c.num_heads,
+        attn_gate=False,
+        num_experts=0,
+        expert_hidden=0,
     )
 
 

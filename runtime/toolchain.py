@@ -38,7 +38,7 @@ def check_compilers(s):
 
 @functools.cache
 def fault(language: str) -> str:
-    """What keeps this language from being compiled here, and what to do; empty if nothing does."""
+    """Describe what keeps this language from being compiled here, and what to do; empty if nothing does."""
     variable, names = LANGUAGES[language]
     compiler = os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
     if not compiler:

@@ -12,6 +12,7 @@ from jobs import refusal, run_here
 
 import train_gpt
 from analysis.run_log import read_log
+from runtime.flops import flop_per_token
 from runtime.log_writer import BAR
 from runtime.supervise import StopRequest
 
@@ -222,6 +223,31 @@ def test_validations_say_how_large_gradient_and_memory_are(baseline):
     assert (0 < norm.value).all() and (norm.value < 10).all()
     assert (np.diff(peak.value) >= 0).all() and 100 < peak.value[0] < 10_000
     assert "mfu" not in log.columns and not log.unread_lines
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_mfu_is_the_models_flop_over_what_products_would_do(shards, tmp_path, monkeypatch):
+    """Fails if MFU counts another stage's FLOP or the time of validations, or starts anew at none. A CPU logs
+    none by itself, but can be asked."""
+    monkeypatch.chdir(tmp_path)
+    with run_here(train_gpt, base_env(shards, RUN_ID="mfu", SAVE_MODEL=0)) as start:
+        made = train_gpt.Run(start, StopRequest())
+        made.session.utilization = gauge = made.session.measure_rate()
+        assert made.train() == 14
+    log = read_log(tmp_path / "logs" / "mfu.txt")[0]
+    mfu, ms = log.columns["mfu"], log.columns["train_time"]
+    at = dict(zip(ms.step.tolist(), ms.value))
+    trainer, config = made.trainer, start.model_config
+    for first, last, found in zip((0, 5, 10), (5, 10, 14), mfu.value, strict=True):
+        flop = sum(
+            trainer.schedule.batch_tokens(i)
+            * flop_per_token(config, trainer.doc_lengths, 256, config.windows[trainer.schedule.stage(i)])
+            for i in range(first, last)
+        )
+        assert found == pytest.approx(flop / gauge.flops / ((at[last] - at[first]) / 1000), rel=0.02)
+    assert re.search(
+        r"^event:matmul_rate tflops_a_rank:\d+\.\d$", (tmp_path / "logs/mfu.txt").read_text(), re.M
+    )
 
 
 FULL_COLLECTION = """
