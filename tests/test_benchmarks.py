@@ -30,11 +30,10 @@ import train_gpt
 from data.shards import open_shard
 from kernels.attention import Documents
 from kernels.cpu import query_blocks
-from runtime import supervise
+from runtime import flops, supervise
 from runtime.ranks import Ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import flops  # noqa: E402
 import scaling_model  # noqa: E402
 import step_time  # noqa: E402
 

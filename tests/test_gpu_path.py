@@ -55,8 +55,8 @@ STAGES = dict(
 
 def staged_start(trainer, folder, **settings):
     """A Start as supervise.prepare makes it: a model with everything, four stages that all differ in shape,
-    documents of all lengths, a validation after every step. The longest documents of validation are in its
-    second batch."""
+    documents of all lengths, a validation after every step, and small passes, so that a step has several, of
+    different numbers of slices. The longest documents of validation are in its second batch."""
     write_shard(folder / "made_train_0.bin", make_text(60_000))
     val = make_text(2500, 1, longest=60), make_text(6500, 2)
     write_shard(folder / "made_val_0.bin", np.concatenate(val))
@@ -73,6 +73,7 @@ def staged_start(trainer, folder, **settings):
         NUM_SCHEDULED_ITERATIONS=9,
         NUM_EXTENSION_ITERATIONS=3,
         COMPILE=1,
+        PASS_TOKENS=400,
         **settings,
     )
     config, ranks = small_config(trainer, **STAGES), lone_ranks(trainer)
@@ -84,8 +85,7 @@ def staged_start(trainer, folder, **settings):
 @pytest.fixture
 def traced_only(monkeypatch):
     """torch.compile by dynamo alone: the graphs it makes are what would be compiled. Attention asks, as
-    varlen's does, for the longest document, a constant of the graph. Passes are small, so that a step has
-    several, of different numbers of slices."""
+    varlen's does, for the longest document, a constant of the graph."""
     torch._dynamo.reset()
     attend = attention.Documents.attend
 
@@ -98,8 +98,6 @@ def traced_only(monkeypatch):
     monkeypatch.setattr(attention.Documents, "attend", ask_longest)
     for module in (compiling, *TRAINERS):
         monkeypatch.setattr(module, "torch_compile", by_dynamo)
-    for trainer in TRAINERS:
-        monkeypatch.setattr(trainer, "PASS_TOKENS", 400)
     with torch._dynamo.config.patch(recompile_limit=compiling.MAX_VARIANTS):
         yield
     torch._dynamo.reset()
