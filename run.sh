@@ -6,6 +6,7 @@
 #   NPROC_PER_NODE=4 ./run.sh                so many ranks
 #   SAVE_EVERY=100 MAX_RESTARTS=3 ./run.sh   checkpoints, from which torchrun restarts the run if it dies
 #   RUN_ID=mine RESUME=auto ./run.sh         go on with a run that was stopped
+#   VENV=0 ./run.sh                          with the `python` on PATH, where nothing can be installed
 set -euo pipefail
 texts=()
 for text in "$@"; do
@@ -18,8 +19,7 @@ if [ -n "${RESUME:-}" ] && [ -z "${RUN_ID:-}" ]; then
   exit 2
 fi
 source setup_env.sh
-setup_env
-python=.venv/bin/python
+setup_env  # sets python
 
 script=${SCRIPT:-train_gpt_muon_ord.py}
 [ -f "$script" ] || { echo "SCRIPT=$script: no such file; train_gpt_muon_ord.py and train_gpt.py are" >&2; exit 2; }

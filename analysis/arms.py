@@ -42,7 +42,8 @@ def arm_key(run: RunLog) -> str:
     if run.config:
         started = run.event("started")
         data = [started.fields.get(name) for name in DATA] if started else []
-        training = {key: value for key, value in run.config.items() if key not in run.not_training}
+        others = run.not_training
+        training = {key: value for key, value in run.config.items() if key not in others}
         return json.dumps([run.script, training, data], sort_keys=True, default=str)
     return json.dumps([run.source_hash, run.num_steps] if run.source_hash else [str(run.path)])
 
@@ -164,7 +165,8 @@ def _parts(run: RunLog) -> dict[str, str]:
     """Candidate names of a run, by setting: "muon_lr=0.1"; last the data, and the script by its bare name."""
     if not run.config:
         return {}
-    settings = {name: value for name, value in run.settings.items() if name not in run.not_training}
+    others = run.not_training
+    settings = {name: value for name, value in run.settings.items() if name not in others}
     started = run.event("started")
     if started:
         settings |= {name: started.fields[name] for name in DATA if name in started.fields}

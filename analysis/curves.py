@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import groupby
 
 import numpy as np
 
@@ -353,7 +354,7 @@ def panel_differences(ax, found: Sequence[tuple[Drawn, Line]], axis: Axis, contr
     few = len(found) <= MAX_BANDS
     title = f"validation loss minus that of {style.shorten(control, 36)}"
     ax.set_title(f"{title}, 95% interval" if few else title)
-    values, noise, ends = [], [], [(0.0, axis.end, style.shorten(control, MAX_NAME), "black")]
+    values, noise, ends = [], [], [(axis.end, 0.0, style.shorten(control, MAX_NAME), "black")]
     names = style.shorten_apart([item.arm.label for item, _ in found], MAX_NAME)
     for (item, line), name in zip(found, names, strict=True):
         values.append(line.y)
@@ -362,7 +363,7 @@ def panel_differences(ax, found: Sequence[tuple[Drawn, Line]], axis: Axis, contr
             values += [line.low, line.high] if few else []
         draw_lines(ax, line if few else line.without_interval(), [], item.look)
         if math.isfinite(line.y[-1]):
-            ends.append((line.y[-1], line.x[-1], name, item.look["color"]))
+            ends.append((float(line.x[-1]), line.y[-1], name, item.look["color"]))
     ax.axhline(0, color="black", linewidth=1.2, zorder=1)
     style.scale_signed(ax, "y", np.concatenate(values), np.concatenate(noise) if noise else ())
     ax.set_ylabel(f"{style.loss_unit(runs_of([item for item, _ in found]))}; below 0 is better")
@@ -371,21 +372,28 @@ def panel_differences(ax, found: Sequence[tuple[Drawn, Line]], axis: Axis, contr
 
 
 def label_ends(ax, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write names to the right of a panel, far enough apart to be read: (y, x, name, colour) of each line."""
-    ends = sorted(ends)
-    heights = ax.transData.transform([(1, y) for y, *_ in ends])[:, 1]
+    """Write the names of lines beside their ends, spread apart: (x, y, name, colour) of each.
+
+    Lines that end where the last one does have their names to the right of the panel.
+    """
+    last = max(x for x, *_ in ends)
     box = ax.get_window_extent()
-    size = min(9.0, 0.8 * box.height * 72 / ax.figure.dpi / len(ends))
-    gap = 1.25 * size / (box.height * 72 / ax.figure.dpi)
-    places = [(height - box.y0) / box.height for height in heights]
-    for i in range(1, len(places)):  # push up, then as far back down as the top demands
-        places[i] = max(places[i], places[i - 1] + gap)
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], places[i + 1] - gap if i + 1 < len(places) else 1.0)
-    for (y, x, name, colour), place in zip(ends, places, strict=True):
-        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "linestyle": ":", "relpos": (0, 0.5)}
-        text = {"color": colour, "fontsize": size, "va": "center", "annotation_clip": False}
-        ax.annotate(name, (x, y), (1.04, place), textcoords="axes fraction", arrowprops=arrow, **text)
+    for x, together in groupby(sorted(ends), key=lambda end: end[0]):
+        group = list(together)
+        heights = ax.transData.transform([(x, y) for _, y, *_ in group])[:, 1]
+        inches = box.height / ax.figure.dpi
+        size = min(9.0, 0.8 * inches * 72 / len(group))
+        places, gap = (heights - box.y0) / box.height, 1.25 * size / 72 / inches
+        for i in range(1, len(places)):  # push up, then as far back down as the top demands
+            places[i] = max(places[i], places[i - 1] + gap)
+        for i in reversed(range(len(places))):
+            places[i] = min(places[i], places[i + 1] - gap if i + 1 < len(places) else 1.0)
+        across = (ax.transData.transform((x, 0))[0] - box.x0) / box.width + 0.03 if x < last else 1.04
+        for (_, y, name, colour), place in zip(group, places, strict=True):
+            arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "linestyle": ":"}
+            text = {"color": colour, "fontsize": size, "va": "center", "annotation_clip": False}
+            at = {"textcoords": "axes fraction", "arrowprops": {**arrow, "relpos": (0, 0.5)}}
+            ax.annotate(name, (x, y), (across, place), **at, **text)
 
 
 def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[str, str]) -> None:

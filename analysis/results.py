@@ -140,7 +140,7 @@ class Results:
 
     @property
     def controls(self) -> dict[str, str]:
-        """What each arm is compared with: its control, without one the reference."""
+        """The arm that each one is compared with: its control; without one, the reference."""
         if self.control:
             return self.verdict.controls
         return {name: self.reference for name in self.verdict.summaries if name != self.reference}

@@ -47,7 +47,7 @@ def origin_of(run: RunLog, tag: str = "") -> dict[str, object]:
 
 
 def state_of(run: RunLog) -> dict[str, object]:
-    """Where a run is now."""
+    """State, progress and losses of a run so far."""
     return {
         "state": run.state,
         "num_steps": run.num_steps,

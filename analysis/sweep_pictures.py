@@ -177,7 +177,7 @@ def picture_of_curves(results: Results):
     else:
         panel_loss(ax, drawn, axis)
         lines = [(lines_of(item.arm, "val_loss", axis)[0], item) for item in drawn]
-        ends = [(line.y[-1], line.x[-1], item.label, item.look["color"]) for line, item in lines if line]
+        ends = [(line.x[-1], line.y[-1], item.label, item.look["color"]) for line, item in lines if line]
         label_ends(ax, ends)
     fig.tight_layout()
     return fig

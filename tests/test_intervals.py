@@ -63,7 +63,7 @@ def test_few_runs_have_no_interval(ax, losses, bars, hollow):
     "values, scale", [([-0.0002, 0.001, 0.35], "symlog"), ([-0.02, 0.01, 0.03], "linear"), ([], "linear")]
 )
 def test_small_and_large_differences_share_an_axis(ax, values, scale):
-    """On a linear axis that shows +0.35, nothing is seen of -0.0002; signs are written."""
+    """A linear axis that shows +0.35 shows nothing of -0.0002; signs are written."""
     step = style.scale_signed(ax, "x", values)
     assert ax.get_xscale() == scale and (not values or step <= min(map(abs, values)))
     ax.set_xlim(-0.5, 0.5)

@@ -204,7 +204,7 @@ def test_schedules_that_agree_are_drawn_once(tmp_path):
 
 
 def test_public_log_without_schedules(tmp_path):
-    """What is not logged has no panel; the loss fills the page; the target is the speedrun's."""
+    """Quantities that are not logged have no panel; the loss fills the page; the target is the speedrun's."""
     head = SOURCE + SEPARATOR + "\nRunning\n" + SEPARATOR + "\n"
     steps = "".join(
         f"step:{s}/500 val_loss:{4 - s / 600} train_time:{s}s step_avg:9ms\n" for s in range(0, 501, 50)

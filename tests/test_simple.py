@@ -2,6 +2,7 @@
 resuming, logs."""
 
 import contextlib
+import copy
 import functools
 import math
 
@@ -11,6 +12,7 @@ import torch
 from helpers import base_env, lone_ranks, losses, run
 from jobs import refusal, run_here
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import report_sweep
 import train_gpt_simple as simple
@@ -188,6 +190,27 @@ def test_twenty_steps_are_those_of_a_straight_line_copy(small, shards):
     found = losses(made.s.log.parent.parent, "track", "train_loss")
     assert found == pytest.approx(wanted, abs=1e-5)
     assert found[-1] < found[0] - 0.5
+
+
+def test_gradient_norm_and_flop_are_those_of_the_step(small, shards):
+    """Fails if the log's grad_norm is not the mean loss's, or MFU would count other products than the
+    model's; attention's are those of the visible pairs."""
+    with begun(shards, RUN_ID="gauges", NUM_SCHEDULED_ITERATIONS=2, VAL_LOSS_EVERY=1) as made:
+        model, tokens = copy.deepcopy(made.model), TokenStream(made.start.train_shards, 1024).next()
+        inputs, targets = (
+            torch.from_numpy(x.astype(np.int64)).view(-1, 64) for x in (tokens[:-1], tokens[1:])
+        )
+        with FlopCounterMode(display=False) as counted:
+            loss, _ = model(inputs, targets)
+        (loss / 1024).backward()
+        wanted = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+        assert made.train() == 2
+        products = sum(n for op, n in counted.get_flop_counts()["Global"].items() if "mm" in str(op))
+        pairs = 1024 * 65 / 2
+        attention = SMALL.num_layers * 4 * SMALL.num_heads * SMALL.head_dim * pairs
+        assert 1024 * made.flop_per_token(0) == pytest.approx(3 * (products + attention))
+    norm = read_log(made.s.log)[0].columns["grad_norm"]
+    assert norm.step.tolist() == [1, 2] and norm.value[0] == pytest.approx(wanted, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------

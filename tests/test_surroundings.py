@@ -163,6 +163,67 @@ def test_an_environment_is_asked_and_not_believed(tmp_path):
     assert not has_requirements(tmp_path), "a Python that is gone"
 
 
+def claim(folder, **versions) -> str:
+    """A PYTHONPATH on which packages claim to be installed in these versions."""
+    for name, version in versions.items():
+        info = folder / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return str(folder)
+
+
+def test_the_python_on_path_will_do_where_nothing_can_be_installed(project, tmp_path):
+    """Fails if VENV=0 makes an environment, takes a torch that is known not to work, refuses one that does,
+    or refuses to train for want of what only other commands use."""
+    here = tmp_path / "no environment"
+    here.mkdir()
+    for path in project.iterdir():
+        if path.name != ".venv":
+            (here / path.name).symlink_to(path)
+    ours = f"{sys.prefix}/bin:{os.environ['PATH']}"
+    wrong = dict(VENV="0", MODEL="tiny", MUON_LR="abc", **SHORT)
+    done = shell(here, "./run.sh", PATH=ours, **wrong)
+    assert done.returncode == 2 and done.stderr.startswith("train_gpt_muon_ord.py: MUON_LR='abc'"), (
+        done.stderr
+    )
+    for versions, lacks in (
+        ({"torch": "2.11.0+cu130", "triton": "3.6.0"}, ""),
+        ({"triton": "3.5.1"}, "triton-3.5.1"),
+        ({"torch": "2.10.0"}, "torch-2.10.0"),
+    ):
+        path = claim(tmp_path / "-".join(versions.values()), **versions)
+        done = shell(here, "./run.sh", PATH=ours, PYTHONPATH=path, **wrong)
+        found = re.match(r"VENV=0: \S+/python lacks (.*)\n", done.stderr)
+        assert (found[1] if found else "") == lacks, done.stderr
+        refused = "training takes torch 2.11, 2.12 or 2.13" in done.stderr
+        assert refused is lacks.startswith("torch") and refused is not ("MUON_LR" in done.stderr)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # no packages
+    (tmp_path / "bin/python").chmod(0o755)
+    done = shell(here, "./run.sh", PATH=f"{tmp_path}/bin:{os.environ['PATH']}", **wrong)
+    assert done.returncode == 2 and f"VENV=0: {tmp_path}/bin/python lacks torch" in done.stderr
+    assert not (here / ".venv").exists()
+
+
+def test_another_torch_has_an_environment_of_its_own(tmp_path):
+    """Fails if TORCH=2.11.0 takes or changes .venv, or any triton, or if an untried torch will do."""
+    for name in ("setup_env.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    made = shell(tmp_path, "bash", "-c", "source setup_env.sh; requirements", TORCH="2.11.0")
+    assert {"torch==2.11.0", 'triton==3.6.0; sys_platform == "linux"'} <= set(made.stdout.splitlines())
+    (tmp_path / ".venv-torch2.11.0").symlink_to(sys.prefix)
+    code = 'source setup_env.sh; setup_env && echo "$python"'
+    unable = dict(PYTHON="false")  # nothing is installed
+    assert shell(tmp_path, "bash", "-c", code, **unable).stdout == ".venv/bin/python\n"
+    assert shell(tmp_path, "bash", "-c", code, TORCH="2.11.0", **unable).returncode == 2
+    path = claim(tmp_path / "torch 2.11", torch="2.11.0+cpu", triton="3.6.0")
+    done = shell(tmp_path, "bash", "-c", code, TORCH="2.11.0", PYTHONPATH=path, **unable)
+    assert done.stdout == ".venv-torch2.11.0/bin/python\n"
+    done = shell(tmp_path, "bash", "-c", code, TORCH="2.10.0", **unable)
+    assert done.returncode == 2 and "TORCH=2.10.0 is none of 2.11.0" in done.stderr
+
+
 def test_every_script_starts_from_anywhere_with_a_safe_path(tmp_path):
     """Fails if PYTHONSAFEPATH=1, or another folder, keeps a script from finding the project."""
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("benchmarks/*.py")]

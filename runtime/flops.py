@@ -1,4 +1,4 @@
-"""Count the FLOP and the parameters of a preset; all benchmarks take their counts from here.
+"""Count the FLOP and the parameters of a preset, for the logs' MFU, the forecast of memory, and benchmarks.
 
 Every count is a function of a trainer's ModelConfig, the vocabulary and the document lengths. Needs no torch.
 A FLOP is a multiplication or an addition, so a product of (M, K) and (K, N) is 2 M K N. The backward pass
@@ -9,6 +9,7 @@ traffic, not FLOP). The loss on several next tokens reads the same logits, so th
 """
 
 import math
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -89,6 +90,22 @@ def forward_flop(c, lengths, vocab: int, windows: tuple[int, int] | None = None)
         head=2 * padded_vocab(vocab) * c.width,
         attention=4 * c.head_dim * keys_per_token(c, lengths, windows or c.windows[0]),
         gates=2 * GATE_CHANNELS * gates,
+    )
+
+
+def plain(c, row_tokens: int) -> SimpleNamespace:
+    """Describe a model without the twins' additions, whose rows attend to all before them, as theirs are."""
+    nothing = dict(no_attention=(), long_layers=(), paired_layers=(), value_embed_layers=())
+    sizes = dict(num_layers=c.num_layers, width=c.width, num_heads=c.num_heads, head_dim=c.head_dim)
+    windows = dict(window_block=row_tokens, windows=((1, 1),))
+    return SimpleNamespace(
+        **sizes,
+        **nothing,
+        **windows,
+        num_kv_heads=c.num_heads,
+        attn_gate=False,
+        num_experts=0,
+        expert_hidden=0,
     )
 
 
