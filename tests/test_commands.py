@@ -286,7 +286,8 @@ def test_the_readme_has_the_seven_commands():
     assert len(readme.splitlines()) <= 130
     table = readme.partition("| I want to")[2].partition("\n\n")[0]
     rows = [lines_of_page(row) for row in table.splitlines()[2:]]
-    assert len(rows) == 7 and all(BEGINNING.match(line) for row in rows for line in row)
+    assert len(rows) == 7 and all(rows)
+    assert all(BEGINNING.match(line) for row in rows for line in row)
 
 
 def test_pages_use_the_projects_own_python_and_every_link_leads_somewhere():
