@@ -503,7 +503,7 @@ class LogParser:
         early, *lines = text.rsplit(b"\n", -1 if self._recent is None else self._recent)
         if b"\n" not in early:
             return [early, *lines]
-        kept = {}
+        kept = {0: early[: early.find(b"\n")]}  # it may be a configuration
         for place in sorted(place for word in KEPT for place in _find_all(early, word)):
             begin, end = early.rfind(b"\n", 0, place) + 1, early.find(b"\n", place)
             kept[begin] = early[begin:] if end < 0 else early[begin:end]
