@@ -17,6 +17,7 @@ from pathlib import Path
 
 from analysis.arms import group_by_arm
 from analysis.files import read_text
+from analysis.looks import looks_of
 from analysis.manifest import Manifest, Run, find_manifest, read_manifest
 from analysis.results import FAILED, Attempt, Results, SweepArm
 from analysis.run_log import RunLog, find_log, format_value, read_log, read_runs
@@ -48,6 +49,7 @@ def read_results(
     results.control = _find_control(results, control)
     if control is None:
         results.versus = _find_versus(results)
+    results.looks = looks_of([arm.label for arm in results.arms], results.control)
     results.notes += _remarks(results)
     return results
 

@@ -47,7 +47,7 @@ def by_name(rows):
 
 
 def records(monitor):
-    """Return what is shown of each run."""
+    """Record of each run, as shown."""
     return {row.run.run_id: Namespace(**monitor_runs.record_of([row], False)) for row in monitor.poll()}
 
 
@@ -374,7 +374,7 @@ def test_bar(step, steps, bar):
     ],
 )
 def test_ascii_where_the_terminal_has_no_more(tmp_path, monkeypatch, locale, is_ascii):
-    """Python writes UTF-8 in the locale C, too, which tmux and serial consoles then show as rubbish."""
+    """Python writes UTF-8 in the locale C, which tmux and serial consoles then show as rubbish."""
     for name, value in locale.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "__stdout__", io.TextIOWrapper(io.BytesIO(), "utf-8"))
