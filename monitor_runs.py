@@ -332,7 +332,7 @@ COLUMNS = (
     Column("ms/step", 10, lambda record: format_number(record["ms_per_step"], ".1f")),
     Column("tokens/s", 9, lambda record: format_number(record["tokens_per_s"], ".0f")),
     Column("left", 11, lambda record: format_time(1000 * record["seconds_left"])),
-    Column("peak MB", 6, lambda record: format_number(record["peak_mem_mb"], ".0f")),
+    Column("peak MiB", 6, lambda record: format_number(record["peak_mem_mb"], ".0f")),
     Column("MFU", 5, lambda record: format_number(record["mfu"], ".3g")),
     Column("grad norm", 3, lambda record: format_number(record["grad_norm"], ".3g")),
 )
