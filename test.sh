@@ -9,6 +9,6 @@ setup_env
 .venv/bin/python data/embedded_corpus.py
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
-# a file of tests on each core: its runs of two ranks and its NumPy references leave gaps that others fill. In the
-# order of their names, because xdist's own (many tests first) leaves the few long ones to the end, on one core
-.venv/bin/python -m pytest -q tests -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"
+# three files of tests at a time on two cores: those of faults wait more than they compute. In the order of their
+# names, because xdist's own (many tests first) leaves the few long ones to the end
+.venv/bin/python -m pytest -q tests -n "${TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder "$@"

@@ -23,6 +23,7 @@ from helpers import (
     small_model,
     write_shard,
 )
+from torch.nn.attention import varlen
 
 import train_gpt
 import train_gpt_muon_ord
@@ -276,12 +277,6 @@ def test_gpus_that_torch_cannot_use_are_not_passed_over(device, monkeypatch):
     assert train_gpt.read_settings({"MODEL": "tiny", "DEVICE": "cpu"})[0].device == "cpu"
 
 
-def same_heads(q, k) -> dict:
-    """No option at all; an error where torch 2.11's varlen attention would end in one."""
-    assert q.shape[1] == k.shape[1]
-    return {}
-
-
 class VarlenOnCPU:
     """Kernels of torch's varlen attention for the CPU, which has none; `off` makes their window too long, in
     the forward or in the backward pass."""
@@ -325,19 +320,18 @@ class VarlenOnCPU:
         return tuple(x.bfloat16() for x in grads)
 
 
-@pytest.mark.parametrize("shares_keys", [True, False], ids=["torch 2.13", "torch 2.11"])
-def test_a_wrong_attention_kernel_is_found_out(shares_keys, monkeypatch):
+def test_a_wrong_attention_kernel_is_found_out(monkeypatch):
     """Else a package built for another torch trains a run on wrong numbers.
 
     torch 2.11's varlen attention takes only as many key heads as query heads.
     """
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(attention, "VARLEN_SHARES_KEYS", shares_keys)
-    if not shares_keys:
-        takes_all = attention.varlen_attn
-        monkeypatch.setattr(
-            attention, "varlen_attn", lambda q, k, v, *a, **o: takes_all(q, k, v, *a, **o | same_heads(q, k))
-        )
+    cpu, takes_all = torch.device("cpu"), varlen.varlen_attn
+
+    def takes_same_heads(q, k, v, *args, scale, window_size):
+        assert q.shape[1] == k.shape[1] == v.shape[1]
+        return takes_all(q, k, v, *args, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", takes_same_heads)
     for kernels, wrong in (
         (VarlenOnCPU(), None),
         (VarlenOnCPU(forward_off=1), "output is off by 8% for heads of 128"),
