@@ -378,7 +378,10 @@ def panel_differences(ax, found: Sequence[tuple[Drawn, Line]], axis: Axis, contr
     ax.set_ylabel(f"{style.loss_unit(runs_of([item for item, _ in found]))}; below 0 is better")
     axis.fit_losses(ax)
     if not few:
-        ax.set_xlabel(f"{axis.label}\nfilled: the 95% interval, by itself, is clear of 0")
+        key = (
+            "filled: the 95% interval, by itself, is clear of 0" if noise else "hollow: too few runs to tell"
+        )
+        ax.set_xlabel(f"{axis.label}\n{key}")
     label_ends(ax, ends)
 
 
