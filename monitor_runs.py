@@ -83,6 +83,7 @@ def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
     first, meant = rows[0], averaged(rows) if is_arm else rows
     val_step, val_loss = last_mean(losses_by_step(row.run) for row in meant)
     paces = [pace_of(row.run) for row in meant]
+    left = [seconds for row in rows if math.isfinite(seconds := seconds_left(row))]
     own = {
         "path": str(first.run.path),
         "run_id": first.run.run_id,
@@ -107,7 +108,7 @@ def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
         "difference": last_mean(filter(None, map(differences, meant)))[1],  # negative is better
         "ms_per_step": mean(ms for ms, _ in paces),
         "tokens_per_s": mean(tokens for _, tokens in paces),
-        "seconds_left": max(map(seconds_left, rows), key=lambda left: (math.isfinite(left), left)),
+        "seconds_left": max(left, default=math.nan),
         **{key: mean(row.run.last(key) for row in meant) for key in ("peak_mem_mb", "mfu", "grad_norm")},
         "age_s": min(row.age_s for row in rows),
     }
@@ -142,10 +143,7 @@ def last_mean(curves: Iterable[Mapping[int, float]]) -> tuple[int | None, float]
 
 
 def differences(row: Row) -> dict[int, float]:
-    """Return loss minus the mean of the controls' by step, at the validations that a control has, too.
-
-    Step 0 is not among them: before it, nothing has been trained.
-    """
+    """Return loss minus the mean of the controls' by step, at validations after step 0 that a control has."""
     controls = [losses_by_step(control) for control in row.controls]
     losses = {step: loss for step, loss in losses_by_step(row.run).items() if step}
     means = {step: mean(curve.get(step, math.nan) for curve in controls) for step in losses}
