@@ -30,11 +30,9 @@ import importlib.metadata
 import lzma
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import traceback
@@ -51,6 +49,8 @@ from report import Missing, Report, row, unpack  # noqa: E402
 
 from data.shards import check_shard, write_shard  # noqa: E402
 from runtime.compiling import choose_allocator, graphs_compiled  # noqa: E402
+from runtime.gauges import peak_memory_mib  # noqa: E402
+from runtime.toolchain import fault  # noqa: E402
 
 # The trainers, and whatever defines kernels, are imported by the steps: main() chooses first whether Triton
 # interprets, and what cannot be imported fails no other step.
@@ -108,7 +108,7 @@ def trainer_env(folder: Path, dry: bool) -> dict[str, str]:
 
 
 def predict(model: str, stage: int) -> dict[str, float]:
-    """Milliseconds of a step of this preset on this GPU, by scaling_model.PARTS and in all; memory in GiB."""
+    """Milliseconds of a step of this preset on this GPU, by scaling_model.PARTS and in all."""
     import scaling_model
 
     from kernels import attention
@@ -122,8 +122,7 @@ def predict(model: str, stage: int) -> dict[str, float]:
     tokens, windows = p.batch_sizes[stage], p.config.windows[stage]
     seconds = scaling_model.step_seconds(p.config, machine, tokens, windows, 1, tied)
     found = {name: 1000 * s for name, s in seconds.items()}
-    memory = scaling_model.memory_gib(p.config, machine, tokens, 1)
-    return {**found, "step": sum(found.values()), "memory": memory}
+    return {**found, "step": sum(found.values())}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def predict(model: str, stage: int) -> dict[str, float]:
 
 
 def ask(*command: str) -> str:
-    """What a command prints; if there is none, why."""
+    """Return the output of a command, or why there is none."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -148,11 +147,11 @@ def describe_machine() -> list[dict]:
     found = {d.name: d.version for d in importlib.metadata.distributions()}
     names = ["torch", "triton", "numpy", "safetensors", "tiktoken", "flash-attn-4", "flash_attn_3"]
     versions = ", ".join(f"{name} {found.get(name, '-')}" for name in names)
-    python_h = Path(sysconfig.get_path("include"), "Python.h").exists()
+    compilers = ", ".join(f"{language} {fault(language) or 'works'}" for language in ("c", "c++"))
     rows = [
         row("cores", os.cpu_count(), "", note=f"{platform.platform()}, Python {platform.python_version()}"),
         row("torch", note=f"{torch.__version__}, CUDA {torch.version.cuda}; {versions}"),
-        row("compiler", note=f"{ask('cc', '--version').partition(chr(10))[0]}; Python.h: {python_h}"),
+        row("compilers", note=compilers),
     ]
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
@@ -317,13 +316,11 @@ class Stages:
         ]
 
     def memory(self, stage: int) -> list[dict]:
-        """Peak since the process began."""
-        if torch.cuda.is_available():
-            wanted = predict(self.env["MODEL"], stage)["memory"]
-            reserved = torch.cuda.max_memory_reserved() / 2**30
-            allocated = torch.cuda.max_memory_allocated() / 2**30
-            return [row("allocated", allocated, "GiB", wanted), row("reserved", reserved, "GiB")]
-        return [row("resident", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "GiB")]
+        """Peak since the process began, the device's beside the trainer's forecast."""
+        timed = self.at(stage)
+        forecast = timed.trainer.memory.wanted(timed.trainer.memory.largest_pass()) / 2**20
+        peaks = peak_memory_mib(timed.ranks)
+        return [row(name, x, "MiB", forecast if "cuda" in name else None) for name, x in peaks.items()]
 
     def twins(self, stage: int) -> list[dict]:
         """train_gpt_muon_ord.py over train_gpt.py, pair by pair on the same tokens."""
@@ -400,6 +397,8 @@ class RealRun:
         finally:
             if log.exists():
                 shutil.copy(log, self.report.out / "d_log.txt")
+        if done.returncode and "OutOfMemory" in done.stdout:
+            raise torch.OutOfMemoryError(done.stdout[-1000:])
         if done.returncode:
             raise RuntimeError(f"the trainer ended with {done.returncode}:\n{done.stdout[-3000:]}")
         run, seconds = self.read(run_id), time.perf_counter() - start

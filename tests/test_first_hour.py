@@ -172,7 +172,7 @@ def fail_with(error):
 
 
 def test_every_outcome_is_a_result(make_report, tmp_path, capsys):
-    """What a step runs into does not keep the next from running; only a failure counts as one."""
+    """A step that does not end well does not keep the next from running; only failures count as such."""
     found = make_report()
     found.step("memory", fail_with(torch.OutOfMemoryError("too much")))
     found.step("varlen", fail_with(ImportError("no varlen here")))
@@ -252,8 +252,28 @@ found.step("hangs", hang)
     assert (tmp_path / "cache.tar.xz.0").exists()
 
 
+def test_a_broken_device_begins_the_process_anew(make_report, monkeypatch):
+    """Every call to CUDA fails after an illegal access; the rest of the part needs another process."""
+    calls = []
+
+    def broken():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    found = make_report(minutes=100)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    monkeypatch.setattr(report.os, "execv", lambda *call: calls.append(call))
+    found.step("kernel", lambda: [])
+    assert found.steps["kernel"]["status"] == "failed", (
+        "errors of kernels appear only when all are waited for"
+    )
+    ((program, arguments),) = calls
+    assert program == arguments[0] == sys.executable and arguments[1:-2] == sys.argv
+    assert arguments[-2] == "--minutes" and 99 < float(arguments[-1]) <= 100
+
+
 def test_a_command_is_asked_to_stop_when_time_is_up(make_report, tmp_path):
-    """As a trainer, which then saves: it ends by itself, and the step is not done."""
+    """It ends by itself, as a trainer that saves, and the step is not done."""
     found = make_report()
     found.end = -1e9  # the least that a command gets is a second
     child = """
