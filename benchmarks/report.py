@@ -8,6 +8,7 @@ import contextlib
 import gc
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from pathlib import Path
 import torch
 
 PIECE_BYTES, MAX_PIECES = 2**24, 3
-SAVE_S, STOP_S = 20, 25  # left at the end to pack the cache, and before that for training to stop
+STEPS_OF_COMPILER = (".ttir", ".ttgir", ".llir", ".ptx", ".source")  # Triton loads a kernel without them
+PACKING = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": 2**26}]  # kernels are kept twice, far apart
+SAVE_S, STOP_S = 40, 25  # left at the end to pack the cache, and before that for training to stop
 DONE = ("ok", "failed", "out of memory", "missing")
 MAX_ROWS = 14  # of a step, in the table
 
@@ -167,8 +170,8 @@ def pack(folder: Path, out: Path, piece: int = PIECE_BYTES):
     if not files:
         return
     data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:xz", preset=1) as archive:
-        for path in files:
+    with lzma.open(data, "wb", filters=PACKING) as xz, tarfile.open(fileobj=xz, mode="w") as archive:
+        for path in [path for path in files if path.suffix not in STEPS_OF_COMPILER]:
             with contextlib.suppress(FileNotFoundError):  # a compiler, cut off, was still at work
                 archive.add(path, path.relative_to(folder))
     packed = data.getvalue()
