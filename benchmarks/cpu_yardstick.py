@@ -202,7 +202,8 @@ def main():
         curve = train_ours(script, args.seconds, args.ranks)
         spent, loss, tokens = curve[-1]
         print(
-            f"ours   {loss:.3f} nats per byte after {spent:.0f} s, {tokens / spent:,.0f} tokens/s, {script}.py"
+            f"ours   {loss:.3f} nats per byte after {spent:.0f} s, "
+            f"{tokens / spent:,.0f} tokens/s, {script}.py"
         )
     plain = []
     for rate in PLAIN_RATES:
