@@ -284,8 +284,8 @@ def ceiling(timed: Timed, repeats: int) -> float:
 # ---------------------------------------------------------------------------------------------------
 
 
-def measure_stage(timed: Timed, stage: int, steps: int) -> dict:
-    """Whole steps and parts of one stage (0 is the first), in ms a step of this rank."""
+def measure_stage(timed: Timed, stage: int, steps: int, evaluate: bool = True) -> dict:
+    """Whole steps and parts of one stage (0 is the first), in ms a step of this rank; one validation."""
     clock, pairs, whole, parts_ms, rates = timed.clock, max(1, -(-steps // 2)), [], [], []
     timed.enter(stage)
     for _ in range(WARM_PAIRS):
@@ -326,7 +326,7 @@ def measure_stage(timed: Timed, stage: int, steps: int) -> dict:
         "tokens_per_s": 1000 * tokens / ms_step,
         "parts_ms": parts,
         "shares": {name: value / sum(parts.values()) for name, value in parts.items()},
-        "evaluation_ms": timed.evaluation_ms(),
+        "evaluation_ms": timed.evaluation_ms() if evaluate else None,
         "flop_per_rank_step": flop,
         "ceiling_flops": rate,
         "of_ceiling_forward_backward": flop / (compute_ms / 1000) / rate,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
@@ -97,3 +98,14 @@ InterpreterBuilder.cast_impl = cast
 InterpreterBuilder.create_fp_to_fp = float_cast
 InterpreterBuilder.create_dot = dot
 InterpreterBuilder.get_bf16 = lambda self, value: narrow(np.array([value], np.float32), tl.bfloat16)
+
+original_patch = interpreter._patch_lang_tensor
+
+
+def patch_lang_tensor(tensor, scope):
+    """Let a tensor of one number bound a loop: triton 3.6 leaves to numpy what numpy 2.4 refuses."""
+    original_patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+
+interpreter._patch_lang_tensor = patch_lang_tensor
