@@ -862,7 +862,7 @@ class GPT(nn.Module):
                 gate = 2 * torch.sigmoid(x0[..., :GATE_CHANNELS] @ self.skip_gate.to(x.dtype)).unsqueeze(-1)
                 x = x + torch.sigmoid(self.skip_lambda) * gate * kept[c.skip[0]]
             value = F.embedding(tokens_BT, self.value_embeds[str(i)]) if plan.value_embed else None
-            window = windows[plan.long_window]
+            window = windows[int(plan.long_window)]  # torch 2.11 cannot trace a bool as an index
             x = block(x, x0, ngram, value, docs, window, self.rotary, self.residual_scale, routing)
             if i == c.backout or (c.skip and i == c.skip[0]):
                 kept[i] = x

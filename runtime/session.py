@@ -322,7 +322,7 @@ class Session:
 
     def model_metadata(self) -> dict:
         """Facts needed to build the model, and to run it."""
-        config = {
-            key: self.config[key] for key in ("vocab_size", "mark", "residual_scale") if key in self.config
-        }
-        return {"config": self.config["model_config"], **config, **self.trainer.model_metadata()}
+        names = ("vocab_size", "mark", "residual_scale", "row_tokens")
+        facts = {name: self.config[name] for name in names if name in self.config}
+        facts |= {"script": self.script.name, "config": self.config["model_config"]}
+        return {**facts, **self.trainer.model_metadata()}

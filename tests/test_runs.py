@@ -158,8 +158,14 @@ GOLDEN = {  # validation losses at steps 0, 5, 10
 def test_golden_losses(n_grams, shards, tmp_path):
     """Fails if model, data, optimizer or schedule changed. Processors differ by less than 2e-4."""
     settings, wanted = GOLDEN[n_grams]
-    rates = dict(ADAM_LR=0.008, MUON_LR=0.012)  # as they were when the losses were written down
-    val, _ = train(tmp_path, shards, "golden", NUM_SCHEDULED_ITERATIONS=10, SEED=42, **rates, **settings)
+    then = dict(  # as it was when the losses were written down
+        ADAM_LR=0.008,
+        MUON_LR=0.012,
+        BATCH_SIZES="2048,2048,4096,4096",
+        VAL_TOKENS=16384,
+        VAL_BATCH_TOKENS=8192,
+    )
+    val, _ = train(tmp_path, shards, "golden", NUM_SCHEDULED_ITERATIONS=10, SEED=42, **then, **settings)
     assert val == pytest.approx(wanted, abs=2e-4)
 
 
@@ -168,7 +174,8 @@ def test_bad_settings_end_the_run_before_it_starts(shards, tmp_path):
     done = run(tmp_path, BASELINE, base_env(shards, SEED="minus one"), ranks=0)
     assert done.returncode == 2
     assert "SEED='minus one'" in done.stderr and "Traceback" not in done.stderr
-    done = run(tmp_path, BASELINE, base_env(shards, SPECTRAL_LR_MUL="0.1"), ranks=2)
+    torchrun = ("--standalone",)
+    done = run(tmp_path, BASELINE, base_env(shards, SPECTRAL_LR_MUL="0.1"), 2, torchrun)
     assert done.returncode == 1  # torchrun turns any failure into 1
     assert done.stderr.count("SPECTRAL_LR_MUL is not a setting of train_gpt.py") == 1
     assert not (tmp_path / "logs").exists()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import base_env, lone_ranks, losses, run
 from jobs import refusal, run_here
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import report_sweep
@@ -18,9 +19,11 @@ import train_gpt_simple as simple
 from analysis.run_log import read_log
 from data.shards import TokenStream
 from kernels import vectors
+from runtime.checkpoints import MODEL_FILE
 from runtime.compiling import graphs_compiled, not_compiled
 from runtime.stream_run import cut_passes
 from runtime.supervise import StopRequest
+from runtime.trained import load_model
 
 SMALL = simple.ModelConfig(num_layers=2, width=32, num_heads=2, head_dim=16)
 MODES = {
@@ -471,6 +474,20 @@ def test_the_tools_read_its_logs(small, shards):
     assert report_sweep.main(["logs", "--target", "3.28", "--out", "report"]) == 0
     text = (made.s.log.parent.parent / "report" / "REPORT.md").read_text()
     assert "Proof against 3.28" in text and "(target - mean) √n" in text
+
+
+def test_the_model_file_gives_the_models_losses(shards, small):
+    """Fails if sampling and evaluation, which go around GPT.forward, have other probabilities."""
+    with begun(shards, RUN_ID="saved", NUM_SCHEDULED_ITERATIONS=2, VAL_LOSS_EVERY=0, SAVE_MODEL=1) as made:
+        made.train()
+        assert made.session.end(2) == 0
+    loaded = load_model(made.s.folder / MODEL_FILE, "cpu")
+    assert loaded.trainer is simple and loaded.max_tokens == 64
+    inputs, targets = torch.randint(1, 256, (2, 2, 64), generator=torch.Generator().manual_seed(1))
+    logits = loaded.logits(loaded.hidden(inputs))
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    with torch.no_grad():
+        assert float(nats) == pytest.approx(float(made.model(inputs, targets)[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize(

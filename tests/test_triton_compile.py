@@ -94,6 +94,16 @@ def check_resources(arch, launches):
     assert [x for x in launches if x["registers"] * x["warps"] * 32 > REGISTERS] == []
 
 
+def test_several_blocks_of_the_loss_run_at_a_time(built):
+    """Fails if a tile of the loss's gradient is computed twice, once for each of its two layouts, as triton
+    3.6 does where it can; it then takes up to 255 registers, and one block fills a multiprocessor."""
+    arch, _, launches = built
+    loss = [x for x in launches if x["kernel"] == "loss_backward_kernel"]
+    assert len(loss) >= 3
+    blocks = 3 if arch == 90 else 2
+    assert [x for x in loss if blocks * x["registers"] * x["warps"] * 32 > REGISTERS] == []
+
+
 def test_products_run_on_tensor_cores(built):
     """Fails if a product is not made of the architecture's own instructions (wgmma on Hopper, tcgen05 on a
     data center's Blackwell), fed by copies that overlap with them, or another kernel multiplies matrices."""

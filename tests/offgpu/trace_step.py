@@ -22,6 +22,7 @@ import pretend_cuda
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 from torch._inductor.decomposition import select_decomp_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -59,7 +60,7 @@ def build(trainer, backend, kernels: str = "auto", model: str = "gpt2-small"):
         return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
     trainer.torch_compile = compiling.torch_compile = by_backend
-    torch._dynamo.config.recompile_limit = compiling.MAX_VARIANTS
+    compiling.configure()
     env = {
         "MODEL": model,
         "NUM_SCHEDULED_ITERATIONS": "12",
@@ -82,6 +83,8 @@ def model_forms(trainer, run):
 def recording(calls: Counter, kept: list):
     """A backend as aot_eager that partitions as inductor does.
 
+    It refuses a graph whose compiled form torch would not keep for later runs.
+
     calls: counts which Triton operations the graphs of forward and backward call. kept: gets the bytes of
     each tensor that forward keeps for backward.
     """
@@ -99,13 +102,19 @@ def recording(calls: Counter, kept: list):
         kept.extend(x.numel() * x.element_size() for x in made if isinstance(x.numel(), int))
         return count(graph)
 
-    return aot_autograd(
+    trace = aot_autograd(
         fw_compiler=forward,
         bw_compiler=lambda graph, inputs: count(graph),
         decompositions=select_decomp_table(),
         keep_inference_input_mutations=True,
         partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
     )
+
+    def backend(graph, inputs):
+        check_cacheable(graph)
+        return trace(graph, inputs)
+
+    return backend
 
 
 def compare_forecast(run, tokens: int, kept: list):
