@@ -100,6 +100,14 @@ class Report:
         except Exception:
             return "failed", [], traceback.format_exc()[-4000:]
 
+    def guard(self, name: str, run):
+        """Run something that makes steps of its own; what fails outside of them is a failed step too."""
+        self.steps.pop(name, None)
+        try:
+            run()
+        except Exception:
+            self.record(name, status="failed", error=traceback.format_exc()[-4000:])
+
     def empty_device(self):
         """Free the device's memory. Broken, it would fail all that follows: then the process begins anew."""
         gc.collect()
