@@ -62,9 +62,12 @@ class Report:
         """Add to what is known of a step, on disk too."""
         with self.lock:
             self.steps.setdefault(name, {}).update(what)
-            new = self.path.with_suffix(".new")
-            new.write_text(json.dumps(self.steps, indent=1) + "\n", encoding="utf-8")
-            new.replace(self.path)
+            self.write()
+
+    def write(self):
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.steps, indent=1) + "\n", encoding="utf-8")
+        new.replace(self.path)
 
     def step(self, name: str, run):
         """Run one step and record its rows, unless an earlier call did or time is up. run: () -> rows."""
@@ -149,6 +152,7 @@ class Report:
         with self.lock:
             if self.code is None:
                 self.code = int(any(step["status"] == "failed" for step in self.steps.values()))
+                self.write()
                 self.print_table()
                 pack(self.cache, self.out)
         self.finished.set()
