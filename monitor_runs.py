@@ -83,6 +83,7 @@ def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
     first, meant = rows[0], averaged(rows) if is_arm else rows
     val_step, val_loss = last_mean(losses_by_step(row.run) for row in meant)
     paces = [pace_of(row.run) for row in meant]
+    left = [seconds for row in rows if math.isfinite(seconds := seconds_left(row))]
     own = {
         "path": str(first.run.path),
         "run_id": first.run.run_id,
@@ -107,7 +108,7 @@ def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
         "difference": last_mean(filter(None, map(differences, meant)))[1],  # negative is better
         "ms_per_step": mean(ms for ms, _ in paces),
         "tokens_per_s": mean(tokens for _, tokens in paces),
-        "seconds_left": max(map(seconds_left, rows), key=lambda left: (math.isfinite(left), left)),
+        "seconds_left": max(left, default=math.nan),
         **{key: mean(row.run.last(key) for row in meant) for key in ("peak_mem_mb", "mfu", "grad_norm")},
         "age_s": min(row.age_s for row in rows),
     }
@@ -142,10 +143,7 @@ def last_mean(curves: Iterable[Mapping[int, float]]) -> tuple[int | None, float]
 
 
 def differences(row: Row) -> dict[int, float]:
-    """Return loss minus the mean of the controls' by step, at the validations that a control has, too.
-
-    Step 0 is not among them: before it, nothing has been trained.
-    """
+    """Return loss minus the mean of the controls' by step, at validations after step 0 that a control has."""
     controls = [losses_by_step(control) for control in row.controls]
     losses = {step: loss for step, loss in losses_by_step(row.run).items() if step}
     means = {step: mean(curve.get(step, math.nan) for curve in controls) for step in losses}
@@ -203,9 +201,10 @@ class Monitor:
             raise ValueError(f"{sweeps[0]} is a sweep; give one sweep, or logs, not both")
         self.name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} paths"
         self.sweep = find_manifest(sweeps[0], logs) if sweeps else None  # its manifest, which may come later
-        folders = {path if path.is_dir() else path.parent for path in ([self.sweep] if sweeps else paths)}
+        places = [self.sweep] if sweeps else paths
+        folders = {path.parent if path.suffix in (".json", ".txt") else path for path in places}
         self.folders = [ManifestFolder(folder) for folder in sorted(folders)]
-        self.follower = LogFollower(*([] if sweeps else paths), recent=RECENT_LINES)
+        self.follower = LogFollower(*paths, recent=RECENT_LINES)  # a sweep's paths come with its manifest
         self.stalled_after, self.control = stalled_after, control
         self.manifests: list[Manifest] = []
         self._rows: list[Row] = []
@@ -236,11 +235,8 @@ class Monitor:
                 row = Row(run, "unreadable" if log.error else run.state, log.error or last_words(run))
                 manifest, plan = planned.get(run.name, (None, None))
                 if plan:
-                    row.sweep, row.tag, row.control_tag = (
-                        manifest.sweep,
-                        plan.tag,
-                        manifest.control_of(plan.tag),
-                    )
+                    row.sweep, row.tag = manifest.sweep, plan.tag
+                    row.control_tag = manifest.control_of(plan.tag)
                 if plan and row.state == "running" and plan.state in LAUNCHER_STATES:
                     row.state = LAUNCHER_STATES[plan.state]
                     row.message = plan.reason or f"launcher: {plan.state}"
@@ -334,7 +330,7 @@ COLUMNS = (
     Column("ms/step", 10, lambda record: format_number(record["ms_per_step"], ".1f")),
     Column("tokens/s", 9, lambda record: format_number(record["tokens_per_s"], ".0f")),
     Column("left", 11, lambda record: format_time(1000 * record["seconds_left"])),
-    Column("peak MB", 6, lambda record: format_number(record["peak_mem_mb"], ".0f")),
+    Column("peak MiB", 6, lambda record: format_number(record["peak_mem_mb"], ".0f")),
     Column("MFU", 5, lambda record: format_number(record["mfu"], ".3g")),
     Column("grad norm", 3, lambda record: format_number(record["grad_norm"], ".3g")),
 )

@@ -469,7 +469,7 @@ def my_slices(num_slices: int, ranks: Ranks) -> range:
     return range(ranks.rank * each, (ranks.rank + 1) * each)
 
 
-def stack_slices(slices: list, device: torch.device, max_doc_tokens: int, pass_tokens: int) -> list[Batch]:
+def stack_slices(slices: list, device, max_doc_tokens: int, pass_tokens: int = MOST_TOKENS) -> list[Batch]:
     """Stack slices, (inputs, targets, document lengths) in numpy, into as few passes as pass_tokens asks."""
     per_pass = max(1, pass_tokens // len(slices[0][0]))
     batches = []
@@ -589,7 +589,7 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int
             inner = np.flatnonzero(is_mark[start + 1 : end]) + 1
             lengths = np.diff(inner, prepend=0, append=slice_tokens)
             slices.append((tokens[start:end], tokens[start + 1 : end + 1], lengths))
-        yield from stack_slices(slices, ranks.device, longest, MOST_TOKENS)
+        yield from stack_slices(slices, ranks.device, longest)
 
 
 def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:

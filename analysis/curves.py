@@ -237,7 +237,12 @@ def draw_lines(ax, line: Line | None, thin: Sequence[Line], look: dict) -> None:
         ax.plot(other.x, other.y, color=look["color"], linewidth=0.7, alpha=0.7, **dot)
     if line.y.size == 1:  # a line of one point would not be seen
         look = {"marker": "o", **look}
-    ax.plot(line.x, line.y, **look, markersize=4.5, markevery=max(1, len(line.y) // 8))
+    ax.plot(line.x, line.y, **look, markersize=4.5, markevery=marker_step(line))
+
+
+def marker_step(line: Line) -> int:
+    """The number of points from one marker of a line to the next."""
+    return max(1, len(line.y) // 8)
 
 
 def is_logged(drawn: Sequence[Drawn], keys: Sequence[str], axis: Axis) -> bool:
@@ -361,14 +366,31 @@ def panel_differences(ax, found: Sequence[tuple[Drawn, Line]], axis: Axis, contr
         if line.low is not None:
             noise.append((line.high - line.low) / 2)
             values += [line.low, line.high] if few else []
-        draw_lines(ax, line if few else line.without_interval(), [], item.look)
+        if few:
+            draw_lines(ax, line, [], item.look)
+        else:
+            draw_lines(ax, line.without_interval(), [], {**item.look, "markerfacecolor": "white"})
+            fill_clear(ax, line, item.look)
         if math.isfinite(line.y[-1]):
             ends.append((float(line.x[-1]), line.y[-1], name, item.look["color"]))
     ax.axhline(0, color="black", linewidth=1.2, zorder=1)
     style.scale_signed(ax, "y", np.concatenate(values), np.concatenate(noise) if noise else ())
     ax.set_ylabel(f"{style.loss_unit(runs_of([item for item, _ in found]))}; below 0 is better")
     axis.fit_losses(ax)
+    if not few:
+        key = (
+            "filled: the 95% interval, by itself, is clear of 0" if noise else "hollow: too few runs to tell"
+        )
+        ax.set_xlabel(f"{axis.label}\n{key}")
     label_ends(ax, ends)
+
+
+def fill_clear(ax, line: Line, look: dict) -> None:
+    """Fill a line's markers where its interval is clear of zero: else luck looks like an effect."""
+    if line.low is not None:
+        shown = np.arange(0, len(line.y), marker_step(line))
+        clear = shown[(line.low * line.high > 0)[shown]]
+        ax.plot(line.x[clear], line.y[clear], **look, linestyle="none", markersize=4.5, zorder=3)
 
 
 def label_ends(ax, ends: Sequence[tuple[float, float, str, str]]) -> None:

@@ -30,6 +30,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 
@@ -503,7 +504,7 @@ class LogParser:
         early, *lines = text.rsplit(b"\n", -1 if self._recent is None else self._recent)
         if b"\n" not in early:
             return [early, *lines]
-        kept = {}
+        kept = {0: early[: early.find(b"\n")]}  # it may be a configuration
         for place in sorted(place for word in KEPT for place in _find_all(early, word)):
             begin, end = early.rfind(b"\n", 0, place) + 1, early.find(b"\n", place)
             kept[begin] = early[begin:] if end < 0 else early[begin:end]
@@ -715,7 +716,7 @@ class FollowedLog:
 
 
 class LogFollower:
-    """Follow logs, reading only what is new. A compressed log no longer grows.
+    """Follow logs, reading only what is new, and no source code. A compressed log no longer grows.
 
     `paths` are folders, of which all logs (.txt) are followed, and logs, which need not exist yet. They may
     be replaced at any time.
@@ -764,21 +765,33 @@ class LogFollower:
         if log is None or log.identity != identity:
             log = FollowedLog(path, parser=LogParser(path, self._recent), identity=identity)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", buffering=0) as file:
                 file.seek(log.offset - len(log.tail))
-                data = file.read()
-                if not data.startswith(log.tail):  # rewritten in place, or cut
+                if file.read(len(log.tail)) != log.tail:  # rewritten in place, or cut
                     log = FollowedLog(path, parser=LogParser(path, self._recent), identity=identity)
-                    file.seek(0)
-                    data = file.read()
+                if not log.offset:
+                    log.offset = _sources_end(file)
+                file.seek(log.offset)
+                new = file.read()
         except OSError as error:
             self.logs[path] = FollowedLog(path, log.runs, status.st_mtime, str(error))
             return True
-        new = data[len(log.tail) :]
         log.parser.feed(new)
         log.offset += len(new)
-        log.tail = data[-self.TAIL :]
+        log.tail = (log.tail + new)[-self.TAIL :]
         log.mtime, log.error = status.st_mtime, ""
         log.runs = log.parser.runs()
         self.logs[path] = log
         return True
+
+
+def _sources_end(file: BinaryIO) -> int:
+    """Place where the sources at the head of a log end, by the sizes that it states; else 0."""
+    end = 0
+    while True:
+        file.seek(end)
+        text = file.read(500)
+        match = _EMBEDDED_FILE.match(text)
+        if match is None:
+            return end if text.lstrip(b"\n").startswith(b"=" * SEPARATOR_WIDTH) else 0
+        end += match.end() + int(match[2])

@@ -24,16 +24,13 @@ LANGUAGES = {
 def check_compilers(s):
     """Raise SettingsError if these settings want a compiler that is not here or does not work."""
     cuda, compiled = s.device == "cuda", s.compile == "1"
-    wanted = []
-    if cuda and (compiled or s.kernels == "triton"):
-        wanted.append("c")  # Triton's launchers
-    if compiled:
-        wanted.append("c++")  # inductor's code for the CPU: on CUDA the arithmetic of learning rates
-    for language in wanted:
-        wrong = fault(language)
-        if wrong:
-            without = "COMPILE=0 and KERNELS=torch do" if cuda else "COMPILE=0 does"
-            raise SettingsError(f"compiling takes a {language.upper()} compiler: {wrong}; {without} without")
+    if not compiled and not (cuda and s.kernels == "triton"):
+        return
+    language = "c" if cuda else "c++"  # Triton's launchers; inductor's kernels for a CPU
+    wrong = fault(language)
+    if wrong:
+        without = "COMPILE=0 and KERNELS=torch do" if cuda else "COMPILE=0 does"
+        raise SettingsError(f"compiling takes a {language.upper()} compiler: {wrong}; {without} without")
 
 
 @functools.cache
@@ -44,16 +41,16 @@ def fault(language: str) -> str:
     if not compiler:
         return f"found no {' or '.join(names)} on PATH; install one, or name it in {variable}"
     include = python_headers()
-    if not (include / "Python.h").is_file():
-        return (
-            f"found no Python.h in {include}; install this Python's headers (python3-dev or python3-devel), "
-            "or use a Python that has them, such as uv's or conda's"
-        )
     command = [compiler, "-x", language, "-fsyntax-only", f"-I{include}", "-"]
     try:
         done = subprocess.run(command, input=PROGRAM, capture_output=True, text=True)
     except OSError as error:
         return f"{compiler} cannot be run ({error.strerror}); set {variable} to one that can"
+    if done.returncode and "Python.h" in done.stderr:
+        return (
+            f"found no Python.h in {include}; install this Python's headers (python3-dev or python3-devel), "
+            "or use a Python that has them, such as uv's or conda's"
+        )
     if done.returncode:
         said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
         return f"{compiler} fails on a program of one line ({said}); mend it, or set {variable} to another"

@@ -7,6 +7,7 @@ before it are accepted), each with the reason.
 
 import argparse
 import ast
+import dataclasses
 import io
 import re
 import runpy
@@ -37,7 +38,7 @@ TRAINERS = {module.SCRIPT.name: module for module in (train_gpt, train_gpt_muon_
 BEGINNING = re.compile(
     r"(?:[A-Z_]+=\S* )*(?:echo .*\| )?(?:\./\w+\.sh|\S*\bpython3? |\S*\btorchrun |diff |cd )"
 )
-LAUNCH_SETTINGS = {"SCRIPT", "MAX_RESTARTS", "NPROC_PER_NODE", "OMP_NUM_THREADS"}  # run.sh's, torch's
+LAUNCH_SETTINGS = {"SCRIPT", "MAX_RESTARTS", "VENV", "OMP_NUM_THREADS"}  # run.sh's and torch's
 
 NOT_RUN = {  # a pattern of commands -> why they are not run here
     r"^(\./run\.sh|train_gpt\w*\.py(?! --help))": "minutes of training; test_surroundings runs run.sh",
@@ -55,7 +56,7 @@ NOT_RUN = {  # a pattern of commands -> why they are not run here
     r"^evaluate_model\.py|^-m pip install": "an optional library; test_evaluate_model runs it where it is",
 }
 STANDS_FOR = {  # names in the documentation -> those in the folder of the tests; the first that matches
-    r"\[?LOGS\]?|records/logs": "logs",
+    r"\[?(SWEEP\.toml\|)?LOGS\]?|records/logs": "logs",
     r"A|LOG|logs/(A|a|RUN_ID)\.txt": "{a}.txt",
     r"B|logs/[Bb]\.txt": "{b}.txt",
     r"SWEEP\.toml|sweeps/\w+\.toml": "sweeps/smoke.toml",
@@ -247,10 +248,12 @@ def parse_only(monkeypatch):
 
 
 def check_settings(command: Command) -> None:
-    """Raise SettingsError if the trainer would refuse the settings before the command."""
+    """Fail if a setting before the command is not the trainer's, or if the trainer would refuse it."""
     script = command.settings.get("SCRIPT", command.words[0])
     trainer = TRAINERS.get(script, train_gpt_muon_ord)
     settings = {name: value for name, value in command.settings.items() if name not in LAUNCH_SETTINGS}
+    known = {field.name.upper() for kind in trainer.SETTINGS for field in dataclasses.fields(kind)}
+    assert settings.keys() <= known
     trainer.read_settings({"DEVICE": "cpu", **settings})
 
 
@@ -283,7 +286,8 @@ def test_the_readme_has_the_seven_commands():
     assert len(readme.splitlines()) <= 130
     table = readme.partition("| I want to")[2].partition("\n\n")[0]
     rows = [lines_of_page(row) for row in table.splitlines()[2:]]
-    assert len(rows) == 7 and all(BEGINNING.match(line) for row in rows for line in row)
+    assert len(rows) == 7 and all(rows)
+    assert all(BEGINNING.match(line) for row in rows for line in row)
 
 
 def test_pages_use_the_projects_own_python_and_every_link_leads_somewhere():

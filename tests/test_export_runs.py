@@ -123,7 +123,8 @@ def test_following_ends_with_ctrl_c_and_has_everything(logs, tmp_path):
         "import sys, signal; signal.signal(signal.SIGINT, signal.default_int_handler); import export_runs; "
         "export_runs.EVERY_S = 0.05; sys.exit(export_runs.main())"
     )
-    argv = [sys.executable, "-c", code, str(logs), "--to", "csv", "--out", str(out), "--follow"]
+    argv = [sys.executable, "-c", code, str(logs / "a.txt"), str(path), "--to", "csv", "--follow"]
+    argv += ["--out", str(out)]
     child = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def wait_for(last_step: int):

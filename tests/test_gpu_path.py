@@ -4,6 +4,7 @@ reductions start with the last gradient, choices depend on the device."""
 import gc
 import importlib
 import os
+import re
 import sys
 import weakref
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ from runtime.compiling import graphs_compiled
 from runtime.log_writer import LogWriter
 from runtime.prefetch import Prefetcher
 from runtime.settings import SettingsError
-from runtime.supervise import Start, StopRequest
+from runtime.supervise import Start, StopRequest, Supervisor
 
 STAGES = dict(
     num_layers=3,
@@ -116,9 +117,12 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thre
 
     monkeypatch.setattr(trainer.Trainer, "__init__", remember)
     before = graphs_compiled()
-    trainer.rehearse(start, StopRequest())
+    parts = SimpleNamespace(log=start.log, module=trainer, start=start, stop=StopRequest())
+    Supervisor.rehearse(parts)
     rehearsed = graphs_compiled()
     assert rehearsed - before > 15
+    (said,) = re.findall(r"^event:rehearsed seconds:(\S+) graphs:(\d+)$", start.log.path.read_text(), re.M)
+    assert float(said[0]) > 0 and int(said[1]) == rehearsed - before
     gc.collect()
     assert [t() for t in made] == [None], "the rehearsal's trainer is still there"
     run = trainer.Run(start, StopRequest())

@@ -127,7 +127,7 @@ def test_memory_and_use_of_the_gpu_where_they_are_logged(tmp_path):
     """Their columns are there if a run logs them, and take no room if none does."""
     extra = " peak_mem_mb:33012 mfu:0.412 grad_norm:0.731"
     write(tmp_path, "old", make_log("old", num_steps=STEPS))
-    names = ("peak MB", "MFU", "grad norm")
+    names = ("peak MiB", "MFU", "grad norm")
     assert not any(name in shown(Monitor(tmp_path), 250)[1] for name in names)
     write(tmp_path, "new", re.sub("( val_loss:.*)", rf"\1{extra}", make_log("new", 2, num_steps=STEPS)))
     lines = shown(Monitor(tmp_path), 250)

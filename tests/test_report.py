@@ -685,6 +685,22 @@ def test_losses_over_training_are_minus_the_controls(tmp_path, close_figures):
     assert {"baseline_std_0", "spectral_lr_0", "spectral_lr_0.1", "spectral_lr_1"} == set(words_of(ax))
 
 
+def test_among_many_arms_a_filled_point_has_an_interval_clear_of_zero(tmp_path, close_figures):
+    """Bands of fifteen arms hide each other; without any, luck looks like an effect."""
+    arms = {f"s_{i}": (3.27 + 0.0006 * i, {"RESIDUAL_SCALE": 1 + i / 10}) for i in range(8)}
+    file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="s_0", val_every=50)
+    results = read_results([file], tmp_path / "logs")
+    ax = picture_of_curves(results).axes[0]
+    filled = [line for line in ax.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+    last = {(line.get_color(), line.get_marker()): line.get_xdata()[-1] for line in filled}
+    clear = {name: pair.low * pair.high > 0 for name, pair in results.verdict.versus_control.items()}
+    assert {True, False} == set(clear.values())
+    for label in clear:
+        look = results.looks[label]
+        assert clear[label] == (last.get((look["color"], look["marker"])) == max(last.values())), label
+    assert "filled" in ax.get_xlabel() and not ax.collections
+
+
 @pytest.mark.parametrize("fields, unit", [({"vocab_size": 256}, "byte"), ({"vocab_size": 50257}, "token")])
 def test_the_unit_is_that_of_the_data(tmp_path, fields, unit):
     """A loss of 1.2 nats is poor for a token and good for a byte."""

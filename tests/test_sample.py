@@ -75,6 +75,15 @@ def test_next_logits_are_the_models(tied, tmp_path):
     assert np.allclose((logits[0] - logits).numpy(), nats, atol=2e-4)
 
 
+def test_a_model_whose_trainer_is_gone_names_it(tmp_path):
+    """Fails if a trainer of one's own, since deleted, is taken for another, or a file makes us import any."""
+    path = tmp_path / "model.safetensors"
+    for script in ("my_trainer.py", "../x.py"):
+        checkpoints.save_model(path, small_model(train_gpt), {"config": {}, "script": script})
+        with pytest.raises(ValueError, match=f"was written by '{script}', which is not in"):
+            load_model(path, "cpu")
+
+
 def test_the_same_seed_gives_the_same_text(trained, capsys):
     """Fails if sampled text cannot be had again, or every seed gives the same."""
     path = str(trained / "logs" / "short" / "model.safetensors")
