@@ -35,7 +35,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -208,7 +207,7 @@ def time_part(lab, part: str, stage: int) -> list[dict]:
 def part_a(report: Report, env: dict, dry: bool):
     report.step("machine", describe_machine)
     report.step("attention", lambda: choose_attention(env["DEVICE"]))
-    check_kernels(report, dry)
+    report.guard("all checks", lambda: check_kernels(report, dry))
 
     @functools.cache
     def lab():
@@ -302,9 +301,7 @@ class Stages:
             timed.clock.sync()
         for event in found.key_averages():
             us = event.self_device_time_total if cuda else event.self_cpu_time_total
-            on_device = event.device_type == DeviceType.CUDA and not getattr(
-                event, "is_user_annotation", False
-            )
+            on_device = event.device_type == DeviceType.CUDA and not event.is_user_annotation
             if us and on_device == cuda:
                 kernels.append(row(event.key[:60], us / 2000, note=f"{event.count / 2:g} a step"))
         kernels.sort(key=lambda r: -r["value"])
@@ -480,10 +477,11 @@ def main(argv: list[str]) -> int:
         return 2
     unpack(given, cache)
     report = Report(args.part, args.out.resolve(), given, args.minutes, cache)
-    try:
+
+    def run():
         PARTS[args.part](report, trainer_env(prepare_shards(args.tokens, dry), dry), dry)
-    except Exception:  # outside of any step
-        report.record("the rest of it", status="failed", error=traceback.format_exc()[-4000:])
+
+    report.guard("the whole part", run)
     return report.finish()
 
 

@@ -6,13 +6,13 @@ here: its kernels are inductor's, made with the model. Tensors are on torch's de
 M tokens of a pass, C width, V vocabulary (padded); N matrices of R rows and K columns
 """
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from scaling_model import matrix_shapes, padded_vocab
 
@@ -48,8 +48,9 @@ def device_cases(on_cuda: bool) -> list[Case]:
     ]
 
 
-def linear_cases(name: str, times: int, M: int, K: int, N: int) -> list[Case]:
-    x, w, grad = normal(M, K), normal(N, K), normal(M, N)
+def linear_cases(name: str, times: int, x: torch.Tensor, N: int) -> list[Case]:
+    """x W^T of x (M, K) and W (N, K), and both gradients."""
+    (M, K), w, grad = x.shape, normal(N, x.shape[1]), normal(len(x), N)
     return [
         Case(f"{name}, forward", times, lambda: x @ w.T, 2 * M * K * N),
         Case(f"{name}, input's gradient", times, lambda: grad @ w, 2 * M * K * N),
@@ -65,8 +66,8 @@ def product_cases(c, M: int) -> list[Case]:
     x, grad, up, down = normal(M, C), normal(M, C), normal(hidden_width, C), normal(hidden_width, C)
     hidden, flop = normal(M, hidden_width).square_(), 2 * M * C * hidden_width
     return [
-        *linear_cases("qkv", attending, M, C, queries + 2 * keys),
-        *linear_cases("attention's output", attending, M, queries, C),
+        *linear_cases("qkv", attending, x, queries + 2 * keys),
+        *linear_cases("attention's output", attending, normal(M, queries), C),
         Case("MLP up and relu^2, forward", layers, lambda: cuda.mlp_up(x, up), flop),
         Case("MLP down, forward", layers, lambda: hidden @ down, flop),
         Case("MLP down and relu^2, gradient", layers, lambda: cuda.mlp_up_backward(grad, down, hidden), flop),
@@ -79,10 +80,8 @@ def product_cases(c, M: int) -> list[Case]:
 def head_cases(c, M: int, V: int) -> list[Case]:
     """The three products of the float8 head."""
     x_scale, w_scale, grad_scale = train_gpt.HEAD_SCALES
-    (x, x_t), (w, w_t) = (
-        cuda.quantize(normal(M, c.width), x_scale),
-        cuda.quantize(normal(V, c.width), w_scale),
-    )
+    x, x_t = cuda.quantize(normal(M, c.width), x_scale)
+    w, w_t = cuda.quantize(normal(V, c.width), w_scale)
     grad = normal(M, V).to(torch.float8_e5m2)
     grad_t, flop = grad.view(torch.uint8).T.contiguous().view(grad.dtype), 2 * M * V * c.width
     return [
@@ -120,32 +119,21 @@ def table_cases(c, tokens_M: torch.Tensor, V: int) -> list[Case]:
     def atomics(rows: int, index: torch.Tensor):
         return torch.zeros(rows, c.width).index_add_(0, index, grad.float()).bfloat16()
 
+    def by_rows(rows: int, index: torch.Tensor):
+        return torch.ops.aten.embedding_dense_backward(grad, index, rows, -1, False)
+
     for name, rows, times, index in kinds:
         traffic = 10 * rows * c.width + 12 * grad.numel()
-        add = lambda rows=rows, index=index: atomics(rows, index)
-        by_rows = lambda rows=rows, index=index: torch.ops.aten.embedding_dense_backward(
-            grad, index, rows, -1, False
-        )
-        cases += [
-            Case(f"{name}, atomics", times, add, 0, traffic),
-            Case(f"{name}, sorted", 0, by_rows, 0, traffic),
-        ]
+        for way, counted, function in (("atomics", times, atomics), ("sorted", 0, by_rows)):
+            run = functools.partial(function, rows, index)
+            cases.append(Case(f"{name}, {way}", counted, run, 0, traffic))
     return cases
 
 
 def gate_cases(c, M: int) -> list[Case]:
-    """The gates' tiny products, one head of attention each."""
+    """The gates' tiny products: a number for each head."""
     gates = c.attn_gate * (c.num_layers - len(c.no_attention)) + len(c.value_embed_layers)
-    x, w, grad = (
-        normal(M, c.width)[:, : train_gpt.GATE_CHANNELS],
-        normal(c.num_heads, 12),
-        normal(M, c.num_heads),
-    )
-    return [
-        Case("gate, forward", gates, lambda: F.linear(x, w), 0, 2 * M * (12 + c.num_heads)),
-        Case("gate, input's gradient", gates, lambda: grad @ w, 0, 2 * M * (12 + c.num_heads)),
-        Case("gate, weight's gradient", gates, lambda: grad.T @ x, 0, 2 * M * (12 + c.num_heads)),
-    ]
+    return linear_cases("gate", gates, normal(M, c.width)[:, : train_gpt.GATE_CHANNELS], c.num_heads)
 
 
 def attention_cases(c, batch, backend: str, windows: tuple[int, int]) -> list[Case]:
@@ -180,19 +168,14 @@ def polar_cases(shapes: dict) -> list[Case]:
         A = cuda.gram(X.mT if tall else X)
         flop = 2 * N * short * R * K
 
-        def last(X=X, A=A, tall=tall):
-            return torch.baddbmm(X, X, A) if tall else torch.baddbmm(X, A, X)
-
+        X_XT = functools.partial(cuda.gram, X.mT if tall else X)
+        last = functools.partial(torch.baddbmm, X, *((X, A) if tall else (A, X)))
+        whole = functools.partial(cuda.polar_steps, X, train_gpt.POLAR_COEFFICIENTS)
         cases += [
-            Case(f"{name}, X X^T", 0, lambda X=X, tall=tall: cuda.gram(X.mT if tall else X), flop),
+            Case(f"{name}, X X^T", 0, X_XT, flop),
             Case(f"{name}, b A + c A A", 0, lambda A=A: cuda.gram_polynomial(A, -2.0, 0.5), 2 * N * short**3),
             Case(f"{name}, a X + B X", 0, last, flop),
-            Case(
-                f"{name}, all five iterations",
-                1,
-                lambda X=X: cuda.polar_steps(X, train_gpt.POLAR_COEFFICIENTS),
-                5 * (2 * flop + 2 * N * short**3),
-            ),
+            Case(f"{name}, all five iterations", 1, whole, 5 * (2 * flop + 2 * N * short**3)),
         ]
     return cases
 

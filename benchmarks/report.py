@@ -62,9 +62,12 @@ class Report:
         """Add to what is known of a step, on disk too."""
         with self.lock:
             self.steps.setdefault(name, {}).update(what)
-            new = self.path.with_suffix(".new")
-            new.write_text(json.dumps(self.steps, indent=1) + "\n", encoding="utf-8")
-            new.replace(self.path)
+            self.write()
+
+    def write(self):
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.steps, indent=1) + "\n", encoding="utf-8")
+        new.replace(self.path)
 
     def step(self, name: str, run):
         """Run one step and record its rows, unless an earlier call did or time is up. run: () -> rows."""
@@ -99,6 +102,14 @@ class Report:
             return "cut off", [], str(found)
         except Exception:
             return "failed", [], traceback.format_exc()[-4000:]
+
+    def guard(self, name: str, run):
+        """Run something that makes steps of its own; what fails outside of them is a failed step too."""
+        self.steps.pop(name, None)
+        try:
+            run()
+        except Exception:
+            self.record(name, status="failed", error=traceback.format_exc()[-4000:])
 
     def empty_device(self):
         """Free the device's memory. Broken, it would fail all that follows: then the process begins anew."""
@@ -141,6 +152,7 @@ class Report:
         with self.lock:
             if self.code is None:
                 self.code = int(any(step["status"] == "failed" for step in self.steps.values()))
+                self.write()
                 self.print_table()
                 pack(self.cache, self.out)
         self.finished.set()

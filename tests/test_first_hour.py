@@ -97,7 +97,8 @@ def test_part_b_times_stage_1_and_the_twins(scratch, capsys):
     ratio = twins["step of train_gpt_muon_ord"] / twins["step of train_gpt"]
     assert ratio == pytest.approx(twins["step, ORD over NorMuon"], rel=0.5)
     assert "predicted" in capsys.readouterr().out
-    again, same = dry_run("b", scratch)
+    (scratch / "out").rename(scratch / "given")
+    again, same = dry_run("b", scratch, "--given", str(scratch / "given"))
     assert again == 0 and same == steps, "nothing is measured twice"
 
 
@@ -181,11 +182,12 @@ def test_every_outcome_is_a_result(make_report, tmp_path, capsys):
     found = make_report()
     found.step("check", lambda: [row("loss", 7.5, "", ok=False)])
     found.step("broken", fail_with(RuntimeError("nonsense")))
+    found.guard("several", fail_with(KeyError("outside of a step")))
     found.step("last", lambda: None)
     assert found.finish() == 1
-    assert statuses(tmp_path) == dict(
-        memory="out of memory", varlen="missing", fine="ok", check="failed", broken="failed", last="ok"
-    )
+    failed = dict.fromkeys(("check", "broken", "several"), "failed")
+    others = dict(memory="out of memory", varlen="missing", fine="ok", last="ok")
+    assert statuses(tmp_path) == failed | others
     shown = capsys.readouterr().out
     assert "no varlen here" in shown and "RuntimeError: nonsense" in shown and "<- FAILED" in shown
 
