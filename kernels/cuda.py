@@ -962,13 +962,19 @@ def apply_update_reference(weight, mantissa, U_NRK, scales, added_N, lr_N, decay
 def make_mlp_forward(module, compiler):
     def forward(self, x_BTC, out_scale: float):
         down = self.down if out_scale == 1 else self.down * out_scale
-        return x_BTC + mlp(module.norm(x_BTC), self.up, down)
+        branch = mlp(module.norm(x_BTC), self.up, down)
+        return x_BTC + branch if self.adds_input else branch
 
     return forward
 
 
 def make_head_loss(module, compiler):
-    def fused(self, x_BTC, targets_BT, weights_K):
+    """The plain form computes passes that predict prefixes too."""
+    plain = module.GPT.head_loss
+
+    def fused(self, x_BTC, targets_BT, weights_K, prefixes_BT=None, prefix_weight=None):
+        if prefixes_BT is not None:
+            return plain(self, x_BTC, targets_BT, weights_K, prefixes_BT, prefix_weight)
         scales = module.HEAD_SCALES if self.float8_head else None
         return head_loss(x_BTC.flatten(0, 1), self.head, targets_BT, weights_K, module.SOFTCAP, scales)
 
@@ -988,7 +994,7 @@ def polar_steps(X_NRK: Tensor, coefficients) -> Tensor:
     return X_NRK
 
 
-def covers_muon(o) -> bool:
+def covers_muon(o, c) -> bool:
     """Return whether these settings take make_step_muon: the baseline's, but for AdamW."""
     return o.optimizer != "adamw" and not hasattr(o, "ord_mode")
 
@@ -996,21 +1002,22 @@ def covers_muon(o) -> bool:
 def make_step_muon(module, compiler):
     """Muon step in which each kernel reads each matrix-sized tensor once."""
 
-    def fused(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, mode: str):
+    def fused(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, o):
         state, mu = (grad, momentum, weight, mantissa), float(mu)
         norm = momentum_sums(*state, mu, ord=False)[:, 0].sqrt()
         scale = 1 / (module.POLAR_SAFETY * norm + module.POLAR_EPS)
         U = polar_steps(polar_input(*state, None, scale, mu), module.POLAR_COEFFICIENTS)
         scales = None
         if second_moment is not None:
-            scales, _ = row_scales(U, second_moment, module.MUON_BETA2)
-        apply_update(weight, mantissa, U, scales, None, lr_N11.flatten(), float(decay), mode)
+            scales, _ = row_scales(U, second_moment, o.muon_beta2)
+        last = lr_N11.flatten(), float(decay), o.muon_decay_mode
+        apply_update(weight, mantissa, U, scales, None, *last)
 
     fused.runs_eagerly = True
     return fused
 
 
-def covers_ord(o) -> bool:
+def covers_ord(o, c) -> bool:
     """Return whether make_step_ord knows these settings: one number per matrix for the radial part."""
     if not hasattr(o, "ord_mode"):  # the baseline's
         return False
@@ -1051,7 +1058,7 @@ def make_step_ord(module, compiler):
         X = polar_input(*state, lost.flatten(), scale.flatten(), mu)
         U, scales = polar_steps(X, module.POLAR_COEFFICIENTS), None
         if second_moment is not None:
-            scales, squares = row_scales(U, second_moment, module.MUON_BETA2)
+            scales, squares = row_scales(U, second_moment, o.muon_beta2)
         if o.spectral_scale == "unit":  # variance reduction keeps the norm of U
             if second_moment is None:
                 squares = U.float().square().sum((-2, -1))

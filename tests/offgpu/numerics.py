@@ -484,7 +484,7 @@ def test_twins_with_kernels_agree_bit_for_bit(shape, env):
         torch.full((N, 1, 1), 0.02),
         scalar(0.03),
         scalar(0.9),
-        "cautious",
+        helpers.optimizer_settings(train_gpt),
     )
     for measure in (True, False):
         twin = twin_step(True, case, env, measure)

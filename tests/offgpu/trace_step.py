@@ -116,7 +116,7 @@ def batch(trainer, num_slices: int, slice_tokens: int, num_docs: int, longest: i
 
 def stage_batch(trainer, run, stage: int, num_docs: int):
     slice_tokens = run.s.batch_sizes[stage] // trainer.NUM_SLICES
-    return batch(trainer, max(1, 65_536 // slice_tokens), slice_tokens, num_docs, run.s.max_doc_tokens)
+    return batch(trainer, max(1, 65_536 // slice_tokens), slice_tokens, num_docs, run.s.max_doc_tokens[stage])
 
 
 def report(name: str, since: float):
@@ -208,7 +208,7 @@ def ord_updates():
         for bucket in optimizer.matrix_buckets:
             with torch.no_grad():
                 bucket.update(1.0, 0.95, 1.0, measure=True)
-                if cuda.covers_ord(o):
+                if cuda.covers_ord(o, None):
                     sums = torch.zeros(len(bucket.names), 3, device=DEVICE)
                     radial_part(sums, bucket.a_N11, bucket.rho_sum / 40, trainer.scalar(1), o)
         report(name, since)
@@ -245,7 +245,7 @@ def experts(backend: str):
         slice_tokens = run.s.batch_sizes[0] // trainer.NUM_SLICES
         with model_forms(trainer, run):
             for num_docs in (94, 131):
-                docs = batch(trainer, trainer.NUM_SLICES, slice_tokens, num_docs, run.s.max_doc_tokens)
+                docs = batch(trainer, trainer.NUM_SLICES, slice_tokens, num_docs, run.s.max_doc_tokens[0])
                 run.step(0, [docs])
             with torch.no_grad():
                 val = batch(trainer, 1, run.s.val_batch_tokens // trainer.NUM_SLICES, 400, 100_000)
