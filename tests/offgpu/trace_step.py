@@ -1,11 +1,12 @@
 """Trace, or compile for sm_90, what a train step of gpt2-small runs on a GPU; prints one line per part.
 
-    python trace_step.py stage|variants|experts|inductor|ord
+    python trace_step.py stage|variants|experts|later|inductor|ord
 
 stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins;
           the defaults of both take the Triton forms, for the model and for the matrices' step
 variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
 experts   a step and a validation of moe-79m, which has grouped products, and its optimizer's steps
+later     steps of the first and the last stage, and a validation, of gpt2-small-2026-08's parts in six layers
 inductor  the first stage's step, twin with ORD, and its validation, by inductor to sm_90 machine code
 ord       the update of matrices in each of ORD's ways, by inductor to sm_90 machine code
 """
@@ -14,8 +15,10 @@ import contextlib
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pretend_cuda
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
@@ -33,7 +36,7 @@ from runtime.compiling import graphs_compiled, torch_compile
 
 DEVICE = torch.device("cuda", 0)
 VOCAB = 50257
-MODES = ("stage", "variants", "experts", "inductor", "ord")
+MODES = ("stage", "variants", "experts", "later", "inductor", "ord")
 
 
 def ranks(trainer):
@@ -148,6 +151,8 @@ def stage():
             report(f"{trainer.__name__} optimizer", since)
 
 
+LATER_TOPOLOGY = ("num_layers", "long_layers", "paired_layers", "value_embed_layers", "skip", "no_attention")
+LATER_TOPOLOGY += ("attn_source", "mudd", "xsa_layers", "gate_layers")
 WAYS_NOT_FUSED = {"post", "row variance"}
 
 
@@ -255,6 +260,30 @@ def experts(backend: str):
             report(f"{trainer.__name__} optimizer", since)
 
 
+def later(backend=None):
+    """The parts of the later records, at gpt2-small's width. Prefixes take the plain head; the last stage has
+    none, and takes the kernel."""
+    since, calls = time.perf_counter(), Counter()
+    config, changes = train_gpt.PRESETS["gpt2-small-2026-08"]
+    topology = {name: train_gpt.TINY_LATER[name] for name in LATER_TOPOLOGY}
+    train_gpt.PRESETS["gpt2-small-2026-08"] = replace(config, **topology, ngram_rows=1024), changes
+    train_gpt.prefix_tokens = lambda vocabulary: np.full(vocabulary, -1)
+    run = build(train_gpt, backend or recording(calls), model="gpt2-small-2026-08")
+    with model_forms(train_gpt, run):
+        run.step(0, [stage_batch(train_gpt, run, 0, n) for n in (94, 131)])
+        assert backend or calls == {"mlp_up": 6, "mlp_up_backward": 6}, dict(calls)
+        report("first stage", since)
+        calls.clear()
+        run.enter(8)
+        run.step(8, [stage_batch(train_gpt, run, 2, n) for n in (60, 77)])
+        assert backend or calls == calls_wanted(6), dict(calls)
+        report("last stage", since)
+        with torch.no_grad():
+            val = batch(train_gpt, 1, run.s.val_batch_tokens // train_gpt.NUM_SLICES, 400, 100_000)
+            run.val_loss(val, run.schedule.windows(train_gpt.NUM_STAGES), run.tied)
+        report("validation", since)
+
+
 def main(mode: str):
     with pretend_cuda.fake_mode():
         if mode == "variants":
@@ -264,6 +293,8 @@ def main(mode: str):
             defaults()
         elif mode == "experts":
             experts("aot_eager")
+        elif mode == "later":
+            later()
         elif mode == "ord":
             ord_updates()
         else:
