@@ -107,7 +107,7 @@ LATER_PARTS = dict(
     "changes", [{}, dict(mudd=None, compose_tokens=0), dict(ngram_rows=0, ngram_signs=0)], ids=str
 )
 def test_flop_of_the_later_records_parts_equal_torchs_count(changes):
-    """In plain torch, which computes all pairs of a block: attention's of its window, the composition's of
+    """The plain form computes all pairs of a block: attention's of its window, the composition's of
     its own and the one before."""
     model, lengths = small_model(train_gpt, vocab_size=VOCAB, **{**LATER_PARTS, **changes}), [9, 23]
     batch, c = make_batch(lengths), model.config

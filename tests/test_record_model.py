@@ -272,7 +272,7 @@ class LaterReference(Reference):
         return self.get(i, f"{name}_lambda")
 
     def tables(self):
-        """What the networks make in this model."""
+        """Signals that the networks make in this model."""
         kept = lambda table: [x for x in table if x[1] != "ngram" or self.c.ngram_rows]
         later = [x for x in LATER_GATES if not (self.c.mudd and x[0] == LAST and x[1] in ("x0", "ngram"))]
         later += COMPOSE if self.c.compose_tokens else []
