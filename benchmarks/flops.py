@@ -29,16 +29,21 @@ def padded_vocab(vocab: int) -> int:
 # ---------------------------------------------------------------------------------------------------
 
 
-def visible_pairs(lengths, window: int) -> int:
-    """Count the pairs (query, key) with 0 <= query - key <= window in documents of these lengths."""
-    lengths = np.atleast_1d(np.asarray(lengths, dtype=np.int64))
-    rising = np.minimum(lengths, window + 1)  # queries that see every earlier token
-    return int((rising * (rising + 1) // 2 + (lengths - rising) * (window + 1)).sum())
+def visible_pairs(lengths, window: int, tile: int = 1) -> int:
+    """Count the pairs (query, key) with 0 <= query - key <= window in documents of these lengths.
+
+    With a tile, all pairs of the tile x tile blocks that hold such a pair: what flash attention computes.
+    """
+    blocks = -(-np.atleast_1d(np.asarray(lengths, dtype=np.int64)) // tile)
+    documents = np.cumsum(np.bincount(blocks)[::-1])[::-1][1:]  # that have a block j
+    j = np.arange(len(documents))
+    keys = j - np.maximum(0, j * tile - window) // tile + 1  # blocks of keys of block j
+    return int((documents * keys).sum()) * tile**2
 
 
-def visible_keys(lengths, window: int) -> float:
-    """Mean number of keys that a query sees, over all tokens of documents of these lengths."""
-    return visible_pairs(lengths, window) / int(np.sum(lengths))
+def visible_keys(lengths, window: int, tile: int = 1) -> float:
+    """Mean number of keys of a query, over all tokens of documents of these lengths."""
+    return visible_pairs(lengths, window, tile) / int(np.sum(lengths))
 
 
 def layer_windows(c, windows: tuple[int, int]) -> list[int | None]:
@@ -49,7 +54,7 @@ def layer_windows(c, windows: tuple[int, int]) -> list[int | None]:
     ]
 
 
-def keys_per_token(c, lengths, windows: tuple[int, int]) -> float:
+def keys_per_token(c, lengths, windows: tuple[int, int], tile: int = 1) -> float:
     """Number of keys that one token's queries see, summed over layers and query heads.
 
     A paired layer has half as many heads on documents twice as long, with the same window.
@@ -58,7 +63,7 @@ def keys_per_token(c, lengths, windows: tuple[int, int]) -> float:
     for i, window in enumerate(layer_windows(c, windows)):
         if window is not None:
             times = 2 if i in c.paired_layers else 1
-            total += c.num_heads * visible_keys(np.multiply(lengths, times), window)
+            total += c.num_heads * visible_keys(np.multiply(lengths, times), window, tile)
     return total
 
 
