@@ -35,7 +35,7 @@ from data.shards import DataError, Shard, open_pair
 from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing, draw_noise, load_fields
 from kernels.float8 import Float8Linear
-from kernels.heads import composed, grouped_shape, in_head_order, without_own_value
+from kernels.heads import composed, grouped_shape, in_head_order, offset_keys, pair_heads, without_own_value
 from kernels.ngrams import embed_ngrams, sign_table
 from kernels.signals import NGRAM_START, RESID_START, Mudd, TokenNet, gate_signals, signalled
 from runtime import settings, supervise
@@ -59,6 +59,8 @@ SECOND_DECAYS = ("linear", "exp", "constant")
 ATTN_BACKENDS, KERNELS = ("auto", "varlen", "flex", "sdpa"), ("auto", "triton", "cpu", "torch")
 OPTIMIZERS = ("normuon", "muon", "adamw")
 LONG_DOCS, DECAY_MODES = ("cut", "split"), ("cautious", "none", "param", "update", "both")
+PARTS = ("", "qk_group", "value_std", "value_gate_reads_table", "ngram_signs", "attn_source", "mudd")
+PARTS += ("xsa_layers", "gate_layers", "compose_tokens", "prefix_weights")  # fields of ModelConfig
 BY_STAGE = ("batch_sizes", "lr_muls", "max_doc_tokens")  # settings with one value per stage
 
 
@@ -81,9 +83,7 @@ class Settings(settings.RunPaths):
     val_files: str = knob("data/fineweb10B/fineweb_val_*.bin", "glob of validation shards")
     val_tokens: int = knob(10_485_760, "validation tokens, from the start of the shards", low=1024)
     val_batch_tokens: int = knob(2_097_152, "tokens of a validation batch", low=1024, rare=True)
-    max_doc_tokens: tuple[int, ...] = knob(
-        (2048,) * 4, "longest document in training, tokens, by stage; or one value", low=16, rare=True
-    )
+    max_doc_tokens: tuple[int, ...] = knob((2048,) * 4, "longest document, by stage", low=16, rare=True)
     long_docs: str = knob("cut", "rest of a longer document: dropped or kept", choices=LONG_DOCS, rare=True)
     # length and shape of the run; one value per stage: three scheduled thirds, then the extension
     num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
@@ -93,6 +93,7 @@ class Settings(settings.RunPaths):
     residual_scale: float = knob(1.0, "factor on the output of every attention and MLP branch")
     ngrams: tuple[int, ...] = knob(None, "lengths of hashed n-grams; empty: preset's", low=2, high=5)
     ngram_rows: int = knob(None, "rows of the n-gram table; empty: preset's; 0: none", low=0, high=2**24)
+    without: str = knob("", "part of the preset to leave out, for ablations", choices=PARTS, rare=True)
     # mixture of experts, for presets that have one
     num_experts: int = knob(0, "experts per layer; 0: none, an MLP", low=0, high=256)
     moe_top_k: int = knob(2, "experts that a token goes to", low=2)
@@ -174,8 +175,8 @@ def check_settings(s: Settings, env):
             )
     if s.long_docs == "split" and len(set(s.max_doc_tokens)) > 1:
         raise SettingsError(
-            f"MAX_DOC_TOKENS={settings.as_text(s.max_doc_tokens)} with LONG_DOCS=split would number the "
-            "documents anew at a change of stage; use one value, or LONG_DOCS=cut"
+            f"MAX_DOC_TOKENS={settings.as_text(s.max_doc_tokens)} changes with the stage, by which LONG_DOCS="
+            "split would number the documents anew; use one value, or LONG_DOCS=cut"
         )
     unit = NUM_SLICES * 16
     for stage, tokens in enumerate(s.batch_sizes, 1):
@@ -217,6 +218,17 @@ def model_config(s: Settings, o: "OptimizerSettings", c: "ModelConfig") -> "Mode
     if rows == 1:
         raise SettingsError("NGRAM_ROWS=1, but one row is kept for the beginning; wanted 0, or 2 and more")
     c = replace(c, ngrams=s.ngrams or c.ngrams, ngram_rows=rows)
+    if s.without:
+        off = {s.without: getattr(ModelConfig, s.without)}
+        if getattr(c, s.without) == off[s.without]:
+            raise SettingsError(
+                f"WITHOUT={s.without} does nothing with MODEL={s.model}, which has no such part"
+            )
+        if s.without == "mudd":
+            off["backout"] = c.mudd[1]  # whose place it took
+        if s.without == "gate_layers":
+            off["compose_tokens"] = 0  # which they feed
+        c = replace(c, **off)
     if c.num_experts:
         if not 2 <= s.moe_top_k <= s.num_experts:
             raise SettingsError(
@@ -410,6 +422,7 @@ TINY_LATER = dict(  # the parts of gpt2-small-2026-08 in six layers
     untie_frac=ModelConfig.untie_frac,
 )
 LATER_SETTINGS = dict(cooldown_frac=0.6, lr_decay_final=0.15, muon_beta2=0.9)
+LATER_LENGTH = dict(num_scheduled_iterations=1270, num_extension_iterations=15)
 
 
 def heads(num_heads: int, num_kv_heads: int | None = None) -> dict:
@@ -430,12 +443,7 @@ PRESETS = {
             compose_tokens=112,
             **LATER,
         ),
-        dict(
-            LATER_SETTINGS,
-            max_doc_tokens=(896, 2048, 2048, 2048),
-            num_scheduled_iterations=1270,
-            num_extension_iterations=15,
-        ),
+        dict(LATER_SETTINGS, **LATER_LENGTH, max_doc_tokens=(896, 2048, 2048, 2048)),
     ),
     "gpt2-medium": (
         ModelConfig(
@@ -643,13 +651,9 @@ class TrainData:
         return stack_slices(slices, self.device, min(self.longest, slice_tokens))
 
     def next(self, batch_tokens: int, then: int | None, stages: tuple[int, int] = (0, 0)) -> list[Batch]:
-        """This rank's passes of this step; those of the step after it, of size `then`, are read meanwhile.
-
-        stages: those of the two steps.
-        """
-        batches = self.prefetcher.take(
-            self.coming or self.prefetcher.start(self.make, batch_tokens, stages[0])
-        )
+        """This rank's passes of this step; those of the step after it, of size `then`, are read meanwhile."""
+        coming = self.coming or self.prefetcher.start(self.make, batch_tokens, stages[0])
+        batches = self.prefetcher.take(coming)
         self.position = self.epoch, self.place, self.cursor
         self.coming = self.prefetcher.start(self.make, then, stages[1]) if then else None
         return batches
@@ -856,22 +860,6 @@ class Attention(nn.Module):
         return 2 * torch.sigmoid(F.linear(gate_in, self.value_gate))
 
 
-def offset_keys(k_BTHD: Tensor) -> Tensor:
-    """Move the half of each key that rotary leaves still to the next position: heads see what came before."""
-    turning, still = k_BTHD.chunk(2, dim=-1)
-    return torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
-
-
-def pair_heads(x_BTHD: Tensor, groups: int = 1) -> Tensor:
-    """Put heads h and h + H/2 side by side along the sequence, at positions 2t and 2t+1: (B, 2T, H/2, D).
-
-    groups: pair within each of so many equal groups of heads. The public record mixes the two by a view of
-    the flat channels; this is the clean form of its idea.
-    """
-    B, T, H, D = x_BTHD.shape
-    return x_BTHD.unflatten(2, (groups, 2, -1)).transpose(2, 3).reshape(B, 2 * T, H // 2, D)
-
-
 class MLP(nn.Module):
     """x + W2 relu(W1 norm(x))^2 (arXiv 2109.08668), or without x; both matrices stored (4C, C)."""
 
@@ -1026,7 +1014,8 @@ class GPT(nn.Module):
                     x = x + block.factor("ngram", by_token) * ngram
                 kept[-1], added_ngram = x, None
             if c.skip and i == c.skip[1]:
-                x = x + self.skip_factor(x0, by_token) * kept[c.skip[0]]
+                gate = by_token["skip"] if "skip" in by_token else self.gate_of_skip(x0)
+                x = x + torch.sigmoid(self.skip_lambda) * gate * kept[c.skip[0]]
             if c.mudd and i == c.num_layers - 1:
                 kept[i - 1], added_x0 = x, kept[-1]
                 x, made_last = self.mudd.enter(x, kept)
@@ -1042,13 +1031,8 @@ class GPT(nn.Module):
             x = x - self.backout_lambda * kept[c.backout]
         return norm(x)
 
-    def skip_factor(self, x0: Tensor, by_token: dict) -> Tensor:
-        """Factor on the skipped layer's output, (B, T, 1)."""
-        if "skip" in by_token:
-            gate = by_token["skip"]
-        else:
-            gate = 2 * torch.sigmoid(x0[..., :GATE_CHANNELS] @ self.skip_gate.to(x0.dtype)).unsqueeze(-1)
-        return torch.sigmoid(self.skip_lambda) * gate
+    def gate_of_skip(self, x0: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(x0[..., :GATE_CHANNELS] @ self.skip_gate.to(x0.dtype)).unsqueeze(-1)
 
     def train_loss(self, batch: Batch, windows, tied: bool, weights_K, prefix_weight=None, noise_LBTE=None):
         """One training pass: (loss, cross-entropy of the next token, detached), sums over tokens in nats.

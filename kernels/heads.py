@@ -1,4 +1,4 @@
-"""Heads in groups, and what may happen to heads' outputs before their gates: XSA, and their composition.
+"""Heads in pairs and groups, and what may happen to their outputs before their gates: XSA and composition.
 
 Plain torch. The public record runs the composition in a kernel of its own; docs/differences.md says what that
 would bring.
@@ -13,6 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 XSA_EPS, COMPOSE_EPS = 1e-8, 1e-6
+
+
+def offset_keys(k_BTHD: Tensor) -> Tensor:
+    """Move the half of each key that rotary leaves still to the next position: heads see what came before."""
+    turning, still = k_BTHD.chunk(2, dim=-1)
+    return torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
+
+
+def pair_heads(x_BTHD: Tensor, groups: int = 1) -> Tensor:
+    """Put heads h and h + H/2 side by side along the sequence, at positions 2t and 2t+1: (B, 2T, H/2, D).
+
+    groups: pair within each of so many equal groups of heads. The public record mixes the two by a view of
+    the flat channels; this is the clean form of its idea.
+    """
+    B, T, H, D = x_BTHD.shape
+    return x_BTHD.unflatten(2, (groups, 2, -1)).transpose(2, 3).reshape(B, 2 * T, H // 2, D)
 
 
 def grouped_shape(num_heads: int, c) -> tuple[int, ...]:

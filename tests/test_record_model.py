@@ -603,6 +603,20 @@ def test_schedule_of_the_preset():
     assert schedule.prefix_weight(900) is None and schedule.prefix_weight(1280) is None
 
 
+def test_a_part_can_be_left_out():
+    """Fails if WITHOUT leaves a part in, takes another with it that does not stand on it, or does nothing in
+    silence."""
+    full = read(train_gpt, MODEL="tiny-2026-08")[2]
+    for part in train_gpt.PARTS[1:]:
+        c = read(train_gpt, MODEL="tiny-2026-08", WITHOUT=part)[2]
+        found = {name for name, value in dataclasses.asdict(full).items() if getattr(c, name) != value}
+        assert found == {part} | {"mudd": {"backout"}, "gate_layers": {"compose_tokens"}}.get(part, set())
+        assert not getattr(c, part) or not any(map(any, c.prefix_weights))
+        model_of(dataclasses.replace(c, ngram_rows=61))
+        with pytest.raises(SettingsError, match="no such part"):
+            read(train_gpt, MODEL="tiny", WITHOUT=part)
+
+
 def test_parts_that_stand_on_others_are_refused_alone():
     """Fails if a config silently lacks what a part needs."""
     for changes in (
