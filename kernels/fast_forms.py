@@ -58,7 +58,12 @@ def cuda_forms() -> tuple[FastForm, ...]:
     ord_parts = ("inner", "safe_ratio", "ord_update", "radial_factor", "ord_stats")
     return (
         FastForm("MLP.forward", cuda.make_mlp_forward, ("MLP.__init__",), "a960a9b66929"),
-        FastForm("GPT.head_loss", cuda.make_head_loss, ("softcap", "multi_token_loss"), "0cb55cc38da2"),
+        FastForm(
+            "GPT.head_loss",
+            cuda.make_head_loss,
+            ("softcap", "multi_token_loss", "prefix_loss"),
+            "8ceeffdc3ab4",
+        ),
         FastForm("step_muon", cuda.make_step_muon, muon, "1bbc97bfe7e0", cuda.covers_muon),
         FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "8ffb435cb69f", cuda.covers_ord),
     )

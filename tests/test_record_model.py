@@ -799,15 +799,20 @@ def test_attentions_fast_form_refuses_another_model():
                 model.train_loss(make_batch(train_gpt), WINDOWS, True, torch.tensor(WEIGHTS))
 
 
-def test_the_triton_head_leaves_prefixes_to_the_plain_one():
-    """Fails if a pass that predicts prefixes takes the kernel, which does not know them."""
+def test_the_triton_heads_reference_predicts_prefixes_as_the_plain_head_does():
+    """Fails if the kernel, which offgpu/numerics.py compares with its reference, computes another loss than
+    the trainer's own: weights in another order, prefixes that are missing counted."""
     cuda = pytest.importorskip("kernels.cuda")
     model, batch = model_of(config(**ALL)), make_batch(train_gpt)
-    fused = cuda.make_head_loss(train_gpt, None)
     x = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)).double()
-    known = x, batch.targets_BT, torch.tensor(WEIGHTS), model.prefixes_V[batch.targets_BT], 0.3
+    prefixes = model.prefixes_V[batch.targets_BT]
+    assert 0 < (prefixes >= 0).sum() < prefixes.numel()
+    weights = torch.tensor([*WEIGHTS, 0.3])
     with torch.no_grad():
-        assert torch.equal(fused(model, *known)[0], model.head_loss(*known)[0])
+        wanted = model.head_loss(x, batch.targets_BT, weights[:-1], prefixes, 0.3)
+        known = x.flatten(0, 1), model.head, batch.targets_BT, weights, train_gpt.SOFTCAP
+        found = cuda.head_loss_reference(*known, prefixes)
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in wanted], rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- resuming, ranks

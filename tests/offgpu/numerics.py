@@ -189,32 +189,44 @@ def loss_case(B, T, V, K, scale=3.0):
     return draw(B * T, V, scale=scale), targets, weights
 
 
+def with_prefixes(targets, weights, V):
+    """(weights with that of prefixes, prefixes of which some are missing)."""
+    drawn = draw_tokens(2 * V, *targets.shape, seed=7) - V
+    drawn[0, 0], drawn[-1, -1] = V - 1, 0
+    return torch.cat((weights, torch.tensor([0.2]))), drawn.clamp_min(-1)
+
+
+@pytest.mark.parametrize("prefixes", [False, True], ids=["", "prefixes"])
 @pytest.mark.parametrize("B, T, V, K", [(1, 5, 128, 1), (2, 19, 2176, 2), (3, 7, 4099, 3), (4, 2, 50, 3)])
-def test_softcapped_loss(B, T, V, K):
+def test_softcapped_loss(B, T, V, K, prefixes):
     """Forward against torch, backward against autograd of the same."""
     z, targets, weights = loss_case(B, T, V, K)
+    weights, prefix = with_prefixes(targets, weights, V) if prefixes else (weights, None)
     exact = z.float().requires_grad_()
-    want = cuda.softcapped_loss_reference(exact, targets, weights, *SOFTCAP)
-    got = cuda.softcapped_loss(z, targets, weights, *SOFTCAP)
+    want = cuda.softcapped_loss_reference(exact, targets, weights, *SOFTCAP, prefix)
+    got = cuda.softcapped_loss(z, targets, weights, *SOFTCAP, prefix)
     for a, b in zip(got, want):
         assert_close(a, b.detach(), rtol=1e-5, atol=1e-5)
     factor = torch.tensor(0.25)
     (factor * want[0].sum()).backward()
-    got = cuda.softcapped_loss_backward(z, got[2], targets, weights, factor, *SOFTCAP)
+    got = cuda.softcapped_loss_backward(z, got[2], targets, weights, factor, *SOFTCAP, prefix)
     assert_close(got, exact.grad.bfloat16(), rtol=2 * BF16_STEP)
-    formula = cuda.softcapped_loss_backward_reference(z, want[2].detach(), targets, weights, factor, *SOFTCAP)
+    known = z, want[2].detach(), targets, weights, factor
+    formula = cuda.softcapped_loss_backward_reference(*known, *SOFTCAP, prefix)
     assert_close(formula, exact.grad, rtol=1e-4)
 
 
+@pytest.mark.parametrize("prefixes", [False, True], ids=["", "prefixes"])
 @pytest.mark.parametrize("B, T, V, K", [(1, 5, 128, 1), (2, 67, 300, 2), (3, 7, 130, 3)])
-def test_softcapped_loss_backward_in_float8(B, T, V, K):
+def test_softcapped_loss_backward_in_float8(B, T, V, K, prefixes):
     """Neighbouring float8 numbers are a quarter apart; a value on the edge may fall to either side."""
     z, targets, weights = loss_case(B, T, V, K)
-    lse = cuda.softcapped_loss(z, targets, weights, *SOFTCAP)[2]
+    weights, prefix = with_prefixes(targets, weights, V) if prefixes else (weights, None)
+    lse = cuda.softcapped_loss(z, targets, weights, *SOFTCAP, prefix)[2]
     known = (z, lse, targets, weights, torch.tensor(0.25), *SOFTCAP)
-    got, turned = cuda.softcapped_loss_backward_float8(*known, 1e-4)
+    got, turned = cuda.softcapped_loss_backward_float8(*known, 1e-4, prefix)
     want, _ = cuda.quantize_reference(
-        cuda.softcapped_loss_backward_reference(*known), 1e-4, torch.float8_e5m2
+        cuda.softcapped_loss_backward_reference(*known, prefix), 1e-4, torch.float8_e5m2
     )
     assert torch.equal(turned.float(), got.float().T)
     assert (got.float() == want.float()).float().mean() > 0.999
@@ -242,15 +254,17 @@ def head_case(seed=0):
     return x, w, targets, torch.tensor([1.0, 0.5])
 
 
+@pytest.mark.parametrize("prefixes", [False, True], ids=["", "prefixes"])
 @pytest.mark.parametrize(
     "scales, error", [(None, 0.01), ((100 / 448, 6 / 448, 0.1 / 448), 0.12)], ids=["bfloat16", "float8"]
 )
-def test_head_loss(scales, error):
+def test_head_loss(scales, error, prefixes):
     """Values and gradients against fp32; float8 has three bits of mantissa forward and two backward."""
     x, w, targets, weights = head_case()
+    weights, prefix = with_prefixes(targets, weights, len(w)) if prefixes else (weights, None)
     exact = [p.detach().float().requires_grad_() for p in (x, w)]
-    loss, entropy = cuda.head_loss(x, w, targets, weights, SOFTCAP, scales)
-    want, want_entropy = cuda.head_loss_reference(*exact, targets, weights, SOFTCAP)
+    loss, entropy = cuda.head_loss(x, w, targets, weights, SOFTCAP, scales, prefix)
+    want, want_entropy = cuda.head_loss_reference(*exact, targets, weights, SOFTCAP, prefix)
     (0.25 * loss).backward()
     (0.25 * want).backward()
     assert not entropy.requires_grad
