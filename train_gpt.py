@@ -1037,7 +1037,7 @@ class GPT(nn.Module):
     def gate_of_skip(self, x0: Tensor) -> Tensor:
         return 2 * torch.sigmoid(x0[..., :GATE_CHANNELS] @ self.skip_gate.to(x0.dtype)).unsqueeze(-1)
 
-    def train_loss(self, batch: Batch, windows, tied: bool, weights_K, prefix_weight=None, noise_LBTE=None):
+    def train_loss(self, batch: Batch, windows, tied: bool, weights_K, noise_LBTE=None, prefix_weight=None):
         """One training pass: (loss, cross-entropy of the next token, detached), sums over tokens in nats.
 
         The loss counts the tokens after the next too, weighted, the next token's prefix if it has a weight (a
@@ -1684,8 +1684,8 @@ class Trainer:
                 (B, T), L, E = batch.inputs_BT.shape, c.num_layers, c.num_experts
                 noise = draw_noise(self.s.seed, step, [next(slices) for _ in range(B)], (L, T, E))
                 noise = to_device(self.s.router_noise * noise, self.ranks.device)
-            all_weights = weights, schedule.prefix_weight(step)
-            loss, cross_entropy = self.train_loss(batch, windows, self.tied, *all_weights, noise)
+            known = windows, self.tied, weights, noise, schedule.prefix_weight(step)
+            loss, cross_entropy = self.train_loss(batch, *known)
             (LOSS_SCALE * loss).backward()
             loss_sum = loss_sum + cross_entropy
         measure = measure or schedule.validates(step + 1)

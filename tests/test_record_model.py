@@ -38,6 +38,7 @@ from test_model import (
     sigmoid,
 )
 
+import sample
 import train_gpt
 import train_gpt_muon_ord as ord_gpt
 from data.prefixes import longest_prefixes, prefix_tokens
@@ -359,7 +360,7 @@ def test_forward_equals_the_slow_model(part):
             x = model.trunk(batch.inputs_BT, docs, windows, tied) @ model.head.T
         np.testing.assert_allclose(23 * sigmoid((x.numpy() + 5) / 7.5), np.stack(expected), atol=2e-4)
     with torch.no_grad():
-        loss, ce = model.train_loss(batch, WINDOWS, True, torch.tensor(WEIGHTS), prefix_weight)
+        loss, ce = model.train_loss(batch, WINDOWS, True, torch.tensor(WEIGHTS), None, prefix_weight)
     assert loss.item() == pytest.approx(ref_loss(reference, model, batch, True, prefix_weight), rel=1e-5)
 
 
@@ -368,7 +369,7 @@ def test_gradients_equal_differences_of_the_slow_model(part):
     """Fails if a parameter of a part has another gradient than that of the forward pass, or none."""
     model, batch = model_of(config(**PARTS[part])), make_batch(train_gpt)
     prefix_weight = 0.2 if "prefix_weights" in PARTS[part] else None
-    model.train_loss(batch, WINDOWS, False, torch.tensor(WEIGHTS), prefix_weight)[0].backward()
+    model.train_loss(batch, WINDOWS, False, torch.tensor(WEIGHTS), None, prefix_weight)[0].backward()
     reference, rng = reference_of(model), np.random.default_rng(0)
     for name, p in model.named_parameters():
         value = reference.p[name]
@@ -386,7 +387,7 @@ def test_gradients_equal_differences_of_the_slow_model(part):
 def test_slices_of_one_pass_do_not_see_each_other():
     """Fails if the composition of heads, or a row of signs, reaches into the slice before."""
     model, batch = model_of(config(**ALL)), make_batch(train_gpt)
-    known = WINDOWS, False, torch.tensor(WEIGHTS), 0.2
+    known = WINDOWS, False, torch.tensor(WEIGHTS), None, 0.2
     with torch.no_grad():
         together = model.train_loss(batch, *known)[0].item()
         alone = 0.0
@@ -815,7 +816,29 @@ def test_the_triton_heads_reference_predicts_prefixes_as_the_plain_head_does():
     assert [x.item() for x in found] == pytest.approx([x.item() for x in wanted], rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------- resuming, ranks
+# ---------------------------------------------------------------------------------- sampling, resuming, ranks
+
+
+def test_a_saved_model_continues_a_text(tmp_path):
+    """Fails if the model file lacks something of a part, its config does not come back, or a token's logits
+    depend on those after it: sample.py's for each beginning of a text are those of the whole text. A text of
+    one token is shorter than an n-gram and than a block of the composition."""
+    c = config(**ALL)
+    model = model_of(c).float()
+    metadata = dict(config=dataclasses.asdict(c), vocab_size=100, residual_scale=1.0, rotary_scale=0.1)
+    metadata |= dict(mark=0, windows=WINDOWS, tied=False)
+    checkpoints.save_model(tmp_path / "model.safetensors", model, metadata)
+    loaded, metadata = sample.load_model(tmp_path / "model.safetensors", "cpu")
+    assert loaded.config == c
+    loaded.rotary.make_tables(64)
+    tokens = np.random.default_rng(0).integers(1, 100, 32)
+    batch = train_gpt.stack_slices([(tokens, tokens, [32])], torch.device("cpu"), 32)[0]
+    with torch.no_grad():
+        x = model.trunk(batch.inputs_BT, train_gpt.Documents(batch, "sdpa"), WINDOWS, False)[0]
+        whole = train_gpt.softcap(x @ model.head.T)[:, :100]
+        for length in (1, 2, 7, 8, 20, 32):
+            found = sample.next_logits(loaded, tokens[:length].tolist(), metadata)
+            torch.testing.assert_close(found, whole[length - 1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
