@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Set everything up and train. All settings are environment variables (README.md, or --help of the script):
 #   ./run.sh                                 two or three minutes on a laptop; all GPUs where there are some
-#   ./run.sh my_text.txt                     on your own text (.txt .md .rst .jsonl .parquet), and show a sample
+#   ./run.sh my_text.txt                     on your own text (.txt .md .rst .jsonl .parquet)
 #   SCRIPT=train_gpt.py SEED=1 ./run.sh      the baseline instead of Muon + ORD
 #   NPROC_PER_NODE=4 ./run.sh                so many ranks
 #   SAVE_EVERY=100 MAX_RESTARTS=3 ./run.sh   checkpoints, from which torchrun restarts the run if it dies
 #   RUN_ID=mine RESUME=auto ./run.sh         go on with a run that was stopped
+#   VENV=0 ./run.sh                          with the `python` on PATH, where nothing can be installed
 set -euo pipefail
 texts=()
 for text in "$@"; do
@@ -18,8 +19,7 @@ if [ -n "${RESUME:-}" ] && [ -z "${RUN_ID:-}" ]; then
   exit 2
 fi
 source setup_env.sh
-setup_env
-python=.venv/bin/python
+setup_env  # sets python
 
 script=${SCRIPT:-train_gpt_muon_ord.py}
 [ -f "$script" ] || { echo "SCRIPT=$script: no such file; train_gpt_muon_ord.py and train_gpt.py are" >&2; exit 2; }
@@ -51,8 +51,11 @@ echo "log    logs/$RUN_ID.txt"
 echo "curves logs/$RUN_ID.png"
 model=logs/$RUN_ID/model.safetensors
 [ -f "$model" ] || exit 0
-echo "model  $model; it goes on with a text: $python sample.py $model --prompt \"...\""
-if [ ${#texts[@]} -gt 0 ]; then
-  echo "a sample of it:"
-  $python sample.py "$model" --tokens 200
+echo "model  $model"
+# the run is not failed by a sample that cannot be had, as where GPT-2's vocabulary is not at hand
+if sample=$($python sample.py "$model" --tokens 60 | tr -s '\n\t ' ' '); then
+  echo "sample ${sample:0:100}"
+  echo "more   $python sample.py $model --prompt \"...\""
+else
+  echo "the run is finished; its model could not be sampled" >&2
 fi

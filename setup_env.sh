@@ -1,39 +1,83 @@
-# Sourced by run.sh and test.sh: a virtual environment in .venv that holds requirements.txt.
-# Safe to run again: nothing happens while .venv works and has every package. It is asked, each time, because an
-# environment that was copied, renamed or whose Python is gone looks whole and is not.
+# Sourced by run.sh and test.sh: sets `python` to one that has requirements.txt.
+#   default         that of .venv, which is made if need be
+#   TORCH=2.11.0    that of .venv-torch2.11.0: another torch than requirements.txt pins, and its triton
+#   VENV=0          the one on PATH, as it is, for machines where nothing can be installed
+# Safe to run again: nothing happens while an environment works and has every package. It is asked, each time, because
+# one that was copied, renamed or whose Python is gone looks whole and is not.
 
 setup_env() {
-  local python=${PYTHON:-python3}
+  local base=${PYTHON:-python3} venv=.venv${TORCH:+-torch$TORCH}
+  if [ "${VENV:-1}" = 0 ]; then
+    take_python_on_path
+    return
+  fi
+  requirements >/dev/null || return 2
+  python=$venv/bin/python
   if has_requirements; then
     return
   fi
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "$python is $("$python" --version 2>&1); wanted Python 3.11 or later. Set PYTHON=/path/to/python3.11" >&2
+  if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "$base is $("$base" --version 2>&1); wanted Python 3.11 or later. Set PYTHON=/path/to/python3.11" >&2
     return 2
   fi
-  echo "setting up .venv from requirements.txt (once; torch is large)"
-  if ! .venv/bin/python -m pip --version >/dev/null 2>&1 && ! "$python" -m venv --clear .venv; then
-    echo "could not make .venv; on Debian and Ubuntu: apt-get install python3-venv" >&2
+  echo "setting up $venv from requirements.txt${TORCH:+ with torch $TORCH} (once; torch is large)"
+  if ! "$python" -m pip --version >/dev/null 2>&1 && ! "$base" -m venv --clear "$venv"; then
+    echo "could not make $venv; on Debian and Ubuntu: apt-get install python3-venv" >&2
     return 2
   fi
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt || return 2
+  requirements | "$python" -m pip install --quiet --disable-pip-version-check -r /dev/stdin || return 2
 }
 
-# whether .venv's own Python runs, is new enough, and has every package of requirements.txt in the wanted version
+# requirements.txt, with the torch that TORCH names and its triton
+requirements() {
+  local triton
+  case ${TORCH:-} in
+    '') cat requirements.txt; return ;;
+    2.11.?) triton=3.6.0 ;;
+    2.12.?) triton=3.7.0 ;;
+    *) echo "TORCH=$TORCH is none of 2.11.0, 2.12.0, 2.12.1; unset, it is the one in requirements.txt" >&2; return 2 ;;
+  esac
+  sed -e "s/^torch==[0-9.]*/torch==$TORCH/" -e "s/^triton==[0-9.]*/triton==$triton/" requirements.txt
+}
+
 has_requirements() {
-  .venv/bin/python -c '
-import importlib.metadata, re, sys
-if sys.version_info < (3, 11) or sys.prefix == sys.base_prefix:
+  local lacking
+  lacking=$(requirements | lacks "${python:-.venv/bin/python}" pinned) && [ -z "$lacking" ]
+}
+
+take_python_on_path() {
+  local lacking found
+  python=python
+  found=$(command -v python) || { echo "VENV=0: there is no python on PATH" >&2; return 2; }
+  lacking=$(lacks python works <requirements.txt) ||
+    { echo "VENV=0: $found is $(python --version 2>&1); wanted Python 3.11 or later" >&2; return 2; }
+  [ -n "$lacking" ] || return 0
+  echo "VENV=0: $found lacks" $lacking >&2
+  if grep -qE '^(torch|numpy|safetensors)' <<<"$lacking"; then
+    echo "training takes torch 2.11, 2.12 or 2.13 (with CUDA, triton 3.6 or 3.7), numpy and safetensors" >&2
+    return 2
+  fi
+}
+
+# Name what $1, a Python, lacks of the requirements on stdin. $2: pinned, in a virtual environment and in these
+# versions; or works, in any version, of torch and triton in one that is known to work. Fails if it is too old.
+lacks() {
+  "$1" -c '
+import fnmatch, importlib.metadata, sys
+pinned, work = sys.argv[1] == "pinned", {"torch": "2.1[123].*", "triton": "3.[67].*"}
+if sys.version_info < (3, 11) or (pinned and sys.prefix == sys.base_prefix):
     sys.exit(1)
-for line in open("requirements.txt", encoding="utf-8"):
+for line in sys.stdin:
     wanted, _, system = line.partition("#")[0].partition(";")
-    if wanted.strip() and (not system.strip() or sys.platform in system):
-        name, _, version = wanted.strip().partition("==")
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            sys.exit(1)
-        if version and found.partition("+")[0] != version:
-            sys.exit(1)
-' >/dev/null 2>&1
+    if not wanted.strip() or (system.strip() and sys.platform not in system):
+        continue
+    name, _, version = wanted.strip().partition("==")
+    try:
+        found = importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        print(name)
+        continue
+    if not fnmatch.fnmatch(found, (version or "*") if pinned else work.get(name, "*")):
+        print(f"{name}-{found}")
+' "$2" 2>/dev/null
 }

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.prefixes import prefix_tokens
-from data.shards import DataError, Shard, open_pair
+from data.shards import Ahead, DataError, Shard, open_pair
 from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing, draw_noise, load_fields
 from kernels.float8 import Float8Linear
@@ -43,11 +43,13 @@ from kernels.ngrams import embed_ngrams, sign_table
 from kernels.signals import NGRAM_START, RESID_START, Mudd, TokenNet, gate_signals, signalled
 from runtime import settings, supervise
 from runtime.compiling import compile_forward, not_compiled, torch_compile
+from runtime.flops import flop_per_token
+from runtime.memory import MOST_TOKENS, VAL_SLICES, Memory
 from runtime.prefetch import Prefetcher, to_device
-from runtime.ranks import Ranks, capability, find_device
+from runtime.ranks import Ranks, capability, find_device, is_amd
 from runtime.session import Session
 from runtime.settings import SettingsError, knob, machine_knob, recording_knob
-from runtime.sharding import SMALL, Bucket, read_master, write_master
+from runtime.sharding import SMALL, Bucket, gradient_norm, read_master, write_master
 
 SCRIPT = Path(__file__).resolve()
 
@@ -93,6 +95,8 @@ class Settings(settings.RunPaths):
     num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
     train_tokens: int = knob(0, "tokens; if not 0, sets NUM_SCHEDULED_ITERATIONS", low=0)
     batch_sizes: tuple[int, ...] = knob((131072, 262144, 393216, 393216), "tokens per step", low=128)
+    slices: int = knob(8, "slices that a batch is cut into; more of them take less memory", low=8, high=64)
+    pass_tokens: int = machine_knob(0, "most tokens of a pass of several slices; 0: by memory", low=0)
     residual_scale: float = knob(1.0, "factor on the output of every attention and MLP branch")
     ngrams: tuple[int, ...] = knob(None, "lengths of hashed n-grams; empty: preset's", low=2, high=5)
     ngram_rows: int = knob(None, "rows of the n-gram table; empty: preset's; 0: none", low=0, high=2**24)
@@ -181,18 +185,18 @@ def check_settings(s: Settings, env):
             f"MAX_DOC_TOKENS={settings.as_text(s.max_doc_tokens)} changes with the stage, by which LONG_DOCS="
             "split would number the documents anew; use one value, or LONG_DOCS=cut"
         )
-    unit = NUM_SLICES * 16
+    unit, val_unit = s.slices * 16, VAL_SLICES * 16
     for stage, tokens in enumerate(s.batch_sizes, 1):
         if tokens % unit:
             down = tokens // unit * unit
             raise SettingsError(
-                f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {NUM_SLICES} slices x 16 tokens; "
+                f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {s.slices} slices x 16 tokens; "
                 f"{down} or {down + unit} are"
             )
-    if s.val_batch_tokens % unit or s.val_tokens % s.val_batch_tokens:
+    if s.val_batch_tokens % val_unit or s.val_tokens % s.val_batch_tokens:
         raise SettingsError(
             f"VAL_TOKENS={s.val_tokens} must be a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens}, and "
-            f"that of {NUM_SLICES} slices x 16 tokens"
+            f"that of {VAL_SLICES} slices x 16 tokens"
         )
     if s.train_tokens and "NUM_SCHEDULED_ITERATIONS" in env:
         raise SettingsError("TRAIN_TOKENS and NUM_SCHEDULED_ITERATIONS both set the run's length; unset one")
@@ -203,8 +207,10 @@ def check_settings(s: Settings, env):
         )
     if s.device == "cpu" and s.attn_backend in ("varlen", "flex"):
         raise SettingsError(f"ATTN_BACKEND={s.attn_backend} trains on CUDA only; elsewhere use sdpa or auto")
-    if s.kernels == "triton" and (s.device == "cpu" or not importlib.util.find_spec("triton")):
-        lacks = "no CUDA device is used" if s.device == "cpu" else "triton is not installed"
+    if s.kernels == "triton" and (s.device == "cpu" or is_amd() or not importlib.util.find_spec("triton")):
+        lacks = "triton is not installed"
+        if s.device == "cpu" or is_amd():
+            lacks = "no NVIDIA GPU is used"
         raise SettingsError(f"KERNELS=triton, but {lacks} here; use KERNELS=torch or auto")
     if s.kernels == "cpu" and (s.device == "cuda" or s.compile == "1"):
         raise SettingsError("KERNELS=cpu is for DEVICE=cpu and COMPILE=0; use KERNELS=torch or auto")
@@ -258,7 +264,7 @@ def resolve(s: Settings) -> Settings:
     if s.compile == "auto":
         changes["compile"] = "1" if cuda else "0"
     if s.attn_backend == "auto":
-        changes["attn_backend"] = "varlen" if cuda else "sdpa"
+        changes["attn_backend"] = "varlen" if cuda and capability() >= (8, 0) else "sdpa"
     if not cuda or capability() < (8, 9):
         changes["disable_fp8"] = True
     if s.kernels == "auto":
@@ -542,9 +548,6 @@ def presets() -> dict[str, tuple[str, dict]]:
 # Batches: shards of documents -> slices of tokens
 # ---------------------------------------------------------------------------------------------------
 
-NUM_SLICES = 8  # a global batch is always cut so (or into as many slices as there are ranks, if more)
-PASS_TOKENS = 65_536  # of one forward pass; gpt2-small then takes some 50 of 80 GB
-
 
 class Batch(NamedTuple):
     """One forward pass of one rank: B slices of T tokens."""
@@ -555,20 +558,20 @@ class Batch(NamedTuple):
     max_doc_tokens: int
 
 
-def count_slices(world_size: int) -> int:
-    """Number of slices in a global batch."""
-    return max(NUM_SLICES, world_size)
+def count_slices(s: Settings, world_size: int) -> int:
+    """Number of slices in a batch of training: SLICES, or as many as there are ranks if that is more."""
+    return max(s.slices, world_size)
 
 
-def my_slices(ranks: Ranks) -> range:
+def my_slices(num_slices: int, ranks: Ranks) -> range:
     """This rank's slices of a global batch."""
-    each = count_slices(ranks.world_size) // ranks.world_size
+    each = num_slices // ranks.world_size
     return range(ranks.rank * each, (ranks.rank + 1) * each)
 
 
-def stack_slices(slices: list, device: torch.device, max_doc_tokens: int) -> list[Batch]:
-    """Stack slices, (inputs, targets, document lengths) in numpy, into as few passes as PASS_TOKENS asks."""
-    per_pass = max(1, PASS_TOKENS // len(slices[0][0]))
+def stack_slices(slices: list, device, max_doc_tokens: int, pass_tokens: int = MOST_TOKENS) -> list[Batch]:
+    """Stack slices, (inputs, targets, document lengths) in numpy, into as few passes as pass_tokens asks."""
+    per_pass = max(1, pass_tokens // len(slices[0][0]))
     batches = []
     for start in range(0, len(slices), per_pass):
         inputs, targets, lengths = zip(*slices[start : start + per_pass])
@@ -590,12 +593,13 @@ class TrainData:
     after the last one handed out begins, is all the state there is.
     """
 
-    def __init__(self, shards: list[Shard], s: Settings, ranks: Ranks):
-        self.shards, self.seed, self.device = shards, s.seed, ranks.device
+    def __init__(self, shards: list[Shard], s: Settings, ranks: Ranks, pass_tokens: int = MOST_TOKENS):
+        self.shards, self.seed, self.device, self.pass_tokens = shards, s.seed, ranks.device, pass_tokens
         self.max_doc_tokens, self.split = s.max_doc_tokens, s.long_docs == "split"
         self.longest = s.max_doc_tokens[0]  # the current stage's
-        self.num_slices, self.mine = count_slices(ranks.world_size), my_slices(ranks)
-        self.loaded, self.prefetcher = None, Prefetcher(ranks.device)
+        self.num_slices = count_slices(s, ranks.world_size)
+        self.mine = my_slices(self.num_slices, ranks)
+        self.loaded, self.ahead, self.prefetcher = None, Ahead(), Prefetcher(ranks.device)
         self.seek((0, 0, 0))
 
     def seek(self, position: tuple[int, int, int]):
@@ -605,16 +609,26 @@ class TrainData:
         self.coming = None
 
     def load_shard(self):
-        """Index the current shard's documents, in this epoch's order."""
-        order = np.random.default_rng([self.seed, 1, self.epoch]).permutation(len(self.shards))
-        index = int(order[self.place])
+        """Go to the documents of the current shard; those of the next one are indexed meanwhile."""
+        here = self.epoch, self.place
+        shard = self.ahead.take(self.index_shard, *here, self.longest)
+        self.loaded, self.tokens, self.starts, self.lengths = shard
+        self.mark, self.ends = self.shards[self.loaded].mark, np.cumsum(self.lengths)
+        self.ahead.start(self.index_shard, *self.place_after(*here), self.longest)
+
+    def index_shard(self, epoch: int, place: int, longest: int) -> tuple:
+        """(number of the shard at this place, its tokens, starts and lengths of its documents in order)."""
+        order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.shards))
+        index = int(order[place])
         shard = self.shards[index]
-        if self.loaded != index:
-            self.tokens, self.mark, self.loaded = shard.read(), shard.mark, index
-        starts, lengths = shard.documents(self.tokens, self.longest, self.split)
-        perm = np.random.default_rng([self.seed, 2, self.epoch, index]).permutation(len(starts))
-        self.starts, self.lengths = starts[perm], lengths[perm]
-        self.ends = np.cumsum(self.lengths)
+        tokens = self.tokens if index == self.loaded else shard.read()
+        starts, lengths = shard.documents(tokens, longest, self.split)
+        perm = np.random.default_rng([self.seed, 2, epoch, index]).permutation(len(starts))
+        return index, tokens, starts[perm], lengths[perm]
+
+    def place_after(self, epoch: int, place: int) -> tuple[int, int]:
+        """The next shard's place: in this epoch's order, or first in the next one's."""
+        return (epoch, place + 1) if place + 1 < len(self.shards) else (epoch + 1, 0)
 
     def plan_slice(self, num_tokens: int) -> tuple:
         """(tokens, starts, lengths) of the next slice: whole documents, the last one cut to fill it."""
@@ -627,9 +641,7 @@ class TrainData:
                 lengths[-1] -= self.ends[last] - before - num_tokens
                 self.cursor = last + 1
                 return self.tokens, starts, lengths
-            self.place, self.cursor = self.place + 1, 0
-            if self.place == len(self.shards):
-                self.epoch, self.place = self.epoch + 1, 0
+            (self.epoch, self.place), self.cursor = self.place_after(self.epoch, self.place), 0
             self.load_shard()
         raise DataError(
             f"no training shard fills a slice of {num_tokens} tokens now, as one did when the run began; "
@@ -651,7 +663,7 @@ class TrainData:
         slice_tokens = batch_tokens // self.num_slices
         plans = [self.plan_slice(slice_tokens) for _ in range(self.num_slices)]
         slices = [self.read_slice(*plans[i]) for i in self.mine]
-        return stack_slices(slices, self.device, min(self.longest, slice_tokens))
+        return stack_slices(slices, self.device, min(self.longest, slice_tokens), self.pass_tokens)
 
     def next(self, batch_tokens: int, then: int | None, stages: tuple[int, int] = (0, 0)) -> list[Batch]:
         """This rank's passes of this step; those of the step after it, of size `then`, are read meanwhile."""
@@ -669,13 +681,14 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int
     """
     need = s.val_tokens + 1
     tokens = np.concatenate([shard.head(need) for shard in shards])[:need]
-    slice_tokens = s.val_batch_tokens // count_slices(ranks.world_size)
+    num_slices = max(VAL_SLICES, ranks.world_size)
+    slice_tokens = s.val_batch_tokens // num_slices
     is_mark = tokens == shards[0].mark
     bounds = np.union1d(np.flatnonzero(is_mark[:-1]), np.arange(0, need, slice_tokens))
     longest = int(np.diff(bounds).max())  # of all batches, because compiled code is made for this number
     for batch_start in range(0, s.val_tokens, s.val_batch_tokens)[:num_batches]:
         slices = []
-        for i in my_slices(ranks):
+        for i in my_slices(num_slices, ranks):
             start = batch_start + i * slice_tokens
             end = start + slice_tokens
             inner = np.flatnonzero(is_mark[start + 1 : end]) + 1
@@ -695,8 +708,9 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
             f"VAL_TOKENS={s.val_tokens}, but the validation shards hold {have}, one of them only a target; "
             f"set it to a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens} below that"
         )
-    num_slices = count_slices(world_size)
-    if num_slices % world_size or any(t % num_slices for t in (*s.batch_sizes, s.val_batch_tokens)):
+    num_slices = count_slices(s, world_size)
+    cut = [(t, num_slices) for t in s.batch_sizes] + [(s.val_batch_tokens, max(VAL_SLICES, world_size))]
+    if any(n % world_size or tokens % n for tokens, n in cut):
         raise SettingsError(
             f"{world_size} ranks do not divide {num_slices} slices, or those the batches {s.batch_sizes}; "
             "use 1, 2, 4, 8 ranks, or batches that divide"
@@ -939,7 +953,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.plans = c, layer_plans(c)
         self.backend, self.residual_scale = backend, residual_scale
-        self.float8_head, self.balance_weight = False, 0.0
+        self.float8_head, self.balance_weight, self.pass_tokens = False, 0.0, MOST_TOKENS
         if c.num_experts:  # tokens that validation sent to each expert of each layer
             load = torch.zeros(c.num_layers, c.num_experts, dtype=torch.int64)
             self.register_buffer("expert_load_LE", load, persistent=False)
@@ -1023,7 +1037,7 @@ class GPT(nn.Module):
                 kept[i - 1], added_x0 = x, kept[-1]
                 x, made_last = self.mudd.enter(x, kept)
                 by_token |= made_last
-            source, window = kept.get(c.attn_source), windows[plan.long_window]
+            source, window = kept.get(c.attn_source), windows[int(plan.long_window)]
             common = docs, window, self.rotary, self.residual_scale, routing, by_token
             x = block(x, added_x0, added_ngram, values.get(i), source, *common)
             if i in self.kept_layers:
@@ -1082,7 +1096,7 @@ class GPT(nn.Module):
             self.expert_load_LE += torch.stack(routing.loads_E)
         loss, right = 0, 0
         x_MC, targets_M = x.flatten(0, 1), batch.targets_BT.flatten()
-        for x, targets in zip(x_MC.split(PASS_TOKENS), targets_M.split(PASS_TOKENS)):
+        for x, targets in zip(x_MC.split(self.pass_tokens), targets_M.split(self.pass_tokens)):
             logits = softcap(F.linear(x, self.head))
             picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
             loss = loss + (logits.logsumexp(-1) - picked).sum()
@@ -1103,7 +1117,7 @@ def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch
         for name, p in model.named_parameters():
             if p.ndim >= 2 and not name.endswith(".router"):
                 p.data = p.data.bfloat16()
-    longest = max(*s.batch_sizes, s.val_batch_tokens) // NUM_SLICES
+    longest = max(max(s.batch_sizes) // s.slices, s.val_batch_tokens // VAL_SLICES)
     model.rotary.make_tables(longest * (2 if config.paired_layers else 1))
     return model
 
@@ -1433,6 +1447,7 @@ class Optimizer:
         self.by_name = {name: b for b in self.buckets for name in b.params}
         self.set_tied(True)
         self.before_update = None  # called when all gradients of a step are reduced and none has been used
+        self.grad_norm = None  # of the mean loss's gradient in the last step measured, over what then moved
         self.queue = None  # of this step's buckets, those whose reduction has not begun; None: none expected
         for bucket in self.buckets:
             for p in bucket.params.values():
@@ -1493,19 +1508,18 @@ class Optimizer:
         self.queue = None
         if self.before_update:
             self.before_update()
+        if self.o.grad_clip or measure:
+            self.grad_norm = gradient_norm(due, self.ranks) / (LOSS_SCALE * batch_tokens)
         if self.o.grad_clip:
-            self.clip(due, batch_tokens)
+            self.clip(due)
         for bucket in due:
             bucket.update(lr_mul, self.momentum(step), self.beta_frac(step), measure)
         for bucket in due:
             bucket.finish()
 
-    def clip(self, due: list[Bucket], batch_tokens: int):
+    def clip(self, due: list[Bucket]):
         """Scale the gradients so that the mean loss's has a norm of at most GRAD_CLIP."""
-        total = torch.stack([b.square_norm() for b in due]).sum()
-        self.ranks.all_reduce(total).wait()
-        norm_of_mean = total.sqrt() / (LOSS_SCALE * batch_tokens)
-        factor = (self.o.grad_clip / norm_of_mean).clamp(max=1)
+        factor = (self.o.grad_clip / self.grad_norm).clamp(max=1)
         for bucket in due:
             bucket.grad.mul_(factor)
 
@@ -1525,7 +1539,10 @@ class Optimizer:
             "beta2": f"{beta2:.4f}",
             "muon_momentum": f"{self.momentum(step):.4f}",
         }
-        return {**fields, **matrix_log_fields(self.matrix_buckets, self.ranks)} if full else fields
+        if not full:
+            return fields
+        norm = {} if self.grad_norm is None else {"grad_norm": f"{float(self.grad_norm):.6g}"}
+        return {**fields, **norm, **matrix_log_fields(self.matrix_buckets, self.ranks)}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1647,13 +1664,16 @@ class Trainer:
 
     def __init__(self, s: Settings, o: OptimizerSettings, config: ModelConfig, vocab_size: int, ranks: Ranks):
         self.s, self.ranks, self.schedule = s, ranks, Schedule(s, config)
+        self.memory = Memory(s, config, vocab_size, count_slices(s, ranks.world_size), ranks)
         self.model = build_model(s, config, vocab_size, ranks.device)
+        self.model.pass_tokens = self.memory.pass_tokens
         self.train_loss, self.val_loss, compiler = self.model.train_loss, self.model.val_loss, not_compiled
         if s.compile == "1":
             compiler = torch_compile
             self.train_loss, self.val_loss = compile_forward(self.train_loss), compile_forward(self.val_loss)
         self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler)
         self.stage, self.tied = 0, True
+        self.doc_lengths, self.flop_by_stage = None, {}  # of documents as training reads them, for MFU
 
     def enter(self, step: int):
         """Go to the stage of `step`, before its validation and update; YaRN follows the long window."""
@@ -1675,7 +1695,8 @@ class Trainer:
         """
         schedule, c, loss_sum = self.schedule, self.model.config, 0
         weights = to_device(schedule.predict_weights(step), self.ranks.device)
-        windows, slices, noise = schedule.windows(self.stage), iter(my_slices(self.ranks)), None
+        slices = iter(my_slices(count_slices(self.s, self.ranks.world_size), self.ranks))
+        windows, noise = schedule.windows(self.stage), None
         for i, batch in enumerate(batches):
             self.ranks.beat()
             if i == len(batches) - 1:
@@ -1711,6 +1732,14 @@ class Trainer:
         self.ranks.all_reduce(load).wait()
         return load_fields(load, self.model.config.moe_top_k)
 
+    def flop_per_token(self, step: int) -> float:
+        """FLOP of a token's forward and backward pass, in the mean over the documents."""
+        stage, c = self.schedule.stage(step), self.model.config
+        if stage not in self.flop_by_stage:
+            vocab_size, windows = len(self.model.head), c.windows[stage]
+            self.flop_by_stage[stage] = flop_per_token(c, self.doc_lengths, vocab_size, windows)
+        return self.flop_by_stage[stage]
+
     def go_to(self, step: int):
         """Restore what follows from `step`: stage, windows, tying. The optimizer has its own state."""
         for earlier in range(step):
@@ -1733,16 +1762,18 @@ def rehearse(start, stop):
     """
     run = Run(start, stop)
     trainer, data, schedule, ranks = run.trainer, run.data, run.trainer.schedule, start.ranks
+    trainer.memory.announce(start.log)
     last, untie = schedule.num_steps, schedule.untie_step or 0
     firsts = {*schedule.bounds, untie, untie + 1}
     for step in sorted(firsts | {i + 1 for i in firsts}):  # two steps each: Adam moves on every second
         if step > last or any(ranks.all_gather_object(stop.reason)):
             break
         trainer.enter(step)
-        run.validate(step, num_batches=1)
-        if step < last:
-            batches = data.next(schedule.batch_tokens(step), None, (trainer.stage, 0))
-            trainer.step(step, batches, measure=step == 0)
+        with trainer.memory.explained():
+            run.validate(step, num_batches=1)
+            if step < last:
+                batches = data.next(schedule.batch_tokens(step), None, (trainer.stage, 0))
+                trainer.step(step, batches, measure=step == 0)
     data.prefetcher.close()
     del trainer, data, run
     gc.collect()  # hooks and their optimizer are a cycle, and gigabytes of the device hang on it
@@ -1762,7 +1793,8 @@ class Run:
         """start: runtime.supervise.Start. stop: its StopRequest."""
         self.start = start
         self.trainer = Trainer(start.s, start.o, start.model_config, start.config["vocab_size"], start.ranks)
-        self.data = TrainData(start.train_shards, start.s, start.ranks)
+        self.data = TrainData(start.train_shards, start.s, start.ranks, self.trainer.memory.pass_tokens)
+        self.trainer.doc_lengths = self.data.lengths
         self.session = Session(start, stop, self.trainer, self.data)
 
     def validate(self, step: int, num_batches: int | None = None) -> tuple[float, float]:
@@ -1789,7 +1821,8 @@ class Run:
             batch_tokens = schedule.batch_tokens(step)
             stages = trainer.stage, schedule.stage(step + 1)
             batches = self.data.next(batch_tokens, schedule.batch_tokens(step + 1), stages)
-            loss_sum = trainer.step(step, batches)
+            with trainer.memory.explained():
+                loss_sum = trainer.step(step, batches)
             session.note_update(step + 1, loss_sum, batch_tokens)
         return step
 

@@ -38,9 +38,9 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from flops import (  # noqa: E402
+from runtime.flops import (  # noqa: E402
     active_matrix_params,
     flop_per_token,
     forward_flop,

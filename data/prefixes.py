@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from data.shards import BYTE_VOCABULARY, GPT2_VOCABULARY, DataError
+from data.shards import BYTE_VOCABULARY, GPT2_MARK, GPT2_VOCABULARY, DataError
 
 NONE = -1  # the token has no prefix
 
@@ -41,7 +41,12 @@ def prefix_tokens(vocabulary: int) -> np.ndarray:
             f"MODEL predicts prefixes of tokens, but the data's vocabulary, {vocabulary}, is an unknown one; "
             f"use data with GPT-2's ({GPT2_VOCABULARY}) or with bytes ({BYTE_VOCABULARY}), or another MODEL"
         )
-    from data.tokenizing import gpt2_token_bytes  # late: other models need no tokenizer
+    return np.append(longest_prefixes(gpt2_token_bytes()), NONE)
 
-    strings = gpt2_token_bytes()
-    return np.append(longest_prefixes(strings), [NONE] * (vocabulary - len(strings)))
+
+def gpt2_token_bytes() -> list[bytes]:
+    """Bytes of GPT-2's tokens by their numbers, without the mark, which is the last."""
+    from data.tokenizing import load_gpt2  # late: other models need no tokenizer
+
+    encoding = load_gpt2()
+    return [encoding.decode_single_token_bytes(token) for token in range(GPT2_MARK)]

@@ -1,7 +1,7 @@
 """Softmax attention within documents and a window, by three back ends that agree with a naive loop.
 
-varlen: torch.nn.attention.varlen on CUDA, which is FlashAttention-2, or FlashAttention-3 where its package is
-installed and the GPU is sm_90. flex: FlexAttention, a second choice on CUDA. sdpa:
+varlen: torch.nn.attention.varlen on CUDA, which is FlashAttention-2, or FlashAttention-3 or 4 where its
+package is installed and the GPU is one of its own. flex: FlexAttention, a second choice on CUDA. sdpa:
 scaled_dot_product_attention with a mask, anywhere; a window of w needs only blocks near the diagonal. Nothing
 is downloaded.
 
@@ -10,18 +10,14 @@ B slices of T tokens, H query heads of D channels; keys and values may have fewe
 
 import functools
 import importlib.util
-import inspect
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 CHECK_SCALE = 0.1  # softmax scale of check_varlen
-# fewer key heads than query heads: torch 2.13 takes them, 2.11 does not
-VARLEN_SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class Documents:
@@ -49,16 +45,16 @@ class Documents:
         return attend(q, k, v, window, paired, scale).transpose(1, 2)
 
     def attend_varlen(self, q_BTHD, k_BTHD, v_BTHD, window: int, paired: bool, scale: float) -> Tensor:
-        options = {"scale": scale, "window_size": (window, 0)}
+        from torch.nn.attention.varlen import varlen_attn  # a second of imports, which a CPU does without
+
         queries_per_key = q_BTHD.shape[2] // k_BTHD.shape[2]
-        if queries_per_key > 1 and VARLEN_SHARES_KEYS:
-            options["enable_gqa"] = True
-        elif queries_per_key > 1:
+        if queries_per_key > 1:  # torch 2.11 has no enable_gqa
             k_BTHD, v_BTHD = (x.repeat_interleave(queries_per_key, 2) for x in (k_BTHD, v_BTHD))
         times = 2 if paired else 1
         ends, longest = self.cu_seqlens * times, self.max_doc_tokens * times
         flat = (x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD))
-        return varlen_attn(*flat, ends, ends, longest, longest, **options).view(q_BTHD.shape)
+        y = varlen_attn(*flat, ends, ends, longest, longest, scale=scale, window_size=(window, 0))
+        return y.view(q_BTHD.shape)
 
     def attend_flex(self, q, k, v, window: int, paired: bool, scale: float) -> Tensor:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -131,27 +127,63 @@ def with_block_before(x: Tensor) -> Tensor:
     return torch.cat((before, x), 3)
 
 
+class Package(NamedTuple):
+    """Faster kernels for varlen_attn, which torch takes from a package that is installed."""
+
+    name: str  # of the implementation, in torch and in the log
+    module: str
+    majors: tuple[int, ...]  # compute capabilities that torch gives it, by their first number
+
+    def is_for_this_gpu(self) -> bool:
+        if torch.cuda.get_device_capability()[0] not in self.majors:
+            return False
+        try:
+            return importlib.util.find_spec(self.module) is not None
+        except ImportError:  # nor the package that the module would be in
+            return False
+
+
+PACKAGES = (
+    Package("FA3", "flash_attn_interface", (9,)),
+    Package("FA4", "flash_attn.cute", (9, 10)),
+)  # best first
+
+
 @functools.cache
 def activate(backend: str) -> tuple[str, list[str]]:
     """Choose what computes attention, for this process and its current device; call before compiling.
 
-    Returns (its name, warnings). For varlen that is torch's FlashAttention-2 or, where its package is
-    installed, the GPU is sm_90 and it computes the right thing, FlashAttention-3.
+    Returns (its name, warnings). For varlen that is the first of PACKAGES that fits this GPU and computes the
+    right thing, or else torch's FlashAttention-2. RuntimeError if that does not either.
     """
     if backend != "varlen":
         return backend, []
-    if torch.cuda.get_device_capability()[0] != 9 or not importlib.util.find_spec("flash_attn_interface"):
-        return "varlen-FA2", []
+    device, warnings = torch.device("cuda", torch.cuda.current_device()), []
+    for package in PACKAGES:
+        if not package.is_for_this_gpu():
+            continue
+        try:
+            torch.nn.attention.activate_flash_attention_impl(package.name)
+            check_varlen(device)
+            return f"varlen-{package.name}", warnings
+        except Exception as error:  # whatever is wrong with somebody's build of it
+            if torch.nn.attention.current_flash_attention_impl():
+                torch.nn.attention.restore_flash_attention_impl()
+            warnings.append(
+                f"{package.module} is installed, but cannot be used: {first_line(error)}; {package.name} is "
+                "passed over"
+            )
     try:
-        torch.nn.attention.activate_flash_attention_impl("FA3")
-        check_varlen(torch.device("cuda", torch.cuda.current_device()))
-    except Exception as error:  # whatever is wrong with somebody's build of it
-        if torch.nn.attention.current_flash_attention_impl():
-            torch.nn.attention.restore_flash_attention_impl()
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        warning = f"flash_attn_interface is installed, but cannot be used: {reason}; FlashAttention-2 runs"
-        return "varlen-FA2", [warning]
-    return "varlen-FA3", []
+        check_varlen(device)
+    except Exception as error:
+        raise RuntimeError(
+            f"torch's FlashAttention-2 cannot be used here: {first_line(error)}; try ATTN_BACKEND=flex"
+        ) from error
+    return "varlen-FA2", warnings
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 class CheckBatch(NamedTuple):
@@ -166,20 +198,25 @@ def check_varlen(device: torch.device):
     """Raise ValueError if varlen's attention, forward or backward, is not what plain torch computes.
 
     A package built for another torch may fail at its first call, or not fail and be wrong. Runs once.
+    Documents and windows end within the kernels' blocks, and no document is as long as max_doc_tokens, as in
+    training.
     """
-    bounds = torch.tensor([0, 90, 256], dtype=torch.int32, device=device)
-    batch = CheckBatch(torch.zeros(1, 256), bounds, max_doc_tokens=166)
-    for head_dim, kv_heads in ((128, 2), (64, 1)):
+    bounds = torch.tensor([0, 90, 256, 1024], dtype=torch.int32, device=device)
+    batch = CheckBatch(torch.zeros(1, 1024), bounds, max_doc_tokens=800)
+    for head_dim, kv_heads, window, paired in ((128, 2, 64, False), (64, 1, 200, True)):
         draw = torch.Generator().manual_seed(0)
-        shapes = ((1, 256, heads, head_dim) for heads in (2, kv_heads, kv_heads, 2))
+        T = 2048 if paired else 1024
+        shapes = ((1, T, heads, head_dim) for heads in (2, kv_heads, kv_heads, 2))
         *qkv, grad = (torch.randn(x, generator=draw).to(device, torch.bfloat16) for x in shapes)
         results = []
         for backend, dtype in (("varlen", torch.bfloat16), ("sdpa", torch.float32)):
             leaves = [x.to(dtype, copy=True).requires_grad_() for x in qkv]
-            y = Documents(batch, backend).attend(*leaves, window=64, paired=False, scale=CHECK_SCALE)
+            y = Documents(batch, backend).attend(*leaves, window=window, paired=paired, scale=CHECK_SCALE)
             y.backward(grad.to(dtype))
             results.append([y.detach(), *(x.grad for x in leaves)])
         for name, found, wanted in zip(("output", "gradient of q", "of k", "of v"), *results):
             off = float((found - wanted).norm() / wanted.norm())
             if not off < 0.02:  # bfloat16 gives 0.002 to 0.005
-                raise ValueError(f"its {name} is off by {off:.0%} for heads of {head_dim}")
+                raise ValueError(
+                    f"its {name} is off by {off:.0%} for heads of {head_dim} and a window of {window}"
+                )

@@ -407,6 +407,16 @@ def reciprocal(x):
 
 
 @triton.jit
+def widen(x):
+    """bfloat16 as fp32. Through tl's own cast, triton 3.6 moves a later change of layout up to here and
+    computes all that follows in both layouts: 121 to 255 registers in loss_backward_kernel, not 64 to 80."""
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
+    unpack: tl.constexpr = "{ .reg .b16 low; mov.b16 low, 0; mov.b32 $0, {low, $1}; }"
+    return tl.inline_asm_elementwise(unpack, "=f,h", [x], tl.float32, True, 1)
+
+
+@triton.jit
 def squash(z, shift, width):
     """sigmoid((z + shift) / width)"""
     slope = -LOG2E / width
@@ -483,7 +493,8 @@ def loss_backward_kernel(
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     row64 = rows.to(tl.int64)
     inside = (rows[:, None] < M) & (cols[None, :] < V)
-    s = squash(tl.load(z + row64[:, None] * V + cols[None, :], mask=inside, other=0.0), shift, width)
+    z = tl.load(z + row64[:, None] * V + cols[None, :], mask=inside, other=0.0)
+    s = squash(widen(z), shift, width)
     lse = tl.load(lses + rows, mask=rows < M, other=0.0)
     probability = exp2(s * (gain * LOG2E) - (lse * LOG2E)[:, None])
     factor = tl.load(grad) * gain / width / scale

@@ -1,6 +1,8 @@
 """torch.compile as the trainers use it, and the options of memory allocators."""
 
 import ctypes
+import functools
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -8,7 +10,8 @@ from pathlib import Path
 import torch
 
 MAX_VARIANTS = 64  # compiled forms of one function: gpt2-small's forward has 11, dynamo allows 8 by default
-CACHE = Path(__file__).resolve().parent.parent / ".compile_cache"  # shared by all runs and sweeps
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".compile_cache"  # shared by all runs and sweeps
 CACHE_HELP = (
     f"Compiled code is kept in {CACHE.name}/ beside this script, for later runs and whole sweeps;\n"
     "TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR put it elsewhere."
@@ -22,19 +25,37 @@ def torch_compile(function):
     """
     if getattr(function, "runs_eagerly", False):
         return function
-    for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        os.environ.setdefault(name, str(CACHE / folder))
-    import torch._dynamo.config as dynamo
-    import torch._functorch.config as functorch
-
-    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_VARIANTS)
-    # Options are per thread in torch 2.13 and backward runs in autograd's thread. So backward is compiled
-    # with forward, here, and the option below travels with the function.
-    functorch.force_non_lazy_backward_lowering = True
+    configure()
     # torch 2.13 asserts ("16384 v.s. 16383") when it fuses reductions over T and over T - 1; retry in 2.14
     return torch.compile(
         function, dynamic=False, fullgraph=True, options={"triton.mix_order_reduction": False}
     )
+
+
+def configure():
+    """Set torch's options for what is compiled from now on, in this process."""
+    for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(name, str(CACHE / folder))
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
+    import torch.compiler.config as compiler
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_VARIANTS)
+    # Without this, torch does not cache what it derives from a graph with autograd.Functions, and every run
+    # derives all forms again. Dynamo traces their bodies into the graph, and the graph is the cache's key.
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+    # Not in the graph: what a custom op's fake says of shapes and types, and how it is differentiated.
+    compiler.cache_key_tag = compiler.cache_key_tag or kernels_hash()
+    # Options are per thread in torch 2.13 and backward runs in autograd's thread. So backward is compiled
+    # with forward, here, and the option below travels with the function.
+    functorch.force_non_lazy_backward_lowering = True
+
+
+@functools.cache
+def kernels_hash() -> str:
+    """Hash of the sources that define custom ops."""
+    sources = [path.read_bytes() for path in sorted(ROOT.glob("kernels/*.py"))]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
 def not_compiled(function):

@@ -31,11 +31,10 @@ import train_gpt
 from data.shards import open_shard
 from kernels.attention import Documents
 from kernels.cpu import query_blocks
-from runtime import supervise
+from runtime import flops, supervise
 from runtime.ranks import Ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import flops  # noqa: E402
 import scaling_model  # noqa: E402
 import step_time  # noqa: E402
 
@@ -147,7 +146,7 @@ def test_keys_counted_are_those_that_the_models_masks_show(kind, lengths):
 
 @pytest.mark.parametrize("window", (0, 1, 7, 64))
 def test_visible_pairs_against_counting_them(window):
-    """By tiles: every block of queries and keys that holds a visible pair, counted whole."""
+    """Count a tile whole if it holds a visible pair."""
     for tile in (1, 3, 16):
         for length in (1, 5, 48, 70):
             pairs = [(q, k) for q in range(length) for k in range(q + 1) if q - k <= window]

@@ -2,7 +2,9 @@
 reductions start with the last gradient, choices depend on the device."""
 
 import gc
+import importlib
 import os
+import re
 import sys
 import weakref
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from helpers import (
     small_model,
     write_shard,
 )
+from torch.nn.attention import varlen
 
 import train_gpt
 import train_gpt_muon_ord
@@ -35,7 +38,7 @@ from runtime.compiling import graphs_compiled
 from runtime.log_writer import LogWriter
 from runtime.prefetch import Prefetcher
 from runtime.settings import SettingsError
-from runtime.supervise import Start, StopRequest
+from runtime.supervise import Start, StopRequest, Supervisor
 
 STAGES = dict(
     num_layers=3,
@@ -53,8 +56,8 @@ STAGES = dict(
 
 def staged_start(trainer, folder, **settings):
     """A Start as supervise.prepare makes it: a model with everything, four stages that all differ in shape,
-    documents of all lengths, a validation after every step. The longest documents of validation are in its
-    second batch."""
+    documents of all lengths, a validation after every step, and small passes, so that a step has several, of
+    different numbers of slices. The longest documents of validation are in its second batch."""
     write_shard(folder / "made_train_0.bin", make_text(60_000))
     val = make_text(2500, 1, longest=60), make_text(6500, 2)
     write_shard(folder / "made_val_0.bin", np.concatenate(val))
@@ -71,6 +74,7 @@ def staged_start(trainer, folder, **settings):
         NUM_SCHEDULED_ITERATIONS=9,
         NUM_EXTENSION_ITERATIONS=3,
         COMPILE=1,
+        PASS_TOKENS=400,
         **settings,
     )
     config, ranks = small_config(trainer, **STAGES), lone_ranks(trainer)
@@ -82,8 +86,7 @@ def staged_start(trainer, folder, **settings):
 @pytest.fixture
 def traced_only(monkeypatch):
     """torch.compile by dynamo alone: the graphs it makes are what would be compiled. Attention asks, as
-    varlen's does, for the longest document, a constant of the graph. Passes are small, so that a step has
-    several, of different numbers of slices."""
+    varlen's does, for the longest document, a constant of the graph."""
     torch._dynamo.reset()
     attend = attention.Documents.attend
 
@@ -96,8 +99,6 @@ def traced_only(monkeypatch):
     monkeypatch.setattr(attention.Documents, "attend", ask_longest)
     for module in (compiling, *TRAINERS):
         monkeypatch.setattr(module, "torch_compile", by_dynamo)
-    for trainer in TRAINERS:
-        monkeypatch.setattr(trainer, "PASS_TOKENS", 400)
     with torch._dynamo.config.patch(recompile_limit=compiling.MAX_VARIANTS):
         yield
     torch._dynamo.reset()
@@ -116,9 +117,12 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thre
 
     monkeypatch.setattr(trainer.Trainer, "__init__", remember)
     before = graphs_compiled()
-    trainer.rehearse(start, StopRequest())
+    parts = SimpleNamespace(log=start.log, module=trainer, start=start, stop=StopRequest())
+    Supervisor.rehearse(parts)
     rehearsed = graphs_compiled()
     assert rehearsed - before > 15
+    (said,) = re.findall(r"^event:rehearsed seconds:(\S+) graphs:(\d+)$", start.log.path.read_text(), re.M)
+    assert float(said[0]) > 0 and int(said[1]) == rehearsed - before
     gc.collect()
     assert [t() for t in made] == [None], "the rehearsal's trainer is still there"
     run = trainer.Run(start, StopRequest())
@@ -276,15 +280,15 @@ def test_gpus_that_torch_cannot_use_are_not_passed_over(device, monkeypatch):
     assert train_gpt.read_settings({"MODEL": "tiny", "DEVICE": "cpu"})[0].device == "cpu"
 
 
-def same_heads(q, k) -> dict:
-    """No option at all; an error where torch 2.11's varlen attention would end in one."""
-    assert q.shape[1] == k.shape[1]
-    return {}
+def rounded(x):
+    """x as bfloat16 holds it."""
+    return x.bfloat16().float()
 
 
 class VarlenOnCPU:
     """Kernels of torch's varlen attention for the CPU, which has none; `off` makes their window too long, in
-    the forward or in the backward pass."""
+    the forward or in the backward pass. Probabilities and their gradients are rounded to bfloat16 where
+    FlashAttention rounds them, before the products."""
 
     def __init__(self, forward_off=0, backward_off=0):
         self.forward_off, self.backward_off = forward_off, backward_off
@@ -307,7 +311,7 @@ class VarlenOnCPU:
         P = self.probabilities(q.float(), k, cu_q, window_size_left + self.forward_off, scale)
         rng = torch.zeros(2, dtype=torch.uint64)
         lse = torch.zeros(q.shape[1], len(q))
-        return torch.einsum("hij,jhd->ihd", P, v).to(q.dtype), lse, rng, rng, torch.empty(0)
+        return torch.einsum("hij,jhd->ihd", rounded(P), v).to(q.dtype), lse, rng, rng, torch.empty(0)
 
     def backward(self, grad, q, k, v, out, lse, cu_q, cu_k, *_, scale, window_size_left, **__):
         shared, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
@@ -315,32 +319,43 @@ class VarlenOnCPU:
         grad, q = grad.float(), q.float()
         P = self.probabilities(q, k, cu_q, window_size_left + self.backward_off, scale)
         grad_P = torch.einsum("ihd,jhd->hij", grad, v)
-        grad_S = P * (grad_P - (grad_P * P).sum(-1, keepdim=True)) * scale
+        grad_S = rounded(P * (grad_P - (grad_P * P).sum(-1, keepdim=True))) * scale
         fold = lambda x: x.unflatten(1, (kv_heads, shared)).sum(2)
         grads = (
             torch.einsum("hij,jhd->ihd", grad_S, k),
             fold(torch.einsum("hij,ihd->jhd", grad_S, q)),
-            fold(torch.einsum("hij,ihd->jhd", P, grad)),
+            fold(torch.einsum("hij,ihd->jhd", rounded(P), grad)),
         )
         return tuple(x.bfloat16() for x in grads)
 
 
-@pytest.mark.parametrize("shares_keys", [True, False], ids=["torch 2.13", "torch 2.11"])
-def test_a_wrong_attention_kernel_is_found_out(shares_keys, monkeypatch):
+class VarlenOnCPUWhere(VarlenOnCPU):
+    """The same with windows that are right only where right() says so."""
+
+    def __init__(self, right):
+        super().__init__()
+        self.right = right
+
+    def forward(self, *args, **kwargs):
+        self.forward_off = 0 if self.right() else 1
+        return super().forward(*args, **kwargs)
+
+
+def test_a_wrong_attention_kernel_is_found_out(monkeypatch):
     """Else a package built for another torch trains a run on wrong numbers.
 
     torch 2.11's varlen attention takes only as many key heads as query heads.
     """
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(attention, "VARLEN_SHARES_KEYS", shares_keys)
-    if not shares_keys:
-        takes_all = attention.varlen_attn
-        monkeypatch.setattr(
-            attention, "varlen_attn", lambda q, k, v, *a, **o: takes_all(q, k, v, *a, **o | same_heads(q, k))
-        )
+    cpu, takes_all = torch.device("cpu"), varlen.varlen_attn
+
+    def takes_same_heads(q, k, v, *args, scale, window_size):
+        assert q.shape[1] == k.shape[1] == v.shape[1]
+        return takes_all(q, k, v, *args, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", takes_same_heads)
     for kernels, wrong in (
         (VarlenOnCPU(), None),
-        (VarlenOnCPU(forward_off=1), "output is off by 8% for heads of 128"),
+        (VarlenOnCPU(forward_off=1), "output is off by 9% for heads of 128 and a window of 64"),
         (VarlenOnCPU(backward_off=1), "gradient of q is off"),
     ):
         with torch.library._scoped_library("aten", "IMPL") as library:
@@ -358,42 +373,93 @@ library = torch.library.Library("flash_attn_3", "DEF")
 library.define("fwd(Tensor q) -> Tensor")
 library.define("bwd(Tensor q) -> Tensor")
 """
+FA4_PACKAGE = """
+def _flash_attn_fwd(*args, **kwargs):
+    raise NotImplementedError
+_flash_attn_bwd = _flash_attn_fwd
+"""
 
 
-def test_flash_attention_3_where_it_can_be_had(on_gpu, monkeypatch, tmp_path):
-    """Fails if torch's own attention is not taken without the package or on another GPU, or if a package that
-    has no kernels, or whose kernels fail when they are called, is more than a warning."""
-    check, active = attention.check_varlen, torch.nn.attention.current_flash_attention_impl
+def forget_flash_attention():
+    """Drop what was imported of these packages."""
+    for name in [name for name in sys.modules if name.startswith("flash_attn")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def choose(on_gpu, monkeypatch, tmp_path):
+    """Function that chooses attention anew on a pretended GPU, whose kernels are the CPU's; packages come
+    from the folder tmp_path."""
+    check = attention.check_varlen
     monkeypatch.setattr(attention, "check_varlen", lambda device: check(torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.syspath_prepend(str(tmp_path))
 
-    def choose(backend="varlen"):
+    def on(*capability, backend="varlen", kernels=None):
+        on_gpu(*capability)
         attention.activate.cache_clear()
-        return attention.activate(backend)
+        importlib.invalidate_caches()
+        with torch.library._scoped_library("aten", "IMPL") as library:
+            if kernels:
+                kernels.register(library)
+            return attention.activate(backend)
 
-    on_gpu(9, 0)
-    assert choose("sdpa") == ("sdpa", [])
-    assert choose() == ("varlen-FA2", [])
+    yield on
+    if torch.nn.attention.current_flash_attention_impl():
+        torch.nn.attention.restore_flash_attention_impl()
+    forget_flash_attention()
+
+
+def test_torchs_own_attention_is_compared_too(choose):
+    """Fails if a run trains on FlashAttention-2 whose windows are wrong, or that does not work here, and the
+    user is not told what to try."""
+    assert choose(9, 0, backend="sdpa") == ("sdpa", [])
+    assert choose(8, 0, kernels=VarlenOnCPU()) == ("varlen-FA2", [])
+    with pytest.raises(RuntimeError, match="FlashAttention-2.* gradient of q is off.*ATTN_BACKEND=flex"):
+        choose(8, 0, kernels=VarlenOnCPU(backward_off=1))
+    with pytest.raises(RuntimeError, match="FlashAttention-2.*Could not run 'aten::_flash_attention_forw"):
+        choose(8, 0)
+
+
+def test_flash_attention_3_where_it_can_be_had(choose, tmp_path):
+    """Fails if torch's own attention is not taken without the package or on another GPU, or if a package that
+    has no kernels, or whose kernels are wrong, is more than a warning."""
+    active = torch.nn.attention.current_flash_attention_impl
+    assert choose(9, 0, kernels=VarlenOnCPU()) == ("varlen-FA2", [])
     package = tmp_path / "flash_attn_interface.py"
     package.write_text("raise ImportError('undefined symbol: _ZN3c10')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    name, (warning,) = choose()
+    name, (warning,) = choose(9, 0, kernels=VarlenOnCPU())
     assert name == "varlen-FA2" and "flash_attn_interface is installed, but" in warning
     assert "undefined symbol" in warning
     package.write_text(FA3_PACKAGE)
-    try:
-        name, (warning,) = choose()  # a CPU has no such kernel
-        assert name == "varlen-FA2" and active() is None
-        assert "cannot be used: Could not run 'aten::_flash_attention_forward'" in warning
-        on_gpu(8, 0)
-        assert choose() == ("varlen-FA2", [])
-        on_gpu(9, 0)
-        with torch.library._scoped_library("aten", "IMPL") as library:
-            VarlenOnCPU().register(library)
-            assert choose() == ("varlen-FA3", []) and active() == "FA3"
-    finally:
-        torch.nn.attention.restore_flash_attention_impl()
-        sys.modules.pop("flash_attn_interface", None)
+    assert choose(8, 0, kernels=VarlenOnCPU()) == ("varlen-FA2", [])
+    assert choose(9, 0, kernels=VarlenOnCPU()) == ("varlen-FA3", []) and active() == "FA3"
+    right_without = VarlenOnCPUWhere(lambda: active() is None)
+    name, (warning,) = choose(9, 0, kernels=right_without)
+    assert name == "varlen-FA2" and active() is None
+    assert "cannot be used: its output is off" in warning
+
+
+def test_flash_attention_4_where_it_can_be_had(choose, tmp_path):
+    """Fails if it is not taken on Hopper and Blackwell, is taken elsewhere or before FlashAttention-3, or if
+    another package that is called flash_attn too is taken for it."""
+    active = torch.nn.attention.current_flash_attention_impl
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert choose(9, 0, kernels=VarlenOnCPU()) == ("varlen-FA2", [])
+    forget_flash_attention()
+    (package / "cute").mkdir()
+    (package / "cute" / "interface.py").write_text(FA4_PACKAGE)
+    for capability, name in (((8, 0), "FA2"), ((9, 0), "FA4"), ((10, 0), "FA4"), ((12, 0), "FA2")):
+        assert choose(*capability, kernels=VarlenOnCPU()) == (f"varlen-{name}", [])
+    assert choose(9, 0, kernels=VarlenOnCPU())[0] == "varlen-FA4" and active() == "FA4"
+    name, (warning,) = choose(9, 0, kernels=VarlenOnCPUWhere(lambda: active() is None))
+    assert name == "varlen-FA2" and active() is None and "flash_attn.cute is installed, but" in warning
+    (tmp_path / "flash_attn_interface.py").write_text(FA3_PACKAGE)
+    assert choose(9, 0, kernels=VarlenOnCPU()) == ("varlen-FA3", [])
+    name, (warning,) = choose(9, 0, kernels=VarlenOnCPUWhere(lambda: active() != "FA3"))
+    assert name == "varlen-FA4" and active() == "FA4" and "FA3 is passed over" in warning
 
 
 def test_compiled_code_is_kept_beside_the_script(monkeypatch):

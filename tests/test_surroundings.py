@@ -73,7 +73,7 @@ def test_from_a_text_file_to_a_trained_model_and_a_sample(project, tmp_path):
     assert log.config["val_tokens"] % 128 == 0 and 1024 <= log.config["val_tokens"] < 10_000
     assert "validation takes" in log.event("warning").fields["text"]
     assert (project / "logs/own.png").exists() and (project / "logs/own/model.safetensors").exists()
-    assert "a sample of it:" in done.stdout
+    assert re.search(r"^sample \S", done.stdout, re.M), "a line of what the model writes"
     again = re.search(r"(\S+python sample.py \S+) --prompt", done.stdout)[1].split()
     assert shell(project, *again, "--tokens", "3").returncode == 0, "the printed command works"
 
@@ -86,8 +86,11 @@ def test_a_folder_with_two_parts_is_enough(project, tmp_path):
     files = [str(tmp_path / name) for name in ("notes.md", "more.rst")]
     made = shell(project, ".venv/bin/python", "data/tokenize_text.py", *files, "--bytes", "--out", str(out))
     assert made.returncode == 0, made.stderr
+    (project / "sample.py").write_text("raise SystemExit('no vocabulary')")
     done = shell(project, "./run.sh", DATA_PATH=str(out), RUN_ID="folder", MODEL="tiny", **SHORT)
+    shutil.copy(ROOT / "sample.py", project)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "could not be sampled" in done.stderr, "and the run is not failed by it"
     config = read_log(project / "logs/folder.txt")[0].config
     assert (config["train_files"], config["val_files"]) == ("text_train_*.bin", "text_val_*.bin")
     for name in ("a_train_0.bin", "a_val_0.bin"):
@@ -158,6 +161,67 @@ def test_an_environment_is_asked_and_not_believed(tmp_path):
     (tmp_path / ".venv/bin/python").unlink()
     (tmp_path / ".venv/bin/python").symlink_to("/nowhere/python3")
     assert not has_requirements(tmp_path), "a Python that is gone"
+
+
+def claim(folder, **versions) -> str:
+    """A PYTHONPATH on which packages claim to be installed in these versions."""
+    for name, version in versions.items():
+        info = folder / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return str(folder)
+
+
+def test_the_python_on_path_will_do_where_nothing_can_be_installed(project, tmp_path):
+    """Fails if VENV=0 makes an environment, takes a torch that is known not to work, refuses one that does,
+    or refuses to train for want of what only other commands use."""
+    here = tmp_path / "no environment"
+    here.mkdir()
+    for path in project.iterdir():
+        if path.name != ".venv":
+            (here / path.name).symlink_to(path)
+    ours = f"{sys.prefix}/bin:{os.environ['PATH']}"
+    wrong = dict(VENV="0", MODEL="tiny", MUON_LR="abc", **SHORT)
+    done = shell(here, "./run.sh", PATH=ours, **wrong)
+    assert done.returncode == 2 and done.stderr.startswith("train_gpt_muon_ord.py: MUON_LR='abc'"), (
+        done.stderr
+    )
+    for versions, lacks in (
+        ({"torch": "2.11.0+cu130", "triton": "3.6.0"}, ""),
+        ({"triton": "3.5.1"}, "triton-3.5.1"),
+        ({"torch": "2.10.0"}, "torch-2.10.0"),
+    ):
+        path = claim(tmp_path / "-".join(versions.values()), **versions)
+        done = shell(here, "./run.sh", PATH=ours, PYTHONPATH=path, **wrong)
+        found = re.match(r"VENV=0: \S+/python lacks (.*)\n", done.stderr)
+        assert (found[1] if found else "") == lacks, done.stderr
+        refused = "training takes torch 2.11, 2.12 or 2.13" in done.stderr
+        assert refused is lacks.startswith("torch") and refused is not ("MUON_LR" in done.stderr)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # no packages
+    (tmp_path / "bin/python").chmod(0o755)
+    done = shell(here, "./run.sh", PATH=f"{tmp_path}/bin:{os.environ['PATH']}", **wrong)
+    assert done.returncode == 2 and f"VENV=0: {tmp_path}/bin/python lacks torch" in done.stderr
+    assert not (here / ".venv").exists()
+
+
+def test_another_torch_has_an_environment_of_its_own(tmp_path):
+    """Fails if TORCH=2.11.0 takes or changes .venv, or any triton, or if an untried torch will do."""
+    for name in ("setup_env.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    made = shell(tmp_path, "bash", "-c", "source setup_env.sh; requirements", TORCH="2.11.0")
+    assert {"torch==2.11.0", 'triton==3.6.0; sys_platform == "linux"'} <= set(made.stdout.splitlines())
+    (tmp_path / ".venv-torch2.11.0").symlink_to(sys.prefix)
+    code = 'source setup_env.sh; setup_env && echo "$python"'
+    unable = dict(PYTHON="false")  # nothing is installed
+    assert shell(tmp_path, "bash", "-c", code, **unable).stdout == ".venv/bin/python\n"
+    assert shell(tmp_path, "bash", "-c", code, TORCH="2.11.0", **unable).returncode == 2
+    path = claim(tmp_path / "torch 2.11", torch="2.11.0+cpu", triton="3.6.0")
+    done = shell(tmp_path, "bash", "-c", code, TORCH="2.11.0", PYTHONPATH=path, **unable)
+    assert done.stdout == ".venv-torch2.11.0/bin/python\n"
+    done = shell(tmp_path, "bash", "-c", code, TORCH="2.10.0", **unable)
+    assert done.returncode == 2 and "TORCH=2.10.0 is none of 2.11.0" in done.stderr
 
 
 def test_every_script_starts_from_anywhere_with_a_safe_path(tmp_path):

@@ -16,7 +16,6 @@ presets.
 
 import json
 import sys
-from pathlib import Path
 
 import compile_only
 import helpers
@@ -29,9 +28,7 @@ import train_gpt
 import train_gpt_muon_ord
 from data.shards import GPT2_VOCABULARY
 from kernels import cuda
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from flops import matrix_shapes  # noqa: E402
+from runtime.flops import matrix_shapes
 
 SLICES, TOKENS = 8, 32  # 16,384 to 49,152 tokens a slice in gpt2-small
 PREDICTED = (1, 2, 3)  # tokens, by stage

@@ -1,5 +1,6 @@
-// What torch asks of CUDA while it traces, answered by a CPU build: a device guard that does nothing, and hooks
-// that say "one device". For fake tensors only; no kernel can run. Loaded before torch by pretend_cuda.py.
+// What torch asks of CUDA while it traces, answered without CUDA: a device guard that does nothing, and hooks that
+// say "one device". For fake tensors only; no kernel can run. Loaded before torch by pretend_cuda.py. A CUDA build
+// has both already: its hooks yield to these by priority, its guard because install_guard() comes after it.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -20,7 +21,10 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
 
 }  // namespace
 
-C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+extern "C" void install_guard() {
+  static const Guard guard;
+  c10::impl::DeviceGuardImplRegistrar(c10::DeviceType::CUDA, &guard);
+}
 
 namespace at {
 
@@ -40,6 +44,6 @@ struct PretendHooks final : CUDAHooksInterface {
   DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
 };
 
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, PretendHooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, PretendHooks)
 
 }  // namespace at

@@ -67,13 +67,16 @@ def build() -> Path:
 
 assert "torch" not in sys.modules, "import pretend_cuda before torch"
 try:
-    ctypes.CDLL(str(build()), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(build()), mode=ctypes.RTLD_GLOBAL)
 except NoCompiler as error:
     print(f"SKIP {error}", flush=True)
     os._exit(77)
 
 import torch
+
+library.install_guard()
 import torch._inductor.config as inductor
+import torch._subclasses.fake_tensor as fake_tensor
 from torch._dynamo.device_interface import CudaInterface
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -152,6 +155,7 @@ def pretend_torch_cuda():
         setattr(torch.cuda, name, says(value))
     torch.cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
     torch.version.cuda = "13.0"
+    fake_tensor.init_gpu_context = says(None)  # a CUDA build allocates
     torch._C._cuda_getCurrentRawStream = says(0)
     for name, value in dict(
         exchange_device=0,
