@@ -38,7 +38,6 @@ from test_model import (
     sigmoid,
 )
 
-import sample
 import train_gpt
 import train_gpt_muon_ord as ord_gpt
 from data.prefixes import gpt2_token_bytes, longest_prefixes, prefix_tokens
@@ -46,6 +45,7 @@ from data.shards import DataError
 from kernels import fast_forms, heads, ngrams, signals
 from runtime import checkpoints
 from runtime.settings import SettingsError
+from runtime.trained import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -821,23 +821,22 @@ def test_the_triton_heads_reference_predicts_prefixes_as_the_plain_head_does():
 
 def test_a_saved_model_continues_a_text(tmp_path):
     """Fails if the model file lacks something of a part, its config does not come back, or a token's logits
-    depend on those after it: sample.py's for each beginning of a text are those of the whole text. A text of
+    depend on those after it: the logits of each beginning of a text are those of the whole text. A text of
     one token is shorter than an n-gram and than a block of the composition."""
     c = config(**ALL)
     model = model_of(c).float()
     metadata = dict(config=dataclasses.asdict(c), vocab_size=100, residual_scale=1.0, rotary_scale=0.1)
     metadata |= dict(mark=0, windows=WINDOWS, tied=False)
     checkpoints.save_model(tmp_path / "model.safetensors", model, metadata)
-    loaded, metadata = sample.load_model(tmp_path / "model.safetensors", "cpu")
-    assert loaded.config == c
-    loaded.rotary.make_tables(64)
+    loaded = load_model(tmp_path / "model.safetensors", "cpu")
+    assert loaded.model.config == c
     tokens = np.random.default_rng(0).integers(1, 100, 32)
     batch = train_gpt.stack_slices([(tokens, tokens, [32])], torch.device("cpu"), 32)[0]
     with torch.no_grad():
         x = model.trunk(batch.inputs_BT, train_gpt.Documents(batch, "sdpa"), WINDOWS, False)[0]
         whole = train_gpt.softcap(x @ model.head.T)[:, :100]
         for length in (1, 2, 7, 8, 20, 32):
-            found = sample.next_logits(loaded, tokens[:length].tolist(), metadata)
+            found = loaded.next_logits(tokens[:length].tolist())
             torch.testing.assert_close(found, whole[length - 1], rtol=1e-3, atol=1e-3)
 
 

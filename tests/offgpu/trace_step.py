@@ -303,23 +303,28 @@ def experts(backend: str):
             report(f"{trainer.__name__} optimizer", since)
 
 
-def later(backend=None):
+def later():
     """The parts of the later records, at gpt2-small's width; the first stage predicts prefixes, the last does
     not."""
-    since, calls = time.perf_counter(), Counter()
+    since, calls, kept = time.perf_counter(), Counter(), []
     config, changes = train_gpt.PRESETS["gpt2-small-2026-08"]
     topology = {name: train_gpt.TINY_LATER[name] for name in LATER_TOPOLOGY}
     train_gpt.PRESETS["gpt2-small-2026-08"] = replace(config, **topology, ngram_rows=1024), changes
     train_gpt.prefix_tokens = lambda vocabulary: np.full(vocabulary, -1)
-    run = build(train_gpt, backend or recording(calls), model="gpt2-small-2026-08")
+    run = build(train_gpt, recording(calls, kept), model="gpt2-small-2026-08")
     with model_forms(train_gpt, run):
-        run.step(0, [stage_batch(train_gpt, run, 0, n) for n in (94, 131)])
-        assert backend or calls == calls_wanted(6), dict(calls)
+        batches = [stage_batch(train_gpt, run, 0, n) for n in (94, 131)]
+        weights = train_gpt.to_device(run.schedule.predict_weights(0), DEVICE)
+        known = run.schedule.windows(0), True, weights, None, run.schedule.prefix_weight(0)
+        run.train_loss(batches[0], *known)
+        compare_forecast(run, batches[0].inputs_BT.numel(), kept)
+        run.step(0, batches)
+        assert calls == calls_wanted(6), dict(calls)
         report("first stage", since)
         calls.clear()
         run.enter(8)
         run.step(8, [stage_batch(train_gpt, run, 2, n) for n in (60, 77)])
-        assert backend or calls == calls_wanted(6), dict(calls)
+        assert calls == calls_wanted(6), dict(calls)
         report("last stage", since)
         with torch.no_grad():
             val = batch(train_gpt, 1, run.s.val_batch_tokens // train_gpt.VAL_SLICES, 400, 100_000)
