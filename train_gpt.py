@@ -44,7 +44,7 @@ from kernels.signals import NGRAM_START, RESID_START, Mudd, TokenNet, gate_signa
 from runtime import settings, supervise
 from runtime.compiling import compile_forward, not_compiled, torch_compile
 from runtime.flops import flop_per_token
-from runtime.memory import MOST_TOKENS, VAL_SLICES, Memory
+from runtime.memory import MOST_TOKENS, Memory
 from runtime.prefetch import Prefetcher, to_device
 from runtime.ranks import Ranks, capability, find_device, is_amd
 from runtime.session import Session
@@ -547,6 +547,8 @@ def presets() -> dict[str, tuple[str, dict]]:
 # ---------------------------------------------------------------------------------------------------
 # Batches: shards of documents -> slices of tokens
 # ---------------------------------------------------------------------------------------------------
+
+VAL_SLICES = 8  # of a batch of validation, whatever SLICES is: all arms then validate alike
 
 
 class Batch(NamedTuple):
@@ -1664,7 +1666,8 @@ class Trainer:
 
     def __init__(self, s: Settings, o: OptimizerSettings, config: ModelConfig, vocab_size: int, ranks: Ranks):
         self.s, self.ranks, self.schedule = s, ranks, Schedule(s, config)
-        self.memory = Memory(s, config, vocab_size, count_slices(s, ranks.world_size), ranks)
+        slices = count_slices(s, ranks.world_size), max(VAL_SLICES, ranks.world_size)
+        self.memory = Memory(s, config, vocab_size, *slices, ranks)
         self.model = build_model(s, config, vocab_size, ranks.device)
         self.model.pass_tokens = self.memory.pass_tokens
         self.train_loss, self.val_loss, compiler = self.model.train_loss, self.model.val_loss, not_compiled

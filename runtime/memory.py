@@ -19,7 +19,6 @@ from runtime.ranks import Ranks
 GIB = 1 << 30
 MOST_TOKENS = 65_536  # of a pass: larger ones gain at most 1% (records/2026-11-24_gpu_path)
 SLICES = (8, 16, 32, 64)
-VAL_SLICES = 8  # of a batch of validation, whatever SLICES is: all arms then validate alike
 RESERVED = 1.25 * GIB  # CUDA's context, NCCL's and cuBLAS's buffers
 MUDD_WIDTHS = 13  # its sources, and streams and branches around its coefficients
 USABLE = 0.92  # of the rest; freed blocks do not always fit what is wanted next
@@ -78,8 +77,8 @@ class Memory:
     whose memory nothing is known; passes are then as large as helps.
     """
 
-    def __init__(self, s, c, vocab_size: int, num_slices: int, ranks: Ranks):
-        """s, c: the twins' settings and model config. num_slices: of a batch."""
+    def __init__(self, s, c, vocab_size: int, num_slices: int, val_slices: int, ranks: Ranks):
+        """s, c: the twins' settings and model config. num_slices, val_slices: of batches of both kinds."""
         self.s, self.c, self.world_size = s, c, ranks.world_size
         self.slice_tokens = [batch // num_slices for batch in s.batch_sizes]  # by stage
         self.held = held_bytes(c, vocab_size, ranks.world_size)
@@ -91,7 +90,7 @@ class Memory:
         self.gradients = 2 * (matrices + sum(tables.values())) + 4 * max(tables.values())
         # a pass of validation keeps a few layers' outputs, and its logits in pieces
         hidden = 4 * c.width * (1 if s.kernels == "triton" else 2)
-        self.val_tokens = s.val_batch_tokens // max(VAL_SLICES, ranks.world_size)
+        self.val_tokens = s.val_batch_tokens // val_slices
         self.per_val_token = 2 * (7 * c.width + hidden)
         self.logits = 4 * padded_vocab(vocab_size)
         self.device_bytes = self.usable = math.inf

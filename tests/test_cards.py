@@ -41,7 +41,7 @@ def forecast(world_size=1, **env) -> Memory:
     """Forecast of a run with these settings on the GPU that torch claims to have."""
     s, _, config = train_gpt.read_settings({name: str(value) for name, value in env.items()})
     ranks = SimpleNamespace(world_size=world_size, device=torch.device("cuda"))
-    return Memory(s, config, VOCAB, train_gpt.count_slices(s, world_size), ranks)
+    return Memory(s, config, VOCAB, train_gpt.count_slices(s, world_size), 8, ranks)
 
 
 # ------------------------------------------------------------------------------------------------- memory
