@@ -1322,9 +1322,9 @@ class Optimizer:
         self.queue = None
         if self.before_update:
             self.before_update()
-        if self.o.grad_clip or measure:
+        if due and (self.o.grad_clip or measure):
             self.grad_norm = gradient_norm(due, self.ranks) / (LOSS_SCALE * batch_tokens)
-        if self.o.grad_clip:
+        if due and self.o.grad_clip:
             self.clip(due)
         for bucket in due:
             bucket.update(lr_mul, self.momentum(step), self.beta_frac(step), measure)

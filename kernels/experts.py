@@ -114,7 +114,9 @@ class ExpertMLPs(torch.autograd.Function):
         hidden_PF = positive_PF * positive_PF
         y_PC = row_products(hidden_PF, down, ends_E)
         ctx.save_for_backward(x_PC, positive_PF, gates_Mk, up, down, token_P, row_Mk, ends_E)
-        return (y_PC[row_Mk] * gates_Mk.unsqueeze(-1)).sum(1).to(n_MC.dtype)
+        y_MC = (y_PC[row_Mk] * gates_Mk.unsqueeze(-1)).sum(1)
+        # compiled by torch 2.11, a Function that returns what a cast to the same type gives has no gradient
+        return y_MC if y_MC.dtype == n_MC.dtype else y_MC.to(n_MC.dtype)
 
     @staticmethod
     def backward(ctx, grad_MC):

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import BASELINE, ROOT, TRAINERS, base_env, read, run, train
-from jobs import lines
+from helpers import BASELINE, ROOT, TRAINERS, base_env, make_optimizer, read, run, train
+from jobs import events, lines, run_here
 
 import train_gpt
 from runtime import checking, memory, toolchain
 from runtime.memory import GIB, Memory, OutOfMemory
 from runtime.settings import SettingsError
+from runtime.supervise import StopRequest
 
 VOCAB = 50257
 CARDS = {"RTX 4090": 23.5, "H100": 79.1, "H200": 139.8}  # GiB, as torch reports them
@@ -102,13 +103,35 @@ def test_out_of_memory_names_the_setting_that_helps(on_gpu):
         raise ZeroDivisionError
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("part", ["rehearsal", "run"])
+def test_a_run_that_ends_for_want_of_memory_says_what_helps(part, on_gpu, shards, tmp_path, monkeypatch):
+    """Fails if rehearsal or loop pass on the allocator's bare error."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.chdir(tmp_path)
+
+        def step(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(train_gpt.Trainer, "step", step)
+        with run_here(train_gpt, base_env(shards, RUN_ID="large", VAL_LOSS_EVERY=0)) as start:
+            on_gpu(8, 9, gib=CARDS["RTX 4090"])
+            card = forecast()
+            monkeypatch.setattr(train_gpt, "Memory", lambda *args: card)
+            with pytest.raises(OutOfMemory, match="49,152 tokens.*SLICES=16"):
+                if part == "run":
+                    train_gpt.Run(start, StopRequest()).train()
+                else:
+                    train_gpt.rehearse(start, StopRequest())
+    assert len(events(tmp_path / "logs/large.txt", "memory")) == (1 if part == "rehearsal" else 0)
+
+
 def test_held_memory_is_that_of_the_buckets():
     """Fails if the forecast leaves out a parameter or a state: counted on the trainer's own optimizer, whose
     weights are fp32 here and have no low halves apart."""
     s, o, config = read(train_gpt)
     model = train_gpt.build_model(s, config, 256, torch.device("cpu"))
-    from helpers import make_optimizer
-
     buckets = make_optimizer(train_gpt, model, o).buckets
     held = sum(x.numel() for b in buckets for x in (b.weights, b.grads, *b.state().values()))
     weights = sum(p.numel() for p in model.parameters())

@@ -44,7 +44,7 @@ NOT_RUN = {  # a pattern of commands -> why they are not run here
     r"^(\./run\.sh|train_gpt\w*\.py(?! --help))": "minutes of training; test_surroundings runs run.sh",
     r"^\./test\.sh": "these tests themselves",
     r"^tests/soak\.py": "an hour of faults",
-    r"^tests/offgpu/numerics\.py": "needs a GPU",
+    r"^benchmarks/first_hour\.py": "needs a GPU; test_first_hour has what does not",
     r"^benchmarks/(step_time|cpu_yardstick)\.py": "minutes; test_benchmarks has them",
     r"^data/(cached_\w+|fineweb)\.py": "gigabytes from the network; test_data_scripts has made-up ones",
     r"^data/tokenize_text\.py(?!.*--bytes)": "GPT-2's vocabulary, from the network; test_data_scripts has it",
@@ -272,8 +272,6 @@ def test_a_command_that_is_not_run_could_be(command, parse_only, monkeypatch, ca
         assert all(f'"{name}"' in words or name in words for name in command.settings)
     elif script == "./run.sh" or script in TRAINERS:
         check_settings(command)
-    elif script == "tests/offgpu/numerics.py":  # it asks for its GPU before its options
-        assert all(word in (ROOT / script).read_text() for word in arguments)
     elif script != "sync_twins.py":  # which has no options
         with pytest.raises(OptionsParsed):
             run_script(list(command.words), monkeypatch)

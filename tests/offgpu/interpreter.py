@@ -78,6 +78,16 @@ def cast(self, value, to, *_):
     return TensorHandle(value.data.astype(_get_np_dtype(to)), to.scalar)
 
 
+original_patch = interpreter._patch_lang_tensor
+
+
+def patch_tensor(tensor, scope):
+    """A tensor of one element as an index: triton 3.6 hands numpy 2.4 an array that it does not take."""
+    original_patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = patch_tensor
 original_float_cast, original_dot = InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.create_dot
 
 
