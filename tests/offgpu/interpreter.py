@@ -108,14 +108,3 @@ InterpreterBuilder.cast_impl = cast
 InterpreterBuilder.create_fp_to_fp = float_cast
 InterpreterBuilder.create_dot = dot
 InterpreterBuilder.get_bf16 = lambda self, value: narrow(np.array([value], np.float32), tl.bfloat16)
-
-original_patch = interpreter._patch_lang_tensor
-
-
-def patch_lang_tensor(tensor, scope):
-    """Let a tensor of one number bound a loop: triton 3.6 leaves to numpy what numpy 2.4 refuses."""
-    original_patch(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-
-interpreter._patch_lang_tensor = patch_lang_tensor
