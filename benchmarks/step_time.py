@@ -207,8 +207,8 @@ class Timed:
         length = len(self.steps) - len(self.steps) % 2 or 1  # steps that repeat keep their parity
         step = self.steps[self.at % length]
         self.at += 1
-        tokens = self.schedule.batch_tokens(step)
-        batches = self.next_batches(tokens, tokens)
+        tokens, stage = self.schedule.batch_tokens(step), self.schedule.stage(step)
+        batches = self.next_batches(tokens, tokens, (stage, stage))
         self.seen.append([batch.cu_seqlens for batch in batches])
         total = self.trainer.step(step, batches)
         self.flush()

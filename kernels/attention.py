@@ -33,9 +33,8 @@ class Documents:
         self.B, self.T = batch.inputs_BT.shape
         self.bands, self.block_masks = {}, {}  # by (window, paired), for sdpa and flex
         self.query_blocks = {}  # the same for kernels.cpu
-        if backend != "varlen":
-            at = torch.arange(self.B * self.T, device=self.cu_seqlens.device, dtype=self.cu_seqlens.dtype)
-            self.doc_BT = torch.searchsorted(self.cu_seqlens, at, right=True).view(self.B, self.T)
+        at = torch.arange(self.B * self.T, device=self.cu_seqlens.device, dtype=self.cu_seqlens.dtype)
+        self.doc_BT = torch.searchsorted(self.cu_seqlens, at, right=True).view(self.B, self.T)
 
     def attend(self, q_BTHD, k_BTHD, v_BTHD, window: int, paired: bool, scale: float) -> Tensor:
         """Softmax attention, (B, T, H, D). T is 2T here if paired."""

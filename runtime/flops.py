@@ -16,6 +16,7 @@ import numpy as np
 
 VOCAB_MULTIPLE = 128  # as in the trainers
 GATE_CHANNELS = 12
+TOKEN_NET_HIDDEN = 64  # as in kernels/signals.py
 POLAR_STEPS = 5
 
 
@@ -74,6 +75,8 @@ class Forward(NamedTuple):
     head: float
     attention: float  # scores and mixing
     gates: float  # one per head, from 12 channels
+    networks: float  # that make gates and MUDD's coefficients for each token
+    composition: float  # of the last layer's heads
 
     @property
     def total(self) -> float:
@@ -83,14 +86,40 @@ class Forward(NamedTuple):
 def forward_flop(c, lengths, vocab: int, windows: tuple[int, int] | None = None) -> Forward:
     """Count one token's forward pass. windows: (short, long) in blocks; None: those of the first stage."""
     with_attention = [i for i in range(c.num_layers) if i not in c.no_attention]
-    gates = len(with_attention) * c.num_heads * c.attn_gate
-    gates += c.num_kv_heads * len(set(with_attention) & set(c.value_embed_layers))
+    gates = 0 if c.gate_layers else len(with_attention) * c.num_heads * c.attn_gate
+    by_network = {c.num_layers - 1} if c.mudd else set()
+    gates += c.num_kv_heads * len(set(with_attention) & set(c.value_embed_layers) - by_network)
     return Forward(
         matrices=2 * active_matrix_params(c),
         head=2 * padded_vocab(vocab) * c.width,
         attention=4 * c.head_dim * keys_per_token(c, lengths, windows or c.windows[0]),
         gates=2 * GATE_CHANNELS * gates,
+        networks=2 * TOKEN_NET_HIDDEN * sum(c.width + n for n in network_outputs(c)),
+        composition=composition_flop(c, visible_keys(lengths, c.compose_tokens - 1))
+        if c.compose_tokens
+        else 0,
     )
+
+
+def network_outputs(c) -> list[int]:
+    """Numbers for each token that each of a model's small networks makes (kernels/signals.py)."""
+    H, last, counts = c.num_heads, c.num_layers - 1, []
+    injected = 1 + bool(c.ngram_rows)  # factors of a layer: x0's and the n-gram embedding's
+    for first, end in zip(c.gate_layers, (*c.gate_layers[1:], c.num_layers)):
+        layers = set(range(first, end)) - set(c.no_attention)
+        mixing = layers - {last} if c.mudd else layers
+        n = H * len(layers & set(c.xsa_layers)) + injected * len(mixing)
+        n += H * len(layers & set(c.long_layers)) if c.attn_gate else 0
+        n += 1 if c.skip and first <= c.skip[1] < end else 0
+        counts.append(n + (2 * H if c.compose_tokens and first <= last < end else 0))
+    if c.mudd:  # 3 into the values, 3 into the stream, 2 value gates, 4 factors, and those of x0 and n-grams
+        counts += [12 + injected, 5]
+    return counts
+
+
+def composition_flop(c, keys: float) -> float:
+    """Count one token's composition of heads over so many keys: scores, their mixture, and its values."""
+    return 2 * c.num_heads * keys * (2 * c.head_dim + 1)
 
 
 def plain(c, row_tokens: int) -> SimpleNamespace:
@@ -122,7 +151,10 @@ def flop_per_token(c, lengths, vocab: int, windows: tuple[int, int] | None = Non
 def matrix_shapes(c) -> dict[tuple[int, int], int]:
     """Count the matrices by stored shape (rows, columns); each entry is one bucket of the optimizer."""
     queries, keys, shapes = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, {}
-    attention = [(queries, c.width), (keys, c.width), (keys, c.width), (c.width, queries)]
+    attention = [(keys, c.width), (c.width, queries)]
+    for num_heads in (c.num_heads, c.num_kv_heads):  # of q and k, in groups of qk_group heads
+        group = c.qk_group or num_heads
+        attention += [(group * c.head_dim, c.width)] * (num_heads // group)
     for i in range(c.num_layers):
         mlp = [(c.expert_hidden, c.width)] * 2 * c.num_experts or [(4 * c.width, c.width)] * 2
         for shape in [*(attention if i not in c.no_attention else ()), *mlp]:

@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from runtime.flops import matrix_shapes, padded_vocab, table_sizes
+from runtime.flops import TOKEN_NET_HIDDEN, matrix_shapes, network_outputs, padded_vocab, table_sizes
 from runtime.ranks import Ranks
 
 GIB = 1 << 30
@@ -21,6 +21,7 @@ MOST_TOKENS = 65_536  # of a pass: larger ones gain at most 1% (records/2026-11-
 SLICES = (8, 16, 32, 64)
 VAL_SLICES = 8  # of a batch of validation, whatever SLICES is: all arms then validate alike
 RESERVED = 1.25 * GIB  # CUDA's context, NCCL's and cuBLAS's buffers
+MUDD_WIDTHS = 13  # its sources, and streams and branches around its coefficients
 USABLE = 0.92  # of the rest; freed blocks do not always fit what is wanted next
 
 
@@ -56,7 +57,18 @@ def kept_bytes(c, vocab_size: int, fused: bool) -> float:
         else:
             # the stream twice more; queries and keys before and after their norm, values, outputs twice
             kept += 5 * width + 4 * queries + 3 * keys
-    return 2 * (kept + padded_vocab(vocab_size))  # and the logits
+    return 2 * (kept + kept_by_later_parts(c) + padded_vocab(vocab_size))  # and the logits
+
+
+def kept_by_later_parts(c) -> float:
+    """Numbers in bfloat16 that a token keeps for the parts of later records.
+
+    MUDD's share is not derived but taken from what the compiler keeps with 6 and with 11 layers.
+    """
+    kept = MUDD_WIDTHS * c.width * bool(c.mudd) + c.num_heads * c.head_dim * len(c.xsa_layers)
+    if c.compose_tokens:  # probabilities in fp32 over two blocks of keys, and the heads' shares
+        kept += 2 * c.num_heads * 2 * c.compose_tokens + c.num_heads * c.head_dim
+    return kept + 2 * TOKEN_NET_HIDDEN * len(network_outputs(c))
 
 
 class Memory:

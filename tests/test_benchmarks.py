@@ -24,6 +24,7 @@ from helpers import (
     small_model,
     write_shard,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
@@ -43,6 +44,7 @@ KINDS = {
     "fewer key heads": dict(num_kv_heads=2, paired_layers=(), value_embed_layers=(1,)),
     "plain": dict(**train_gpt.PLAIN),
 }
+GROUPED = {**KINDS, "in groups": dict(qk_group=2)}
 
 # ---------------------------------------------------------------------------------------------------
 # FLOP and parameters
@@ -84,6 +86,48 @@ def test_flop_equal_torchs_count_on_the_real_model(kind):
     assert flops.flop_per_token(c, lengths, VOCAB) == 3 * one_token.total
 
 
+LATER_PARTS = dict(
+    width=32,  # as wide as all heads together
+    paired_layers=(0,),
+    backout=None,
+    qk_group=2,
+    value_gate_reads_table=True,
+    ngram_signs=7,
+    branch_factors=True,
+    attn_source=1,
+    mudd=(0, 1),
+    xsa_layers=(1,),
+    gate_layers=(0, 2),
+    compose_tokens=8,
+)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(mudd=None, compose_tokens=0), dict(ngram_rows=0, ngram_signs=0)], ids=str
+)
+def test_flop_of_the_later_records_parts_equal_torchs_count(changes):
+    """The plain form computes all pairs of a block: attention's of its window, the composition's of
+    its own and the one before."""
+    model, lengths = small_model(train_gpt, vocab_size=VOCAB, **{**LATER_PARTS, **changes}), [9, 23]
+    batch, c = make_batch(lengths), model.config
+    windows = tuple(w * c.window_block for w in c.windows[0])
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        loss, _ = model.train_loss(batch, windows, False, torch.tensor([1.0, 0.5]))
+        forward_only = counted.get_total_flops()
+        loss.backward()
+    one_token, pairs, docs = flops.forward_flop(c, lengths, VOCAB), 0, Documents(batch, "sdpa")
+    for block, plan in zip(model.blocks, model.plans):
+        if plan.attention:
+            heads = block.attn.num_heads // (2 if plan.paired else 1)
+            pairs += heads * docs.band(windows[plan.long_window], plan.paired).bias.numel()
+    expected = one_token.matrices + one_token.head + one_token.gates + one_token.networks
+    if c.compose_tokens:
+        expected += flops.composition_flop(c, 2 * c.compose_tokens)
+    expected = sum(lengths) * expected + 4 * c.head_dim * pairs
+    assert forward_only == expected
+    assert counted.get_total_flops() == 3 * expected
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", ([32], [9, 23], [1] * 32, [3, 1, 28]))
 def test_keys_counted_are_those_that_the_models_masks_show(kind, lengths):
@@ -123,7 +167,11 @@ def test_parameters_of_every_preset_are_those_of_its_model(preset):
     assert {name: found[name] for name in tables} == tables
     matrices = sum(n for name, n in found.items() if train_gpt.find_role(name).rule == "matrix")
     assert flops.num_matrix_params(config) == matrices
-    assert sum(found.values()) - matrices - sum(tables.values()) < 2e4  # gates and scalars
+    networks = sum(n for name, n in found.items() if name.startswith(("mudd", "gate_nets")))
+    outputs = flops.network_outputs(config)
+    width = flops.TOKEN_NET_HIDDEN
+    assert networks == sum(width * config.width + n * (width + 1) for n in outputs) + len(config.gate_layers)
+    assert sum(found.values()) - matrices - sum(tables.values()) - networks < 2e4  # gates and scalars
 
 
 @pytest.mark.parametrize("shape", ((16, 16), (16, 24), (24, 16), (16, 32), (64, 16)))
@@ -145,17 +193,17 @@ SMALL = PRESETS["gpt2-small"]
 
 
 @pytest.mark.parametrize("world_size", (1, 2, 3, 8, 16))
-@pytest.mark.parametrize("kind", ("everything", "fewer key heads"))
+@pytest.mark.parametrize("kind", ("everything", "fewer key heads", "in groups"))
 def test_owned_matrices_and_padding_are_those_of_the_real_optimizer(kind, world_size):
     """busy_share, owned and padding against the optimizer of every rank, built one after the other."""
-    model = small_model(train_gpt, vocab_size=VOCAB, **KINDS[kind])
+    model = small_model(train_gpt, vocab_size=VOCAB, **GROUPED[kind])
     o, shapes, real = read(train_gpt)[1], flops.matrix_shapes(model.config), {}
     for rank in range(world_size):
         optimizer = make_optimizer(train_gpt, model, o, ranks=lone_ranks(train_gpt, rank, world_size))
         buckets = [b for b in optimizer.buckets if isinstance(b, train_gpt.MatrixBucket)]
-        assert {tuple(b.mine.shape[1:]): len(b.params) for b in buckets} == shapes
+        assert {tuple(b.mine.shape[1:]): len(b.all_names) for b in buckets} == shapes
         for bucket in buckets:
-            n = len(bucket.params)
+            n = len(bucket.all_names)
             assert bucket.mine.shape[0] == scaling_model.owned(n, world_size)
             real.setdefault(n, []).append(len(bucket.names))
         padded = sum(len(b.weights) for b in buckets)

@@ -227,7 +227,7 @@ def noise_of_step(run, step, batches) -> list:
     """Noise that each pass of a training step gets; nothing is learned."""
     seen, loss = [], torch.zeros((), requires_grad=True)
 
-    def train_loss(batch, windows, tied, weights, noise):
+    def train_loss(batch, windows, tied, weights, noise, prefix_weight):
         seen.append(noise)
         return loss, loss.detach()
 

@@ -913,7 +913,7 @@ def test_values_are_read_as_they_are_written(trainer):
     assert (o.muon_lr, o.adam_lr, o.muon_weight_decay) == (0.023, 0.008, 1.2)
     assert (o.muon_warmup_steps, o.beta_warmup_steps) == (300, 0)
     assert (o.muon_momentum, o.adam_weight_decay, o.muon_decay_mode) == (0.95, 0.005, "cautious")
-    assert (s.val_tokens, s.val_batch_tokens, s.max_doc_tokens) == (10_485_760, 2_097_152, 2048)
+    assert (s.val_tokens, s.val_batch_tokens, s.max_doc_tokens) == (10_485_760, 2_097_152, (2048,) * 4)
     assert (s.num_scheduled_iterations, s.num_extension_iterations, s.long_docs) == (1560, 40, "cut")
     assert (s.lr_muls, s.cooldown_frac, s.lr_decay_final) == ((1, 1.52, 1.73, 1), 0.55, 0.1)
 

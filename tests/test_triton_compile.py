@@ -67,6 +67,8 @@ def test_other_shapes_and_settings_are_among_them(built):
     other = arch == 90
     decays = {"cautious", *(("none", "param", "update", "both") if other else ())}
     assert ways(launches, "apply_kernel", "MODE") == decays
+    for kernel in ("loss_kernel", "loss_backward_kernel"):
+        assert ways(launches, kernel, "PREFIX") == {True, False}
     assert ways(launches, "apply_kernel", "TALL") == {True, *((False,) if other else ())}
     assert ways(launches, "apply_kernel", "SCALED") == {True, *((False,) if other else ())}
     assert ways(launches, "apply_kernel", "COLS") == {768, *((512,) if other else ())}
@@ -128,7 +130,7 @@ def test_every_preset_and_setting():
     assert len(launches) > 100
     applied = [x["constants"] for x in launches if x["kernel"] == "apply_kernel"]
     shapes = {(x["COLS"], x["TALL"]) for x in applied}
-    assert shapes == {(n, True) for n in (128, 256, 384, 512, 768, 1024, 2048)} | {(512, False)}
+    assert shapes == {(n, True) for n in (128, 256, 384, 512, 768, 1024, 2048)} | {(512, False), (768, False)}
     check_spills(launches)
     check_resources(90, launches)
     check_products(90, launches)

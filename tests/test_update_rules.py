@@ -278,7 +278,7 @@ def test_variance_reduction(shape):
     states = [{}, {}]
     for _ in range(4):
         U = (rng.normal(size=(2, *shape)) * rng.uniform(0.1, 3, shape)).astype(np.float32)
-        got = train_gpt.reduce_variance(torch.tensor(U), second)
+        got = train_gpt.reduce_variance(torch.tensor(U), second, MUON_BETA2)
         for u, x, state in zip(U.astype(np.float64), got, states):
             expected = u / np.sqrt(ref_running_square(u, state, "second"))
             expected *= np.linalg.norm(u) / np.linalg.norm(expected)

@@ -63,6 +63,8 @@ def train_step(trainer, float8: bool, preset: str = "gpt2-small"):
         for K in PREDICTED:
             loss, _ = model.train_loss(batch, (128, 384), True, torch.ones(K))
             loss.backward()
+        x = torch.zeros(SLICES, TOKENS, model.config.width, dtype=torch.bfloat16, requires_grad=True)
+        model.head_loss(x, tokens, torch.ones(1), tokens, 0.25)[0].backward()  # with prefixes
         for measure in (False, True):
             optimizer.step(0, 1.0, SLICES * TOKENS, measure)
 

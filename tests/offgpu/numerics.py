@@ -223,47 +223,64 @@ def loss_case(B, T, V, K, scale=3.0):
     return draw(B * T, V, scale=scale), targets, weights
 
 
-def slices(targets):
-    """(rows, targets) of each slice. The references hold some ten tensors of the logits' size in fp32."""
-    T = targets.shape[1]
-    return [(slice(b * T, (b + 1) * T), targets[b : b + 1]) for b in range(len(targets))]
+def with_prefixes(targets, weights, V):
+    """(weights with that of prefixes, prefixes of which some are missing)."""
+    drawn = draw_tokens(2 * V, *targets.shape, seed=7) - V
+    drawn[0, 0], drawn[-1, -1] = V - 1, 0
+    return torch.cat((weights, torch.tensor([0.2]))), drawn.clamp_min(-1)
+
+
+def slices(targets, prefix):
+    """(rows, targets, prefixes) of each slice. References hold ten fp32 tensors as large as the logits."""
+    B, T = targets.shape
+    own = [slice(b, b + 1) for b in range(B)]
+    return [
+        (slice(b * T, (b + 1) * T), targets[x], None if prefix is None else prefix[x])
+        for b, x in enumerate(own)
+    ]
 
 
 # 65,536 x 50,304 logits have more elements than an int32 counts
 LOGITS = [(4, 16_384, 50_304, 3), (1, 16_384, 50_304, 2), (1, 16_384, 50_304, 1)]
 
 
+@pytest.mark.parametrize("prefixes", [False, True], ids=["", "prefixes"])
 @pytest.mark.parametrize(
     "B, T, V, K", sized([(2, 19, 2176, 2), (1, 5, 128, 1), (3, 7, 4099, 3), (4, 2, 50, 3)], LOGITS)
 )
-def test_softcapped_loss(B, T, V, K):
+def test_softcapped_loss(B, T, V, K, prefixes):
     """Forward against torch, backward against autograd of the same."""
     z, targets, weights = loss_case(B, T, V, K)
+    weights, prefix = with_prefixes(targets, weights, V) if prefixes else (weights, None)
     factor = torch.tensor(0.25)
-    got = cuda.softcapped_loss(z, targets, weights, *SOFTCAP)
-    grad = cuda.softcapped_loss_backward(z, got[2], targets, weights, factor, *SOFTCAP)
-    for rows, own in slices(targets):
+    got = cuda.softcapped_loss(z, targets, weights, *SOFTCAP, prefix)
+    grad = cuda.softcapped_loss_backward(z, got[2], targets, weights, factor, *SOFTCAP, prefix)
+    for rows, own, own_prefix in slices(targets, prefix):
         exact = z[rows].float().requires_grad_()
-        want = cuda.softcapped_loss_reference(exact, own, weights, *SOFTCAP)
+        want = cuda.softcapped_loss_reference(exact, own, weights, *SOFTCAP, own_prefix)
         for a, b in zip(got, want):
             assert_close(a[rows], b.detach(), rtol=1e-5, atol=1e-5)
         (factor * want[0].sum()).backward()
-        lse = want[2].detach()
+        known = z[rows], want[2].detach(), own, weights, factor
         del want
         assert_close(grad[rows], exact.grad.bfloat16(), rtol=2 * BF16_STEP)
-        formula = cuda.softcapped_loss_backward_reference(z[rows], lse, own, weights, factor, *SOFTCAP)
+        formula = cuda.softcapped_loss_backward_reference(*known, *SOFTCAP, own_prefix)
         assert_close(formula, exact.grad, rtol=1e-4)
 
 
+@pytest.mark.parametrize("prefixes", [False, True], ids=["", "prefixes"])
 @pytest.mark.parametrize("B, T, V, K", sized([(2, 67, 300, 2), (1, 5, 128, 1), (3, 7, 130, 3)], LOGITS))
-def test_softcapped_loss_backward_in_float8(B, T, V, K):
+def test_softcapped_loss_backward_in_float8(B, T, V, K, prefixes):
     """Neighbouring float8 numbers are a quarter apart; a value on the edge may fall to either side."""
     z, targets, weights = loss_case(B, T, V, K)
-    lse, factor = cuda.softcapped_loss(z, targets, weights, *SOFTCAP)[2], torch.tensor(0.25)
-    got, turned = cuda.softcapped_loss_backward_float8(z, lse, targets, weights, factor, *SOFTCAP, 1e-4)
+    weights, prefix = with_prefixes(targets, weights, V) if prefixes else (weights, None)
+    lse, factor = cuda.softcapped_loss(z, targets, weights, *SOFTCAP, prefix)[2], torch.tensor(0.25)
+    known = z, lse, targets, weights, factor
+    got, turned = cuda.softcapped_loss_backward_float8(*known, *SOFTCAP, 1e-4, prefix)
     assert torch.equal(turned.view(torch.uint8), got.view(torch.uint8).T)
-    for rows, own in slices(targets):
-        want = cuda.softcapped_loss_backward_reference(z[rows], lse[rows], own, weights, factor, *SOFTCAP)
+    for rows, own, own_prefix in slices(targets, prefix):
+        known = z[rows], lse[rows], own, weights, factor
+        want = cuda.softcapped_loss_backward_reference(*known, *SOFTCAP, own_prefix)
         want, _ = cuda.quantize_reference(want, 1e-4, torch.float8_e5m2)
         assert (got[rows].float() == want.float()).float().mean() > 0.999
         assert_close(got[rows].float(), want.float(), rtol=0.26)
@@ -294,15 +311,17 @@ def head_case(seed=0):
     return x, w, targets, torch.tensor([1.0, 0.5])
 
 
+@pytest.mark.parametrize("prefixes", [False, True], ids=["", "prefixes"])
 @pytest.mark.parametrize(
     "scales, error", [(None, 0.01), ((100 / 448, 6 / 448, 0.1 / 448), 0.12)], ids=["bfloat16", "float8"]
 )
-def test_head_loss(scales, error):
+def test_head_loss(scales, error, prefixes):
     """Values and gradients against fp32; float8 has three bits of mantissa forward and two backward."""
     x, w, targets, weights = head_case()
+    weights, prefix = with_prefixes(targets, weights, len(w)) if prefixes else (weights, None)
     exact = [p.detach().float().requires_grad_() for p in (x, w)]
-    loss, entropy = cuda.head_loss(x, w, targets, weights, SOFTCAP, scales)
-    want, want_entropy = cuda.head_loss_reference(*exact, targets, weights, SOFTCAP)
+    loss, entropy = cuda.head_loss(x, w, targets, weights, SOFTCAP, scales, prefix)
+    want, want_entropy = cuda.head_loss_reference(*exact, targets, weights, SOFTCAP, prefix)
     (0.25 * loss).backward()
     (0.25 * want).backward()
     assert not entropy.requires_grad
@@ -580,7 +599,7 @@ def test_twins_with_kernels_agree_bit_for_bit(shape, env):
         torch.full((N, 1, 1), 0.02),
         scalar(0.03),
         scalar(0.9),
-        "cautious",
+        helpers.optimizer_settings(train_gpt),
     )
     for measure in (True, False):
         twin = twin_step(True, case, env, measure)

@@ -1,12 +1,13 @@
 """Trace, or compile for sm_90, what a train step of gpt2-small runs on a GPU; prints one line per part.
 
-    python trace_step.py stage|variants|experts|inductor|ord
+    python trace_step.py stage|variants|experts|later|inductor|ord
 
 stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins;
           what forward keeps for backward, and the optimizer all the time, as runtime/memory.py forecasts it;
           the defaults of both take the Triton forms, for the model and for the matrices' step
 variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
 experts   a step and a validation of moe-79m, which has grouped products, and its optimizer's steps
+later     steps of the first and the last stage, and a validation, of gpt2-small-2026-08's parts in six layers
 inductor  the first stage's step, twin with ORD, and its validation, by inductor to sm_90 machine code
 ord       the update of matrices in each of ORD's ways, by inductor to sm_90 machine code
 """
@@ -16,8 +17,10 @@ import functools
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pretend_cuda
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
@@ -38,7 +41,7 @@ from runtime.memory import held_bytes, kept_bytes
 
 DEVICE = torch.device("cuda", 0)
 VOCAB = 50257
-MODES = ("stage", "variants", "experts", "inductor", "ord")
+MODES = ("stage", "variants", "experts", "later", "inductor", "ord")
 
 
 def ranks(trainer):
@@ -155,7 +158,7 @@ def batch(trainer, num_slices: int, slice_tokens: int, num_docs: int, longest: i
 
 def stage_batch(trainer, run, stage: int, num_docs: int):
     slice_tokens = run.s.batch_sizes[stage] // run.s.slices
-    return batch(trainer, max(1, 65_536 // slice_tokens), slice_tokens, num_docs, run.s.max_doc_tokens)
+    return batch(trainer, max(1, 65_536 // slice_tokens), slice_tokens, num_docs, run.s.max_doc_tokens[stage])
 
 
 def report(name: str, since: float):
@@ -191,6 +194,8 @@ def stage():
             report(f"{trainer.__name__} optimizer", since)
 
 
+LATER_TOPOLOGY = ("num_layers", "long_layers", "paired_layers", "value_embed_layers", "skip", "no_attention")
+LATER_TOPOLOGY += ("attn_source", "mudd", "xsa_layers", "gate_layers")
 WAYS_NOT_FUSED = {"post", "row variance"}
 
 
@@ -251,7 +256,7 @@ def ord_updates():
         for bucket in optimizer.matrix_buckets:
             with torch.no_grad():
                 bucket.update(1.0, 0.95, 1.0, measure=True)
-                if cuda.covers_ord(o):
+                if cuda.covers_ord(o, None):
                     sums = torch.zeros(len(bucket.names), 3, device=DEVICE)
                     radial_part(sums, bucket.a_N11, bucket.rho_sum / 40, trainer.scalar(1), o)
         report(name, since)
@@ -288,7 +293,7 @@ def experts(backend: str):
         slice_tokens = run.s.batch_sizes[0] // run.s.slices
         with model_forms(trainer, run):
             for num_docs in (94, 131):
-                docs = batch(trainer, run.s.slices, slice_tokens, num_docs, run.s.max_doc_tokens)
+                docs = batch(trainer, run.s.slices, slice_tokens, num_docs, run.s.max_doc_tokens[0])
                 run.step(0, [docs])
             with torch.no_grad():
                 val = batch(trainer, 1, run.s.val_batch_tokens // trainer.VAL_SLICES, 400, 100_000)
@@ -296,6 +301,35 @@ def experts(backend: str):
             report(f"{trainer.__name__} experts", since)
             optimizer_steps(run)
             report(f"{trainer.__name__} optimizer", since)
+
+
+def later():
+    """The parts of the later records, at gpt2-small's width; the first stage predicts prefixes, the last does
+    not."""
+    since, calls, kept = time.perf_counter(), Counter(), []
+    config, changes = train_gpt.PRESETS["gpt2-small-2026-08"]
+    topology = {name: train_gpt.TINY_LATER[name] for name in LATER_TOPOLOGY}
+    train_gpt.PRESETS["gpt2-small-2026-08"] = replace(config, **topology, ngram_rows=1024), changes
+    train_gpt.prefix_tokens = lambda vocabulary: np.full(vocabulary, -1)
+    run = build(train_gpt, recording(calls, kept), model="gpt2-small-2026-08")
+    with model_forms(train_gpt, run):
+        batches = [stage_batch(train_gpt, run, 0, n) for n in (94, 131)]
+        weights = train_gpt.to_device(run.schedule.predict_weights(0), DEVICE)
+        known = run.schedule.windows(0), True, weights, None, run.schedule.prefix_weight(0)
+        run.train_loss(batches[0], *known)
+        compare_forecast(run, batches[0].inputs_BT.numel(), kept)
+        run.step(0, batches)
+        assert calls == calls_wanted(6), dict(calls)
+        report("first stage", since)
+        calls.clear()
+        run.enter(8)
+        run.step(8, [stage_batch(train_gpt, run, 2, n) for n in (60, 77)])
+        assert calls == calls_wanted(6), dict(calls)
+        report("last stage", since)
+        with torch.no_grad():
+            val = batch(train_gpt, 1, run.s.val_batch_tokens // train_gpt.VAL_SLICES, 400, 100_000)
+            run.val_loss(val, run.schedule.windows(train_gpt.NUM_STAGES), run.tied)
+        report("validation", since)
 
 
 def main(mode: str):
@@ -307,6 +341,8 @@ def main(mode: str):
             defaults()
         elif mode == "experts":
             experts("aot_eager")
+        elif mode == "later":
+            later()
         elif mode == "ord":
             ord_updates()
         else:
