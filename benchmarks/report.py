@@ -23,7 +23,7 @@ import torch
 PIECE_BYTES, MAX_PIECES = 2**24, 3
 STEPS_OF_COMPILER = (".ttir", ".ttgir", ".llir", ".ptx", ".source")  # Triton loads a kernel without them
 PACKING = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": 2**26}]  # kernels are kept twice, far apart
-SAVE_S, STOP_S = 40, 25  # left at the end to pack the cache, and before that for training to stop
+SAVE_S, STOP_S = 40, 40  # left at the end to pack the cache, and before that for training to save and stop
 DONE = ("ok", "failed", "out of memory", "missing")
 MAX_ROWS = 14  # of a step, in the table
 
