@@ -8,7 +8,7 @@
 | gram, gram_polynomial | X X^T and b A + c A A in the polar iterations | symmetric: half suffices |
 | mlp | relu(x W^T)^2, forward and backward | the elementwise halves ride on the products |
 | quantize | two casts and a transposition for a float8 product | one read |
-| head_loss | head, softcap and cross-entropy on K tokens | no fp32 logits; the gradient is born in float8 |
+| head_loss | head, softcap, cross-entropy of K tokens and prefix | no fp32 logits; gradient born in float8 |
 | momentum_sums ... apply_update | the tail of a Muon step | reads gradient and weight as rarely as it can |
 
 Nothing uses atomics: sums over blocks are stored and added in a fixed order, so two runs agree bit for bit.
