@@ -26,7 +26,7 @@ MAKE_CORPUS = Path(__file__).resolve().parent.parent / "data/embedded_corpus.py"
 LEAST_VAL_TOKENS = 1024
 # Settings that decide whether data files will do; sweeps of a hundred arms have few combinations of them.
 ABOUT_DATA = ("data_path", "train_files", "val_files", "val_tokens", "val_batch_tokens", "batch_sizes")
-ABOUT_DATA += ("max_doc_tokens", "long_docs", "nproc_per_node")
+ABOUT_DATA += ("max_doc_tokens", "long_docs", "nproc_per_node", "batch_tokens", "row_tokens")
 
 
 def read_run(module, env) -> tuple:

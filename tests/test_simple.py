@@ -4,6 +4,7 @@ resuming, logs."""
 import contextlib
 import functools
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ from jobs import refusal, run_here
 import report_sweep
 import train_gpt_simple as simple
 from analysis.run_log import read_log
+from analysis.trainers import read_trainer
 from data.shards import TokenStream
 from kernels import vectors
+from runtime.checking import answer_for
 from runtime.compiling import graphs_compiled, not_compiled
+from runtime.settings import knobs
 from runtime.stream_run import cut_passes
 from runtime.supervise import StopRequest
 
@@ -448,6 +452,24 @@ def test_the_tools_read_its_logs(small, shards):
     assert report_sweep.main(["logs", "--target", "3.28", "--out", "report"]) == 0
     text = (made.s.log.parent.parent / "report" / "REPORT.md").read_text()
     assert "Proof against 3.28" in text and "(target - mean) √n" in text
+
+
+def test_a_sweep_knows_what_a_run_will_have(shards, monkeypatch):
+    """Else the launcher refuses small batches, or a default of a mode that is written out is another run."""
+    asked = {name: text for name, text in env_of(shards).items() if name in knobs(simple.SETTINGS)}
+    answer = answer_for(simple, {}, [asked])[0]
+    assert answer["refused"] is None and answer["data"] is None
+    trainer = read_trainer("train_gpt_simple.py")
+    for gpus, model in (((), "tiny"), (("0",), "track")):
+        on_machine = replace(trainer, gpus=gpus)
+        assert on_machine.resolve({})["MODEL"] == model
+        monkeypatch.setattr(simple, "find_device", lambda env, gpus=gpus: "cuda" if gpus else "cpu")
+        for mode in simple.ORD_MODES:
+            s, o, _ = simple.read_settings({"ORD_MODE": mode})
+            values = {k.upper(): v for k, v in {**asdict(s), **asdict(o)}.items()}
+            resolved = trainer.without_machine(on_machine.resolve({"ORD_MODE": mode}))
+            differing = {name for name in resolved if resolved[name] != values[name]}
+            assert differing <= {"RUN_ID", "DEVICE", "MUON_COOLDOWN_FRAC"}, (mode, differing)
 
 
 @pytest.mark.parametrize(
