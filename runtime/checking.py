@@ -53,10 +53,18 @@ def find_data(s, env, unit: int) -> tuple:
     have = count_tokens(s.data_path, s.val_files) - 1  # the last token is only a target
     if not LEAST_VAL_TOKENS <= have < s.val_tokens:
         return s, ()
-    batch = s.val_batch_tokens if have >= s.val_batch_tokens else have // unit * unit
+    changed = {}
+    if not hasattr(s, "val_batch_tokens"):  # a plain trainer validates in batches of its training
+        batch = s.batch_tokens
+        if have < batch:
+            return s, ()
+    elif have >= s.val_batch_tokens:
+        batch = s.val_batch_tokens
+    else:
+        batch = changed["val_batch_tokens"] = have // unit * unit
     tokens = have // batch * batch
     note = f"validation takes {tokens:,} tokens instead of {s.val_tokens:,}: the shards hold {have + 1:,}"
-    return dataclasses.replace(s, val_tokens=tokens, val_batch_tokens=batch), (note,)
+    return dataclasses.replace(s, val_tokens=tokens, **changed), (note,)
 
 
 def fitting_ranks(s) -> int:

@@ -18,7 +18,7 @@ from analysis.run_log import read_log
 from analysis.trainers import read_trainer
 from data.shards import TokenStream
 from kernels import vectors
-from runtime.checking import answer_for
+from runtime.checking import answer_for, read_run
 from runtime.compiling import graphs_compiled, not_compiled
 from runtime.settings import knobs
 from runtime.stream_run import cut_passes
@@ -452,6 +452,14 @@ def test_the_tools_read_its_logs(small, shards):
     assert report_sweep.main(["logs", "--target", "3.28", "--out", "report"]) == 0
     text = (made.s.log.parent.parent / "report" / "REPORT.md").read_text()
     assert "Proof against 3.28" in text and "(target - mean) √n" in text
+
+
+def test_short_validation_shards_are_read_as_far_as_batches_go(small, shards):
+    """Else a text of one's own, with little to validate on, ends the run before it begins."""
+    env = {name: text for name, text in env_of(shards).items() if name != "VAL_TOKENS"}
+    s, _, _, notes = read_run(simple, env)
+    assert s.val_tokens == 19 * 1024 and "the shards hold 20,000" in notes[0]
+    assert read_run(simple, {**env, "BATCH_TOKENS": "32768"})[0].val_tokens == 10_485_760, "refused later"
 
 
 def test_a_sweep_knows_what_a_run_will_have(shards, monkeypatch):
