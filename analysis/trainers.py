@@ -35,7 +35,8 @@ class TrainerInfo:
 
     path: Path
     settings: dict[str, dict]
-    presets: dict[str, dict]
+    presets: dict[str, dict]  # the first is what MODEL=auto means on a GPU
+    modes: dict[str, dict]  # ORD_MODE -> defaults that it changes
     source_hash: str
     gpus: tuple[str, ...]  # those that its runs would find here
 
@@ -51,13 +52,13 @@ class TrainerInfo:
         return answers
 
     def resolve(self, settings: dict) -> dict:
-        """Return every setting of a run: the script's defaults, then its preset's, then the run's own."""
+        """Return every setting of a run: the defaults of script, preset and mode, then the run's own."""
         values = {name: spec["default"] for name, spec in self.settings.items()} | settings
         if values.get("MODEL") == "auto":
             cuda = values.get("DEVICE") != "cpu" and self.gpus
-            values["MODEL"] = "gpt2-small" if cuda else "tiny"
-        preset = self.presets.get(values.get("MODEL"), {})
-        return values | {name: value for name, value in preset.items() if name not in settings}
+            values["MODEL"] = next(iter(self.presets)) if cuda else "tiny"
+        changed = self.presets.get(values.get("MODEL"), {}) | self.modes.get(values.get("ORD_MODE"), {})
+        return values | {name: value for name, value in changed.items() if name not in settings}
 
     def without_machine(self, settings: dict) -> dict:
         """Return the settings without those that say where and how a run is made."""
@@ -82,7 +83,8 @@ def read_trainer(script: str) -> TrainerInfo:
         if not all({"type", "default", "affects"} <= spec.keys() for spec in settings.values()):
             raise ValueError
         gpus = gpu_names(answer["num_gpus"])
-        return TrainerInfo(path, settings, answer.get("presets", {}), answer["source_hash"], gpus)
+        presets, modes = (answer.get(name, {}) for name in ("presets", "modes"))
+        return TrainerInfo(path, settings, presets, modes, answer["source_hash"], gpus)
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"`{script} --settings-json` should print its settings, source_hash and num_gpus as JSON; {said}"

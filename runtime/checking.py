@@ -27,7 +27,15 @@ MAKE_CORPUS = Path(__file__).resolve().parent.parent / "data/embedded_corpus.py"
 LEAST_VAL_TOKENS = 1024
 # Settings that decide whether data files will do; sweeps of a hundred arms have few combinations of them.
 ABOUT_DATA = ("data_path", "train_files", "val_files", "val_tokens", "val_batch_tokens", "batch_sizes")
-ABOUT_DATA += ("max_doc_tokens", "long_docs", "nproc_per_node", "slices", "model")
+ABOUT_DATA += (
+    "max_doc_tokens",
+    "long_docs",
+    "nproc_per_node",
+    "slices",
+    "model",
+    "batch_tokens",
+    "row_tokens",
+)
 AMD_NOTE = "this is an AMD GPU: plain torch runs, without float8, Triton kernels and varlen attention"
 
 
@@ -58,10 +66,18 @@ def find_data(s, env, unit: int) -> tuple:
     have = count_tokens(s.data_path, s.val_files) - 1  # the last token is only a target
     if not LEAST_VAL_TOKENS <= have < s.val_tokens:
         return s, ()
-    batch = s.val_batch_tokens if have >= s.val_batch_tokens else have // unit * unit
+    changed = {}
+    if not hasattr(s, "val_batch_tokens"):  # a plain trainer validates in batches of its training
+        batch = s.batch_tokens
+        if have < batch:
+            return s, ()
+    elif have >= s.val_batch_tokens:
+        batch = s.val_batch_tokens
+    else:
+        batch = changed["val_batch_tokens"] = have // unit * unit
     tokens = have // batch * batch
     note = f"validation takes {tokens:,} tokens instead of {s.val_tokens:,}: the shards hold {have + 1:,}"
-    return dataclasses.replace(s, val_tokens=tokens, val_batch_tokens=batch), (note,)
+    return dataclasses.replace(s, val_tokens=tokens, **changed), (note,)
 
 
 def fitting_ranks(s) -> int:

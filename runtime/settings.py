@@ -299,12 +299,18 @@ def help_lines(name: str, field: dataclasses.Field) -> list[str]:
 
 
 def settings_json(
-    script: str, classes, presets: dict[str, tuple[str, dict]], source_hash: str, num_gpus: int
+    script: str,
+    classes,
+    presets: dict[str, tuple[str, dict]],
+    modes: dict[str, dict],
+    source_hash: str,
+    num_gpus: int,
 ) -> str:
     """--settings-json, which the launcher reads.
 
-    Every setting's name, type, default, allowed values and what it affects; the presets' defaults; the hash
-    of the code that decides the numbers; the number of GPUs that a run would find here.
+    Every setting's name, type, default, allowed values and what it affects; the presets' defaults, and those
+    of each ORD_MODE; the hash of the code that decides the numbers; the number of GPUs that a run would find
+    here.
     """
     settings = [
         {
@@ -316,6 +322,12 @@ def settings_json(
         }
         for name, f in knobs(classes).items()
     ]
-    defaults = {name: {k.upper(): v for k, v in changes.items()} for name, (_, changes) in presets.items()}
-    found = {"script": script, "source_hash": source_hash, "num_gpus": num_gpus}
-    return json.dumps({**found, "settings": settings, "presets": defaults})
+    found = {"script": script, "source_hash": source_hash, "num_gpus": num_gpus, "settings": settings}
+    found["presets"] = {name: in_capitals(changes) for name, (_, changes) in presets.items()}
+    found["modes"] = {name: in_capitals(changes) for name, changes in modes.items()}
+    return json.dumps(found)
+
+
+def in_capitals(changes: dict) -> dict:
+    """Changed defaults by the names of their environment variables."""
+    return {name.upper(): value for name, value in changes.items()}

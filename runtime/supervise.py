@@ -3,7 +3,9 @@
 A trainer is a module that offers:
     SCRIPT                               its path
     SETTINGS                             the dataclasses of its settings
-    presets()                            -> {name: (description, {setting: default that the preset changes})}
+    presets()                            -> {name: (description, {setting: default that the preset changes})};
+                                         the first is MODEL=auto on a GPU
+    ORD_DEFAULTS                         if it has one: {ORD_MODE: {setting: default that the mode changes}}
     read_settings(env)                   -> (settings, optimizer settings, model config); raises SettingsError
     open_data(settings, world_size)      -> (training shards, validation shards); raises ValueError
     count_slices(settings, world_size)   -> slices of a global batch
@@ -236,8 +238,8 @@ def main(module, argv: list[str], env=os.environ) -> int:
         print(help_text(module.__doc__, module.SETTINGS, module.presets(), CACHE_HELP))
         return 0
     if "--settings-json" in argv:
-        code = source_hash(module.SCRIPT)
-        print(settings_json(name, module.SETTINGS, module.presets(), code, torch.cuda.device_count()))
+        described = module.presets(), getattr(module, "ORD_DEFAULTS", {}), source_hash(module.SCRIPT)
+        print(settings_json(name, module.SETTINGS, *described, torch.cuda.device_count()))
         return 0
     try:
         if argv in (["--check-settings"], ["--check-arms"]):

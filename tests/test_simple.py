@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -17,10 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import report_sweep
 import train_gpt_simple as simple
 from analysis.run_log import read_log
+from analysis.trainers import read_trainer
 from data.shards import TokenStream
 from kernels import vectors
 from runtime.checkpoints import MODEL_FILE
+from runtime.checking import answer_for, read_run
 from runtime.compiling import graphs_compiled, not_compiled
+from runtime.settings import knobs
 from runtime.stream_run import cut_passes
 from runtime.supervise import StopRequest
 from runtime.trained import load_model
@@ -488,6 +492,32 @@ def test_the_model_file_gives_the_models_losses(shards, small):
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     with torch.no_grad():
         assert float(nats) == pytest.approx(float(made.model(inputs, targets)[0]), rel=1e-5)
+
+
+def test_short_validation_shards_are_read_as_far_as_batches_go(small, shards):
+    """Else a text of one's own, with little to validate on, ends the run before it begins."""
+    env = {name: text for name, text in env_of(shards).items() if name != "VAL_TOKENS"}
+    s, _, _, notes = read_run(simple, env)
+    assert s.val_tokens == 19 * 1024 and "the shards hold 20,000" in notes[0]
+    assert read_run(simple, {**env, "BATCH_TOKENS": "32768"})[0].val_tokens == 10_485_760, "refused later"
+
+
+def test_a_sweep_knows_what_a_run_will_have(shards, monkeypatch):
+    """Else the launcher refuses small batches, or a default of a mode that is written out is another run."""
+    asked = {name: text for name, text in env_of(shards).items() if name in knobs(simple.SETTINGS)}
+    answer = answer_for(simple, {}, [asked])[0]
+    assert answer["refused"] is None and answer["data"] is None
+    trainer = read_trainer("train_gpt_simple.py")
+    for gpus, model in (((), "tiny"), (("0",), "track")):
+        on_machine = replace(trainer, gpus=gpus)
+        assert on_machine.resolve({})["MODEL"] == model
+        monkeypatch.setattr(simple, "find_device", lambda env, gpus=gpus: "cuda" if gpus else "cpu")
+        for mode in simple.ORD_MODES:
+            s, o, _ = simple.read_settings({"ORD_MODE": mode})
+            values = {k.upper(): v for k, v in {**asdict(s), **asdict(o)}.items()}
+            resolved = trainer.without_machine(on_machine.resolve({"ORD_MODE": mode}))
+            differing = {name for name in resolved if resolved[name] != values[name]}
+            assert differing <= {"RUN_ID", "DEVICE", "MUON_COOLDOWN_FRAC"}, (mode, differing)
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,7 @@ def test_a_preset_counts_with_its_defaults(place, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     read_trainer.cache_clear()
     resolve = read_trainer("base.py").resolve
-    assert resolve({"MODEL": "auto"})["MODEL"] == "gpt2-small"
+    assert resolve({"MODEL": "auto"})["MODEL"] == "plain"
     assert resolve({"MODEL": "auto", "DEVICE": "cpu"})["COOLDOWN_FRAC"] == 0.5
 
 
@@ -329,8 +329,10 @@ SWEEPS = sorted((ROOT / "sweeps").glob("*.toml"))
 def test_every_sweep_here_is_accepted_by_its_trainers(place, real_trainer, monkeypatch):
     """Else an experiment of this project fails at its first run, or has no small version."""
     import train_gpt_muon_ord
+    import train_gpt_simple
 
     modules = {"train_gpt.py": real_trainer[0], "train_gpt_muon_ord.py": train_gpt_muon_ord}
+    modules["train_gpt_simple.py"] = train_gpt_simple
 
     def check_here(trainer, arms):  # as `--check-arms` does in a process of its own
         return json.loads(
