@@ -21,8 +21,8 @@ from analysis.run_log import read_log
 from analysis.trainers import read_trainer
 from data.shards import TokenStream
 from kernels import vectors
-from runtime.checkpoints import MODEL_FILE
 from runtime.checking import answer_for, read_run
+from runtime.checkpoints import MODEL_FILE
 from runtime.compiling import graphs_compiled, not_compiled
 from runtime.settings import knobs
 from runtime.stream_run import cut_passes
