@@ -125,7 +125,7 @@ def composition_flop(c, keys: float) -> float:
 def plain(c, row_tokens: int) -> SimpleNamespace:
     """Describe a model without the twins' additions, whose rows attend to all before them, as theirs are."""
     nothing = dict.fromkeys(("no_attention", "long_layers", "paired_layers", "value_embed_layers"), ())
-    nothing |= dict(gate_layers=(), qk_group=0, mudd=None, compose_tokens=0)
+    nothing |= dict(gate_layers=(), ngram_rows=0, qk_group=0, mudd=None, compose_tokens=0)
     sizes = dict(num_layers=c.num_layers, width=c.width, num_heads=c.num_heads, head_dim=c.head_dim)
     windows = dict(window_block=row_tokens, windows=((1, 1),))
     return SimpleNamespace(
