@@ -56,7 +56,7 @@ print(json.dumps([found, x.grad.tolist()]))
 
 
 def compile_once(folder) -> tuple[dict[str, int], list[float]]:
-    """What AOTAutograd's cache did in a process that compiles Square, and Square's gradient at 0 1 2 3."""
+    """Counts of AOTAutograd's cache in a process that compiles Square, and Square's gradient at 0 1 2 3."""
     kept = {
         name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ
     }
