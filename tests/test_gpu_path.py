@@ -4,6 +4,7 @@ reductions start with the last gradient, choices depend on the device."""
 import gc
 import importlib
 import os
+import subprocess
 import sys
 import weakref
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    ROOT,
     TRAINERS,
     WAYS_OF_ORD,
     lone_ranks,
@@ -471,6 +473,20 @@ def test_flash_attention_4_where_it_can_be_had(choose, tmp_path):
     assert choose(9, 0, kernels=VarlenOnCPU()) == ("varlen-FA3", [])
     name, (warning,) = choose(9, 0, kernels=VarlenOnCPUWhere(lambda: active() != "FA3"))
     assert name == "varlen-FA4" and active() == "FA4" and "FA3 is passed over" in warning
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_flash_attention_4_compiles_as_torch_calls_it(arch):
+    """Fails if the version in requirements-gpu.txt does not take what this torch gives it, return what this
+    torch expects, or compile windows within documents, forward and backward."""
+    pytest.importorskip("flash_attn.cute", reason="requirements-gpu.txt is not installed")
+    script = ROOT / "tests" / "offgpu" / "flash_attention_4.py"
+    done = subprocess.run([sys.executable, str(script), arch], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines() == [
+        f"{arch}: 6 heads of 128, 6 of keys",
+        f"{arch}: 6 heads of 64, 3 of keys",
+    ]
 
 
 def test_compiled_code_is_kept_beside_the_script(monkeypatch):
