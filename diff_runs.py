@@ -27,6 +27,7 @@ from analysis.run_log import (
     read_log,
     read_with_sources,
 )
+from analysis.run_tables import flat_config
 from analysis.tables import format_difference, format_loss, format_table
 
 DATA = ("train_data", "val_data")  # fields of event:started: file, tokens, hash
@@ -49,14 +50,8 @@ def differing(a: Mapping[str, object], b: Mapping[str, object]) -> list[tuple[st
 
 
 def settings_of(run: RunLog) -> dict[str, object]:
-    """The configuration in one level (model_config.width), without what names the run."""
-    flat = {}
-    for name, value in run.config.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": item for key, item in value.items()}
-        elif name not in OWN:
-            flat[name] = value
-    return flat
+    """The configuration without what names the run."""
+    return {name: value for name, value in flat_config(run).items() if name not in OWN}
 
 
 def kind_of(name: str, run: RunLog) -> str:

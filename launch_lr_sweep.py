@@ -87,20 +87,16 @@ SLURM_SAVE_EVERY = "100"  # steps between checkpoints, for runs that may be pree
 # ------------------------------------------------------------------------------------------------
 
 
-class RunFollower(LogFollower):
+class RunFollower:
     """Follows the log of one run, which need not exist yet."""
 
     def __init__(self, path: str):
-        super().__init__(Path(path).parent)
-        self.path = Path(path)
+        self.path, self.follower = Path(path), LogFollower(path)
         self.last_growth = time.monotonic()
 
     def poll(self) -> bool:
         """Read what is new; return whether there was any."""
-        try:
-            grown = self._read_new(self.path, self.path.stat())
-        except OSError:
-            return False
+        grown = bool(self.follower.poll())
         if grown:
             self.last_growth = time.monotonic()
         return grown
@@ -108,7 +104,7 @@ class RunFollower(LogFollower):
     @property
     def run(self) -> RunLog | None:
         """Content of the log so far; None before it exists."""
-        log = self.logs.get(self.path)
+        log = self.follower.logs.get(self.path)
         return log.runs[-1] if log and log.runs else None
 
     def highest_loss(self) -> float:

@@ -1,288 +1,289 @@
-"""Show a live table of the runs in logs/: progress, losses, speed, and what went wrong.
+"""Show a live table of runs: progress, losses, speed, and what went wrong.
 
-    python monitor_runs.py                  # until Ctrl-C; in a pipe or a file, one plain table
-    python monitor_runs.py --once           # one table
-    python monitor_runs.py --json | jq      # one list of objects, losses in nats per token, times in s or ms
-    python monitor_runs.py --control a=0    # difference from the runs whose name contains a=0
+    python monitor_runs.py                          # the logs in logs/; in a pipe or a file, one plain table
+    python monitor_runs.py sweeps/spectral_lr.toml  # the runs of a sweep; or name folders and logs
+    python monitor_runs.py --arms --by-loss         # a line for each arm, the best first
+    python monitor_runs.py --filter crashed         # runs whose name, run id, sweep or state contains this
+    python monitor_runs.py --once                   # one table
+    python monitor_runs.py --json | jq              # objects, losses in nats per token, times in s or ms
+    python monitor_runs.py --control a=0            # difference from the runs whose run id contains this
+
+In the live table, `a` and `l` switch --arms and --by-loss on and off; `q` or Ctrl-C ends it.
 
 Runs are called by their sweep's tags, or by the fewest settings that tell them apart. Those of a sweep are
 compared with the control that its manifest (logs/SWEEP.sweep.json) names: with the control of the same seed
-if there is one, else with the mean of the controls, at the last validation that both have reached. A run has
-stalled if it has not ended and its log has not grown for --stalled-after seconds. Only new lines are read, so
-watching a thousand logs is cheap; compressed logs, as in records/, are not shown.
+if there is one, else with the mean of the controls, at the last validation that both have reached. An arm's
+line has the means of its n finished runs; if none has finished, of its n runs under way, at the last
+validation that all of them have reached. A run has stalled if it has not ended and its log has not grown for
+--stalled-after seconds. Only new lines are read; compressed logs, as in records/, are not shown.
 """
 
 import argparse
 import contextlib
-import dataclasses
-import json
+import io
 import math
+import os
+import select
 import shutil
+import signal
 import sys
+import termios
 import time
+import tty
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from analysis.arms import arm_key, name_arms
-from analysis.command_line import complain, make_parser
-from analysis.manifest import Manifest, ManifestFolder, Run
+from analysis import command_line
+from analysis.arms import group_by_arm
+from analysis.manifest import LOGS, Manifest, ManifestFolder, find_manifest
 from analysis.run_log import LogFollower, RunLog
-from analysis.shown import clean, console
-from analysis.style import format_time, shorten, shorten_apart
-from analysis.tables import format_difference, format_loss, format_number, without_nan
+from analysis.shown import clean
+from analysis.style import format_time, shorten_apart
+from analysis.tables import as_json, format_difference, format_loss, format_number
 
 RECENT_LINES = 50  # speed is measured over the last lines, because batch sizes change during training
 WARM_UP_FACTOR = 4  # a run that has not taken a step may be silent this much longer: it compiles
 SILENT_STEPS = 20  # a run of slow steps may be silent for so many of them
-STATE_COLOURS = {
-    "running": "green",
-    "stalled": "yellow",
-    "finished": "blue",
-    "stopped": "magenta",
-    "crashed": "bold red",
-    "diverged": "bold red",
-    "unreadable": "red",
-    "unknown": "dim",
-}
-PROBLEMS = ("crashed", "diverged", "stalled", "unreadable")
+# The worst first.
+STATE_COLOURS = {"crashed": "bold red", "diverged": "bold red", "unreadable": "red", "stalled": "yellow"}
+STATE_COLOURS |= {"stopped": "magenta", "running": "green", "finished": "blue", "unknown": "dim"}
+UNDER_WAY = ("running", "stalled")
 # Our state for the launcher's: a killed process writes no event to its log, but the launcher sees it end.
 LAUNCHER_STATES = {"crashed": "crashed", "hung": "crashed", "diverged": "diverged", "stopped": "stopped"}
 
 
 # ------------------------------------------------------------------------------------------------
-# Rows
+# Runs, and what is shown of them
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Row:
-    """The values shown of a run; --json prints all but `run`. NaN means not known (yet). Names give units.
+    """A run, with what its sweep and the time add to its log."""
 
-    `row_of` fills in what the run's log says, `Monitor` what depends on the time, the sweep and other runs.
-    """
-
-    run: RunLog = field(repr=False)
-    path: str
-    run_id: str
+    run: RunLog
     state: str
+    message: str = ""  # what went wrong
     sweep: str = ""
     tag: str = ""
-    name: str = ""  # of its arm: its tag, or the settings that tell it from the others; else its run_id
-    seed: int | None = None
-    step: int = 0
-    num_steps: int | None = None
-    val_loss: float = math.nan
-    val_step: int | None = None
-    best_val_loss: float = math.nan
-    train_loss: float = math.nan
-    difference: float = math.nan  # from the control, at the last validation both have; negative is better
-    control: str = ""
+    control_tag: str | None = None
+    name: str = ""  # its tag; else the settings that tell it from the others, or its run_id
+    controls: Sequence[RunLog] = ()
     is_control: bool = False
-    ms_per_step: float = math.nan
-    tokens_per_s: float = math.nan
-    seconds_left: float = math.nan
-    train_time_s: float = math.nan
     age_s: float = math.nan  # since the log was last written to
-    unread_lines: int = 0
-    message: str = ""
-
-    @property
-    def share(self) -> float:
-        """The part of training that is done, 0 to 1."""
-        return min(1.0, self.step / self.num_steps) if self.num_steps else 0.0
 
 
-def row_of(run: RunLog) -> Row:
-    """Return a run's row, as far as its log tells."""
-    ms_per_step, tokens_per_s = speed(run)
-    left = math.nan
-    if run.state == "running" and run.num_steps is not None:
-        left = max(0, run.num_steps - max(run.last_step, 0)) * ms_per_step / 1000
-    return Row(
-        run=run,
-        path=str(run.path),
-        run_id=run.run_id,
-        state=run.state,
-        seed=run.seed,
-        step=max(run.last_step, 0),
-        num_steps=run.num_steps,
-        val_loss=run.final_val_loss,
-        val_step=int(run.val.step[-1]) if len(run.val) else None,
-        best_val_loss=run.best_val_loss,
-        train_loss=float(run.train.loss[-1]) if len(run.train) else math.nan,
-        ms_per_step=ms_per_step,
-        tokens_per_s=tokens_per_s,
-        seconds_left=left,
-        train_time_s=run.last_time_ms / 1000,
-        unread_lines=run.unread_lines,
-        message=last_words(run),
-    )
+def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
+    """Return what is shown of a run, or of the runs of an arm; NaN is not known (yet). Names give units."""
+    first, meant = rows[0], averaged(rows) if is_arm else rows
+    val_step, val_loss = last_mean(losses_by_step(row.run) for row in meant)
+    paces = [pace_of(row.run) for row in meant]
+    left = [seconds for row in rows if math.isfinite(seconds := seconds_left(row))]
+    own = {
+        "path": str(first.run.path),
+        "run_id": first.run.run_id,
+        "seed": first.run.seed,
+        "state": first.state,
+        "train_time_s": first.run.last_time_ms / 1000,
+        "control": ", ".join(control.run_id for control in first.controls),
+        "unread_lines": first.run.unread_lines,
+        "message": first.message,
+    }
+    return ({"n": len(meant), "state": states_of(rows)} if is_arm else own) | {
+        "sweep": first.sweep,
+        "tag": first.tag,
+        "name": first.name,
+        "step": min(max(row.run.last_step, 0) for row in meant or rows),
+        "num_steps": first.run.num_steps,
+        "val_step": val_step,
+        "val_loss": val_loss,
+        "best_val_loss": mean(row.run.best_val_loss for row in meant),
+        "train_loss": mean(row.run.last("train_loss") for row in meant),
+        "is_control": first.is_control,
+        "difference": last_mean(filter(None, map(differences, meant)))[1],  # negative is better
+        "ms_per_step": mean(ms for ms, _ in paces),
+        "tokens_per_s": mean(tokens for _, tokens in paces),
+        "seconds_left": max(left, default=math.nan),
+        **{key: mean(row.run.last(key) for row in meant) for key in ("peak_mem_mb", "mfu", "grad_norm")},
+        "age_s": min(row.age_s for row in rows),
+    }
 
 
-def speed(run: RunLog) -> tuple[float, float]:
+def states_of(rows: Sequence[Row]) -> str:
+    counts = Counter(row.state for row in rows)
+    return ", ".join(f"{counts[state]} {state}" for state in STATE_COLOURS if counts[state])
+
+
+def averaged(rows: Sequence[Row]) -> Sequence[Row]:
+    """Return the runs of an arm that its means are of: the finished ones, else those under way."""
+    finished = [row for row in rows if row.state == "finished"]
+    return finished or [row for row in rows if row.state in UNDER_WAY and len(row.run.val)]
+
+
+def mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are known; NaN if there are none."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def losses_by_step(run: RunLog) -> dict[int, float]:
+    return dict(zip(run.val.step.tolist(), run.val.loss.tolist(), strict=True))
+
+
+def last_mean(curves: Iterable[Mapping[int, float]]) -> tuple[int | None, float]:
+    """Return the last step that all curves have, and their mean there; None and NaN if there is none."""
+    curves = list(curves)
+    step = max(set.intersection(*map(set, curves)), default=None) if curves else None
+    return step, math.nan if step is None else mean(curve[step] for curve in curves)
+
+
+def differences(row: Row) -> dict[int, float]:
+    """Return loss minus the mean of the controls' by step, at validations after step 0 that a control has."""
+    controls = [losses_by_step(control) for control in row.controls]
+    losses = {step: loss for step, loss in losses_by_step(row.run).items() if step}
+    means = {step: mean(curve.get(step, math.nan) for curve in controls) for step in losses}
+    return {step: loss - means[step] for step, loss in losses.items() if math.isfinite(means[step])}
+
+
+def pace_of(run: RunLog) -> tuple[float, float]:
     """Return recent milliseconds per step and tokens per second; NaN if the log does not tell."""
-    times = run.numbers("train_time")
-    if times is None:
+    curve = run.train if len(run.train) > 1 else run.val
+    if len(curve) < 2:
         return math.nan, math.nan
-    step, time_ms = times.step[-RECENT_LINES:], times.value[-RECENT_LINES:]
-    ms = float(time_ms[-1] - time_ms[0])
-    if not ms > 0:
-        return math.nan, math.nan
-    return ms / int(step[-1] - step[0]), tokens_between(run, step[0], step[-1]) / ms * 1000
+    begin = max(0, len(curve) - RECENT_LINES)
+    steps, ms, tokens = (float(a[-1] - a[begin]) for a in (curve.step, curve.time_ms, curve.tokens))
+    return (ms / steps, 1000 * tokens / ms) if ms > 0 else (math.nan, math.nan)
 
 
-def tokens_between(run: RunLog, first_step: int, last_step: int) -> float:
-    """Return the tokens trained on between two steps; NaN if they are not logged at both."""
-    tokens = run.numbers("tokens")
-    if tokens is None or not np.isin([first_step, last_step], tokens.step).all():
+def seconds_left(row: Row) -> float:
+    """Return how long a run under way will take at its recent pace; NaN for others."""
+    if row.state != "running" or row.run.num_steps is None:
         return math.nan
-    first, last = np.searchsorted(tokens.step, [first_step, last_step])
-    return float(tokens.value[last] - tokens.value[first])
+    return max(0, row.run.num_steps - max(row.run.last_step, 0)) * pace_of(row.run)[0] / 1000
+
+
+def is_stalled(row: Row, limit: float) -> bool:
+    """Return whether a run under way has been silent for too long, which is longer if its steps are slow."""
+    if row.state != "running" or row.age_s <= limit:
+        return False
+    if row.run.last_step <= 0:
+        return row.age_s > WARM_UP_FACTOR * limit
+    return not row.age_s <= SILENT_STEPS * pace_of(row.run)[0] / 1000  # also if the pace is not known
 
 
 def last_words(run: RunLog) -> str:
     """Return what the log says about a crash or a divergence; empty if there was none."""
     event = run.event(run.state) if run.state in ("crashed", "diverged") else None
-    if event is None:
-        return ""
     prose = ("error", "message", "reason")
-    return ", ".join(value if name in prose else f"{name} {value}" for name, value in event.fields.items())
-
-
-def is_stalled(row: Row, limit: float) -> bool:
-    """Return whether a run under way has been silent for too long, which is longer if its steps are slow."""
-    if row.state != "running":
-        return False
-    if not row.step:
-        return row.age_s > WARM_UP_FACTOR * limit
-    pace = row.ms_per_step / 1000 if math.isfinite(row.ms_per_step) else 0.0
-    return row.age_s > max(limit, SILENT_STEPS * pace)
-
-
-def difference_to(run: RunLog, controls: Sequence[RunLog]) -> tuple[float, str]:
-    """Return loss minus the control's at the last validation both have, and the control's name; NaN if none.
-
-    The control is the run of the same seed; if there is none, the mean of those that have come that far.
-    """
-    others = [other for other in controls if len(other.val)]
-    same_seed = [other for other in others if other.seed == run.seed and run.seed is not None]
-    others = same_seed[:1] or others
-    common = [np.intersect1d(run.val.step, other.val.step) for other in others]
-    last = max((int(steps[-1]) for steps in common if len(steps)), default=None)
-    if last is None:
-        return math.nan, ""
-    there = [other for other, steps in zip(others, common, strict=True) if last in steps]
-    loss = np.mean([other.val.loss[np.searchsorted(other.val.step, last)] for other in there])
-    name = there[0].run_id if len(there) == 1 else f"mean of {len(there)}"
-    return float(run.val.loss[np.searchsorted(run.val.step, last)] - loss), name
+    fields = event.fields.items() if event else ()
+    return ", ".join(value if name in prose else f"{name} {value}" for name, value in fields)
 
 
 # ------------------------------------------------------------------------------------------------
-# Folders
+# Logs and sweeps
 # ------------------------------------------------------------------------------------------------
 
 
 class Monitor:
-    """The rows of a folder of logs, kept up to date."""
+    """The runs in folders and logs, or of one sweep, kept up to date. ValueError if `paths` are neither.
 
-    def __init__(self, folder: Path, stalled_after: float = 300, control: str = ""):
-        self.follower = LogFollower(folder, RECENT_LINES)
-        self.manifests = ManifestFolder(folder)
+    Folders and logs may come later.
+    """
+
+    def __init__(self, *paths: Path, logs: Path = LOGS, stalled_after: float = 300, control: str = ""):
+        sweeps = [path for path in paths if path.suffix in (".toml", ".json")]
+        if sweeps and len(paths) > 1:
+            raise ValueError(f"{sweeps[0]} is a sweep; give one sweep, or logs, not both")
+        self.name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} paths"
+        self.sweep = find_manifest(sweeps[0], logs) if sweeps else None  # its manifest, which may come later
+        places = [self.sweep] if sweeps else paths
+        folders = {path.parent if path.suffix in (".json", ".txt") else path for path in places}
+        self.folders = [ManifestFolder(folder) for folder in sorted(folders)]
+        self.follower = LogFollower(*paths, recent=RECENT_LINES)  # a sweep's paths come with its manifest
         self.stalled_after, self.control = stalled_after, control
-        self._rows: dict[Path, list[Row]] = {}  # as their logs tell
-        self._planned: dict[str, tuple[Manifest, Run]] = {}  # by run_id
-        self._named: tuple[object, dict[tuple, str]] = (None, {})  # what was named, and its names
+        self.manifests: list[Manifest] = []
+        self._rows: list[Row] = []
 
     def poll(self) -> list[Row]:
-        """Return the rows as of now: runs under way first, then those whose logs were written to last."""
-        for path in self.follower.poll():
-            log = self.follower.logs.get(path)
-            if log is None:
-                self._rows.pop(path, None)
-            elif log.error:
-                empty = RunLog(path, path.stem)
-                self._rows[path] = [Row(empty, str(path), path.stem, "unreadable", message=log.error)]
-            else:
-                self._rows[path] = [row_of(run) for run in log.runs]
-        manifests = self.manifests.poll()
-        self._planned = {run.run_id: (manifest, run) for manifest in manifests for run in manifest.runs}
+        """Return the runs as of now: those under way first, then those whose logs were written to last."""
+        manifests = [manifest for folder in self.folders for manifest in folder.poll()]
+        if self.sweep:
+            manifests = [manifest for manifest in manifests if manifest.path == self.sweep]
+            run_ids = [run.run_id for manifest in manifests for run in manifest.runs]
+            self.follower.paths = [self.sweep.parent / f"{run_id}.txt" for run_id in run_ids]
+        if self.follower.poll() or manifests != self.manifests:
+            self.manifests = manifests
+            self._rows = self._all_rows()
         now = time.time()
-        rows = []
-        for path, known in self._rows.items():
-            age_s = max(0.0, now - self.follower.logs[path].mtime)
-            rows += [dataclasses.replace(row, age_s=age_s) for row in known]
-        self._add_plan(rows)
-        self._compare(rows)
-        self._name(rows)
-        for row in rows:
+        for row in self._rows:
+            row.age_s = max(0.0, now - self.follower.logs[row.run.path].mtime)
             if is_stalled(row, self.stalled_after):
                 row.state = "stalled"
-        return sorted(rows, key=lambda row: (row.state not in ("running", "stalled"), row.age_s, row.run_id))
+        return sorted(self._rows, key=place_of)
 
-    def _add_plan(self, rows: Sequence[Row]) -> None:
-        """Fill in what manifests say: sweep, tag, and how a run ended if its log does not say."""
+    def _all_rows(self) -> list[Row]:
+        """Return the runs with all but their age, which alone changes while nothing is written."""
+        planned = {run.run_id: (manifest, run) for manifest in self.manifests for run in manifest.runs}
+        rows, by_arm = [], {}
+        for log in self.follower.logs.values():
+            for run in log.runs or [RunLog(log.path, clean(log.path.stem))]:
+                row = Row(run, "unreadable" if log.error else run.state, log.error or last_words(run))
+                manifest, plan = planned.get(run.name, (None, None))
+                if plan:
+                    row.sweep, row.tag = manifest.sweep, plan.tag
+                    row.control_tag = manifest.control_of(plan.tag)
+                if plan and row.state == "running" and plan.state in LAUNCHER_STATES:
+                    row.state = LAUNCHER_STATES[plan.state]
+                    row.message = plan.reason or f"launcher: {plan.state}"
+                by_arm.setdefault((row.sweep, row.tag), []).append(run)
+                rows.append(row)
+        chosen = [row.run for row in rows if self.control and self.control in row.run.run_id]
+        arms, _ = group_by_arm([row.run for row in rows if not row.tag], tags={})
+        labels = {id(run): arm.label for arm in arms for run in arm.runs}
         for row in rows:
-            if row.run.name not in self._planned:
-                continue
-            manifest, planned = self._planned[row.run.name]
-            row.sweep, row.tag = manifest.sweep, planned.tag
-            if row.state == "running" and planned.state in LAUNCHER_STATES:
-                row.state = LAUNCHER_STATES[planned.state]
-                row.message = planned.reason or f"launcher: {planned.state}"
-
-    def _compare(self, rows: Sequence[Row]) -> None:
-        """Fill in each row's difference from its control: the runs of --control, else those of its sweep."""
-        chosen = [row.run for row in rows if self.control and self.control in row.run_id]
-        by_arm: dict[tuple[str, str | None], list[RunLog]] = {}
-        for row in rows:
-            by_arm.setdefault((row.sweep, row.tag), []).append(row.run)
-        for row in rows:
-            controls = chosen
-            if not chosen and row.run.name in self._planned:
-                manifest, planned = self._planned[row.run.name]
-                controls = by_arm.get((manifest.sweep, manifest.control_of(planned.tag)), [])
+            row.name = row.tag or labels[id(row.run)]
+            controls = chosen or (by_arm.get((row.sweep, row.control_tag), []) if row.control_tag else [])
             row.is_control = any(row.run is control for control in controls)
             if not row.is_control:
-                row.difference, row.control = difference_to(row.run, controls)
-
-    def _name(self, rows: Sequence[Row]) -> None:
-        """Name the rows by their arms; worked out again only when there are other runs or tags."""
-        state = [(row.path, row.run_id, row.sweep, row.tag, bool(row.run.config)) for row in rows]
-        if self._named[0] != state:
-            arms: dict[tuple, list[RunLog]] = {}
-            for row in rows:
-                key = (row.sweep, row.tag) if row.tag else (arm_key(row.run), row.run.source_hash)
-                arms.setdefault(key, []).append(row.run)
-            tags = {row.run.name: row.tag for row in rows if row.tag}
-            named = zip(arms.values(), name_arms(list(arms.values()), tags), strict=True)
-            names = {(str(run.path), run.run_id): name for runs, name in named for run in runs}
-            self._named = state, names
-        for row in rows:
-            row.name = self._named[1][row.path, row.run_id]
+                controls = [control for control in controls if len(control.val)]
+                same_seed = [control for control in controls if control.seed == row.run.seed is not None]
+                row.controls = same_seed[:1] or controls
+        return rows
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
         """Return the lines below the table: failures, unread lines, runs that have not started."""
         notes = []
         for row in rows:
-            if row.state in PROBLEMS and (row.message or row.state == "stalled"):
-                reason = row.message or f"no line for {format_time(1000 * row.age_s)}"
-                notes.append(f"{row.run_id} {row.state}: {reason}")
-        unread = [row for row in rows if row.unread_lines]
+            silence = f"no line for {format_time(1000 * row.age_s)}" if row.state == "stalled" else ""
+            if silence or (row.message and row.state != "stopped"):
+                seed = "" if row.run.seed is None else f" seed {row.run.seed}"
+                notes.append(f"{row.name}{seed} {row.state}: {row.message or silence}")
+        unread = [row.run for row in rows if row.run.unread_lines]
         if unread:
-            total = sum(row.unread_lines for row in unread)
+            total = sum(run.unread_lines for run in unread)
             notes.append(f"{total} lines could not be read in {len(unread)} logs, such as {unread[0].path}")
         started = {row.run.name for row in rows}
-        sweeps = {run_id: manifest.sweep for run_id, (manifest, _) in self._planned.items()}
-        planned = Counter(sweeps.values())
-        missing = Counter(sweep for run_id, sweep in sweeps.items() if run_id not in started)
-        notes += [f"sweep {s}: {n} of {planned[s]} runs have not started" for s, n in missing.items()]
-        return notes + self.manifests.errors
+        for manifest in self.manifests:
+            states = [run.state for run in manifest.runs if run.run_id not in started]
+            waiting = states.count("planned") + states.count("submitted")
+            if waiting:
+                total = len(manifest.runs)
+                notes.append(f"sweep {manifest.sweep}: {waiting} of {total} runs have not started")
+        if self.sweep and not self.manifests:
+            notes.append(f"there is no {self.sweep} yet: launch the sweep")
+        return notes + [error for folder in self.folders for error in folder.errors]
+
+
+def place_of(row: Row) -> tuple:
+    """Return a run's place among others: under way by name, then ended, the last first."""
+    if row.state in UNDER_WAY:
+        return (0, row.sweep, row.name, row.run.run_id)
+    return (1, row.age_s, row.run.run_id)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -290,53 +291,7 @@ class Monitor:
 # ------------------------------------------------------------------------------------------------
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
-    """Return values as little bars, from the lowest to the highest of them."""
-    bars = "▁▂▃▄▅▆▇█"
-    values = np.asarray(values, dtype=float)
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return ""
-    if len(values) > width:
-        values = values[np.linspace(0, len(values) - 1, width).round().astype(int)]
-    low, high = values.min(), values.max()
-    levels = np.zeros(len(values)) if high == low else (values - low) / (high - low) * (len(bars) - 1)
-    return "".join(bars[int(level)] for level in levels.round())
-
-
-def progress(share: float, width: int) -> str:
-    """Return a bar of `width` characters, of which `share` is full."""
-    done = round(share * width)
-    return "━" * done + "╌" * (width - done)
-
-
-PLAIN = str.maketrans("▁▂▃▄▅▆▇█━╌…", "_.-=+*#%#.~")  # for terminals that can print ASCII only
-
-
-def progress_cell(row: Row) -> str:
-    total = "?" if row.num_steps is None else str(row.num_steps)
-    return f"{progress(row.share, 8)} {row.step}/{total}"
-
-
-def control_cell(row: Row) -> str:
-    return "control" if row.is_control else format_difference(row.difference)
-
-
-def left_cell(row: Row) -> str:
-    return format_time(1000 * row.seconds_left) if row.state == "running" else ""
-
-
-def tokens_per_s_cell(row: Row) -> str:
-    return f"{row.tokens_per_s / 1000:.0f}k" if math.isfinite(row.tokens_per_s) else "-"
-
-
-def late_losses(run: RunLog) -> np.ndarray:
-    """Return the validation losses after the first tenth of training, in which the loss drops the most."""
-    return run.val.loss[run.val.step >= 0.1 * max(run.last_step, 1)]
-
-
-@dataclass(frozen=True)
-class TableColumn:
+class Column(NamedTuple):
     """A column of the table.
 
     In a narrow terminal, the columns of the lowest `rank` are left out first, those of rank ALWAYS never.
@@ -344,179 +299,236 @@ class TableColumn:
 
     name: str
     rank: int
-    cell: Callable[[Row], str]
-    align_left: bool = False
+    cell: Callable[[dict], str]
+    justify: str = "right"
+
+
+def bar(record: dict) -> str:
+    """Return the part of training that is done, as a bar."""
+    done = round(BAR * min(1.0, record["step"] / record["num_steps"])) if record["num_steps"] else 0
+    return "━" * done + "╌" * (BAR - done)
+
+
+def control_cell(record: dict) -> str:
+    return "control" if record["is_control"] else format_difference(record["difference"])
 
 
 ALWAYS = 100
-# From left to right. A new column is a field of Row, its value in `row_of`, and a line here.
+# From left to right. A new column is a value in `record_of` and a line here.
 COLUMNS = (
-    TableColumn("run", ALWAYS, lambda row: row.name, align_left=True),
-    TableColumn("state", ALWAYS, lambda row: row.state, align_left=True),
-    TableColumn("seed", 8, lambda row: "-" if row.seed is None else str(row.seed)),
-    TableColumn("progress", 9, progress_cell, align_left=True),
-    TableColumn("val loss", ALWAYS, lambda row: format_loss(row.val_loss)),
-    TableColumn("best", 3, lambda row: format_loss(row.best_val_loss)),
-    TableColumn("to control", 7, control_cell),
-    TableColumn("train", 4, lambda row: format_number(row.train_loss, ".3f")),
-    TableColumn("ms/step", 5, lambda row: format_number(row.ms_per_step, ".1f")),
-    TableColumn("tokens/s", 2, tokens_per_s_cell),
-    TableColumn("left", 6, left_cell),
-    TableColumn("curve", 1, lambda row: sparkline(late_losses(row.run), 10), align_left=True),
+    Column("run", ALWAYS, lambda record: record["name"], "left"),
+    Column("sweep", ALWAYS, lambda record: record["sweep"], "left"),  # if there are several
+    Column("n", ALWAYS, lambda record: str(record.get("n", ""))),
+    Column("state", ALWAYS, lambda record: record["state"], "left"),
+    Column("seed", 14, lambda record: "-" if record.get("seed") is None else str(record["seed"])),
+    Column("step", 13, lambda record: f"{record['step']}/{record['num_steps'] or '?'}"),
+    Column("done", 8, bar),
+    Column("val loss", ALWAYS, lambda record: format_loss(record["val_loss"])),
+    Column("vs control", 12, control_cell),
+    Column("best", 4, lambda record: format_loss(record["best_val_loss"])),
+    Column("train", 7, lambda record: format_number(record["train_loss"], ".3f")),
+    Column("ms/step", 10, lambda record: format_number(record["ms_per_step"], ".1f")),
+    Column("tokens/s", 9, lambda record: format_number(record["tokens_per_s"], ".0f")),
+    Column("left", 11, lambda record: format_time(1000 * record["seconds_left"])),
+    Column("peak MiB", 6, lambda record: format_number(record["peak_mem_mb"], ".0f")),
+    Column("MFU", 5, lambda record: format_number(record["mfu"], ".3g")),
+    Column("grad norm", 3, lambda record: format_number(record["grad_norm"], ".3g")),
 )
-LEAST_NAME = 16  # characters of a run's name
+BAR = 8  # characters
 GAP = 2
+WHOLE_NAME = 28  # characters of a name that go before other columns
+ASCII = str.maketrans("━╌…", "#.~")
+KEYS = "q end   a arms or runs   l lowest loss first"
 
 
-def layout(contents: Sequence[dict[str, str]], width: int) -> dict[str, int]:
-    """Return the columns that fit in `width`, with their widths. A column without any value is left out."""
-    widths = {}
-    for column in COLUMNS:
-        texts = [content[column.name] for content in contents]
-        if column.rank == ALWAYS or any(text not in ("", "-") for text in texts):
-            widths[column.name] = max(map(len, [column.name, *texts]))
-    whole_name = max(LEAST_NAME, widths["run"])
-    widths["run"] = LEAST_NAME
+def fit(records: Sequence[dict], width: int) -> dict[str, list[str]]:
+    """Return the cells by column, of the columns that fit in `width`. A column without values is left out."""
+    cells = {column.name: [column.cell(record) for record in records] for column in COLUMNS}
+    cells = {name: texts for name, texts in cells.items() if set(texts) - {"", "-"}}
+    if len(set(cells.get("sweep", ()))) == 1:
+        del cells["sweep"]
 
-    def spare() -> int:
-        return width - sum(widths.values()) - GAP * (len(widths) - 1)
+    def needed(name: str) -> int:
+        widest = max(map(len, [name, *cells[name]]))
+        return GAP + (min(widest, WHOLE_NAME) if name == "run" else widest)
 
     for column in sorted(COLUMNS, key=lambda column: column.rank):
-        if spare() < 0 and column.rank < ALWAYS:
-            widths.pop(column.name, None)
-    widths["run"] = min(whole_name, LEAST_NAME + max(0, spare()))
-    return widths
+        if column.rank < ALWAYS and sum(map(needed, cells)) - GAP > width:
+            cells.pop(column.name, None)
+    room = width - sum(needed(name) for name in cells if name != "run")
+    return cells | {"run": shorten_apart(cells["run"], max(room, 1))}
 
 
-def heading(rows: Sequence[Row], folder: Path) -> str:
-    """Return the first line: the folder, how many runs are in which state, the time."""
-    counts = Counter(row.state for row in rows)
-    states = ", ".join(f"{counts[state]} {state}" for state in STATE_COLOURS if counts[state])
-    text = f"{folder}: {len(rows)} runs"
-    if states:
-        text += f" ({states})"
-    return text + time.strftime(", %H:%M:%S")
-
-
-def text_lines(
-    rows: Sequence[Row], monitor: Monitor, width: int, height: int | None = None, plain: bool = False
-) -> list[list[tuple[str, str]]]:
-    """Return the whole display as lines of (text, style), at most `height` of them."""
-    notes = monitor.notes(rows)
-    limit = len(rows)
-    if height is not None:
-        notes = notes[: max(1, height // 4)]
-        limit = max(1, height - 4 - len(notes))
-    shown = rows[:limit] if len(rows) <= limit else rows[: max(1, limit - 1)]
-    contents = [{column.name: column.cell(row) for column in COLUMNS} for row in shown]
-    widths = layout(contents, width)
-    names = shorten_apart([content["run"] for content in contents], widths.get("run", width))
-    contents = [{**content, "run": name} for content, name in zip(contents, names, strict=True)]
-    lines = [[(shorten(heading(rows, monitor.follower.folder), width), "bold")]]
-    if not rows:
-        lines.append([("no logs here yet (only .txt counts): they appear as soon as a run starts", "dim")])
-    else:
-        lines.append([(aligned(name, name, size), "dim") for name, size in widths.items()])
-    for row, content in zip(shown, contents, strict=True):
-        cells = [(name, shorten(content[name], size), size) for name, size in widths.items()]
-        lines.append([(aligned(*cell), colour_of(cell[0], row)) for cell in cells])
-    if len(shown) < len(rows):
-        rest = Counter(row.state for row in rows[len(shown) :])
-        lines.append([("and " + ", ".join(f"{n} {state}" for state, n in rest.items()) + " more", "dim")])
-    lines += [[(shorten(note, width), "yellow")] for note in notes]
-    if plain:
-        lines = [[(text.translate(PLAIN), style) for text, style in line] for line in lines]
-    return lines
-
-
-def colour_of(name: str, row: Row) -> str:
-    """Return the colour of a row's cell in the column `name`."""
-    if name in ("state", "progress"):
-        return STATE_COLOURS.get(row.state, "")
-    if name == "to control" and math.isfinite(row.difference):
-        return "green" if row.difference < 0 else "red"
+def colour_of(name: str, record: dict) -> str:
+    """Return the colour of a cell in the column `name`."""
+    if name in ("state", "done"):
+        return next((colour for state, colour in STATE_COLOURS.items() if state in record["state"]), "")
+    if name == "vs control" and math.isfinite(record["difference"]):
+        return "green" if record["difference"] < 0 else "red"
     return ""
 
 
-def aligned(name: str, text: str, size: int) -> str:
-    """Return the text of a column padded to the column's width, and the gap after it."""
-    to_left = any(column.align_left for column in COLUMNS if column.name == name)
-    return (text.ljust(size) if to_left else text.rjust(size)) + " " * GAP
+def arrange(rows: Sequence[Row], options: argparse.Namespace) -> list[list[Row]]:
+    """Return the runs that are asked for, one by one or by arm, in the order that is asked for."""
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
+        if options.filter in f"{row.name} {row.run.run_id} {row.sweep} {row.state}":
+            groups.setdefault((row.sweep, row.name) if options.arms else len(groups), []).append(row)
+    found = [groups[key] for key in sorted(groups)]
+    if options.by_loss:
+        found.sort(key=loss_of_arm if options.arms else loss_of_run)
+    return found
 
 
-def print_plain(rows: Sequence[Row], monitor: Monitor, width: int, plain: bool) -> None:
-    """Print one table."""
-    for line in text_lines(rows, monitor, width, plain=plain):
-        print("".join(text for text, _ in line).rstrip())
+def loss_of_run(rows: Sequence[Row]) -> tuple:
+    loss = rows[0].run.final_val_loss
+    return math.isnan(loss), loss
 
 
-def watch(monitor: Monitor, interval: float) -> None:
-    """Redraw the table every `interval` seconds, until Ctrl-C."""
-    from rich.console import Console
-    from rich.live import Live
+def loss_of_arm(rows: Sequence[Row]) -> tuple:
+    _, loss = last_mean(losses_by_step(row.run) for row in averaged(rows))
+    return math.isnan(loss), loss
+
+
+def display(monitor: Monitor, rows: Sequence[Row], options: argparse.Namespace, width: int, height: int):
+    """Return heading, table and notes for rich to print, at most `height` lines of them."""
+    from rich.console import Group  # slow to import, and not needed for --help or --json
+    from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    with Live(console=console, screen=True, auto_refresh=False) as live:
-        live.update(Text(f"reading the logs in {monitor.follower.folder} ..."), refresh=True)
-        while True:
-            rows = monitor.poll()
-            lines = text_lines(rows, monitor, console.width, console.height, plain=not speaks_unicode())
-            shown = [Text.assemble(*((clean(text), look) for text, look in line)) for line in lines]
-            live.update(Text("\n").join(shown), refresh=True)
-            time.sleep(interval)
+    plain = not speaks_unicode()
+
+    def line(text: str, style: str = "") -> Text:
+        text = clean(text).translate(ASCII) if plain else clean(text)
+        return Text(text, style, no_wrap=True, overflow="crop" if plain else "ellipsis")
+
+    notes = monitor.notes(rows)[: max(1, height // 4)]
+    groups = arrange(rows, options)
+    shown = groups[: max(1, height - 3 - len(notes))]
+    records = [record_of(group, options.arms) for group in shown]
+    counts = f" ({states_of(rows)})" if rows else ""
+    lines = [line(f"{monitor.name} at {time.strftime('%H:%M:%S')}: {len(rows)} runs{counts}", "bold")]
+    if records:
+        cells = fit(records, width)
+        lines.append(Table(box=None, pad_edge=False, header_style="dim"))
+        for column in COLUMNS:
+            if column.name in cells:
+                lines[-1].add_column(column.name, justify=column.justify, no_wrap=True)
+        for i, record in enumerate(records):
+            lines[-1].add_row(*[line(texts[i], colour_of(name, record)) for name, texts in cells.items()])
+    elif rows:
+        lines.append(line(f"none of them contains {options.filter!r}", "dim"))
+    else:
+        lines.append(line("no logs here yet: they appear as soon as a run starts", "dim"))
+    if len(groups) > len(shown):
+        lines.append(line(f"and {len(groups) - len(shown)} more", "dim"))
+    return Group(*lines, *[line(note, "yellow") for note in notes])
 
 
 def speaks_unicode() -> bool:
-    """Return whether the output can take any character."""
-    return (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
+    """Return whether the terminal has more than ASCII. In the locale C, Python writes UTF-8 in any case."""
+    locale = os.environ.get("LC_ALL") or os.environ.get("LANG")
+    return (sys.__stdout__.encoding or "").lower().startswith("utf") and locale not in ("C", "POSIX")
 
 
-def as_json(rows: Sequence[Row]) -> str:
-    """Return a list of objects, with null for what is not known, as JSON has no NaN."""
-    names = [f.name for f in dataclasses.fields(Row) if f.name != "run"]
-    return json.dumps(without_nan([{name: getattr(row, name) for name in names} for row in rows]), indent=1)
+# ------------------------------------------------------------------------------------------------
+# The live table
+# ------------------------------------------------------------------------------------------------
 
 
-def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--logs", type=Path, default=Path("logs"), metavar="DIR", help="folder of logs (logs)"
+def watch(monitor: Monitor, options: argparse.Namespace) -> None:
+    """Redraw the table every --interval seconds, until `q` or Ctrl-C; leave the last one behind."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    screen, last, key = Console(file=sys.__stdout__), "", ""
+    live = Live(console=screen, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+    with single_keys(), live, contextlib.suppress(KeyboardInterrupt):
+        live.update(Text(clean(f"reading the logs of {monitor.name} ...")), refresh=True)
+        while key != "q":
+            rows, size = monitor.poll(), screen.size
+            last = display(monitor, rows, options, size.width, size.height - 1)
+            live.update(Group(last, Text(KEYS, "dim", no_wrap=True)), refresh=True)
+            key, end = "", time.monotonic() + options.interval
+            while not key and screen.size == size and time.monotonic() < end:
+                key = pressed(min(options.interval, 0.2))
+            options.arms ^= key == "a"
+            options.by_loss ^= key == "l"
+    screen.print(last)
+
+
+@contextlib.contextmanager
+def single_keys() -> Iterator[None]:
+    """Let keys be read as they are pressed, and give the terminal back as it was, also when we are killed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSAFLUSH, before)
+
+
+def pressed(seconds: float) -> str:
+    """Wait for a key for at most `seconds`; return it, or an empty text."""
+    ready, _, _ = select.select([sys.stdin] if sys.stdin.isatty() else [], [], [], seconds)
+    if not ready:
+        return ""
+    return os.read(sys.stdin.fileno(), 1).decode(errors="replace") or "q"  # the terminal has gone
+
+
+def show(options: argparse.Namespace) -> None:
+    """Show the runs in the way that is asked for."""
+    if not options.interval > 0:
+        raise ValueError(f"--interval {options.interval:g} is not above 0 seconds")
+    places = options.paths or [options.logs]
+    monitor = Monitor(
+        *places, logs=options.logs, stalled_after=options.stalled_after, control=options.control
     )
-    parser.add_argument("--once", action="store_true", help="print one table and end")
-    parser.add_argument("--json", action="store_true", help="print the runs as JSON and end")
-    parser.add_argument(
-        "--control", default="", metavar="NAME", help="compare with runs whose name contains this"
-    )
-    parser.add_argument(
-        "--interval", type=float, default=2.0, metavar="S", help="seconds between updates (2)"
-    )
-    parser.add_argument(
-        "--stalled-after", type=float, default=300.0, metavar="S", help="silence of a stalled run (300)"
-    )
-    return parser.parse_args(arguments)
+    missing = [path for path in places if not path.exists()]
+    if missing:
+        raise ValueError(f"there is no {missing[0]}; name a folder of logs, logs, or a sweep's file")
+    with contextlib.suppress(KeyboardInterrupt):
+        if options.json:
+            groups = arrange(monitor.poll(), options)
+            print(as_json([record_of(rows, options.arms) for rows in groups]), end="")
+        elif options.once or not sys.stdout.isatty():
+            print_once(monitor, options)
+        else:
+            watch(monitor, options)
+
+
+def print_once(monitor: Monitor, options: argparse.Namespace) -> None:
+    """Print the whole table, without colours."""
+    from rich.console import Console
+
+    width, text = shutil.get_terminal_size((160, 50)).columns, io.StringIO()
+    table = display(monitor, monitor.poll(), options, width, sys.maxsize)
+    Console(file=text, width=width, color_system=None).print(table)
+    print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Show the table; return the exit code."""
-    options = parse_args(arguments)
-    if not options.logs.is_dir():
-        return complain(f"{options.logs} is no folder; say where the logs are with --logs DIR")
-    if not options.interval > 0:
-        return complain(f"--interval {options.interval:g} is not above 0 seconds")
-    monitor = Monitor(options.logs, options.stalled_after, options.control)
-    with contextlib.suppress(KeyboardInterrupt):
-        if sys.stdout.isatty() and not (options.once or options.json):
-            watch(monitor, options.interval)
-            return 0
-        with console():
-            if options.json:
-                print(as_json(monitor.poll()))
-            else:
-                width = shutil.get_terminal_size((160, 50)).columns
-                print_plain(monitor.poll(), monitor, width, plain=not speaks_unicode())
-    return 0
+    """Read the command line; return the exit code."""
+    parser = command_line.make_parser(__doc__)
+    option = parser.add_argument
+    option(
+        "paths", nargs="*", type=Path, metavar="SWEEP.toml|LOG", help="a sweep, or folders and logs (logs)"
+    )
+    option("--logs", type=Path, default=LOGS, metavar="DIR", help="folder of logs and manifests (logs)")
+    option("--once", action="store_true", help="print one table and end")
+    option("--json", action="store_true", help="print the runs as JSON and end")
+    option("--arms", action="store_true", help="show arms: means of their n runs")
+    option("--by-loss", action="store_true", help="show the lowest validation loss first")
+    option("--filter", default="", metavar="TEXT", help="show only runs whose name or state contains this")
+    option("--control", default="", metavar="NAME", help="compare with runs whose run id contains this")
+    option("--interval", type=float, default=2.0, metavar="S", help="seconds between updates (2)")
+    option("--stalled-after", type=float, default=300.0, metavar="S", help="silence of a stalled run (300)")
+    return command_line.run(show, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@
     python plot_loss.py logs/a.txt logs/b.txt         # compared
     python plot_loss.py logs --x time --out all.svg   # every log in a folder, against training time
 
-Six panels: validation loss with its end enlarged, training time, learning rate, betas, batch size, and rho,
-the signed radial part of the gradient. Runs that differ only in their seed are one arm: three or more are
-drawn as their mean with its 95% interval, two as both runs and their mean. --separate draws every run on its
-own. The target is the runs' own TARGET_LOSS, else 3.28; a star marks the first validation at which all runs
-of an arm have met it.
+The first panel is the validation loss, from the first validation on. Of several arms, the second is their
+loss minus that of the control (the sweep's, if a manifest beside the logs names it, else the arm of lowest
+loss), and an arm looks the same as in all pictures of its sweep. Below: rho, the signed radial part of the
+gradient, training time, learning rate, betas and batch size, as far as they are logged and vary. Runs that
+differ only in their seed are one arm: three or more are drawn as their mean with its 95% interval, two as
+both runs and their mean. --separate draws every run on its own. A target is drawn if --target gives one, if
+the runs have one TARGET_LOSS, or for the speedrun's own logs, which have no settings; a star marks the first
+validation at which all runs of an arm have met it.
 """
 
 import math
@@ -16,7 +19,8 @@ import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,30 +37,30 @@ from analysis.curves import (
     Line,
     add_legend,
     all_met,
+    differences,
     has_x,
+    is_logged,
     line_of,
-    name_ends,
+    panel_differences,
     panel_loss,
     panel_rho,
     plan_legend,
     result_label,
     runs_of,
 )
+from analysis.looks import looks_of, sweep_beside
 from analysis.run_log import RunLog, newest_log, read_runs
 from analysis.stats import summarize
 from analysis.tables import format_loss, format_number, format_table
 
-PANELS = (("loss", "time", "lr"), ("rho", "betas", "batch"))  # where they are; `figure` fills them
-WIDTHS, HEIGHTS = (1.7, 1, 1), (1.35, 1)  # of their columns and rows, in proportion
 SCHEDULES = {  # by panel: its title, and the name in the legend of each logged key
-    "lr": ("learning rate, times its base", {"lr_mul": "lr"}),
-    "betas": (
-        "betas and momentum",
-        {"beta1": "beta1", "beta2": "beta2", "muon_momentum": "Muon momentum"},
-    ),
-    "batch": ("batch size, tokens", {"batch_size": "batch size"}),
+    "lr": ("lr / base lr", {"lr_mul": "lr"}),
+    "betas": ("betas", {"beta1": "beta1", "beta2": "beta2", "muon_momentum": "Muon momentum"}),
+    "batch": ("batch, tokens", {"batch_size": "batch size"}),
 }
-RHO_TITLE = "mean ρ = ⟨G,W⟩ / ‖W‖² over layers, signed"
+MAX_LABEL = 100  # letters of a name in the legend
+RHO = {"spec_attn": "attention", "spec_mlp": "MLP"}
+RHO_TITLE = "mean ρ = ⟨G,W⟩ / ‖W‖²"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -82,15 +86,22 @@ def legend_label(arm: Arm, name: str = "") -> str:
     return result_label(name, result, [f"{unfinished} unfinished"] if unfinished else [])
 
 
-def what_to_draw(arms: Sequence[Arm]) -> list[Drawn]:
-    """The arms with their looks and names."""
-    names = style.shorten_apart([arm.label for arm in arms], 60)
-    drawn = [
-        Drawn(arm, style.arm_style(number), arm.label, legend_label(arm, name))
-        for number, (arm, name) in enumerate(zip(arms, names, strict=True))
-    ]
-    name_ends(drawn)
-    return drawn
+def what_to_draw(arms: Sequence[Arm]) -> tuple[list[Drawn], dict[str, str]]:
+    """The arms with their looks and names, and the label of each arm's control.
+
+    Both are those of the sweep that all runs belong to, if its manifest is beside them.
+    """
+    labels = [arm.label for arm in arms]
+    sweep = sweep_beside(arms)
+    planned = list(dict.fromkeys(run.tag for run in sweep.runs)) if sweep else labels
+    looks = looks_of(planned, sweep.control if sweep else None)
+    names = dict(zip(labels, style.shorten_apart(labels, MAX_LABEL), strict=True))
+    in_order = sorted(arms, key=lambda arm: planned.index(arm.label))
+    drawn = [Drawn(arm, looks[arm.label], legend_label(arm, names[arm.label])) for arm in in_order]
+    lowest = min(arms, key=lambda arm: np.nan_to_num(summarize(final_losses(arm)).mean, nan=math.inf)).label
+    controls = {label: sweep.control_of(label) if sweep else None for label in labels}
+    controls = {label: other if other in labels else lowest for label, other in controls.items()}
+    return drawn, {label: other for label, other in controls.items() if label != other}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -107,10 +118,7 @@ def panel_time(ax, drawn: Sequence[Drawn], axis: Axis) -> None:
         for look, line in lines:
             ax.plot(line.x, line.step, **look)
         return
-    longest = max((run.last_time_ms for _, run in runs if math.isfinite(run.last_time_ms)), default=None)
-    if longest is None:
-        style.say_nothing_logged(ax, "training time")
-        return
+    longest = max(run.last_time_ms for _, run in runs if math.isfinite(run.last_time_ms))
     scale, unit = style.time_unit(longest)
     ax.set_title(f"training time, {unit}")
     for look, line in lines:
@@ -137,11 +145,8 @@ def panel_schedule(ax, drawn: Sequence[Drawn], axis: Axis, title: str, names: di
             if same or len(names) > 1:
                 look = {**look, "linestyle": dashes}
             ax.plot(line.x, line.y, **look, drawstyle="steps-post")
-    if not logged:
-        style.say_nothing_logged(ax, title)
-        return
     if all_same:
-        ax.set_title("the same in all", loc="right", fontsize=9, fontweight="normal", color=style.GREY)
+        ax.set_title(f"{title}: all alike")
     if len(names) > 1:
         style.line_legend(ax, list(logged), loc="center right")
     if "batch_size" in names:
@@ -169,25 +174,59 @@ def label_batch_sizes(ax, values: np.ndarray) -> None:
         ax.set_yticks(sizes, names)
 
 
-def figure(arms: Sequence[Arm], axis_kind: str, target: float):
-    """The six panels with one legend below."""
+def varies(drawn: Sequence[Drawn], keys: Sequence[str], axis: Axis) -> bool:
+    """True if a schedule is logged and is more than one number for all of training."""
+    for key in keys:
+        lines = [line for run in runs_of(drawn) if (line := line_of(run, key, axis))]
+        if lines and len(np.unique(np.concatenate([line.y for line in lines]))) > 1:
+            return True
+    return False
+
+
+def small_panels(drawn: Sequence[Drawn], axis: Axis) -> dict[str, Callable]:
+    """The panels below that have something to show, each as a function that draws it."""
+    panels = {}
+    if is_logged(drawn, list(RHO), axis):
+        panels["rho"] = partial(panel_rho, title=RHO_TITLE, keys=RHO)
+    if is_logged(drawn, ["train_time"], axis):
+        panels["time"] = panel_time
+    for name, (title, keys) in SCHEDULES.items():
+        if varies(drawn, list(keys), axis):
+            panels[name] = partial(panel_schedule, title=title, names=keys)
+    return panels
+
+
+def figure(arms: Sequence[Arm], axis_kind: str, target: tuple[float, str] | None):
+    """The losses, below them whatever else has something to show, and one legend."""
     plt = style.load_matplotlib()
-    drawn = what_to_draw(arms)
+    drawn, controls = what_to_draw(arms)
     axis = Axis(axis_kind, runs_of(drawn))
+    compared = differences(drawn, controls, axis) if axis_kind != "time" else []
+    below = small_panels(drawn, axis)
     columns, inches = plan_legend([item.label for item in drawn], 190)
     inches += 0.35
-    height = 9.4 + inches
-    size = (16, height)
-    fig, panels = plt.subplot_mosaic(PANELS, figsize=size, width_ratios=WIDTHS, height_ratios=HEIGHTS)
-    panel_loss(panels["loss"], drawn, axis, target)
-    panel_time(panels["time"], drawn, axis)
-    for name, (title, names) in SCHEDULES.items():
-        panel_schedule(panels[name], drawn, axis, title, names)
-    panel_rho(panels["rho"], drawn, axis, RHO_TITLE, {"spec_attn": "attention", "spec_mlp": "MLP"})
-    for ax in panels.values():
-        axis.fit(ax)
-    add_legend(fig, drawn, columns, "final validation loss")
+    height = (9.4 if below else 6.5) + inches
+    fig = plt.figure(figsize=(16, height))
+    rows = fig.add_gridspec(2 if below else 1, 1, height_ratios=(1.5, 1) if below else (1,))
+    top = rows[0].subgridspec(1, 2 if compared else 1, wspace=0.2)
+    panel_loss(fig.add_subplot(top[0], label="loss"), drawn, axis, target)
+    if below:
+        widths = [1.6 if name == "rho" else 1 for name in below]
+        bottom = rows[1].subgridspec(1, len(below), width_ratios=widths, wspace=0.35)
+        for place, (name, draw) in zip(bottom, below.items(), strict=True):
+            ax = fig.add_subplot(place, label=name)
+            draw(ax, drawn, axis)
+            axis.fit(ax)
+    pooled = any("±" in item.label for item in drawn)
+    add_legend(
+        fig, drawn, columns, "final validation loss" + (", mean ± half its 95% interval" if pooled else "")
+    )
     fig.tight_layout(rect=(0, inches / height, 1, 1))
+    if compared:
+        others = {controls[item.arm.label] for item, _ in compared}
+        ax = fig.add_subplot(top[1], label="differences")
+        panel_differences(ax, compared, axis, others.pop() if len(others) == 1 else "its control")
+        fig.tight_layout(rect=(0, inches / height, 1, 1))
     return fig
 
 
@@ -196,11 +235,10 @@ def figure(arms: Sequence[Arm], axis_kind: str, target: float):
 # ------------------------------------------------------------------------------------------------
 
 
-def summary(runs: Sequence[RunLog], arms: Sequence[Arm], target: float) -> str:
-    """A table of the runs and, if any were pooled, one of the arms."""
+def summary(runs: Sequence[RunLog], arms: Sequence[Arm], target: float | None) -> str:
+    """A table of the runs and, if any were pooled, one of the arms; with a target, when it was met."""
     rows = []
     for run, name in zip(runs, style.shorten_apart([run.run_id for run in runs], 70), strict=True):
-        met = run.first_at(target)
         per_step = run.last_time_ms / run.last_step if run.last_step > 0 else math.nan
         rows.append(
             [
@@ -212,24 +250,24 @@ def summary(runs: Sequence[RunLog], arms: Sequence[Arm], target: float) -> str:
                 format_loss(run.best_val_loss),
                 style.format_time(run.last_time_ms),
                 format_number(per_step, ".1f"),
-                met.step if met else "not met",
-                style.format_time(met.time_ms) if met else "-",
             ]
         )
+        if target is not None:
+            met = run.first_at(target)
+            rows[-1] += [met.step, style.format_time(met.time_ms)] if met else ["not met", "-"]
     header = ["run", "state", "seed", "steps", "final loss", "best", "time", "ms/step"]
-    header += [f"{target:g} at step", "in"]
+    header += [f"{target:g} at step", "in"] if target is not None else []
     text = format_table(header, rows)
-    pooled = [arm for arm in arms if len(arm.runs) > 1]
-    if pooled:
-        arm_rows = []
-        names = style.shorten_apart([arm.label for arm in arms], 70)
-        for arm, name in zip(arms, names, strict=True):
+    if not any(len(arm.runs) > 1 for arm in arms):
+        return text
+    arm_rows = []
+    for arm, name in zip(arms, style.shorten_apart([arm.label for arm in arms], 70), strict=True):
+        arm_rows.append([name, summarize(final_losses(arm))])
+        if target is not None:
             met = all_met(arm, target)
-            steps = f"{met[0]}, {style.format_time(met[1])}" if met else "not by all"
-            arm_rows.append([name, summarize(final_losses(arm)), steps])
-        header = ["arm", "final validation loss", f"all runs at {target:g}"]
-        text += "\n\n" + format_table(header, arm_rows)
-    return text
+            arm_rows[-1].append(f"{met[0]}, {style.format_time(met[1])}" if met else "not by all")
+    header = ["arm", "final validation loss"] + ([f"all runs at {target:g}"] if target is not None else [])
+    return f"{text}\n\n{format_table(header, arm_rows)}"
 
 
 def order_of(arm: Arm) -> float:
@@ -286,7 +324,7 @@ def draw_runs(options: Namespace) -> None:
     target = style.target_of(drawn, options.target)
     out = options.out or default_out(drawn, time.time())
     style.save(figure(arms, options.x, target), out)
-    print(summary(runs, arms, target))
+    print(summary(runs, arms, target[0] if target else None))
     for note in [*notes, *left_out, *remarks(runs)]:
         print(f"note: {note}")
     print(f"\n{out}")
@@ -302,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--x", choices=X_LABELS, default="steps", help="what curves are drawn against")
     parser.add_argument(
-        "--target", type=float, help="target loss (default: the runs' TARGET_LOSS, else 3.28)"
+        "--target", type=float, help="target loss (default: the runs' TARGET_LOSS; public logs: 3.28)"
     )
     parser.add_argument(
         "--separate", action="store_true", help="do not pool runs that differ only in their seed"

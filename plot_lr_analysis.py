@@ -7,10 +7,10 @@
 
 Written are results.md and results.csv (one line a value), final_results.json (the same with every run),
 comprehensive_insights.json (best, ranges, divergence threshold, labels with their rules), and as pictures
-combined_lr_analysis.png, detailed_lr_analysis.png, all_lr_loss_vs_steps.png and individual_plots/. The same
-logs give the same tables, byte for byte.
+combined_lr_analysis.png (loss and accuracy against the value) and all_lr_loss_vs_steps.png (a sheet with the
+curves of each value). The same logs give the same tables, byte for byte.
 
-Losses are those of the last validation, in nats a token, means over seeds; perplexity is exp(mean loss).
+Losses are those of the last validation, in nats per token, means over seeds; perplexity is exp(mean loss).
 Every value gets a label by the rules below, in which "the fall" is how far the best value's loss fell from
 where training began. Values that cannot be told from the best are those of stats.contenders: the truly best
 one is among them in 95% of such sweeps. Where every value is a single run, how much runs differ by luck is
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
 from analysis.files import write_atomically
-from analysis.rate_pictures import PICTURES, figures_of
+from analysis.rate_pictures import PICTURES
 from analysis.rates import (
     RULES,
     Analysis,
@@ -170,8 +170,8 @@ def markdown(analysis: Analysis) -> str:
     parts = [f"# {analysis.results.name}{scale}: {analysis.setting.upper()}", found]
     parts += [format_markdown(header, rows)]
     parts += [
-        "Loss is that of the last validation, in nats a token; perplexity is exp(mean loss); means and "
-        "intervals are over seeds; minutes are of training on the machine that ran."
+        f"Loss is that of the last validation, in {style.loss_unit(analysis.results.runs)}; perplexity is "
+        "exp(mean loss); means and intervals are over seeds; minutes are of training on the machine that ran."
     ]
     parts += [f"![{name}]({name}.png)" for name in PICTURES]
     parts += [
@@ -309,9 +309,8 @@ def write_analysis(options: Namespace) -> None:
     if not analysis.results.has_steps:
         raise ValueError(f"none of the {len(analysis.results.attempts)} runs has logged a step yet")
     folder = options.out or results.folder / results.name / "lr_analysis"
-    pictures = figures_of(analysis)
-    for name, draw in pictures.items():
-        style.save(draw(), folder / name)
+    for name, draw in PICTURES.items():
+        style.save(draw(analysis), folder / f"{name}.png")
     write_atomically(folder / "results.md", markdown(analysis))
     write_atomically(folder / "results.csv", csv_of(analysis))
     write_atomically(folder / "final_results.json", as_json(final_results(analysis)))
@@ -319,7 +318,7 @@ def write_analysis(options: Namespace) -> None:
     print(format_table(*table(analysis)))
     for text in [*sentences(analysis), *analysis.notes]:
         print(f"* {text}")
-    print(f"\n{folder / 'results.md'}, and {len(pictures)} pictures beside it")
+    print(f"\n{folder / 'results.md'}, and {len(PICTURES)} pictures beside it")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

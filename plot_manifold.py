@@ -6,11 +6,11 @@
 Reads logs/RUN_ID.manifold.jsonl (written with MANIFOLD_EVERY=250; manifold.py says what a line holds)
 beside each log, or .jsonl.xz. Runs that differ only in their seed are one arm. Written to
 logs/NAME_manifold/:
-    heatmap_METRIC.png      layer x step for each projection, runs side by side, one colour scale (the 1st
-                            to 99th percentile of all runs together); what was not measured is grey
+    heatmap_METRIC.png      layer x step for each projection, runs side by side, one colour scale in which
+                            equal steps of colour hold equally many values; what was not measured is grey
     quick_scan.png          arms x seeds, some metrics, the mean over projections
     by_projection.png, by_layer.png     means over the rest, a line a seed thin; dotted: the level of chance
-    losses.png              validation loss and accuracy: all seeds, their mean, and the band of one sd
+    losses.png              validation loss and accuracy: means over seeds with their 95% interval
     results.md .csv         final loss and accuracy, mean and sd over seeds
     differences.md .csv     where the seeds of one arm differ most
 """
@@ -30,11 +30,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
+from analysis.curves import Axis, draw_since, panel_loss
 from analysis.files import write_atomically
 from analysis.read_results import read_results
 from analysis.results import Results
 from analysis.run_log import RunLog, find_log, log_stem, read_unpacked
 from analysis.stats import summarize
+from analysis.sweep_pictures import what_to_draw
 from analysis.tables import as_csv, format_loss, format_markdown, format_table
 
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")
@@ -59,6 +61,7 @@ SCANNED = ("effective_rank", "update_effective_rank", "left_alignment", "weight_
 LINED = ("effective_rank", "update_effective_rank", "stable_rank", "weight_norm", "left_alignment")
 CHANCE = {"left_alignment": "left_chance", "right_alignment": "right_chance"}
 NUM_DIFFERENCES = 5  # of each metric
+NUM_SHADES = 32
 
 
 @dataclass
@@ -158,48 +161,54 @@ def on_grid(values: np.ndarray, run: Measured, grid: np.ndarray, layers: Sequenc
     return out
 
 
-def colour_limits(values: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The 1st and 99th percentile of all values together."""
+def colour_scale(values: Sequence[np.ndarray]):
+    """One scale for all values: equal steps of colour hold equally many, so that no run is of one colour."""
+    from matplotlib.colors import BoundaryNorm
+
     pooled = np.concatenate([x[np.isfinite(x)] for x in values])
-    if not len(pooled):
-        return 0.0, 1.0
-    low, high = np.percentile(pooled, (1, 99))
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    edges = (
+        np.unique(np.quantile(pooled, np.linspace(0, 1, NUM_SHADES + 1))) if len(pooled) else np.arange(2.0)
+    )
+    if len(edges) < 2:
+        edges = edges[0] + np.array([-0.5, 0.5])
+    return BoundaryNorm(edges, 256)
 
 
-def draw_heat(ax, values: np.ndarray, grid: np.ndarray, layers: Sequence[int], limits):
+def draw_heat(ax, values: np.ndarray, grid: np.ndarray, layers: Sequence[int], scale):
     """Draw cells of layer x step; grey where nothing was measured."""
     half = np.diff(grid).min() / 2 if len(grid) > 1 else 0.5
     middles = (grid[1:] + grid[:-1]) / 2
     edges = np.concatenate([[grid[0] - half], middles, [grid[-1] + half]])
     ax.set_facecolor("#bbbbbb")
     ax.grid(False)
-    image = ax.pcolormesh(
-        edges,
-        np.arange(len(layers) + 1) - 0.5,
-        np.ma.masked_invalid(values),
-        cmap="viridis",
-        vmin=limits[0],
-        vmax=limits[1],
-        rasterized=True,
-    )
+    rows = np.arange(len(layers) + 1) - 0.5
+    cells = np.ma.masked_invalid(values)
+    image = ax.pcolormesh(edges, rows, cells, cmap="viridis", norm=scale, rasterized=True)
     every = max(1, math.ceil(len(layers) / 6))
     ax.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
     ax.xaxis.set_major_locator(_few_ticks())
     return image
 
 
+def add_scale(fig, image, axes, **place) -> None:
+    """Add the bar of colours, with a tick at every fourth edge."""
+    ticks = image.norm.boundaries[::4]
+    bar = fig.colorbar(image, ax=axes, spacing="uniform", **place)
+    bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
+    bar.ax.minorticks_off()
+
+
 def _few_ticks():
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(nbins=3, integer=True)
+    return MaxNLocator(nbins=5, steps=[1, 2, 5, 10], integer=True)
 
 
 def heatmap(runs: Sequence[Measured], metric: str):
     """A heatmap for each projection (down) and run (across)."""
     plt = style.load_matplotlib()
     grid, layers = step_grid(runs), sorted({layer for run in runs for layer in run.layers})
-    limits = colour_limits([run.values[metric] for run in runs])
+    scale = colour_scale([run.values[metric] for run in runs])
     shape = len(PROJECTIONS), len(runs)
     fig, axes = plt.subplots(
         *shape,
@@ -212,14 +221,14 @@ def heatmap(runs: Sequence[Measured], metric: str):
     for row, projection in enumerate(PROJECTIONS):
         for column, run in enumerate(runs):
             ax = axes[row, column]
-            image = draw_heat(ax, on_grid(run.values[metric][row], run, grid, layers), grid, layers, limits)
+            image = draw_heat(ax, on_grid(run.values[metric][row], run, grid, layers), grid, layers, scale)
             if row == 0:
                 ax.set_title(f"{style.shorten(run.arm, 22)}\nseed {run.seed}", fontsize=9)
             if column == 0:
                 ax.set_ylabel(f"{projection}\nlayer")
             if row == shape[0] - 1:
                 ax.set_xlabel("step")
-    fig.colorbar(image, ax=axes, extend="both", fraction=0.15, aspect=40, pad=0.01)
+    add_scale(fig, image, axes, fraction=0.15, aspect=40, pad=0.01)
     fig.suptitle(METRICS[metric], fontweight="bold")
     return fig
 
@@ -238,19 +247,19 @@ def quick_scan(runs: Sequence[Measured]):
     fig = plt.figure(figsize=size, layout="constrained")
     for block, metric in zip(fig.subfigures(2, 2).flat, SCANNED):
         means = [mean_over(run.values[metric], 0) for run in runs]
-        limits = colour_limits(means)
+        scale = colour_scale(means)
         axes = block.subplots(len(arms), len(seeds), squeeze=False, sharex=True, sharey=True)
         for ax in axes.flat:
-            image = draw_heat(ax, np.full((len(layers), len(grid)), np.nan), grid, layers, limits)
+            image = draw_heat(ax, np.full((len(layers), len(grid)), np.nan), grid, layers, scale)
         for run, mean in zip(runs, means, strict=True):
             ax = axes[arms.index(run.arm), seeds.index(run.seed)]
-            image = draw_heat(ax, on_grid(mean, run, grid, layers), grid, layers, limits)
+            image = draw_heat(ax, on_grid(mean, run, grid, layers), grid, layers, scale)
         for column, seed in enumerate(seeds):
             axes[0, column].set_title(f"seed {seed}", fontsize=9)
             axes[-1, column].set_xlabel("step")
         for row, arm in enumerate(arms):
             axes[row, 0].set_ylabel(f"{style.shorten(arm, 16)}\nlayer", fontsize=9)
-        block.colorbar(image, ax=axes, extend="both", fraction=0.08)
+        add_scale(block, image, axes, fraction=0.08)
         block.suptitle(METRICS[metric], fontsize=11, fontweight="bold")
     return fig
 
@@ -322,35 +331,15 @@ def _curve(run: Measured, metric: str, by: str, number: int, grid, layers) -> np
 
 
 def losses(results: Results):
-    """Validation loss and accuracy: all seeds thin, the mean thick, and a band of one standard deviation."""
+    """Validation loss and accuracy, means with their 95% interval, from the first validation on."""
     plt = style.load_matplotlib()
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    for number, arm in enumerate(results.arms):
-        colour = style.arm_style(number)["color"]
-        for ax, key in zip(axes, ("loss", "acc"), strict=True):
-            curves = [run.val for run in arm.runs if len(run.val)]
-            steps = sorted(set.intersection(*(set(c.step.tolist()) for c in curves))) if curves else []
-            for curve in curves if len(curves) > 1 else ():
-                ax.plot(curve.step, getattr(curve, key), color=colour, linewidth=0.6, alpha=0.6)
-            if not steps:
-                continue
-            table = np.stack([getattr(c, key)[np.searchsorted(c.step, steps)] for c in curves])
-            extra = ", ± sd" if len(curves) > 1 else ""
-            mean, label = table.mean(0), f"{style.shorten(arm.label, 40)} (n={len(curves)}{extra})"
-            ax.plot(steps, mean, color=colour, label=label)
-            if len(curves) > 1:
-                sd = table.std(0, ddof=1)
-                ax.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
-    for ax, title in zip(axes, ("validation loss, nats a token", "validation accuracy"), strict=True):
-        ax.set_title(title)
-        ax.set_xlabel("step")
-    ends = [run.val.loss[np.isfinite(run.val.loss)] for run in results.runs if len(run.val)]
-    ends = [x for x in ends if len(x)]
-    if ends:  # the start is the same for all and would flatten the rest
-        top = max(x[min(len(x) - 1, max(1, len(x) // 6))] for x in ends)
-        low = min(x.min() for x in ends)
-        axes[0].set_ylim(low - 0.05 * (top - low + 0.01), top + 0.05 * (top - low + 0.01))
-    axes[0].legend()
+    drawn, axis = what_to_draw(results), Axis("steps", results.runs)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    panel_loss(left, drawn, axis)
+    draw_since(right, drawn, "val_acc", axis)
+    right.set_title(f"validation accuracy, share of {style.token_name(results.runs)}s; bands: 95% interval")
+    axis.fit_losses(right)
+    right.legend()
     return fig
 
 

@@ -1,14 +1,14 @@
-"""Draw an ORD sweep: validation loss, rho, and the U-curve of final loss against the strength a.
+"""Draw an ORD sweep: each arm's difference from the control, at the end and over training, and rho.
 
     python plot_spectral_sweep.py sweeps/spectral_lr.toml     # a sweep, by its manifest in logs/
     python plot_spectral_sweep.py --logs logs                 # every log in a folder; the default
     python plot_spectral_sweep.py logs/a.txt logs/b.txt --control spectral_lr_mul=0
 
-Four panels: validation loss with the target; final loss against a = SPECTRAL_LR_MUL with 95% intervals and
-the control's band; the mean over layers of rho = <G,W> / ||W||^2 of attention and of MLP matrices, with its
-sign. Runs that differ only in their seed are one arm. The ranked table, with differences to the best arm and
-to the control (a = 0 unless the sweep or --control names another), is printed and saved as .md and .csv
-beside logs/spectral_sweep_{n}runs_{YYYYmmdd-HHMMSS}.png.
+Panels: the final loss minus the control's, paired by seed, with its 95% interval and the verdict, arms in
+order of a = SPECTRAL_LR_MUL; the same over training; the mean over layers of rho = <G,W> / ||W||^2 of
+attention and of MLP matrices, with its sign. Runs that differ only in their seed are one arm. The ranked
+table, with differences to the best arm and to the control (a = 0 unless the sweep or --control names
+another), is printed and saved as .md and .csv beside logs/spectral_sweep_{n}runs_{YYYYmmdd-HHMMSS}.png.
 """
 
 import math
@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
 from analysis.conclusion import conclusion
+from analysis.curves import MAX_NAME, differences, is_logged, panel_differences, panel_loss, panel_rho
 from analysis.files import write_atomically
 from analysis.read_results import read_results
 from analysis.results import Results, SweepArm
 from analysis.run_log import format_value
-from analysis.spectral_picture import figure
+from analysis.sweep_pictures import axis_of, draw_forest, forest_inches, forest_place, what_to_draw
 from analysis.tables import (
     as_csv,
     format_difference,
@@ -36,6 +37,34 @@ from analysis.tables import (
     format_p,
     format_table,
 )
+
+RHO = {"spec_attn": "attention matrices", "spec_mlp": "MLP matrices"}  # as logged
+
+
+def figure(results: Results):
+    """The forest; below it losses over training, and rho where it is logged."""
+    plt = style.load_matplotlib()
+    drawn = what_to_draw(results)
+    axis = axis_of(drawn)
+    found = differences(drawn, results.controls, axis)
+    rho = {key: what for key, what in RHO.items() if is_logged(drawn, [key], axis)}
+    inches = forest_inches(results) if results.has_differences else 0
+    height = inches + 5
+    fig = plt.figure(figsize=(15, height))
+    gap = 0.3 + 0.075 * min(MAX_NAME, max(len(item.label) for item in drawn))  # inches, for names
+    widths = [3.9, gap, *[3.4] * len(rho)] if rho else [3.9]
+    edges = {"left": 0.07, "right": 0.98 if rho else 0.86, "bottom": 0.7 / height, "top": 4.6 / height}
+    row = fig.add_gridspec(1, len(widths), width_ratios=widths, **edges)
+    ax = fig.add_subplot(row[0])
+    if results.has_differences:
+        draw_forest(fig.add_axes(forest_place(results, 15, 5)), results)
+    if found:
+        panel_differences(ax, found, axis, results.compared_with)
+    else:
+        panel_loss(ax, drawn, axis)
+    for place, (key, what) in enumerate(rho.items(), 2):
+        panel_rho(fig.add_subplot(row[place]), drawn, axis, f"mean ρ of {what}", {key: what})
+    return fig
 
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -145,7 +174,7 @@ def draw_sweep(options: Namespace) -> None:
     if not results.has_steps:
         raise ValueError(f"none of the {len(results.attempts)} runs has logged a step yet: nothing to draw")
     out = options.out or default_out(results, time.time())
-    style.save(figure(results, style.target_of(results.runs, options.target)), out)
+    style.save(figure(results), out)
     write_atomically(out.with_suffix(".md"), markdown(results, out.name))
     write_atomically(out.with_suffix(".csv"), csv_of(results))
     print(f"{format_table(*table(results))}\n\n{explanation(results)}\n\n{conclusion(results)}")
@@ -157,7 +186,6 @@ def draw_sweep(options: Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     out = "where to write the picture, .png .svg or .pdf"
     parser = command_line.make_sweep_parser(__doc__, out, paths="*")
-    parser.add_argument("--target", type=float, help="target loss (default: the runs' own, else 3.28)")
     parser.add_argument("--control", help="the arm to compare with (default: the sweep's, else a = 0)")
     return command_line.run(draw_sweep, parser, arguments)
 

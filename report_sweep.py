@@ -31,7 +31,6 @@ from analysis.reaching import SMOOTH, Reach, Target, all_at_target, choose_targe
 from analysis.read_results import read_results
 from analysis.results import Attempt, Results, SweepArm
 from analysis.run_log import format_value
-from analysis.spectral_picture import figure as spectral_picture
 from analysis.stats import (
     SPEEDRUN_P,
     SQRT_N_MARGIN,
@@ -42,7 +41,7 @@ from analysis.stats import (
     summarize,
     target_test,
 )
-from analysis.sweep_pictures import picture_of_bars, picture_of_curves
+from analysis.sweep_pictures import picture_of_curves, picture_of_forest
 from analysis.tables import (
     as_json,
     format_difference,
@@ -174,7 +173,8 @@ def remark(row: Row, results: Results) -> str:
 
 def table_notes(results: Results) -> str:
     verdict = results.verdict
-    what = "Mean and interval are of the last validation loss, in nats a token; n counts seeds."
+    unit = style.loss_unit(results.runs)
+    what = f"Mean and interval are of the last validation loss, in {unit}; n counts seeds."
     if len(verdict.summaries) < 2:
         return what
     what += (
@@ -444,15 +444,13 @@ def run_summary(arm: SweepArm, attempt: Attempt, place: Reach | None, results: R
 # ------------------------------------------------------------------------------------------------
 
 
-def save_pictures(results: Results, target: float, folder: Path) -> list[str]:
+def save_pictures(results: Results, folder: Path) -> list[str]:
     """Draw what there is to draw; the names of the files."""
     figures = {}
-    if any(results.summary(arm).n for arm in results.arms):
-        figures["bars.png"] = picture_of_bars(results)
+    if results.has_differences:
+        figures["forest.png"] = picture_of_forest(results)
     if results.has_steps:
-        figures["curves.png"] = picture_of_curves(results, target)
-        if len({arm.strength for arm in results.arms} - {None}) > 1:
-            figures["spectral.png"] = spectral_picture(results, target)
+        figures["curves.png"] = picture_of_curves(results)
     for name, figure in figures.items():
         style.save(figure, folder / name)
     return list(figures)
@@ -465,7 +463,7 @@ def write_report(options: Namespace) -> None:
     target = choose_target(results, options.target, options.target_on)
     rows = rows_of(results, target)
     folder = options.out or results.folder / results.name
-    pictures = save_pictures(results, target.loss, folder)
+    pictures = save_pictures(results, folder)
     write_atomically(folder / "REPORT.md", report(results, rows, target, pictures))
     write_atomically(folder / "summary.json", as_json(summary(results, rows, target)))
     print(f"{conclusion(results)}\n\n{folder / 'REPORT.md'}\n{folder / 'summary.json'}")

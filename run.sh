@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set everything up and train. All settings are environment variables (README.md, or --help of the script):
 #   ./run.sh                                 two or three minutes on a laptop; all GPUs where there are some
-#   ./run.sh my_text.txt                     on your own text (.txt .md .rst .jsonl .parquet), and show a sample
+#   ./run.sh my_text.txt                     on your own text (.txt .md .rst .jsonl .parquet)
 #   SCRIPT=train_gpt.py SEED=1 ./run.sh      the baseline instead of Muon + ORD
 #   NPROC_PER_NODE=4 ./run.sh                so many ranks
 #   SAVE_EVERY=100 MAX_RESTARTS=3 ./run.sh   checkpoints, from which torchrun restarts the run if it dies
@@ -51,8 +51,11 @@ echo "log    logs/$RUN_ID.txt"
 echo "curves logs/$RUN_ID.png"
 model=logs/$RUN_ID/model.safetensors
 [ -f "$model" ] || exit 0
-echo "model  $model; it goes on with a text: $python sample.py $model --prompt \"...\""
-if [ ${#texts[@]} -gt 0 ]; then
-  echo "a sample of it:"
-  $python sample.py "$model" --tokens 200
+echo "model  $model"
+# the run is not failed by a sample that cannot be had, as where GPT-2's vocabulary is not at hand
+if sample=$($python sample.py "$model" --tokens 60 | tr -s '\n\t ' ' '); then
+  echo "sample ${sample:0:100}"
+  echo "more   $python sample.py $model --prompt \"...\""
+else
+  echo "the run is finished; its model could not be sampled" >&2
 fi

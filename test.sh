@@ -15,6 +15,6 @@ fi
 $python data/embedded_corpus.py
 $python -m ruff check .
 $python -m ruff format --check .
-# a file of tests on each core: its runs of two ranks and its NumPy references leave gaps that others fill. In the
-# order of their names, because xdist's own (many tests first) leaves the few long ones to the end, on one core
-$python -m pytest -q $tests -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"
+# three files of tests at a time on two cores: those of faults wait more than they compute. In the order of their
+# names, because xdist's own (many tests first) leaves the few long ones to the end
+$python -m pytest -q $tests -n "${TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder "$@"

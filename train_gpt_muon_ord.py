@@ -30,17 +30,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.shards import DataError, Shard, open_pair
+from data.prefixes import prefix_tokens
+from data.shards import Ahead, DataError, Shard, open_pair
 from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing, draw_noise, load_fields
 from kernels.float8 import Float8Linear
+from kernels.heads import composed, grouped_shape, in_head_order, offset_keys, pair_heads, without_own_value
+from kernels.ngrams import embed_ngrams, sign_table
+from kernels.signals import NGRAM_START, RESID_START, Mudd, TokenNet, gate_signals, signalled
 from runtime import settings, supervise
 from runtime.compiling import compile_forward, not_compiled, torch_compile
+from runtime.flops import flop_per_token
+from runtime.memory import MOST_TOKENS, VAL_SLICES, Memory
 from runtime.prefetch import Prefetcher, to_device
-from runtime.ranks import Ranks, capability, find_device
+from runtime.ranks import Ranks, capability, find_device, is_amd
 from runtime.session import Session
 from runtime.settings import SettingsError, knob, machine_knob, recording_knob
-from runtime.sharding import SMALL, Bucket, read_master, write_master
+from runtime.sharding import SMALL, Bucket, gradient_norm, read_master, write_master
 
 SCRIPT = Path(__file__).resolve()
 
@@ -55,6 +61,9 @@ SECOND_DECAYS = ("linear", "exp", "constant")
 ATTN_BACKENDS, KERNELS = ("auto", "varlen", "flex", "sdpa"), ("auto", "triton", "cpu", "torch")
 OPTIMIZERS = ("normuon", "muon", "adamw")
 LONG_DOCS, DECAY_MODES = ("cut", "split"), ("cautious", "none", "param", "update", "both")
+PARTS = ("", "qk_group", "value_std", "value_gate_reads_table", "ngram_signs", "attn_source", "mudd")
+PARTS += ("xsa_layers", "gate_layers", "compose_tokens", "prefix_weights")  # fields of ModelConfig
+BY_STAGE = ("batch_sizes", "lr_muls", "max_doc_tokens")  # settings with one value per stage
 
 
 @dataclass(frozen=True)
@@ -76,16 +85,19 @@ class Settings(settings.RunPaths):
     val_files: str = knob("data/fineweb10B/fineweb_val_*.bin", "glob of validation shards")
     val_tokens: int = knob(10_485_760, "validation tokens, from the start of the shards", low=1024)
     val_batch_tokens: int = knob(2_097_152, "tokens of a validation batch", low=1024, rare=True)
-    max_doc_tokens: int = knob(2048, "longest document in training, tokens", low=16, rare=True)
+    max_doc_tokens: tuple[int, ...] = knob((2048,) * 4, "longest document, by stage", low=16, rare=True)
     long_docs: str = knob("cut", "rest of a longer document: dropped or kept", choices=LONG_DOCS, rare=True)
     # length and shape of the run; one value per stage: three scheduled thirds, then the extension
     num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
     num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
     train_tokens: int = knob(0, "tokens; if not 0, sets NUM_SCHEDULED_ITERATIONS", low=0)
     batch_sizes: tuple[int, ...] = knob((131072, 262144, 393216, 393216), "tokens per step", low=128)
+    slices: int = knob(8, "slices that a batch is cut into; more of them take less memory", low=8, high=64)
+    pass_tokens: int = machine_knob(0, "most tokens of a pass of several slices; 0: by memory", low=0)
     residual_scale: float = knob(1.0, "factor on the output of every attention and MLP branch")
     ngrams: tuple[int, ...] = knob(None, "lengths of hashed n-grams; empty: preset's", low=2, high=5)
     ngram_rows: int = knob(None, "rows of the n-gram table; empty: preset's; 0: none", low=0, high=2**24)
+    without: str = knob("", "part of the preset to leave out, for ablations", choices=PARTS, rare=True)
     # mixture of experts, for presets that have one
     num_experts: int = knob(0, "experts per layer; 0: none, an MLP", low=0, high=256)
     moe_top_k: int = knob(2, "experts that a token goes to", low=2)
@@ -122,6 +134,7 @@ class NorMuonSettings:
     muon_lr: float = knob(0.023, "Muon's rate; a matrix's is sqrt(max(1, rows/columns)) times that", low=0)
     muon_momentum: float = knob(0.95, "momentum after its warm-up from 0.85", low=0, high=0.9999)
     muon_warmup_steps: int = knob(300, "steps of the momentum's warm-up", low=0)
+    muon_beta2: float = knob(0.95, "NorMuon's memory of squared updates, per step", low=0, high=0.9999)
     beta_warmup_steps: int = knob(0, "steps in which Adam's betas rise from 0; 0: none", low=0)
     muon_weight_decay: float = knob(1.2, "decay of matrices: W -= lr * d * W, d times lr if cautious")
     muon_decay_mode: str = knob("cautious", "which weights, or the update, decay", choices=DECAY_MODES)
@@ -144,7 +157,8 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     config, changes = PRESETS[model]
     defaults = {**changes, **OPTIMIZER_PRESETS.get(model, {})}
     s, o = settings.read(SETTINGS, env, defaults, SCRIPT.name)
-    by_stage = {name: getattr(s, name) for name in ("batch_sizes", "lr_muls")}
+    by_stage = {name: getattr(s, name) for name in BY_STAGE}
+    by_stage["max_doc_tokens"] *= NUM_STAGES if len(s.max_doc_tokens) == 1 else 1
     for name, values in by_stage.items():
         if len(values) == NUM_STAGES - 1:  # the extension keeps its default
             by_stage[name] = (*values, changes.get(name, getattr(Settings, name))[-1])
@@ -156,25 +170,30 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
 
 def check_settings(s: Settings, env):
     """Check combinations that no single field can judge."""
-    for name in ("batch_sizes", "lr_muls"):
+    for name in BY_STAGE:
         values = getattr(s, name)
         if len(values) != NUM_STAGES:
             raise SettingsError(
                 f"{name.upper()} has {len(values)} values, wanted {NUM_STAGES - 1} or {NUM_STAGES}: one "
                 "for each scheduled stage, and one for the extension unless its default is meant"
             )
-    unit = NUM_SLICES * 16
+    if s.long_docs == "split" and len(set(s.max_doc_tokens)) > 1:
+        raise SettingsError(
+            f"MAX_DOC_TOKENS={settings.as_text(s.max_doc_tokens)} changes with the stage, by which LONG_DOCS="
+            "split would number the documents anew; use one value, or LONG_DOCS=cut"
+        )
+    unit, val_unit = s.slices * 16, VAL_SLICES * 16
     for stage, tokens in enumerate(s.batch_sizes, 1):
         if tokens % unit:
             down = tokens // unit * unit
             raise SettingsError(
-                f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {NUM_SLICES} slices x 16 tokens; "
+                f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {s.slices} slices x 16 tokens; "
                 f"{down} or {down + unit} are"
             )
-    if s.val_batch_tokens % unit or s.val_tokens % s.val_batch_tokens:
+    if s.val_batch_tokens % val_unit or s.val_tokens % s.val_batch_tokens:
         raise SettingsError(
             f"VAL_TOKENS={s.val_tokens} must be a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens}, and "
-            f"that of {NUM_SLICES} slices x 16 tokens"
+            f"that of {VAL_SLICES} slices x 16 tokens"
         )
     if s.train_tokens and "NUM_SCHEDULED_ITERATIONS" in env:
         raise SettingsError("TRAIN_TOKENS and NUM_SCHEDULED_ITERATIONS both set the run's length; unset one")
@@ -185,8 +204,10 @@ def check_settings(s: Settings, env):
         )
     if s.device == "cpu" and s.attn_backend in ("varlen", "flex"):
         raise SettingsError(f"ATTN_BACKEND={s.attn_backend} trains on CUDA only; elsewhere use sdpa or auto")
-    if s.kernels == "triton" and (s.device == "cpu" or not importlib.util.find_spec("triton")):
-        lacks = "no CUDA device is used" if s.device == "cpu" else "triton is not installed"
+    if s.kernels == "triton" and (s.device == "cpu" or is_amd() or not importlib.util.find_spec("triton")):
+        lacks = "triton is not installed"
+        if s.device == "cpu" or is_amd():
+            lacks = "no NVIDIA GPU is used"
         raise SettingsError(f"KERNELS=triton, but {lacks} here; use KERNELS=torch or auto")
     if s.kernels == "cpu" and (s.device == "cuda" or s.compile == "1"):
         raise SettingsError("KERNELS=cpu is for DEVICE=cpu and COMPILE=0; use KERNELS=torch or auto")
@@ -203,6 +224,17 @@ def model_config(s: Settings, o: "OptimizerSettings", c: "ModelConfig") -> "Mode
     if rows == 1:
         raise SettingsError("NGRAM_ROWS=1, but one row is kept for the beginning; wanted 0, or 2 and more")
     c = replace(c, ngrams=s.ngrams or c.ngrams, ngram_rows=rows)
+    if s.without:
+        off = {s.without: getattr(ModelConfig, s.without)}
+        if getattr(c, s.without) == off[s.without]:
+            raise SettingsError(
+                f"WITHOUT={s.without} does nothing with MODEL={s.model}, which has no such part"
+            )
+        if s.without == "mudd":
+            off["backout"] = c.mudd[1]  # whose place it took
+        if s.without == "gate_layers":
+            off["compose_tokens"] = 0  # which they feed
+        c = replace(c, **off)
     if c.num_experts:
         if not 2 <= s.moe_top_k <= s.num_experts:
             raise SettingsError(
@@ -229,7 +261,7 @@ def resolve(s: Settings) -> Settings:
     if s.compile == "auto":
         changes["compile"] = "1" if cuda else "0"
     if s.attn_backend == "auto":
-        changes["attn_backend"] = "varlen" if cuda else "sdpa"
+        changes["attn_backend"] = "varlen" if cuda and capability() >= (8, 0) else "sdpa"
     if not cuda or capability() < (8, 9):
         changes["disable_fp8"] = True
     if s.kernels == "auto":
@@ -282,6 +314,23 @@ class ModelConfig:
     num_experts: int = 0  # in place of each MLP; 0: none
     moe_top_k: int = 2
     expert_hidden: int = 0  # hidden width of one expert
+    # parts of later records, 2026-02 to 2026-07; docs/differences.md says what each brought there
+    qk_group: int = 0  # heads of q, or of k, that Muon orthogonalizes together; 0: all
+    value_std: float = 0.0  # of the value tables' first rows
+    value_gate_reads_table: bool = False  # half of what gates a value embedding comes from its own row
+    ngram_signs: int = 0  # rows of fixed random signs that the n-gram embedding is multiplied by; 0: none
+    branch_factors: bool = False  # learned, also on the stream before each branch; x0 joins after attention
+    attn_source: int | None = None  # attention of all later layers reads this layer's output
+    mudd: tuple | None = None  # two layers whose outputs come back, by token, in the last layer and after it
+    xsa_layers: tuple = ()  # heads' outputs lose some of what lies along the token's own value
+    gate_layers: tuple = ()  # before each, a network makes the gates, by token, of the layers up to the next
+    compose_tokens: int = 0  # in the last layer heads mix their attention over so many positions; 0: no
+    prefix_weights: tuple = ((0, 0),) * 4  # of the loss on the next token's prefix, by stage, start and end
+
+    def __post_init__(self):
+        by_token = self.mudd or self.gate_layers
+        assert self.branch_factors or not (by_token or self.attn_source), "these want branch_factors"
+        assert self.gate_layers or not self.compose_tokens, "compose_tokens wants gate_layers"
 
 
 @dataclass(frozen=True)
@@ -292,12 +341,19 @@ class LayerPlan:
     long_window: bool
     paired: bool
     value_embed: bool
+    xsa: bool
+    composed: bool
+    by_token: frozenset  # names of what networks make for each token, in place of parameters
 
 
 def layer_plans(c: ModelConfig) -> list[LayerPlan]:
     """One plan per layer."""
-    features = c.long_layers, c.paired_layers, c.value_embed_layers
-    return [LayerPlan(i not in c.no_attention, *(i in f for f in features)) for i in range(c.num_layers)]
+    features = c.long_layers, c.paired_layers, c.value_embed_layers, c.xsa_layers
+    composed = (c.num_layers - 1,) if c.compose_tokens else ()
+    return [
+        LayerPlan(i not in c.no_attention, *(i in f for f in (*features, composed)), by_token)
+        for i, by_token in enumerate(signalled(c))
+    ]
 
 
 PLAIN = dict(  # a model without the speedrun's additions
@@ -314,7 +370,9 @@ PLAIN = dict(  # a model without the speedrun's additions
     predict=(((1, 1),),) * 4,
     untie_frac=1.0,
 )
-PLAIN_SETTINGS = dict(lr_muls=(1.0,) * 4, num_extension_iterations=0, max_doc_tokens=512, long_docs="split")
+PLAIN_SETTINGS = dict(
+    lr_muls=(1.0,) * 4, num_extension_iterations=0, max_doc_tokens=(512,) * 4, long_docs="split"
+)
 TINY = dict(
     PLAIN,
     num_layers=4,
@@ -335,7 +393,7 @@ TINY_SETTINGS = dict(
     val_files="data/embedded/embedded_val_*.bin",
     batch_sizes=(2048,) * 4,
     num_scheduled_iterations=1000,
-    max_doc_tokens=256,
+    max_doc_tokens=(256,) * 4,
     val_tokens=131_072,
     val_batch_tokens=65_536,
     val_loss_every=100,
@@ -343,6 +401,34 @@ TINY_SETTINGS = dict(
     target_loss=1.0,
     adam_lr=0.016,
 )
+
+LATER = dict(  # parts of the records of 2026-02 to 2026-07
+    backout=None,
+    qk_group=2,
+    value_std=0.01,
+    value_gate_reads_table=True,
+    ngram_signs=8192,
+    branch_factors=True,
+    prefix_weights=((0.25, 0.25), (0.25, 0), (0, 0), (0, 0)),
+)
+TINY_LATER = dict(  # the parts of gpt2-small-2026-08 in six layers
+    {**TINY, **LATER},
+    num_layers=6,
+    long_layers=(1, 5),
+    paired_layers=(0, 4),
+    value_embed_layers=(1, 4, 5),
+    skip=(1, 2),
+    no_attention=(2,),
+    attn_source=3,
+    mudd=(1, 3),
+    xsa_layers=(1, 3),
+    gate_layers=(0, 2),
+    compose_tokens=32,
+    predict=ModelConfig.predict,
+    untie_frac=ModelConfig.untie_frac,
+)
+LATER_SETTINGS = dict(cooldown_frac=0.6, lr_decay_final=0.15, muon_beta2=0.9)
+LATER_LENGTH = dict(num_scheduled_iterations=1270, num_extension_iterations=15)
 
 
 def heads(num_heads: int, num_kv_heads: int | None = None) -> dict:
@@ -352,6 +438,19 @@ def heads(num_heads: int, num_kv_heads: int | None = None) -> dict:
 # MODEL -> (ModelConfig, defaults of settings that the preset changes)
 PRESETS = {
     "gpt2-small": (ModelConfig(), {}),
+    "gpt2-small-2026-08": (
+        ModelConfig(
+            value_embed_layers=(1, 2, 8, 9, 10),
+            ngram_rows=50304 * 15 // 2,
+            attn_source=7,
+            mudd=(3, 7),
+            xsa_layers=(1, 3, 4, 7),
+            gate_layers=(0, 4),
+            compose_tokens=112,
+            **LATER,
+        ),
+        dict(LATER_SETTINGS, **LATER_LENGTH, max_doc_tokens=(896, 2048, 2048, 2048)),
+    ),
     "gpt2-medium": (
         ModelConfig(
             num_layers=16,
@@ -420,6 +519,10 @@ PRESETS = {
     ),
     "tiny": (ModelConfig(width=128, **heads(2), **TINY), TINY_SETTINGS),
     "tiny-wide": (ModelConfig(width=256, **heads(4), **TINY), TINY_SETTINGS),
+    "tiny-2026-08": (
+        ModelConfig(width=128, **heads(2), **TINY_LATER),
+        {**TINY_SETTINGS, **LATER_SETTINGS},
+    ),
     "moe-tiny": (
         ModelConfig(width=128, **heads(2), num_experts=8, expert_hidden=128, **TINY),
         dict(TINY_SETTINGS, num_experts=8),
@@ -442,9 +545,6 @@ def presets() -> dict[str, tuple[str, dict]]:
 # Batches: shards of documents -> slices of tokens
 # ---------------------------------------------------------------------------------------------------
 
-NUM_SLICES = 8  # a global batch is always cut so (or into as many slices as there are ranks, if more)
-PASS_TOKENS = 65_536  # of one forward pass; gpt2-small then takes some 50 of 80 GB
-
 
 class Batch(NamedTuple):
     """One forward pass of one rank: B slices of T tokens."""
@@ -455,20 +555,20 @@ class Batch(NamedTuple):
     max_doc_tokens: int
 
 
-def count_slices(world_size: int) -> int:
-    """Number of slices in a global batch."""
-    return max(NUM_SLICES, world_size)
+def count_slices(s: Settings, world_size: int) -> int:
+    """Number of slices in a batch of training: SLICES, or as many as there are ranks if that is more."""
+    return max(s.slices, world_size)
 
 
-def my_slices(ranks: Ranks) -> range:
+def my_slices(num_slices: int, ranks: Ranks) -> range:
     """This rank's slices of a global batch."""
-    each = count_slices(ranks.world_size) // ranks.world_size
+    each = num_slices // ranks.world_size
     return range(ranks.rank * each, (ranks.rank + 1) * each)
 
 
-def stack_slices(slices: list, device: torch.device, max_doc_tokens: int) -> list[Batch]:
-    """Stack slices, (inputs, targets, document lengths) in numpy, into as few passes as PASS_TOKENS asks."""
-    per_pass = max(1, PASS_TOKENS // len(slices[0][0]))
+def stack_slices(slices: list, device, max_doc_tokens: int, pass_tokens: int = MOST_TOKENS) -> list[Batch]:
+    """Stack slices, (inputs, targets, document lengths) in numpy, into as few passes as pass_tokens asks."""
+    per_pass = max(1, pass_tokens // len(slices[0][0]))
     batches = []
     for start in range(0, len(slices), per_pass):
         inputs, targets, lengths = zip(*slices[start : start + per_pass])
@@ -490,11 +590,13 @@ class TrainData:
     after the last one handed out begins, is all the state there is.
     """
 
-    def __init__(self, shards: list[Shard], s: Settings, ranks: Ranks):
-        self.shards, self.seed, self.device = shards, s.seed, ranks.device
+    def __init__(self, shards: list[Shard], s: Settings, ranks: Ranks, pass_tokens: int = MOST_TOKENS):
+        self.shards, self.seed, self.device, self.pass_tokens = shards, s.seed, ranks.device, pass_tokens
         self.max_doc_tokens, self.split = s.max_doc_tokens, s.long_docs == "split"
-        self.num_slices, self.mine = count_slices(ranks.world_size), my_slices(ranks)
-        self.loaded, self.prefetcher = None, Prefetcher(ranks.device)
+        self.longest = s.max_doc_tokens[0]  # the current stage's
+        self.num_slices = count_slices(s, ranks.world_size)
+        self.mine = my_slices(self.num_slices, ranks)
+        self.loaded, self.ahead, self.prefetcher = None, Ahead(), Prefetcher(ranks.device)
         self.seek((0, 0, 0))
 
     def seek(self, position: tuple[int, int, int]):
@@ -504,16 +606,26 @@ class TrainData:
         self.coming = None
 
     def load_shard(self):
-        """Index the current shard's documents, in this epoch's order."""
-        order = np.random.default_rng([self.seed, 1, self.epoch]).permutation(len(self.shards))
-        index = int(order[self.place])
+        """Go to the documents of the current shard; those of the next one are indexed meanwhile."""
+        here = self.epoch, self.place
+        shard = self.ahead.take(self.index_shard, *here, self.longest)
+        self.loaded, self.tokens, self.starts, self.lengths = shard
+        self.mark, self.ends = self.shards[self.loaded].mark, np.cumsum(self.lengths)
+        self.ahead.start(self.index_shard, *self.place_after(*here), self.longest)
+
+    def index_shard(self, epoch: int, place: int, longest: int) -> tuple:
+        """(number of the shard at this place, its tokens, starts and lengths of its documents in order)."""
+        order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.shards))
+        index = int(order[place])
         shard = self.shards[index]
-        if self.loaded != index:
-            self.tokens, self.mark, self.loaded = shard.read(), shard.mark, index
-        starts, lengths = shard.documents(self.tokens, self.max_doc_tokens, self.split)
-        perm = np.random.default_rng([self.seed, 2, self.epoch, index]).permutation(len(starts))
-        self.starts, self.lengths = starts[perm], lengths[perm]
-        self.ends = np.cumsum(self.lengths)
+        tokens = self.tokens if index == self.loaded else shard.read()
+        starts, lengths = shard.documents(tokens, longest, self.split)
+        perm = np.random.default_rng([self.seed, 2, epoch, index]).permutation(len(starts))
+        return index, tokens, starts[perm], lengths[perm]
+
+    def place_after(self, epoch: int, place: int) -> tuple[int, int]:
+        """The next shard's place: in this epoch's order, or first in the next one's."""
+        return (epoch, place + 1) if place + 1 < len(self.shards) else (epoch + 1, 0)
 
     def plan_slice(self, num_tokens: int) -> tuple:
         """(tokens, starts, lengths) of the next slice: whole documents, the last one cut to fill it."""
@@ -526,9 +638,7 @@ class TrainData:
                 lengths[-1] -= self.ends[last] - before - num_tokens
                 self.cursor = last + 1
                 return self.tokens, starts, lengths
-            self.place, self.cursor = self.place + 1, 0
-            if self.place == len(self.shards):
-                self.epoch, self.place = self.epoch + 1, 0
+            (self.epoch, self.place), self.cursor = self.place_after(self.epoch, self.place), 0
             self.load_shard()
         raise DataError(
             f"no training shard fills a slice of {num_tokens} tokens now, as one did when the run began; "
@@ -542,18 +652,22 @@ class TrainData:
         follows = [np.append(f, self.mark) if len(f) < n else f for f, n in zip(follows, lengths)]
         return inputs, np.concatenate(follows), lengths
 
-    def make(self, batch_tokens: int) -> list[Batch]:
+    def make(self, batch_tokens: int, stage: int = 0) -> list[Batch]:
         """This rank's passes of the next step."""
+        if self.longest != self.max_doc_tokens[stage]:  # the same documents, cut at other lengths
+            self.longest = self.max_doc_tokens[stage]
+            self.load_shard()
         slice_tokens = batch_tokens // self.num_slices
         plans = [self.plan_slice(slice_tokens) for _ in range(self.num_slices)]
         slices = [self.read_slice(*plans[i]) for i in self.mine]
-        return stack_slices(slices, self.device, min(self.max_doc_tokens, slice_tokens))
+        return stack_slices(slices, self.device, min(self.longest, slice_tokens), self.pass_tokens)
 
-    def next(self, batch_tokens: int, then: int | None) -> list[Batch]:
+    def next(self, batch_tokens: int, then: int | None, stages: tuple[int, int] = (0, 0)) -> list[Batch]:
         """This rank's passes of this step; those of the step after it, of size `then`, are read meanwhile."""
-        batches = self.prefetcher.take(self.coming or self.prefetcher.start(self.make, batch_tokens))
+        coming = self.coming or self.prefetcher.start(self.make, batch_tokens, stages[0])
+        batches = self.prefetcher.take(coming)
         self.position = self.epoch, self.place, self.cursor
-        self.coming = self.prefetcher.start(self.make, then) if then else None
+        self.coming = self.prefetcher.start(self.make, then, stages[1]) if then else None
         return batches
 
 
@@ -564,13 +678,14 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int
     """
     need = s.val_tokens + 1
     tokens = np.concatenate([shard.head(need) for shard in shards])[:need]
-    slice_tokens = s.val_batch_tokens // count_slices(ranks.world_size)
+    num_slices = max(VAL_SLICES, ranks.world_size)
+    slice_tokens = s.val_batch_tokens // num_slices
     is_mark = tokens == shards[0].mark
     bounds = np.union1d(np.flatnonzero(is_mark[:-1]), np.arange(0, need, slice_tokens))
     longest = int(np.diff(bounds).max())  # of all batches, because compiled code is made for this number
     for batch_start in range(0, s.val_tokens, s.val_batch_tokens)[:num_batches]:
         slices = []
-        for i in my_slices(ranks):
+        for i in my_slices(num_slices, ranks):
             start = batch_start + i * slice_tokens
             end = start + slice_tokens
             inner = np.flatnonzero(is_mark[start + 1 : end]) + 1
@@ -590,20 +705,24 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
             f"VAL_TOKENS={s.val_tokens}, but the validation shards hold {have}, one of them only a target; "
             f"set it to a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens} below that"
         )
-    num_slices = count_slices(world_size)
-    if num_slices % world_size or any(t % num_slices for t in (*s.batch_sizes, s.val_batch_tokens)):
+    num_slices = count_slices(s, world_size)
+    cut = [(t, num_slices) for t in s.batch_sizes] + [(s.val_batch_tokens, max(VAL_SLICES, world_size))]
+    if any(n % world_size or tokens % n for tokens, n in cut):
         raise SettingsError(
             f"{world_size} ranks do not divide {num_slices} slices, or those the batches {s.batch_sizes}; "
             "use 1, 2, 4, 8 ranks, or batches that divide"
         )
-    lengths = (shard.documents(shard.tokens, s.max_doc_tokens, s.long_docs == "split")[1] for shard in train)
+    if any(map(any, PRESETS[s.model][0].prefix_weights)):
+        prefix_tokens(train[0].vocab_size)  # refuses what it does not know, before anything starts
+    shortest = min(s.max_doc_tokens)
+    lengths = (shard.documents(shard.tokens, shortest, s.long_docs == "split")[1] for shard in train)
     readable = max(int(x.sum()) for x in lengths)  # tokens that training reads of a shard
     largest = max(s.batch_sizes) // num_slices
     if largest > readable:
         raise DataError(
             f"BATCH_SIZES={settings.as_text(s.batch_sizes)}: the largest has slices of {largest} tokens, but "
             f"no training shard has more than {readable} in documents up to MAX_DOC_TOKENS="
-            f"{s.max_doc_tokens}; use larger shards or smaller batches"
+            f"{shortest}; use larger shards or smaller batches"
         )
     return train, val
 
@@ -621,7 +740,6 @@ GATE_CHANNELS = 12  # gates read so many of their input's first channels
 SOFTCAP = (23.0, 5.0, 7.5)  # logits = 23 sigmoid((z + 5) / 7.5)
 ATTN_SCALE = 0.1
 ROTARY_BASE = 1024
-HASH_MULTIPLIERS = (36313, 27191, 40693, 32467, 24281)  # of the last token of an n-gram, the one before, ...
 VOCAB_MULTIPLE = 128  # so that the head's product has aligned shapes
 INIT_GAIN = 0.5  # matrices start uniform with standard deviation INIT_GAIN / sqrt(width)
 ROUTER_STD = 0.02  # of a router's first weights
@@ -686,30 +804,40 @@ class Attention(nn.Module):
         super().__init__()
         self.plan, self.head_dim = plan, c.head_dim
         self.num_heads, self.num_kv_heads = c.num_heads, c.num_kv_heads
-        self.q = nn.Parameter(torch.empty(c.num_heads * c.head_dim, c.width))
-        self.k = nn.Parameter(torch.empty(c.num_kv_heads * c.head_dim, c.width))
+        self.q = nn.Parameter(torch.empty(grouped_shape(c.num_heads, c)))
+        self.k = nn.Parameter(torch.empty(grouped_shape(c.num_kv_heads, c)))
         self.v = nn.Parameter(torch.empty(c.num_kv_heads * c.head_dim, c.width))
         self.o = nn.Parameter(torch.empty(c.width, c.num_heads * c.head_dim))
         self.qkv_lambda, self.o_lambda = learned_scalar(0.5), learned_scalar(1.0)
-        self.attn_gate = self.value_gate = None
-        if c.attn_gate:
+        self.attn_gate = self.value_gate = self.xsa_alpha = None
+        if c.attn_gate and not c.gate_layers:
             self.attn_gate = nn.Parameter(torch.zeros(c.num_heads, GATE_CHANNELS))
-        if plan.value_embed:
+        if plan.value_embed and "value_gate" not in plan.by_token:
             self.value_gate = nn.Parameter(torch.zeros(c.num_kv_heads, GATE_CHANNELS))
+        if plan.xsa and "xsa" not in plan.by_token:
+            self.xsa_alpha = nn.Parameter(torch.zeros(c.num_heads))
+        self.adds_input, self.gate_reads_table = not c.branch_factors, c.value_gate_reads_table
+        self.compose_tokens = c.compose_tokens
 
-    def forward(self, x_BTC, value_BTC, docs: Documents, window: int, rotary: Rotary, out_scale: float):
-        """x plus the branch. value_BTC: value embeddings of the tokens, or None. out_scale: on the branch."""
+    def forward(
+        self, x_BTC, value_BTC, docs: Documents, window: int, rotary: Rotary, out_scale: float, by_token: dict
+    ):
+        """x plus the branch, or the branch alone. value_BTC: value embeddings of the tokens, or None.
+        out_scale: on the branch. by_token: signals of the networks."""
         B, T, _ = x_BTC.shape
         H, H_kv = self.num_heads, self.num_kv_heads
         n_BTC = norm(x_BTC)
-        w_qkv = torch.cat((self.q, self.k, self.v)) * self.qkv_lambda
+        w_qkv = torch.cat((*(in_head_order(w, self.head_dim) for w in (self.q, self.k)), self.v))
+        w_qkv = w_qkv * self.qkv_lambda
         qkv = F.linear(n_BTC, w_qkv).view(B, T, -1, self.head_dim)
         qk, v = qkv.split((H + H_kv, H_kv), dim=2)  # slices would each zero and fill a whole gradient
         qk = norm(qk)
         gate_in = n_BTC[..., :GATE_CHANNELS]
         if value_BTC is not None:
-            gate = 2 * torch.sigmoid(F.linear(gate_in, self.value_gate))
-            v = v + gate.unsqueeze(-1) * value_BTC.view_as(v)
+            v = v + self.gate_of_value(gate_in, value_BTC, by_token).unsqueeze(-1) * value_BTC.view_as(v)
+        if "value" in by_token:
+            v = v + by_token["value"].view_as(v)
+        own_value = v
         if self.plan.long_window:
             qk = torch.cat((qk[:, :, :H], offset_keys(qk[:, :, H:])), dim=2)
         if self.plan.paired:
@@ -723,42 +851,50 @@ class Attention(nn.Module):
         y = docs.attend(q, k, v, window, self.plan.paired, rotary.scale)
         if self.plan.paired:
             y = y.view(B, T, 2, H, self.head_dim).flatten(2, 3)
+        if self.plan.composed:
+            weights = by_token["compose_from"], by_token["compose_into"]
+            y = y + composed(q, k, v, docs.doc_ids(paired=False), rotary.scale, self.compose_tokens, *weights)
+        if self.plan.xsa:
+            alpha = by_token["xsa"] if self.xsa_alpha is None else self.xsa_alpha.to(y.dtype)
+            y = without_own_value(y, own_value, alpha)
         if self.attn_gate is not None:
             y = y * torch.sigmoid(F.linear(gate_in, self.attn_gate)).unsqueeze(-1)
-        return x_BTC + F.linear(y.flatten(2), self.o * (out_scale * self.o_lambda))
+        elif "attn_gate" in by_token:
+            y = y * by_token["attn_gate"].unsqueeze(-1)
+        branch = F.linear(y.flatten(2), self.o * (out_scale * self.o_lambda))
+        return x_BTC + branch if self.adds_input else branch
 
-
-def offset_keys(k_BTHD: Tensor) -> Tensor:
-    """Move the half of each key that rotary leaves still to the next position: heads see what came before."""
-    turning, still = k_BTHD.chunk(2, dim=-1)
-    return torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
-
-
-def pair_heads(x_BTHD: Tensor, groups: int = 1) -> Tensor:
-    """Put heads h and h + H/2 side by side along the sequence, at positions 2t and 2t+1: (B, 2T, H/2, D).
-
-    groups: pair within each of so many equal groups of heads. The public record mixes the two by a view of
-    the flat channels; this is the clean form of its idea.
-    """
-    B, T, H, D = x_BTHD.shape
-    return x_BTHD.unflatten(2, (groups, 2, -1)).transpose(2, 3).reshape(B, 2 * T, H // 2, D)
+    def gate_of_value(self, gate_in, value_BTC, by_token: dict) -> Tensor:
+        """Factor on the value embedding of each key head, (B, T, H)."""
+        if "value_gate" in by_token:  # one for each half of the heads
+            return by_token["value_gate"].repeat_interleave(self.num_kv_heads // 2, dim=-1)
+        if self.gate_reads_table:
+            half = GATE_CHANNELS // 2
+            gate_in = torch.cat((gate_in[..., :half], value_BTC[..., :half]), dim=-1)
+        return 2 * torch.sigmoid(F.linear(gate_in, self.value_gate))
 
 
 class MLP(nn.Module):
-    """x + W2 relu(W1 norm(x))^2 (arXiv 2109.08668); both matrices stored (4C, C)."""
+    """x + W2 relu(W1 norm(x))^2 (arXiv 2109.08668), or without x; both matrices stored (4C, C)."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.up, self.down = (nn.Parameter(torch.empty(4 * c.width, c.width)) for _ in range(2))
+        self.adds_input = not c.branch_factors
 
     def forward(self, x_BTC: Tensor, out_scale: float) -> Tensor:
         hidden = F.linear(norm(x_BTC), self.up).relu().square()
         down = self.down if out_scale == 1 else self.down * out_scale  # has fewer numbers than the output
-        return x_BTC + hidden @ down
+        return x_BTC + hidden @ down if self.adds_input else hidden @ down
 
 
 class Block(nn.Module):
-    """One layer: its input is mixed from the stream, the embedding and the n-gram embedding."""
+    """One layer: the stream, the embedding and the n-gram embedding, mixed, and its two branches.
+
+    Attention reads that mixture, and both branches add to the stream. With branch_factors the mixture is made
+    after attention, and each branch and the stream before it has a factor: a parameter or, where a network
+    makes it, one for each token.
+    """
 
     def __init__(self, c: ModelConfig, plan: LayerPlan):
         super().__init__()
@@ -767,17 +903,43 @@ class Block(nn.Module):
             self.mlp = MixtureOfExperts(c.width, c.num_experts, c.expert_hidden, c.moe_top_k)
         else:
             self.mlp = MLP(c)
-        self.resid_lambda, self.x0_lambda = learned_scalar(1.1), learned_scalar(0.0)
-        self.ngram_lambda = learned_scalar(0.1) if c.ngram_rows else None
+        self.branch_factors = c.branch_factors
+        starts = {"resid": 1.1, "x0": 0.0, "ngram": 0.1}
+        if c.branch_factors:
+            starts = {"resid_attn": RESID_START, "attn": 1.0, "x0": 0.0, "ngram": NGRAM_START}
+            starts = (starts if plan.attention else {}) | {"resid_mlp": RESID_START, "mlp": 1.0}
+        for name, start in starts.items():
+            if name not in plan.by_token and (name != "ngram" or c.ngram_rows):
+                setattr(self, f"{name}_lambda", learned_scalar(start))
 
-    def forward(self, x, x0, ngram, value, docs, window, rotary, out_scale, routing):
-        x = self.resid_lambda * x + self.x0_lambda * x0
-        if ngram is not None:
-            x = x + self.ngram_lambda * ngram
+    def factor(self, name: str, by_token: dict) -> Tensor:
+        """A number, or one for each token, (B, T, 1)."""
+        return by_token[name] if name in by_token else getattr(self, f"{name}_lambda")
+
+    def forward(self, x, x0, ngram, value, attn_source, docs, window, rotary, out_scale, routing, by_token):
+        """attn_source: what attention reads in place of x, or None."""
+        factor = functools.partial(self.factor, by_token=by_token)
+
+        def mix(resid: Tensor) -> Tensor:
+            mixture = resid * x + factor("x0") * x0
+            return mixture if ngram is None else mixture + factor("ngram") * ngram
+
+        if not self.branch_factors:
+            x = mix(self.resid_lambda)
+            if self.attn is not None:
+                x = self.attn(x, value, docs, window, rotary, out_scale, by_token)
+            return self.feed_forward(x, out_scale, routing)
         if self.attn is not None:
-            x = self.attn(x, value, docs, window, rotary, out_scale)
+            source = x if attn_source is None else attn_source
+            branch = self.attn(source, value, docs, window, rotary, out_scale, by_token)
+            x = mix(factor("resid_attn")) + factor("attn") * branch
+        return factor("resid_mlp") * x + factor("mlp") * self.feed_forward(x, out_scale, routing)
+
+    def feed_forward(self, x, out_scale, routing):
+        """x plus the second branch, or the branch alone."""
         if isinstance(self.mlp, MixtureOfExperts):
-            return x + self.mlp(norm(x), out_scale, routing)
+            branch = self.mlp(norm(x), out_scale, routing)
+            return branch if self.branch_factors else x + branch
         return self.mlp(x, out_scale)  # attention and MLP norm and add x themselves: fast forms fuse that
 
 
@@ -788,7 +950,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.plans = c, layer_plans(c)
         self.backend, self.residual_scale = backend, residual_scale
-        self.float8_head, self.balance_weight = False, 0.0
+        self.float8_head, self.balance_weight, self.pass_tokens = False, 0.0, MOST_TOKENS
         if c.num_experts:  # tokens that validation sent to each expert of each layer
             load = torch.zeros(c.num_layers, c.num_experts, dtype=torch.int64)
             self.register_buffer("expert_load_LE", load, persistent=False)
@@ -801,16 +963,26 @@ class GPT(nn.Module):
         if c.smear:
             self.smear_gate, self.smear_lambda = nn.Parameter(torch.zeros(GATE_CHANNELS)), learned_scalar(0.0)
         if c.skip:
-            self.skip_gate, self.skip_lambda = nn.Parameter(torch.zeros(GATE_CHANNELS)), learned_scalar(-1.5)
+            self.skip_lambda = learned_scalar(-1.5)
+        if c.skip and not c.gate_layers:
+            self.skip_gate = nn.Parameter(torch.zeros(GATE_CHANNELS))
         if c.backout is not None:
             self.backout_lambda = learned_scalar(0.5)
         self.rotary = Rotary(c.head_dim)
         self.blocks = nn.ModuleList(Block(c, plan) for plan in self.plans)
+        gates = zip(c.gate_layers, gate_signals(c))
+        self.gate_nets = nn.ModuleDict({str(i): TokenNet(c.width, s, learn_scale=True) for i, s in gates})
+        self.mudd = Mudd(c) if c.mudd else None
+        self.kept_layers = {*(c.skip or ())[:1], *(c.mudd or ()), c.backout, c.attn_source}
+        if c.ngram_signs:
+            self.register_buffer("ngram_signs", sign_table(c.ngram_signs, c.width), persistent=False)
+        if any(map(any, c.prefix_weights)):  # each token's prefix, -1 where it has none
+            self.register_buffer("prefixes_V", torch.full((vocab_size,), -1), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator):
-        """Draw head, matrices and routers, in the order of their names, from one stream; zero the other
-        tables."""
+        """Draw head, matrices, routers and networks, in the order of their names, from one stream; zero the
+        other tables."""
         for name, p in sorted(self.named_parameters()):
             if name == "head":
                 p.normal_(0, 0.005, generator=generator)
@@ -819,6 +991,11 @@ class GPT(nn.Module):
                 p.uniform_(-bound, bound, generator=generator)
             elif name.endswith(".router"):
                 p.normal_(0, ROUTER_STD, generator=generator)
+            elif name.startswith("value_embeds.") and self.config.value_std:
+                p.normal_(0, self.config.value_std, generator=generator)
+            elif name.endswith(".hidden"):
+                bound = self.config.width**-0.5
+                p.uniform_(-bound, bound, generator=generator)
             elif p.ndim >= 2:
                 p.zero_()
         if self.embed is not None:
@@ -837,46 +1014,72 @@ class GPT(nn.Module):
         x = x0 = self.embed_tokens(tokens_BT, tied)
         ngram = None
         if self.ngram_table is not None:
-            rows = hash_ngrams(tokens_BT, c.ngrams, len(self.ngram_table))
-            ngram = sum([F.embedding(rows_BT, self.ngram_table) for rows_BT in rows])
-        kept = {}  # outputs of layers that later ones read
+            signs = self.ngram_signs if c.ngram_signs else None
+            ngram = embed_ngrams(tokens_BT, self.ngram_table, c.ngrams, signs)
+        values = {int(i): F.embedding(tokens_BT, table) for i, table in self.value_embeds.items()}
+        kept, made = {}, {}  # outputs of layers that later ones read, by layer; the networks' signals
         for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
+            if i in c.gate_layers:
+                made.update(self.gate_nets[str(i)](x))
+            by_token = {name: made[i, name] for name in plan.by_token if (i, name) in made}
+            added_x0, added_ngram = x0, ngram
+            if i == 0 and c.branch_factors:
+                if ngram is not None:
+                    x = x + block.factor("ngram", by_token) * ngram
+                kept[-1], added_ngram = x, None
             if c.skip and i == c.skip[1]:
-                gate = 2 * torch.sigmoid(x0[..., :GATE_CHANNELS] @ self.skip_gate.to(x.dtype)).unsqueeze(-1)
+                gate = by_token["skip"] if "skip" in by_token else self.gate_of_skip(x0)
                 x = x + torch.sigmoid(self.skip_lambda) * gate * kept[c.skip[0]]
-            value = F.embedding(tokens_BT, self.value_embeds[str(i)]) if plan.value_embed else None
-            window = windows[int(plan.long_window)]  # torch 2.11 cannot trace a bool as an index
-            x = block(x, x0, ngram, value, docs, window, self.rotary, self.residual_scale, routing)
-            if i == c.backout or (c.skip and i == c.skip[0]):
+            if c.mudd and i == c.num_layers - 1:
+                kept[i - 1], added_x0 = x, kept[-1]
+                x, made_last = self.mudd.enter(x, kept)
+                by_token |= made_last
+            source, window = kept.get(c.attn_source), windows[int(plan.long_window)]
+            common = docs, window, self.rotary, self.residual_scale, routing, by_token
+            x = block(x, added_x0, added_ngram, values.get(i), source, *common)
+            if i in self.kept_layers:
                 kept[i] = x
+        if c.mudd:
+            x = self.mudd.leave(x, kept, values[c.value_embed_layers[0]])
         if c.backout is not None:
             x = x - self.backout_lambda * kept[c.backout]
         return norm(x)
 
-    def train_loss(
-        self, batch: Batch, windows, tied: bool, weights_K: Tensor, noise_LBTE: Tensor | None = None
-    ):
+    def gate_of_skip(self, x0: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(x0[..., :GATE_CHANNELS] @ self.skip_gate.to(x0.dtype)).unsqueeze(-1)
+
+    def train_loss(self, batch: Batch, windows, tied: bool, weights_K, noise_LBTE=None, prefix_weight=None):
         """One training pass: (loss, cross-entropy of the next token, detached), sums over tokens in nats.
 
-        The loss counts the tokens after the next too, weighted, and the experts' balance. noise_LBTE is added
-        to the router logits.
+        The loss counts the tokens after the next too, weighted, the next token's prefix if it has a weight (a
+        number, else None), and the experts' balance. noise_LBTE is added to the router logits.
         """
         routing = Routing(noise_LBTE)
         x = self.trunk(batch.inputs_BT, Documents(batch, self.backend), windows, tied, routing)
-        loss, cross_entropy = self.head_loss(x, batch.targets_BT, weights_K)
+        prefixes_BT = None if prefix_weight is None else self.prefixes_V[batch.targets_BT]
+        loss, cross_entropy = self.head_loss(x, batch.targets_BT, weights_K, prefixes_BT, prefix_weight)
         if routing.balance:  # in units of the summed cross-entropy: T tokens per slice
             balance = torch.stack(routing.balance).sum()
             loss = loss + self.balance_weight * batch.inputs_BT.shape[1] * balance
         return loss, cross_entropy
 
-    def head_loss(self, x_BTC: Tensor, targets_BT: Tensor, weights_K: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss on the next tokens, weighted; cross-entropy of the next one, detached), sums."""
+    def head_loss(
+        self, x_BTC: Tensor, targets_BT: Tensor, weights_K: Tensor, prefixes_BT=None, prefix_weight=None
+    ) -> tuple[Tensor, Tensor]:
+        """(loss on the next tokens and the prefix, weighted; cross-entropy of the next one, detached), sums.
+
+        prefixes_BT: of the targets, -1 for none; None: no loss on them.
+        """
         if self.float8_head:
             logits = Float8Linear.apply(x_BTC.flatten(0, 1), self.head, HEAD_SCALES)
             logits = logits.view(*targets_BT.shape, -1)
         else:
             logits = F.linear(x_BTC, self.head)
-        return multi_token_loss(softcap(logits), targets_BT, weights_K)
+        logits = softcap(logits)
+        loss, cross_entropy = multi_token_loss(logits, targets_BT, weights_K)
+        if prefixes_BT is not None:
+            loss = loss + prefix_weight * prefix_loss(logits, prefixes_BT)
+        return loss, cross_entropy
 
     def val_loss(self, batch: Batch, windows, tied: bool) -> tuple[Tensor, Tensor]:
         """One validation pass: (cross-entropy in nats, right guesses), sums over tokens.
@@ -890,28 +1093,12 @@ class GPT(nn.Module):
             self.expert_load_LE += torch.stack(routing.loads_E)
         loss, right = 0, 0
         x_MC, targets_M = x.flatten(0, 1), batch.targets_BT.flatten()
-        for x, targets in zip(x_MC.split(PASS_TOKENS), targets_M.split(PASS_TOKENS)):
+        for x, targets in zip(x_MC.split(self.pass_tokens), targets_M.split(self.pass_tokens)):
             logits = softcap(F.linear(x, self.head))
             picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
             loss = loss + (logits.logsumexp(-1) - picked).sum()
             right = right + (logits.argmax(-1) == targets).sum()
         return loss, right
-
-
-def hash_ngrams(tokens_BT: Tensor, lengths: tuple[int, ...], num_rows: int) -> list[Tensor]:
-    """Rows of the hash embedding at each token, for each length; the last row where too few tokens precede.
-
-    Several lengths in one table are an idea of arXiv 2412.09871; the record has bigrams.
-    """
-    found = []
-    for length in lengths:
-        last = length - 1
-        hashed = HASH_MULTIPLIERS[0] * tokens_BT[:, last:]
-        for back in range(1, length):
-            hashed = hashed ^ (HASH_MULTIPLIERS[back] * tokens_BT[:, last - back : -back])
-        padded = F.pad(hashed % (num_rows - 1), (last, 0), value=num_rows - 1)
-        found.append(padded[:, : tokens_BT.shape[1]])
-    return found
 
 
 def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch.device) -> GPT:
@@ -920,12 +1107,14 @@ def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch
     model.float8_head, model.balance_weight = not s.disable_fp8, s.moe_balance_weight
     seed = np.random.SeedSequence([s.seed, 0]).generate_state(1, np.uint64)[0]
     model.init_weights(torch.Generator().manual_seed(int(seed) >> 1))
+    if any(map(any, config.prefix_weights)):
+        model.prefixes_V.copy_(torch.from_numpy(prefix_tokens(vocab_size)))
     model.to(device)
     if device.type == "cuda":
         for name, p in model.named_parameters():
             if p.ndim >= 2 and not name.endswith(".router"):
                 p.data = p.data.bfloat16()
-    longest = max(*s.batch_sizes, s.val_batch_tokens) // NUM_SLICES
+    longest = max(max(s.batch_sizes) // s.slices, s.val_batch_tokens // VAL_SLICES)
     model.rotary.make_tables(longest * (2 if config.paired_layers else 1))
     return model
 
@@ -958,6 +1147,12 @@ def multi_token_loss(logits_BTV: Tensor, targets_BT: Tensor, weights_K: Tensor) 
     return (weights_K * torch.stack(losses)).sum(), losses[0].detach()
 
 
+def prefix_loss(logits_BTV: Tensor, prefixes_BT: Tensor) -> Tensor:
+    """Sum of the cross-entropies of prefixes, over the tokens that have one (-1: none)."""
+    picked = logits_BTV.gather(-1, prefixes_BT.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return ((logits_BTV.logsumexp(-1) - picked) * (prefixes_BT >= 0)).sum()
+
+
 # ---------------------------------------------------------------------------------------------------
 # Optimizer: NorMuon for matrices, Adam for the rest, both sharded
 # N matrices of R rows and K columns (as stored); momentum, second moments and masters are fp32
@@ -984,6 +1179,12 @@ ROLES = (  # complete and disjoint: every parameter matches exactly one
         "scalars", r"(smear|skip|backout)_lambda|blocks\.\d+\.((resid|ngram)|attn\.(qkv|o))_lambda", lr_mul=5
     ),
     Role("x0", r"blocks\.\d+\.x0_lambda", lr_mul=5, betas=(0.65, 0.95)),
+    Role("stream factors", r"blocks\.\d+\.resid_(attn|mlp)_lambda", lr_mul=5, betas=(0.9, 0.95)),
+    Role("branch factors", r"blocks\.\d+\.((attn|mlp)_lambda|attn\.xsa_alpha)", betas=(0.9, 0.95)),
+    Role("mudd", r"mudd\.\d\.(hidden|out)", lr_mul=0.25, decay_mul=1),
+    Role("mudd biases", r"mudd\.\d\.bias", lr_mul=0.25),
+    Role("gate networks", r"gate_nets\.\d+\.(hidden|out)", lr_mul=0.1, decay_mul=1),
+    Role("gate biases", r"gate_nets\.\d+\.(bias|scale)", lr_mul=0.1),
     Role("tables", r"ngram_table|value_embeds\.\d+", lr_mul=75, decay_mul=5, betas=(0.75, 0.95)),
     Role("smear gate", r"smear_gate", lr_mul=0.01),
     Role("skip gate", r"skip_gate", lr_mul=0.05),
@@ -994,7 +1195,6 @@ ROLES = (  # complete and disjoint: every parameter matches exactly one
 
 ADAM_EVERY = 2  # two steps' gradients add up before Adam moves
 ADAM_EPS = 1e-10
-MUON_BETA2 = 0.95  # of NorMuon's second moment
 MUON_START_MOMENTUM, MUON_END_STEPS = 0.85, 50
 DOWN_LR = 2.0  # on the MLP's second matrix
 POLAR_SAFETY, POLAR_EPS = 1.02, 1e-6
@@ -1035,7 +1235,7 @@ def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
     return grad.lerp(momentum, mu)
 
 
-def reduce_variance(U_NRK: Tensor, second_moment: Tensor) -> Tensor:
+def reduce_variance(U_NRK: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
     """Divide rows (columns, if wide) by the root of their running mean square: NorMuon (arXiv 2510.05491).
 
     Each matrix keeps its Frobenius norm. second_moment is updated in place.
@@ -1043,17 +1243,17 @@ def reduce_variance(U_NRK: Tensor, second_moment: Tensor) -> Tensor:
     tall = U_NRK.size(-2) >= U_NRK.size(-1)
     dim = -1 if tall else -2
     mean_square = torch.linalg.vector_norm(U_NRK, dim=dim, keepdim=True).square() / U_NRK.size(dim)
-    second_moment.lerp_(mean_square, 1 - MUON_BETA2)
+    second_moment.lerp_(mean_square, 1 - beta2)
     scale = second_moment.clamp_min(1e-10).rsqrt()
     before = mean_square.sum((-2, -1), keepdim=True)
     after = (mean_square * scale.square()).sum((-2, -1), keepdim=True)
     return U_NRK * (scale * (before / after.clamp_min(1e-30)).sqrt())
 
 
-def orthogonalize(G_NRK: Tensor, second_moment: Tensor | None, dtype: torch.dtype) -> Tensor:
+def orthogonalize(G_NRK: Tensor, second_moment: Tensor | None, beta2: float, dtype: torch.dtype) -> Tensor:
     """P of the formulas: polar factor, and NorMuon's variance reduction if it has a second moment."""
     U = polar_express(G_NRK, dtype)
-    return U if second_moment is None else reduce_variance(U, second_moment)
+    return U if second_moment is None else reduce_variance(U, second_moment, beta2)
 
 
 def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
@@ -1067,10 +1267,10 @@ def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
     return U + decay * {"param": W, "update": U, "both": W + U}[mode]
 
 
-def step_muon(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, mode: str):
+def step_muon(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, o: "OptimizerSettings"):
     """One NorMuon (or Muon) step on a shard of matrices, in place."""
-    W = read_master(weight, mantissa)
-    U = orthogonalize(nesterov(grad, momentum, mu), second_moment, weight.dtype)
+    W, mode = read_master(weight, mantissa), o.muon_decay_mode
+    U = orthogonalize(nesterov(grad, momentum, mu), second_moment, o.muon_beta2, weight.dtype)
     write_master(weight, mantissa, W.addcmul_(with_decay(U, W, decay, mode), lr_N11, value=-1))
 
 
@@ -1188,7 +1388,7 @@ class MatrixBucket(Bucket):
     def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
         """Apply the update rule."""
         state = self.mine, self.mantissa, self.grad, self.momentum, self.second_moment
-        self.run(*state, lr_N11, decay, mu, self.o.muon_decay_mode)
+        self.run(*state, lr_N11, decay, mu, self.o)
 
 
 def matrix_names(name: str, p: Tensor) -> list[str]:
@@ -1242,8 +1442,9 @@ class OptimizerSettings(NorMuonSettings):
     spectral_rescale: bool = knob(False, "ORD_MODE=post: give W exactly the norm its radial part asks for")
 
 
-# 0.1 costs 0.025 and 0.011 nats there: records/2026-11-25_spectral_fine_tiny and ..._spectral_medium_tiny
-OPTIMIZER_PRESETS = {"tiny": {"spectral_lr_mul": 0.01}, "tiny-wide": {"spectral_lr_mul": 0.01}}
+# 0.1 costs tiny and tiny-wide 0.025 and 0.011 nats: records/2026-11-25_spectral_fine_tiny and
+# ..._spectral_medium_tiny
+OPTIMIZER_PRESETS = dict.fromkeys(("tiny", "tiny-wide", "tiny-2026-08"), {"spectral_lr_mul": 0.01})
 MODES_OF = {  # settings that do something in some modes only
     **dict.fromkeys(("spectral_out", "spectral_in", "spectral_rescale"), ("post",)),
     **dict.fromkeys(("spectral_scale", "spectral_schedule", "spectral_variance"), ("interpolate", "project")),
@@ -1294,7 +1495,7 @@ def radial_factor(G, W, rho, P, radial_moment, o: OptimizerSettings) -> Tensor:
     if o.spectral_variance:
         par = rho * W
         mean_square = par.square().mean(-1 if par.size(-2) >= par.size(-1) else -2, keepdim=True)
-        radial_moment.lerp_(mean_square, 1 - MUON_BETA2)
+        radial_moment.lerp_(mean_square, 1 - o.muon_beta2)
         return safe_ratio(rho, radial_moment.sqrt())
     if o.spectral_scale == "unit":
         perp = torch.addcmul(G, rho, W, value=-1)
@@ -1311,16 +1512,16 @@ def ord_update(G, W, a, rho, second_moment, radial_moment, dtype, o: OptimizerSe
                  SPECTRAL_IN; below the floor s = 1, so that a matrix that starts at zero can grow
     """
     if o.ord_mode == "off":
-        return orthogonalize(G, second_moment, dtype), 0.0, 0.0
+        return orthogonalize(G, second_moment, o.muon_beta2, dtype), 0.0, 0.0
     dims = RHO_DIMS[o.spectral_rho_mode]
     if o.ord_mode == "post":
-        P = orthogonalize(G, second_moment, dtype)
+        P = orthogonalize(G, second_moment, o.muon_beta2, dtype)
         r = safe_ratio(inner(P, W, dims), inner(W, W, dims))
         s = torch.where(r < 0, o.spectral_out, o.spectral_in)
         s = torch.where(inner(W, W, dims) > floor_square(W, dims), s, 1.0)
         return P, (s - 1) * r, s * r
     taken = rho if o.ord_mode == "project" else a * rho
-    P = orthogonalize(torch.addcmul(G, taken, W, value=-1), second_moment, dtype)
+    P = orthogonalize(torch.addcmul(G, taken, W, value=-1), second_moment, o.muon_beta2, dtype)
     return P, a * radial_factor(G, W, rho, P, radial_moment, o), 0.0
 
 
@@ -1468,6 +1669,7 @@ class Optimizer:
         self.by_name = {name: b for b in self.buckets for name in b.params}
         self.set_tied(True)
         self.before_update = None  # called when all gradients of a step are reduced and none has been used
+        self.grad_norm = None  # of the mean loss's gradient in the last step measured, over what then moved
         self.queue = None  # of this step's buckets, those whose reduction has not begun; None: none expected
         for bucket in self.buckets:
             for p in bucket.params.values():
@@ -1528,19 +1730,18 @@ class Optimizer:
         self.queue = None
         if self.before_update:
             self.before_update()
-        if self.o.grad_clip:
-            self.clip(due, batch_tokens)
+        if due and (self.o.grad_clip or measure):
+            self.grad_norm = gradient_norm(due, self.ranks) / (LOSS_SCALE * batch_tokens)
+        if due and self.o.grad_clip:
+            self.clip(due)
         for bucket in due:
             bucket.update(lr_mul, self.momentum(step), self.beta_frac(step), measure)
         for bucket in due:
             bucket.finish()
 
-    def clip(self, due: list[Bucket], batch_tokens: int):
+    def clip(self, due: list[Bucket]):
         """Scale the gradients so that the mean loss's has a norm of at most GRAD_CLIP."""
-        total = torch.stack([b.square_norm() for b in due]).sum()
-        self.ranks.all_reduce(total).wait()
-        norm_of_mean = total.sqrt() / (LOSS_SCALE * batch_tokens)
-        factor = (self.o.grad_clip / norm_of_mean).clamp(max=1)
+        factor = (self.o.grad_clip / self.grad_norm).clamp(max=1)
         for bucket in due:
             bucket.grad.mul_(factor)
 
@@ -1560,7 +1761,10 @@ class Optimizer:
             "beta2": f"{beta2:.4f}",
             "muon_momentum": f"{self.momentum(step):.4f}",
         }
-        return {**fields, **matrix_log_fields(self.matrix_buckets, self.ranks)} if full else fields
+        if not full:
+            return fields
+        norm = {} if self.grad_norm is None else {"grad_norm": f"{float(self.grad_norm):.6g}"}
+        return {**fields, **norm, **matrix_log_fields(self.matrix_buckets, self.ranks)}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1603,10 +1807,19 @@ class Schedule:
 
     def predict_weights(self, step: int) -> Tensor:
         """Weights of the losses on the next tokens, linear within the stage."""
-        stage = self.stage(step)
-        start, end = self.bounds[stage : stage + 2]
-        done = (step - start) / (end - start)
+        stage, done = self.stage(step), self.share_of_stage(step)
         return torch.tensor([interpolate("linear", a, b, done) for a, b in self.config.predict[stage]])
+
+    def prefix_weight(self, step: int) -> Tensor | None:
+        """Weight of the loss on the next token's prefix, linear within the stage; None in a stage without."""
+        start, end = self.config.prefix_weights[self.stage(step)]
+        weight = interpolate("linear", start, end, self.share_of_stage(step))
+        return scalar(weight) if start or end else None
+
+    def share_of_stage(self, step: int) -> float:
+        """Share of the stage's steps that lies before `step`."""
+        start, end = self.bounds[self.stage(step) :][:2]
+        return (step - start) / (end - start)
 
     def lr_mul(self, step: int) -> float:
         """Factor on all learning rates."""
@@ -1673,13 +1886,16 @@ class Trainer:
 
     def __init__(self, s: Settings, o: OptimizerSettings, config: ModelConfig, vocab_size: int, ranks: Ranks):
         self.s, self.ranks, self.schedule = s, ranks, Schedule(s, config)
+        self.memory = Memory(s, config, vocab_size, count_slices(s, ranks.world_size), ranks)
         self.model = build_model(s, config, vocab_size, ranks.device)
+        self.model.pass_tokens = self.memory.pass_tokens
         self.train_loss, self.val_loss, compiler = self.model.train_loss, self.model.val_loss, not_compiled
         if s.compile == "1":
             compiler = torch_compile
             self.train_loss, self.val_loss = compile_forward(self.train_loss), compile_forward(self.val_loss)
         self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler)
         self.stage, self.tied = 0, True
+        self.doc_lengths, self.flop_by_stage = None, {}  # of documents as training reads them, for MFU
 
     def enter(self, step: int):
         """Go to the stage of `step`, before its validation and update; YaRN follows the long window."""
@@ -1701,7 +1917,8 @@ class Trainer:
         """
         schedule, c, loss_sum = self.schedule, self.model.config, 0
         weights = to_device(schedule.predict_weights(step), self.ranks.device)
-        windows, slices, noise = schedule.windows(self.stage), iter(my_slices(self.ranks)), None
+        slices = iter(my_slices(count_slices(self.s, self.ranks.world_size), self.ranks))
+        windows, noise = schedule.windows(self.stage), None
         for i, batch in enumerate(batches):
             self.ranks.beat()
             if i == len(batches) - 1:
@@ -1710,7 +1927,8 @@ class Trainer:
                 (B, T), L, E = batch.inputs_BT.shape, c.num_layers, c.num_experts
                 noise = draw_noise(self.s.seed, step, [next(slices) for _ in range(B)], (L, T, E))
                 noise = to_device(self.s.router_noise * noise, self.ranks.device)
-            loss, cross_entropy = self.train_loss(batch, windows, self.tied, weights, noise)
+            known = windows, self.tied, weights, noise, schedule.prefix_weight(step)
+            loss, cross_entropy = self.train_loss(batch, *known)
             (LOSS_SCALE * loss).backward()
             loss_sum = loss_sum + cross_entropy
         measure = measure or schedule.validates(step + 1)
@@ -1736,6 +1954,14 @@ class Trainer:
         self.ranks.all_reduce(load).wait()
         return load_fields(load, self.model.config.moe_top_k)
 
+    def flop_per_token(self, step: int) -> float:
+        """FLOP of a token's forward and backward pass, in the mean over the documents."""
+        stage, c = self.schedule.stage(step), self.model.config
+        if stage not in self.flop_by_stage:
+            vocab_size, windows = len(self.model.head), c.windows[stage]
+            self.flop_by_stage[stage] = flop_per_token(c, self.doc_lengths, vocab_size, windows)
+        return self.flop_by_stage[stage]
+
     def go_to(self, step: int):
         """Restore what follows from `step`: stage, windows, tying. The optimizer has its own state."""
         for earlier in range(step):
@@ -1758,15 +1984,18 @@ def rehearse(start, stop):
     """
     run = Run(start, stop)
     trainer, data, schedule, ranks = run.trainer, run.data, run.trainer.schedule, start.ranks
+    trainer.memory.announce(start.log)
     last, untie = schedule.num_steps, schedule.untie_step or 0
     firsts = {*schedule.bounds, untie, untie + 1}
     for step in sorted(firsts | {i + 1 for i in firsts}):  # two steps each: Adam moves on every second
         if step > last or any(ranks.all_gather_object(stop.reason)):
             break
         trainer.enter(step)
-        run.validate(step, num_batches=1)
-        if step < last:
-            trainer.step(step, data.next(schedule.batch_tokens(step), None), measure=step == 0)
+        with trainer.memory.explained():
+            run.validate(step, num_batches=1)
+            if step < last:
+                batches = data.next(schedule.batch_tokens(step), None, (trainer.stage, 0))
+                trainer.step(step, batches, measure=step == 0)
     data.prefetcher.close()
     del trainer, data, run
     gc.collect()  # hooks and their optimizer are a cycle, and gigabytes of the device hang on it
@@ -1786,7 +2015,8 @@ class Run:
         """start: runtime.supervise.Start. stop: its StopRequest."""
         self.start = start
         self.trainer = Trainer(start.s, start.o, start.model_config, start.config["vocab_size"], start.ranks)
-        self.data = TrainData(start.train_shards, start.s, start.ranks)
+        self.data = TrainData(start.train_shards, start.s, start.ranks, self.trainer.memory.pass_tokens)
+        self.trainer.doc_lengths = self.data.lengths
         self.session = Session(start, stop, self.trainer, self.data)
 
     def validate(self, step: int, num_batches: int | None = None) -> tuple[float, float]:
@@ -1811,7 +2041,10 @@ class Run:
                 break
             session.expect_update(step + 1)
             batch_tokens = schedule.batch_tokens(step)
-            loss_sum = trainer.step(step, self.data.next(batch_tokens, then=schedule.batch_tokens(step + 1)))
+            stages = trainer.stage, schedule.stage(step + 1)
+            batches = self.data.next(batch_tokens, schedule.batch_tokens(step + 1), stages)
+            with trainer.memory.explained():
+                loss_sum = trainer.step(step, batches)
             session.note_update(step + 1, loss_sum, batch_tokens)
         return step
 

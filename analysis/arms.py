@@ -16,6 +16,7 @@ from analysis.manifest import ManifestFolder
 from analysis.run_log import RunLog, format_value
 
 DATA = ("train_data", "val_data")  # fields of event:started
+MAX_SETTINGS = 3  # in a name
 
 
 @dataclass
@@ -41,7 +42,8 @@ def arm_key(run: RunLog) -> str:
     if run.config:
         started = run.event("started")
         data = [started.fields.get(name) for name in DATA] if started else []
-        training = {key: value for key, value in run.config.items() if key not in run.not_training}
+        others = run.not_training
+        training = {key: value for key, value in run.config.items() if key not in others}
         return json.dumps([run.script, training, data], sort_keys=True, default=str)
     return json.dumps([run.source_hash, run.num_steps] if run.source_hash else [str(run.path)])
 
@@ -130,30 +132,41 @@ def name_arms(arms: Sequence[Sequence[RunLog]], tags: Mapping[str, str]) -> list
 
 
 def _fewest_settings(arms: Sequence[Sequence[RunLog]]) -> list[str]:
-    """The fewest settings that tell each arm from all others; those that differ, if no choice of them does.
+    """The fewest settings, at most MAX_SETTINGS, that tell each arm from all others.
 
-    A setting differs if it varies among the arms that have it: ORD's settings, which the baseline lacks, do
-    not tell ORD from the baseline, but the script does.
+    Where that takes more, they are those in which the arm is not like most. A setting differs if it varies
+    among the arms that have it: ORD's settings, which the baseline lacks, do not tell ORD from the baseline,
+    but the script does.
     """
     parts = [_parts(runs[0]) for runs in arms]
     chosen = _telling_apart(parts)
     names: list[str | None] = [None] * len(arms)
-    for size in [*range(1, min(len(chosen), 4)), len(chosen)]:
+    for size in range(1, min(len(chosen), MAX_SETTINGS) + 1):
         for some in combinations(chosen, size):
             shown = [{name: part[name] for name in some if name in part} for part in parts]
             alike = Counter(tuple(part.get(name) for name in some) for part in parts)
             for i, part in enumerate(shown):
                 if names[i] is None and len(part) == size and alike[tuple(part.values())] == 1:
                     names[i] = " ".join(part.values())
-    rest = [" ".join(part[name] for name in chosen if name in part) for part in parts]
-    return [name or other for name, other in zip(names, rest, strict=True)]
+    return [name or _unlike_most(part, parts, chosen) for name, part in zip(names, parts, strict=True)]
+
+
+def _unlike_most(part: dict[str, str], parts: Sequence[dict[str, str]], chosen: Sequence[str]) -> str:
+    """Name an arm by the settings in which it differs from most; by the most telling one, if by none."""
+    own = [name for name in chosen if name in part]
+    if len(own) <= MAX_SETTINGS:
+        return " ".join(part[name] for name in own)
+    usual = {n: Counter(p[n] for p in parts if n in p).most_common(1)[0][0] for n in own}
+    shown = [name for name in own if part[name] != usual[name]] or own[:1]
+    return " ".join(part[name] for name in shown) + (", else as most" if len(shown) < len(own) else "")
 
 
 def _parts(run: RunLog) -> dict[str, str]:
     """Candidate names of a run, by setting: "muon_lr=0.1"; last the data, and the script by its bare name."""
     if not run.config:
         return {}
-    settings = {name: value for name, value in run.settings.items() if name not in run.not_training}
+    others = run.not_training
+    settings = {name: value for name, value in run.settings.items() if name not in others}
     started = run.event("started")
     if started:
         settings |= {name: started.fields[name] for name in DATA if name in started.fields}

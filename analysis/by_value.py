@@ -1,20 +1,16 @@
-"""Arms ordered and coloured by the numeric setting that varies, and told apart by what else varies.
+"""Arms ordered by the numeric setting that varies, and told apart by what else varies.
 
-from analysis.by_value import by_value, beside, ordered, looks_of
+from analysis.by_value import by_value, beside, ordered
 by_value(results)           # "muon_lr", or None
 ordered(results)            # arms in order of that setting
 """
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
-
-from analysis import style
 from analysis.results import Results, SweepArm
 from analysis.run_log import format_value
 
-DASHES = [*style.LINES, (0, (5, 1.2, 1, 1.2))]  # one a kind of arm, where colours tell the value
+MAX_KINDS = 4  # with more kinds of arm, no value orders them
 
 
 def is_number(value: object) -> bool:
@@ -31,7 +27,7 @@ def numbers_that_vary(results: Results) -> list[str]:
 
 
 def by_value(results: Results) -> str | None:
-    """The numeric setting that varies most, by which arms are ordered and coloured; None if there is none.
+    """The numeric setting that varies most, by which arms are ordered; None if there is none.
 
     Among settings tied to each other it is the one that `results.by` names, else the last by name.
     """
@@ -41,7 +37,7 @@ def by_value(results: Results) -> str | None:
     for name in numbers_that_vary(results):
         counts[name] = len({repr(arm.settings[name]) for arm in results.arms if name in arm.settings})
     best = max(counts, key=lambda name: (counts[name], name), default=None)
-    if best is None or counts[best] < 3 or len(kinds_of(results, best)) > len(DASHES):
+    if best is None or counts[best] < 3 or len(kinds_of(results, best)) > MAX_KINDS:
         return None
     return best
 
@@ -52,7 +48,7 @@ def beside(results: Results, name: str) -> list[str]:
 
 
 def kinds_of(results: Results, name: str) -> dict[str, str]:
-    """The kinds of arm: equal settings beside this one, as key -> words. Each kind has its dashes."""
+    """The kinds of arm: equal settings beside this one, as key -> words."""
     others = beside(results, name)
     found = {}
     for arm in results.arms:
@@ -67,50 +63,15 @@ def _kind_of(arm: SweepArm, names: Sequence[str]) -> str:
 
 
 def ordered(results: Results) -> list[SweepArm]:
-    """The arms by value, if there is one; as planned, otherwise and where values are equal."""
+    """The arms by kind and value, if there is one; as planned, otherwise and where values are equal."""
     name = by_value(results)
     if name is None:
         return list(results.arms)
-    return sorted(results.arms, key=lambda arm: arm.settings.get(name, -math.inf))
-
-
-def looks_of(results: Results, arms: Sequence[SweepArm]) -> tuple[list[dict], list[float]]:
-    """A look for each arm, and the values that they are coloured by, in order; no values if none varies."""
-    name = by_value(results)
-    looks = [style.arm_style(number) for number in range(len(arms))]
-    if name is None:
-        return looks, []
-    values = sorted({float(arm.settings[name]) for arm in arms if name in arm.settings})
     others, kinds = beside(results, name), list(kinds_of(results, name))
-    for arm, look in zip(arms, looks, strict=True):
-        look.update(color=style.GREY, linestyle=style.LINES[1])
-        if name in arm.settings:
-            look["color"] = colour_of(values.index(float(arm.settings[name])), len(values))
-            look["linestyle"] = DASHES[kinds.index(_kind_of(arm, others))]
-    return looks, values
 
+    def place(arm: SweepArm) -> tuple[int, float]:
+        if name not in arm.settings:
+            return -1, 0.0
+        return kinds.index(_kind_of(arm, others)), arm.settings[name]
 
-def colour_of(number: int, count: int):
-    """The colour of the n-th of `count` values: lighter for higher ones, but never as light as the paper."""
-    return _colour_map()(number / max(1, count - 1))
-
-
-def _colour_map():
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap
-
-    return ListedColormap(colormaps["viridis"](np.linspace(0, 0.88, 256)))
-
-
-def add_colour_bar(fig, ax, name: str, values: Sequence[float]) -> None:
-    """Add a bar with a step of colour for each value; values are written as far as they fit."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import BoundaryNorm, ListedColormap
-
-    steps = ListedColormap([colour_of(i, len(values)) for i in range(len(values))])
-    norm = BoundaryNorm(np.arange(len(values) + 1) - 0.5, len(values))
-    bar = fig.colorbar(ScalarMappable(norm, steps), ax=ax, fraction=0.025, pad=0.03)
-    shown = range(0, len(values), math.ceil(len(values) / 24))
-    bar.set_ticks(list(shown), labels=[format_value(values[i]) for i in shown])
-    bar.ax.minorticks_off()
-    bar.set_label(name.upper())
+    return sorted(results.arms, key=place)

@@ -1,7 +1,9 @@
 """The command line that all commands share: arguments, output, errors."""
 
 import argparse
+import importlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,6 +51,17 @@ def run(
         except (ValueError, OSError) as error:
             return complain(error)
     return 0
+
+
+def import_optional(module: str, package: str):
+    """Import a module of a package that requirements.txt leaves out; ValueError says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"this needs the package {package}, which requirements.txt leaves out ({error}); install it: "
+            f"{sys.executable} -m pip install {shlex.quote(package)}"
+        ) from None
 
 
 def say(text: str) -> None:

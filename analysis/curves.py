@@ -1,10 +1,10 @@
-"""Curves of arms: means over seeds with intervals, their panels and their names.
+"""Curves of arms: means over seeds with intervals, differences from a control, and their panels.
 
-    from analysis.curves import Axis, Drawn, draw_lines, lines_of, name_ends, panel_loss
+    from analysis.curves import Axis, Drawn, draw_lines, lines_of, panel_loss
     axis = Axis("steps", runs)
-    drawn = [Drawn(arm, style.arm_style(i), arm.label, arm.label) for i, arm in enumerate(arms)]
-    name_ends(drawn)
-    panel_loss(ax, drawn, axis, target=3.28)
+    drawn = [Drawn(arm, looks[arm.label], arm.label) for arm in arms]
+    panel_loss(ax, drawn, axis, target=(3.28, "--target"))
+    panel_differences(ax, differences(drawn, {"a_1": "base"}, axis), axis, "base")
     for item in drawn:                       # a panel of any other logged quantity
         draw_lines(ax, *lines_of(item.arm, "val_acc", axis), item.line_look)
 
@@ -14,25 +14,23 @@ its own Axis. Matplotlib is not imported here.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import NamedTuple
+from itertools import groupby
 
 import numpy as np
 
 from analysis import style
 from analysis.arms import Arm
-from analysis.intervals import MIN_INTERVAL
+from analysis.intervals import MIN_INTERVAL, ends_of
 from analysis.run_log import RunLog
-from analysis.stats import Summary, summarize
+from analysis.stats import Summary, compare, summarize
 from analysis.tables import format_loss
 
 X_LABELS = {"steps": "step", "tokens": "training tokens", "time": "training time"}
-END_SHARES = (0.03, 0.05, 0.1, 0.2, 0.4)  # the smallest of these that holds enough validations is enlarged
-END_POINTS = 5  # enough validations
-INSET = (0.30, 0.34, 0.56, 0.62)  # of the enlarged end: left, bottom, width, height as fractions of the panel
-MAX_MARKED = 12  # with more arms, stars and names at the ends of lines would cover each other
-MAX_NAME = 12  # letters that fit beside the enlarged end
+MAX_MARKED = 12  # with more arms, stars at the target would cover each other
+MAX_BANDS = 5  # with more arms, bands of intervals would hide each other
+MAX_NAME = 40  # letters beside the end of a line
 FINISHED = ("finished", "unknown")  # llm.c's logs do not say whether they are complete; assume that they are
 
 
@@ -54,6 +52,14 @@ class Line:
     low: np.ndarray | None = None
     high: np.ndarray | None = None
 
+    def since(self, x: float) -> "Line":
+        """The part of the curve from a place on the x axis on."""
+        parts = (self.step, self.x, self.y, self.low, self.high)
+        return Line(*(None if part is None else part[self.x >= x] for part in parts))
+
+    def without_interval(self) -> "Line":
+        return replace(self, low=None, high=None)
+
 
 def x_of(run: RunLog, step: np.ndarray, kind: str) -> np.ndarray:
     """Steps of a run in steps, training tokens or ms of training time; NaN if the log does not give these."""
@@ -72,7 +78,11 @@ def has_x(run: RunLog, kind: str) -> bool:
 
 
 class Axis:
-    """An x axis: its kind (a key of X_LABELS), its unit and its label. `end` is where the last run ends."""
+    """An x axis: its kind (a key of X_LABELS), its unit and its label.
+
+    `end` is where the last run ends. `begin` is the first validation after the first step: the loss before it
+    is that of random weights, and a straight line down from there would hide all that follows.
+    """
 
     def __init__(self, kind: str, runs: Sequence[RunLog]):
         self.kind, self.scale, self.label = kind, 1.0, X_LABELS[kind]
@@ -86,6 +96,10 @@ class Axis:
             self.scale, unit = next(unit for unit in units if self.end >= unit[0] or not unit[1])
             self.label = f"training tokens, {unit}" if unit else "training tokens"
         self.end /= self.scale
+        firsts = [
+            self.place(run, run.val.step[run.val.step > 0].min()) for run in started if run.val.step.any()
+        ]
+        self.begin = min([first for first in firsts if first < self.end], default=0.0)
 
     def places(self, run: RunLog, step: np.ndarray) -> np.ndarray:
         """Places of a run's steps on this axis, in its unit; NaN if the log does not give them."""
@@ -98,6 +112,11 @@ class Axis:
         """Label a panel's x axis, and show all of training."""
         ax.set_xlabel(self.label)
         ax.set_xlim(-0.01 * self.end, 1.01 * self.end)
+
+    def fit_losses(self, ax) -> None:
+        """Label a panel's x axis, and show training from the first validation on."""
+        ax.set_xlabel(self.label)
+        style.scale_positive(ax, self.begin, self.end)
 
 
 def line_of(run: RunLog, key: str, axis: Axis) -> Line | None:
@@ -154,38 +173,20 @@ def all_met(arm: Arm, target: float) -> tuple[int, float] | None:
 
 @dataclass
 class Drawn:
-    """An arm in a picture: its look, its name beside its line, and its label in the legend."""
+    """An arm in a picture: its look, and its label in the legend."""
 
     arm: Arm
     look: dict
-    name: str
     label: str
 
     @property
     def line_look(self) -> dict:
         """The look without markers, for curves of many points."""
-        return {key: value for key, value in self.look.items() if key != "marker"}
+        return {"color": self.look["color"]}
 
 
 def runs_of(drawn: Sequence[Drawn]) -> list[RunLog]:
     return [run for item in drawn for run in item.arm.runs]
-
-
-def name_ends(drawn: Sequence[Drawn]) -> None:
-    """Shorten names so that they fit beside their lines.
-
-    If arms differ in one setting, a name is its value. Names that are still too long become letters, which
-    are also put before the labels in the legend.
-    """
-    words = [item.name.split() for item in drawn]
-    one_setting = all(len(w) == 1 and "=" in w[0] for w in words)
-    if one_setting and len({w[0].split("=")[0] for w in words}) == 1:
-        for item in drawn:
-            item.name = item.name.split("=", 1)[1]
-    if 1 < len(drawn) <= MAX_MARKED and max(len(item.name) for item in drawn) > MAX_NAME:
-        for number, item in enumerate(drawn):
-            item.name = chr(ord("A") + number)
-            item.label = f"{item.name}  {item.label}"
 
 
 def result_label(name: str, result: Summary, remarks: Sequence[str]) -> str:
@@ -208,7 +209,7 @@ def add_legend(fig, drawn: Sequence[Drawn], columns: int, title: str) -> None:
     """Add a legend with all that is drawn below the panels."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], **{**item.look, "markersize": 5}, label=item.label) for item in drawn]
+    handles = [Line2D([], [], **item.look, markersize=5, label=item.label) for item in drawn]
     bold = {"weight": "bold"}
     fig.legend(
         handles=handles,
@@ -225,196 +226,196 @@ def add_legend(fig, drawn: Sequence[Drawn], columns: int, title: str) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-class ArmLines(NamedTuple):
-    """An arm in one panel, with what `lines_of` gives for it."""
-
-    drawn: Drawn
-    line: Line | None
-    thin: list[Line]
-
-
 def draw_lines(ax, line: Line | None, thin: Sequence[Line], look: dict) -> None:
-    """Draw an arm's line with its interval, and its single runs thinly."""
+    """Draw an arm's line with its interval, and its single runs thinly; some points carry its marker."""
     if line is None:
         return
     if line.low is not None:
-        ax.fill_between(line.x, line.low, line.high, color=look["color"], alpha=0.2, linewidth=0)
+        ax.fill_between(line.x, line.low, line.high, color=look["color"], alpha=0.15, linewidth=0)
     for other in thin:
         dot = {"marker": ".", "markersize": 5} if len(other.y) == 1 else {}
         ax.plot(other.x, other.y, color=look["color"], linewidth=0.7, alpha=0.7, **dot)
-    if len(line.y) == 1:  # a line of one point would not be seen
-        look = {**look, "marker": "o"}
-    ax.plot(line.x, line.y, **look)
+    if line.y.size == 1:  # a line of one point would not be seen
+        look = {"marker": "o", **look}
+    ax.plot(line.x, line.y, **look, markersize=4.5, markevery=marker_step(line))
 
 
-def panel_loss(ax, drawn: Sequence[Drawn], axis: Axis, target: float) -> None:
-    """Validation loss with the target, where it is met, and the end of training enlarged."""
-    ax.set_title("validation loss")
-    ax.set_xlabel(axis.label)
-    curves = [ArmLines(item, *lines_of(item.arm, "val_loss", axis)) for item in drawn]
-    everything = every_line(curves)
-    if not everything:
-        style.say_nothing_logged(ax, "validation loss")
-        return
-    if len(runs_of(drawn)) == 1:
-        train = line_of(drawn[0].arm.runs[0], "train_loss", axis)
-        if train:
-            ax.plot(train.x, train.y, color="#bbbbbb", linewidth=0.6, zorder=1)
-        note = {"xycoords": "axes fraction", "fontsize": 8, "color": style.GREY}
-        ax.annotate("grey: training loss", (0.02, 0.02), **note)
-    for item, line, thin in curves:
-        draw_lines(ax, line, thin, item.line_look)
-    low, top = loss_limits(everything, axis, target)
-    zoom = enlarge_end(ax, curves, axis, target)
-    if zoom:
-        top = room_for_inset(everything, axis, low, top)
-    ax.set_ylim(low, top)
-    if low < target < top:
-        note = {"xycoords": ("axes fraction", "data"), "fontsize": 8, "va": "bottom"}
-        ax.annotate(f"target {target:g}", (0.01, target), **note)
-    panels = [ax, zoom] if zoom else [ax]
-    for panel in panels:
-        panel.axhline(target, color=style.GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    mark_target(panels, curves, axis, target)
+def marker_step(line: Line) -> int:
+    """The number of points from one marker of a line to the next."""
+    return max(1, len(line.y) // 8)
 
 
-def every_line(curves: Sequence[ArmLines]) -> list[Line]:
-    lines = []
-    for _, line, thin in curves:
-        lines += [line, *thin] if line else thin
-    return lines
+def is_logged(drawn: Sequence[Drawn], keys: Sequence[str], axis: Axis) -> bool:
+    """True if any run logs one of these quantities, so that a panel of them is not empty."""
+    return any(line_of(run, key, axis) for key in keys for run in runs_of(drawn))
 
 
-def loss_limits(lines: Sequence[Line], axis: Axis, target: float) -> tuple[float, float]:
-    """Limits from below the lowest loss to the loss after 5% of training: the first drop dwarfs the rest."""
-    every = np.concatenate([line.y for line in lines])
-    every = every[np.isfinite(every)]
-    if not len(every):
-        return 0.0, 1.0
-    early = [np.interp(0.05 * axis.end, line.x, line.y) for line in lines]
-    low, top = every.min(), max([y for y in early if math.isfinite(y)], default=every.max())
-    top = max(top, low + 1e-3)
-    low = min(low, target) if low - target < 0.3 * (top - low) else low
-    return low - 0.06 * (top - low), top + 0.02 * (top - low)
+def panel_loss(ax, drawn: Sequence[Drawn], axis: Axis, target: tuple[float, str] | None = None) -> None:
+    """Validation loss from the first validation on, with the target and where it is met.
 
-
-def room_for_inset(lines: Sequence[Line], axis: Axis, low: float, top: float) -> float:
-    """The upper limit that keeps the lines below the inset; a run that diverges may pass behind it."""
-    highest = low
-    for line in lines:
-        late = line.x >= 0.9 * INSET[0] * axis.end
-        y = line.y if line.high is None else line.high
-        highest = max(highest, np.nanmax(y[late], initial=low))
-    wanted = low + (highest - low) / (INSET[1] - 0.07)
-    return max(top, min(wanted, low + 2.5 * (top - low)))
-
-
-def enlarge_end(ax, curves: Sequence[ArmLines], axis: Axis, target: float):
-    """Draw the end of training in an inset, enlarged to tell arms apart. None if it has too few points."""
-    whole = [line for item, line, _ in curves if line and any_finished(item.arm)]
-    everything = every_line(curves)
-    begin = end_begin(whole or everything, axis, 0.0 if len(curves) > 1 else 0.1)
-    if begin is None:
-        return None
-    zoom = ax.inset_axes(INSET)
-    for item, line, thin in curves:
-        draw_lines(zoom, line, thin, {**item.look, "markersize": 4 if len(curves) < 5 else 3})
-    zoom.set_xlim(begin, axis.end + 0.01 * (axis.end - begin))
-    low, high = end_limits(everything, begin, target)
-    zoom.set_ylim(low, high)
-    zoom.set_title(f"the last {1 - begin / axis.end:.0%}", fontsize=8, fontweight="normal", pad=2)
-    above = sum(line is not None and line.y[-1] > high for _, line, _ in curves)
-    if above:
-        note = f"{above} above this range"
-        zoom.set_title(note, loc="right", fontsize=8, fontweight="normal", color=style.GREY, pad=2)
-    zoom.tick_params(labelsize=8)
-    label_ends(zoom, curves)
-    return zoom
-
-
-def any_finished(arm: Arm) -> bool:
-    return any(run.state in FINISHED for run in arm.runs)
-
-
-def end_begin(lines: Sequence[Line], axis: Axis, least: float) -> float | None:
-    """The x at which the enlarged end begins; None if there are too few validations to enlarge anything.
-
-    It is as short as possible, at least `least` of training, but long enough to hold some points and the end
-    of every arm.
+    A single run's training loss is drawn, too. A target is a loss and where it comes from.
     """
-    longest = max(lines, key=lambda line: line.x[-1])
-    first_end = min(line.x[-1] for line in lines)
-    for share in END_SHARES:
-        begin = (1 - share) * first_end
-        points = (longest.x >= begin).sum()
-        if share >= least and points >= (END_POINTS if share < END_SHARES[-1] else 3):
-            return max(begin, 0.4 * axis.end)
-    return None
+    runs, lines = runs_of(drawn), []
+    ax.set_title(f"validation loss, {style.loss_unit(runs)}")
+    if len(runs) == 1 and (train := line_of(runs[0], "train_loss", axis)):
+        ax.plot(train.x, train.y, color="#cccccc", linewidth=0.6, zorder=1)
+        ax.set_title("grey: training loss", loc="right", fontsize=9, fontweight="normal", color=style.GREY)
+        lines = [] if is_logged(drawn, ["val_loss"], axis) else [train]
+    lines += draw_since(ax, drawn, "val_loss", axis)
+    axis.fit_losses(ax)
+    low, high = loss_limits(lines)
+    if target and 0 < low - target[0] < 0.1 * (high - low):
+        low = target[0] - 0.04 * (high - low)
+    ax.set_ylim(low, high)
+    if target and low < target[0] < high:
+        draw_target(ax, drawn, axis, *target)
 
 
-def end_limits(lines: Sequence[Line], begin: float, target: float) -> tuple[float, float]:
-    """Limits of the enlarged end, by the bulk of the lines: a failed run must not flatten the others."""
-    ranges = []
-    for line in lines:
-        late = line.x >= begin
-        low, high = (line.y, line.y) if line.low is None else (line.low, line.high)
-        y = np.concatenate([line.y[late], low[late][-1:], high[late][-1:]])
-        if np.isfinite(y).any():
-            ranges.append((np.nanmin(y), np.nanmax(y)))
-    if not ranges:
+def draw_since(ax, drawn: Sequence[Drawn], key: str, axis: Axis) -> list[Line]:
+    """Draw a logged quantity of all arms from the first validation on; return the lines."""
+    found = []
+    for item in drawn:
+        line, thin = lines_of(item.arm, key, axis)
+        if line:
+            line, thin = line.since(axis.begin), [other.since(axis.begin) for other in thin]
+            draw_lines(ax, line, thin, {**item.look, "label": item.label})
+            found += [line, *thin]
+    return found
+
+
+def loss_limits(lines: Sequence[Line]) -> tuple[float, float]:
+    """Limits from below the lowest loss to the highest at the first place: what rises later may leave."""
+    shown = [line.y[np.isfinite(line.y)] for line in lines]
+    shown = [y for y in shown if len(y)]
+    if not shown:
         return 0.0, 1.0
-    low = min(low for low, _ in ranges)
-    highs = sorted(high for _, high in ranges)
-    usual = highs[(len(highs) - 1) // 2]
-    high = max(h for h in highs if h <= low + 3 * max(usual - low, 1e-3))
-    if low - 0.6 * (high - low) < target < low:
-        low = target
-    margin = 0.08 * (high - low) or 0.01
-    return low - margin, high + margin
+    low, top = min(y.min() for y in shown), max(y[0] for y in shown)
+    margin = 0.06 * (top - low) or 0.01
+    return low - margin, top + margin
 
 
-def mark_target(panels, curves: Sequence[ArmLines], axis: Axis, target: float) -> None:
-    """Put a star on each arm's line where all of its runs have met the target; for one arm, words too."""
-    if len(curves) > MAX_MARKED:
-        return
-    for item, line, _ in curves:
-        met = all_met(item.arm, target)
+def draw_target(ax, drawn: Sequence[Drawn], axis: Axis, target: float, reason: str) -> None:
+    """Draw the target with its reason, and a star on each arm's line where all of its runs have met it."""
+    ax.axhline(target, color=style.GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    text = f"target {target:g} ({reason})"
+    for item in drawn if len(drawn) <= MAX_MARKED else ():
+        met, (line, _) = all_met(item.arm, target), lines_of(item.arm, "val_loss", axis)
         if met is None or line is None:
             continue
-        step, time_ms = met
-        x = np.mean([axis.place(run, step) for run in item.arm.runs])
-        y = np.interp(x, line.x, line.y)
-        star = {"color": item.look["color"], "markersize": 12 if len(curves) < 4 else 9}
-        for panel in panels:
-            panel.plot(x, y, "*", **star, markeredgecolor="black", markeredgewidth=0.7, zorder=6)
-        if len(curves) == 1:
-            text = f"{target:g} met at step {step}, {style.format_time(time_ms)}"
-            panels[0].set_title(text, loc="right", fontsize=9, fontweight="normal")
+        x = np.mean([axis.place(run, met[0]) for run in item.arm.runs])
+        edge = {"markeredgecolor": "black", "markeredgewidth": 0.7, "zorder": 6}
+        ax.plot(x, np.interp(x, line.x, line.y), "*", color=item.look["color"], markersize=12, **edge)
+        if len(drawn) == 1:
+            text += f", met at step {met[0]}, after {style.format_time(met[1])}"
+    note = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 9}
+    ax.annotate(text, (0.01, target), (0, 3), color=style.GREY, **note)
 
 
-def label_ends(zoom, curves: Sequence[ArmLines]) -> None:
-    """Name the lines beside their right ends, far enough apart to be read, in order of their losses."""
-    if not 1 < len(curves) <= MAX_MARKED:
-        return
-    low, high = zoom.get_ylim()
-    ends = []
-    for item, line, _ in curves:
-        known = np.flatnonzero(np.isfinite(line.y)) if line is not None else []
-        if not len(known):
-            continue
-        x, y = line.x[known[-1]], line.y[known[-1]]
-        if x >= zoom.get_xlim()[0] and low <= y <= high:
-            ends.append((y, x, item.name, item.look["color"]))
-    ends.sort()
-    places, gap = [(y - low) / (high - low) for y, _, _, _ in ends], 0.062
-    for i in range(1, len(places)):  # push up, then as far back down as the top demands
-        places[i] = max(places[i], places[i - 1] + gap)
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], places[i + 1] - gap if i + 1 < len(places) else 1.0)
-    for (y, x, name, colour), place in zip(ends, places, strict=True):
-        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "linestyle": ":", "relpos": (0, 0.5)}
-        text = {"color": colour, "fontsize": 8, "va": "center", "annotation_clip": False, "arrowprops": arrow}
-        zoom.annotate(name, (x, y), (1.07, place), textcoords="axes fraction", **text)
+def differences(drawn: Sequence[Drawn], controls: Mapping[str, str], axis: Axis) -> list[tuple[Drawn, Line]]:
+    """Each arm's validation loss minus its control's, for those that have both; `controls` are labels."""
+    arms = {item.arm.label: item.arm for item in drawn}
+    found = []
+    for item in drawn:
+        other = arms.get(controls.get(item.arm.label))
+        line = difference_of(item.arm, other, axis) if other else None
+        if line:
+            found.append((item, line))
+    return found
+
+
+def difference_of(arm: Arm, control: Arm, axis: Axis) -> Line | None:
+    """The validation loss of an arm minus another's, paired by seed where both have the same seeds.
+
+    It is that of finished runs, if there are any, at the places where all of them were validated; None if
+    there is no such place.
+    """
+    ours, theirs = _measured(arm, axis), _measured(control, axis)
+    if not ours or not theirs:
+        return None
+    common = reduce(np.intersect1d, [line.x for _, line in (*ours, *theirs)])
+    common = common[common > 0]  # before the first step only the seeds differ
+    if not len(common):
+        return None
+    seeds = [[run.seed for run, _ in side] for side in (ours, theirs)]
+    losses = [
+        np.stack([line.y[np.searchsorted(line.x, common)] for _, line in side]) for side in (ours, theirs)
+    ]
+    pairs = [compare(a, b, *seeds) for a, b in zip(losses[0].T, losses[1].T, strict=True)]
+    line = Line(ours[0][1].step, common, np.array([pair.difference for pair in pairs]))
+    last = pairs[-1]
+    if ends_of(last.low, last.high, min(last.n_arm, last.n_control)):
+        line.low, line.high = np.array([[pair.low, pair.high] for pair in pairs]).T
+    return line
+
+
+def _measured(arm: Arm, axis: Axis) -> list[tuple[RunLog, Line]]:
+    """Validation losses of an arm's finished runs; of all, if none has finished."""
+    found = [(run, line) for run in arm.runs if (line := line_of(run, "val_loss", axis))]
+    return [(run, line) for run, line in found if run.state in FINISHED] or found
+
+
+def panel_differences(ax, found: Sequence[tuple[Drawn, Line]], axis: Axis, control: str) -> None:
+    """Draw losses minus the control's over training, on an axis on which small and large ones are seen."""
+    few = len(found) <= MAX_BANDS
+    title = f"validation loss minus that of {style.shorten(control, 36)}"
+    ax.set_title(f"{title}, 95% interval" if few else title)
+    values, noise, ends = [], [], [(axis.end, 0.0, style.shorten(control, MAX_NAME), "black")]
+    names = style.shorten_apart([item.arm.label for item, _ in found], MAX_NAME)
+    for (item, line), name in zip(found, names, strict=True):
+        values.append(line.y)
+        if line.low is not None:
+            noise.append((line.high - line.low) / 2)
+            values += [line.low, line.high] if few else []
+        if few:
+            draw_lines(ax, line, [], item.look)
+        else:
+            draw_lines(ax, line.without_interval(), [], {**item.look, "markerfacecolor": "white"})
+            fill_clear(ax, line, item.look)
+        if math.isfinite(line.y[-1]):
+            ends.append((float(line.x[-1]), line.y[-1], name, item.look["color"]))
+    ax.axhline(0, color="black", linewidth=1.2, zorder=1)
+    style.scale_signed(ax, "y", np.concatenate(values), np.concatenate(noise) if noise else ())
+    ax.set_ylabel(f"{style.loss_unit(runs_of([item for item, _ in found]))}; below 0 is better")
+    axis.fit_losses(ax)
+    if not few:
+        key = (
+            "filled: the 95% interval, by itself, is clear of 0" if noise else "hollow: too few runs to tell"
+        )
+        ax.set_xlabel(f"{axis.label}\n{key}")
+    label_ends(ax, ends)
+
+
+def fill_clear(ax, line: Line, look: dict) -> None:
+    """Fill a line's markers where its interval is clear of zero: else luck looks like an effect."""
+    if line.low is not None:
+        shown = np.arange(0, len(line.y), marker_step(line))
+        clear = shown[(line.low * line.high > 0)[shown]]
+        ax.plot(line.x[clear], line.y[clear], **look, linestyle="none", markersize=4.5, zorder=3)
+
+
+def label_ends(ax, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write the names of lines beside their ends, spread apart: (x, y, name, colour) of each.
+
+    Lines that end where the last one does have their names to the right of the panel.
+    """
+    last = max(x for x, *_ in ends)
+    box = ax.get_window_extent()
+    for x, together in groupby(sorted(ends), key=lambda end: end[0]):
+        group = list(together)
+        heights = ax.transData.transform([(x, y) for _, y, *_ in group])[:, 1]
+        inches = box.height / ax.figure.dpi
+        size = min(9.0, 0.8 * inches * 72 / len(group))
+        places, gap = (heights - box.y0) / box.height, 1.25 * size / 72 / inches
+        for i in range(1, len(places)):  # push up, then as far back down as the top demands
+            places[i] = max(places[i], places[i - 1] + gap)
+        for i in reversed(range(len(places))):
+            places[i] = min(places[i], places[i + 1] - gap if i + 1 < len(places) else 1.0)
+        across = (ax.transData.transform((x, 0))[0] - box.x0) / box.width + 0.03 if x < last else 1.04
+        for (_, y, name, colour), place in zip(group, places, strict=True):
+            arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "linestyle": ":"}
+            text = {"color": colour, "fontsize": size, "va": "center", "annotation_clip": False}
+            at = {"textcoords": "axes fraction", "arrowprops": {**arrow, "relpos": (0, 0.5)}}
+            ax.annotate(name, (x, y), (across, place), **at, **text)
 
 
 def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[str, str]) -> None:
@@ -429,23 +430,20 @@ def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[
             line, thin = lines_of(item.arm, key, axis)
             if line is None:
                 continue
-            look = item.line_look
+            look = item.look
             if len(keys) > 1:
-                look |= {"linestyle": style.LINES[number], "linewidth": 1.3}
+                look = {**item.line_look, "linestyle": style.LINES[number], "linewidth": 1.3}
+            if len(drawn) > MAX_BANDS:
+                line, thin = line.without_interval(), []
             draw_lines(ax, line, thin if len(item.arm.runs) < MIN_INTERVAL else [], look)
-            sizes.append(np.abs(line.y[np.isfinite(line.y) & (line.y != 0)]))
+            sizes.append(line.y)
             logged.add(id(item))
-    sizes = np.concatenate(sizes) if sizes else np.zeros(0)
-    if not len(sizes):
-        style.say_nothing_logged(ax, "ρ (only runs with ORD log it)")
-        return
-    least = max(np.quantile(sizes, 0.05), sizes.max() * 1e-5)
-    threshold = 10.0 ** math.floor(math.log10(least))
-    ax.set_yscale("symlog", linthresh=threshold, linscale=0.5)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own wants text.parse_math
+    sizes = np.concatenate(sizes)
+    known = np.abs(sizes[np.isfinite(sizes) & (sizes != 0)])
+    step = style.scale_signed(ax, "y", sizes, np.quantile(known, [0.05]) if len(known) else ())
     ax.axhline(0, color="black", linewidth=1)
     low, high = ax.get_ylim()
-    ax.set_ylim(min(low, -1.5 * threshold), max(high, 1.5 * threshold))
+    ax.set_ylim(min(low, -0.6 * step), max(high, 0.6 * step))  # room for the words at zero
     note = {"textcoords": "offset points", "fontsize": 8, "color": style.GREY, "ha": "right"}
     at = {"xy": (0.995, 0), "xycoords": ("axes fraction", "data"), "annotation_clip": False}
     ax.annotate("ρ > 0: stepping along −G_par shrinks W", xytext=(0, 3), va="bottom", **at, **note)
@@ -456,5 +454,6 @@ def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[
     if silent:
         names = ", ".join(style.shorten(name, 24) for name in silent[:3])
         names += f" and {len(silent) - 3} more" if len(silent) > 3 else ""
-        ax.set_title(f"not logged: {names}", loc="right", fontsize=8, fontweight="normal", color=style.GREY)
+        corner = {"transform": ax.transAxes, "va": "top", "fontsize": 8, "color": style.GREY}
+        ax.text(0.01, 0.99, f"not logged: {names}", **corner)
     ax.set_xlabel(axis.label)

@@ -118,6 +118,19 @@ def manifest_path(sweep: str, logs: Path = LOGS) -> Path:
     return logs / f"{sweep}{SUFFIX}"
 
 
+def find_manifest(sweep: Path, logs: Path = LOGS) -> Path:
+    """Return the manifest of a sweep that is named by its file, or by the manifest itself.
+
+    ValueError if there is no such sweep file; the manifest need not exist yet.
+    """
+    if sweep.suffix == ".json":
+        return sweep
+    if not sweep.exists():
+        known = ", ".join(sorted(map(str, sweep.parent.glob("*.toml")))) or f"none in {sweep.parent}/"
+        raise ValueError(f"no sweep file {sweep}; there: {known}")
+    return manifest_path(sweep.stem, logs)
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest. FileNotFoundError if there is none; ValueError if the file is not one."""
     try:

@@ -52,12 +52,6 @@ def minutes_of(attempt: Attempt) -> float:
     return attempt.log.last_time_ms / 60000 if attempt.log else math.nan
 
 
-def efficiency_of(attempt: Attempt) -> float:
-    """Accuracy a minute of training."""
-    minutes = minutes_of(attempt)
-    return accuracy_of(attempt) / minutes if minutes > 0 else math.nan
-
-
 def start_of(attempt: Attempt) -> float:
     """The first validation's loss, before the first step if that was measured."""
     losses = attempt.log.val.loss if attempt.log else np.zeros(0)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from analysis.arms import group_by_arm
 from analysis.files import read_text
-from analysis.manifest import Manifest, Run, manifest_path, read_manifest
+from analysis.looks import looks_of
+from analysis.manifest import Manifest, Run, find_manifest, read_manifest
 from analysis.results import FAILED, Attempt, Results, SweepArm
 from analysis.run_log import RunLog, find_log, format_value, read_log, read_runs
 from analysis.style import shorten
@@ -48,15 +49,13 @@ def read_results(
     results.control = _find_control(results, control)
     if control is None:
         results.versus = _find_versus(results)
+    results.looks = looks_of([arm.label for arm in results.arms], results.control)
     results.notes += _remarks(results)
     return results
 
 
 def _read_sweep(file: Path, logs: Path, pool_sources: bool) -> Results:
-    path = file if file.suffix == ".json" else manifest_path(file.name.removesuffix(".toml"), logs)
-    if file.suffix == ".toml" and not file.exists():
-        known = ", ".join(sorted(map(str, file.parent.glob("*.toml")))) or f"none in {file.parent}/"
-        raise ValueError(f"no sweep file {file}; there: {known}")
+    path = find_manifest(file, logs)
     manifest = _read_plan(path, file)
     attempts = [_attempt(record, path.parent) for record in manifest.runs]
     records = {record.run_id: record for record in manifest.runs}

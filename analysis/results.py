@@ -119,8 +119,9 @@ class Results:
     question: str = ""
     earlier: list[Attempt] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    by: str | None = None  # the setting, in lower case, to order and colour arms by, if one was asked for
+    by: str | None = None  # the setting, in lower case, to order arms by, if one was asked for
     versus: dict[str, str] = field(default_factory=dict)  # an arm's label -> its own control's
+    looks: dict[str, dict] = field(default_factory=dict)  # an arm's label -> its colour and marker
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -136,6 +137,13 @@ class Results:
     def compared_with(self) -> str:
         """The other side of all comparisons, for headings."""
         return "its control" if self.versus else self.reference or "nothing"
+
+    @property
+    def controls(self) -> dict[str, str]:
+        """The arm that each one is compared with: its control; without one, the reference."""
+        if self.control:
+            return self.verdict.controls
+        return {name: self.reference for name in self.verdict.summaries if name != self.reference}
 
     @property
     def attempts(self) -> list[Attempt]:
@@ -167,6 +175,12 @@ class Results:
         if self.control:
             pairs, p = verdict.versus_control, verdict.p_control
         return pairs.get(label), p.get(label, math.nan)
+
+    @property
+    def has_differences(self) -> bool:
+        """True if any arm's final loss can be compared with another's."""
+        pairs = [self.comparison(arm.label)[0] for arm in self.arms]
+        return any(pair and math.isfinite(pair.difference) for pair in pairs)
 
     def call(self, label: str) -> str:
         """better, worse or undecided; undecided as long as runs are missing."""

@@ -17,6 +17,7 @@ reader fail: lines that it cannot read are counted in `RunLog.unread_lines`. Tim
 in nats per token, steps are integers.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -24,15 +25,17 @@ import lzma
 import math
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 
 from analysis.shown import clean
-from analysis.step_lines import TORN, Column, Curve, Form, StepColumns, StepLine, form_of
+from analysis.step_lines import NUMERALS, TORN, Column, Curve, Form, StepColumns, StepLine, form_of
 
 # Settings that change what is recorded, or where a run happens, but not the training. They apply to logs that
 # have no `affects:{...}` line of their own.
@@ -62,8 +65,9 @@ AFFECTS = {
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}  # how a compressed log is read, by its suffix
 END_EVENTS = ("finished", "stopped", "crashed", "diverged")
 SEPARATOR_WIDTH = 80  # our logs and the public ones write 100 '='; no other line of '=' is this long
-NUMERALS = b"0123456789.-+"
 MAX_EXAMPLES = 3  # of lines that could not be read
+KEPT = (b" val_loss:", b"event:")  # lines with these words are read, however old
+_SOURCE_OPENING = re.compile(rb"""^(?:r?\"{3}|'{3}|#|import |from |def |class )""", re.MULTILINE)
 _EMBEDDED_FILE = re.compile(rb"\n?# file: (\S+), (\d{1,9}) bytes\n")
 _SOURCES_MOVED = re.compile(rb"The source code that stood here is in (sources/\w+\.txt\.xz)[^\n]*\n")
 
@@ -403,8 +407,8 @@ class LogParser:
     """Read a log piece by piece: `feed` it bytes as they come, ask for `runs()` at any time.
 
     A last line without a newline waits for its end; `finish` says that no more will come. `recent` makes the
-    parser faster for readers that need no training curve: of the lines without a validation, it reads only
-    the last `recent` of each feed.
+    parser faster for readers that need no training curve: of the lines before the last `recent` of each feed,
+    it reads only validations (not llm.c's) and events.
     """
 
     def __init__(self, path: str | Path | None = None, recent: int | None = None):
@@ -467,9 +471,10 @@ class LogParser:
         elif begin >= 0:
             self._held = text[begin:]
         if closed:
-            self._close_chunk(text)
+            self._close_chunk(text if begin < 0 else text[:begin])
 
     def _close_chunk(self, text: bytes) -> None:
+        """End a chunk whose text outside of source code is `text`."""
         if self._chunk.has_steps:
             self._unread += self._chunk.unread
         else:  # a header, with versions, nvidia-smi and the like: its lines need not be read
@@ -483,11 +488,9 @@ class LogParser:
         Working out the form of a line is slow. But lines of the same skeleton, which is a line without its
         numerals, nearly always have the same form; so each line is first tried with the form found last.
         """
-        lines, skeletons = text.split(b"\n"), text.translate(None, NUMERALS).split(b"\n")
-        skipped = self._old_training_lines(skeletons)
+        lines = self._split(text)
+        skeletons = b"\n".join(lines).translate(None, NUMERALS).split(b"\n")
         for number, (line, skeleton) in enumerate(zip(lines, skeletons, strict=True), self._line_number):
-            if number in skipped:
-                continue
             form = self._forms.get(skeleton)
             match = form.pattern.fullmatch(line) if form else None
             if match:
@@ -496,17 +499,16 @@ class LogParser:
                 self._read_line(line, skeleton, number)
         self._line_number += len(lines)
 
-    def _old_training_lines(self, skeletons: list[bytes]) -> frozenset[int]:
-        """Numbers of the lines that `recent` leaves out."""
-        if self._recent is None:
-            return frozenset()
-        training = [
-            number
-            for number, skeleton in enumerate(skeletons, self._line_number)
-            if skeleton.startswith((b"step:/ ", b"s: t"))
-            and not any(word in skeleton for word in (b" val_loss:", b" tel:", b"event:"))
-        ]
-        return frozenset(training[: -self._recent])
+    def _split(self, text: bytes) -> list[bytes]:
+        """Return the lines of a text, without those that `recent` leaves out."""
+        early, *lines = text.rsplit(b"\n", -1 if self._recent is None else self._recent)
+        if b"\n" not in early:
+            return [early, *lines]
+        kept = {0: early[: early.find(b"\n")]}  # it may be a configuration
+        for place in sorted(place for word in KEPT for place in _find_all(early, word)):
+            begin, end = early.rfind(b"\n", 0, place) + 1, early.find(b"\n", place)
+            kept[begin] = early[begin:] if end < 0 else early[begin:end]
+        return [*kept.values(), *lines]
 
     def _read_line(self, line: bytes, skeleton: bytes, number: int) -> None:
         """Read a line that is no step line of a known form."""
@@ -628,6 +630,13 @@ class LogParser:
         )
 
 
+def _find_all(text: bytes, word: bytes) -> Iterator[int]:
+    place = text.find(word)
+    while place >= 0:
+        yield place
+        place = text.find(word, place + 1)
+
+
 def _separators(data: bytes) -> Iterator[tuple[int, int]]:
     """Begin and end (with newline) of each line that consists of many '='."""
     position = data.find(b"=" * SEPARATOR_WIDTH)
@@ -641,13 +650,13 @@ def _separators(data: bytes) -> Iterator[tuple[int, int]]:
 def _source_begin(text: bytes) -> int:
     """Place where Python source begins in `text`; -1 if there is none."""
 
-    def first(*openings: bytes) -> int:
-        places = [0 if text.startswith(word) else text.find(b"\n" + word) + 1 or -1 for word in openings]
-        return min((place for place in places if place >= 0), default=-1)
+    def has(*openings: bytes) -> bool:
+        return text.startswith(openings) or any(b"\n" + word in text for word in openings)
 
-    if first(b"import ", b"from ") < 0 or first(b"def ", b"class ") < 0:
-        return -1
-    return first(b'"""', b'r"""', b"'''", b"#", b"import ", b"from ", b"def ", b"class ")
+    # the first test alone spares steps, which are most of a log, all others
+    if b"import" in text and has(b"import ", b"from ") and has(b"def ", b"class "):
+        return _SOURCE_OPENING.search(text).start()
+    return -1
 
 
 def _json_object(text: bytes) -> dict | None:
@@ -707,7 +716,10 @@ class FollowedLog:
 
 
 class LogFollower:
-    """Follow the logs (.txt) in a folder, reading only what is new. A compressed log no longer grows.
+    """Follow logs, reading only what is new, and no source code. A compressed log no longer grows.
+
+    `paths` are folders, of which all logs (.txt) are followed, and logs, which need not exist yet. They may
+    be replaced at any time.
 
     >>> follower = LogFollower("logs")
     >>> changed = follower.poll()       # paths that are new, longer, rewritten or gone
@@ -716,34 +728,34 @@ class LogFollower:
 
     TAIL = 256
 
-    def __init__(self, folder: str | Path, recent: int | None = None):
-        self.folder = Path(folder)
+    def __init__(self, *paths: str | Path, recent: int | None = None):
+        self.paths = list(paths)
         self._recent = recent  # as for LogParser
         self.logs: dict[Path, FollowedLog] = {}
 
     def poll(self) -> list[Path]:
-        """Read what was written since the last call; return the paths of the logs that changed or are gone.
-
-        A missing folder has no logs.
-        """
-        try:
-            with os.scandir(self.folder) as entries:
-                found = {Path(entry.path): entry for entry in entries if entry.name.endswith(".txt")}
-        except (FileNotFoundError, NotADirectoryError):
-            found = {}
+        """Read what was written since the last call; return the logs that changed or are gone."""
+        found = {}
+        for path in self._list():
+            with contextlib.suppress(OSError):  # gone between the listing and now
+                status = os.stat(path)
+                if stat.S_ISREG(status.st_mode):
+                    found[Path(path)] = status
         changed = [path for path in self.logs if path not in found]
         for path in changed:
             del self.logs[path]
-        for path in sorted(found):
+        return changed + [path for path, status in found.items() if self._read_new(path, status)]
+
+    def _list(self) -> Iterator[str]:
+        """List the logs, those of a folder by name."""
+        for path in self.paths:
             try:
-                status = os.stat(path)
-                if not os.path.isfile(path):
-                    continue
-            except OSError:
-                continue  # gone between the listing and now
-            if self._read_new(path, status):
-                changed.append(path)
-        return changed
+                with os.scandir(path) as entries:
+                    yield from sorted(entry.path for entry in entries if entry.name.endswith(".txt"))
+            except NotADirectoryError:
+                yield os.fspath(path)
+            except FileNotFoundError:
+                continue
 
     def _read_new(self, path: Path, status: os.stat_result) -> bool:
         log = self.logs.get(path)
@@ -753,21 +765,33 @@ class LogFollower:
         if log is None or log.identity != identity:
             log = FollowedLog(path, parser=LogParser(path, self._recent), identity=identity)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", buffering=0) as file:
                 file.seek(log.offset - len(log.tail))
-                data = file.read()
-                if not data.startswith(log.tail):  # rewritten in place, or cut
+                if file.read(len(log.tail)) != log.tail:  # rewritten in place, or cut
                     log = FollowedLog(path, parser=LogParser(path, self._recent), identity=identity)
-                    file.seek(0)
-                    data = file.read()
+                if not log.offset:
+                    log.offset = _sources_end(file)
+                file.seek(log.offset)
+                new = file.read()
         except OSError as error:
             self.logs[path] = FollowedLog(path, log.runs, status.st_mtime, str(error))
             return True
-        new = data[len(log.tail) :]
         log.parser.feed(new)
         log.offset += len(new)
-        log.tail = data[-self.TAIL :]
+        log.tail = (log.tail + new)[-self.TAIL :]
         log.mtime, log.error = status.st_mtime, ""
         log.runs = log.parser.runs()
         self.logs[path] = log
         return True
+
+
+def _sources_end(file: BinaryIO) -> int:
+    """Place where the sources at the head of a log end, by the sizes that it states; else 0."""
+    end = 0
+    while True:
+        file.seek(end)
+        text = file.read(500)
+        match = _EMBEDDED_FILE.match(text)
+        if match is None:
+            return end if text.lstrip(b"\n").startswith(b"=" * SEPARATOR_WIDTH) else 0
+        end += match.end() + int(match[2])

@@ -19,6 +19,8 @@ SUSPECT = re.compile(r"[^\x20-\x7e\n\t]")
 def clean(value):
     """Return text with a mark for each character that must not be obeyed; also inside lists and tables."""
     if isinstance(value, str):
+        if value.isascii() and value.isprintable():  # nearly all text, and much faster than the pattern
+            return value
         return SUSPECT.sub(lambda found: _shown(found[0]), value)
     if isinstance(value, list):
         return [clean(item) for item in value]

@@ -8,8 +8,8 @@
     contenders({"a": [...], "b": [...]}).names      # without a control: which arms may be the best
 
 Losses are values per run. A run that crashed or diverged is passed as NaN or inf: it is left out of means
-and counted in `failed`, so that reports can say so. Only scipy.special is imported, in a tenth of the time of
-scipy.stats; tests compare the two.
+and counted in `failed`, so that reports can say so. scipy.special takes a tenth of the time of scipy.stats to
+load, and does so at its first use; tests compare the two.
 """
 
 import math
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-from scipy.special import nctdtr, ndtr, stdtr, stdtrit
+import scipy
 
 SPEEDRUN_P = 0.01  # the speedrun accepts a record if p < 0.01 that the mean loss is at or below the target
 # The optimization track's rule, for its known sd of 0.0013: about three standard errors.
@@ -113,7 +113,7 @@ def summarize(values: Sequence[float], confidence: float = 0.95) -> Summary:
     finite, failed = _split(values)
     n, sd = len(finite), _sd(finite)
     mean = float(finite.mean()) if n else math.nan
-    half = stdtrit(n - 1, 0.5 + confidence / 2) * sd / math.sqrt(n) if n > 1 else math.nan
+    half = scipy.special.stdtrit(n - 1, 0.5 + confidence / 2) * sd / math.sqrt(n) if n > 1 else math.nan
     return Summary(n, mean, sd, mean - half, mean + half, confidence, failed)
 
 
@@ -185,8 +185,9 @@ def _t_test(difference: float, error: float, df: float, confidence: float) -> tu
     """Interval and two-sided p of a difference with this standard error; NaN if the error is 0 or unknown."""
     if not error > 0 or not df > 0:
         return math.nan, math.nan, math.nan
-    half = stdtrit(df, 0.5 + confidence / 2) * error
-    return float(difference - half), float(difference + half), float(2 * stdtr(df, -abs(difference) / error))
+    half = scipy.special.stdtrit(df, 0.5 + confidence / 2) * error
+    p = 2 * scipy.special.stdtr(df, -abs(difference) / error)
+    return float(difference - half), float(difference + half), float(p)
 
 
 def target_test(losses: Sequence[float], target: float) -> TargetTest:
@@ -200,7 +201,7 @@ def target_test(losses: Sequence[float], target: float) -> TargetTest:
     if failed:
         return TargetTest(n, mean, sd, target, math.nan, 1.0, -math.inf, failed)
     t = (mean - target) / (sd / math.sqrt(n)) if n > 1 and sd > 0 else math.nan
-    p = float(stdtr(n - 1, t)) if n > 1 and sd > 0 else math.nan
+    p = float(scipy.special.stdtr(n - 1, t)) if n > 1 and sd > 0 else math.nan
     return TargetTest(n, mean, sd, target, t, p, (target - mean) * math.sqrt(n))
 
 
@@ -263,7 +264,7 @@ class Contenders:
     @property
     def level(self) -> float:
         """The level of a two-sided t test of one pair that has the same limit."""
-        return float(2 * stdtr(self.df, -self.limit)) if self.df else math.nan
+        return float(2 * scipy.special.stdtr(self.df, -self.limit)) if self.df else math.nan
 
     def error(self, a: str, b: str) -> float:
         """The standard error of the difference of two arms' means."""
@@ -499,10 +500,10 @@ def power(
         return math.nan
     df = n - 1 if pairs else pooled * (n - 1)
     shift = abs(difference) / sd * math.sqrt(n if pairs else n / 2)
-    limit = stdtrit(df, 1 - alpha / 2)
-    found = 1 - nctdtr(df, shift, limit) + nctdtr(df, shift, -limit)
+    limit = scipy.special.stdtrit(df, 1 - alpha / 2)
+    found = 1 - scipy.special.nctdtr(df, shift, limit) + scipy.special.nctdtr(df, shift, -limit)
     # scipy's noncentral t gives up on large shifts, where the normal distribution serves as well.
-    return float(found if np.isfinite(found) else ndtr(shift - limit))
+    return float(found if np.isfinite(found) else scipy.special.ndtr(shift - limit))
 
 
 def runs_needed(
@@ -551,7 +552,7 @@ def runs_needed_for_target(mean: float, sd: float, target: float, p: float = SPE
     """The runs with which this mean and sd prove a mean below `target` at `p`; None if it is not below."""
     if not mean < target or not sd > 0:
         return None
-    return _smallest(lambda n: stdtr(n - 1, (mean - target) * math.sqrt(n) / sd) < p, 10000)
+    return _smallest(lambda n: scipy.special.stdtr(n - 1, (mean - target) * math.sqrt(n) / sd) < p, 10000)
 
 
 def _smallest(enough, limit: int) -> int | None:

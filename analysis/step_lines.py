@@ -26,6 +26,7 @@ _FIELD = re.compile(  # " key:" and a number with its unit, a list of numbers in
     rb" +([A-Za-z_][\w./-]*):(?:(%b)(ms|s|%%|)(?=\s|$)|\[( *%b(?: *, *%b)* *)\]|([^\s\[\]]\S*))"
     % (_NUMBER, _NUMBER, _NUMBER)
 )
+NUMERALS = b"0123456789.-+eE"  # a line without these is its skeleton; e as in 2.3e-05
 TORN = re.compile(rb"step:\d+/\d+ |event:")  # the start of a line that was appended to a torn one
 _LLMC_NAMES = {b"tel": "val_loss", b"trl": "train_loss"}
 
@@ -87,10 +88,21 @@ class Form:
 
 
 _FORMS: dict[re.Pattern, Form] = {}  # every form met so far, shared by all logs: there are only a few
+_LAST_FORM: dict[bytes, Form] = {}  # by skeleton
 
 
 def form_of(line: bytes) -> Form | None:
     """The form of a step line; None if any part of the line cannot be read."""
+    skeleton = line.translate(None, NUMERALS)
+    form = _LAST_FORM.get(skeleton)
+    if form is None or not form.pattern.fullmatch(line):
+        form = _work_out_form(line)
+        if form:
+            _LAST_FORM[skeleton] = form
+    return form
+
+
+def _work_out_form(line: bytes) -> Form | None:
     head = _HEAD.match(line)
     if head is None:
         return None

@@ -6,15 +6,19 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from analysis.files import replacing
 
-# Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too faint for a line.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
-LINES = ["-", (0, (5, 2)), (0, (1, 1.2))]  # solid, dashed, dotted: the second and third round of colours
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p"]
+# Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too faint for a line,
+# their black is the control's.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
+LINES = ["-", (0, (5, 2)), (0, (1, 1.2))]  # solid, dashed, dotted: several quantities of one arm
 GREY = "#777777"
+NUM_COLOURS = 128  # of a picture in pixels
 SUFFIXES = (".png", ".svg", ".pdf")
 SPEEDRUN_TARGET = 3.28
+BYTES = 256  # the vocabulary of data whose tokens are bytes
 
 
 def load_matplotlib():
@@ -48,15 +52,6 @@ def load_matplotlib():
     return plt
 
 
-def arm_style(number: int) -> dict:
-    """Colour, line and marker of the n-th arm; 21 arms differ in colour or line."""
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
-        "marker": MARKERS[number % len(MARKERS)],
-    }
-
-
 def time_unit(longest_ms: float) -> tuple[float, str]:
     """The unit that suits a duration: its milliseconds, and its name s, min or h."""
     for ms, name in ((3_600_000, "h"), (60_000, "min")):
@@ -79,25 +74,47 @@ def format_time(ms: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-def bulk_limits(
-    centres: Sequence[float], lows: Sequence[float], highs: Sequence[float]
-) -> tuple[float, float]:
-    """Limits of an axis of losses, by the better half, so that one bad arm does not flatten all others.
+def scale_signed(ax, which: str, values: Sequence[float], small: Sequence[float] = ()) -> float:
+    """Make the axis `which`, x or y, linear around zero and logarithmic beyond, if the values span decades.
 
-    Shown are all arms up to 5 times the span from the lowest centre to the median one, with their intervals.
+    `small` are sizes that need not be told from zero, such as half widths of intervals; by default the lower
+    quarter of the values. Return the size up to which the axis is linear.
     """
-    arms = sorted(arm for arm in zip(centres, lows, highs, strict=True) if math.isfinite(arm[0]))
-    if not arms:
-        return 0.0, 1.0
-    lowest, usual = arms[0][0], arms[(len(arms) - 1) // 2][0]
-    top = max(lowest + 5 * (usual - lowest), arms[:2][-1][0])
-    while True:
-        ends = [end for arm in arms if arm[0] <= top for end in arm if math.isfinite(end)]
-        margin = 0.08 * (max(ends) - min(ends)) or 0.01
-        limits = min(ends) - margin, max(ends) + margin
-        if not any(top < arm[0] <= limits[1] for arm in arms):
-            return limits
-        top = limits[1]  # an interval brought another arm into sight: show it whole
+    sizes, small = (np.abs(np.asarray(x, float)) for x in (values, small if len(small) else values))
+    sizes, small = (x[np.isfinite(x) & (x > 0)] for x in (sizes, small))
+    largest = sizes.max(initial=0)
+    least = max(np.quantile(small, 0.25), 1e-4 * largest) if len(small) else 1.0
+    threshold = 10.0 ** math.floor(math.log10(least))
+    if largest > 10 * least:
+        getattr(ax, f"set_{which}scale")("symlog", linthresh=threshold, linscale=0.9)
+        ax.autoscale(axis=which)
+    getattr(ax, f"{which}axis").set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+    return threshold
+
+
+def scale_losses(ax, low: float, high: float) -> None:
+    """Make the y axis logarithmic, if losses span a factor of two, with ticks that are numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    if high > 2 * low > 0:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def scale_positive(ax, low: float, high: float) -> None:
+    """Make the x axis show low to high, logarithmic if they are a factor of ten apart; ticks are numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    if 0 < 10 * low <= high:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.set_xlim(low / 1.03, high * 1.03)
+    else:
+        ax.set_xlim(low - 0.02 * (high - low or 1), high + 0.02 * (high - low or 1))
 
 
 def shorten(text: str, width: int) -> str:
@@ -122,23 +139,35 @@ def shorten_apart(texts: Sequence[str], width: int) -> list[str]:
     return list(texts)
 
 
-def target_of(runs, target: float | None) -> float:
-    """The target loss as given, else the runs' own if they agree on one, else the speedrun's 3.28."""
+def target_of(runs, target: float | None) -> tuple[float, str] | None:
+    """The target loss and where it comes from: as asked, else TARGET_LOSS if the runs agree on one.
+
+    Logs without settings are the speedrun's, and so is their target. None if there is no reason for any.
+    """
     if target is not None:
-        return target
-    own = {run.target_loss for run in runs if run.target_loss}
-    return own.pop() if len(own) == 1 else SPEEDRUN_TARGET
+        return target, "--target"
+    own = {run.target_loss for run in runs}
+    if len(own) == 1 and None not in own:
+        return own.pop(), "TARGET_LOSS"
+    public = runs and not any(run.config for run in runs)
+    return (SPEEDRUN_TARGET, "the speedrun's") if public else None
 
 
-def say_nothing_logged(ax, what: str) -> None:
-    """Empty a panel and say why it is empty."""
-    ax.text(
-        0.5, 0.5, f"{what}:\nnot in these logs", transform=ax.transAxes, ha="center", va="center", color=GREY
-    )
-    ax.set_yticks([])
-    ax.tick_params(bottom=False, labelbottom=False)
-    ax.spines[:].set_visible(False)
-    ax.grid(False)
+def loss_unit(runs) -> str:
+    """nats per byte where all runs' tokens are bytes, else nats per token."""
+    return f"nats per {token_name(runs)}"
+
+
+def token_name(runs) -> str:
+    """byte where all runs' tokens are bytes, else token."""
+    sizes = {run.config.get("vocab_size", _vocabulary_of_old(run)) for run in runs}
+    return "byte" if sizes == {BYTES} else "token"
+
+
+def _vocabulary_of_old(run) -> int | None:
+    """The vocabulary of a log from before 2026-11-23, which does not say it: bytes, in the embedded data."""
+    started = run.event("started")
+    return BYTES if started and started.fields.get("train_data", "").startswith("embedded_") else None
 
 
 def line_legend(ax, names: Sequence[str], **place) -> None:
@@ -159,8 +188,12 @@ def check_suffix(path: Path) -> None:
 def save(fig, path: Path) -> None:
     """Write the figure and make its folder; a reader never sees half a file."""
     import matplotlib.pyplot as plt
+    from PIL import Image  # matplotlib's own requirement
 
-    metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
     with replacing(path) as temporary:
-        fig.savefig(temporary, metadata=metadata)
+        fig.savefig(temporary, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
+        if path.suffix.lower() == ".png":  # a palette makes a third of the bytes
+            with Image.open(temporary) as image:
+                small = image.convert("RGB").quantize(NUM_COLOURS, Image.Quantize.FASTOCTREE, dither=0)
+            small.save(temporary, format="png", optimize=True)
     plt.close(fig)

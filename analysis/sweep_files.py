@@ -408,14 +408,18 @@ def check_versus(arms: list[PlannedArm], control: str | None) -> None:
 
 
 def run_name(run: Run, stamp: str) -> str:
-    """Return lrmul-1-1.52-1.73-1-cd0.55-TAG-TIMESTAMP-seed1-HASH."""
+    """Return TAG-lrmul-1-1.52-1.73-1-cd0.55-TIMESTAMP-seed1-HASH.
+
+    The tag comes first, so that it is seen where a list cuts names short. Nothing here takes names apart:
+    those of older sweeps, which begin with lrmul, are read like any other.
+    """
     resolved = read_trainer(run.script).resolve(run.settings)
-    parts = []
+    parts = [run.tag]
     if "LR_MULS" in resolved:
         parts.append("lrmul-" + "-".join(format_value(value) for value in resolved["LR_MULS"]))
     if "COOLDOWN_FRAC" in resolved:
         parts.append("cd" + format_value(resolved["COOLDOWN_FRAC"]))
-    name = "-".join([*parts, run.tag, stamp, f"seed{run.seed}", run.settings_hash])
+    name = "-".join([*parts, stamp, f"seed{run.seed}", run.settings_hash])
     if len(name) > 200:
         raise ValueError(f"the run name {name} has {len(name)} characters, 200 at most; shorten the tag")
     return name

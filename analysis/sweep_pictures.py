@@ -1,149 +1,183 @@
-"""The pictures of a sweep's report: means and differences as bars, and all curves."""
+"""The pictures of a sweep: each arm's difference from the control in a forest plot, and over training."""
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from analysis import style
-from analysis.by_value import DASHES, add_colour_bar, beside, by_value, kinds_of, looks_of, ordered
-from analysis.curves import MAX_NAME, Axis, Drawn, has_x, name_ends, panel_loss, plan_legend, runs_of
-from analysis.intervals import MIN_INTERVAL, Mark, draw_mark, limits_of, mark_of
+from analysis.by_value import ordered
+from analysis.curves import (
+    Axis,
+    Drawn,
+    differences,
+    has_x,
+    label_ends,
+    lines_of,
+    panel_differences,
+    panel_loss,
+    runs_of,
+)
+from analysis.intervals import KEY, MIN_INTERVAL, draw_mean, ends_of
 from analysis.results import Results, SweepArm
-from analysis.run_log import format_value
+from analysis.stats import Comparison
+from analysis.tables import format_difference, format_interval, format_loss, format_p
 
 MAX_LABEL = 44  # characters of an arm's name beside a picture
-MAX_LEGEND = 21  # arms that are told apart by their looks
-VERDICTS = {"better": ("#0072B2", "v"), "worse": ("#D55E00", "^"), "undecided": (style.GREY, "o")}
+VERDICTS = {"better": "#0072B2", "worse": "#D55E00"}
+# What stands beside a row of the forest: its heading, and its right end in points from the panel.
+COLUMNS = (("mean loss", 54), ("runs", 80), ("difference", 132), ("95% interval", 238))
+VERDICT_AT = 248
+MARGIN_INCHES = 6.9  # for all of it
 
 
 # ------------------------------------------------------------------------------------------------
-# Bars
+# The forest
 # ------------------------------------------------------------------------------------------------
 
 
-def picture_of_bars(results: Results):
-    """Means with intervals, and differences from the control with theirs; a line for each arm."""
-    plt = style.load_matplotlib()
-    arms = [arm for arm in ordered(results) if results.summary(arm).n]
-    height = 1.5 + 0.28 * max(4, len(arms))
-    compared = len(results.verdict.summaries) > 1
-    fig, panels = plt.subplots(1, 2 if compared else 1, figsize=(13, height), sharey=True, squeeze=False)
-    left = panels[0, 0]
-    draw_means(left, results, arms)
-    if compared:
-        draw_differences(panels[0, 1], results, arms)
-    names = style.shorten_apart([arm.label for arm in arms], MAX_LABEL)
-    left.set_yticks(range(len(arms)), names, fontsize=9 if len(arms) < 40 else 7)
-    left.set_ylim(len(arms) - 0.4, -0.6)
-    few = any(results.summary(arm).n < MIN_INTERVAL for arm in arms)
-    if few:
-        text = f"no interval is drawn for fewer than {MIN_INTERVAL} seeds; hollow: a single run"
-        fig.text(0.995, 0.01, text, ha="right", fontsize=8, color=style.GREY)
-    fig.tight_layout(rect=(0, 0.3 / height if few else 0, 1, 1))
-    return fig
+def forest_inches(results: Results) -> float:
+    """The height that a forest plot needs."""
+    return 1.2 + 0.26 * max(3, len(results.arms))
 
 
-def draw_means(ax, results: Results, arms: Sequence[SweepArm]) -> None:
-    marks = [
-        mark_of(y, results.summary(arm), arm.values(), *VERDICTS[results.call(arm.label)])
-        for y, arm in enumerate(arms)
-    ]
-    limits = limits_of(marks)
-    ax.set_xlim(*limits)
-    for mark in marks:
-        draw_mark(ax, mark, limits, "{:.4f}", horizontal=True)
-    ax.set_title("final validation loss: mean, 95% interval, runs")
-    ax.set_xlabel("nats a token")
-    ax.locator_params(axis="x", nbins=6)
+def draw_forest(ax, results: Results) -> None:
+    """Draw a row for each arm: its difference from the control, with the interval, the numbers, the verdict.
 
-
-def draw_differences(ax, results: Results, arms: Sequence[SweepArm]) -> None:
-    marks = []
+    Paired differences of single seeds are ticks. All arms are on one axis, logarithmic beyond small values.
+    """
+    arms, values, noise = ordered(results), [0.0], []
     for y, arm in enumerate(arms):
         pair, _ = results.comparison(arm.label)
-        if pair and np.isfinite(pair.difference):
-            n = min(pair.n_arm, pair.n_control)
-            look = VERDICTS[results.call(arm.label)]
-            marks.append(Mark(y, pair.difference, pair.low, pair.high, n, *look))
-        if arm.label == results.reference:
-            word = "control" if results.control else "lowest mean"
-            ax.annotate(word, (0, y), (4, 0), textcoords="offset points", fontsize=8, va="center")
-    limits = (-1.0, 1.0)
-    if marks:
-        low, high = limits_of([Mark(0, 0.0, 0.0, 0.0, MIN_INTERVAL, "", ""), *marks])
-        limits = max(low, -max(abs(low), abs(high))), high
-    ax.set_xlim(*limits)
-    ax.axvline(0, color="black", linewidth=1)
-    for mark in marks:
-        draw_mark(ax, mark, limits, "{:+.4f}", horizontal=True)
-    ax.set_title(f"difference to {style.shorten(results.compared_with, 40)}, 95% interval")
-    ax.set_xlabel("nats a token; to the left is better")
-    ax.locator_params(axis="x", nbins=6)
-    used = {mark.colour for mark in marks}
-    handles = [
-        ax.plot([], [], marker=marker, color=colour, linestyle="none", label=kind)[0]
-        for kind, (colour, marker) in VERDICTS.items()
-        if colour in used
-    ]
-    if handles:
-        ax.figure.legend(handles=handles, loc="lower left", fontsize=8, ncols=3)
+        if pair and math.isfinite(pair.difference):
+            look, n = results.looks[arm.label], min(pair.n_arm, pair.n_control)
+            if pair.method == "Tukey" and math.isfinite(pair.low):
+                n = MIN_INTERVAL  # all arms' runs tell the noise, not its own alone
+            each = pair_by_pair(results, arm) if pair.method == "paired" else []
+            draw_mean(ax, y, pair.difference, pair.low, pair.high, n, look, each, horizontal=True)
+            values += [pair.difference, *each, *(ends_of(pair.low, pair.high, n) or ())]
+            noise.append((pair.high - pair.low) / 2)
+        elif arm.label == results.reference:
+            n = results.summary(arm).n
+            draw_mean(ax, y, 0.0, math.nan, math.nan, n, results.looks[arm.label], horizontal=True)
+        write_row(ax, y, results, arm)
+    ax.axvline(0, color="black", linewidth=1, zorder=1)
+    step = style.scale_signed(ax, "x", values, noise if len(noise) > 1 else ())
+    low, high = min(values), max(values)
+    if ax.get_xscale() == "linear":
+        step = 0.05 * (high - low) or 1.0
+    ax.set_xlim(1.2 * low - step, 1.2 * high + step)
+    names = style.shorten_apart([arm.label for arm in arms], MAX_LABEL)
+    ax.set_yticks(range(len(arms)), names, fontsize=9)
+    ax.set_ylim(len(arms) - 0.4, -1.4)
+    ax.grid(False, axis="y")
+    ax.set_title(f"final validation loss minus that of {style.shorten(results.compared_with, 40)}")
+    ax.set_xlabel(f"{style.loss_unit(results.runs)}; to the left is better\n{KEY}", fontsize=9)
+    for heading, at in COLUMNS:
+        write(ax, -0.9, at, heading, ha="right", color=style.GREY)
+    if results.verdict.num_comparisons:
+        method = "after Holm's correction" if results.control else "of Tukey's test"
+        write(ax, -0.9, VERDICT_AT, f"verdict, with p {method}", color=style.GREY)
 
 
-# ------------------------------------------------------------------------------------------------
-# Curves
-# ------------------------------------------------------------------------------------------------
+def pair_by_pair(results: Results, arm: SweepArm) -> list[float]:
+    """The differences of single seeds from the arm's control."""
+    control = next(other for other in results.arms if other.label == results.controls[arm.label])
+    theirs = dict(zip(*reversed(control.samples()), strict=True))
+    return [loss - theirs[seed] for loss, seed in zip(*arm.samples(), strict=True) if math.isfinite(loss)]
 
 
-def picture_of_curves(results: Results, target: float):
-    """All validation losses, coloured by the value that varies."""
-    plt = style.load_matplotlib()
-    drawn, values = what_to_draw(results)
-    runs = runs_of(drawn)
-    axis = Axis("tokens" if all(has_x(run, "tokens") for run in runs) else "steps", runs)
-    handles = legend_of(results, drawn)
-    columns, inches = plan_legend([handle.get_label() for handle in handles], 150, gap=10)
-    inches = inches + 0.3 if handles else 0
-    height = 7 + inches
-    fig, ax = plt.subplots(figsize=(13, height))
-    panel_loss(ax, drawn, axis, target)
-    if values:
-        add_colour_bar(fig, ax, by_value(results), values)
-    if handles:
-        fig.legend(handles=handles, loc="lower center", ncols=columns, fontsize=9, handlelength=3.2)
-    fig.tight_layout(rect=(0, inches / height, 1, 1))
+def write(ax, y: float, points: float, text: str, **look) -> None:
+    """Write beside a row, so many points to the right of the panel."""
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+    ax.annotate(text, (1, y), (points, 0), fontsize=8.5, annotation_clip=False, **place, **look)
+
+
+def write_row(ax, y: float, results: Results, arm: SweepArm) -> None:
+    """Write an arm's numbers and verdict; the row of one that is better or worse is tinted."""
+    found, (pair, p) = results.summary(arm), results.comparison(arm.label)
+    cells = [format_loss(found.mean), str(found.n), "", ""]
+    if pair:
+        cells[2:] = format_difference(pair.difference), format_interval(pair.low, pair.high)
+    for text, (_, at) in zip(cells, COLUMNS, strict=True):
+        write(ax, y, at, text, ha="right")
+    call = results.call(arm.label)
+    look = {"color": VERDICTS.get(call, "#333333"), "weight": "bold" if call in VERDICTS else "normal"}
+    write(ax, y, VERDICT_AT, verdict_words(results, arm, pair, p), **look)
+    if call in VERDICTS:
+        ax.axhspan(y - 0.5, y + 0.5, color=VERDICTS[call], alpha=0.08, linewidth=0, zorder=0)
+
+
+def verdict_words(results: Results, arm: SweepArm, pair: Comparison | None, p: float) -> str:
+    """The verdict with its p; undecided says so where the interval by itself is clear of zero."""
+    remarks = results.remarks(arm)
+    if arm.label == results.reference:
+        return ", ".join(["control" if results.control else "lowest mean", *remarks])
+    if pair is None:
+        return ", ".join(remarks)
+    words, other = results.call(arm.label), results.controls[arm.label]
+    if other != results.reference:
+        words += f" against {other}" if words == "undecided" else f" than {other}"
+    if pair.difference == 0 and pair.sd == 0:
+        words = "the same losses, bit for bit"
+    elif not math.isfinite(p):
+        words = "not tested"
+    else:
+        p = format_p(p)
+        words += f", p {p}" if p.startswith("<") else f", p = {p}"
+        if words.startswith("undecided") and results.control and pair.low * pair.high > 0:
+            words += " (by itself clear of 0)"
+    return ", ".join([words, *remarks])
+
+
+def forest_place(results: Results, width: float, below: float) -> tuple[float, float, float, float]:
+    """The place of a forest plot on a page of that width, `below` inches above its foot, for add_axes."""
+    longest = max(len(name) for name in style.shorten_apart([arm.label for arm in results.arms], MAX_LABEL))
+    inches, left = forest_inches(results), 0.25 + 0.083 * longest
+    height = inches + below
+    return (
+        left / width,
+        (below + 0.7) / height,
+        (width - left - MARGIN_INCHES) / width,
+        (inches - 1.05) / height,
+    )
+
+
+def picture_of_forest(results: Results):
+    """The forest plot, filling the page."""
+    fig = style.load_matplotlib().figure(figsize=(13.5, forest_inches(results)))
+    draw_forest(fig.add_axes(forest_place(results, 13.5, 0)), results)
     return fig
 
 
-def what_to_draw(results: Results) -> tuple[list[Drawn], list[float]]:
-    """The arms with something to draw, and the values that they are coloured by, if there are any."""
+# ------------------------------------------------------------------------------------------------
+# Over training
+# ------------------------------------------------------------------------------------------------
+
+
+def what_to_draw(results: Results) -> list[Drawn]:
+    """The arms with something to draw, in the order of the forest."""
     arms = [arm for arm in ordered(results) if any(run.last_step >= 0 for run in arm.runs)]
-    looks, values = looks_of(results, arms)
-    name = by_value(results)
-    names = [arm.label for arm in arms]
-    if name and not beside(results, name):
-        names = [format_value(arm.settings[name]) if name in arm.settings else arm.label for arm in arms]
-    names = style.shorten_apart(names, MAX_NAME)
-    labels = style.shorten_apart([arm.label for arm in arms], MAX_LABEL)
-    drawn = [Drawn(*parts) for parts in zip(arms, looks, names, labels, strict=True)]
-    name_ends(drawn)
-    return drawn, values
+    return [Drawn(arm, results.looks[arm.label], arm.label) for arm in arms]
 
 
-def legend_of(results: Results, drawn: Sequence[Drawn]) -> list:
-    """Legend entries for what colours do not say: all arms, the kinds of arm, or arms without a value."""
-    from matplotlib.lines import Line2D
+def axis_of(drawn: Sequence[Drawn]) -> Axis:
+    """Tokens, if all runs log them, else steps."""
+    runs = runs_of(drawn)
+    return Axis("tokens" if all(has_x(run, "tokens") for run in runs) else "steps", runs)
 
-    name = by_value(results)
-    shown = list(drawn)
-    kinds = []
-    if name and len(drawn) > MAX_LEGEND:
-        shown = [item for item in drawn if name not in item.arm.settings]
-        kinds = [] if not beside(results, name) else list(kinds_of(results, name).values())
-    lettered = any(item.label.startswith(f"{item.name}  ") for item in drawn)
-    if name and not beside(results, name) and not lettered:
-        shown = [item for item in drawn if name not in item.arm.settings]
-    handles = [Line2D([], [], label=item.label, **{**item.look, "markersize": 5}) for item in shown]
-    return handles + [
-        Line2D([], [], label=words, color=style.GREY, linestyle=line)
-        for line, words in zip(DASHES, kinds, strict=False)
-    ]
+
+def picture_of_curves(results: Results):
+    """Losses minus the control's over training; plain losses, if nothing can be compared."""
+    plt = style.load_matplotlib()
+    drawn = what_to_draw(results)
+    axis = axis_of(drawn)
+    fig, ax = plt.subplots(figsize=(12, 5.5 if len(drawn) < 16 else 7.5))
+    found = differences(drawn, results.controls, axis)
+    if found:
+        panel_differences(ax, found, axis, results.compared_with)
+    else:
+        panel_loss(ax, drawn, axis)
+        lines = [(lines_of(item.arm, "val_loss", axis)[0], item) for item in drawn]
+        ends = [(line.x[-1], line.y[-1], item.label, item.look["color"]) for line, item in lines if line]
+        label_ends(ax, ends)
+    fig.tight_layout()
+    return fig

@@ -202,7 +202,8 @@ def main():
         curve = train_ours(script, args.seconds, args.ranks)
         spent, loss, tokens = curve[-1]
         print(
-            f"ours   {loss:.3f} nats a byte after {spent:.0f} s, {tokens / spent:,.0f} tokens/s, {script}.py"
+            f"ours   {loss:.3f} nats per byte after {spent:.0f} s, "
+            f"{tokens / spent:,.0f} tokens/s, {script}.py"
         )
     plain = []
     for rate in PLAIN_RATES:
@@ -215,7 +216,7 @@ def main():
         ).stdout
         plain.append(json.loads(out))
         print(
-            "plain  {loss:.3f} nats a byte after {seconds:.0f} s, {tokens_per_s:,.0f} tokens/s, "
+            "plain  {loss:.3f} nats per byte after {seconds:.0f} s, {tokens_per_s:,.0f} tokens/s, "
             "AdamW at {rate:g}, {params:,} parameters".format(**plain[-1])
         )
     best = min(plain, key=lambda p: p["loss"])

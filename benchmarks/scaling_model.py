@@ -8,14 +8,14 @@
 
 This is a model, not a measurement. Products run at a share of the peak rate, memory traffic at a share of the
 bandwidth, collectives as rings, launches at a fixed cost, in the order in which the trainers do them. Every
-assumption is a field of Machine below, with its reason; the tables print them and --set changes them. One
-constant, `passes`, is fitted to one published figure (July 2026, one H100) on the assumptions below. --set
-changes the machine afterwards; the fit stays. The other published figures are predicted and printed beside
-the model's. All of them, and the tables by preset, are for the public record's code on H100s.
+assumption is a field of Machine below, with its reason; the tables print them and --set changes them. Two
+constants, `passes` and `pass_s`, are fitted to the step times of gpt2-small's three stages in one public run
+(one H100, January 2026). The other public runs are held out, and the model's error on each is printed.
+--set changes the machine afterwards; the fit stays.
 
-The prediction for this project's own step is printed between them: the same model with four assumptions
-replaced by counts from the code generated for that step (counted() below), on an H100 and an H200. Nothing of
-this project has been timed on a GPU.
+The public code runs one slice a pass; this project stacks slices into passes of up to 65,536 tokens. The
+predictions for this project know no other difference, because nothing of it has been timed on a GPU. The
+tables by preset are for this project's passes.
 
 The trainers split the work like this. The global batch has 8 slices, or as many as there are ranks. All
 gradients of a bucket are reduce-scattered over all ranks, and all new weights are gathered from them.
@@ -38,12 +38,13 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from flops import (  # noqa: E402
+from runtime.flops import (  # noqa: E402
     active_matrix_params,
     flop_per_token,
     forward_flop,
+    keys_per_token,
     matrix_shapes,
     num_matrix_params,
     padded_vocab,
@@ -55,6 +56,10 @@ VOCAB = 50257
 NUM_SLICES = 8  # slices of a global batch, or as many as there are ranks
 PASS_TOKENS = 65_536  # slices are stacked into passes of this many tokens
 ADAM_EVERY = 2  # tables are updated, and sent, on every second step
+ATTENTION_TILE, ATTENTION_PRODUCTS = (
+    128,
+    7,
+)  # two products of a tile forward; backward repeats one and adds four
 SMALL_BUCKETS = 2  # scalars in fp32, gates in bf16; all-reduced
 PARTS = (
     "matmul",
@@ -63,6 +68,7 @@ PARTS = (
     "elementwise",
     "logits",
     "tables",
+    "passes",
     "launches",
     "polar",
     "updates",
@@ -90,12 +96,16 @@ class Machine:
     hop_s: float = assumed(1.5e-6, "a ring's hop inside a node")
     network_hop_s: float = assumed(6e-6, "a ring's hop between nodes")
     launch_s: float = assumed(4e-6, "of CPU time a kernel; no CUDA graphs")
+    pass_s: float = assumed(0.0, "of a pass that no part below explains, whatever its tokens; FITTED")
     layer_kernels: float = assumed(45, "kernels a layer and pass, forward and backward, compiled")
     pass_kernels: float = assumed(80, "kernels of a pass beside the layers: embedding, head, loss, tables")
     bucket_kernels: float = assumed(12, "kernels of a bucket's update beside the polar steps' three each")
     matmul_share: float = assumed(0.8, "of the peak, large products (790e12 measured on an H200)")
     head_share: float = assumed(0.6, "of the float8 peak: tall products, fixed scales")
-    attention_share: float = assumed(0.35, "of the bf16 peak: short documents and windows, causal blocks")
+    attention_share: float = assumed(
+        0.5,
+        "of the bf16 peak on the tiles of 128 x 128 computed: FlashAttention-3, which the public runs used",
+    )
     polar_share: float = assumed(0.5, "of the bf16 peak: batches of small square products")
     memory_share: float = assumed(0.85, "of the bandwidth, streaming kernels")
     logit_bytes: float = assumed(
@@ -243,14 +253,22 @@ def optimizer_seconds(due: list[Bucket]) -> tuple[float, float]:
     return end, end - sum(b.update_s for b in due)
 
 
-def num_passes(batch_tokens: int, ranks: int) -> int:
-    """Number of passes of a rank in a step, with slices stacked as TrainData does."""
+def num_passes(batch_tokens: int, ranks: int, stacked: bool = True) -> int:
+    """Number of passes of a rank in a step, with slices stacked as TrainData does, or one slice each."""
     slices = max(NUM_SLICES, ranks)
-    return math.ceil(slices // ranks / max(1, PASS_TOKENS * slices // batch_tokens))
+    in_a_pass = PASS_TOKENS * slices // batch_tokens if stacked else 1
+    return math.ceil(slices // ranks / max(1, in_a_pass))
 
 
 def step_seconds(
-    c, m: Machine, batch_tokens: int, windows, ranks: int, tied: bool = True, shard_over: int | None = None
+    c,
+    m: Machine,
+    batch_tokens: int,
+    windows,
+    ranks: int,
+    tied: bool = True,
+    shard_over: int | None = None,
+    stacked: bool = True,
 ) -> dict[str, float]:
     """Seconds of each of PARTS in a mean step; their sum is the step. ValueError if the ranks do not fit."""
     shard_over, slices = shard_over or ranks, max(NUM_SLICES, ranks)
@@ -259,16 +277,20 @@ def step_seconds(
             f"{ranks} ranks do not divide {slices} slices of {batch_tokens} tokens, or groups "
             f"of {shard_over} do not divide the ranks; use powers of two"
         )
-    tokens, count = batch_tokens / ranks, num_passes(batch_tokens, ranks)
-    forward = forward_flop(c, draw_slices(batch_tokens // slices).lengths, VOCAB, windows)
+    tokens, count = batch_tokens / ranks, num_passes(batch_tokens, ranks, stacked)
+    lengths = draw_slices(batch_tokens // slices).lengths
+    forward = forward_flop(c, lengths, VOCAB, windows)
+    keys = keys_per_token(c, lengths, windows, ATTENTION_TILE)
+    attention = ATTENTION_PRODUCTS * 2 * c.head_dim * keys
     V, tables = padded_vocab(VOCAB), sum(table_sizes(c, VOCAB).values())
     parts = {
         "matmul": 3 * tokens * forward.matrices / (m.bf16_flops * m.matmul_share),
         "head": 3 * tokens * forward.head / (m.fp8_flops * m.head_share),
-        "attention": 3 * tokens * forward.attention / (m.bf16_flops * m.attention_share),
+        "attention": tokens * attention / (m.bf16_flops * m.attention_share),
         "elementwise": tokens * c.num_layers * c.width * 2 * m.passes / m.memory_rate,
         "logits": tokens * V * m.logit_bytes / m.memory_rate,
         "tables": count * tables * m.table_pass_bytes / m.memory_rate,
+        "passes": count * m.pass_s,
     }
     launches = count * (c.num_layers * m.layer_kernels + m.pass_kernels) * m.launch_s
     parts["launches"] = max(0.0, launches - sum(parts.values()))  # only what the GPU's work does not hide
@@ -308,11 +330,6 @@ class Preset(NamedTuple):
     batch_sizes: tuple[int, ...]
     steps: tuple[int, ...]  # steps of each stage
 
-    def with_steps(self, total: int) -> "Preset":
-        """Return the same preset with `total` steps, extension included."""
-        scheduled = total - self.steps[-1]
-        return self._replace(steps=(*(scheduled / 3 for _ in range(3)), self.steps[-1]))
-
 
 def read_presets() -> dict[str, Preset]:
     """Read the presets from the trainer's own table (imports torch, which is not used)."""
@@ -350,13 +367,19 @@ class Run(NamedTuple):
         return max(self.parts, key=self.parts.get)
 
 
-def run_schedule(p: Preset, m: Machine, ranks: int, shard_over: int | None = None) -> Run:
-    """Time a whole schedule. shard_over: ranks that share one copy of the optimizer; None: all."""
+def run_schedule(
+    p: Preset, m: Machine, ranks: int, shard_over: int | None = None, stacked: bool = True
+) -> Run:
+    """Time a whole schedule. shard_over: ranks that share one copy of the optimizer; None: all.
+
+    stacked: several slices a pass, as this project does.
+    """
     shard_over = min(shard_over or ranks, ranks)
     c, parts, tokens, flop, dropped = p.config, dict.fromkeys(PARTS, 0.0), 0.0, 0.0, 0.0
     for stage, (steps, batch) in enumerate(zip(p.steps, p.batch_sizes)):
         tied = (stage + 0.5) / 3 < c.untie_frac
-        for name, s in step_seconds(c, m, batch, c.windows[stage], ranks, tied, shard_over).items():
+        seconds = step_seconds(c, m, batch, c.windows[stage], ranks, tied, shard_over, stacked)
+        for name, s in seconds.items():
             parts[name] += steps * s
         slices = draw_slices(batch // max(NUM_SLICES, ranks))
         tokens += steps * batch
@@ -372,34 +395,52 @@ def run_schedule(p: Preset, m: Machine, ranks: int, shard_over: int | None = Non
 
 
 class Published(NamedTuple):
+    """Steady milliseconds a step in the three stages, from a log of the speedrun's public records."""
+
     what: str
     ranks: int
-    steps: int
-    ms_step: float
+    ms: tuple[float, float, float]
+    kind: str  # fitted, held out: the same code, or other code
 
 
-PUBLISHED = (  # from the speedrun's public records and the runs that first tried ORD
-    Published("one H100, July 2026", 1, 1375, 432.2),
-    Published("one H100, January 2026", 1, 1775, 457.9),
-    Published("8xH100, 1600 steps in 99 s", 8, 1600, 99e3 / 1600),
-    Published("8xH100, July 2026, 1.23 minutes (1375 steps assumed)", 8, 1375, 73.8e3 / 1375),
+PUBLISHED = (
+    Published("1 x H100, 2026-01-24", 1, (244.7, 447.6, 656.7), "fitted"),
+    Published("8 x H100, 2026-01-24", 8, (33.02, 59.12, 84.99), "held out"),
+    Published("8 x H100, 2026-01-19", 8, (33.92, 60.90, 86.78), "other head kernels"),
+    Published("1 x H100, before 2026-01-24", 1, (253.9, 466.8, 677.6), "other head kernels"),
+    Published("1 x H100, 2026-07-13", 1, (231.0, 430.1, 634.1), "another model"),
+    Published("8 x H100, 2026-07-13", 8, (31.38, 56.28, 82.31), "another model"),
 )
 
 
-def fit_passes(p: Preset, m: Machine, published: Published = PUBLISHED[0]) -> Machine:
-    """Fit `passes` so that the model meets this figure; a step is linear in it unless launches bound it."""
-    p = p.with_steps(published.steps)
-    at = [run_schedule(p, dataclasses.replace(m, passes=x), published.ranks).ms_step for x in (100, 200)]
-    return dataclasses.replace(m, passes=100 + 100 * (published.ms_step - at[0]) / (at[1] - at[0]))
+def public_ms(p: Preset, m: Machine, ranks: int) -> np.ndarray:
+    """Model the public code's milliseconds a step in the three stages: one slice a pass."""
+    stages = zip(p.batch_sizes, p.config.windows, (True, True, False))  # head and embedding: tied, tied, not
+    return np.array(
+        [
+            1000 * sum(step_seconds(p.config, m, batch, windows, ranks, tied, stacked=False).values())
+            for batch, windows, tied in stages
+        ]
+    )
 
 
-def check_published(p: Preset, m: Machine) -> list[tuple]:
-    """Return rows of (figure, published ms, predicted ms, error, fitted or predicted)."""
+def fit(p: Preset, m: Machine) -> Machine:
+    """Fit `passes` and `pass_s` to the stages of PUBLISHED[0] by least squares; a step is linear in both."""
+    ranks, published = PUBLISHED[0].ranks, np.array(PUBLISHED[0].ms)
+    m = dataclasses.replace(m, passes=0.0, pass_s=0.0)
+    base = public_ms(p, m, ranks)
+    units = [dataclasses.replace(m, passes=1.0), dataclasses.replace(m, pass_s=1.0)]
+    slopes = np.stack([public_ms(p, unit, ranks) - base for unit in units], axis=1)
+    passes, pass_s = np.linalg.lstsq(slopes, published - base, rcond=None)[0]
+    return dataclasses.replace(m, passes=float(passes), pass_s=float(pass_s))
+
+
+def check_published(p: Preset, m: Machine) -> list[tuple[Published, np.ndarray, np.ndarray]]:
+    """Return rows of (figure, modelled ms by stage, relative errors)."""
     rows = []
     for published in PUBLISHED:
-        predicted = run_schedule(p.with_steps(published.steps), m, published.ranks).ms_step
-        kind = "fitted" if published is PUBLISHED[0] else "predicted"
-        rows.append((published.what, published.ms_step, predicted, predicted / published.ms_step - 1, kind))
+        modelled = public_ms(p, m, published.ranks)
+        rows.append((published, modelled, modelled / published.ms - 1))
     return rows
 
 
@@ -412,39 +453,27 @@ def arithmetic_limit(c, flops: float) -> float:
 # This project's own step
 # ---------------------------------------------------------------------------------------------------
 
-# Bytes named by inductor's kernels in a pass of 65,536 tokens, each buffer once: 32e9 forward, 43e9 backward
-# (records/2026-11-24_gpu_path). An upper bound on the traffic if caches hold whatever a kernel reads twice.
-NAMED_BYTES = 32e9 + 43e9
-
-
-def counted(c) -> dict[str, float]:
-    """Machine's assumptions as counted in the code generated for this project's step of gpt2-small (config c)
-    with the Triton kernels."""
-    return {
-        "passes": NAMED_BYTES / (PASS_TOKENS * c.num_layers * c.width * 2),
-        "logit_bytes": 6,  # read by the loss and by its backward pass, written twice in float8
-        "table_pass_bytes": 6,  # adding a pass's gradient to the earlier one; NAMED_BYTES has the rest
-        "matrix_bytes": 40,  # 38 with ORD (triton_kernels.py), and zeroing the gradient
-    }
-
-
 H200 = {"memory_bytes": 4.8e12, "memory_gib": 131}  # datasheet; its rates of products are an H100's
-ORD_BYTES = 8  # per number of a matrix: W read again for the sums and for the polar factor's input
+FA2 = {"attention_share": 0.3}  # of the bf16 peak: what torch has without a further package
 
 
-PREDICTION_NOTE = """\
-The prediction is that of this project's step; its low end is the record's step on the same GPUs: what the
-fit puts down to memory traffic there may cost as much here, whatever it is."""
-
-
-def predictions(p: Preset, fitted: Machine) -> list[tuple[str, str, Machine, Run]]:
-    """Return rows of (GPU, whose code, machine, schedule): the public record's step, this project's."""
-    found = []
-    for whose, changes in (("public record's, fitted", {}), ("this project's, counted", counted(p.config))):
-        for gpu, more in (("H100", {}), ("H200", H200)):
-            m = dataclasses.replace(fitted, **changes, **more)
-            found += [(f"{ranks} x {gpu}", whose, m, run_schedule(p, m, ranks)) for ranks in (1, 8)]
-    return found
+def predictions(p: Preset, fitted: Machine) -> list[tuple[str, str, Run]]:
+    """Return rows of (GPUs, code and attention, schedule)."""
+    codes = (
+        ("public code, FA3", {}, False),
+        ("this project, FA3", {}, True),
+        ("this project, FA2", FA2, True),
+    )
+    return [
+        (
+            f"{ranks} x {gpu}",
+            code,
+            run_schedule(p, dataclasses.replace(fitted, **more, **changes), ranks, None, stacked),
+        )
+        for code, changes, stacked in codes
+        for gpu, more in (("H100", {}), ("H200", H200))
+        for ranks in (1, 8)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -562,54 +591,33 @@ def print_assumptions(m: Machine):
 
 def print_published(p: Preset, m: Machine, markdown: bool):
     print(
-        f"\n{'### ' if markdown else ''}Against published figures (gpt2-small on H100s, before any --set; "
-        f"passes = {m.passes:.0f} fitted to the first, nothing else)\n"
+        f"\n{'### ' if markdown else ''}Against public step times of gpt2-small on H100s, before any --set "
+        f"(passes = {m.passes:.0f} and pass_s = {1000 * m.pass_s:.2f} ms fitted to the first row)\n"
     )
     rows = [
-        [what, f"{ms:.1f}", f"{predicted:.1f}", f"{round(error, 6) + 0:+.1%}", kind]
-        for what, ms, predicted, error, kind in check_published(p, m)
+        [
+            published.what,
+            *(f"{ms:.1f} ({modelled:.1f})" for ms, modelled in zip(published.ms, models)),
+            f"{errors[abs(errors).argmax()]:+.1%}",
+            published.kind,
+        ]
+        for published, models, errors in check_published(p, m)
     ]
-    print(table(["figure", "published ms a step", "model", "error", "kind"], rows, markdown))
+    header = ["run", *(f"stage {i}, ms (model)" for i in (1, 2, 3)), "largest error", "kind"]
+    print(table(header, rows, markdown))
 
 
 def print_predictions(p: Preset, fitted: Machine, markdown: bool):
     """Print the predictions as fitted, before any --set."""
     print(
         f"\n{'### ' if markdown else ''}Predictions for gpt2-small's whole schedule, before any --set "
-        "(nothing was measured on a GPU)\n"
+        "(nothing of this project was measured on a GPU)\n"
     )
-    rows, target = [], 800_000
-    for gpu, whose, _, run in predictions(p, fitted):
-        rows.append(
-            [
-                gpu,
-                whose,
-                f"{run.ms_step:.1f}",
-                f"{run.tokens / run.seconds:,.0f}",
-                f"{run.tokens / run.seconds / run.ranks / target - 1:+.0%}",
-                *(f"{1000 * run.parts[name] / run.steps:.1f}" for name in ("elementwise", "logits")),
-            ]
-        )
-    print(
-        table(
-            [
-                "GPUs",
-                "whose step",
-                "ms a step",
-                "tokens/s",
-                f"a GPU, to {target:,}",
-                "elementwise ms",
-                "logits ms",
-            ],
-            rows,
-            markdown,
-        )
-    )
-    ms = 1000 * num_matrix_params(p.config) * ORD_BYTES / fitted.memory_rate
-    print(
-        f"\n{PREDICTION_NOTE} ORD's own traffic is in it: {ms:.2f} ms a step on one\nH100, where the "
-        "fused step covers the settings (fused_covers)."
-    )
+    rows = [
+        [gpus, code, f"{run.ms_step:.1f}", f"{run.tokens / run.seconds:,.0f}", f"{run.seconds:.1f}"]
+        for gpus, code, run in predictions(p, fitted)
+    ]
+    print(table(["GPUs", "code", "ms a step", "tokens/s", "seconds"], rows, markdown))
 
 
 def write_csv(path: Path, runs: list[Run]):
@@ -684,7 +692,7 @@ def main(argv: list[str]) -> int:
     markdown = args.table == "markdown"
     try:
         presets = read_presets()
-        fitted = fit_passes(presets["gpt2-small"], Machine())
+        fitted = fit(presets["gpt2-small"], Machine())
         m = changed(fitted, args.set)
         names = args.preset.split(",")
         if not set(names) <= set(presets):

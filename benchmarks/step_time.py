@@ -16,7 +16,7 @@ and evaluate, with the shards that a run would read. Nothing is written but --js
 * The ceiling is a square product in the type that the model computes in, on all ranks at once; on a CPU it is
   taken again before every pair of steps, because other work on the machine comes and goes. Where the head's
   products are in float8 (sm_89 and later), their FLOP count against it all the same.
-* FLOP are those of benchmarks/flops.py, with the documents' lengths of the batches that were timed.
+* FLOP are those of runtime/flops.py, with the documents' lengths of the batches that were timed.
 * A step that a validation follows also measures ORD's statistics; such a step is timed only where it falls
   among the timed ones. Evaluation is timed on one validation batch and on two, and what the second adds is
   taken for every further one: reading the shards and finding the documents happens once a validation, not
@@ -34,7 +34,6 @@ import importlib
 import json
 import os
 import platform
-import resource
 import sys
 import time
 from pathlib import Path
@@ -44,12 +43,12 @@ import torch
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from flops import forward_flop  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from kernels import attention, fast_forms  # noqa: E402
 from runtime.compiling import choose_allocator, compiler_for  # noqa: E402
+from runtime.flops import forward_flop  # noqa: E402
+from runtime.gauges import Timer, matmul_flops, peak_memory_mib  # noqa: E402
 from runtime.ranks import Ranks  # noqa: E402
 from runtime.session import RecordedEvent  # noqa: E402
 
@@ -63,32 +62,10 @@ TWINS = ("train_gpt", "train_gpt_muon_ord")
 # ---------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Marks in time: of the CPU, or events on the current CUDA stream, which cost no synchronisation."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-
-    def mark(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def ms(self, start, end) -> float:
-        """Between two marks; call sync() first."""
-        return start.elapsed_time(end) if self.cuda else 1000 * (end - start)
-
-    def sync(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-
-
 class Parts:
     """Time by part: what passes between two marks belongs to the innermost wrapped call under way."""
 
-    def __init__(self, clock: Clock):
+    def __init__(self, clock: Timer):
         self.clock, self.on, self.stack, self.marks = clock, False, [], []
 
     def note(self):
@@ -175,9 +152,9 @@ class Timed:
         self.forms = contextlib.ExitStack()
         self.fast_names, _ = self.forms.enter_context(fast_forms.installed(module, s, o, compiler_for(s)))
         self.trainer = module.Trainer(s, o, config, self.vocab_size, ranks)
-        self.data = module.TrainData(self.train_shards, s, ranks)
+        self.data = module.TrainData(self.train_shards, s, ranks, self.trainer.memory.pass_tokens)
         self.schedule, self.pending, self.entered = self.trainer.schedule, None, -1
-        self.clock = Clock(ranks.device)
+        self.clock = Timer(ranks.device)
         self.parts, self.seen = Parts(self.clock), []
         trainer, parts = self.trainer, self.parts
         trainer.train_loss = parts.wrap("forward", trainer.train_loss)
@@ -230,8 +207,8 @@ class Timed:
         length = len(self.steps) - len(self.steps) % 2 or 1  # steps that repeat keep their parity
         step = self.steps[self.at % length]
         self.at += 1
-        tokens = self.schedule.batch_tokens(step)
-        batches = self.next_batches(tokens, tokens)
+        tokens, stage = self.schedule.batch_tokens(step), self.schedule.stage(step)
+        batches = self.next_batches(tokens, tokens, (stage, stage))
         self.seen.append([batch.cu_seqlens for batch in batches])
         total = self.trainer.step(step, batches)
         self.flush()
@@ -296,19 +273,10 @@ def build(script: str, env: dict, ranks=None) -> Timed:
     return Timed(module, s, o, config, module.open_data(s, ranks.world_size), ranks)
 
 
-def matmul_flops(timed: Timed, repeats: int) -> float:
-    """FLOP/s of a square product in the model's type on this rank, all ranks at once; the median."""
-    cuda, dtype = timed.clock.cuda, timed.trainer.model.head.dtype
-    n = 8192 if cuda else 1024
-    a = torch.randn(n, n, device=timed.ranks.device).to(dtype)  # constants take less power on a GPU: faster
-    marks = []
-    timed.ranks.all_reduce(torch.zeros(1, device=a.device)).wait()
-    for _ in range(repeats):
-        start = timed.clock.mark()
-        a @ a
-        marks.append((start, timed.clock.mark()))
-    timed.clock.sync()
-    return 2 * n**3 / (float(np.median([timed.clock.ms(*m) for m in marks])) / 1000)
+def ceiling(timed: Timed, repeats: int) -> float:
+    """FLOP/s of a square product in the model's type on this rank, all ranks at once."""
+    timed.ranks.all_reduce(torch.zeros(1, device=timed.ranks.device)).wait()
+    return matmul_flops(timed.ranks.device, timed.trainer.model.head.dtype, repeats)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -316,15 +284,15 @@ def matmul_flops(timed: Timed, repeats: int) -> float:
 # ---------------------------------------------------------------------------------------------------
 
 
-def measure_stage(timed: Timed, stage: int, steps: int) -> dict:
-    """Whole steps and parts of one stage (0 is the first), in ms a step of this rank."""
+def measure_stage(timed: Timed, stage: int, steps: int, evaluate: bool = True) -> dict:
+    """Whole steps and parts of one stage (0 is the first), in ms a step of this rank; one validation."""
     clock, pairs, whole, parts_ms, rates = timed.clock, max(1, -(-steps // 2)), [], [], []
     timed.enter(stage)
     for _ in range(WARM_PAIRS):
         timed.pair(recorded=False)
     timed.seen = []
     if clock.cuda:  # in a row, so that the GPU never waits for the start of a pair
-        rates.append(matmul_flops(timed, 20))
+        rates.append(ceiling(timed, 20))
         whole = [timed.pair(recorded=False) for _ in range(pairs)]
         for _ in range(pairs):
             timed.pair(recorded=True)
@@ -333,7 +301,7 @@ def measure_stage(timed: Timed, stage: int, steps: int) -> dict:
         parts_ms = [{name: ms / (2 * pairs) for name, ms in parts_ms[0].items()}]
     else:
         for _ in range(pairs):
-            rates.append(matmul_flops(timed, 2))
+            rates.append(ceiling(timed, 2))
             whole.append(timed.pair(recorded=False))
             timed.pair(recorded=True)
             spent = timed.parts.spent(timed.parts.take())
@@ -342,7 +310,7 @@ def measure_stage(timed: Timed, stage: int, steps: int) -> dict:
     parts = {name: float(np.median([p[name] for p in parts_ms])) for name in PARTS}
     step, schedule = timed.steps[0], timed.schedule
     tokens, ms_step = schedule.batch_tokens(step), float(np.median(ms))
-    flop, ceiling = timed.flop_per_step(stage), float(np.median(rates))
+    flop, rate = timed.flop_per_step(stage), float(np.median(rates))
     compute_ms = parts["forward"] + parts["backward"]
     return {
         "stage": stage + 1,
@@ -358,11 +326,11 @@ def measure_stage(timed: Timed, stage: int, steps: int) -> dict:
         "tokens_per_s": 1000 * tokens / ms_step,
         "parts_ms": parts,
         "shares": {name: value / sum(parts.values()) for name, value in parts.items()},
-        "evaluation_ms": timed.evaluation_ms(),
+        "evaluation_ms": timed.evaluation_ms() if evaluate else None,
         "flop_per_rank_step": flop,
-        "ceiling_flops": ceiling,
-        "of_ceiling_forward_backward": flop / (compute_ms / 1000) / ceiling,
-        "of_ceiling_step": flop / (ms_step / 1000) / ceiling,
+        "ceiling_flops": rate,
+        "of_ceiling_forward_backward": flop / (compute_ms / 1000) / rate,
+        "of_ceiling_step": flop / (ms_step / 1000) / rate,
     }
 
 
@@ -416,18 +384,6 @@ def whole_schedule(timed: Timed, results: list[dict]) -> dict | None:
         "ms_step": train_ms / schedule.num_steps,
         "shares": {**shares, "evaluation": eval_ms / (train_ms + eval_ms)},
     }
-
-
-def memory(timed: Timed) -> dict:
-    """Peak of any rank, in MiB."""
-    found = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    if sys.platform == "darwin":  # bytes there
-        found["peak_rss_mib"] /= 1024
-    if timed.clock.cuda:
-        found["cuda_max_allocated_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    largest = torch.tensor(list(found.values()), dtype=torch.float64, device=timed.ranks.device)
-    timed.ranks.all_reduce(largest, op=torch.distributed.ReduceOp.MAX).wait()
-    return dict(zip(found, largest.tolist()))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -616,7 +572,7 @@ def run(args, env: dict) -> tuple[dict, object]:
     result["stages"] = measure(timed, stages, args.steps, say)
     result["schedule"] = whole_schedule(timed, result["stages"])
     print_schedule(result["schedule"], say)
-    result["memory"] = memory(timed)
+    result["memory"] = peak_memory_mib(timed.ranks)
     say("\npeak memory of a rank: " + ", ".join(f"{k} {v:,.0f}" for k, v in result["memory"].items()))
     result["ord"] = []
     if args.ord:

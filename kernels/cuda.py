@@ -427,6 +427,7 @@ def squash(z, shift, width):
 def loss_kernel(
     z,
     targets,
+    prefixes,
     weights,
     losses,
     entropies,
@@ -437,6 +438,7 @@ def loss_kernel(
     shift,
     width,
     K: tl.constexpr,
+    PREFIX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row. Logits are below gain, so gain stands in for their maximum and one pass suffices."""
@@ -455,6 +457,10 @@ def loss_kernel(
             loss += tl.load(weights + k) * entropy
             if k == 0:
                 tl.store(entropies + m, entropy)
+    if PREFIX:
+        prefix = tl.load(prefixes + m)
+        if prefix >= 0:
+            loss += tl.load(weights + K) * (lse - gain * squash(tl.load(z + prefix), shift, width))
     tl.store(losses + m, loss)
     tl.store(lses + m, lse)
 
@@ -464,6 +470,7 @@ def loss_backward_kernel(
     z,
     lses,
     targets,
+    prefixes,
     weights,
     grad,
     out,
@@ -476,6 +483,7 @@ def loss_backward_kernel(
     width,
     scale,
     K: tl.constexpr,
+    PREFIX: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -498,6 +506,11 @@ def loss_backward_kernel(
         target = tl.load(targets + rows + k, mask=has, other=0).to(tl.int32)
         strength += w
         picked += tl.where(cols[None, :] == target[:, None], w[:, None], 0.0)
+    if PREFIX:
+        prefix = tl.load(prefixes + rows, mask=rows < M, other=-1).to(tl.int32)
+        w = tl.where(prefix >= 0, tl.load(weights + K) * factor, 0.0)
+        strength += w
+        picked += tl.where(cols[None, :] == prefix[:, None], w[:, None], 0.0)
     value = (strength[:, None] * probability - picked) * (s - s * s)
     if LIMIT == 0:
         tl.store(out + row64[:, None] * V + cols[None, :], value.to(out.dtype.element_ty), mask=inside)
@@ -510,68 +523,85 @@ def loss_backward_kernel(
 
 @torch.library.custom_op(f"{NAMESPACE}::softcapped_loss", mutates_args=())
 def softcapped_loss(
-    z_MV: Tensor, targets_BT: Tensor, weights_K: Tensor, gain: float, shift: float, width: float
+    z_MV: Tensor,
+    targets_BT: Tensor,
+    weights: Tensor,
+    gain: float,
+    shift: float,
+    width: float,
+    prefixes_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Three numbers per row, fp32 (M): sum_k w_k CE(logits, target_{t+k}) over the targets within its
     slice, the plain cross-entropy, and the logits' logsumexp (arXiv 2404.19737, with one head).
 
-    One pass over z; M = B T.
+    One pass over z; M = B T. prefixes_BT: one more target of each row, -1 for none, whose weight is the last.
     """
     z, M = z_MV.contiguous(), z_MV.shape[0]
     outs = tuple(torch.empty(M, device=z.device) for _ in range(3))
     loss_kernel[M,](
         z,
         targets_BT.contiguous(),
-        weights_K,
+        targets_BT if prefixes_BT is None else prefixes_BT.contiguous(),
+        weights,
         *outs,
         targets_BT.shape[1],
         z.shape[1],
         gain,
         shift,
         width,
-        K=weights_K.shape[0],
+        K=num_next(weights, prefixes_BT),
+        PREFIX=prefixes_BT is not None,
         BLOCK=LOSS_BLOCK,
         num_warps=4,
     )
     return outs
 
 
+def num_next(weights: Tensor, prefixes_BT: Tensor | None) -> int:
+    """Number of next tokens among the targets."""
+    return weights.shape[0] - (prefixes_BT is not None)
+
+
 @softcapped_loss.register_fake
-def _(z_MV, targets_BT, weights_K, gain, shift, width):
+def _(z_MV, targets_BT, weights, gain, shift, width, prefixes_BT=None):
     return tuple(z_MV.new_empty(z_MV.shape[0], dtype=torch.float32) for _ in range(3))
 
 
-def softcapped_loss_reference(z_MV: Tensor, targets_BT: Tensor, weights_K: Tensor, gain, shift, width):
+def softcapped_loss_reference(z_MV, targets_BT, weights, gain, shift, width, prefixes_BT=None):
     logits = gain * torch.sigmoid((z_MV.float() + shift) / width)
     T, lse = targets_BT.shape[1], logits.logsumexp(-1)
     losses, entropies = torch.zeros_like(lse), []
-    for k in range(len(weights_K)):
+    for k in range(num_next(weights, prefixes_BT)):
         has = torch.arange(len(lse), device=lse.device) % T < T - k
         target = targets_BT.flatten().roll(-k)
         entropies.append(lse - logits.gather(-1, target[:, None]).squeeze(-1))
-        losses = losses + torch.where(has, weights_K[k] * entropies[k], 0.0)
+        losses = losses + torch.where(has, weights[k] * entropies[k], 0.0)
+    if prefixes_BT is not None:
+        prefix = prefixes_BT.flatten()
+        entropy = lse - logits.gather(-1, prefix.clamp_min(0)[:, None]).squeeze(-1)
+        losses = losses + torch.where(prefix >= 0, weights[-1] * entropy, 0.0)
     return losses, entropies[0], lse
 
 
-def launch_loss_backward(z, lse, targets_BT, weights_K, grad, outs, gain, shift, width, scale, limit):
+def launch_loss_backward(z, lse, targets_BT, prefixes_BT, weights, grad, outs, softcap, scale, limit):
     z, (M, V) = z.contiguous(), z.shape
     grid = triton.cdiv(V, TILE["BLOCK_C"]), triton.cdiv(M, TILE["BLOCK_R"])
     loss_backward_kernel[grid](
         z,
         lse,
         targets_BT.contiguous(),
-        weights_K,
+        targets_BT if prefixes_BT is None else prefixes_BT.contiguous(),
+        weights,
         grad,
         outs[0],
         outs[-1],
         M,
         targets_BT.shape[1],
         V,
-        gain,
-        shift,
-        width,
+        *softcap,
         scale,
-        K=weights_K.shape[0],
+        K=num_next(weights, prefixes_BT),
+        PREFIX=prefixes_BT is not None,
         LIMIT=limit,
         **TILE,
         num_warps=8,
@@ -583,20 +613,22 @@ def softcapped_loss_backward(
     z_MV: Tensor,
     lse_M: Tensor,
     targets_BT: Tensor,
-    weights_K: Tensor,
+    weights: Tensor,
     grad: Tensor,
     gain: float,
     shift: float,
     width: float,
+    prefixes_BT: Tensor | None = None,
 ) -> Tensor:
     """The gradient with respect to z in z's dtype, for `grad` (0-d, fp32) on the sum of softcapped_loss."""
     out = torch.empty_like(z_MV, memory_format=torch.contiguous_format)
-    launch_loss_backward(z_MV, lse_M, targets_BT, weights_K, grad, (out,), gain, shift, width, 1.0, 0)
+    known = z_MV, lse_M, targets_BT, prefixes_BT, weights, grad
+    launch_loss_backward(*known, (out,), (gain, shift, width), 1.0, 0)
     return out
 
 
 @softcapped_loss_backward.register_fake
-def _(z_MV, lse_M, targets_BT, weights_K, grad, gain, shift, width):
+def _(z_MV, lse_M, targets_BT, weights, grad, gain, shift, width, prefixes_BT=None):
     return torch.empty_like(z_MV, memory_format=torch.contiguous_format)
 
 
@@ -605,38 +637,46 @@ def softcapped_loss_backward_float8(
     z_MV: Tensor,
     lse_M: Tensor,
     targets_BT: Tensor,
-    weights_K: Tensor,
+    weights: Tensor,
     grad: Tensor,
     gain: float,
     shift: float,
     width: float,
     scale: float,
+    prefixes_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same divided by scale in float8 e5m2, clamped, as (M, V) and as (V, M): each of the two float8
     products that follow takes one of them."""
     M, V = z_MV.shape
     outs = [torch.empty(s, dtype=torch.float8_e5m2, device=z_MV.device) for s in ((M, V), (V, M))]
     limit = torch.finfo(torch.float8_e5m2).max
-    launch_loss_backward(z_MV, lse_M, targets_BT, weights_K, grad, outs, gain, shift, width, scale, limit)
+    known = z_MV, lse_M, targets_BT, prefixes_BT, weights, grad
+    launch_loss_backward(*known, outs, (gain, shift, width), scale, limit)
     return outs[0], outs[1]
 
 
 @softcapped_loss_backward_float8.register_fake
-def _(z_MV, lse_M, targets_BT, weights_K, grad, gain, shift, width, scale):
+def _(z_MV, lse_M, targets_BT, weights, grad, gain, shift, width, scale, prefixes_BT=None):
     M, V = z_MV.shape
     return tuple(z_MV.new_empty(s, dtype=torch.float8_e5m2) for s in ((M, V), (V, M)))
 
 
-def softcapped_loss_backward_reference(z_MV, lse_M, targets_BT, weights_K, grad, gain, shift, width):
+def softcapped_loss_backward_reference(
+    z_MV, lse_M, targets_BT, weights, grad, gain, shift, width, prefixes_BT=None
+):
     """The gradient by the formula, fp32; tests compare it with autograd of softcapped_loss_reference."""
     T, M = targets_BT.shape[1], z_MV.shape[0]
     s = torch.sigmoid((z_MV.float() + shift) / width)
     probability = (gain * s - lse_M[:, None]).exp()
     total = torch.zeros_like(s)
-    for k in range(len(weights_K)):
+    for k in range(num_next(weights, prefixes_BT)):
         has = torch.arange(M, device=s.device) % T < T - k
         one_hot = torch.nn.functional.one_hot(targets_BT.flatten().roll(-k), s.shape[1])
-        total += weights_K[k] * has[:, None] * (probability - one_hot)
+        total += weights[k] * has[:, None] * (probability - one_hot)
+    if prefixes_BT is not None:
+        prefix = prefixes_BT.flatten()
+        one_hot = torch.nn.functional.one_hot(prefix.clamp_min(0), s.shape[1])
+        total += weights[-1] * (prefix >= 0)[:, None] * (probability - one_hot)
     return total * s * (1 - s) * (grad * gain / width)
 
 
@@ -644,15 +684,15 @@ class FusedHeadLoss(torch.autograd.Function):
     """See head_loss. The plain cross-entropy has no gradient."""
 
     @staticmethod
-    def forward(ctx, x_MC, w_VC, targets_BT, weights_K, softcap, scales):
+    def forward(ctx, x_MC, w_VC, targets_BT, weights, softcap, scales, prefixes_BT):
         if scales is None:
             z_MV, x_t, w_t = x_MC @ w_VC.T, x_MC, w_VC
         else:
             x8, x_t = quantize(x_MC, scales[0])
             w8, w_t = quantize(w_VC, scales[1])
             z_MV = float8.product(x8, w8.T, scales[0], scales[1], fast=True)
-        losses, entropies, lse_M = softcapped_loss(z_MV, targets_BT, weights_K, *softcap)
-        ctx.save_for_backward(z_MV, lse_M, targets_BT, weights_K, x_t, w_t)
+        losses, entropies, lse_M = softcapped_loss(z_MV, targets_BT, weights, *softcap, prefixes_BT)
+        ctx.save_for_backward(z_MV, lse_M, targets_BT, weights, x_t, w_t, prefixes_BT)
         ctx.softcap, ctx.scales = softcap, scales
         entropy = entropies.sum()
         ctx.mark_non_differentiable(entropy)
@@ -660,29 +700,31 @@ class FusedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        z_MV, lse_M, targets_BT, weights_K, x_t, w_t = ctx.saved_tensors
-        known = (z_MV, lse_M, targets_BT, weights_K, grad, *ctx.softcap)
+        z_MV, lse_M, targets_BT, weights, x_t, w_t, prefixes_BT = ctx.saved_tensors
+        known = (z_MV, lse_M, targets_BT, weights, grad, *ctx.softcap)
         if ctx.scales is None:
-            g_MV = softcapped_loss_backward(*known)
-            return g_MV @ w_t, g_MV.T @ x_t, None, None, None, None
+            g_MV = softcapped_loss_backward(*known, prefixes_BT)
+            return g_MV @ w_t, g_MV.T @ x_t, None, None, None, None, None
         x_scale, w_scale, grad_scale = ctx.scales
-        g_MV, g_VM = softcapped_loss_backward_float8(*known, grad_scale)
+        g_MV, g_VM = softcapped_loss_backward_float8(*known, grad_scale, prefixes_BT)
         grad_x = float8.product(g_MV, w_t.T, grad_scale, w_scale)
-        return grad_x, float8.product(g_VM, x_t.T, grad_scale, x_scale), None, None, None, None
+        return grad_x, float8.product(g_VM, x_t.T, grad_scale, x_scale), None, None, None, None, None
 
 
 def head_loss(
-    x_MC: Tensor, w_VC: Tensor, targets_BT: Tensor, weights_K: Tensor, softcap: tuple, scales: tuple | None
+    x_MC: Tensor, w_VC: Tensor, targets_BT: Tensor, weights: Tensor, softcap, scales, prefixes_BT=None
 ) -> tuple[Tensor, Tensor]:
     """(sum over rows of sum_k w_k CE(softcapped x w^T, target_{t+k}), the plain cross-entropy's sum).
 
     x, w bfloat16, targets int64, weights fp32. softcap: gain, shift, width. scales: those of x, w (float8
-    e4m3) and of the gradient (e5m2), the speedrun's idea of 2025-01; None: bfloat16 throughout."""
-    return FusedHeadLoss.apply(x_MC, w_VC, targets_BT, weights_K, softcap, scales)
+    e4m3) and of the gradient (e5m2), the speedrun's idea of 2025-01; None: bfloat16 throughout. prefixes_BT:
+    one more target of each row, -1 for none, whose weight is the last."""
+    return FusedHeadLoss.apply(x_MC, w_VC, targets_BT, weights, softcap, scales, prefixes_BT)
 
 
-def head_loss_reference(x_MC, w_VC, targets_BT, weights_K, softcap):
-    losses, entropies, _ = softcapped_loss_reference(x_MC @ w_VC.T, targets_BT, weights_K, *softcap)
+def head_loss_reference(x_MC, w_VC, targets_BT, weights, softcap, prefixes_BT=None):
+    known = x_MC @ w_VC.T, targets_BT, weights
+    losses, entropies, _ = softcapped_loss_reference(*known, *softcap, prefixes_BT)
     return losses.sum(), entropies.sum().detach()
 
 
@@ -973,15 +1015,19 @@ def apply_update_reference(weight, mantissa, U_NRK, scales, added_N, lr_N, decay
 def make_mlp_forward(module, compiler):
     def forward(self, x_BTC, out_scale: float):
         down = self.down if out_scale == 1 else self.down * out_scale
-        return x_BTC + mlp(module.norm(x_BTC), self.up, down)
+        branch = mlp(module.norm(x_BTC), self.up, down)
+        return x_BTC + branch if self.adds_input else branch
 
     return forward
 
 
 def make_head_loss(module, compiler):
-    def fused(self, x_BTC, targets_BT, weights_K):
-        scales = module.HEAD_SCALES if self.float8_head else None
-        return head_loss(x_BTC.flatten(0, 1), self.head, targets_BT, weights_K, module.SOFTCAP, scales)
+    def fused(self, x_BTC, targets_BT, weights_K, prefixes_BT=None, prefix_weight=None):
+        scales, weights = module.HEAD_SCALES if self.float8_head else None, weights_K
+        if prefixes_BT is not None:
+            weights = torch.cat((weights_K, torch.zeros_like(weights_K[:1]) + prefix_weight))
+        known = x_BTC.flatten(0, 1), self.head, targets_BT, weights, module.SOFTCAP, scales
+        return head_loss(*known, prefixes_BT)
 
     return fused
 
@@ -999,7 +1045,7 @@ def polar_steps(X_NRK: Tensor, coefficients) -> Tensor:
     return X_NRK
 
 
-def covers_muon(o) -> bool:
+def covers_muon(o, c) -> bool:
     """Return whether these settings take make_step_muon: the baseline's, but for AdamW."""
     return o.optimizer != "adamw" and not hasattr(o, "ord_mode")
 
@@ -1007,21 +1053,22 @@ def covers_muon(o) -> bool:
 def make_step_muon(module, compiler):
     """Muon step in which each kernel reads each matrix-sized tensor once."""
 
-    def fused(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, mode: str):
+    def fused(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, o):
         state, mu = (grad, momentum, weight, mantissa), float(mu)
         norm = momentum_sums(*state, mu, ord=False)[:, 0].sqrt()
         scale = 1 / (module.POLAR_SAFETY * norm + module.POLAR_EPS)
         U = polar_steps(polar_input(*state, None, scale, mu), module.POLAR_COEFFICIENTS)
         scales = None
         if second_moment is not None:
-            scales, _ = row_scales(U, second_moment, module.MUON_BETA2)
-        apply_update(weight, mantissa, U, scales, None, lr_N11.flatten(), float(decay), mode)
+            scales, _ = row_scales(U, second_moment, o.muon_beta2)
+        last = lr_N11.flatten(), float(decay), o.muon_decay_mode
+        apply_update(weight, mantissa, U, scales, None, *last)
 
     fused.runs_eagerly = True
     return fused
 
 
-def covers_ord(o) -> bool:
+def covers_ord(o, c) -> bool:
     """Return whether make_step_ord knows these settings: one number per matrix for the radial part."""
     if not hasattr(o, "ord_mode"):  # the baseline's
         return False
@@ -1062,7 +1109,7 @@ def make_step_ord(module, compiler):
         X = polar_input(*state, lost.flatten(), scale.flatten(), mu)
         U, scales = polar_steps(X, module.POLAR_COEFFICIENTS), None
         if second_moment is not None:
-            scales, squares = row_scales(U, second_moment, module.MUON_BETA2)
+            scales, squares = row_scales(U, second_moment, o.muon_beta2)
         if o.spectral_scale == "unit":  # variance reduction keeps the norm of U
             if second_moment is None:
                 squares = U.float().square().sum((-2, -1))

@@ -30,7 +30,7 @@ class FastForm(NamedTuple):
     make: Callable  # (module, compiler) -> the fast function; the trainer's own is still in place then
     repeats: tuple[str, ...]  # other definitions of the trainer whose arithmetic it repeats
     fingerprint: str  # of the text of all of these
-    covers: Callable = lambda o: True  # whether it knows these optimizer settings
+    covers: Callable = lambda o, c: True  # whether it knows these optimizer settings and this model
 
 
 CPU_FORMS = (
@@ -38,12 +38,14 @@ CPU_FORMS = (
         "Attention.forward",
         cpu.make_attention_forward,
         (
-            *("Attention.__init__", "norm", "Rotary.forward", "offset_keys", "pair_heads"),
+            *("Attention.__init__", "Attention.gate_of_value", "norm", "Rotary.forward", "offset_keys"),
+            "pair_heads",
             *("Documents.doc_ids", "Documents.attend", "Documents.attend_sdpa", "Documents.make_band"),
         ),
-        "673c4c856e5b",
+        "8fe5584a8555",
+        cpu.covers_attention,
     ),
-    FastForm("MLP.forward", cpu.make_mlp_forward, ("MLP.__init__", "norm"), "28ff85897c6b"),
+    FastForm("MLP.forward", cpu.make_mlp_forward, ("MLP.__init__", "norm"), "e176c8d517db"),
     FastForm("polar_express", cpu.make_polar_express, (), "da3474ec8e1d"),
 )
 
@@ -55,10 +57,15 @@ def cuda_forms() -> tuple[FastForm, ...]:
     muon = ("orthogonalize", "polar_express", "reduce_variance", "nesterov", "with_decay")
     ord_parts = ("inner", "safe_ratio", "ord_update", "radial_factor", "ord_stats")
     return (
-        FastForm("MLP.forward", cuda.make_mlp_forward, ("MLP.__init__",), "d2251fd515d9"),
-        FastForm("GPT.head_loss", cuda.make_head_loss, ("softcap", "multi_token_loss"), "e66576f4245c"),
-        FastForm("step_muon", cuda.make_step_muon, muon, "c170ddf8c196", cuda.covers_muon),
-        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "cf9b41d26a3b", cuda.covers_ord),
+        FastForm("MLP.forward", cuda.make_mlp_forward, ("MLP.__init__",), "a960a9b66929"),
+        FastForm(
+            "GPT.head_loss",
+            cuda.make_head_loss,
+            ("softcap", "multi_token_loss", "prefix_loss"),
+            "8ceeffdc3ab4",
+        ),
+        FastForm("step_muon", cuda.make_step_muon, muon, "1bbc97bfe7e0", cuda.covers_muon),
+        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "8ffb435cb69f", cuda.covers_ord),
     )
 
 
@@ -102,7 +109,7 @@ def installed(module, s, o, compiler=lambda function: function):
     parts.
     """
     names, warnings, originals = [], [], []
-    wanted = [form for form in forms_for(s.kernels) if form.covers(o)]
+    wanted = [form for form in forms_for(s.kernels) if form.covers(o, module.PRESETS[s.model][0])]
     fits = [fingerprint(module, (form.name, *form.repeats)) == form.fingerprint for form in wanted]
     try:
         for form, form_fits in zip(wanted, fits):

@@ -19,20 +19,25 @@ import torch
 from data.shards import DataError, count_tokens, describe_shards, find_shards, own_shards
 from runtime import checkpoints
 from runtime.log_writer import refuse_existing
-from runtime.ranks import usable_cores
+from runtime.ranks import is_amd, usable_cores
 from runtime.settings import SettingsError, knobs, parse_value
+from runtime.toolchain import check_compilers
 
 MAKE_CORPUS = Path(__file__).resolve().parent.parent / "data/embedded_corpus.py"
 LEAST_VAL_TOKENS = 1024
 # Settings that decide whether data files will do; sweeps of a hundred arms have few combinations of them.
 ABOUT_DATA = ("data_path", "train_files", "val_files", "val_tokens", "val_batch_tokens", "batch_sizes")
-ABOUT_DATA += ("max_doc_tokens", "long_docs", "nproc_per_node")
+ABOUT_DATA += ("max_doc_tokens", "long_docs", "nproc_per_node", "slices", "model")
+AMD_NOTE = "this is an AMD GPU: plain torch runs, without float8, Triton kernels and varlen attention"
 
 
 def read_run(module, env) -> tuple:
     """(settings, optimizer's settings, model config, notes for the log); SettingsError says what is wrong."""
     s, o, config = module.read_settings(env)
-    s, notes = find_data(s, env, module.count_slices(1) * 16)
+    check_compilers(s)
+    s, notes = find_data(s, env, module.count_slices(s, 1) * 16)
+    if s.device == "cuda" and is_amd():
+        notes = (*notes, AMD_NOTE)
     return s, o, config, notes
 
 
@@ -138,7 +143,7 @@ def describe_run(module, s, o, model_config, train_shards, val_shards, world_siz
         "val_data": describe_shards(val_shards),
         "vocab_size": train_shards[0].vocab_size,
         "mark": train_shards[0].mark,
-        "num_slices": module.count_slices(world_size),
+        "num_slices": module.count_slices(s, world_size),
     }
 
 

@@ -36,8 +36,8 @@ KEYS = {
     "params": dict,
 }
 HINTS = {
-    "num_slices": " (as many as there are ranks, at least 8: take as many ranks as it had, or at most 8 if "
-    "it had no more)"
+    "num_slices": " (SLICES, or as many as there are ranks if that is more: take its SLICES, and as many "
+    "ranks as it had, or at most SLICES if it had no more)"
 }
 
 

@@ -5,7 +5,8 @@ measures the matrices it owns, in place, and sends only the lines. Both trainers
 asked. It reads weights and gradients and writes neither, so training is bit-identical with and without it.
 
 Each line describes the update that completes `step` (W before it, dW = W after - W before; fp32 masters):
-    step tokens layer proj shape        proj: q k v o up down; `expert` too, in a mixture of experts
+    step tokens layer proj shape        proj: q k v o up down; `expert` too, in a mixture of experts, and for
+        the groups of heads in which a model may store q and k
     entropy effective_rank stable_rank sigma_max gap      from W's full spectrum s: H = -sum p ln p with
         p = s / sum s; exp(H); ||W||_F^2 / s_1^2; s_1; s_1 / s_2
     update_entropy ... update_gap       the same of dW

@@ -80,9 +80,18 @@ def find_device(env) -> str:
     return "cuda"
 
 
+def is_amd() -> bool:
+    """Return whether this torch is built for AMD's GPUs, which it calls CUDA devices too."""
+    return torch.version.hip is not None
+
+
 def capability() -> tuple[int, int]:
-    """(major, minor) compute capability of this rank's own GPU: 9, 0 for sm_90."""
-    return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", 0)))
+    """(major, minor) compute capability of this rank's own GPU: 9, 0 for sm_90.
+
+    0, 0 for AMD's: its numbers mean other things. An MI300 says 9, 4, has no Hopper kernels, and another
+    format of float8.
+    """
+    return (0, 0) if is_amd() else torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", 0)))
 
 
 class Done:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from runtime import checkpoints
 from runtime.compiling import graphs_compiled
+from runtime.gauges import REPEATS, Utilization, matmul_flops, peak_memory_mib
 from runtime.log_writer import source_hash
 from runtime.manifold import Manifold  # always imported, so that the log's header holds its source
 from runtime.sharding import check_all, export_all, restore_all
@@ -64,7 +65,8 @@ class Session:
 
     trainer: has model (its `head` has a row for each token), schedule and optimizer (with buckets);
         go_to(step), which makes it what it was then but for the optimizer's state;
-        log_fields(step, full) and validation_fields(), dicts, by collectives; model_metadata(), a dict.
+        log_fields(step, full) and validation_fields(), dicts, by collectives; model_metadata(), a dict;
+        flop_per_token(step), of the forward and backward pass.
     data: has position, a tuple of integers, and seek(position).
     """
 
@@ -80,6 +82,7 @@ class Session:
         self.target_reached = False
         self.stop_agreed = False  # by all ranks
         self.pending = None  # the train_loss line that a GPU has not finished computing
+        self.utilization = None  # on a device whose rate was measured
         self.highest_loss = self.s.diverged_above or 2 * math.log(trainer.model.head.shape[0])
         self.manifold = None
         if self.s.manifold_every:
@@ -98,8 +101,18 @@ class Session:
             return range(0)
         if self.manifold:
             self.manifold.go_on(self.first_step)
+        if self.ranks.device.type == "cuda":  # other work changes what a CPU can do from second to second
+            self.utilization = self.measure_rate()
         self.clock.start()
         return range(self.first_step, self.num_steps + 1)
+
+    def measure_rate(self) -> Utilization:
+        """Time the device's own product in the type of the model, on all ranks at once."""
+        dtype = torch.bfloat16 if self.ranks.device.type == "cuda" else torch.float32
+        flops = torch.tensor(matmul_flops(self.ranks.device, dtype, REPEATS), device=self.ranks.device)
+        self.ranks.all_reduce(flops).wait()
+        self.log.event("matmul_rate", tflops_a_rank=f"{float(flops) / self.ranks.world_size / 1e12:.1f}")
+        return Utilization(float(flops), self.clock.ms())
 
     @contextlib.contextmanager
     def off_the_clock(self):
@@ -115,7 +128,7 @@ class Session:
     def note_validation(self, step: int, loss: float, accuracy: float):
         """Report a validation; call it off the clock. Raises Diverged."""
         self.validated_step, ms = step, self.clock.ms()
-        fields = {"val_acc": f"{accuracy:.5f}", **self.trainer.validation_fields()}
+        fields = {"val_acc": f"{accuracy:.5f}", **self.trainer.validation_fields(), **self.gauges(ms)}
         self.write_step(step, {"val_loss": f"{loss:.5f}"}, self.tokens, ms, fields, full=True)
         self.log.say(
             f"step {step:>5}/{self.num_steps}  validation loss {loss:.4f}, {accuracy:.1%} of tokens right, "
@@ -126,6 +139,13 @@ class Session:
             self.target_reached = True
             self.log.event("target_reached", step=step, target=self.s.target_loss, val_loss=f"{loss:.5f}")
         self.note_compilation(step)
+
+    def gauges(self, ms: float) -> dict:
+        """Fields of a validation's line: peak memory of any rank and, on CUDA, MFU. A collective."""
+        peaks = list(peak_memory_mib(self.ranks).values())  # the device's own comes last
+        fields = {"peak_mem_mb": f"{peaks[-1]:.0f}"}
+        mfu = self.utilization and self.utilization.take(ms)
+        return {**fields, "mfu": f"{mfu:.4f}"} if mfu else fields
 
     def should_leave(self, step: int) -> bool:
         """Save a checkpoint if one is due. Return True if the run ends here: finished, or asked to stop."""
@@ -151,6 +171,8 @@ class Session:
         rank alone may have received, travels with the loss: all ranks see it at the same step.
         """
         self.tokens += batch_tokens
+        if self.utilization:
+            self.utilization.add(batch_tokens * self.trainer.flop_per_token(step - 1))
         if self.manifold:
             self.manifold.measure(step, self.tokens)
         self.flush()
@@ -300,7 +322,7 @@ class Session:
 
     def model_metadata(self) -> dict:
         """Facts needed to build the model, and to run it."""
-        config = {
-            key: self.config[key] for key in ("vocab_size", "mark", "residual_scale") if key in self.config
-        }
-        return {"config": self.config["model_config"], **config, **self.trainer.model_metadata()}
+        names = ("vocab_size", "mark", "residual_scale", "row_tokens")
+        facts = {name: self.config[name] for name in names if name in self.config}
+        facts |= {"script": self.script.name, "config": self.config["model_config"]}
+        return {**facts, **self.trainer.model_metadata()}

@@ -149,6 +149,13 @@ class Bucket:
         self.count = other.count
 
 
+def gradient_norm(buckets: list[Bucket], ranks: Ranks) -> Tensor:
+    """Norm of all that these buckets' reduced gradients hold, 0-d. A collective."""
+    total = torch.stack([b.square_norm() for b in buckets]).sum()
+    ranks.all_reduce(total).wait()
+    return total.sqrt()
+
+
 def step_adamw(weight, mantissa, grad, state: dict, count, lr, decay: float, betas: tuple, eps: float):
     """One AdamW step (arXiv 1711.05101) on a shard, in place."""
     W = read_master(weight, mantissa)
@@ -231,6 +238,7 @@ class ShardedOptimizer:
         self.buckets = [make(role, params, ranks, role == "matrix") for (role, _), params in groups.items()]
         self.ranks, self.stacks = ranks, [b for b in self.buckets if b.stacked]
         self.before_update = None  # called when all gradients are reduced and none has been used
+        self.measure, self.grad_norm = False, None  # whether the next step takes its gradient's norm; that
 
     def update(self, bucket: StateBucket, *rates):
         """Move this rank's part of a bucket."""
@@ -243,6 +251,8 @@ class ShardedOptimizer:
             bucket.reduce()
         if self.before_update:
             self.before_update()
+        if self.measure:
+            self.grad_norm = gradient_norm(self.buckets, self.ranks)
         for bucket in self.buckets:
             bucket.work.wait()
             bucket.count += 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.shards import Shard, TokenStream, check_stream, first_batches, open_pair
+from runtime.flops import flop_per_token, plain
 from runtime.prefetch import to_device
 from runtime.ranks import Ranks
 from runtime.session import Session
@@ -19,7 +20,7 @@ from runtime.settings import SettingsError
 Passes = list[tuple[Tensor, Tensor]]  # inputs and targets, each (rows, row_tokens)
 
 
-def count_slices(world_size: int) -> int:
+def count_slices(s, world_size: int) -> int:
     """Number of slices in a global batch: it is one, whatever the number of ranks."""
     return 1
 
@@ -77,6 +78,7 @@ class StreamRun:
             if session.should_leave(step):
                 break
             session.expect_update(step + 1)
+            self.optimizer.measure = self.schedule.validates(step + 1)
             loss_sum = self.step(step, self.cut(self.data.next()))
             session.note_update(step + 1, loss_sum, self.s.batch_tokens)
         return step
@@ -106,8 +108,15 @@ class StreamRun:
 
     def log_fields(self, step: int, full: bool) -> dict:
         """Fields of the line about the update of `step`, in the log's order. A collective if full."""
-        lr_mul = f"{self.schedule.lr_mul(step):.4f}"
-        return {"lr_mul": lr_mul, **self.optimizer.log_fields(full), "batch_size": self.s.batch_tokens}
+        fields = {"lr_mul": f"{self.schedule.lr_mul(step):.4f}", **self.optimizer.log_fields(full)}
+        if full and self.optimizer.grad_norm is not None:
+            fields["grad_norm"] = f"{float(self.optimizer.grad_norm) / self.s.batch_tokens:.6g}"
+        return {**fields, "batch_size": self.s.batch_tokens}
+
+    def flop_per_token(self, step: int) -> float:
+        """FLOP of a token's forward and backward pass."""
+        c, row_tokens = self.start.model_config, self.s.row_tokens
+        return flop_per_token(plain(c, row_tokens), [row_tokens], self.start.config["vocab_size"])
 
     def validation_fields(self) -> dict:
         return {}

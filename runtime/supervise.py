@@ -6,7 +6,7 @@ A trainer is a module that offers:
     presets()                            -> {name: (description, {setting: default that the preset changes})}
     read_settings(env)                   -> (settings, optimizer settings, model config); raises SettingsError
     open_data(settings, world_size)      -> (training shards, validation shards); raises ValueError
-    count_slices(world_size)             -> slices of a global batch
+    count_slices(settings, world_size)   -> slices of a global batch
     ModelConfig                          the model config's dataclass
     Schedule(settings, model config)     with .num_steps
     rehearse(start, stop)                compiles what the run will need
@@ -15,6 +15,7 @@ A trainer is a module that offers:
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ import torch.distributed as dist
 
 from kernels import attention, fast_forms
 from runtime import checking, checkpoints
-from runtime.compiling import CACHE_HELP, choose_allocator, compiler_for
+from runtime.compiling import CACHE_HELP, choose_allocator, compiler_for, graphs_compiled
 from runtime.log_writer import LogWriter, last_event, provenance, show, source_hash
 from runtime.ranks import Ranks, check_launch, refuse_together
 from runtime.session import Diverged
@@ -314,14 +315,23 @@ class Supervisor:
                 f"{self.ranks.device.type}, log {log.path}"
             )
             if s.compile == "1" or s.device == "cuda":
-                log.say("rehearsing every stage (compiles; not counted as training time)")
-                self.module.rehearse(start, self.stop)
+                self.rehearse()
             run = self.module.Run(start, self.stop)
             if start.origin.has_checkpoint:
                 run.session.resume(start.origin.contents)
-            step = run.train()
+            with short_collections():
+                step = run.train()
             self.watch.over.set()
             return run.session.end(step)
+
+    def rehearse(self):
+        """Compile what the run will need, and log how long that took."""
+        self.log.say("rehearsing every stage (compiles; not counted as training time)")
+        began, before = time.monotonic(), graphs_compiled()
+        self.module.rehearse(self.start, self.stop)
+        seconds, graphs = time.monotonic() - began, graphs_compiled() - before
+        self.log.event("rehearsed", seconds=f"{seconds:.1f}", graphs=graphs)
+        self.log.say(f"rehearsed in {seconds:.0f} s: {graphs} graphs compiled, or read from the cache")
 
     def on_error(self, error: BaseException):
         """Say in the log what happened, from the rank whose error it is."""
@@ -352,6 +362,21 @@ class Supervisor:
         if last_event(self.log.path) != "crashed":
             rank = next(iter(missing), culprit)
             self.log.end("crashed", from_any_rank=True, rank=rank, error=json.dumps(reason))
+
+
+@contextlib.contextmanager
+def short_collections():
+    """Spare the garbage collector what exists now: modules, model, compiled code.
+
+    A full collection looks at every object, 0.2 s once the compiler's modules are loaded, and one rank's
+    makes all ranks wait. What a step leaves behind is still collected.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def is_cut_off(error: BaseException) -> bool:

@@ -98,11 +98,11 @@ def base_env(shards: Path, **settings) -> dict:
         DATA_PATH=str(shards),
         TRAIN_FILES="made_train_*.bin",
         VAL_FILES="made_val_*.bin",
-        VAL_TOKENS="16384",
-        VAL_BATCH_TOKENS="8192",
+        VAL_TOKENS="4096",
+        VAL_BATCH_TOKENS="2048",
         VAL_LOSS_EVERY="5",
         NUM_SCHEDULED_ITERATIONS="14",
-        BATCH_SIZES="2048,2048,4096,4096",
+        BATCH_SIZES="1024,1024,2048,2048",
         MUON_WARMUP_STEPS="5",
         OMP_NUM_THREADS="1",
     )
@@ -111,13 +111,16 @@ def base_env(shards: Path, **settings) -> dict:
 
 
 def run(cwd: Path, script: str, env: dict, ranks: int = 1, extra: tuple = ()) -> subprocess.CompletedProcess:
-    """One run in folder cwd; ranks=0 is plain python without torchrun."""
-    return subprocess.run(
-        command(script, ranks, extra), cwd=cwd, env=env, capture_output=True, text=True, timeout=300
-    )
+    """One run in folder cwd: plain python, forked ranks or, with its options in `extra`, torchrun."""
+    if ranks and not extra:
+        argv = [sys.executable, str(ROOT / "tests" / "fork_ranks.py"), str(ranks), str(ROOT / script)]
+    else:
+        argv = command(script, ranks, extra)
+    return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def command(script: str, ranks: int, extra: tuple = ()) -> list[str]:
+    """Start by torchrun; ranks=0 is plain python without it."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", *(extra or ("--standalone",)))
     return [
         *(torchrun if ranks else ()),

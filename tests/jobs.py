@@ -170,13 +170,13 @@ class Job:
 
 
 def lines(log: Path) -> dict[int, list[str]]:
-    """Lines of each step, without times; of steps done twice, those after the run was resumed."""
+    """Lines of each step, without times and memory; of steps done twice, those after the run was resumed."""
     out, keep = {}, re.compile(r"^(?:step:(\d+)/\d+ (.*)|event:resumed step:(\d+) .*)$", re.M)
     for step, rest, resumed in keep.findall(log.read_text()):
         if resumed:
             out = {step: found for step, found in out.items() if step <= int(resumed)}
             continue
-        text = re.sub(r"train_time:\S+ step_avg:\S+ ", "", rest)
+        text = re.sub(r"train_time:\S+ step_avg:\S+ | peak_mem_mb:\S+", "", rest)
         out.setdefault(int(step), {})[text.partition(":")[0]] = text
     return {step: sorted(kinds.values()) for step, kinds in out.items()}
 

@@ -39,10 +39,14 @@ def names_of(*settings, scripts=None):
             [{"muon_lr": lr, "warmup_steps": steps} for lr, steps in ((1, 0), (2, 0), (1, 9))],
             ["muon_lr=1 warmup_steps=0", "muon_lr=2", "warmup_steps=9"],
         ),
+        (
+            [{"a": 1, "b": 1, "c": 1, "d": 1}, *({"a": 1, "b": 1, "c": 1, "d": 1, x: 2} for x in "abcd")],
+            ["d=1, else as most", "a=2", "b=2", "c=2", "d=2"],
+        ),
         ([{}], ["run0"]),
         ([{"model_facts": {"width": 1}}, {"model_facts": {"width": 2}}], ["run0", "run1"]),
     ],
-    ids=["one", "tied", "grid", "missing", "one at a time", "alone", "nested"],
+    ids=["one", "tied", "grid", "missing", "one at a time", "like most", "alone", "nested"],
 )
 def test_the_fewest_settings_that_tell_a_run_apart(settings, names):
     """Names that are all alike, or 250 characters long, say nothing."""

@@ -27,29 +27,6 @@ def test_the_settings_page_is_what_help_prints():
     assert shown == text, "write docs/settings.md again; it says how"
 
 
-PAGES = [ROOT / "README.md", ROOT / "data/README.md", *(ROOT / "docs").glob("*.md")]
-SHARED_OPTIONS = ("analysis/command_line.py", "data/tokenizing.py", "data/hub.py")
-
-
-def test_every_documented_command_works_as_written():
-    """Fails if a page names a script or an option that is not there, or needs an activated environment."""
-    commands = []
-    for page in PAGES:
-        text = re.sub(r"^```text$.*?^```$", "", page.read_text(), flags=re.S | re.M)
-        commands += re.findall(r"([\w./-]*\bpython) (-m \S+|\S+\.py)([^`#\n|]*)", text)
-        assert not re.search(r"(?<![\w/.-])torchrun --", text), page
-    assert len(commands) > 40
-    shared = "".join((ROOT / name).read_text() for name in SHARED_OPTIONS)
-    for python, script, arguments in commands:
-        if script.startswith("-m"):
-            continue
-        shown = f"{python} {script}{arguments}"
-        assert python == ".venv/bin/python" and (ROOT / script).is_file(), shown
-        known = (ROOT / script).read_text() + shared
-        for option in re.findall(r"(?<=\s)--[a-z][a-z-]+", arguments):
-            assert f'"{option}"' in known or option == "--help", shown
-
-
 @pytest.mark.parametrize("setting", ON)
 def test_a_worked_idea_applies_and_trains(setting, shards, tmp_path):
     """Applied to a copy, it changes nothing while it is off, and the losses when it is on."""

@@ -185,7 +185,7 @@ def load(tmp_path, monkeypatch):
             "F.layer_norm(x, (x.size(-1),))",
             {"MLP.forward", "Attention.forward"},
         ),
-        ("(groups, 2, -1)", "(groups, -1, 2)", {"Attention.forward"}),
+        ("qk = pair_heads(qk, groups=2)", "qk = pair_heads(qk, groups=1)", {"Attention.forward"}),
         ("        A = X @ X.mT\n", "        A = X @ X.mT + 0\n", {"polar_express"}),
         (NEXT, "polar_express = nn.Identity()\n\n\n" + NEXT, {"polar_express"}),
         (

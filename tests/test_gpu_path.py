@@ -4,6 +4,7 @@ reductions start with the last gradient, choices depend on the device."""
 import gc
 import importlib
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -26,6 +27,7 @@ from helpers import (
     small_model,
     write_shard,
 )
+from torch.nn.attention import varlen
 
 import train_gpt
 import train_gpt_muon_ord
@@ -38,7 +40,7 @@ from runtime.compiling import graphs_compiled
 from runtime.log_writer import LogWriter
 from runtime.prefetch import Prefetcher
 from runtime.settings import SettingsError
-from runtime.supervise import Start, StopRequest
+from runtime.supervise import Start, StopRequest, Supervisor
 
 STAGES = dict(
     num_layers=3,
@@ -56,8 +58,8 @@ STAGES = dict(
 
 def staged_start(trainer, folder, **settings):
     """A Start as supervise.prepare makes it: a model with everything, four stages that all differ in shape,
-    documents of all lengths, a validation after every step. The longest documents of validation are in its
-    second batch."""
+    documents of all lengths, a validation after every step, and small passes, so that a step has several, of
+    different numbers of slices. The longest documents of validation are in its second batch."""
     write_shard(folder / "made_train_0.bin", make_text(60_000))
     val = make_text(2500, 1, longest=60), make_text(6500, 2)
     write_shard(folder / "made_val_0.bin", np.concatenate(val))
@@ -74,6 +76,7 @@ def staged_start(trainer, folder, **settings):
         NUM_SCHEDULED_ITERATIONS=9,
         NUM_EXTENSION_ITERATIONS=3,
         COMPILE=1,
+        PASS_TOKENS=400,
         **settings,
     )
     config, ranks = small_config(trainer, **STAGES), lone_ranks(trainer)
@@ -85,8 +88,7 @@ def staged_start(trainer, folder, **settings):
 @pytest.fixture
 def traced_only(monkeypatch):
     """torch.compile by dynamo alone: the graphs it makes are what would be compiled. Attention asks, as
-    varlen's does, for the longest document, a constant of the graph. Passes are small, so that a step has
-    several, of different numbers of slices."""
+    varlen's does, for the longest document, a constant of the graph."""
     torch._dynamo.reset()
     attend = attention.Documents.attend
 
@@ -99,8 +101,6 @@ def traced_only(monkeypatch):
     monkeypatch.setattr(attention.Documents, "attend", ask_longest)
     for module in (compiling, *TRAINERS):
         monkeypatch.setattr(module, "torch_compile", by_dynamo)
-    for trainer in TRAINERS:
-        monkeypatch.setattr(trainer, "PASS_TOKENS", 400)
     with torch._dynamo.config.patch(recompile_limit=compiling.MAX_VARIANTS):
         yield
     torch._dynamo.reset()
@@ -119,9 +119,12 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thre
 
     monkeypatch.setattr(trainer.Trainer, "__init__", remember)
     before = graphs_compiled()
-    trainer.rehearse(start, StopRequest())
+    parts = SimpleNamespace(log=start.log, module=trainer, start=start, stop=StopRequest())
+    Supervisor.rehearse(parts)
     rehearsed = graphs_compiled()
     assert rehearsed - before > 15
+    (said,) = re.findall(r"^event:rehearsed seconds:(\S+) graphs:(\d+)$", start.log.path.read_text(), re.M)
+    assert float(said[0]) > 0 and int(said[1]) == rehearsed - before
     gc.collect()
     assert [t() for t in made] == [None], "the rehearsal's trainer is still there"
     run = trainer.Run(start, StopRequest())
@@ -279,12 +282,6 @@ def test_gpus_that_torch_cannot_use_are_not_passed_over(device, monkeypatch):
     assert train_gpt.read_settings({"MODEL": "tiny", "DEVICE": "cpu"})[0].device == "cpu"
 
 
-def same_heads(q, k) -> dict:
-    """No option at all; an error where torch 2.11's varlen attention would end in one."""
-    assert q.shape[1] == k.shape[1]
-    return {}
-
-
 def rounded(x):
     """x as bfloat16 holds it."""
     return x.bfloat16().float()
@@ -346,22 +343,18 @@ class VarlenOnCPUWhere(VarlenOnCPU):
         return super().forward(*args, **kwargs)
 
 
-has_gqa = pytest.mark.skipif(not attention.VARLEN_SHARES_KEYS, reason="torch 2.11")
-
-
-@pytest.mark.parametrize("shares_keys", [pytest.param(True, marks=has_gqa), False])
-def test_a_wrong_attention_kernel_is_found_out(shares_keys, monkeypatch):
+def test_a_wrong_attention_kernel_is_found_out(monkeypatch):
     """Else a package built for another torch trains a run on wrong numbers.
 
     torch 2.11's varlen attention takes only as many key heads as query heads.
     """
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(attention, "VARLEN_SHARES_KEYS", shares_keys)
-    if not shares_keys:
-        takes_all = attention.varlen_attn
-        monkeypatch.setattr(
-            attention, "varlen_attn", lambda q, k, v, *a, **o: takes_all(q, k, v, *a, **o | same_heads(q, k))
-        )
+    cpu, takes_all = torch.device("cpu"), varlen.varlen_attn
+
+    def takes_same_heads(q, k, v, *args, scale, window_size):
+        assert q.shape[1] == k.shape[1] == v.shape[1]
+        return takes_all(q, k, v, *args, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", takes_same_heads)
     for kernels, wrong in (
         (VarlenOnCPU(), None),
         (VarlenOnCPU(forward_off=1), "output is off by 9% for heads of 128 and a window of 64"),

@@ -12,7 +12,7 @@ import pytest
 import sync_twins
 
 ROOT = Path(sync_twins.__file__).resolve().parent
-TRAINER_LINES = {"train_gpt.py": 1600, "train_gpt_muon_ord.py": 1850, "train_gpt_simple.py": 500}
+TRAINER_LINES = {"train_gpt.py": 1850, "train_gpt_muon_ord.py": 2100, "train_gpt_simple.py": 500}
 FENCE_LINES = {"train_gpt.py": 25, "train_gpt_muon_ord.py": 350}
 FUNCTION_LINES = 60
 PACKAGES = ("runtime", "kernels", "analysis", "data")
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "data": {"data"},
     "commands": {"analysis"},
 }
-COMMANDS_OF_A_TRAINER = {"sample.py": {"train_gpt", "kernels"}}  # it runs the model
+WITH_A_MODEL = {"sample.py": {"runtime"}, "evaluate_model.py": {"runtime"}}  # commands that run one
 NO_GOOD_BEGINNING = re.compile(
     r"(Of|By|In|To|For|From|With|At|On|What|Where|Which|Whether|Who|How|Until|As|Before|After|If|Than)\b"
 )
@@ -104,7 +104,7 @@ def test_imports_go_one_way():
         kind = parent
         if parent == ".":
             kind = "trainers" if path.name in TRAINER_LINES else "commands"
-        allowed = MAY_IMPORT[kind] | COMMANDS_OF_A_TRAINER.get(path.name, set())
+        allowed = MAY_IMPORT[kind] | WITH_A_MODEL.get(path.name, set())
         wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in imported(path) - allowed]
     assert not wrong, "\n".join(wrong)
 

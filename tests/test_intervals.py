@@ -8,7 +8,7 @@ import math
 import pytest
 
 from analysis import style
-from analysis.intervals import Mark, draw_mark, explain, limits_of, mark_of
+from analysis.intervals import draw_mean
 from analysis.stats import summarize
 from analysis.tables import as_csv, as_json, format_difference, format_interval, format_loss, format_p
 
@@ -32,20 +32,20 @@ def points(ax, horizontal=False):
     return found
 
 
-def mark(losses, at=2.0):
-    return mark_of(at, summarize(losses), losses, "#0072B2", "o")
+def draw(ax, losses, **kwargs):
+    found = summarize(losses)
+    look = {"color": "#0072B2", "marker": "o"}
+    draw_mean(ax, 2.0, found.mean, found.low, found.high, found.n, look, losses, **kwargs)
+    return found
 
 
 @pytest.mark.parametrize("horizontal", [False, True])
 def test_a_mean_with_its_interval_and_runs(ax, horizontal):
     """The interval is that of the statistics, on the axis of values; all runs are there."""
-    draw_mark(ax, mark(LOSSES), (3.0, 3.5), horizontal=horizontal)
-    found = summarize(LOSSES)
+    found = draw(ax, LOSSES, horizontal=horizontal)
     assert ("o", 2.0, pytest.approx(found.mean)) in points(ax, horizontal)
-    (bar,) = [b for collection in ax.collections for b in collection.get_segments()]
-    assert bar[:, 0 if horizontal else 1].tolist() == pytest.approx([found.low, found.high])
-    runs = next(line for line in ax.lines if len(line.get_xdata()) == len(LOSSES))
-    assert list(runs.get_xdata() if horizontal else runs.get_ydata()) == LOSSES
+    values = [list(line.get_xdata() if horizontal else line.get_ydata()) for line in ax.lines]
+    assert [found.low, found.high] in values and LOSSES in values
 
 
 @pytest.mark.parametrize(
@@ -53,42 +53,23 @@ def test_a_mean_with_its_interval_and_runs(ax, horizontal):
 )
 def test_few_runs_have_no_interval(ax, losses, bars, hollow):
     """An interval of two runs would be wider than the plot; a single run is hollow."""
-    draw_mark(ax, mark(losses))
-    assert sum(len(c.get_segments()) for c in ax.collections) == bars
+    draw(ax, losses)
+    assert sum(line.get_linestyle() == "-" for line in ax.lines) == bars
     face = next(line for line in ax.lines if line.get_marker() == "o").get_markerfacecolor()
     assert (face == "white") == hollow
 
 
 @pytest.mark.parametrize(
-    "horizontal, mean, marker", [(False, 9, "^"), (False, 1, "v"), (True, 9, ">"), (True, 1, "<")]
+    "values, scale", [([-0.0002, 0.001, 0.35], "symlog"), ([-0.02, 0.01, 0.03], "linear"), ([], "linear")]
 )
-def test_beyond_the_limits_there_is_an_arrow_with_the_value(ax, horizontal, mean, marker):
-    """Drawn at its place, it would flatten all others; left out, it would be forgotten."""
-    lost = Mark(2.0, float(mean), math.nan, math.nan, 1, "black", "o")
-    draw_mark(ax, lost, (3.0, 4.0), "{:+.2f}", horizontal)
-    ((shape, at, value),) = points(ax, horizontal)
-    assert (shape, at) == (marker, 2.0) and 3.0 < value < 4.0
-    assert [text.get_text() for text in ax.texts] == [f"{mean:+.2f}"]
-
-
-def test_limits_show_the_better_half():
-    """Losses: low is better. Accuracies: high is. One lost value flattens nobody."""
-    values = [mark([x]) for x in (3.0, 3.1, 3.2, 9.0)]
-    low, high = limits_of(values)
-    assert low < 3.0 and 3.2 < high < 4
-    low, high = limits_of([mark([-x]) for x in (3.0, 3.1, 3.2, 9.0)], higher_is_better=True)
-    assert high > -3.0 and -4 < low < -3.2
-    assert limits_of([]) == (0, 1) and limits_of([mark([])]) == (0, 1)
-
-
-def test_the_key_names_what_is_there():
-    assert explain([mark([3.2])]) == ["hollow: a single run"]
-    assert explain([mark([3.1, 3.3])]) == ["dots: runs", "no interval from two"]
-    assert explain([mark(LOSSES), mark([3.2])]) == [
-        "bars: 95% interval",
-        "dots: runs",
-        "hollow: a single run",
-    ]
+def test_small_and_large_differences_share_an_axis(ax, values, scale):
+    """A linear axis that shows +0.35 shows nothing of -0.0002; signs are written."""
+    step = style.scale_signed(ax, "x", values)
+    assert ax.get_xscale() == scale and (not values or step <= min(map(abs, values)))
+    ax.set_xlim(-0.5, 0.5)
+    ax.figure.canvas.draw()
+    labels = {label.get_text() for label in ax.get_xticklabels()}
+    assert "0" in labels and all(text[:1] in "0+-" for text in labels)
 
 
 def test_unknown_numbers_are_written_so():

@@ -36,7 +36,7 @@ def test_auto_is_the_devices_own(trainer, monkeypatch):
 
 def test_kernels_asked_for_and_not_to_be_had_are_refused(monkeypatch):
     """Fails if there is a silent fallback: whoever asked for the kernels would report wrong timings."""
-    with pytest.raises(SettingsError, match="KERNELS=triton, but no CUDA device"):
+    with pytest.raises(SettingsError, match="KERNELS=triton, but no NVIDIA GPU"):
         read(train_gpt, KERNELS="triton")
     with pytest.raises(SettingsError, match="KERNELS=triton, but triton is not installed"):
         settings_on_cuda(train_gpt, monkeypatch, (9, 0), installed=False, KERNELS="triton")

@@ -404,7 +404,7 @@ def test_a_sweep_and_a_monitor_on_the_same_logs(place):
     process, monitor, seen = launch_process(sweep_file(text)), Monitor(Path("logs")), set()
     while process.poll() is None:
         for row in monitor.poll():
-            begun = row.num_steps is not None  # else its log is there, but has no whole line yet
+            begun = row.run.num_steps is not None  # else its log is there, but has no whole line yet
             assert row.state in (("running", "finished") if begun else ("running", "unknown")), row
             seen.add(row.state)
         if "running" in seen:

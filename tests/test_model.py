@@ -20,6 +20,7 @@ import train_gpt
 from kernels import cpu
 from kernels.attention import Documents
 from kernels.float8 import Float8Linear
+from kernels.ngrams import hash_ngrams
 
 DOCUMENTS = [[0, 5, 6, 20], [0, 11, 31]]  # where documents begin in the two slices of 32 tokens
 
@@ -558,7 +559,7 @@ def test_ngram_rows(rows, vocab_size, num_tokens):
     tokens = np.random.default_rng(0).integers(0, vocab_size, (2, num_tokens)).astype(np.int32)
     tokens[0, :4] = [vocab_size - 1, 0, vocab_size - 1, vocab_size - 1][:num_tokens]
     multipliers = np.array([36313, 27191, 40693, 32467, 24281], dtype=np.int32)
-    for length, got in zip((2, 5, 3), train_gpt.hash_ngrams(torch.tensor(tokens), (2, 5, 3), rows)):
+    for length, got in zip((2, 5, 3), hash_ngrams(torch.tensor(tokens), (2, 5, 3), rows)):
         got = got.numpy()
         assert got.shape == tokens.shape and (got[:, : length - 1] == rows - 1).all()
         assert (got >= 0).all() and (got < rows).all()

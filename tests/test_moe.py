@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +15,9 @@ from analysis.run_log import read_log
 from kernels import experts
 from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing
+from runtime import flops
 from runtime.compiling import graphs_compiled, not_compiled, torch_compile
 from runtime.settings import SettingsError
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import flops  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -231,7 +227,7 @@ def noise_of_step(run, step, batches) -> list:
     """Noise that each pass of a training step gets; nothing is learned."""
     seen, loss = [], torch.zeros((), requires_grad=True)
 
-    def train_loss(batch, windows, tied, weights, noise):
+    def train_loss(batch, windows, tied, weights, noise, prefix_weight):
         seen.append(noise)
         return loss, loss.detach()
 

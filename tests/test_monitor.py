@@ -1,20 +1,27 @@
 """monitor_runs: the table is right, plain where it must be, and cheap for a thousand logs."""
 
 import contextlib
+import fcntl
+import io
 import json
 import math
 import os
 import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from logs_for_tests import header, make_log, step_lines
+from rich.console import Console
+from sweeps_for_tests import make_sweep
 
 import monitor_runs
 from analysis import manifest, run_log
@@ -36,12 +43,21 @@ def write(folder, name, text, age_s=0.0):
 
 
 def by_name(rows):
-    return {row.run_id: row for row in rows}
+    return {row.run.run_id: row for row in rows}
 
 
-def shown(rows, monitor, width=160, height=None, plain=False):
-    lines = monitor_runs.text_lines(rows, monitor, width, height, plain)
-    return ["".join(text for text, _ in line).rstrip() for line in lines]
+def records(monitor):
+    """Record of each run, as shown."""
+    return {row.run.run_id: Namespace(**monitor_runs.record_of([row], False)) for row in monitor.poll()}
+
+
+def shown(monitor, width=160, height=sys.maxsize, **options):
+    """The lines of the table."""
+    options = Namespace(**{"arms": False, "by_loss": False, "filter": "", **options})
+    table = monitor_runs.display(monitor, monitor.poll(), options, width, height)
+    text = io.StringIO()
+    Console(file=text, width=width, color_system=None).print(table)
+    return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -66,8 +82,9 @@ def test_states(tmp_path):
     write(tmp_path, "compiles", header("compiles", num_steps=STEPS), age_s=1000)  # compiling takes minutes
     slow = make_log("slow", end_event="", ms=60_000.0, **half)  # a minute a step: 1000 s are no silence
     write(tmp_path, "slow", slow, age_s=1000)
-    rows = Monitor(tmp_path, stalled_after=300).poll()
-    assert {row.run_id: row.state for row in rows} == {
+    monitor = Monitor(tmp_path, stalled_after=300)
+    rows = monitor.poll()
+    assert {row.run.run_id: row.state for row in rows} == {
         "runs": "running",
         "stalls": "stalled",
         "ends": "finished",
@@ -77,16 +94,11 @@ def test_states(tmp_path):
         "compiles": "running",
         "slow": "running",
     }
-    assert {row.run_id for row in rows[:4]} == {"runs", "stalls", "compiles", "slow"}  # what runs comes first
-    text = "\n".join(shown(rows, monitor_of(tmp_path)))
-    assert "crashes crashed: no memory: 5 GiB" in text and "diverges diverged: step 100" in text
-    assert "stalls stalled: no line for" in text
-
-
-def monitor_of(folder):
-    monitor = Monitor(folder)
-    monitor.poll()
-    return monitor
+    # what is under way comes first, by name, so that lines stay where they are; then what ended last
+    assert [row.run.run_id for row in rows[:4]] == ["compiles", "runs", "slow", "stalls"]
+    text = "\n".join(shown(monitor))
+    assert "seed 1 crashed: no memory: 5 GiB" in text and "seed 1 diverged: step 100" in text
+    assert "seed 1 stalled: no line for" in text
 
 
 def test_numbers_of_a_run(tmp_path):
@@ -99,15 +111,29 @@ def test_numbers_of_a_run(tmp_path):
         for step in range(1001, 1101)
     )
     write(tmp_path, "run", text)
-    (row,) = Monitor(tmp_path).poll()
-    run = read_log(tmp_path / "run.txt")[0]
+    monitor = Monitor(tmp_path)
+    row, run = records(monitor)["run"], read_log(tmp_path / "run.txt")[0]
     assert (row.seed, row.step, row.num_steps, row.val_step) == (7, 1100, 1600, 1000)
     assert (row.val_loss, row.best_val_loss, row.train_loss) == (run.final_val_loss, run.best_val_loss, 3.5)
     assert row.ms_per_step == 100 and row.tokens_per_s == pytest.approx(40_960)
     assert row.seconds_left == pytest.approx(50) and row.train_time_s == pytest.approx(60)
-    assert row.share == 1100 / 1600
-    line = shown([row], monitor_of(tmp_path))[2]
-    assert "1100/1600" in line and f"{run.final_val_loss:.4f}" in line and "50.0 s" in line and "41k" in line
+    line = shown(monitor)[2]
+    assert (
+        "1100/1600" in line and f"{run.final_val_loss:.4f}" in line and "50.0 s" in line and "40960" in line
+    )
+
+
+def test_memory_and_use_of_the_gpu_where_they_are_logged(tmp_path):
+    """Their columns are there if a run logs them, and take no room if none does."""
+    extra = " peak_mem_mb:33012 mfu:0.412 grad_norm:0.731"
+    write(tmp_path, "old", make_log("old", num_steps=STEPS))
+    names = ("peak MiB", "MFU", "grad norm")
+    assert not any(name in shown(Monitor(tmp_path), 250)[1] for name in names)
+    write(tmp_path, "new", re.sub("( val_loss:.*)", rf"\1{extra}", make_log("new", 2, num_steps=STEPS)))
+    lines = shown(Monitor(tmp_path), 250)
+    assert all(name in lines[1] for name in names)
+    found = {line.split()[2]: line.split()[-3:] for line in lines[2:]}  # by seed
+    assert found == {"1": ["-", "-", "-"], "2": ["33012", "0.412", "0.731"]}
 
 
 def planned(run_id, tag, seed=1, **more):
@@ -131,23 +157,23 @@ def test_difference_to_the_control(tmp_path):
     (tmp_path / "broken.sweep.json").write_text("{")
     (tmp_path / "odd.sweep.json").write_text('{"runs": [1, {"tag": "x"}], "control": null}')
     monitor = Monitor(tmp_path)
-    rows = by_name(monitor.poll())
+    rows = records(monitor)
     runs = {name: read_log(tmp_path / f"{name}.txt")[0] for name in rows}
     at = runs["c2"].val.step.tolist().index(100)
     assert rows["t2"].difference == runs["t2"].val.loss[-1] - runs["c2"].val.loss[at]
     assert rows["t2"].control == "c2" and (rows["t2"].sweep, rows["t2"].tag) == ("lr", "test")
     mean = np.mean([runs["c1"].final_val_loss, runs["c2"].final_val_loss])
     assert rows["t9"].difference == pytest.approx(runs["t9"].final_val_loss - mean)
-    assert rows["t9"].control == "mean of 2"
+    assert rows["t9"].control == "c1, c2"
     assert rows["c1"].is_control and math.isnan(rows["c1"].difference)
-    text = "\n".join(shown(list(rows.values()), monitor, width=1000))
+    text = "\n".join(shown(monitor, width=1000))
     assert "sweep lr: 1 of 5 runs have not started" in text
     assert all(f"{name}.sweep.json is not a sweep's manifest" in text for name in ("broken", "odd"))
     assert f"{rows['t2'].difference:+.4f}" in text and "\ntest " in text
     (tmp_path / "lr.sweep.json").unlink()
-    rows = by_name(Monitor(tmp_path, control="c").poll())
+    rows = records(Monitor(tmp_path, control="c"))
     assert rows["t2"].control == "c2" and rows["c1"].is_control
-    assert math.isnan(by_name(Monitor(tmp_path).poll())["t2"].difference)
+    assert math.isnan(records(Monitor(tmp_path))["t2"].difference)
 
 
 def test_difference_to_an_arm_of_its_own(tmp_path):
@@ -156,11 +182,11 @@ def test_difference_to_an_arm_of_its_own(tmp_path):
     for run in members:
         write(tmp_path, run.run_id, make_log(run.run_id, 1, num_steps=STEPS))
     write_manifest(tmp_path, "base", members, versus={"test": "fast"})
-    rows = by_name(Monitor(tmp_path).poll())
+    rows = records(Monitor(tmp_path))
     assert [rows[name].control for name in ("c1", "f1", "t1")] == ["", "c1", "f1"]
     assert rows["c1"].is_control and not rows["f1"].is_control
     write_manifest(tmp_path, "base", members, versus={"test": "gone"})
-    assert math.isnan(by_name(Monitor(tmp_path).poll())["t1"].difference)
+    assert math.isnan(records(Monitor(tmp_path))["t1"].difference)
 
 
 def test_the_launcher_knows_of_killed_runs(tmp_path):
@@ -177,8 +203,8 @@ def test_the_launcher_knows_of_killed_runs(tmp_path):
         "hangs": "crashed",
         "runs": "running",
     }
-    text = "\n".join(shown(list(rows.values()), monitor))
-    assert "killed crashed: killed by signal 9" in text and "hangs crashed: launcher: hung" in text
+    text = "\n".join(shown(monitor))
+    assert "a seed 1 crashed: killed by signal 9" in text and "a seed 1 crashed: launcher: hung" in text
 
 
 def test_garbage_and_empty_logs_are_rows(tmp_path):
@@ -186,18 +212,106 @@ def test_garbage_and_empty_logs_are_rows(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "note.md").write_text("not a log")
     monitor = Monitor(tmp_path)
-    rows = by_name(monitor.poll())
+    rows = records(monitor)
     assert set(rows) == {"garbage", "empty"} and rows["garbage"].unread_lines > 0
-    assert "could not be read in 1 logs" in "\n".join(shown(list(rows.values()), monitor))
+    assert "could not be read in 1 logs" in "\n".join(shown(monitor))
 
 
 def test_trials_of_one_file_have_their_own_curves(tmp_path):
     trial = "".join(f"step:{s}/90 val_loss:{{}}{s} train_time:{s}ms\n" for s in range(0, 91, 10))
     write(tmp_path, "two", trial.replace("{}", "3.1") + trial.replace("{}", "4.9"))
+    rows = records(Monitor(tmp_path))
+    assert rows["two#1"].best_val_loss < 4 < rows["two#2"].best_val_loss
+
+
+# ------------------------------------------------------------------------------------------------
+# Sweeps and arms
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_alone(tmp_path, monkeypatch, capsys):
+    """The runs that the sweep plans, also those that another launch adds; no others."""
+    file = make_sweep(tmp_path, "lr", {"base": (3.27, {}), "high": (3.3, {"MUON_LR": 1})}, seeds=(1, 2))
+    logs = tmp_path / "logs"
+    write(logs, "other", make_log("other", num_steps=STEPS))
+    monitor = Monitor(file, logs=logs)
+    assert sorted(row.name for row in monitor.poll()) == ["base", "base", "high", "high"]
+    assert len(Monitor(logs).poll()) == 5
+    make_sweep(tmp_path, "lr", {"base": (3.27, {})}, seeds=(3,))
+    assert [(row.name, row.run.seed) for row in monitor.poll()] == [("base", 3)]
+    (tmp_path / "sweeps" / "new.toml").write_text("")
+    new = Monitor(tmp_path / "sweeps" / "new.toml", logs=logs)
+    assert "new.sweep.json yet: launch the sweep" in "\n".join(shown(new))
+    monkeypatch.chdir(tmp_path)
+    assert monitor_runs.main(["sweeps/lr.toml", "--once"]) == 0
+    assert ": 1 runs (1 finished)" in capsys.readouterr().out
+
+
+def test_two_sweeps_with_one_tag_are_told_apart(tmp_path):
+    for name in ("lr", "decay"):
+        write(tmp_path, name, make_log(name, num_steps=STEPS))
+        write_manifest(tmp_path, None, [planned(name, "base", state="finished")], name=name)
     monitor = Monitor(tmp_path)
-    rows = by_name(monitor.poll())
-    first, second = (monitor_runs.late_losses(rows[name].run) for name in ("two#1", "two#2"))
-    assert first.max() < 4 < second.min()
+    for lines in (shown(monitor, 80), shown(monitor, 80, arms=True)):
+        assert sorted(line.split()[:2] for line in lines[1:]) == [
+            ["base", "decay"],
+            ["base", "lr"],
+            ["run", "sweep"],
+        ]
+
+
+def test_logs_alone(tmp_path):
+    """Single logs, as a shell expands logs/a*.txt; other runs of their sweep are not missing."""
+    paths = [write(tmp_path, name, make_log(name, num_steps=STEPS)) for name in ("a1", "a2", "b1")]
+    runs = [planned(name, name[0], int(name[1]), state="finished") for name in ("a1", "a2", "b1")]
+    write_manifest(tmp_path, None, runs)
+    monitor = Monitor(*paths[:2])
+    assert sorted(row.run.run_id for row in monitor.poll()) == ["a1", "a2"]
+    assert len(shown(monitor)) == 4
+
+
+def test_arms(tmp_path):
+    """An arm's mean is that of its finished runs; a crash would spoil it, and a run under way, too."""
+    arms = {"base": (3.27, {}), "low": (3.25, {"MUON_LR": 1}), "new": (3.3, {"MUON_LR": 2})}
+    ends = {("low", 3): "crashed", ("new", 1): "running", ("new", 2): "running", ("new", 3): "planned"}
+    file = make_sweep(tmp_path, "lr", arms, control="base", ends=ends)
+    monitor = Monitor(file, logs=tmp_path / "logs")
+    rows = {}
+    for row in monitor.poll():
+        rows.setdefault(row.name, []).append(row)
+    found = {name: Namespace(**monitor_runs.record_of(members, True)) for name, members in rows.items()}
+    losses = [row.run.final_val_loss for row in rows["low"] if row.state == "finished"]
+    assert (found["low"].n, found["low"].state) == (2, "1 crashed, 2 finished")
+    assert found["low"].val_loss == pytest.approx(np.mean(losses)) and found["low"].val_step == STEPS
+    single = [monitor_runs.record_of([row], False)["difference"] for row in rows["low"]]
+    finished = [d for d, row in zip(single, rows["low"], strict=True) if row.state == "finished"]
+    assert found["low"].difference == pytest.approx(np.mean(finished)) and found["low"].difference < 0
+    assert (found["new"].n, found["new"].val_step) == (2, STEPS // 2)
+    assert found["base"].is_control and math.isnan(found["base"].difference)
+    lines = shown(monitor, 80, arms=True)
+    assert lines[1].split()[:3] == ["run", "n", "state"] and [line.split()[0] for line in lines[2:5]] == [
+        *arms
+    ]
+    assert [line.split()[0] for line in shown(monitor, arms=True, by_loss=True)[2:5]] == [
+        "low",
+        "base",
+        "new",
+    ]
+
+
+def test_sorted_and_filtered(tmp_path):
+    finals = {"a": 3.3, "b": 3.1, "c": 3.2}
+    for name, final in finals.items():
+        write(tmp_path, name, make_log(name, 1, {"model": name}, num_steps=STEPS, final=final))
+    crash = {"end": 50, "end_event": "event:crashed error:no"}
+    write(tmp_path, "d", make_log("d", 1, {"model": "d"}, num_steps=STEPS, **crash))
+    write(tmp_path, "e", header("e", 1, {"model": "e"}, num_steps=STEPS))
+    monitor = Monitor(tmp_path)
+    order = [line.split()[0] for line in shown(monitor, by_loss=True)[2:7]]
+    assert order == [f"model={name}" for name in "bcade"]
+    lines = shown(monitor, filter="crashed")
+    assert lines[2].startswith("model=d ") and lines[3:] == ["model=d seed 1 crashed: no"]
+    assert "none of them contains 'xyz'" in "\n".join(shown(monitor, filter="xyz"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -206,47 +320,68 @@ def test_trials_of_one_file_have_their_own_curves(tmp_path):
 
 
 @pytest.mark.parametrize("width", [200, 120, 80, 60, 40])
-@pytest.mark.parametrize("height", [None, 24, 10])
+@pytest.mark.parametrize("height", [sys.maxsize, 24, 10])
 def test_table_fits_the_terminal(tmp_path, width, height):
     """A line longer than the terminal wraps and breaks the table; more rows than lines scroll it away."""
     for i in range(30):
         name = f"lrmul-1-1.52-1.73-1-cd0.55-spectral_lr_0.{i}-20260206-233406-seed{i}"
         write(tmp_path, name, make_log(name, i, num_steps=STEPS, end=100, end_event=""))
-    monitor = Monitor(tmp_path)
-    lines = shown(monitor.poll(), monitor, width, height)
+    lines = shown(Monitor(tmp_path), width, height)
     assert max(map(len, lines)) <= width
-    assert len(lines) == 32 if height is None else len(lines) <= height
+    assert len(lines) == 32 if height == sys.maxsize else len(lines) <= height
     assert all(word in lines[1] for word in ("run", "state", "val loss"))
-    assert height is None or lines[-1] == f"and {30 - (len(lines) - 3)} running more"
+    assert height == sys.maxsize or lines[-1] == f"and {30 - (len(lines) - 3)} more"
+    if width >= 80:
+        assert all(word in lines[1] for word in ("seed", "step"))
     if width >= 120:
-        assert all(word in lines[1] for word in ("seed", "progress", "train", "ms/step", "left"))
+        assert all(word in lines[1] for word in ("done", "train", "ms/step", "tokens/s", "left", "best"))
+
+
+def test_tags_are_whole_in_80_columns(tmp_path):
+    """Else the one thing that tells the runs apart is cut out of their names."""
+    tags = [f"spectral_lr_0.0{i}-muon_lr_0.023" for i in (1, 2)] + ["baseline"]
+    arms = {tag: (3.2 + i / 10, {"MUON_LR": i}) for i, tag in enumerate(tags)}
+    ends = {(tag, 2): "running" for tag in tags}
+    make_sweep(tmp_path, "lr", arms, seeds=(1, 2), control="baseline", ends=ends)
+    lines = shown(Monitor(tmp_path / "logs"), 80)
+    assert max(map(len, lines)) <= 80 and all(word in lines[1] for word in ("seed", "val loss", "vs control"))
+    assert {line.split()[0] for line in lines[2:8]} == {*tags}
 
 
 def test_table_of_short_names_fits_any_terminal(tmp_path):
     """Wrong if the name's column grows after the others have been fitted."""
     write(tmp_path, "a", make_log("a", 1, num_steps=STEPS, end=100, end_event=""))
     monitor = Monitor(tmp_path)
-    rows = monitor.poll()
-    for width in range(40, 160):
-        assert max(map(len, shown(rows, monitor, width))) <= width
+    for width in range(40, 160, 3):
+        assert max(map(len, shown(monitor, width))) <= width
 
 
 @pytest.mark.parametrize(
-    "values, bars", [([3, 2, 1], "█▅▁"), ([1, 1], "▁▁"), ([1], ""), ([], ""), ([math.nan, 2, 1], "█▁")]
+    "step, steps, bar", [(0, 9, "╌" * 8), (5, 10, "━━━━╌╌╌╌"), (12, 10, "━" * 8), (5, None, "╌" * 8)]
 )
-def test_sparkline(values, bars):
-    assert monitor_runs.sparkline(values, 10) == bars
+def test_bar(step, steps, bar):
+    assert monitor_runs.bar({"step": step, "num_steps": steps}) == bar
 
 
-def test_sparkline_samples_to_its_width():
-    bars = monitor_runs.sparkline(range(1000), 8)
-    assert bars == "▁▂▃▄▅▆▇█" and bars.translate(monitor_runs.PLAIN).isascii()
-
-
-def test_progress():
-    assert monitor_runs.progress(0.5, 8).translate(monitor_runs.PLAIN) == "####...."
-    assert monitor_runs.progress(0, 4).translate(monitor_runs.PLAIN) == "...."
-    assert monitor_runs.progress(1.0, 4) == "━━━━"
+@pytest.mark.parametrize(
+    "locale, is_ascii",
+    [
+        ({"LC_ALL": "", "LANG": "C.UTF-8"}, False),
+        ({"LC_ALL": "", "LANG": ""}, False),
+        ({"LC_ALL": "", "LANG": "C"}, True),
+        ({"LC_ALL": "POSIX", "LANG": "C.UTF-8"}, True),
+        ({"LC_ALL": "C.UTF-8", "LANG": "C"}, False),
+    ],
+)
+def test_ascii_where_the_terminal_has_no_more(tmp_path, monkeypatch, locale, is_ascii):
+    """Python writes UTF-8 in the locale C, which tmux and serial consoles then show as rubbish."""
+    for name, value in locale.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "__stdout__", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    for name in ("a" * 90 + "0", "a" * 90 + "1"):
+        write(tmp_path, name, make_log(name, num_steps=STEPS))
+    text = "\n".join(shown(Monitor(tmp_path), 100))
+    assert text.isascii() == is_ascii and ("########" in text) == is_ascii
 
 
 # ------------------------------------------------------------------------------------------------
@@ -292,7 +427,11 @@ def test_a_poor_terminal(tmp_path):
 
 def test_errors_speak_to_a_person(tmp_path, capsys):
     assert monitor_runs.main(["--logs", str(tmp_path / "nowhere")]) == 2
-    assert "say where the logs are with --logs DIR" in capsys.readouterr().err
+    assert "nowhere; name a folder of logs, logs, or a sweep's file" in capsys.readouterr().err
+    assert monitor_runs.main([str(tmp_path / "none.toml")]) == 2
+    assert "no sweep file" in capsys.readouterr().err
+    assert monitor_runs.main([str(tmp_path / "none.toml"), str(tmp_path)]) == 2
+    assert "give one sweep, or logs, not both" in capsys.readouterr().err
     assert monitor_runs.main(["--logs", str(tmp_path), "--interval", "0"]) == 2
     assert "--interval 0" in capsys.readouterr().err
     assert monitor_runs.main(["--logs", str(tmp_path)]) == 0
@@ -310,28 +449,87 @@ def read_terminal(descriptor, until):
     return text
 
 
-def test_live_table_follows_and_ends_cleanly(tmp_path):
-    """A terminal: redrawn as the log grows; Ctrl-C gives the terminal back and is no error."""
+@pytest.fixture
+def terminal():
+    """Start the monitor in a terminal of 120 by 20; return its process and our end of the terminal."""
+    started = []
+
+    def start(*arguments, **env):
+        ours, theirs = pty.openpty()
+        resize(ours, 120)
+        env = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **env}
+        command = [sys.executable, str(ROOT / "monitor_runs.py"), *map(str, arguments), "--interval", "0.1"]
+        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background may ignore it
+        before = termios.tcgetattr(theirs)
+        process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, preexec_fn=heed
+        )
+        started.append((process, ours, theirs, before))
+        return process, ours
+
+    yield start
+    for process, ours, theirs, before in started:
+        try:
+            assert process.poll() is not None, "the test has not ended it"
+            assert termios.tcgetattr(theirs) == before  # keys are echoed again
+        finally:
+            process.kill()
+            process.wait()
+            os.close(ours)
+            os.close(theirs)
+
+
+def resize(descriptor, columns):
+    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 20, columns, 0, 0))
+
+
+@pytest.mark.parametrize("end", ["q", signal.SIGINT, signal.SIGTERM])
+def test_live_table_follows_and_ends_cleanly(tmp_path, terminal, end):
+    """A terminal: redrawn as the log grows; the end gives it back, leaves the last table and is no error."""
     log = write(tmp_path, "run", make_log("run", num_steps=STEPS, end=100, end_event=""))
-    ours, theirs = pty.openpty()
-    env = {**os.environ, "COLUMNS": "120", "LINES": "20", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
-    command = [sys.executable, str(ROOT / "monitor_runs.py"), "--logs", str(tmp_path), "--interval", "0.1"]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests run in the background may ignore it
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, preexec_fn=heed)
-    try:
-        first = read_terminal(ours, "100/200")
-        assert "100/200" in first and "\x1b[?1049h" in first  # the alternate screen
-        with log.open("a") as file:
-            file.write(step_lines(num_steps=STEPS, begin=101, end=150))
-        assert "150/200" in read_terminal(ours, "150/200")
-        process.send_signal(signal.SIGINT)
-        last = read_terminal(ours, "\x1b[?1049l")
-        assert process.wait(PATIENCE_S) == 0 and "\x1b[?1049l" in last and "Traceback" not in last
-        assert re.search("\x1b\\[\\?25h", last)  # the cursor is back
-    finally:
-        process.kill()
-        os.close(ours)
-        os.close(theirs)
+    process, ours = terminal(tmp_path)
+    first = read_terminal(ours, "100/200")
+    assert "100/200" in first and "\x1b[?1049h" in first and "━━━━╌╌╌╌" in first  # the alternate screen
+    with log.open("a") as file:
+        file.write(step_lines(num_steps=STEPS, begin=101, end=150))
+    assert "150/200" in read_terminal(ours, "150/200")
+    if end == "q":
+        os.write(ours, b"q")
+    else:
+        process.send_signal(end)
+    last = read_terminal(ours, "\x1b[?1049l")
+    assert process.wait(PATIENCE_S) == 0
+    with contextlib.suppress(BlockingIOError):
+        last += os.read(ours, 65536).decode()
+    left = last.partition("\x1b[?1049l")[2]
+    assert "150/200" in left and "q end" not in left and "Traceback" not in last
+    assert re.search("\x1b\\[\\?25h", last)  # the cursor is back
+
+
+def test_hostile_text_stays_text_in_the_live_table(tmp_path, terminal):
+    """A log's messages could otherwise retitle the terminal, move its cursor or choose its colours."""
+    attack = "\x1b[2J\x1b]0;title\x07[red]"
+    end = f"event:crashed error:{json.dumps(attack)} reason:{attack}"
+    write(tmp_path, "run", make_log("run", 1, {"run_id": attack}, num_steps=STEPS, end_event=end))
+    process, ours = terminal(tmp_path)
+    text = read_terminal(ours, "q end")
+    os.write(ours, b"q")
+    assert process.wait(PATIENCE_S) == 0
+    assert text.count("\ufffd]0;title\ufffd[red]") >= 3 and "\x1b]" not in text and "\x1b[2J" not in text
+
+
+def test_live_table_heeds_keys_and_the_size_of_the_terminal(tmp_path, terminal):
+    for seed in (1, 2):
+        write(tmp_path, f"run{seed}", make_log(f"run{seed}", seed, num_steps=STEPS))
+    process, ours = terminal(tmp_path, LC_ALL="C")
+    first = read_terminal(ours, "q end")
+    assert "tokens/s" in first and "2 runs (2 finished)" in first and first.isascii()
+    resize(ours, 40)
+    os.write(ours, b"a")
+    text = read_terminal(ours, "2 finished\x1b[0m")
+    assert "tokens/s" not in text.rpartition("\x1b[H")[2]
+    os.write(ours, b"q")
+    assert process.wait(PATIENCE_S) == 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -349,7 +547,7 @@ def test_only_what_is_new_is_read(tmp_path, monkeypatch):
     rows = monitor.poll()
     assert len(rows) == 100 and {row.state for row in rows} == {"finished"}
 
-    read, made, manifests = [], [], []
+    read, manifests = [], []
 
     def watch(owner, name, calls):
         function = getattr(owner, name)
@@ -361,18 +559,21 @@ def test_only_what_is_new_is_read(tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, watched)
 
     watch(run_log.LogParser, "feed", read)
-    watch(monitor_runs, "row_of", made)
     watch(manifest, "read_manifest", manifests)
     for number in (50, 51):
         line = "event:resumed step:200\n"
         with (tmp_path / f"run{number:03}.txt").open("a") as file:
             file.write(line)
-        read.clear(), made.clear()
+        read.clear()
         rows = monitor.poll()
-        assert read == [line.encode()] and [run.run_id for run in made] == [f"run{number:03}"]
-        assert (
-            by_name(rows)[f"run{number:03}"].state == "running" and len(shown(rows, monitor, 160, 50)) <= 50
-        )
-    assert not manifests
+        assert read == [line.encode()] and by_name(rows)[f"run{number:03}"].state == "running"
+    shown_of = monitor_runs.record_of
+    monkeypatch.setattr(monitor_runs, "record_of", lambda *args: (read.append(args), shown_of(*args))[1])
+    read.clear()
+    assert len(shown(monitor, 160, 20)) == 20 and len(read) < 20  # of runs that are not shown, nothing
+    monkeypatch.setattr(Monitor, "_all_rows", lambda monitor: pytest.fail("nothing is new"))
+    assert len(monitor.poll()) == 100 and not manifests
+    monkeypatch.undo()
+    watch(manifest, "read_manifest", manifests)
     write_manifest(tmp_path, "base", [planned("run000", "other")])
     assert by_name(monitor.poll())["run000"].tag == "other" and len(manifests) == 1

@@ -14,12 +14,12 @@ from sweeps_for_tests import STEPS, make_sweep
 import make_record
 import plot_lr_analysis
 from analysis.by_value import beside, by_value
-from analysis.rate_pictures import PICTURES, plot_names
+from analysis.rate_pictures import PICTURES
 from analysis.rates import analyse as analyse_results
 from analysis.reaching import smoothed
 from analysis.read_results import read_results
 from analysis.results import Results
-from analysis.run_log import Curve, list_logs, read_log, read_runs
+from analysis.run_log import Curve, format_value, list_logs, read_log, read_runs
 from analysis.stats import contenders
 from analysis.tables import as_json
 
@@ -153,7 +153,6 @@ def test_everything_is_written_and_the_same_again(tmp_path, monkeypatch, capsys)
         "final_results.json",
         "comprehensive_insights.json",
         *(f"{name}.png" for name in PICTURES),
-        *(f"individual_plots/lr_{rate}_loss_vs_steps.png" for rate in ("0.0150", "0.0650", "1.0000")),
     }
     for name, data in files.items():
         assert data.startswith(b"\x89PNG") if name.endswith(".png") else str(tmp_path).encode() not in data
@@ -164,6 +163,24 @@ def test_everything_is_written_and_the_same_again(tmp_path, monkeypatch, capsys)
         assert f"{record['loss']:.4f}" in files["results.md"].decode()
         assert {"rate", "loss", "accuracy", "perplexity", "time_minutes", "status"} <= set(record)
     assert "best by loss: MUON_LR = 0.065" in capsys.readouterr().out
+
+
+def test_values_look_as_in_the_report_and_differ_from_the_best(tmp_path):
+    """A colour of the label's own would say of a rate what another picture says of an arm."""
+    analysis = analyse(tmp_path, ends={})
+    combined, sheet = (draw(analysis) for draw in PICTURES.values())
+    panels = combined.axes
+    marks = {
+        (line.get_xdata()[0], line.get_color()) for line in panels[0].lines if len(line.get_xdata()) == 1
+    }
+    assert marks == {(rate.value, analysis.results.looks[rate.name]["color"]) for rate in analysis.rates}
+    best = analysis.best()
+    below = next(ax for ax in panels if "the best" in ax.get_title(loc="left"))
+    drawn = {line.get_xdata()[0]: line.get_ydata()[0] for line in below.lines if len(line.get_xdata()) == 1}
+    for rate in analysis.rates:
+        assert drawn[rate.value] == pytest.approx(rate.loss.mean - best.loss.mean)
+    titles = [ax.get_title() or ax.get_title(loc="left") for ax in sheet.axes]
+    assert titles == [f"{format_value(r.value)}: {r.label}, {r.loss.mean:.3f}" for r in analysis.rates]
 
 
 def test_any_setting_and_what_to_choose(tmp_path, monkeypatch, capsys):
@@ -181,7 +198,6 @@ def test_any_setting_and_what_to_choose(tmp_path, monkeypatch, capsys):
         analyse_results(results)
     analysis = analyse_results(results, None, ["MUON_DECAY_MODE=param"])
     assert [rate.value for rate in analysis.rates] == [-0.1, 0.0, 0.1]
-    assert plot_names(analysis)[0] == "muon_weight_decay_-0.1000_loss_vs_steps.png"
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
         (["--setting", "MUON_LR"], "it is not a number that varies in decay; numbers that vary: MUON_WEIGHT"),
@@ -192,7 +208,7 @@ def test_any_setting_and_what_to_choose(tmp_path, monkeypatch, capsys):
 
 
 def test_tied_settings_are_one(tmp_path):
-    """A sweep of MUON_LR with ADAM_LR = 0.1 x is coloured by MUON_LR: else every arm is a kind of its own."""
+    """A sweep of MUON_LR with ADAM_LR = 0.1 x is ordered by MUON_LR: else every arm is a kind of its own."""
     results = analyse(tmp_path, ends={}).results
     results = Results("lr", results.arms)
     assert by_value(results) == "muon_lr" and beside(results, "muon_lr") == []

@@ -79,10 +79,12 @@ def test_gaps_stay_gaps(logs):
 
 
 def test_one_colour_scale_for_all_runs():
-    low, high = plot.colour_limits([np.arange(0, 101.0), np.array([np.nan])])
-    assert (low, high) == (1, 99)
-    low, high = plot.colour_limits([np.full(5, 3.0)])
-    assert low < 3 < high
+    """A run of small values beside one of large ones still has shades of its own."""
+    norm = plot.colour_scale([np.linspace(0, 1, 50), np.linspace(100, 900, 50), np.array([np.nan])])
+    assert len(set(norm([0.1, 0.3, 0.5, 0.7, 200, 400, 600, 800]).tolist())) == 8
+    for same in (np.full(5, 3.0), np.full(5, np.nan)):
+        edges = plot.colour_scale([same]).boundaries
+        assert edges[0] <= np.nan_to_num(same[0]) <= edges[-1] and edges[0] < edges[-1]
 
 
 def test_the_later_line_counts_and_a_torn_one_is_counted(tmp_path):

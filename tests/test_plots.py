@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from logs_for_tests import SEPARATOR, SOURCE, make_log
 from matplotlib.text import Text
+from sweeps_for_tests import make_sweep, spectral_arms
 
 import plot_loss
 from analysis import curves, style
 from analysis.arms import group_by_arm
+from analysis.looks import looks_of
+from analysis.read_results import read_results
 from analysis.run_log import read_runs
 from analysis.stats import summarize
 from analysis.tables import format_table
@@ -36,14 +39,14 @@ def write_arms(folder, values, seeds=(1,), spread=0.02, **kwargs):
     return folder
 
 
-def draw(folder, x="steps", target=3.28):
+def draw(folder, x="steps", target=(3.28, "--target")):
     """The figure of a folder of logs, and its arms."""
     arms, _ = group_by_arm(read_runs(folder))
     return plot_loss.figure(arms, x, target), arms
 
 
 def panel(figure, name):
-    """A panel by its name in plot_loss.PANELS."""
+    """A panel by its name, as plot_loss.figure gives it."""
     return next(ax for ax in figure.axes if ax.get_label() == name)
 
 
@@ -64,19 +67,21 @@ def close_figures():
 # ------------------------------------------------------------------------------------------------
 
 
-def test_six_panels_of_one_run(tmp_path):
+def test_panels_of_one_run(tmp_path):
     """Each panel shows the logged numbers; the star stands where the target is first met."""
     write_arms(tmp_path / "logs", [0.1])
     figure, arms = draw(tmp_path / "logs")
     run = arms[0].runs[0]
-    names = ("loss", "time", "lr", "rho", "betas", "batch")
-    loss, clock, rate, rho, betas, batch = (panel(figure, name) for name in names)
-    titles = [ax.get_title(loc="left") for ax in (loss, clock, rate, rho, betas, batch)]
-    assert titles[0] == "validation loss" and titles[1].startswith("training time")
-    assert "learning rate" in titles[2] and "ρ" in titles[3] and "betas" in titles[4] and "batch" in titles[5]
-    val = next(line for line in loss.lines if len(line.get_xdata()) == len(run.val))
-    np.testing.assert_array_equal(val.get_xdata(), run.val.step)
-    np.testing.assert_array_equal(val.get_ydata(), run.val.loss)
+    names = ("loss", "rho", "time", "lr", "betas", "batch")
+    assert [ax.get_label() for ax in figure.axes] == list(names)
+    loss, rho, clock, rate, betas, batch = figure.axes
+    assert loss.get_title(loc="left") == "validation loss, nats per token"
+    val = next(line for line in loss.lines if len(line.get_xdata()) == len(run.val) - 1)
+    np.testing.assert_array_equal(val.get_xdata(), run.val.step[1:])  # not from before the first step
+    np.testing.assert_array_equal(val.get_ydata(), run.val.loss[1:])
+    assert 0 < loss.get_xlim()[0] <= run.val.step[1] and loss.get_xscale() == "log"
+    assert loss.get_ylim()[1] < 0.8 * run.val.loss[0]  # the first drop does not flatten the rest
+    assert loss.get_window_extent().width > 0.8 * figure.bbox.width
     np.testing.assert_allclose(clock.lines[0].get_ydata()[-1], run.last_time_ms / 1000)
     np.testing.assert_array_equal(rate.lines[0].get_ydata(), run.columns["lr_mul"].value)
     np.testing.assert_array_equal(batch.lines[0].get_ydata(), run.columns["batch_size"].value)
@@ -87,10 +92,28 @@ def test_six_panels_of_one_run(tmp_path):
     stars = [line for line in loss.lines if line.get_marker() == "*"]
     met = run.first_at(3.28)
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in stars] == [(met.step, met.loss)]
-    assert f"3.28 met at step {met.step}, {style.format_time(met.time_ms)}" in texts(figure)
+    after = f"met at step {met.step}, after {style.format_time(met.time_ms)}"
+    assert f"target 3.28 (--target), {after}" in texts(figure)
     assert any(line.get_ydata()[0] == 3.28 and len(line.get_ydata()) == 2 for line in loss.lines)
-    zoom = loss.child_axes[0]
-    assert zoom.get_xlim()[0] >= 0.8 * STEPS and zoom.get_ylim()[0] < run.final_val_loss < zoom.get_ylim()[1]
+
+
+def test_several_arms_are_compared_with_the_sweeps_control(tmp_path):
+    """Arms and control have the looks of the sweep, also where only some of its runs are drawn."""
+    file = make_sweep(tmp_path, "lr", spectral_arms(0, 0.01, 0.1, 1), control="spectral_lr_0", val_every=20)
+    results = read_results([file], tmp_path / "logs")
+    runs = [run for arm in results.arms if arm.label != "spectral_lr_0.01" for run in arm.runs]
+    arms, _ = group_by_arm(runs)
+    drawn, controls = plot_loss.what_to_draw(arms)
+    assert {item.arm.label: item.look for item in drawn} == {
+        label: look for label, look in results.looks.items() if label != "spectral_lr_0.01"
+    }
+    assert set(controls.values()) == {"spectral_lr_0"} and len(controls) == 3
+    ax = panel(plot_loss.figure(arms, "steps", None), "differences")
+    assert ax.get_title(loc="left").startswith("validation loss minus that of spectral_lr_0,")
+    ends = {line.get_color(): line.get_ydata()[-1] for line in ax.lines if len(line.get_xdata()) > 2}
+    for label, pair in results.verdict.versus_control.items():
+        if label in controls:
+            assert ends[results.looks[label]["color"]] == pytest.approx(pair.difference)
 
 
 def test_seeds_are_pooled_with_an_interval(tmp_path):
@@ -115,7 +138,7 @@ def test_a_single_validation_is_visible(tmp_path):
     for seed in (1, 2, 3):
         write(tmp_path / "logs", f"s{seed}", f"step:99/99 val_loss:3.{seed} train_time:9s\n")
     figure, _ = draw(tmp_path / "logs")
-    points = [line for line in panel(figure, "loss").lines if line.get_marker() == "o"]
+    points = [line for line in panel(figure, "loss").lines if line.get_marker() not in ("None", "*")]
     assert sorted(line.get_ydata()[0] for line in points) == [3.1, 3.2, 3.3]
 
 
@@ -161,10 +184,10 @@ def test_other_axes(tmp_path, x):
     write_arms(tmp_path / "logs", [0.1])
     figure, arms = draw(tmp_path / "logs", x)
     run = arms[0].runs[0]
-    line = next(line for line in panel(figure, "loss").lines if len(line.get_xdata()) == len(run.val))
-    want = run.val.tokens / 1e6 if x == "tokens" else run.val.time_ms / 1000
+    line = next(line for line in panel(figure, "loss").lines if len(line.get_xdata()) == len(run.val) - 1)
+    want = (run.val.tokens / 1e6 if x == "tokens" else run.val.time_ms / 1000)[1:]
     np.testing.assert_allclose(line.get_xdata(), want)
-    assert panel(figure, "loss").get_xlim()[1] == pytest.approx(want[-1], rel=0.02)
+    assert panel(figure, "loss").get_xlim()[1] == pytest.approx(want[-1], rel=0.04)
     assert all({"tokens": "millions", "time": "time, s"}[x] in ax.get_xlabel() for ax in figure.axes)
 
 
@@ -173,24 +196,36 @@ def test_schedules_that_agree_are_drawn_once(tmp_path):
     write_arms(tmp_path / "logs", [0.0, 0.1])
     text = make_log("other", 1, {"batch_sizes": [1]}, STEPS).replace("batch_size:131072", "batch_size:65536")
     figure, _ = draw(tmp_path / "logs")
-    assert texts(figure).count("the same in all") == 3
+    assert sum("all alike" in text for text in texts(figure)) == 3
     write(tmp_path / "logs", "other", text)
     figure, _ = draw(tmp_path / "logs")
-    assert texts(figure).count("the same in all") == 2 and len(panel(figure, "batch").lines) == 3
+    assert sum("all alike" in text for text in texts(figure)) == 2 and len(panel(figure, "batch").lines) == 3
     assert "64k" in [label.get_text() for label in panel(figure, "batch").get_yticklabels()]
 
 
 def test_public_log_without_schedules(tmp_path):
-    """An empty panel says that it is empty because nothing was logged."""
+    """Quantities that are not logged have no panel; the loss fills the page; the target is the speedrun's."""
     head = SOURCE + SEPARATOR + "\nRunning\n" + SEPARATOR + "\n"
     steps = "".join(
         f"step:{s}/500 val_loss:{4 - s / 600} train_time:{s}s step_avg:9ms\n" for s in range(0, 501, 50)
     )
     write(tmp_path / "logs", "public", head + steps)
-    figure, _ = draw(tmp_path / "logs")
-    empty = [text for text in texts(figure) if "not in these logs" in text]
-    assert len(empty) == 4 and any("ρ" in text for text in empty)
+    runs = read_runs(tmp_path / "logs")
+    assert style.target_of(runs, None) == (3.28, "the speedrun's")
+    figure, _ = draw(tmp_path / "logs", target=style.target_of(runs, None))
+    assert [ax.get_label() for ax in figure.axes] == ["loss", "time"]
     assert "training time, min" in texts(figure)
+    write(tmp_path / "logs", "public", "step:10/10 val_loss:3.1\n")
+    figure, _ = draw(tmp_path / "logs")
+    assert [ax.get_label() for ax in figure.axes] == ["loss"]
+
+
+def test_no_target_without_a_reason(tmp_path):
+    """3.28 says nothing about a run on other data."""
+    runs = read_runs(write_arms(tmp_path / "logs", [0.1]))
+    assert style.target_of(runs, None) is None and style.target_of(runs, 3.0) == (3.0, "--target")
+    figure, _ = draw(tmp_path / "logs", target=None)
+    assert not any("target" in text for text in texts(figure))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -212,27 +247,15 @@ def test_nothing_overlaps(tmp_path, num_arms):
         assert a.x0 >= 0 and a.y0 >= 0 and a.x1 <= figure.bbox.x1 and a.y1 <= figure.bbox.y1, i
         for b in boxes[i + 1 :]:
             assert not a.overlaps(b)
-    names = [text for text in panel(figure, "loss").child_axes[0].texts if text.get_text()]
-    words = [Text.get_window_extent(text) for text in names]  # without their leading lines
-    ends = sorted(words, key=lambda box: box.y0)
-    assert len(ends) == (num_arms if 1 < num_arms <= 12 else 0)
-    box = panel(figure, "loss").child_axes[0].get_window_extent()
-    assert all(box.y0 - 0.1 * box.height < end.y0 and end.y1 < box.y1 + 0.1 * box.height for end in ends)
-    for below, above in zip(ends[:-1], ends[1:], strict=True):
-        assert above.y0 >= below.y0 + 0.6 * below.height
+    if num_arms > 1:
+        ax = panel(figure, "differences")
+        ends = sorted((Text.get_window_extent(text) for text in ax.texts), key=lambda box: box.y0)
+        assert len(ends) == num_arms  # the control's, too
+        for below, above in zip(ends[:-1], ends[1:], strict=True):
+            assert above.y0 >= below.y0 + 0.6 * below.height
+        assert ends[-1].y1 < ax.get_tightbbox().y1 and ends[0].y0 > ax.get_tightbbox().y0 - 1
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(set(legend)) == num_arms
-
-
-def test_long_names_get_letters(tmp_path):
-    """Labels too long to stand beside a line are replaced by letters which the legend explains."""
-    for optimizer in ("normuon-variant", "adamw"):
-        settings = {"optimizer": optimizer}
-        write(tmp_path / "logs", optimizer, make_log(optimizer, 1, settings, STEPS, val_every=10))
-    figure, _ = draw(tmp_path / "logs")
-    assert sorted(text.get_text() for text in panel(figure, "loss").child_axes[0].texts) == ["A", "B"]
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert [text[0] for text in legend] == ["A", "B"] and "optimizer=adamw" in legend[0]
 
 
 def test_runs_that_differ_in_much_go_by_one_setting(tmp_path):
@@ -248,20 +271,31 @@ def test_runs_that_differ_in_much_go_by_one_setting(tmp_path):
 
 
 def test_a_failed_run_does_not_flatten_the_others(tmp_path):
+    """Differences of 0.02 and of 3.7 are seen on one axis."""
     write_arms(tmp_path / "logs", [0.0, 0.1, 0.2])
-    write(
-        tmp_path / "logs", "bad", make_log("bad", 1, {"spectral_lr_mul": 9.0}, STEPS, val_every=10, final=7.0)
-    )
+    bad = make_log("bad", 1, {"spectral_lr_mul": 9.0}, STEPS, val_every=10, final=7.0)
+    write(tmp_path / "logs", "bad", bad)
     figure, _ = draw(tmp_path / "logs")
-    low, high = panel(figure, "loss").child_axes[0].get_ylim()
-    assert low < 3.25 and 3.29 < high < 4 and "1 above this range" in texts(figure)
+    ax = panel(figure, "differences")
+    places = {
+        text.get_text(): text.xyann[1] for text in ax.texts
+    }  # heights of the names beside the ends of the lines
+    assert ax.get_yscale() == "symlog" and places["spectral_lr_mul=0.1"] - places["spectral_lr_mul=0"] > 0.1
 
 
 def test_styles_are_distinct_also_for_the_colour_blind():
-    """21 arms differ in colour or dashes; the colours stay apart for every kind of dichromat."""
-    looks = [style.arm_style(number) for number in range(21)]
-    assert len({(look["color"], str(look["linestyle"])) for look in looks}) == 21
-    rgb = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in style.COLOURS])
+    """Arms differ in colour or marker, from the control in both; colours stay apart for every dichromat."""
+    names = [f"a{number}" for number in range(19)]
+    looks = looks_of(names, "a3")
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == 19
+    assert [name for name in names if looks[name]["color"] == "#000000" or looks[name]["marker"] == "o"] == [
+        "a3"
+    ]
+    many = [look["color"] for look in looks_of([f"a{number}" for number in range(30)]).values()]
+    lightness = [int(c[1:3], 16) * 0.3 + int(c[3:5], 16) * 0.59 + int(c[5:], 16) * 0.11 for c in many]
+    assert lightness == sorted(lightness) and len(set(many)) == 30 and lightness[-1] < 210
+    colours = [*style.COLOURS, looks["a3"]["color"]]
+    rgb = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in colours])
     linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     protan = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]  # Machado et al. 2009
     deutan = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
@@ -290,7 +324,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "logs" / "newest.png").read_bytes().startswith(b"\x89PNG")
     row = next(line for line in out.splitlines() if line.startswith("newest")).split()
     assert row[1:6] == ["finished", "5", "200/200", f"{run.final_val_loss:.4f}", f"{run.best_val_loss:.4f}"]
-    assert str(run.first_at(3.28).step) in row and "1 lines could not be read, such as 'some noise'" in out
+    assert "at step" not in out and "1 lines could not be read, such as 'some noise'" in out
     assert not [path.name for path in (tmp_path / "logs").iterdir() if path.name.startswith(".")]
 
 

@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from logs_for_tests import SEPARATOR, SOURCE, make_log
+from matplotlib.colors import to_rgb
 from scipy import stats as scipy_stats
 from sweeps_for_tests import STEPS, make_sweep, spectral_arms
 
 import report_sweep
-from analysis import stats
-from analysis.by_value import looks_of, ordered
+from analysis import stats, style
 from analysis.conclusion import conclusion
+from analysis.looks import looks_of
 from analysis.reaching import choose_target, common_grid, reach
 from analysis.read_results import read_results
 from analysis.results import Attempt, Results, SweepArm
-from analysis.sweep_pictures import VERDICTS, picture_of_bars, picture_of_curves
+from analysis.sweep_pictures import VERDICTS, picture_of_curves, picture_of_forest
 from analysis.tables import without_nan
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -594,57 +595,118 @@ def test_the_same_logs_give_the_same_bytes(tmp_path, monkeypatch, capsys):
             content = path.read_bytes()
             assert files.setdefault(path.name, content) == content, path.name
             path.unlink()
-    assert set(files) == {"REPORT.md", "summary.json", "bars.png", "curves.png", "spectral.png"}
+    assert set(files) == {"REPORT.md", "summary.json", "forest.png", "curves.png"}
     text = files["REPORT.md"].decode()
     for name in re.findall(r"!\[\w+\]\((.+?)\)", text):
         assert files[name].startswith(b"\x89PNG")
-    assert text.count("![") == 3 and str(tmp_path) not in text + files["summary.json"].decode()
+    assert text.count("![") == 2 and str(tmp_path) not in text + files["summary.json"].decode()
     assert text.startswith("# lr\n\n> Does it help? Nobody knows.\n") and "2 hours" not in text
     assert "logs/lr/REPORT.md" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("num_arms", [1, 4, 12])
-def test_bars_show_the_numbers(tmp_path, num_arms):
-    """Means and intervals stand where the statistics say, inside the picture, in order of value."""
+@pytest.fixture
+def close_figures():
+    yield
     import matplotlib.pyplot as plt
 
+    plt.close("all")
+
+
+def words_of(ax):
+    return [text.get_text() for text in ax.texts]
+
+
+@pytest.mark.parametrize("num_arms", [2, 4, 12])
+def test_the_forest_shows_the_numbers(tmp_path, close_figures, num_arms):
+    """Differences and intervals stand where the statistics say, inside the picture, in order of value."""
     arms = {f"s_{i}": (3.27 + 0.002 * i, {"RESIDUAL_SCALE": 1 + i / 10}) for i in reversed(range(num_arms))}
     if num_arms == 12:
         arms["s_11"] = (9.0, {"RESIDUAL_SCALE": 2.1})
     file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="s_0", val_every=50)
     results, rows, _, _ = report_of(file, logs=tmp_path / "logs")
-    figure = picture_of_bars(results)
+    figure = picture_of_forest(results)
     figure.draw_without_rendering()
-    left = figure.axes[0]
-    names = [label.get_text() for label in left.get_yticklabels()]
-    assert names == [f"s_{i}" for i in range(num_arms)] and len(figure.axes) == (2 if num_arms > 1 else 1)
-    means = {round(float(line.get_xdata()[0]), 9) for line in left.lines if len(line.get_xdata()) == 1}
-    bars = [bar for collection in left.collections for bar in collection.get_segments()]
-    intervals = {tuple(np.round(bar[:, 0], 9)) for bar in bars}
-    for label in names[:11]:
-        result = rows[label].result
-        assert round(result.mean, 9) in means and (round(result.low, 9), round(result.high, 9)) in intervals
-    for label in left.get_yticklabels():
-        assert label.get_window_extent().x0 >= 0
-    if num_arms == 12:  # the one that failed to learn is named with its loss, and flattens nobody
-        assert left.get_xlim()[1] < 4 and any(text.get_text().startswith("9.0") for text in left.texts)
-        assert [line.get_ydata()[0] for line in left.lines if line.get_marker() == ">"] == [11]
-        colours = {line.get_color() for line in figure.axes[1].lines if line.get_marker() == "^"}
-        assert colours == {VERDICTS["worse"][0]}
-    plt.close("all")
+    ax = figure.axes[0]
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ([f"s_{i}" for i in range(num_arms)] if num_arms > 2 else ["s_1", "s_0"])
+    lines = [(list(line.get_xdata()), set(line.get_ydata()), line.get_color()) for line in ax.lines]
+    for y, label in enumerate(names):
+        pair, _ = results.comparison(label)
+        if pair is None:
+            assert ([0.0], {float(y)}, "#000000") in [(x, set(map(float, at)), c) for x, at, c in lines]
+            continue
+        look = results.looks[label]["color"]
+        assert ([pair.difference], {y}, look) in lines and ([pair.low, pair.high], {y}, look) in lines
+        ours, theirs = (dict(zip(*arm.samples()[::-1])) for arm in (rows[label].arm, rows["s_0"].arm))
+        assert ([ours[seed] - theirs[seed] for seed in SEEDS], {y}, look) in lines
+        assert f"{pair.difference:+.4f}" in words_of(ax)
+    low, high = ax.get_xlim()
+    assert all(low < x < high for xs, at, _ in lines if at <= set(range(num_arms)) for x in xs)
+    boxes = [text.get_window_extent() for text in (*ax.texts, *ax.get_yticklabels())]
+    assert all(0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    assert sum(word.startswith("worse, p ") for word in words_of(ax)) == len(results.verdict.worse)
+    tints = [patch.get_facecolor()[:3] for patch in ax.patches]
+    assert len(tints) == len(results.verdict.worse) + len(results.verdict.better)
+    assert ax.get_xscale() == ("symlog" if num_arms == 12 else ax.get_xscale())
 
 
-def test_curves_are_coloured_by_value(tmp_path):
-    import matplotlib.pyplot as plt
+def test_an_interval_clear_of_zero_that_holm_rejects_says_so(close_figures):
+    """Else a picture shows a finding that the sentence beside it does not allow."""
+    losses = {"base": [3.0, 3.1, 3.2, 3.3], "a": [2.95, 3.02, 3.16, 3.27]}
+    losses |= {f"b{i}": [3.0 + 0.01 * (-1) ** (i + j) + 0.1 * j for j in range(4)] for i in range(8)}
+    results = made_up(losses, [1, 2, 3, 4], "base")
+    pair, p = results.comparison("a")
+    assert pair.high < 0 and p > 0.05
+    results.looks = looks_of(list(losses), "base")
+    words = words_of(picture_of_forest(results).axes[0])
+    assert [word for word in words if "clear" in word] == [f"undecided, p = {p:.2g} (by itself clear of 0)"]
+    assert set(VERDICTS.values()).isdisjoint({results.looks["base"]["color"]})
 
-    values = [0.5, 0.7, 1.0, 1.4]
-    arms = {f"s_{v}": (3.27, {"RESIDUAL_SCALE": v}) for v in values}
-    file = make_sweep(tmp_path, "sweep", arms, control="s_1.0", val_every=20)
+
+def test_losses_over_training_are_minus_the_controls(tmp_path, close_figures):
+    """Six lines on each other say nothing; their paired differences and intervals are scipy's."""
+    file = make_sweep(tmp_path, "sweep", spectral_arms(0, 0.1, 1), seeds=SEEDS, control="spectral_lr_0")
     results = read_results([file], tmp_path / "logs")
-    looks, order = looks_of(results, ordered(results))
-    lightness = [np.dot(look["color"][:3], (0.3, 0.59, 0.11)) for look in looks]
-    assert order == values and lightness == sorted(lightness) and lightness[-1] < 0.8
-    figure = picture_of_curves(results, 3.28)
-    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["0.5", "0.7", "1", "1.4"]
-    assert "tokens" in figure.axes[0].get_xlabel()
-    plt.close("all")
+    ax = picture_of_curves(results).axes[0]
+    runs = {arm.label: sorted(arm.runs, key=lambda run: run.seed) for arm in results.arms}
+    steps = runs["spectral_lr_0"][0].val.step
+    look = results.looks["spectral_lr_0.1"]["color"]
+    line = next(line for line in ax.lines if line.get_color() == look and len(line.get_xdata()) > 2)
+    sides = [
+        np.stack([run.val.loss for run in runs[name]])[:, steps > 0]
+        for name in ("spectral_lr_0.1", "spectral_lr_0")
+    ]
+    np.testing.assert_allclose(line.get_ydata(), (sides[0] - sides[1]).mean(0))
+    want = scipy_stats.ttest_rel(*sides).confidence_interval(0.95)
+    band = next(c for c in ax.collections if np.allclose(c.get_facecolor()[0][:3], to_rgb(look)))
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((want.low.min(), want.high.max()))
+    assert "tokens" in ax.get_xlabel() and ax.get_ylabel() == "nats per token; below 0 is better"
+    assert {"baseline_std_0", "spectral_lr_0", "spectral_lr_0.1", "spectral_lr_1"} == set(words_of(ax))
+
+
+def test_among_many_arms_a_filled_point_has_an_interval_clear_of_zero(tmp_path, close_figures):
+    """Bands of fifteen arms hide each other; without any, luck looks like an effect."""
+    arms = {f"s_{i}": (3.27 + 0.0006 * i, {"RESIDUAL_SCALE": 1 + i / 10}) for i in range(8)}
+    file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="s_0", val_every=50)
+    results = read_results([file], tmp_path / "logs")
+    ax = picture_of_curves(results).axes[0]
+    filled = [line for line in ax.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+    last = {(line.get_color(), line.get_marker()): line.get_xdata()[-1] for line in filled}
+    clear = {name: pair.low * pair.high > 0 for name, pair in results.verdict.versus_control.items()}
+    assert {True, False} == set(clear.values())
+    for label in clear:
+        look = results.looks[label]
+        assert clear[label] == (last.get((look["color"], look["marker"])) == max(last.values())), label
+    assert "filled" in ax.get_xlabel() and not ax.collections
+
+
+@pytest.mark.parametrize("fields, unit", [({"vocab_size": 256}, "byte"), ({"vocab_size": 50257}, "token")])
+def test_the_unit_is_that_of_the_data(tmp_path, fields, unit):
+    """A loss of 1.2 nats is poor for a token and good for a byte."""
+    log = tmp_path / "a.txt"
+    log.write_text(make_log("a", 1, fields, STEPS))
+    results = read_results([log])
+    target = choose_target(results, None)
+    text = report_sweep.report(results, report_sweep.rows_of(results, target), target, [])
+    assert f"in nats per {unit}; n counts" in text and style.loss_unit(results.runs) == f"nats per {unit}"

@@ -662,31 +662,19 @@ def test_read_runs_of_files_and_folders(tmp_path):
         read_log(tmp_path)
 
 
-class CountingFollower(LogFollower):
-    """Counts the bytes parsed."""
-
-    read = 0
-
-    def _read_new(self, path, status):
-        before = self.logs[path].offset if path in self.logs else 0
-        changed = super()._read_new(path, status)
-        after = self.logs[path].offset if path in self.logs else 0
-        self.read += after - before if after >= before else after
-        return changed
-
-
-def test_follower_reads_only_what_is_new(tmp_path):
+def test_follower_reads_only_what_is_new(tmp_path, monkeypatch):
     """Reading all of 1,000 logs every second would be the machine's main work."""
+    fed, feed = [], LogParser.feed
+    monkeypatch.setattr(LogParser, "feed", lambda parser, data: (fed.append(data), feed(parser, data)))
     log = tmp_path / "run.txt"
     text = make_log("run", num_steps=300)
     cut = len(header("run", num_steps=300)) + 5000
     log.write_text(text[:cut])
-    follower = CountingFollower(tmp_path)
+    follower = LogFollower(tmp_path)
     assert follower.poll() == [log] and follower.poll() == []
     with log.open("a") as file:
         file.write(text[cut:])
-    before = follower.read
-    assert follower.poll() == [log] and follower.read - before == len(text) - cut
+    assert follower.poll() == [log] and fed == [text[:cut].encode(), text[cut:].encode()]
     same_run(follower.logs[log].runs[0], read_log(log)[0])
     (tmp_path / "x.sweep.json").write_text("{}")
     assert follower.poll() == []
@@ -719,6 +707,50 @@ def test_follower_survives_what_it_cannot_read(tmp_path):
     follower = LogFollower(tmp_path)
     assert follower.poll() == [tmp_path / "garbage.txt"]
     assert LogFollower(tmp_path / "missing").poll() == []
+
+
+def test_follower_of_single_logs(tmp_path):
+    """A launcher follows a log before its run has made it; a monitor, those of a sweep."""
+    log, other = tmp_path / "run.txt", tmp_path / "other.txt"
+    other.write_text(make_log("other", num_steps=100))
+    follower = LogFollower(log)
+    assert follower.poll() == [] and not follower.logs
+    log.write_text(make_log("run", num_steps=100))
+    assert follower.poll() == [log] and follower.poll() == []
+    follower.paths = [other]
+    assert follower.poll() == [log, other] and list(follower.logs) == [other]
+
+
+@pytest.mark.parametrize("size, skipped", [(len(SOURCE), True), (len(SOURCE) - 1, False), (10**8, False)])
+def test_follower_skips_the_source_code(tmp_path, monkeypatch, size, skipped):
+    """Two thirds of a short log are source code; but a size that is wrong must not hide the run."""
+    fed, feed = [], LogParser.feed
+    monkeypatch.setattr(LogParser, "feed", lambda parser, data: (fed.append(data), feed(parser, data)))
+    log = tmp_path / "run.txt"
+    log.write_text(f"# file: train_gpt.py, {size} bytes\n" + make_log("run", num_steps=100))
+    follower = LogFollower(tmp_path)
+    assert follower.poll() == [log]
+    assert fed[0].startswith(SEPARATOR.encode()) == skipped
+    same_run(follower.logs[log].runs[0], read_log(log)[0])
+    with log.open("a") as file:
+        file.write("event:resumed step:100\n")
+    assert follower.poll() == [log] and fed[-1] == b"event:resumed step:100\n"
+    assert follower.logs[log].runs[0].state == "running"
+
+
+def test_recent_lines_are_enough_for_all_but_the_training_curve():
+    """A monitor's first look at long logs; what it leaves out must not change what it shows."""
+    text = make_log("run", num_steps=400) + "event:resumed step:400\n"
+    parser = LogParser("run.txt", recent=50)
+    parser.feed(text.encode())
+    (quick,), (whole,) = parser.runs(), parse_log(text, "run.txt")
+    for part in ("step", "loss", "time_ms", "tokens", "acc"):
+        np.testing.assert_array_equal(getattr(quick.val, part), getattr(whole.val, part))
+        late = getattr(whole.train, part)[-len(quick.train) :]
+        np.testing.assert_array_equal(getattr(quick.train, part), late)
+    assert 40 < len(quick.train) < 60 < len(whole.train)
+    for name in ("run_id", "config", "state", "events", "seed", "last_step", "num_steps", "source_hash"):
+        assert getattr(quick, name) == getattr(whole, name), name
 
 
 # ------------------------------------------------------------------------------------------------

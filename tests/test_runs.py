@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import BASELINE, ORD, base_env, losses, run, train
+from helpers import BASELINE, ORD, ROOT, base_env, losses, run, train
 from jobs import refusal, run_here
 
 import train_gpt
 from analysis.run_log import read_log
+from runtime.flops import flop_per_token
 from runtime.log_writer import BAR
 from runtime.supervise import StopRequest
 
@@ -157,8 +158,14 @@ GOLDEN = {  # validation losses at steps 0, 5, 10
 def test_golden_losses(n_grams, shards, tmp_path):
     """Fails if model, data, optimizer or schedule changed. Processors differ by less than 2e-4."""
     settings, wanted = GOLDEN[n_grams]
-    rates = dict(ADAM_LR=0.008, MUON_LR=0.012)  # as they were when the losses were written down
-    val, _ = train(tmp_path, shards, "golden", NUM_SCHEDULED_ITERATIONS=10, SEED=42, **rates, **settings)
+    then = dict(  # as it was when the losses were written down
+        ADAM_LR=0.008,
+        MUON_LR=0.012,
+        BATCH_SIZES="2048,2048,4096,4096",
+        VAL_TOKENS=16384,
+        VAL_BATCH_TOKENS=8192,
+    )
+    val, _ = train(tmp_path, shards, "golden", NUM_SCHEDULED_ITERATIONS=10, SEED=42, **then, **settings)
     assert val == pytest.approx(wanted, abs=2e-4)
 
 
@@ -167,7 +174,8 @@ def test_bad_settings_end_the_run_before_it_starts(shards, tmp_path):
     done = run(tmp_path, BASELINE, base_env(shards, SEED="minus one"), ranks=0)
     assert done.returncode == 2
     assert "SEED='minus one'" in done.stderr and "Traceback" not in done.stderr
-    done = run(tmp_path, BASELINE, base_env(shards, SPECTRAL_LR_MUL="0.1"), ranks=2)
+    torchrun = ("--standalone",)
+    done = run(tmp_path, BASELINE, base_env(shards, SPECTRAL_LR_MUL="0.1"), 2, torchrun)
     assert done.returncode == 1  # torchrun turns any failure into 1
     assert done.stderr.count("SPECTRAL_LR_MUL is not a setting of train_gpt.py") == 1
     assert not (tmp_path / "logs").exists()
@@ -210,3 +218,81 @@ def test_the_log_holds_what_the_readers_need(baseline):
         first,
     )
     assert len(val) == 4  # steps 0, 5, 10 and 14
+
+
+def test_validations_say_how_large_gradient_and_memory_are(baseline):
+    """Fails if what people look for is not on the lines of validations, or the readers lose it; before the
+    first update there is no gradient. A CPU has no mfu: its rate is other work's affair."""
+    cwd, _, _ = baseline
+    log = read_log(cwd / "logs" / "baseline.txt")[0]
+    norm, peak = log.columns["grad_norm"], log.columns["peak_mem_mb"]
+    assert norm.step.tolist() == [5, 10, 14] and peak.step.tolist() == [0, 5, 10, 14]
+    assert (0 < norm.value).all() and (norm.value < 10).all()
+    assert (np.diff(peak.value) >= 0).all() and 100 < peak.value[0] < 10_000
+    assert "mfu" not in log.columns and not log.unread_lines
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_mfu_is_the_models_flop_over_what_products_would_do(shards, tmp_path, monkeypatch):
+    """Fails if MFU counts another stage's FLOP or the time of validations, or starts anew at none. A CPU logs
+    none by itself, but can be asked."""
+    monkeypatch.chdir(tmp_path)
+    with run_here(train_gpt, base_env(shards, RUN_ID="mfu", SAVE_MODEL=0)) as start:
+        made = train_gpt.Run(start, StopRequest())
+        made.session.utilization = gauge = made.session.measure_rate()
+        assert made.train() == 14
+    log = read_log(tmp_path / "logs" / "mfu.txt")[0]
+    mfu, ms = log.columns["mfu"], log.columns["train_time"]
+    at = dict(zip(ms.step.tolist(), ms.value))
+    trainer, config = made.trainer, start.model_config
+    for first, last, found in zip((0, 5, 10), (5, 10, 14), mfu.value, strict=True):
+        flop = sum(
+            trainer.schedule.batch_tokens(i)
+            * flop_per_token(config, trainer.doc_lengths, 256, config.windows[trainer.schedule.stage(i)])
+            for i in range(first, last)
+        )
+        assert found == pytest.approx(flop / gauge.flops / ((at[last] - at[first]) / 1000), rel=0.02)
+    assert re.search(
+        r"^event:matmul_rate tflops_a_rank:\d+\.\d$", (tmp_path / "logs/mfu.txt").read_text(), re.M
+    )
+
+
+FULL_COLLECTION = """
+import gc, sys
+
+sys.path.insert(0, {root!r})
+import {trainer} as trainer
+from runtime import session, supervise
+
+note_update = session.Session.note_update
+
+
+def note(self, step, *args):
+    note_update(self, step, *args)
+    if step == 8:
+        print("frozen", gc.get_freeze_count(), "left", len(gc.get_objects()), flush=True)
+
+
+session.Session.note_update = note
+code = supervise.main(trainer, [])
+print("afterwards", gc.get_freeze_count())
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("trainer", ["train_gpt", "train_gpt_simple"])
+def test_full_collections_during_training_are_short(shards, tmp_path, trainer):
+    """Fails if a full collection in the middle of a run looks at every object there is, for a tenth of a
+    second and more, while the other ranks wait. Each of a million steps may meet one."""
+    script = tmp_path / "watched.py"
+    script.write_text(FULL_COLLECTION.format(root=str(ROOT), trainer=trainer))
+    env = base_env(shards, RUN_ID="watched", NUM_SCHEDULED_ITERATIONS=9, VAL_LOSS_EVERY=0)
+    if trainer == "train_gpt_simple":
+        for name in ("BATCH_SIZES", "VAL_BATCH_TOKENS", "MUON_WARMUP_STEPS", "MAX_DOC_TOKENS"):
+            env.pop(name, None)
+        env |= {"BATCH_TOKENS": "1024", "ROW_TOKENS": "128", "VAL_TOKENS": "4096"}
+    done = run(tmp_path, str(script), env, ranks=0)
+    assert done.returncode == 0, done.stdout + done.stderr
+    frozen, left = map(int, re.search(r"^frozen (\d+) left (\d+)$", done.stdout, re.M).groups())
+    assert frozen > 100_000 and left < frozen / 20
+    assert "afterwards 0" in done.stdout

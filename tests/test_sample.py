@@ -13,6 +13,7 @@ import sample
 import train_gpt
 from runtime import checkpoints
 from runtime.ranks import Ranks
+from runtime.trained import load_model
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,8 @@ def trained(shards, tmp_path_factory):
 def test_the_file_holds_what_was_validated(trained, shards):
     """Fails if the file alone does not give the run's last validation loss again."""
     path = trained / "logs" / "short" / "model.safetensors"
-    model, metadata = sample.load_model(path, "cpu")
+    trained_model = load_model(path, "cpu")
+    model, metadata = trained_model.model, trained_model.metadata
     settings = train_gpt.read_settings(base_env(shards))[0]
     _, val = train_gpt.open_data(settings, 1)
     model.rotary.make_tables(settings.val_batch_tokens)
@@ -52,11 +54,10 @@ def test_next_logits_are_the_models(tied, tmp_path):
         "rotary_scale": model.rotary.scale,
         "windows": (8, 16),
         "tied": tied,
+        "script": BASELINE,
     }
     path = tmp_path / "model.safetensors"
     checkpoints.save_model(path, model, metadata)
-    loaded, metadata = sample.load_model(path, "cpu")
-    loaded.rotary.make_tables(64)
     tokens = make_tokens([24], vocab_size=100).tolist()
     ends = torch.tensor([0, 24], dtype=torch.int32)
     inputs = torch.tensor([tokens], dtype=torch.int32)
@@ -70,8 +71,17 @@ def test_next_logits_are_the_models(tied, tmp_path):
         targets = torch.full((1, 24), target)
         other = torch.cat((targets[:, :-1], targets[:, :1] * 0), 1)
         nats.append(nats_of(targets) - nats_of(other))
-    logits = sample.next_logits(loaded, tokens, metadata)
+    logits = load_model(path, "cpu").next_logits(tokens)
     assert np.allclose((logits[0] - logits).numpy(), nats, atol=2e-4)
+
+
+def test_a_model_whose_trainer_is_gone_names_it(tmp_path):
+    """Fails if a trainer of one's own, since deleted, is taken for another, or a file makes us import any."""
+    path = tmp_path / "model.safetensors"
+    for script in ("my_trainer.py", "../x.py"):
+        checkpoints.save_model(path, small_model(train_gpt), {"config": {}, "script": script})
+        with pytest.raises(ValueError, match=f"was written by '{script}', which is not in"):
+            load_model(path, "cpu")
 
 
 def test_the_same_seed_gives_the_same_text(trained, capsys):

@@ -2,6 +2,7 @@
 resuming, logs."""
 
 import contextlib
+import copy
 import functools
 import math
 
@@ -10,15 +11,19 @@ import pytest
 import torch
 from helpers import base_env, lone_ranks, losses, run
 from jobs import refusal, run_here
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import report_sweep
 import train_gpt_simple as simple
 from analysis.run_log import read_log
 from data.shards import TokenStream
 from kernels import vectors
+from runtime.checkpoints import MODEL_FILE
 from runtime.compiling import graphs_compiled, not_compiled
 from runtime.stream_run import cut_passes
 from runtime.supervise import StopRequest
+from runtime.trained import load_model
 
 SMALL = simple.ModelConfig(num_layers=2, width=32, num_heads=2, head_dim=16)
 MODES = {
@@ -185,6 +190,27 @@ def test_twenty_steps_are_those_of_a_straight_line_copy(small, shards):
     found = losses(made.s.log.parent.parent, "track", "train_loss")
     assert found == pytest.approx(wanted, abs=1e-5)
     assert found[-1] < found[0] - 0.5
+
+
+def test_gradient_norm_and_flop_are_those_of_the_step(small, shards):
+    """Fails if the log's grad_norm is not the mean loss's, or MFU would count other products than the
+    model's; attention's are those of the visible pairs."""
+    with begun(shards, RUN_ID="gauges", NUM_SCHEDULED_ITERATIONS=2, VAL_LOSS_EVERY=1) as made:
+        model, tokens = copy.deepcopy(made.model), TokenStream(made.start.train_shards, 1024).next()
+        inputs, targets = (
+            torch.from_numpy(x.astype(np.int64)).view(-1, 64) for x in (tokens[:-1], tokens[1:])
+        )
+        with FlopCounterMode(display=False) as counted:
+            loss, _ = model(inputs, targets)
+        (loss / 1024).backward()
+        wanted = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+        assert made.train() == 2
+        products = sum(n for op, n in counted.get_flop_counts()["Global"].items() if "mm" in str(op))
+        pairs = 1024 * 65 / 2
+        attention = SMALL.num_layers * 4 * SMALL.num_heads * SMALL.head_dim * pairs
+        assert 1024 * made.flop_per_token(0) == pytest.approx(3 * (products + attention))
+    norm = read_log(made.s.log)[0].columns["grad_norm"]
+    assert norm.step.tolist() == [1, 2] and norm.value[0] == pytest.approx(wanted, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -448,6 +474,20 @@ def test_the_tools_read_its_logs(small, shards):
     assert report_sweep.main(["logs", "--target", "3.28", "--out", "report"]) == 0
     text = (made.s.log.parent.parent / "report" / "REPORT.md").read_text()
     assert "Proof against 3.28" in text and "(target - mean) √n" in text
+
+
+def test_the_model_file_gives_the_models_losses(shards, small):
+    """Fails if sampling and evaluation, which go around GPT.forward, have other probabilities."""
+    with begun(shards, RUN_ID="saved", NUM_SCHEDULED_ITERATIONS=2, VAL_LOSS_EVERY=0, SAVE_MODEL=1) as made:
+        made.train()
+        assert made.session.end(2) == 0
+    loaded = load_model(made.s.folder / MODEL_FILE, "cpu")
+    assert loaded.trainer is simple and loaded.max_tokens == 64
+    inputs, targets = torch.randint(1, 256, (2, 2, 64), generator=torch.Generator().manual_seed(1))
+    logits = loaded.logits(loaded.hidden(inputs))
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    with torch.no_grad():
+        assert float(nats) == pytest.approx(float(made.model(inputs, targets)[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize(

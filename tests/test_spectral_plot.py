@@ -11,10 +11,7 @@ from scipy import stats as scipy_stats
 from sweeps_for_tests import STEPS, make_sweep, spectral_arms
 
 import plot_spectral_sweep
-from analysis import style
 from analysis.read_results import read_results
-from analysis.spectral_picture import figure as spectral_figure
-from analysis.stats import summarize
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +23,11 @@ def close_figures():
 
 
 def draw(tmp_path, arms, control="spectral_lr_0", **kwargs):
-    """The figure of a sweep, its results, and its axes: loss, U-curve, [strip], attention, MLP."""
+    """The figure of a sweep, and its results."""
     kwargs = {"val_every": 20, **kwargs}
     file = make_sweep(tmp_path, "sweep", arms, control=control, **kwargs)
     results = read_results([file], tmp_path / "logs")
-    figure = spectral_figure(results, 3.28)
+    figure = plot_spectral_sweep.figure(results)
     figure.draw_without_rendering()
     return figure, results
 
@@ -54,41 +51,21 @@ def points(ax):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_u_curve_shows_means_intervals_and_the_control(tmp_path):
-    """Each a stands at its value with its arm's mean and interval; the band is the control's interval."""
-    figure, results = draw(tmp_path, spectral_arms(0, 0.01, 0.1), seeds=(1, 2, 3, 4))
-    curve, strip = panel(figure, "final validation loss against a"), panel(figure, "no a")
-    want = {arm.label: summarize(arm.samples()[0]) for arm in results.arms}
-    for a in (0, 0.01, 0.1):
-        assert (a, round(want[f"spectral_lr_{a}"].mean, 9)) in points(curve)
-    assert (0, round(want["baseline_std_0"].mean, 9)) in points(strip)
-    bars = [c for c in curve.collections if hasattr(c, "get_segments") and c.get_segments()]
-    drawn = {
-        tuple(np.round([s[0][1], s[1][1]], 9)) for bar in bars for s in bar.get_segments() if len(s) == 2
-    }
-    for a in (0, 0.01, 0.1):
-        result = want[f"spectral_lr_{a}"]
-        assert (round(result.low, 9), round(result.high, 9)) in drawn
-    control = want["spectral_lr_0"]
-    bands = [patch.get_bbox() for patch in (*curve.patches, *strip.patches)]
-    assert [(box.y0, box.y1) for box in bands] == [(control.low, control.high)] * 2
-    joint = next(line for line in curve.lines if len(line.get_xdata()) == 3 and line.get_linestyle() == "-")
-    assert list(joint.get_xdata()) == [0, 0.01, 0.1]
-    assert curve.get_xscale() == "symlog" and curve.get_xlim()[0] < 0 < curve.get_xlim()[1]
-    assert [tick.get_text() for tick in curve.get_xticklabels()] == ["0", "0.01", "0.1"]
-    assert "bars: 95% interval, dots: runs" in curve.get_xlabel()
-
-
-def test_a_bad_arm_does_not_flatten_the_curve(tmp_path):
-    """a = 1 loses 0.13: on its scale nothing of the differences in question could be seen."""
-    figure, results = draw(tmp_path, spectral_arms(0, 0.01, 0.1, 1))
-    curve = panel(figure, "final validation loss against a")
-    assert curve.get_ylim()[1] < 3.3
-    last = summarize(next(arm for arm in results.arms if arm.label == "spectral_lr_1").samples()[0])
-    assert f"{last.mean:.4f}" in [text.get_text() for text in curve.texts]
-    marks = [line for line in curve.lines if line.get_marker() == "^" and line.get_xdata()[0] == 1]
-    assert len(marks) == 1 and curve.get_ylim()[0] < marks[0].get_ydata()[0] < curve.get_ylim()[1]
-    assert "▲ above this range" in curve.get_xlabel()
+def test_the_forest_shows_paired_differences_of_all_arms(tmp_path):
+    """a = 0.1 lay inside the control's grey band, though paired by seed it was worse with p < 0.0001."""
+    figure, results = draw(tmp_path, spectral_arms(0, 0.01, 0.1, 1), seeds=(1, 2, 3, 4))
+    forest = panel(figure, "final validation loss minus that of spectral_lr_0")
+    rows = [label.get_text() for label in forest.get_yticklabels()]
+    assert rows == ["baseline_std_0", "spectral_lr_0", "spectral_lr_0.01", "spectral_lr_0.1", "spectral_lr_1"]
+    for label, pair in results.verdict.versus_control.items():
+        assert (round(pair.difference, 9), rows.index(label)) in points(forest)
+        row = [rows.index(label)] * 2
+        bar = [tuple(line.get_xdata()) for line in forest.lines if list(line.get_ydata()) == row]
+        assert pair.method == "paired" and bar == [(pair.low, pair.high)]
+    assert forest.get_xscale() == "symlog"
+    assert forest.get_xlim()[1] > results.verdict.versus_control["spectral_lr_1"].high
+    words = [text.get_text() for text in forest.texts]
+    assert "control" in words and any(text.startswith("worse, p ") for text in words)
 
 
 def test_rho_is_signed_and_spans_magnitudes(tmp_path):
@@ -101,7 +78,7 @@ def test_rho_is_signed_and_spans_magnitudes(tmp_path):
         np.testing.assert_allclose(line.get_ydata(), run.columns[key].value.mean(1))
         assert max(line.get_ydata()) < 0 and ax.get_yscale() == "symlog"
         assert ax.get_ylim()[0] < min(line.get_ydata()) and ax.get_ylim()[1] > 0
-        assert "not logged: baseline_std_0" in ax.get_title(loc="right")
+        assert "not logged: baseline_std_0" in [text.get_text() for text in ax.texts]
         assert any(text.get_text().startswith("ρ < 0") for text in ax.texts)
 
 
@@ -112,35 +89,16 @@ def test_both_signs_of_rho(tmp_path):
     head, steps = log.read_text().rsplit("=" * 100, 1)
     steps = re.sub(r"(step:1\d\d/.*spec_attn:)(\[.*?\])", lambda m: m[1] + m[2].replace("-", ""), steps)
     log.write_text(head + "=" * 100 + steps)
-    figure = spectral_figure(read_results([file], tmp_path / "logs"), 3.28)
+    figure = plot_spectral_sweep.figure(read_results([file], tmp_path / "logs"))
     ax = panel(figure, "mean ρ of attention")
     y = next(line for line in ax.lines if len(line.get_xdata()) > 2).get_ydata()
     assert min(y) < 0 < max(y) and ax.get_ylim()[0] < min(y) and max(y) < ax.get_ylim()[1]
 
 
-def test_no_rho_logged_is_said(tmp_path):
+def test_panels_without_anything_to_show_are_left_out(tmp_path):
     figure, _ = draw(tmp_path, {"x": (3.3, {"script": "train_gpt.py"})}, control=None, seeds=(1, 2))
-    assert sum("only runs with ORD log it" in text for text in texts(figure)) == 2
-    assert any("no finished run with SPECTRAL_LR_MUL" in text for text in texts(figure))
-
-
-def test_arms_without_one_a_are_not_put_on_the_curve(tmp_path):
-    """ORD_MODE=post ignores SPECTRAL_LR_MUL: at a = 0.1 its point would be a lie."""
-    alike = {"ORD_MODE": "interpolate", "SPECTRAL_SCALE": "raw"}
-    arms = {tag: (loss, {**alike, **s}) for tag, (loss, s) in spectral_arms(0, 0.1, baseline=False).items()}
-    arms["post"] = (3.2715, {**alike, "ORD_MODE": "post"})
-    arms["unit_0.1"] = (3.2710, {**alike, "SPECTRAL_SCALE": "unit"})
-    arms["unit_1"] = (3.2720, {**alike, "SPECTRAL_SCALE": "unit", "SPECTRAL_LR_MUL": 1})
-    figure, results = draw(tmp_path, arms)
-    curve, strip = panel(figure, "final validation loss against a"), panel(figure, "no a")
-    mean = {arm.label: round(summarize(arm.samples()[0]).mean, 9) for arm in results.arms}
-    assert mean["post"] not in [y for _, y in points(curve)] and (0, mean["post"]) in points(strip)
-    assert [tick.get_text() for tick in strip.get_xticklabels()] == ["post"]
-    joints = [line for line in curve.lines if len(line.get_xdata()) == 2 and line.get_label()[0] != "_"]
-    found = {tuple(np.round(line.get_ydata(), 9)) for line in joints}
-    assert found == {(mean["spectral_lr_0"], mean["spectral_lr_0.1"]), (mean["unit_0.1"], mean["unit_1"])}
-    labels = {text.get_text() for text in curve.get_legend().get_texts()}
-    assert "spectral_scale=unit" in " ".join(labels) and len(labels) == 2
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["validation loss, nats per token"]
+    assert figure.axes[0].get_window_extent().width > 0.75 * figure.bbox.width
 
 
 # ------------------------------------------------------------------------------------------------
@@ -158,26 +116,18 @@ def test_nothing_overlaps(tmp_path, num_arms, seeds):
         arms = {"spectral_lr_0.1": (3.27, {"SPECTRAL_LR_MUL": 0.1})}
     figure, results = draw(tmp_path, arms, control=None, seeds=seeds)
     assert len(results.arms) == num_arms
-    boxes = [ax.get_tightbbox() for ax in figure.axes] + [figure.legends[0].get_window_extent()]
+    boxes = [ax.get_tightbbox() for ax in figure.axes]
     for i, a in enumerate(boxes):
         assert a.x0 >= 0 and a.y0 >= 0 and a.x1 <= figure.bbox.x1 and a.y1 <= figure.bbox.y1, i
         for b in boxes[i + 1 :]:
             assert not a.overlaps(b)
-    curve = panel(figure, "final validation loss against a")
-    ticks = [label.get_window_extent() for label in curve.get_xticklabels() if label.get_text()]
-    assert all(not a.overlaps(b) for a, b in zip(ticks[:-1], ticks[1:], strict=True)) and ticks
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(set(legend)) == num_arms
-    assert all(("(a single run)" in text) == (len(seeds) == 1) for text in legend)
-
-
-def test_bulk_limits():
-    """The better half is seen whole with its intervals; one lost arm is not, and no arm is shown by half."""
-    low, high = style.bulk_limits([3.0, 3.1, 3.2, 9.0], [2.9, 3.0, 3.1, 8.0], [3.1, 3.2, 3.3, 9.9])
-    assert low < 2.9 and 3.3 < high < 4
-    low, high = style.bulk_limits([1.0, 1.1, 1.62], [1.0, 1.1, 1.5], [1.0, 1.6, 1.8])
-    assert high > 1.8  # 1.62 is within reach of the interval 1.6, so its own interval is shown, too
-    assert style.bulk_limits([], [], []) == (0, 1) and style.bulk_limits([2.0], [2.0], [2.0])[0] < 2
+    if num_arms > 1:
+        forest = figure.axes[1]
+        names = [label.get_window_extent() for label in forest.get_yticklabels()]
+        assert all(a.y0 >= b.y1 - 1 for a, b in zip(names[:-1], names[1:], strict=True))
+        assert len({label.get_text() for label in forest.get_yticklabels()}) == num_arms
+        single = [text.get_text() for text in forest.texts if "a single run" in text.get_text()]
+        assert len(single) == (num_arms if len(seeds) == 1 else 0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -263,6 +213,8 @@ def test_failed_and_missing_runs_are_in_the_table(tmp_path):
     rows = {row[1]: row for row in plot_spectral_sweep.table(results)[1]}
     assert rows["spectral_lr_0.1"][-1] == "1 of 4 failed" and rows["spectral_lr_0.1"][3] == "3"
     assert "1 of 4 not ended" in rows["spectral_lr_0"][-1]
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert any("n=3, 1 failed" in text for text in legend) and any("1 not ended" in text for text in legend)
+    words = texts(figure)
+    assert any("1 of 4 failed" in text for text in words) and any(
+        "1 of 4 not ended" in text for text in words
+    )
     assert math.isnan(results.arms[1].samples()[0][-1])

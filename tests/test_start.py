@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("diff_runs", "launch_lr_sweep", "make_record", "monitor_runs")
+COMMANDS = ("diff_runs", "export_runs", "launch_lr_sweep", "make_record", "monitor_runs")
 HEAVY = {"torch", "matplotlib", "scipy", "rich"}  # each takes longer to import than a command's answer may
 
 

@@ -16,14 +16,33 @@ from runtime import checking
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_names_are_the_seeds_with_seed_and_hash(place):
-    """Else tools that look for `lrmul-...-cd...-TAG-TIME` miss our runs, or two runs share a name."""
+def test_names_begin_with_the_tag_and_keep_the_seeds_form(place):
+    """Else a list that cuts names short shows twelve times lrmul-1-1.52, or two runs share a name."""
     runs = planned(read_sweep(sweep_file(TWO_ARMS)))[0].runs
     assert len({run.run_id for run in runs}) == 4
     for run in runs:
-        pattern = rf"lrmul-1-1\.52-cd0\.55-{re.escape(run.tag)}-\d{{8}}-\d{{6}}-seed{run.seed}-[0-9a-f]{{8}}"
+        pattern = rf"{re.escape(run.tag)}-lrmul-1-1\.52-cd0\.55-\d{{8}}-\d{{6}}-seed{run.seed}-[0-9a-f]{{8}}"
         assert re.fullmatch(pattern, run.run_id), run.run_id
         assert run.log == f"logs/{run.run_id}.txt"
+
+
+def test_runs_with_names_of_the_old_form_are_not_made_again(place):
+    """A sweep begun before the tag came first goes on: what is done is kept, under its name."""
+    sweep = read_sweep(sweep_file(TWO_ARMS))
+    manifest = planned(sweep)[0]
+    Path("logs").mkdir(exist_ok=True)
+    old = [
+        f"lrmul-1-1.52-cd0.55-{r.tag}-20260206-233406-seed{r.seed}-{r.settings_hash}" for r in manifest.runs
+    ]
+    for run, name in zip(manifest.runs, old, strict=True):
+        run.run_id, run.log, run.state = name, f"logs/{name}.txt", "finished"
+        Path(run.log).write_text("step:1/1 val_loss:3.0 train_time:1ms\n")
+    manifest.runs[3].state = "stopped"
+    manifest.save()
+    after, why = planned(sweep)
+    assert list(why) == [3] and [run.run_id for run in after.runs[:3]] == old[:3]
+    assert after.runs[3].run_id.startswith("spectral_lr_0.1-lrmul-")
+    assert [run.run_id for run in after.earlier] == old[3:]
 
 
 def test_seeds_are_interleaved_and_arms_may_have_their_own(place):

@@ -10,10 +10,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes a block may have
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
 REGISTERS = 65_536  # of a multiprocessor, for all threads of its blocks
 PRODUCTS = {"gram_kernel", "mlp_kernel", "mlp_hopper_kernel"}
-ONLY_ON = {"mlp_kernel": {80, 89}, "mlp_hopper_kernel": {90}, "quantize_kernel": {89, 90}}
+ONLY_ON = {
+    "mlp_kernel": {80, 89, 120},
+    "mlp_hopper_kernel": {90, 100},
+    "quantize_kernel": {89, 90, 100, 120},
+}
+MULTIPLIES = {
+    80: "mma",
+    89: "mma",
+    90: "wgmma",
+    100: "tcgen05",
+    120: "mma",
+}  # consumer Blackwell has Ampere's
 
 
 def compile_launches(arch: int, *more: str):
@@ -33,7 +44,7 @@ def compile_launches(arch: int, *more: str):
     return found["names"], found["launches"]
 
 
-@pytest.fixture(scope="module", params=[90, 80, 89], ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(scope="module", params=[90, 80, 89, 100, 120], ids=lambda arch: f"sm_{arch}")
 def built(request):
     """(architecture, names of all kernels, their compiled launches)"""
     return request.param, *compile_launches(request.param)
@@ -56,6 +67,8 @@ def test_other_shapes_and_settings_are_among_them(built):
     other = arch == 90
     decays = {"cautious", *(("none", "param", "update", "both") if other else ())}
     assert ways(launches, "apply_kernel", "MODE") == decays
+    for kernel in ("loss_kernel", "loss_backward_kernel"):
+        assert ways(launches, kernel, "PREFIX") == {True, False}
     assert ways(launches, "apply_kernel", "TALL") == {True, *((False,) if other else ())}
     assert ways(launches, "apply_kernel", "SCALED") == {True, *((False,) if other else ())}
     assert ways(launches, "apply_kernel", "COLS") == {768, *((512,) if other else ())}
@@ -94,18 +107,18 @@ def test_several_blocks_of_the_loss_run_at_a_time(built):
 
 
 def test_products_run_on_tensor_cores(built):
-    """Fails if a product is not made of the architecture's own instructions (wgmma on Hopper), fed by copies
-    that overlap with them, or another kernel multiplies matrices."""
+    """Fails if a product is not made of the architecture's own instructions (wgmma on Hopper, tcgen05 on a
+    data center's Blackwell), fed by copies that overlap with them, or another kernel multiplies matrices."""
     check_products(built[0], built[2])
 
 
 def check_products(arch, launches):
     for x in launches:
         if x["kernel"] in PRODUCTS:
-            assert x["wgmma" if arch >= 90 else "mma"] > 0, x
+            assert x[MULTIPLIES[arch]] > 0, x
             assert x["async_copies"] + x["bulk_copies"] > 0, x
         else:
-            assert x["wgmma"] == x["mma"] == 0, x
+            assert x["wgmma"] == x["tcgen05"] == x["mma"] == 0, x
 
 
 @pytest.mark.fake_cuda
@@ -117,7 +130,7 @@ def test_every_preset_and_setting():
     assert len(launches) > 100
     applied = [x["constants"] for x in launches if x["kernel"] == "apply_kernel"]
     shapes = {(x["COLS"], x["TALL"]) for x in applied}
-    assert shapes == {(n, True) for n in (128, 256, 384, 512, 768, 1024, 2048)} | {(512, False)}
+    assert shapes == {(n, True) for n in (128, 256, 384, 512, 768, 1024, 2048)} | {(512, False), (768, False)}
     check_spills(launches)
     check_resources(90, launches)
     check_products(90, launches)

@@ -278,7 +278,7 @@ def test_variance_reduction(shape):
     states = [{}, {}]
     for _ in range(4):
         U = (rng.normal(size=(2, *shape)) * rng.uniform(0.1, 3, shape)).astype(np.float32)
-        got = train_gpt.reduce_variance(torch.tensor(U), second)
+        got = train_gpt.reduce_variance(torch.tensor(U), second, MUON_BETA2)
         for u, x, state in zip(U.astype(np.float64), got, states):
             expected = u / np.sqrt(ref_running_square(u, state, "second"))
             expected *= np.linalg.norm(u) / np.linalg.norm(expected)
@@ -844,13 +844,43 @@ def test_gradient_clipping_holds_the_norm_of_the_mean_loss():
         o = optimizer_settings(train_gpt, GRAD_CLIP=clip)
         model = Params(weights)
         optimizer = make_optimizer(train_gpt, model, o)
+        assert "grad_norm" not in optimizer.log_fields(0, full=True)
         model.add_grads(grads)
         optimizer.step(1, 1.0, 2048, False)
+        assert float(optimizer.log_fields(1, full=True)["grad_norm"]) == pytest.approx(size, rel=1e-5)
         beta2 = {"head": 0.95, "skip_gate": 0.99}
         for bucket in optimizer.buckets:  # Adam's v after one step tells the gradient that it was given
             [name] = bucket.params
             seen = np.sqrt(bucket.v.numpy() / (1 - beta2[name])).reshape(grads[name].shape)
             np.testing.assert_allclose(seen, np.abs(grads[name]) * min(1, clip / size), rtol=1e-4)
+
+
+@pytest.mark.parametrize("trainer", [train_gpt, ord_gpt])
+def test_the_logged_norm_is_that_of_the_mean_loss(trainer):
+    """Fails if grad_norm has the loss's scale or the batch in it, leaves out what moves, counts what waits,
+    or is another one than GRAD_CLIP's; or if a step that no validation follows takes it."""
+    weights = start_weights(shapes={"head": (6, 4), "blocks.0.attn.q": (8, 8), "blocks.0.mlp.up": (12, 8)})
+    model = Params(weights)
+    optimizer = make_optimizer(trainer, model, optimizer_settings(trainer))
+    grads = some_grads(weights, 2)
+
+    def norm(parts) -> float:
+        return math.sqrt(sum((np.float64(g) ** 2).sum() for g in parts)) / (0.25 * 4096)
+
+    model.add_grads(grads[0])
+    optimizer.step(0, 1.0, 4096, True)  # matrices alone move
+    found = float(optimizer.log_fields(0, full=True)["grad_norm"])
+    assert found == pytest.approx(norm(g for n, g in grads[0].items() if n != "head"), rel=1e-5)
+    model.add_grads(grads[1])
+    optimizer.step(1, 1.0, 4096, False)
+    assert float(optimizer.log_fields(1, full=True)["grad_norm"]) == found
+    assert "grad_norm" not in optimizer.log_fields(1, full=False)
+    model.add_grads(grads[1])
+    optimizer.step(2, 1.0, 4096, False)
+    model.add_grads(grads[0])
+    optimizer.step(3, 1.0, 4096, True)
+    both = [g + (grads[1][n] if n == "head" else 0) for n, g in grads[0].items()]
+    assert float(optimizer.log_fields(3, full=True)["grad_norm"]) == pytest.approx(norm(both), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- log and runs

@@ -12,7 +12,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes a block may have; nothing checks it
+# bytes a block may have; nothing checks it
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 MAX_REGISTERS = 65_536  # of a multiprocessor
 
 
@@ -77,6 +78,11 @@ def launches(kernel) -> list:
     return list(kernel.device_caches[0][0].values())
 
 
+def assembler(arch: int) -> str:
+    """Path of the ptxas that Triton takes; it has another one for Blackwell."""
+    return (triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas).path
+
+
 def read_resources(compiled) -> dict:
     """Registers, spilled bytes and stack a thread, shared bytes a block, and which instructions multiply and
     copy; from ptxas and the PTX."""
@@ -86,7 +92,7 @@ def read_resources(compiled) -> dict:
         ptx.write_text(compiled.asm["ptx"])
         target = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
         said = subprocess.run(
-            [triton.knobs.nvidia.ptxas.path, "-v", target, str(ptx), "-o", f"{ptx}.cubin"],
+            [assembler(arch), "-v", target, str(ptx), "-o", f"{ptx}.cubin"],
             capture_output=True,
             text=True,
             check=True,
@@ -100,6 +106,7 @@ def read_resources(compiled) -> dict:
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
         "wgmma": count(r"wgmma\.mma_async"),
+        "tcgen05": count(r"tcgen05\.mma"),
         "mma": count(r"\bmma\.sync"),
         "async_copies": count(r"cp\.async\.c[ag]"),
         "bulk_copies": count(r"cp\.async\.bulk\.tensor"),

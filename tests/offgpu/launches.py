@@ -16,7 +16,6 @@ presets.
 
 import json
 import sys
-from pathlib import Path
 
 import compile_only
 import helpers
@@ -29,9 +28,7 @@ import train_gpt
 import train_gpt_muon_ord
 from data.shards import GPT2_VOCABULARY
 from kernels import cuda
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from flops import matrix_shapes  # noqa: E402
+from runtime.flops import matrix_shapes
 
 SLICES, TOKENS = 8, 32  # 16,384 to 49,152 tokens a slice in gpt2-small
 PREDICTED = (1, 2, 3)  # tokens, by stage
@@ -66,6 +63,8 @@ def train_step(trainer, float8: bool, preset: str = "gpt2-small"):
         for K in PREDICTED:
             loss, _ = model.train_loss(batch, (128, 384), True, torch.ones(K))
             loss.backward()
+        x = torch.zeros(SLICES, TOKENS, model.config.width, dtype=torch.bfloat16, requires_grad=True)
+        model.head_loss(x, tokens, torch.ones(1), tokens, 0.25)[0].backward()  # with prefixes
         for measure in (False, True):
             optimizer.step(0, 1.0, SLICES * TOKENS, measure)
 

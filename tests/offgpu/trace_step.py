@@ -1,26 +1,32 @@
 """Trace, or compile for sm_90, what a train step of gpt2-small runs on a GPU; prints one line per part.
 
-    python trace_step.py stage|variants|experts|inductor|ord
+    python trace_step.py stage|variants|experts|later|inductor|ord
 
 stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins;
+          what forward keeps for backward, and the optimizer all the time, as runtime/memory.py forecasts it;
           the defaults of both take the Triton forms, for the model and for the matrices' step
 variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
 experts   a step and a validation of moe-79m, which has grouped products, and its optimizer's steps
+later     steps of the first and the last stage, and a validation, of gpt2-small-2026-08's parts in six layers
 inductor  the first stage's step, twin with ORD, and its validation, by inductor to sm_90 machine code
 ord       the update of matrices in each of ORD's ways, by inductor to sm_90 machine code
 """
 
 import contextlib
+import functools
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pretend_cuda
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.autograd_cache import check_cacheable
+from torch._inductor.decomposition import select_decomp_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,10 +37,11 @@ import train_gpt_muon_ord
 from kernels import cuda, fast_forms
 from runtime import compiling
 from runtime.compiling import graphs_compiled, torch_compile
+from runtime.memory import held_bytes, kept_bytes
 
 DEVICE = torch.device("cuda", 0)
 VOCAB = 50257
-MODES = ("stage", "variants", "experts", "inductor", "ord")
+MODES = ("stage", "variants", "experts", "later", "inductor", "ord")
 
 
 def ranks(trainer):
@@ -76,21 +83,34 @@ def model_forms(trainer, run):
         yield
 
 
-def recording(calls: Counter):
-    """A backend as aot_eager that counts which Triton operations the graphs of forward and backward call, and
-    refuses a graph whose compiled form torch would not keep for later runs."""
+def recording(calls: Counter, kept: list):
+    """A backend as aot_eager that partitions as inductor does.
 
-    def compiler(graph, inputs):
+    It refuses a graph whose compiled form torch would not keep for later runs.
+
+    calls: counts which Triton operations the graphs of forward and backward call. kept: gets the bytes of
+    each tensor that forward keeps for backward.
+    """
+
+    def count(graph):
         targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         prefix = f"{cuda.NAMESPACE}."
         calls.update(t.split(".")[1] for t in targets if t.startswith(prefix))
         return make_boxed_func(graph.forward)
 
+    def forward(graph, inputs):
+        (returned,) = graph.graph.find_nodes(op="output")
+        made = [node.meta["val"] for node in set(returned.all_input_nodes) if node.op != "placeholder"]
+        made = [x for x in made if isinstance(x, torch.Tensor)]
+        kept.extend(x.numel() * x.element_size() for x in made if isinstance(x.numel(), int))
+        return count(graph)
+
     trace = aot_autograd(
-        fw_compiler=compiler,
-        bw_compiler=compiler,
+        fw_compiler=forward,
+        bw_compiler=lambda graph, inputs: count(graph),
+        decompositions=select_decomp_table(),
         keep_inference_input_mutations=True,
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
     )
 
     def backend(graph, inputs):
@@ -98,6 +118,20 @@ def recording(calls: Counter):
         return trace(graph, inputs)
 
     return backend
+
+
+def compare_forecast(run, tokens: int, kept: list):
+    """Fail if runtime/memory.py is more than 3% off: bytes kept a token, bytes of the optimizer's buckets."""
+    c, fused = run.model.config, run.s.kernels == "triton"
+    tensors = [
+        x for b in run.optimizer.buckets for x in (b.weights, b.grads, b.mantissa, *b.state().values())
+    ]
+    held = sum(x.numel() * x.element_size() for x in tensors if x is not None)
+    for found, counted in (
+        (sum(kept) / tokens, kept_bytes(c, VOCAB, fused)),
+        (held, held_bytes(c, VOCAB, 1)),
+    ):
+        assert abs(counted / found - 1) < 0.03, f"{run.s.kernels}: {found:.0f} bytes, forecast {counted:.0f}"
 
 
 def calls_wanted(num_layers: int) -> dict:
@@ -123,8 +157,8 @@ def batch(trainer, num_slices: int, slice_tokens: int, num_docs: int, longest: i
 
 
 def stage_batch(trainer, run, stage: int, num_docs: int):
-    slice_tokens = run.s.batch_sizes[stage] // trainer.NUM_SLICES
-    return batch(trainer, max(1, 65_536 // slice_tokens), slice_tokens, num_docs, run.s.max_doc_tokens)
+    slice_tokens = run.s.batch_sizes[stage] // run.s.slices
+    return batch(trainer, max(1, 65_536 // slice_tokens), slice_tokens, num_docs, run.s.max_doc_tokens[stage])
 
 
 def report(name: str, since: float):
@@ -141,10 +175,14 @@ def stage():
     """One step with two passes, whose numbers of documents differ; then the optimizer's other forms. One twin
     with the default, the Triton forms, the other without: their models are the same."""
     for trainer, kernels in ((train_gpt, "auto"), (train_gpt_muon_ord, "torch")):
-        since, calls = time.perf_counter(), Counter()
-        run = build(trainer, recording(calls), kernels)
+        since, calls, kept = time.perf_counter(), Counter(), []
+        run = build(trainer, recording(calls, kept), kernels)
         with model_forms(trainer, run):
-            run.step(0, [stage_batch(trainer, run, 0, n) for n in (94, 131)])
+            batches = [stage_batch(trainer, run, 0, n) for n in (94, 131)]
+            weights = trainer.to_device(run.schedule.predict_weights(0), DEVICE)
+            run.train_loss(batches[0], run.schedule.windows(0), True, weights, None)
+            compare_forecast(run, batches[0].inputs_BT.numel(), kept)
+            run.step(0, batches)
             assert run.s.kernels == ("triton" if kernels == "auto" else "torch")
             wanted = calls_wanted(run.model.config.num_layers) if kernels == "auto" else {}
             assert calls == wanted, f"KERNELS={kernels}: {dict(calls)} instead of {wanted}"
@@ -156,6 +194,8 @@ def stage():
             report(f"{trainer.__name__} optimizer", since)
 
 
+LATER_TOPOLOGY = ("num_layers", "long_layers", "paired_layers", "value_embed_layers", "skip", "no_attention")
+LATER_TOPOLOGY += ("attn_source", "mudd", "xsa_layers", "gate_layers")
 WAYS_NOT_FUSED = {"post", "row variance"}
 
 
@@ -165,7 +205,7 @@ def defaults():
     for trainer in (train_gpt, train_gpt_muon_ord):
         since, calls = time.perf_counter(), Counter()
         trainer.PRESETS["gpt2-small"] = (shortened("gpt2-small"), {})
-        run = build(trainer, recording(calls))
+        run = build(trainer, recording(calls, []))
         assert run.s.kernels == "triton"
         with model_forms(trainer, run):
             run.step(0, [stage_batch(trainer, run, 0, 94)])
@@ -190,7 +230,7 @@ def inductor_step():
         optimizer_steps(run)
         report("inductor optimizer", since)
         with torch.no_grad():
-            val = batch(trainer, 1, run.s.val_batch_tokens // trainer.NUM_SLICES, 400, 100_000)
+            val = batch(trainer, 1, run.s.val_batch_tokens // trainer.VAL_SLICES, 400, 100_000)
             run.val_loss(val, run.schedule.windows(0), run.tied)
         report("inductor validation", since)
         graphs = graphs_compiled()
@@ -216,7 +256,7 @@ def ord_updates():
         for bucket in optimizer.matrix_buckets:
             with torch.no_grad():
                 bucket.update(1.0, 0.95, 1.0, measure=True)
-                if cuda.covers_ord(o):
+                if cuda.covers_ord(o, None):
                     sums = torch.zeros(len(bucket.names), 3, device=DEVICE)
                     radial_part(sums, bucket.a_N11, bucket.rho_sum / 40, trainer.scalar(1), o)
         report(name, since)
@@ -225,7 +265,7 @@ def ord_updates():
 def variants():
     """Everything that rehearse() would compile of the model, in the schedule's order."""
     since, run = time.perf_counter(), build(train_gpt, "eager")
-    schedule, val_slice = run.schedule, run.s.val_batch_tokens // train_gpt.NUM_SLICES
+    schedule, val_slice = run.schedule, run.s.val_batch_tokens // train_gpt.VAL_SLICES
     val = batch(train_gpt, 1, val_slice, 400, 100_000)
 
     @torch.no_grad()
@@ -250,17 +290,46 @@ def experts(backend: str):
     """A step and a validation of a mixture of experts: nothing may depend on where the tokens go."""
     for trainer in (train_gpt, train_gpt_muon_ord):
         since, run = time.perf_counter(), build(trainer, backend, model="moe-79m")
-        slice_tokens = run.s.batch_sizes[0] // trainer.NUM_SLICES
+        slice_tokens = run.s.batch_sizes[0] // run.s.slices
         with model_forms(trainer, run):
             for num_docs in (94, 131):
-                docs = batch(trainer, trainer.NUM_SLICES, slice_tokens, num_docs, run.s.max_doc_tokens)
+                docs = batch(trainer, run.s.slices, slice_tokens, num_docs, run.s.max_doc_tokens[0])
                 run.step(0, [docs])
             with torch.no_grad():
-                val = batch(trainer, 1, run.s.val_batch_tokens // trainer.NUM_SLICES, 400, 100_000)
+                val = batch(trainer, 1, run.s.val_batch_tokens // trainer.VAL_SLICES, 400, 100_000)
                 run.val_loss(val, run.schedule.windows(trainer.NUM_STAGES), run.tied)
             report(f"{trainer.__name__} experts", since)
             optimizer_steps(run)
             report(f"{trainer.__name__} optimizer", since)
+
+
+def later():
+    """The parts of the later records, at gpt2-small's width; the first stage predicts prefixes, the last does
+    not."""
+    since, calls, kept = time.perf_counter(), Counter(), []
+    config, changes = train_gpt.PRESETS["gpt2-small-2026-08"]
+    topology = {name: train_gpt.TINY_LATER[name] for name in LATER_TOPOLOGY}
+    train_gpt.PRESETS["gpt2-small-2026-08"] = replace(config, **topology, ngram_rows=1024), changes
+    train_gpt.prefix_tokens = lambda vocabulary: np.full(vocabulary, -1)
+    run = build(train_gpt, recording(calls, kept), model="gpt2-small-2026-08")
+    with model_forms(train_gpt, run):
+        batches = [stage_batch(train_gpt, run, 0, n) for n in (94, 131)]
+        weights = train_gpt.to_device(run.schedule.predict_weights(0), DEVICE)
+        known = run.schedule.windows(0), True, weights, None, run.schedule.prefix_weight(0)
+        run.train_loss(batches[0], *known)
+        compare_forecast(run, batches[0].inputs_BT.numel(), kept)
+        run.step(0, batches)
+        assert calls == calls_wanted(6), dict(calls)
+        report("first stage", since)
+        calls.clear()
+        run.enter(8)
+        run.step(8, [stage_batch(train_gpt, run, 2, n) for n in (60, 77)])
+        assert calls == calls_wanted(6), dict(calls)
+        report("last stage", since)
+        with torch.no_grad():
+            val = batch(train_gpt, 1, run.s.val_batch_tokens // train_gpt.VAL_SLICES, 400, 100_000)
+            run.val_loss(val, run.schedule.windows(train_gpt.NUM_STAGES), run.tied)
+        report("validation", since)
 
 
 def main(mode: str):
@@ -272,6 +341,8 @@ def main(mode: str):
             defaults()
         elif mode == "experts":
             experts("aot_eager")
+        elif mode == "later":
+            later()
         elif mode == "ord":
             ord_updates()
         else:

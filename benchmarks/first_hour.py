@@ -1,0 +1,489 @@
+"""Learn the most from the first minutes on a GPU: gpt2-small on one device, in four parts, most truth first.
+
+    python benchmarks/first_hour.py a --out out                     # kernels and products
+    python benchmarks/first_hour.py b --out out --tokens shards     # stage 1: steps, profile, twins
+    python benchmarks/first_hour.py c --out out --tokens shards     # stages 2 and 3
+    python benchmarks/first_hour.py d --out out --tokens shards     # 300 real steps, sample
+
+For a machine that may be gone any minute and where nothing can be installed. out/PART.json is written after
+every step, with the figures of scaling_model.py beside those measured. The same command again goes on where
+it was cut off; --given names the folder in which an earlier call's files are now. They include the compile
+cache, out/cache.tar.xz.N, with which a fresh machine need not compile again. --minutes: nothing starts after
+that, and the call ends, saying what it left out. A step that fails does not stop the next one. Running out of
+memory, or a feature that is missing, is a result.
+
+--tokens: a folder with *_train_*.bin and *_val_*.bin, or these as .xz, and maybe tiktoken_cache/, to sample.
+Without it, random tokens with FineWeb's lengths of documents.
+
+--dry-run does it all on a CPU with tiny shapes. It proves that each step runs, and that the kernels compute
+what their references do in Triton's interpreter. It proves nothing of compiled kernels, varlen attention,
+memory, the profiler's CUDA side, or any figure.
+
+Exit code: 0; 1 if a step failed; 2 if the call cannot be used.
+"""
+
+import argparse
+import dataclasses
+import functools
+import gc
+import importlib.metadata
+import lzma
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from report import Missing, Report, row, unpack  # noqa: E402
+
+from data.shards import check_shard, write_shard  # noqa: E402
+from runtime.compiling import choose_allocator, graphs_compiled  # noqa: E402
+from runtime.gauges import peak_memory_mib  # noqa: E402
+from runtime.toolchain import fault  # noqa: E402
+
+# The trainers, and whatever defines kernels, are imported by the steps: main() chooses first whether Triton
+# interprets, and what cannot be imported fails no other step.
+
+SCRATCH = Path(tempfile.gettempdir()) / "first_hour"  # a compile cache holds absolute paths: always the same
+ORD, BASELINE = "train_gpt_muon_ord", "train_gpt"
+TIMED = ("device", "attention", "matmul", "head", "logits", "tables", "polar", "updates", "gates")
+RUN = "first-hour"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tokens and settings
+# ---------------------------------------------------------------------------------------------------
+
+
+def draw_documents(count: int, vocabulary: int, mean: int, seed: int) -> np.ndarray:
+    """Documents of log-normal lengths, of tokens whose frequencies fall as 1 / rank."""
+    rng, mark = np.random.default_rng(seed), 0 if vocabulary == 256 else vocabulary - 1
+    lengths = np.clip(rng.lognormal(np.log(0.6 * mean), 1.0, count), 16, 20 * mean).astype(int)
+    odds = np.cumsum(1 / np.arange(3, vocabulary + 2))
+    tokens = np.searchsorted(odds, rng.random(lengths.sum()) * odds[-1]) + (mark == 0)
+    tokens[np.cumsum([0, *lengths[:-1]])] = mark
+    return tokens
+
+
+def prepare_shards(tokens: Path | None, dry: bool) -> Path:
+    """The folder with the shards to use: those given, unpacked, or drawn ones."""
+    folder = SCRATCH / ("given" if tokens else "drawn")
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokens is None:
+        vocabulary, mean, *sizes = (256, 60, 500, 200) if dry else (50_257, 700, 30_000, 2000)
+        for seed, count in enumerate(sizes):
+            found = draw_documents(count, vocabulary, mean, seed)
+            write_shard(folder / f"drawn_{('train', 'val')[seed]}_0.bin", found, vocabulary)
+        return folder
+    for path in (*tokens.glob("*_train_*.bin*"), *tokens.glob("*_val_*.bin*")):
+        place = folder / path.name.removesuffix(".xz")
+        if not place.exists():
+            data, new = path.read_bytes(), place.with_suffix(".new")
+            new.write_bytes(lzma.decompress(data) if path.suffix == ".xz" else data)
+            new.replace(place)
+    return folder
+
+
+def trainer_env(folder: Path, dry: bool) -> dict[str, str]:
+    """Settings of the trainers: gpt2-small as it is, or small steps of `tiny`; validation fits the shards."""
+    batch = 1024 if dry else 524_288
+    have = sum(check_shard(path).num_tokens for path in folder.glob("*_val_*.bin")) - 1
+    env = dict(MODEL="gpt2-small", DEVICE="cuda", TRAIN_FILES="*_train_*.bin", VAL_FILES="*_val_*.bin")
+    env |= dict(DATA_PATH=str(folder), VAL_BATCH_TOKENS=str(batch))
+    env["VAL_TOKENS"] = str(batch * max(1, min(3, have // batch)))
+    if dry:
+        env |= dict(MODEL="tiny", DEVICE="cpu", COMPILE="0", BATCH_SIZES="128,256,384,384")
+    return {**os.environ, **env}
+
+
+def predict(model: str, stage: int) -> dict[str, float]:
+    """Milliseconds of a step of this preset on this GPU, by scaling_model.PARTS and in all."""
+    import scaling_model
+
+    from kernels import attention
+
+    presets, machine = scaling_model.read_presets(), scaling_model.Machine()
+    machine, p, changes = scaling_model.fit(presets["gpt2-small"], machine), presets[model], {}
+    if torch.cuda.is_available():
+        changes |= scaling_model.H200 if "H200" in torch.cuda.get_device_name() else {}
+        changes |= scaling_model.FA2 if attention.activate("varlen")[0] == "varlen-FA2" else {}
+    machine, tied = dataclasses.replace(machine, **changes), stage < 2 or p.config.untie_frac == 1
+    tokens, windows = p.batch_sizes[stage], p.config.windows[stage]
+    seconds = scaling_model.step_seconds(p.config, machine, tokens, windows, 1, tied)
+    found = {name: 1000 * s for name, s in seconds.items()}
+    return {**found, "step": sum(found.values())}
+
+
+# ---------------------------------------------------------------------------------------------------
+# a: kernels and products
+# ---------------------------------------------------------------------------------------------------
+
+
+def ask(*command: str) -> str:
+    """Return the output of a command, or why there is none."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+
+
+def clocks() -> str:
+    wanted = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,driver_version"
+    return ask("nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader")
+
+
+def describe_machine() -> list[dict]:
+    found = {d.name: d.version for d in importlib.metadata.distributions()}
+    names = ["torch", "triton", "numpy", "safetensors", "tiktoken", "flash-attn-4", "flash_attn_3"]
+    versions = ", ".join(f"{name} {found.get(name, '-')}" for name in names)
+    compilers = ", ".join(f"{language} {fault(language) or 'works'}" for language in ("c", "c++"))
+    rows = [
+        row("cores", os.cpu_count(), "", note=f"{platform.platform()}, Python {platform.python_version()}"),
+        row("torch", note=f"{torch.__version__}, CUDA {torch.version.cuda}; {versions}"),
+        row("compilers", note=compilers),
+    ]
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        note = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} multiprocessors"
+        rows += [
+            row("device memory", gpu.total_memory / 2**30, "GiB", note=note),
+            row("clocks", note=clocks()),
+        ]
+    return rows
+
+
+def choose_attention(device: str) -> list[dict]:
+    """The implementation that training would take; it is compared with plain torch before."""
+    from kernels import attention
+
+    name, warnings = attention.activate("varlen" if device == "cuda" else "sdpa")
+    return [row("attention", note="; ".join([name, *warnings]))]
+
+
+def check_kernels(report: Report, dry: bool):
+    """Run the tests of tests/offgpu/numerics.py, each as a step; a dry run leaves out the slowest."""
+    import pytest
+
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else this Python has
+    os.environ["NUMERICS_DEVICE"] = "cpu" if dry else "cuda"
+    os.environ["NUMERICS_SIZES"] = "first" if dry else "real"
+    wanted = "not graph and not twins and not fused and not whole" if dry else "not graph"
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pyfunc_call(pyfuncitem):
+        code = pyfuncitem.obj.__code__
+        arguments = {name: pyfuncitem.funcargs[name] for name in code.co_varnames[: code.co_argcount]}
+        report.step(f"check {pyfuncitem.name}", lambda: pyfuncitem.obj(**arguments))
+        return True  # done: pytest need not call it
+
+    tests, plugin = ROOT / "tests/offgpu/numerics.py", SimpleNamespace(pytest_pyfunc_call=pytest_pyfunc_call)
+    code = pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-k", wanted, str(tests)], [plugin])
+    torch.set_default_device("cpu")  # which numerics.py has changed
+    if code:
+        raise RuntimeError(f"pytest ended with {code!r}; its output says why")
+
+
+def time_part(lab, part: str, stage: int) -> list[dict]:
+    """Each product or kernel of a part, and what a step takes by their sum."""
+    found, step_ms = lab().measure(part, stage)
+    rows = []
+    for case, ms in found:
+        rate = f"{case.flop / ms / 1e9:,.1f} TFLOP/s" if case.flop else f"{case.bytes / ms / 1e6:,.0f} GB/s"
+        rows.append(row(case.name, ms, note=rate if case.flop or case.bytes else ""))
+    whole = [row("a step", step_ms, beside=predict(lab().s.model, stage).get(part))] if step_ms else []
+    return [*whole, *rows]
+
+
+def part_a(report: Report, env: dict, dry: bool):
+    report.step("machine", describe_machine)
+    report.step("attention", lambda: choose_attention(env["DEVICE"]))
+    report.guard("all checks", lambda: check_kernels(report, dry))
+
+    @functools.cache
+    def lab():
+        import kernel_times
+
+        return kernel_times.Lab(env)
+
+    for part in TIMED:
+        for stage in (0, 1, 2) if part == "attention" else (0,):
+            name = f"time {part}, stage {stage + 1}"
+            report.step(name, functools.partial(time_part, lab, part, stage))
+    report.step("clocks after that", lambda: [row("clocks", note=clocks())])
+
+
+# ---------------------------------------------------------------------------------------------------
+# b, c: the compiled step
+# ---------------------------------------------------------------------------------------------------
+
+
+def cache_use() -> str:
+    """Hits and misses of the compile caches in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    groups = [dynamo.counters[name] for name in ("inductor", "aot_autograd")] if dynamo else []
+    return ", ".join(f"{name} {n}" for group in groups for name, n in group.items() if "cache" in name)
+
+
+class Stages:
+    """The trainer of parts b and c, built when a step first asks for it."""
+
+    def __init__(self, env: dict, count: int):
+        """count: steps to time, and pairs of steps of the twins."""
+        self.env, self.count, self.timed, self.stage = env, count, None, None
+
+    def at(self, stage: int):
+        import step_time
+
+        self.timed = self.timed or step_time.build(ORD, self.env)
+        if self.stage != stage:
+            self.timed.enter(stage)
+            self.stage = stage
+        return self.timed
+
+    def compile(self, stage: int) -> list[dict]:
+        """The first two steps."""
+        start, before = time.perf_counter(), graphs_compiled()
+        timed = self.at(stage)
+        built = time.perf_counter()
+        timed.pair(recorded=False)
+        timed.clock.sync()
+        end, names = time.perf_counter(), timed.fast_names
+        return [
+            row("the trainer is built", built - start, "s"),
+            row("first two steps", end - built, "s", note=cache_use()),
+            row("graphs", graphs_compiled() - before, ""),
+            row("fast forms", len(names), "", note=", ".join(names), ok=len(names) >= 3),
+        ]
+
+    def steps(self, stage: int) -> list[dict]:
+        """Whole steps and their parts, by step_time; nothing may compile any more."""
+        import step_time
+
+        timed, before = self.at(stage), graphs_compiled()
+        r = step_time.measure_stage(timed, stage, self.count, evaluate=False)
+        ms, compiled = predict(timed.s.model, stage)["step"], graphs_compiled() - before
+        low, high = r["ms_step_quartiles"]
+        return [
+            row("step", r["ms_step"], beside=ms, note=f"quartiles {low:.2f} to {high:.2f}"),
+            row("tokens/s", r["tokens_per_s"], "", 1000 * r["batch_tokens"] / ms),
+            *(row(name, value) for name, value in r["parts_ms"].items()),
+            row("device's matmul rate", r["ceiling_flops"] / 1e12, "TFLOP/s"),
+            row("share of it in a step", r["of_ceiling_step"], ""),
+            row("graphs compiled meanwhile", compiled, "", ok=not compiled),
+        ]
+
+    def profile(self, stage: int) -> list[dict]:
+        """Host beside device time of single steps; then the device's time by kernel, a step of two."""
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        timed, host, whole = self.at(stage), 0.0, 0.0
+        for _ in range(2):
+            timed.clock.sync()
+            start = time.perf_counter()
+            timed.step()
+            host += time.perf_counter() - start
+            timed.clock.sync()
+            whole += time.perf_counter() - start
+        cuda, kernels = timed.clock.cuda, []
+        with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA][: int(cuda)]]) as found:
+            timed.pair(recorded=False)
+            timed.clock.sync()
+        for event in found.key_averages():
+            us = event.self_device_time_total if cuda else event.self_cpu_time_total
+            on_device = event.device_type == DeviceType.CUDA and not event.is_user_annotation
+            if us and on_device == cuda:
+                kernels.append(row(event.key[:60], us / 2000, note=f"{event.count / 2:g} a step"))
+        kernels.sort(key=lambda r: -r["value"])
+        return [
+            row("a step alone: the host's part", 500 * host),
+            row("a step alone", 500 * whole),
+            row("all kernels", sum(r["value"] for r in kernels), note=f"{len(kernels)} kinds"),
+            *kernels[:40],
+        ]
+
+    def memory(self, stage: int) -> list[dict]:
+        """Peak since the process began, the device's beside the trainer's forecast."""
+        timed = self.at(stage)
+        forecast = timed.trainer.memory.wanted(timed.trainer.memory.largest_pass()) / 2**20
+        peaks = peak_memory_mib(timed.ranks)
+        return [row(name, x, "MiB", forecast if "cuda" in name else None) for name, x in peaks.items()]
+
+    def twins(self, stage: int) -> list[dict]:
+        """train_gpt_muon_ord.py over train_gpt.py, pair by pair on the same tokens."""
+        import step_time
+
+        if self.timed:
+            self.timed.flush()
+            self.timed.close()
+        self.timed = self.stage = None
+        gc.collect()
+        twins = []
+        try:
+            for script in (BASELINE, ORD):
+                twins.append(step_time.build(script, self.env, twins[0].ranks if twins else None))
+            r = step_time.compare_twins(twins, stage, self.count)
+        finally:
+            for twin in twins:
+                twin.close()
+        ratio, extra = r["ratio"], r["optimizer_extra_share_of_step"]
+        note = f"{ratio['low']:.4f} to {ratio['high']:.4f}; fused: {r['fused_step']}"
+        return [
+            row("step, ORD over NorMuon", ratio["median"], "", 1.005, note),
+            row("share of a step that ORD adds", extra["median"], "", 0.005),
+            *(row(f"step of {script}", ms) for script, ms in r["ms_step"].items()),
+            *(row(f"optimizer of {script}", ms) for script, ms in r["ms_optimizer"].items()),
+        ]
+
+
+def time_stages(report: Report, timed: Stages, stages: tuple[int, ...]):
+    for stage in stages:
+        for action in (timed.compile, timed.steps, timed.profile):
+            report.step(f"{action.__name__}, stage {stage + 1}", functools.partial(action, stage))
+    report.step("peak memory", lambda: timed.memory(stages[-1]))
+
+
+def part_b(report: Report, env: dict, dry: bool):
+    timed = Stages(env, 2 if dry else 20)
+    time_stages(report, timed, (0,))
+    report.step("twins, stage 1", lambda: timed.twins(0))
+
+
+def part_c(report: Report, env: dict, dry: bool):
+    time_stages(report, Stages(env, 2 if dry else 20), (1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------
+# d: a real run
+# ---------------------------------------------------------------------------------------------------
+
+
+class RealRun:
+    """Training by the trainer itself, in processes of its own, in a scratch folder."""
+
+    def __init__(self, report: Report, env: dict, dry: bool):
+        self.report, self.logs = report, SCRATCH / "run/logs"
+        steps, extension, save = (14, 2, 12) if dry else (280, 20, 200)
+        self.env = env | dict(NUM_SCHEDULED_ITERATIONS=str(steps), NUM_EXTENSION_ITERATIONS=str(extension))
+        self.env |= dict(SAVE_EVERY=str(save), VAL_LOSS_EVERY=str(steps // 4), VAL_LOSS_LAST_STEPS="0")
+        self.logs.mkdir(parents=True, exist_ok=True)
+        if not (self.logs / f"{RUN}.txt").exists():  # the run of an earlier call is not here
+            report.steps.clear()
+
+    def read(self, run_id: str):
+        from analysis.run_log import read_log
+
+        return read_log(self.logs / f"{run_id}.txt")[0]
+
+    def train(self, run_id: str, resume: str):
+        """Train to the end: (what the log tells, rows about it). The log is copied to the results."""
+        env, log = self.env | dict(RUN_ID=run_id, RESUME=resume), self.logs / f"{run_id}.txt"
+        start = time.perf_counter()
+        try:
+            done = self.report.call([sys.executable, str(ROOT / f"{ORD}.py")], env, self.logs.parent)
+        finally:
+            if log.exists():
+                shutil.copy(log, self.report.out / "d_log.txt")
+        if done.returncode and "OutOfMemory" in done.stdout:
+            raise torch.OutOfMemoryError(done.stdout[-1000:])
+        if done.returncode:
+            raise RuntimeError(f"the trainer ended with {done.returncode}:\n{done.stdout[-3000:]}")
+        run, seconds = self.read(run_id), time.perf_counter() - start
+        odd = [
+            f"{e.name} {e.fields}" for e in run.events if e.name in ("warning", "recompiled", "save_failed")
+        ]
+        rate = 1000 * run.last("tokens") / run.val.time_ms[-1]
+        return run, [
+            row("finished", run.last_step, "steps", ok=run.state == "finished"),
+            row("training", run.val.time_ms[-1] / 1000, "s", note=f"{rate:,.0f} tokens/s"),
+            row("the process", seconds, "s", note="with imports, rehearsal, evaluation, checkpoints"),
+            row("warnings", len(odd), "", note="; ".join(odd), ok=not any("recompiled" in x for x in odd)),
+        ]
+
+    def whole(self) -> list[dict]:
+        """All steps: the loss falls, nothing is compiled on the way, a checkpoint is kept."""
+        run, rows = self.train(RUN, "auto")
+        first, last = run.val.loss[0], run.val.loss[-1]
+        saved = [e.fields["path"] for e in run.events if e.name == "checkpoint"]
+        return [
+            *rows,
+            row("first validation loss", first, ""),
+            row("last validation loss", last, "", ok=bool(last < first - 0.1)),
+            row("checkpoints", len(saved), "", note=", ".join(saved), ok=bool(saved)),
+        ]
+
+    def resumed(self) -> list[dict]:
+        """The last steps again, from the checkpoint, under another name: the same loss to rounding."""
+        saved = min((self.logs / RUN).glob("step_*.pt"))
+        run, rows = self.train(f"{RUN}-resumed", str(saved))
+        found, wanted = run.val.loss[-1], self.read(RUN).val.loss[-1]
+        same = any(e.name == "resumed" for e in run.events) and abs(found - wanted) < 0.02
+        return [*rows, row("last validation loss", found, "", wanted, ok=bool(same))]
+
+    def sample(self) -> list[dict]:
+        """A text from the trained model; GPT-2's vocabulary must be here."""
+        model, text = self.logs / RUN / "model.safetensors", ("--tokens", "40", "--prompt", "The history of")
+        command = [sys.executable, str(ROOT / "sample.py"), str(model), *text, "--device", self.env["DEVICE"]]
+        done = self.report.call(command, self.env, self.logs)
+        if done.returncode and "tiktoken" in done.stdout:
+            raise Missing(done.stdout[-300:])
+        said = " ".join(done.stdout.split())
+        return [row("exit code", done.returncode, "", note=said, ok=done.returncode == 0)]
+
+
+def part_d(report: Report, env: dict, dry: bool):
+    run = RealRun(report, env, dry)
+    report.step("train", run.whole)
+    report.step("resume", run.resumed)
+    report.step("sample", run.sample)
+
+
+PARTS = {"a": part_a, "b": part_b, "c": part_c, "d": part_d}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where results go")
+    parser.add_argument("--given", type=Path, metavar="FOLDER", help="results of an earlier call (--out)")
+    parser.add_argument("--tokens", type=Path, metavar="FOLDER", help="token shards (drawn at random)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time that the call may take (9)")
+    parser.add_argument("--dry-run", action="store_true", help="everything tiny, on a CPU")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    given, dry, cache = args.given or args.out, args.dry_run, SCRATCH / "cache"
+    os.environ |= {f"{name}_CACHE_DIR": str(cache / name) for name in ("TORCHINDUCTOR", "TRITON")}
+    if dry:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": str(int(args.part == "a"))}
+    if args.tokens and (args.tokens / "tiktoken_cache").is_dir():
+        os.environ["TIKTOKEN_CACHE_DIR"] = str((args.tokens / "tiktoken_cache").resolve())
+    choose_allocator()
+    if not dry and not torch.cuda.is_available():
+        print("first_hour.py: torch finds no CUDA device here; --dry-run needs none", file=sys.stderr)
+        return 2
+    unpack(given, cache)
+    report = Report(args.part, args.out.resolve(), given, args.minutes, cache)
+
+    def run():
+        PARTS[args.part](report, trainer_env(prepare_shards(args.tokens, dry), dry), dry)
+
+    report.guard("the whole part", run)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,252 @@
+"""Export runs as tables, or to a program that shows curves: python export_runs.py logs --to csv
+
+    python export_runs.py logs --to parquet --out tables       # tables/settings.parquet, tables/steps.parquet
+    python export_runs.py logs --to tensorboard --follow       # then: tensorboard --logdir export/tensorboard
+    python export_runs.py logs/A.txt logs/B.txt --to trackio   # then: trackio show
+    python export_runs.py logs --to wandb --project tiny --follow
+
+csv and parquet are two tables: settings has a row for each run, with its settings, state and last losses;
+steps has a row for each run and step, with all that was logged as a number. Names are those of the log (a
+list's places from 0: spec_attn.0); times are in ms, losses in nats per token. Packed logs, as in records/,
+are read too.
+
+--follow goes on until Ctrl-C: every few seconds, what running logs have got meanwhile is added. tensorboard,
+trackio and wandb are not in requirements.txt. tensorboard and trackio keep everything on this machine; wandb
+does with WANDB_MODE=offline.
+"""
+
+import contextlib
+import contextvars
+import re
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from analysis import command_line
+from analysis.arms import tags_beside
+from analysis.command_line import import_optional
+from analysis.files import replacing, write_atomically
+from analysis.run_log import OPENERS, LogFollower, RunLog, list_logs, read_log
+from analysis.run_tables import NewPoints, RunNames, facts_table, origin_of, steps_table
+from analysis.tables import as_csv
+
+EVERY_S = 5.0  # between two looks at logs that are followed
+EVENTS_SUFFIX = ".export_runs"  # of the event files that are ours to replace
+
+Runs = Mapping[str, RunLog]  # by name
+
+
+# ------------------------------------------------------------------------------------------------
+# Where to: each has update(new or changed runs, tags) and close()
+# ------------------------------------------------------------------------------------------------
+
+
+class Tables:
+    """settings and steps in a folder, as csv or parquet; written again whenever a run has changed."""
+
+    def __init__(self, folder: Path, kind: str):
+        self.folder, self.kind, self.runs = folder, kind, {}
+        self.goal = f"{folder / 'settings'}.{kind}, {folder / 'steps'}.{kind}"
+
+    def update(self, runs: Runs, tags: Mapping[str, str]) -> None:
+        self.runs |= runs
+        for name, table in (("settings", facts_table(self.runs, tags)), ("steps", steps_table(self.runs))):
+            path = self.folder / f"{name}.{self.kind}"
+            if self.kind == "csv":
+                write_atomically(path, as_csv(*table))
+            else:
+                write_parquet(path, *table)
+
+    def close(self) -> None:
+        pass
+
+
+def write_parquet(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table; a column of numbers and texts, as when a setting's type has changed, becomes texts."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {}
+    for place, name in enumerate(header):
+        values = [row[place] for row in rows]
+        kinds = {type(value) for value in values if value is not None}
+        if kinds == {int, float}:
+            values = [None if value is None else float(value) for value in values]
+        elif len(kinds) > 1:
+            values = [None if value is None else str(value) for value in values]
+        columns[name] = pyarrow.array(values, from_pandas=True)  # NaN is "not known", as None is
+    with replacing(path) as temporary:
+        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+
+
+class TensorBoard:
+    """An event file for each run, in a folder of the run's name; those of an earlier export are replaced."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.writers, self.points = folder, {}, NewPoints()
+        self.goal = f"{folder}; tensorboard --logdir {folder}"
+        self.files = import_optional("tensorboard.summary.writer.event_file_writer", "tensorboard")
+        self.hparams = import_optional("tensorboard.plugins.hparams.summary_v2", "tensorboard")
+        self.event = import_optional("tensorboard.compat.proto.event_pb2", "tensorboard").Event
+        self.summary = import_optional("tensorboard.compat.proto.summary_pb2", "tensorboard").Summary
+
+    def update(self, runs: Runs, tags: Mapping[str, str]) -> None:
+        for name, run in runs.items():
+            if name not in self.writers:
+                self.writers[name] = self.start(self.folder / name, run, tags.get(run.name, ""))
+            start_s = start_time(run)
+            for step, values in self.points.take(name, run):
+                points = [
+                    self.summary.Value(tag=in_group(quantity), simple_value=value)
+                    for quantity, value in values.items()
+                ]
+                summary = self.summary(value=points)
+                when = start_s + values.get("train_time", 0) / 1000
+                self.writers[name].add_event(self.event(wall_time=when, step=step, summary=summary))
+            self.writers[name].flush()
+
+    def start(self, folder: Path, run: RunLog, tag: str):
+        """Open a run's event file and write its settings there."""
+        for old in folder.glob(f"events.out.tfevents.*{EVENTS_SUFFIX}"):
+            old.unlink()
+        writer = self.files.EventFileWriter(str(folder), filename_suffix=EVENTS_SUFFIX)
+        facts = {name: value for name, value in origin_of(run, tag).items() if value is not None}
+        summary = self.hparams.hparams_pb(facts, trial_id=folder.name, start_time_secs=start_time(run))
+        writer.add_event(self.event(wall_time=start_time(run), summary=summary))
+        return writer
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
+
+
+def in_group(quantity: str) -> str:
+    """Name of a quantity in tensorboard, which shows groups by the alphabet: the losses come first."""
+    if "." in quantity:  # a place in a list: most lists have a number for each layer
+        return f"per_layer/{quantity}"
+    return f"loss/{quantity}" if quantity.endswith("_loss") else f"more/{quantity}"
+
+
+def start_time(run: RunLog) -> float:
+    """Time of the run's start by its log, in s since 1970; now, if the log does not say."""
+    event = run.event("started")
+    try:
+        return datetime.strptime(event.fields["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except (AttributeError, KeyError, ValueError):
+        return time.time()
+
+
+class Tracker:
+    """trackio or wandb, which have the same calls."""
+
+    def __init__(self, kind: str, project: str):
+        self.kind, self.project, self.open, self.points = kind, project, {}, NewPoints()
+        self.library = import_optional(kind, kind)
+        self.goal = f"project {project} of {kind}"
+
+    def update(self, runs: Runs, tags: Mapping[str, str]) -> None:
+        for name, run in runs.items():
+            if name not in self.open:
+                with contextlib.redirect_stdout(sys.__stdout__):  # trackio speaks in colours
+                    self.open[name] = self.start(name, origin_of(run, tags.get(run.name, "")))
+            for step, values in self.points.take(name, run):
+                self.open[name].log(values, step=step)
+
+    def start(self, name: str, facts: dict):
+        if self.kind == "trackio":
+            return self.start_trackio(name, facts)
+        run_id = re.sub(r"[^\w.-]", "-", name)
+        return self.library.init(
+            project=self.project, name=name, id=run_id, resume="allow", config=facts, reinit="create_new"
+        )
+
+    def start_trackio(self, name: str, facts: dict):
+        """Begin a run of trackio in place of one of that name.
+
+        In a context of its own, because init() would finish the run of the current one.
+        """
+        with contextlib.suppress(ValueError):  # no such project yet
+            for run in self.library.Api().runs(self.project):
+                if run.name == name:
+                    run.delete()
+        logged = dict(auto_log_gpu=False, auto_log_cpu=False)  # they would be this machine's, not the run's
+        given = dict(project=self.project, name=name, config=facts, embed=False, **logged)
+        return contextvars.Context().run(lambda: self.library.init(**given))
+
+    def close(self) -> None:
+        for run in self.open.values():
+            run.finish()
+
+
+# ------------------------------------------------------------------------------------------------
+# Which runs
+# ------------------------------------------------------------------------------------------------
+
+
+def list_all(logs: Sequence[Path]) -> list[Path]:
+    """The logs named, and those of the folders named."""
+    return [path for log in logs for path in (list_logs(log) if log.is_dir() else [log])]
+
+
+def follow(logs: Sequence[Path]) -> Iterator[list[RunLog]]:
+    """Yield the runs of the logs that have changed since the last time, for ever; the first time, of all."""
+    follower = LogFollower(*logs)
+    follower.poll()
+    packed = [path for path in list_all(logs) if path.suffix in OPENERS]
+    yield [run for path in packed for run in read_log(path)] + runs_in(follower, list(follower.logs))
+    while True:
+        time.sleep(EVERY_S)
+        yield runs_in(follower, follower.poll())
+
+
+def runs_in(follower: LogFollower, paths: Sequence[Path]) -> list[RunLog]:
+    """The runs of these logs, without those of logs that are gone."""
+    return [run for path in paths if path in follower.logs for run in follower.logs[path].runs]
+
+
+def make_exporter(options: Namespace) -> Tables | TensorBoard | Tracker:
+    """Return what --to asks for."""
+    if options.to in ("csv", "parquet"):
+        return Tables(options.out, options.to)
+    if options.to == "tensorboard":
+        return TensorBoard(options.out / "tensorboard")
+    return Tracker(options.to, options.project)
+
+
+def export_runs(options: Namespace) -> None:
+    if not options.follow and not list_all(options.logs):
+        raise ValueError(f"no logs in {', '.join(map(str, options.logs))}; wanted RUN_ID.txt, maybe packed")
+    exporter, names = make_exporter(options), RunNames()
+    if options.follow:
+        rounds = follow(options.logs)
+    else:
+        rounds = [[run for path in list_all(options.logs) for run in read_log(path)]]
+    command_line.say(f"writing {exporter.goal}" + ("; Ctrl-C ends it" if options.follow else ""))
+    try:
+        for runs in rounds:
+            if runs:
+                exporter.update({names[run]: run for run in runs}, tags_beside(runs))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        exporter.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line.make_parser(__doc__)
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOGS", help="logs, or folders of logs")
+    choices = ("csv", "parquet", "tensorboard", "trackio", "wandb")
+    parser.add_argument("--to", choices=choices, required=True, help="what to make")
+    parser.add_argument("--out", type=Path, default=Path("export"), help="folder of what is made (export)")
+    parser.add_argument("--project", default="ord", help="project of trackio or wandb (ord)")
+    parser.add_argument("--follow", action="store_true", help="go on with running logs until Ctrl-C")
+    return command_line.run(export_runs, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

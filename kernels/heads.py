@@ -1,0 +1,91 @@
+"""Heads in pairs and groups, and what may happen to their outputs before their gates: XSA and composition.
+
+Plain torch. The public record runs the composition in a kernel of its own; docs/differences.md says what that
+would bring.
+
+B slices, T tokens, H query heads of D channels, C width; n blocks of i queries and j keys
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+XSA_EPS, COMPOSE_EPS = 1e-8, 1e-6
+
+
+def offset_keys(k_BTHD: Tensor) -> Tensor:
+    """Move the half of each key that rotary leaves still to the next position: heads see what came before."""
+    turning, still = k_BTHD.chunk(2, dim=-1)
+    return torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
+
+
+def pair_heads(x_BTHD: Tensor, groups: int = 1) -> Tensor:
+    """Put heads h and h + H/2 side by side along the sequence, at positions 2t and 2t+1: (B, 2T, H/2, D).
+
+    groups: pair within each of so many equal groups of heads. The public record mixes the two by a view of
+    the flat channels; this is the clean form of its idea.
+    """
+    B, T, H, D = x_BTHD.shape
+    return x_BTHD.unflatten(2, (groups, 2, -1)).transpose(2, 3).reshape(B, 2 * T, H // 2, D)
+
+
+def grouped_shape(num_heads: int, c) -> tuple[int, ...]:
+    """Shape of q or k: (H D, C), or one matrix for each group of qk_group heads."""
+    if not c.qk_group:
+        return num_heads * c.head_dim, c.width
+    return num_heads // c.qk_group, c.qk_group * c.head_dim, c.width
+
+
+def in_head_order(w: Tensor, head_dim: int) -> Tensor:
+    """(H D, C) of a q or k that may be stored in n groups.
+
+    Group g holds heads g, g + n, g + 2n, ...: two heads in a group are those that a paired layer joins.
+    """
+    if w.ndim == 2:
+        return w
+    return w.unflatten(1, (-1, head_dim)).transpose(0, 1).flatten(0, 2)
+
+
+def without_own_value(y_BTHD: Tensor, v_BTHD: Tensor, alpha: Tensor) -> Tensor:
+    """y less tanh(alpha) of its part along the token's own value: XSA (arXiv 2603.09078).
+
+    alpha: one number per head, or per token and head.
+    """
+    v = v_BTHD.repeat_interleave(y_BTHD.shape[2] // v_BTHD.shape[2], dim=2)
+    along = (y_BTHD * v).sum(-1) / (v * v).sum(-1).clamp_min(XSA_EPS)
+    return y_BTHD - (torch.tanh(alpha) * along).unsqueeze(-1) * v
+
+
+def composed(q, k, v, doc_BT, scale: float, reach: int, from_BTH: Tensor, into_BTH: Tensor) -> Tensor:
+    """The part of all heads' attention that each head gets: dynamic composition (arXiv 2405.08553), trimmed.
+
+    q, k, v: (B, T, H, D). doc_BT: the document of each token. The heads' probabilities over the last `reach`
+    positions of the document add up, weighted by the token's `from_BTH`; each head gets the values under that
+    sum, times `into_BTH`. Each block of `reach` queries sees its own keys and those of the block before.
+    """
+    T, pad = q.shape[1], -q.shape[1] % reach
+    q, doc = in_blocks(q, reach, pad), in_blocks(doc_BT, reach, pad, fill=-1)
+    k, v = (with_block_before(in_blocks(x, reach, pad)) for x in (k, v))
+    scores = torch.einsum("bnihd,bnjhd->bnhij", q, k) * scale
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    ago = torch.arange(reach, device=q.device)[:, None] + reach - torch.arange(2 * reach, device=q.device)
+    same = doc[..., None] == with_block_before(doc, fill=-2)[..., None, :]
+    seen = ((ago >= 0) & (ago < reach) & same).unsqueeze(2)
+    p = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    weights = F.rms_norm(from_BTH.to(p.dtype), (from_BTH.shape[-1],), eps=COMPOSE_EPS)
+    mixture = torch.einsum("bnih,bnhij->bnij", in_blocks(weights, reach, pad), p).to(v.dtype)
+    y = torch.einsum("bnij,bnjhd->bnihd", mixture, v).flatten(1, 2)[:, :T]
+    return into_BTH.unsqueeze(-1) * y
+
+
+def in_blocks(x: Tensor, block: int, pad: int, fill: int = 0) -> Tensor:
+    """(B, n, block, ...) of (B, T, ...), T lengthened by `pad`."""
+    return F.pad(x, (*(0, 0) * (x.ndim - 2), 0, pad), value=fill).unflatten(1, (-1, block))
+
+
+def with_block_before(x: Tensor, fill: int = 0) -> Tensor:
+    """Each block of in_blocks behind the one before it; `fill` before the first."""
+    before = F.pad(x, (*(0, 0) * (x.ndim - 2), 1, 0), value=fill)[:, :-1]
+    return torch.cat((before, x), dim=2)

@@ -1,0 +1,200 @@
+"""Count the FLOP and the parameters of a preset, for the logs' MFU, the forecast of memory, and benchmarks.
+
+Every count is a function of a trainer's ModelConfig, the vocabulary and the document lengths. Needs no torch.
+A FLOP is a multiplication or an addition, so a product of (M, K) and (K, N) is 2 M K N. The backward pass
+counts twice the forward pass: one product for the gradient of each factor. tests/test_benchmarks.py checks
+this against torch's own counter on the real model. Not counted: flash attention's recomputation of the
+scores, norms, softmax, rotary embedding, softcap, and embedding lookups (value and n-gram tables cost memory
+traffic, not FLOP). The loss on several next tokens reads the same logits, so the head counts once.
+"""
+
+import math
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+VOCAB_MULTIPLE = 128  # as in the trainers
+GATE_CHANNELS = 12
+TOKEN_NET_HIDDEN = 64  # as in kernels/signals.py
+POLAR_STEPS = 5
+
+
+def padded_vocab(vocab: int) -> int:
+    """Number of rows of the head and of every table indexed by a token."""
+    return math.ceil(vocab / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model's products
+# ---------------------------------------------------------------------------------------------------
+
+
+def visible_pairs(lengths, window: int, tile: int = 1) -> int:
+    """Count the pairs (query, key) with 0 <= query - key <= window in documents of these lengths.
+
+    With a tile, all pairs of the tile x tile blocks that hold such a pair: what flash attention computes.
+    """
+    blocks = -(-np.atleast_1d(np.asarray(lengths, dtype=np.int64)) // tile)
+    documents = np.cumsum(np.bincount(blocks)[::-1])[::-1][1:]  # that have a block j
+    j = np.arange(len(documents))
+    keys = j - np.maximum(0, j * tile - window) // tile + 1  # blocks of keys of block j
+    return int((documents * keys).sum()) * tile**2
+
+
+def visible_keys(lengths, window: int, tile: int = 1) -> float:
+    """Mean number of keys of a query, over all tokens of documents of these lengths."""
+    return visible_pairs(lengths, window, tile) / int(np.sum(lengths))
+
+
+def layer_windows(c, windows: tuple[int, int]) -> list[int | None]:
+    """List the layers' windows in tokens, None for no attention. windows: (short, long) in blocks."""
+    return [
+        None if i in c.no_attention else windows[i in c.long_layers] * c.window_block
+        for i in range(c.num_layers)
+    ]
+
+
+def keys_per_token(c, lengths, windows: tuple[int, int], tile: int = 1) -> float:
+    """Number of keys that one token's queries see, summed over layers and query heads.
+
+    A paired layer has half as many heads on documents twice as long, with the same window.
+    """
+    total = 0.0
+    for i, window in enumerate(layer_windows(c, windows)):
+        if window is not None:
+            times = 2 if i in c.paired_layers else 1
+            total += c.num_heads * visible_keys(np.multiply(lengths, times), window, tile)
+    return total
+
+
+class Forward(NamedTuple):
+    """FLOP of the forward pass for one token."""
+
+    matrices: float  # attention's four and the MLP's two, or those of a token's experts and the router
+    head: float
+    attention: float  # scores and mixing
+    gates: float  # one per head, from 12 channels
+    networks: float  # that make gates and MUDD's coefficients for each token
+    composition: float  # of the last layer's heads
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def forward_flop(c, lengths, vocab: int, windows: tuple[int, int] | None = None) -> Forward:
+    """Count one token's forward pass. windows: (short, long) in blocks; None: those of the first stage."""
+    with_attention = [i for i in range(c.num_layers) if i not in c.no_attention]
+    gates = 0 if c.gate_layers else len(with_attention) * c.num_heads * c.attn_gate
+    by_network = {c.num_layers - 1} if c.mudd else set()
+    gates += c.num_kv_heads * len(set(with_attention) & set(c.value_embed_layers) - by_network)
+    return Forward(
+        matrices=2 * active_matrix_params(c),
+        head=2 * padded_vocab(vocab) * c.width,
+        attention=4 * c.head_dim * keys_per_token(c, lengths, windows or c.windows[0]),
+        gates=2 * GATE_CHANNELS * gates,
+        networks=2 * TOKEN_NET_HIDDEN * sum(c.width + n for n in network_outputs(c)),
+        composition=composition_flop(c, visible_keys(lengths, c.compose_tokens - 1))
+        if c.compose_tokens
+        else 0,
+    )
+
+
+def network_outputs(c) -> list[int]:
+    """Numbers for each token that each of a model's small networks makes (kernels/signals.py)."""
+    H, last, counts = c.num_heads, c.num_layers - 1, []
+    injected = 1 + bool(c.ngram_rows)  # factors of a layer: x0's and the n-gram embedding's
+    for first, end in zip(c.gate_layers, (*c.gate_layers[1:], c.num_layers)):
+        layers = set(range(first, end)) - set(c.no_attention)
+        mixing = layers - {last} if c.mudd else layers
+        n = H * len(layers & set(c.xsa_layers)) + injected * len(mixing)
+        n += H * len(layers & set(c.long_layers)) if c.attn_gate else 0
+        n += 1 if c.skip and first <= c.skip[1] < end else 0
+        counts.append(n + (2 * H if c.compose_tokens and first <= last < end else 0))
+    if c.mudd:  # 3 into the values, 3 into the stream, 2 value gates, 4 factors, and those of x0 and n-grams
+        counts += [12 + injected, 5]
+    return counts
+
+
+def composition_flop(c, keys: float) -> float:
+    """Count one token's composition of heads over so many keys: scores, their mixture, and its values."""
+    return 2 * c.num_heads * keys * (2 * c.head_dim + 1)
+
+
+def plain(c, row_tokens: int) -> SimpleNamespace:
+    """Describe a model without the twins' additions, whose rows attend to all before them, as theirs are."""
+    nothing = dict(no_attention=(), long_layers=(), paired_layers=(), value_embed_layers=())
+    sizes = dict(num_layers=c.num_layers, width=c.width, num_heads=c.num_heads, head_dim=c.head_dim)
+    windows = dict(window_block=row_tokens, windows=((1, 1),))
+    return SimpleNamespace(
+        **sizes,
+        **nothing,
+        **windows,
+        num_kv_heads=c.num_heads,
+        attn_gate=False,
+        num_experts=0,
+        expert_hidden=0,
+    )
+
+
+def flop_per_token(c, lengths, vocab: int, windows: tuple[int, int] | None = None) -> float:
+    """FLOP of the forward and backward pass for one token."""
+    return 3 * forward_flop(c, lengths, vocab, windows).total
+
+
+# ---------------------------------------------------------------------------------------------------
+# Parameters, and the optimizer's products
+# ---------------------------------------------------------------------------------------------------
+
+
+def matrix_shapes(c) -> dict[tuple[int, int], int]:
+    """Count the matrices by stored shape (rows, columns); each entry is one bucket of the optimizer."""
+    queries, keys, shapes = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, {}
+    attention = [(keys, c.width), (c.width, queries)]
+    for num_heads in (c.num_heads, c.num_kv_heads):  # of q and k, in groups of qk_group heads
+        group = c.qk_group or num_heads
+        attention += [(group * c.head_dim, c.width)] * (num_heads // group)
+    for i in range(c.num_layers):
+        mlp = [(c.expert_hidden, c.width)] * 2 * c.num_experts or [(4 * c.width, c.width)] * 2
+        for shape in [*(attention if i not in c.no_attention else ()), *mlp]:
+            shapes[shape] = shapes.get(shape, 0) + 1
+    return shapes
+
+
+def table_sizes(c, vocab: int) -> dict[str, int]:
+    """Sizes, in numbers, of the head and of the embedding, n-gram and value tables, by name."""
+    V = padded_vocab(vocab)
+    sizes = {"head": V * c.width}
+    if c.untie_frac < 1:
+        sizes["embed"] = V * c.width
+    if c.ngram_rows:
+        sizes["ngram_table"] = c.ngram_rows * c.width
+    sizes.update({f"value_embeds.{i}": V * c.num_kv_heads * c.head_dim for i in c.value_embed_layers})
+    return sizes
+
+
+def num_matrix_params(c) -> int:
+    return sum(n * rows * columns for (rows, columns), n in matrix_shapes(c).items())
+
+
+def active_matrix_params(c) -> int:
+    """Parameters that multiply one token; in a mixture of experts, those of its k experts and the router."""
+    if not c.num_experts:
+        return num_matrix_params(c)
+    idle = (c.num_experts - c.moe_top_k) * 2 * c.expert_hidden * c.width
+    return num_matrix_params(c) + c.num_layers * (c.num_experts * c.width - idle)
+
+
+def polar_flop(rows: int, columns: int, gram: bool = False) -> int:
+    """FLOP of Polar Express for one matrix: X = a X + (b A + c A A) X with A = X X^T in each step.
+
+    A step has two long products and a short one. gram: the CPU's form for long matrices, whose steps all work
+    on X X^T.
+    """
+    m, n = sorted((rows, columns))
+    long, short = 2 * m * m * n, 2 * m**3
+    if not gram:
+        return POLAR_STEPS * (2 * long + short)
+    # X X^T and the last product; the square of each step, and P S P and P Q in all but the first
+    return 2 * long + POLAR_STEPS * short + (POLAR_STEPS - 1) * 3 * short

@@ -1,0 +1,883 @@
+"""The parts of the later speedrun records, each alone and all together, against a slow float64 reference.
+
+The reference goes on from test_model's: loops and numpy, from the table of facts, not from the code. It
+writes out by hand what each small network makes. Then: what starts at zero and learns, roles and rates, the
+schedule, data by stage, prefixes of tokens, the fast forms, ranks, and resuming.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    TRAINERS,
+    Params,
+    lone_ranks,
+    make_optimizer,
+    make_text,
+    one_rank,
+    read,
+    train,
+    write_shard,
+)
+from test_checkpoints import small_session
+from test_model import (
+    DOCUMENTS,
+    WEIGHTS,
+    WINDOWS,
+    Reference,
+    make_batch,
+    ref_all_logits,
+    ref_attention,
+    ref_cross_entropy,
+    ref_multi_token_loss,
+    ref_rotary,
+    shake,
+    sigmoid,
+)
+
+import train_gpt
+import train_gpt_muon_ord as ord_gpt
+from data.prefixes import gpt2_token_bytes, longest_prefixes, prefix_tokens
+from data.shards import DataError
+from kernels import fast_forms, heads, ngrams, signals
+from runtime import checkpoints
+from runtime.settings import SettingsError
+from runtime.trained import load_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+H, LAST, RECORD = 4, 5, "gpt2-small-2026-08"
+GROWN = 1.1**0.5
+
+# What a network makes, by layer, name and size, in its order.
+FIRST_GATES = [
+    (1, "xsa", H),
+    (1, "attn_gate", H),
+    (0, "x0", 1),
+    (0, "ngram", 1),
+    (1, "x0", 1),
+    (1, "ngram", 1),
+]
+PAIRS = [(i, name, 1) for i in (3, 4, 5) for name in ("x0", "ngram")]
+COMPOSE = [(5, "from", H), (5, "into", H)]
+LATER_GATES = [(3, "xsa", H), (5, "attn_gate", H), *PAIRS, (2, "skip", 1)]
+BEFORE_LAST = [(5, f"mu{i}", 1) for i in range(6)] + [(5, "value_gate", 2), (5, "resid_attn", 1)]
+BEFORE_LAST += [(5, name, 1) for name in ("attn", "x0", "ngram", "resid_mlp", "mlp")]
+AFTER = [(6, f"mu{i}", 1) for i in range(5)]
+
+FACTORS = dict(branch_factors=True)
+GATES = dict(branch_factors=True, gate_layers=(0, 2), xsa_layers=(1, 3))
+ALL = dict(
+    GATES,
+    qk_group=2,
+    value_std=0.01,
+    value_gate_reads_table=True,
+    ngram_signs=17,
+    attn_source=3,
+    mudd=(1, 3),
+    compose_tokens=7,
+    prefix_weights=((0.25, 0.25), (0.25, 0), (0, 0), (0, 0)),
+)
+PARTS = {
+    "groups of q and k": dict(qk_group=2),
+    "value gate": dict(value_gate_reads_table=True),
+    "signs": dict(ngram_signs=17),
+    "signs of n-grams": dict(ngram_signs=17, ngrams=(2, 4, 3)),
+    "factors": FACTORS,
+    "one source": dict(FACTORS, attn_source=3),
+    "without networks": dict(FACTORS, attn_source=3, xsa_layers=(1, 3, 5), num_kv_heads=2),
+    "xsa": dict(xsa_layers=(1, 3, 5)),
+    "xsa of shared keys": dict(xsa_layers=(1, 3, 5), num_kv_heads=2),
+    "mudd": dict(FACTORS, mudd=(1, 3)),
+    "gates": GATES,
+    "composition": dict(GATES, compose_tokens=7),
+    "composition of all": dict(GATES, compose_tokens=40),
+    "all": ALL,
+    "all but n-grams": dict(ALL, ngram_rows=0, ngram_signs=0),
+}
+
+
+def config(trainer=train_gpt, **changes):
+    """Six layers with every feature of the speedrun's model, as small as it gets, and these changes."""
+    fields = dict(
+        num_layers=6,
+        width=32,
+        num_heads=H,
+        num_kv_heads=H,
+        head_dim=8,
+        window_block=8,
+        windows=((1, 2),) * 4,
+        final_windows=(1, 2),
+        long_layers=(1, 5),
+        paired_layers=(0, 4),
+        value_embed_layers=(1, 4, 5),
+        skip=(1, 2),
+        no_attention=(2,),
+        backout=None if changes.get("mudd") else 3,
+        ngram_rows=61,
+        predict=(((1, 1), (0.5, 0)),) * 4,
+    )
+    return trainer.ModelConfig(**{**fields, **changes})
+
+
+def model_of(c, seed=0, trainer=train_gpt, shaken=True):
+    model = trainer.GPT(c, 100, "sdpa")
+    model.init_weights(torch.Generator().manual_seed(seed))
+    model.rotary.make_tables(512)
+    if shaken:
+        shake(model)
+        with torch.no_grad():  # else the networks' numbers are so large that everything else is lost in them
+            for name, p in model.named_parameters():
+                if name.startswith(("mudd", "gate_nets")):
+                    p.mul_(0.3)
+    if any(map(any, c.prefix_weights)):
+        drawn = np.random.default_rng(3).integers(-30, 100, 100)
+        model.prefixes_V.copy_(torch.from_numpy(np.maximum(drawn, -1)))
+    return model.double()
+
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+def gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+class LaterReference(Reference):
+    """The model of the later records for one slice of tokens."""
+
+    def network(self, name, table, x, scale=None):
+        """{(layer, name): (T, size)} of one small network."""
+        hidden = gelu(x @ self.p[f"{name}.hidden"].T)
+        scale = self.p[f"{name}.scale"] if scale is None else scale
+        values = (hidden @ self.p[f"{name}.out"].T + self.p[f"{name}.bias"]) * scale
+        found, at = {}, 0
+        for layer, signal, size in table:
+            found[layer, signal] = values[:, at : at + size]
+            at += size
+        assert at == values.shape[1]
+        return found
+
+    def grouped(self, i, name):
+        """The q or k of all heads, (H D, C): groups hold heads g and g + H/2."""
+        w = self.get(i, f"attn.{name}")
+        if w.ndim == 2:
+            return w
+        D, out = self.c.head_dim, np.zeros((len(w) * w.shape[1], w.shape[2]))
+        for g, group in enumerate(w):
+            for member in range(2):
+                h = g + member * len(w)
+                out[h * D : (h + 1) * D] = group[member * D : (member + 1) * D]
+        return out
+
+    def value_gate(self, i, n, table):
+        """(T, key heads)."""
+        if (i, "value_gate") in self.made:
+            two = self.made[i, "value_gate"]
+            return np.stack([two[:, h // (H // 2)] for h in range(H)], 1)
+        seen = n[:, :12]
+        if self.c.value_gate_reads_table:
+            seen = np.concatenate([n[:, :6], table[:, :6]], 1)
+        return 2 * sigmoid(seen @ self.get(i, "attn.value_gate").T)
+
+    def attention(self, i, n, tokens, doc, window, long):
+        c, D, T = self.c, self.c.head_dim, len(n)
+        cut = lambda x, h: x[:, h * D : (h + 1) * D]
+        lam = self.get(i, "attn.qkv_lambda")
+        q, k, v = (
+            n @ (lam * w).T for w in (self.grouped(i, "q"), self.grouped(i, "k"), self.get(i, "attn.v"))
+        )
+        q, k = [self.norm(cut(q, h)) for h in range(H)], [self.norm(cut(k, h)) for h in range(c.num_kv_heads)]
+        v = [cut(v, h) for h in range(c.num_kv_heads)]
+        if i in c.value_embed_layers:
+            table = self.p[f"value_embeds.{i}"][tokens]
+            gate = self.value_gate(i, n, table)
+            v = [x + gate[:, h : h + 1] * cut(table, h) for h, x in enumerate(v)]
+        if i == LAST and c.mudd:
+            v = [x + cut(self.more_value, h) for h, x in enumerate(v)]
+        own = v
+        if long:
+            for x in k:
+                x[1:, D // 2 :] = x[:-1, D // 2 :].copy()
+        all_docs = doc
+        if i in c.paired_layers:
+
+            def pair(x):
+                half = len(x) // 2
+                return [np.stack((x[h], x[h + half]), 1).reshape(2 * T, -1) for h in range(half)]
+
+            q, k, v, all_docs = pair(q), pair(k), pair(v), np.repeat(doc, 2)
+        shared = len(q) // len(k)
+        q, k = ([ref_rotary(x, self.freqs) for x in xs] for xs in (q, k))
+        y = [
+            ref_attention(x, k[h // shared], v[h // shared], all_docs, window, self.scale)
+            for h, x in enumerate(q)
+        ]
+        if i in c.paired_layers:
+            y = [x[0::2] for x in y] + [x[1::2] for x in y]
+        if i == LAST and c.compose_tokens:
+            y = [a + b for a, b in zip(y, self.composition(q, k, v, doc))]
+        if i in c.xsa_layers:
+            y = [self.exclusive(i, h, x, own[h * len(own) // H]) for h, x in enumerate(y)]
+        if c.gate_layers:
+            if i in c.long_layers:
+                y = [self.made[i, "attn_gate"][:, h : h + 1] * x for h, x in enumerate(y)]
+        else:
+            gate = sigmoid(n[:, :12] @ self.get(i, "attn.attn_gate").T)
+            y = [gate[:, h : h + 1] * x for h, x in enumerate(y)]
+        return np.concatenate(y, 1) @ (self.get(i, "attn.o_lambda") * self.get(i, "attn.o")).T
+
+    def exclusive(self, i, h, y, v):
+        out = y.copy()
+        for t in range(len(y)):
+            alpha = self.made[i, "xsa"][t, h] if self.c.gate_layers else self.get(i, "attn.xsa_alpha")[h]
+            out[t] -= np.tanh(alpha) * (y[t] @ v[t]) / max(v[t] @ v[t], 1e-8) * v[t]
+        return out
+
+    def composition(self, q, k, v, doc):
+        """Each head's share of the mixed attention over the last positions of the document."""
+        out = [np.zeros_like(x) for x in v]
+        for t in range(len(doc)):
+            w1, w2 = self.made[LAST, "from"][t], self.made[LAST, "into"][t]
+            w1 = w1 / np.sqrt((w1 * w1).mean() + 1e-6)
+            seen = [s for s in range(t + 1) if t - s < self.c.compose_tokens and doc[s] == doc[t]]
+            mixed = 0
+            for h in range(H):
+                scores = np.exp(self.scale * (k[h][seen] @ q[h][t]))
+                mixed = mixed + w1[h] * scores / scores.sum()
+            for h in range(H):
+                out[h][t] = w2[h] * (mixed @ v[h][seen])
+        return out
+
+    def ngram(self, tokens):
+        if not self.c.ngram_signs:
+            return super().ngram(tokens)
+        signs, total, all_lengths = ngrams.sign_table(17, self.c.width).numpy(), 0.0, self.c.ngrams
+        for length in all_lengths:
+            self.c = dataclasses.replace(self.c, ngrams=(length,))
+            rows = []
+            for t in range(len(tokens)):
+                last = tokens[t - length + 1 : t + 1]
+                rows.append(int(np.bitwise_xor.reduce(last)) % 17 if t >= length - 1 else 0)
+            total = total + super().ngram(tokens) * signs[rows]
+        self.c = dataclasses.replace(self.c, ngrams=all_lengths)
+        return total
+
+    def factor(self, i, name):
+        """A number, or (T, 1)."""
+        if (i, name) in self.made:
+            return self.made[i, name]
+        return self.get(i, f"{name}_lambda")
+
+    def tables(self):
+        """Signals that the networks make in this model."""
+        kept = lambda table: [x for x in table if x[1] != "ngram" or self.c.ngram_rows]
+        later = [x for x in LATER_GATES if not (self.c.mudd and x[0] == LAST and x[1] in ("x0", "ngram"))]
+        later += COMPOSE if self.c.compose_tokens else []
+        return kept(FIRST_GATES), kept(later), kept(BEFORE_LAST)
+
+    def logits(self, tokens, doc, windows, tied):
+        if not self.c.branch_factors:
+            self.made = {}
+            return super().logits(tokens, doc, windows, tied)
+        c, x0, ngram, out = self.c, self.embedded(tokens, tied), self.ngram(tokens), {}
+        ngram = np.zeros_like(x0) if ngram is None else ngram
+        some = lambda i: self.factor(i, "ngram") if c.ngram_rows else 0.0
+        x, self.made = x0, {}
+        first, later, before_last = self.tables()
+        for i in range(c.num_layers):
+            if i in c.gate_layers:
+                self.made |= self.network(f"gate_nets.{i}", first if i == 0 else later, x)
+            if i == 0:
+                x = h0 = x0 + some(0) * ngram
+            if i == 2:
+                gate = (
+                    self.made[2, "skip"]
+                    if c.gate_layers
+                    else 2 * sigmoid(x0[:, :12] @ self.p["skip_gate"])[:, None]
+                )
+                x = x + sigmoid(self.p["skip_lambda"]) * gate * out[1]
+            joins = x0
+            if i == LAST and c.mudd:
+                h_last, joins = x, h0
+                self.made |= self.network("mudd.0", before_last, x, 0.1)
+                mu = [self.made[5, f"mu{j}"] for j in range(6)]
+                self.more_value = mu[0] * h0 + mu[1] * out[3] + mu[2] * x
+                x = (1 + mu[5]) * x + mu[3] * h0 + mu[4] * out[3]
+            if i not in c.no_attention:
+                long = i in c.long_layers
+                source = out[3] if c.attn_source == 3 and i > 3 else x
+                y = self.attention(i, self.norm(source), tokens, doc, windows[long], long)
+                x = (
+                    self.factor(i, "resid_attn") * x
+                    + self.factor(i, "attn") * y
+                    + self.factor(i, "x0") * joins
+                )
+                x = x + (some(i) * ngram if i > 0 else 0)
+            hidden = np.maximum(self.norm(x) @ self.get(i, "mlp.up").T, 0) ** 2
+            x = self.factor(i, "resid_mlp") * x + self.factor(i, "mlp") * (hidden @ self.get(i, "mlp.down"))
+            out[i] = x
+        if c.mudd:
+            mu = self.network("mudd.1", AFTER, x, 0.1)
+            sources = h0, out[3], h_last, self.p["value_embeds.1"][tokens], out[1]
+            x = x + sum(mu[6, f"mu{j}"] * source for j, source in enumerate(sources))
+        else:
+            x = x - self.p["backout_lambda"] * out[3]
+        return 23 * sigmoid((self.norm(x) @ self.p["head"].T + 5) / 7.5)
+
+
+def reference_of(model):
+    params = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
+    return LaterReference(model.config, params)
+
+
+def ref_loss(reference, model, batch, tied, prefix_weight):
+    total = 0.0
+    for logits, targets in zip(
+        ref_all_logits(reference, batch, DOCUMENTS, WINDOWS, tied), batch.targets_BT.numpy()
+    ):
+        total += ref_multi_token_loss(logits, targets, WEIGHTS)
+        if prefix_weight:
+            for row, target in zip(logits, targets):
+                prefix = int(model.prefixes_V[target])
+                total += prefix_weight * ref_cross_entropy(row, prefix) if prefix >= 0 else 0.0
+    return total
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_forward_equals_the_slow_model(part):
+    """Fails if a part is not what the table of facts says, alone or among all the others."""
+    model, batch = model_of(config(**PARTS[part])), make_batch(train_gpt)
+    reference = reference_of(model)
+    prefix_weight = 0.2 if "prefix_weights" in PARTS[part] else None
+    for windows, tied in ((WINDOWS, True), ((5, 40), False)):
+        expected = ref_all_logits(reference, batch, DOCUMENTS, windows, tied)
+        with torch.no_grad():
+            docs = train_gpt.Documents(batch, "sdpa")
+            x = model.trunk(batch.inputs_BT, docs, windows, tied) @ model.head.T
+        np.testing.assert_allclose(23 * sigmoid((x.numpy() + 5) / 7.5), np.stack(expected), atol=2e-4)
+    with torch.no_grad():
+        loss, ce = model.train_loss(batch, WINDOWS, True, torch.tensor(WEIGHTS), None, prefix_weight)
+    assert loss.item() == pytest.approx(ref_loss(reference, model, batch, True, prefix_weight), rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["without networks", "all"])
+def test_gradients_equal_differences_of_the_slow_model(part):
+    """Fails if a parameter of a part has another gradient than that of the forward pass, or none."""
+    model, batch = model_of(config(**PARTS[part])), make_batch(train_gpt)
+    prefix_weight = 0.2 if "prefix_weights" in PARTS[part] else None
+    model.train_loss(batch, WINDOWS, False, torch.tensor(WEIGHTS), None, prefix_weight)[0].backward()
+    reference, rng = reference_of(model), np.random.default_rng(0)
+    for name, p in model.named_parameters():
+        value = reference.p[name]
+        direction = rng.normal(size=value.shape)
+        direction /= np.linalg.norm(direction)
+        sides = []
+        for sign in (1, -1):
+            reference.p[name] = value + sign * 1e-6 * direction
+            sides.append(ref_loss(reference, model, batch, False, prefix_weight))
+        reference.p[name] = value
+        slope = (sides[0] - sides[1]) / 2e-6
+        assert (p.grad.numpy() * direction).sum() == pytest.approx(slope, rel=1e-4, abs=1e-4), name
+
+
+def test_slices_of_one_pass_do_not_see_each_other():
+    """Fails if the composition of heads, or a row of signs, reaches into the slice before."""
+    model, batch = model_of(config(**ALL)), make_batch(train_gpt)
+    known = WINDOWS, False, torch.tensor(WEIGHTS), None, 0.2
+    with torch.no_grad():
+        together = model.train_loss(batch, *known)[0].item()
+        alone = 0.0
+        for i, starts in enumerate(DOCUMENTS):
+            only = batch.inputs_BT[i].numpy(), batch.targets_BT[i].numpy(), np.diff([*starts, 32])
+            (one,) = train_gpt.stack_slices([only], torch.device("cpu"), 32)
+            alone += model.train_loss(one, *known)[0].item()
+    assert together == pytest.approx(alone, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ start
+
+
+SAME_AT_START = {
+    "value gate": (dict(value_gate_reads_table=True), {}),
+    "signs": (dict(ngram_signs=17), {}),
+    "one in a group": (dict(qk_group=1), {}),
+    "xsa": (dict(xsa_layers=(1, 3, 5)), {}),
+    "xsa by token": (GATES, dict(GATES, xsa_layers=())),
+    "composition": (dict(GATES, compose_tokens=7), GATES),
+    "mudd": (dict(FACTORS, mudd=(1, 3)), FACTORS),
+    "mudd among all": (ALL, dict(ALL, mudd=None, backout=3)),
+}
+
+
+@pytest.mark.parametrize("part", SAME_AT_START)
+def test_a_part_that_starts_at_zero_changes_nothing_at_first(part):
+    """Fails if a part that should learn its strength has one before the first step. MUDD begins as the
+    backout of its second layer, and doubles the gate of value embeddings that are still zero."""
+    logits = []
+    for changes in SAME_AT_START[part]:
+        model = model_of(config(**{**changes, "value_std": 0.0}), shaken=False)
+        batch = make_batch(train_gpt)
+        with torch.no_grad():
+            for name, p in model.named_parameters():  # of the same draws, though the names differ
+                generator = torch.Generator().manual_seed(sum(map(ord, name)))
+                drawn = name.endswith((".q", ".k", ".v", ".o", ".up", ".down", "head", "embed"))
+                if drawn:
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+            docs = train_gpt.Documents(batch, "sdpa")
+            logits.append(model.trunk(batch.inputs_BT, docs, WINDOWS, True) @ model.head.T)
+    assert logits[0].std() > 0.1
+    torch.testing.assert_close(logits[0], logits[1].view_as(logits[0]), rtol=1e-6, atol=1e-6)
+
+
+def small_run(folder, trainer=train_gpt, seed=0, steps=12, changes=ALL, **env):
+    """(Trainer of the small model with all parts, its data) of a run on learnable text."""
+    if not (folder / "train_0.bin").exists():
+        write_shard(folder / "train_0.bin", make_text(9000, 1))
+        write_shard(folder / "val_0.bin", make_text(3000, 2))
+    fixed = dict(
+        DATA_PATH=folder, TRAIN_FILES="train_*.bin", VAL_FILES="val_*.bin", BATCH_SIZES="256,256,512,512"
+    )
+    fixed |= dict(VAL_TOKENS=2048, VAL_BATCH_TOKENS=1024, NUM_SCHEDULED_ITERATIONS=steps, LONG_DOCS="cut")
+    s, o, _ = read(trainer, SEED=seed, MAX_DOC_TOKENS="24,32,32,64", MUON_BETA2=0.9, **fixed, **env)
+    ranks = lone_ranks(trainer)
+    c = config(trainer, **{**changes, "windows": ((1, 1), (1, 2), (2, 3), (2, 3))})
+    return trainer.Trainer(s, o, c, 256, ranks), trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
+
+
+def losses_of(run, data, first, last) -> list[float]:
+    """Mean losses of these steps."""
+    found, size, stage = [], run.schedule.batch_tokens, run.schedule.stage
+    for step in range(first, last):
+        run.enter(step)
+        batches = data.next(size(step), size(step + 1), (stage(step), stage(step + 1)))
+        found.append(run.step(step, batches).item() / size(step))
+    return found
+
+
+@pytest.mark.parametrize("changes", [ALL, dict(FACTORS, xsa_layers=(1, 3, 5))], ids=["by token", "fixed"])
+def test_every_part_learns(changes, tmp_path):
+    """Fails if a parameter keeps its first value: it is off the path of the loss, or no rule moves it."""
+    run, data = small_run(tmp_path, changes=changes)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    found = losses_of(run, data, 0, 12)
+    assert found[-1] < found[0] - 0.5
+    still = [name for name, p in run.model.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+
+
+# ------------------------------------------------------------------------------------- roles, sizes, schedule
+
+
+def preset_model(trainer=train_gpt):
+    with torch.device("meta"):
+        return trainer.GPT(trainer.PRESETS[RECORD][0], 50257, "sdpa")
+
+
+RATES = {  # name's end: (factor on Adam's rate, on its decay, betas)
+    "attn_lambda": (1, 0, (0.9, 0.95)),
+    "mlp_lambda": (1, 0, (0.9, 0.95)),
+    "resid_attn_lambda": (5, 0, (0.9, 0.95)),
+    "resid_mlp_lambda": (5, 0, (0.9, 0.95)),
+    "qkv_lambda": (5, 0, (0.9, 0.99)),
+    "o_lambda": (5, 0, (0.9, 0.99)),
+    "skip_lambda": (5, 0, (0.9, 0.99)),
+    "smear_lambda": (5, 0, (0.9, 0.99)),
+    "ngram_lambda": (5, 0, (0.9, 0.99)),
+    "x0_lambda": (5, 0, (0.65, 0.95)),
+    "xsa_alpha": (1, 0, (0.9, 0.95)),
+    "value_gate": (1, 1, (0.9, 0.99)),
+    "smear_gate": (0.01, 0, (0.9, 0.99)),
+    "ngram_table": (75, 5, (0.75, 0.95)),
+    "value_embeds": (75, 5, (0.75, 0.95)),
+    "mudd hidden": (0.25, 1, (0.9, 0.99)),
+    "mudd out": (0.25, 1, (0.9, 0.99)),
+    "mudd bias": (0.25, 0, (0.9, 0.99)),
+    "gate_nets hidden": (0.1, 1, (0.9, 0.99)),
+    "gate_nets out": (0.1, 1, (0.9, 0.99)),
+    "gate_nets bias": (0.1, 0, (0.9, 0.99)),
+    "gate_nets scale": (0.1, 0, (0.9, 0.99)),
+    "head": (1, 150, (0.5, 0.95)),
+    "embed": (1, 150, (0.5, 0.95)),
+}
+
+
+def key_of(name: str) -> str:
+    parts = name.split(".")
+    if parts[0] in ("mudd", "gate_nets"):
+        return f"{parts[0]} {parts[-1]}"
+    return parts[0] if parts[0] == "value_embeds" else parts[-1]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_rates_and_betas_are_the_facts(trainer):
+    """Fails if a parameter of the preset, or of its parts without networks, moves at another rate."""
+    names = {n for n, _ in preset_model(trainer).named_parameters()}
+    fixed = trainer.GPT(config(trainer, **FACTORS, xsa_layers=(1,)), 100, "sdpa")
+    names |= {n for n, _ in fixed.named_parameters() if n not in ("backout_lambda", "skip_gate")}
+    seen = set()
+    for name in names:
+        role, key = trainer.find_role(name), key_of(name)
+        if role.rule == "matrix" or key == "attn_gate":
+            continue
+        assert (role.lr_mul, role.decay_mul, role.betas) == RATES[key], name
+        seen.add(key)
+    assert seen == set(RATES)
+
+
+def test_the_preset_is_the_record():
+    """Fails if the preset has other sizes, layers or first values than the table of facts."""
+    model = preset_model()
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    c = model.config
+    assert sum(s == (3, 256, 768) for s in shapes.values()) == 20  # 60 matrices of q and k
+    assert sum(s == (768, 768) for s in shapes.values()) == 20
+    assert sum(s == (3072, 768) for s in shapes.values()) == 22
+    assert shapes["ngram_table"] == (50304 * 15 // 2, 768) and model.ngram_signs.shape == (8192, 768)
+    assert shapes["mudd.0.out"] == (14, 64) and shapes["mudd.1.out"] == (5, 64)
+    assert shapes["gate_nets.0.out"] == (26, 64) and shapes["gate_nets.4.out"] == (41, 64)
+    tables = sorted(int(n.split(".")[1]) for n in shapes if n.startswith("value_embeds"))
+    assert tables == [1, 2, 8, 9, 10]
+    assert not any(name.endswith(("attn_gate", "x0_lambda", "xsa_alpha", "skip_gate")) for name in shapes)
+    gates = sorted(int(n.split(".")[1]) for n in shapes if n.endswith("value_gate"))
+    assert gates == [1, 2, 8, 9] and shapes["blocks.1.attn.value_gate"] == (6, 12)
+    assert (c.attn_source, c.mudd, c.xsa_layers, c.compose_tokens, c.backout) == (
+        7,
+        (3, 7),
+        (1, 3, 4, 7),
+        112,
+        None,
+    )
+
+
+def test_first_values_of_the_networks():
+    """Fails if a signal starts elsewhere than in the table: at 0 if it is not named here."""
+    c = train_gpt.PRESETS[RECORD][0]
+    starts = {}
+    for prefix, lists in (("gate", signals.gate_signals(c)), ("mudd", signals.mudd_signals(c))):
+        for i, made in enumerate(lists):
+            starts |= {(prefix, i, s.layer, s.name): s.start for s in made if s.start}
+            net = signals.TokenNet(8, made, learn_scale=prefix == "gate")
+            torch.nn.init.zeros_(net.out), torch.nn.init.ones_(net.hidden)
+            for (layer, name), value in net(torch.ones(1, 1, 8)).items():
+                wanted = starts.get((prefix, i, layer, name), 0.0)
+                assert value.flatten().tolist() == pytest.approx([wanted] * value.numel())
+    wanted = {
+        ("gate", 0, 3, "attn_gate"): 0.25,
+        ("gate", 1, 10, "attn_gate"): 0.25,
+        ("gate", 1, 6, "skip"): 0.5,
+    }
+    wanted |= {("gate", 0, i, "ngram"): 0.05 for i in range(4)}
+    wanted |= {("gate", 1, i, "ngram"): 0.05 for i in (4, 5, 7, 8, 9)}
+    wanted |= {("gate", 1, 10, "compose_from"): 1.0, ("mudd", 0, 10, "value_gate"): 2.0}
+    wanted |= {("mudd", 0, 10, name): GROWN for name in ("resid_attn", "resid_mlp")}
+    wanted |= {("mudd", 0, 10, "attn"): 1.0, ("mudd", 0, 10, "mlp"): 1.0, ("mudd", 0, 10, "ngram"): 0.05}
+    assert starts == {**wanted, ("mudd", 1, 11, "late"): -0.5}
+    model = model_of(config(**FACTORS, value_std=0.01, mudd=(1, 3)), shaken=False)
+    block = model.blocks[3]
+    found = [block.resid_attn_lambda, block.attn_lambda, block.resid_mlp_lambda, block.mlp_lambda]
+    assert [x.item() for x in found] == pytest.approx([GROWN, 1, GROWN, 1])
+    assert [block.x0_lambda.item(), block.ngram_lambda.item()] == pytest.approx([0, 0.05])
+    assert model.value_embeds["1"].std().item() == pytest.approx(0.01, rel=0.05)
+    hidden = model.mudd[0].hidden
+    assert 0.95 < hidden.abs().max().item() * 32**0.5 <= 1 and not model.mudd[0].out.any()
+
+
+def test_schedule_of_the_preset():
+    """Fails if the rate, the documents, the batches or the losses' weights change otherwise than in the
+    record."""
+    s, o, c = read(train_gpt, MODEL=RECORD)
+    schedule = train_gpt.Schedule(s, c)
+    assert (schedule.scheduled, schedule.num_steps, o.muon_beta2) == (1270, 1285, 0.9)
+    assert s.max_doc_tokens == (896, 2048, 2048, 2048)
+    assert schedule.cooldown_start == 508
+    done = (1000 - 508) / (1270 - 508)
+    assert schedule.lr_mul(100) == 1.0 and schedule.lr_mul(500) == 1.52
+    assert schedule.lr_mul(1000) == pytest.approx(1.73 * (1 - done) + 0.15 * done)
+    assert schedule.lr_mul(1275) == pytest.approx(0.15)
+    assert schedule.prefix_weight(0) == 0.25 and schedule.prefix_weight(422) == 0.25
+    halfway = (schedule.bounds[1] + schedule.bounds[2]) / 2
+    assert schedule.prefix_weight(int(halfway)).item() == pytest.approx(0.125, abs=1e-3)
+    assert schedule.prefix_weight(900) is None and schedule.prefix_weight(1280) is None
+
+
+def test_a_part_can_be_left_out():
+    """Fails if WITHOUT leaves a part in, takes another with it that does not stand on it, or does nothing in
+    silence."""
+    full = read(train_gpt, MODEL="tiny-2026-08")[2]
+    for part in train_gpt.PARTS[1:]:
+        c = read(train_gpt, MODEL="tiny-2026-08", WITHOUT=part)[2]
+        found = {name for name, value in dataclasses.asdict(full).items() if getattr(c, name) != value}
+        assert found == {part} | {"mudd": {"backout"}, "gate_layers": {"compose_tokens"}}.get(part, set())
+        assert not getattr(c, part) or not any(map(any, c.prefix_weights))
+        model_of(dataclasses.replace(c, ngram_rows=61))
+        with pytest.raises(SettingsError, match="no such part"):
+            read(train_gpt, MODEL="tiny", WITHOUT=part)
+
+
+def test_parts_that_stand_on_others_are_refused_alone():
+    """Fails if a config silently lacks what a part needs."""
+    for changes in (
+        dict(mudd=(1, 3)),
+        dict(gate_layers=(0,)),
+        dict(attn_source=3),
+        dict(FACTORS, compose_tokens=7),
+    ):
+        with pytest.raises(AssertionError, match="want"):
+            config(**changes)
+
+
+# ---------------------------------------------------------------------------------------- groups of q and k
+
+
+def test_a_group_holds_the_heads_that_a_paired_layer_joins():
+    """Fails if the rows of a group are not those of heads h and h + H/2."""
+    D, C = 8, 32
+    whole = torch.arange(H * D).float().repeat_interleave(C).view(H, D, C)  # each row has its number
+    stored = torch.stack([torch.cat((whole[h], whole[h + H // 2])) for h in range(H // 2)])
+    assert torch.equal(heads.in_head_order(stored, D), whole.flatten(0, 1))
+    rows = torch.arange(H).view(1, 1, H, 1).expand(1, 3, H, D)
+    paired = train_gpt.pair_heads(rows)[0, :2, :, 0]  # two places a token, H/2 columns
+    groups = torch.arange(H).view(2, -1).T  # of heads, by the formula above
+    assert torch.equal(paired.T, groups)
+
+
+@pytest.mark.parametrize("env", [{}, {"ORD_MODE": "post", "SPECTRAL_OUT": "0.5"}], ids=["normuon", "post"])
+def test_groups_are_orthogonalized_each_by_itself(env):
+    """Fails if a group's momentum, polar factor or variance sees another group, or its rate is another
+    matrix's. A wide group has the rate of a square one, and its variance per column."""
+    trainer = ord_gpt if env else train_gpt
+    o, rng = read(trainer, MODEL="gpt2-small", **env)[1], np.random.default_rng(0)
+    value = rng.normal(size=(3, 8, 12)).astype(np.float32)
+    together = Params({"blocks.0.attn.q": value})
+    apart = Params({f"blocks.{i}.attn.q": value[i] for i in range(3)})
+    optimizers = [make_optimizer(trainer, model, o) for model in (together, apart)]
+    (bucket,) = optimizers[0].matrix_buckets
+    assert bucket.second_moment.shape == (3, 1, 12) and bucket.shape_lr_N11.unique().tolist() == [1.0]
+    for step in range(3):
+        grads = rng.normal(size=value.shape).astype(np.float32)
+        together.add_grads({"blocks.0.attn.q": grads})
+        apart.add_grads({f"blocks.{i}.attn.q": grads[i] for i in range(3)})
+        for optimizer in optimizers:
+            optimizer.step(step, 1.0, 2048, True)
+    for i in range(3):
+        assert (together.numpy("blocks.0.attn.q")[i] == apart.numpy(f"blocks.{i}.attn.q")).all()
+
+
+# ----------------------------------------------------------------------------------------- documents, tokens
+
+
+def cut_at(tokens, bounds) -> list[list[int]]:
+    """The documents of a pass."""
+    return [tokens[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:])]
+
+
+def first_of_stage(batches, number: int) -> int:
+    """Number of documents before batch `number`."""
+    return sum(len(b.cu_seqlens) - 1 for b in batches[:number])
+
+
+def ends_a_slice(batches, number: int) -> bool:
+    """Tell whether this document is the last one of a slice of 64 tokens."""
+    ends = torch.cat([b.cu_seqlens[1:] for b in batches])
+    return int(ends[number]) % 64 == 0
+
+
+def test_documents_change_their_length_with_the_stage(tmp_path):
+    """Fails if a stage reads longer documents than it may, or the change reorders, repeats or skips one."""
+    write_shard(tmp_path / "train_0.bin", make_text(30_000, 1, longest=150))
+    write_shard(tmp_path / "val_0.bin", make_text(3000, 2))
+    known = dict(DATA_PATH=tmp_path, TRAIN_FILES="train_*.bin", VAL_FILES="val_*.bin", VAL_TOKENS=2048)
+    known |= dict(VAL_BATCH_TOKENS=1024, BATCH_SIZES="512,512,512,512", LONG_DOCS="cut")
+    s = read(train_gpt, MAX_DOC_TOKENS="40,100,100,100", **known)[0]
+    shards = train_gpt.open_data(s, 1)[0]
+    data = train_gpt.TrainData(shards, s, one_rank())
+    stages = [0, 0, 0, 1, 1, 1]
+    batches = [data.next(512, 512, (now, then))[0] for now, then in zip(stages, [*stages[1:], 1])]
+    longest = [int(batch.cu_seqlens.diff().max()) for batch in batches]
+    assert [batch.max_doc_tokens for batch in batches] == [40, 40, 40, 64, 64, 64]  # a slice has 64 tokens
+    assert max(longest[:3]) == 40 and max(longest[3:]) > 40
+    pieces = [piece for b in batches for piece in cut_at(b.inputs_BT.flatten(), b.cu_seqlens)]
+    text, at = data.tokens.astype(np.int64), 0
+    for start in data.starts.tolist():  # in the data's order, each once
+        limit = 40 if at < first_of_stage(batches, 3) else 100
+        document = text[start : start + limit].tolist()
+        document = document[: next((i for i, x in enumerate(document) if x == 0 and i), limit)]
+        if at == len(pieces):
+            break
+        assert pieces[at] == document[: len(pieces[at])]
+        assert len(pieces[at]) == len(document) or ends_a_slice(batches, at)
+        at += 1
+    assert at == len(pieces)
+    # the same position under the later stage's limit, as a resumed run has it
+    again = train_gpt.TrainData(shards, s, one_rank())
+    for now in stages[:3]:
+        again.next(512, None, (now, now))
+    resumed = train_gpt.TrainData(shards, s, one_rank())
+    resumed.seek(again.position)
+    assert torch.equal(resumed.next(512, None, (1, 1))[0].inputs_BT, batches[3].inputs_BT)
+    for wrong, said in (("40,100", "2 values"), ("8", "MAX_DOC_TOKENS")):
+        with pytest.raises(SettingsError, match=said):
+            read(train_gpt, MAX_DOC_TOKENS=wrong, **known)
+    with pytest.raises(SettingsError, match="LONG_DOCS=split"):
+        read(train_gpt, **{**known, "LONG_DOCS": "split"}, MAX_DOC_TOKENS="40,100,100,100")
+    assert read(train_gpt, **known, MAX_DOC_TOKENS=64)[0].max_doc_tokens == (64,) * 4
+
+
+def test_sign_rows_and_table():
+    """Fails if two ranks or runs have other signs, a sign is not +-1, or a row is not the formula's."""
+    tokens = torch.tensor([[5, 50256, 3, 3], [0, 1, 2, 50000]], dtype=torch.int32)
+    assert ngrams.sign_rows(tokens, 2, 8192).tolist() == [
+        [0, (5 ^ 50256) % 8192, (50256 ^ 3) % 8192, 0],
+        [0, 1, 3, (2 ^ 50000) % 8192],
+    ]
+    table = ngrams.sign_table(8192, 64)
+    assert torch.equal(table, ngrams.sign_table(8192, 64)) and set(table.unique().tolist()) == {-1, 1}
+    assert abs(table.float().mean()) < 0.01
+    assert "ngram_signs" not in model_of(config(**ALL)).state_dict()
+
+
+def test_prefixes_by_hand():
+    """Fails if the longest proper prefix is not found, or one that is no token."""
+    strings = [b"a", b"b", b"ab", b"abcd", b"abd", b"abcde", b"ba", b"c"]
+    assert longest_prefixes(strings).tolist() == [-1, -1, 0, 2, 2, 3, 1, -1]
+    assert (prefix_tokens(256) == -1).all()
+    with pytest.raises(DataError, match="vocabulary, 1000,"):
+        prefix_tokens(1000)
+
+
+def test_prefixes_of_gpt2s_vocabulary():
+    """Fails if a token's prefix differs from a search over all shorter tokens, for 2,000 tokens."""
+    pytest.importorskip("tiktoken")
+    try:
+        strings = gpt2_token_bytes()
+    except ValueError as error:
+        pytest.skip(str(error).splitlines()[0])
+    prefixes, numbers = prefix_tokens(50257), {string: token for token, string in enumerate(strings)}
+    assert prefixes.shape == (50257,) and prefixes[50256] == -1
+    assert sum(prefixes == -1) == 257  # the single bytes, and the mark
+    for token in np.random.default_rng(0).choice(50256, 2000, replace=False):
+        string = strings[token]
+        lengths = [n for n in range(1, len(string)) if string[:n] in numbers]
+        assert prefixes[token] == (numbers[string[: lengths[-1]]] if lengths else -1)
+
+
+# ------------------------------------------------------------------------------------------------ fast forms
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_fast_forms_cover_the_preset_or_step_aside(trainer):
+    """Fails if a form that does not know the model takes a function's place, or one that knows it stays
+    away."""
+    for model in ("tiny-2026-08", RECORD):
+        s, o, _ = read(trainer, MODEL=model)
+        with fast_forms.installed(trainer, s, o) as (names, warnings):
+            assert names == ["MLP.forward", "polar_express"] and not warnings
+
+
+def test_a_cpus_forms_compute_the_same(tmp_path):
+    """Fails if the fast MLP without its input, or what stands in attention's place, computes another model:
+    losses of three steps, which hold the gradients."""
+    plain, data = small_run(tmp_path)
+    wanted = losses_of(plain, data, 0, 3)
+    s, o, _ = read(train_gpt, MODEL="tiny-2026-08")
+    with fast_forms.installed(train_gpt, s, o):
+        fast, data = small_run(tmp_path)
+        assert losses_of(fast, data, 0, 3) == pytest.approx(wanted, rel=2e-5)
+
+
+def test_attentions_fast_form_refuses_another_model():
+    """Fails if it would compute a model that it does not know, were it put in place."""
+    s, o, _ = read(train_gpt)
+    with fast_forms.installed(train_gpt, s, o) as (names, _), torch.no_grad():
+        assert "Attention.forward" in names
+        for changes in (FACTORS, dict(qk_group=2), dict(xsa_layers=(1,)), dict(value_gate_reads_table=True)):
+            model = model_of(config(**changes))
+            with pytest.raises(AssertionError, match="covers_attention"):
+                model.train_loss(make_batch(train_gpt), WINDOWS, True, torch.tensor(WEIGHTS))
+
+
+def test_the_triton_heads_reference_predicts_prefixes_as_the_plain_head_does():
+    """Fails if the kernel, which offgpu/numerics.py compares with its reference, computes another loss than
+    the trainer's own: weights in another order, prefixes that are missing counted."""
+    cuda = pytest.importorskip("kernels.cuda")
+    model, batch = model_of(config(**ALL)), make_batch(train_gpt)
+    x = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    prefixes = model.prefixes_V[batch.targets_BT]
+    assert 0 < (prefixes >= 0).sum() < prefixes.numel()
+    weights = torch.tensor([*WEIGHTS, 0.3])
+    with torch.no_grad():
+        wanted = model.head_loss(x, batch.targets_BT, weights[:-1], prefixes, 0.3)
+        known = x.flatten(0, 1), model.head, batch.targets_BT, weights, train_gpt.SOFTCAP
+        found = cuda.head_loss_reference(*known, prefixes)
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in wanted], rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------- sampling, resuming, ranks
+
+
+def test_a_saved_model_continues_a_text(tmp_path):
+    """Fails if the model file lacks something of a part, its config does not come back, or a token's logits
+    depend on those after it: the logits of each beginning of a text are those of the whole text. A text of
+    one token is shorter than an n-gram and than a block of the composition."""
+    c = config(**ALL)
+    model = model_of(c).float()
+    metadata = dict(config=dataclasses.asdict(c), vocab_size=100, residual_scale=1.0, rotary_scale=0.1)
+    metadata |= dict(mark=0, windows=WINDOWS, tied=False)
+    checkpoints.save_model(tmp_path / "model.safetensors", model, metadata)
+    loaded = load_model(tmp_path / "model.safetensors", "cpu")
+    assert loaded.model.config == c
+    tokens = np.random.default_rng(0).integers(1, 100, 32)
+    batch = train_gpt.stack_slices([(tokens, tokens, [32])], torch.device("cpu"), 32)[0]
+    with torch.no_grad():
+        x = model.trunk(batch.inputs_BT, train_gpt.Documents(batch, "sdpa"), WINDOWS, False)[0]
+        whole = train_gpt.softcap(x @ model.head.T)[:, :100]
+        for length in (1, 2, 7, 8, 20, 32):
+            found = loaded.next_logits(tokens[:length].tolist())
+            torch.testing.assert_close(found, whole[length - 1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "trainer, env", [(train_gpt, {}), (ord_gpt, dict(ORD_MODE="post", SPECTRAL_OUT="0.5"))]
+)
+def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, tmp_path, monkeypatch):
+    """Fails if something that the parts hold is not saved, over changes of stage; the other trainer has
+    another seed's weights."""
+    monkeypatch.chdir(tmp_path)
+    one, data = small_run(tmp_path, trainer, **env)
+    losses_of(one, data, 0, 6)
+    assert small_session(one, data).save(6)
+    wanted = losses_of(one, data, 6, 12)
+    other, data = small_run(tmp_path, trainer, seed=1, **env)
+    data.seed = 0
+    small_session(other, data).resume(checkpoints.read(tmp_path / "logs" / "mine" / "step_00000006.pt"))
+    assert losses_of(other, data, 6, 12) == wanted
+
+
+def test_ord_learns_with_all_parts(tmp_path):
+    """Fails if a way of ORD does not run on groups of heads, or does nothing."""
+    runs = {}
+    for way in ({}, {"ORD_MODE": "post", "SPECTRAL_IN": "0.5"}, {"ORD_MODE": "project"}, {"ORD_MODE": "off"}):
+        run, data = small_run(tmp_path, ord_gpt, **way)
+        runs[str(way)] = losses_of(run, data, 0, 8)
+        assert runs[str(way)][-1] < runs[str(way)][0] - 0.3
+        fields = run.log_fields(7, full=True)
+        assert len(fields["spec_attn"].split(",")) == 5  # a mean over a layer's matrices, in five layers
+    assert len({tuple(found) for found in runs.values()}) == len(runs)
+    run, data = small_run(tmp_path)
+    assert losses_of(run, data, 0, 8) == runs[str({"ORD_MODE": "off"})]
+
+
+def test_ranks_agree(tmp_path, shards):
+    """Fails if 1, 2 and 4 ranks train another model: groups of heads, networks and tables are shared out."""
+    known = dict(MODEL="tiny-2026-08", NUM_SCHEDULED_ITERATIONS=4, VAL_LOSS_EVERY=0, SAVE_MODEL=0)
+    known |= dict(BATCH_SIZES="512,512,512,512", VAL_TOKENS=1024, VAL_BATCH_TOKENS=1024)
+    found = {n: train(tmp_path, shards, f"ranks{n}", ranks=n, **known) for n in (0, 2, 4)}
+    for n in (2, 4):
+        for ours, alone in zip(found[n], found[0]):
+            assert len(ours) >= 1 and ours == pytest.approx(alone, abs=2e-4)
+    validation, training = found[0]
+    assert len(training) == 4 and validation[-1] < training[0] - 0.2
