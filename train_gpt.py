@@ -417,6 +417,7 @@ LATER = dict(  # parts of the records of 2026-02 to 2026-07
 TINY_LATER = dict(  # the parts of gpt2-small-2026-08 in six layers
     {**TINY, **LATER},
     num_layers=6,
+    head_dim=32,  # of four heads: two groups of q and k
     long_layers=(1, 5),
     paired_layers=(0, 4),
     value_embed_layers=(1, 4, 5),
@@ -523,7 +524,7 @@ PRESETS = {
     "tiny": (ModelConfig(width=128, **heads(2), **TINY), TINY_SETTINGS),
     "tiny-wide": (ModelConfig(width=256, **heads(4), **TINY), TINY_SETTINGS),
     "tiny-2026-08": (
-        ModelConfig(width=128, **heads(2), **TINY_LATER),
+        ModelConfig(width=128, **heads(4), **TINY_LATER),
         {**TINY_SETTINGS, **LATER_SETTINGS},
     ),
     "moe-tiny": (
