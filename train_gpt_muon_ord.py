@@ -38,6 +38,7 @@ from kernels.float8 import Float8Linear
 from kernels.heads import composed, grouped_shape, in_head_order, offset_keys, pair_heads, without_own_value
 from kernels.ngrams import embed_ngrams, sign_table
 from kernels.signals import NGRAM_START, RESID_START, Mudd, TokenNet, gate_signals, signalled
+from kernels.vectors import scalar
 from runtime import settings, supervise
 from runtime.compiling import compile_forward, not_compiled, torch_compile
 from runtime.flops import flop_per_token
@@ -149,11 +150,7 @@ class NorMuonSettings:
 def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     """The settings of the environment over the preset's defaults; SettingsError names what is wrong."""
     device = find_device(env)
-    model = env.get("MODEL", "auto")
-    if model == "auto":
-        model = "gpt2-small" if device == "cuda" else "tiny"
-    if model not in PRESETS:
-        raise SettingsError(f"MODEL={model!r}: wanted one of auto, {', '.join(PRESETS)}")
+    model = settings.choose_model(env, PRESETS, "gpt2-small" if device == "cuda" else "tiny")
     config, changes = PRESETS[model]
     defaults = {**changes, **OPTIMIZER_PRESETS.get(model, {})}
     s, o = settings.read(SETTINGS, env, defaults, SCRIPT.name)
@@ -179,8 +176,8 @@ def check_settings(s: Settings, env):
             )
     if s.long_docs == "split" and len(set(s.max_doc_tokens)) > 1:
         raise SettingsError(
-            f"MAX_DOC_TOKENS={settings.as_text(s.max_doc_tokens)} changes with the stage, by which LONG_DOCS="
-            "split would number the documents anew; use one value, or LONG_DOCS=cut"
+            f"MAX_DOC_TOKENS={settings.as_text(s.max_doc_tokens)} changes with the stage, and LONG_DOCS="
+            "split would then renumber the documents in mid-run; use one value, or LONG_DOCS=cut"
         )
     unit, val_unit = s.slices * 16, VAL_SLICES * 16
     for stage, tokens in enumerate(s.batch_sizes, 1):
@@ -265,7 +262,7 @@ def resolve(s: Settings) -> Settings:
     if not cuda or capability() < (8, 9):
         changes["disable_fp8"] = True
     if s.kernels == "auto":
-        changes["kernels"] = "torch"  # which a compiler on a CPU likes best
+        changes["kernels"] = "torch"  # fastest where a CPU's code is compiled
         if cuda and capability() >= (8, 0) and importlib.util.find_spec("triton"):
             changes["kernels"] = "triton"
         elif not cuda and s.compile != "1":
@@ -329,8 +326,15 @@ class ModelConfig:
 
     def __post_init__(self):
         by_token = self.mudd or self.gate_layers
-        assert self.branch_factors or not (by_token or self.attn_source), "these want branch_factors"
+        later = by_token or self.attn_source is not None
+        assert self.branch_factors or not later, "mudd, gate_layers and attn_source want branch_factors"
         assert self.gate_layers or not self.compose_tokens, "compose_tokens wants gate_layers"
+        assert self.gate_layers[:1] in ((), (0,)), "layers before the first gate network would have no gates"
+
+    @property
+    def predicts_prefixes(self) -> bool:
+        """True if a stage has the loss on the next token's prefix."""
+        return any(start or end for start, end in self.prefix_weights)
 
 
 @dataclass(frozen=True)
@@ -388,17 +392,11 @@ TINY = dict(
     attn_gate=True,
 )
 TINY_SETTINGS = dict(
-    PLAIN_SETTINGS,
-    train_files="data/embedded/embedded_train_*.bin",
-    val_files="data/embedded/embedded_val_*.bin",
+    {**PLAIN_SETTINGS, **settings.EMBEDDED},
     batch_sizes=(2048,) * 4,
     num_scheduled_iterations=1000,
     max_doc_tokens=(256,) * 4,
-    val_tokens=131_072,
     val_batch_tokens=65_536,
-    val_loss_every=100,
-    val_loss_last_steps=0,
-    target_loss=1.0,
     adam_lr=0.016,
 )
 
@@ -433,6 +431,7 @@ LATER_LENGTH = dict(num_scheduled_iterations=1270, num_extension_iterations=15)
 
 
 def heads(num_heads: int, num_kv_heads: int | None = None) -> dict:
+    """Fields of ModelConfig; as many key/value heads as query heads unless given."""
     return dict(num_heads=num_heads, num_kv_heads=num_kv_heads or num_heads)
 
 
@@ -677,7 +676,7 @@ class TrainData:
 def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int | None = None):
     """Yield this rank's passes over the first VAL_TOKENS tokens: contiguous slices, documents whole.
 
-    num_batches: only the first so many global batches.
+    num_batches: stop after this many global batches.
     """
     need = s.val_tokens + 1
     tokens = np.concatenate([shard.head(need) for shard in shards])[:need]
@@ -712,10 +711,11 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
     cut = [(t, num_slices) for t in s.batch_sizes] + [(s.val_batch_tokens, max(VAL_SLICES, world_size))]
     if any(n % world_size or tokens % n for tokens, n in cut):
         raise SettingsError(
-            f"{world_size} ranks do not divide {num_slices} slices, or those the batches {s.batch_sizes}; "
+            f"{world_size} ranks do not divide {num_slices} slices, or the slices do not divide "
+            f"BATCH_SIZES={settings.as_text(s.batch_sizes)} or VAL_BATCH_TOKENS={s.val_batch_tokens}; "
             "use 1, 2, 4, 8 ranks, or batches that divide"
         )
-    if any(map(any, PRESETS[s.model][0].prefix_weights)):
+    if PRESETS[s.model][0].predicts_prefixes and s.without != "prefix_weights":
         prefix_tokens(train[0].vocab_size)  # refuses what it does not know, before anything starts
     shortest = min(s.max_doc_tokens)
     lengths = (shard.documents(shard.tokens, shortest, s.long_docs == "split")[1] for shard in train)
@@ -739,10 +739,11 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
 # warns, and losses change in the last digit. KERNELS=torch takes plain functions alone.
 # ---------------------------------------------------------------------------------------------------
 
+# The first four, and the starts of the learned scalars below, are the public record's
 GATE_CHANNELS = 12  # gates read so many of their input's first channels
 SOFTCAP = (23.0, 5.0, 7.5)  # logits = 23 sigmoid((z + 5) / 7.5)
-ATTN_SCALE = 0.1
-ROTARY_BASE = 1024
+ATTN_SCALE = 0.1  # of q k^T, whose rows are normed; before YaRN
+ROTARY_BASE = 1024  # the slowest pair turns by 1 / 1024 radians per token
 VOCAB_MULTIPLE = 128  # so that the head's product has aligned shapes
 INIT_GAIN = 0.5  # matrices start uniform with standard deviation INIT_GAIN / sqrt(width)
 ROUTER_STD = 0.02  # of a router's first weights
@@ -979,7 +980,7 @@ class GPT(nn.Module):
         self.kept_layers = {*(c.skip or ())[:1], *(c.mudd or ()), c.backout, c.attn_source}
         if c.ngram_signs:
             self.register_buffer("ngram_signs", sign_table(c.ngram_signs, c.width), persistent=False)
-        if any(map(any, c.prefix_weights)):  # each token's prefix, -1 where it has none
+        if c.predicts_prefixes:  # each token's prefix, -1 where it has none
             self.register_buffer("prefixes_V", torch.full((vocab_size,), -1), persistent=False)
 
     @torch.no_grad()
@@ -1110,7 +1111,7 @@ def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch
     model.float8_head, model.balance_weight = not s.disable_fp8, s.moe_balance_weight
     seed = np.random.SeedSequence([s.seed, 0]).generate_state(1, np.uint64)[0]
     model.init_weights(torch.Generator().manual_seed(int(seed) >> 1))
-    if any(map(any, config.prefix_weights)):
+    if config.predicts_prefixes:
         model.prefixes_V.copy_(torch.from_numpy(prefix_tokens(vocab_size)))
     model.to(device)
     if device.type == "cuda":
@@ -1126,7 +1127,8 @@ def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch
 # Loss
 # ---------------------------------------------------------------------------------------------------
 
-# on the summed loss; ORD's raw strengths are in units of this gradient (the public fork's)
+# Factor on the loss summed over the batch, as in the public fork (2, and the mean of 8 ranks). Adam and Muon
+# hardly see it, but ORD's raw strengths are in units of this gradient.
 LOSS_SCALE = 2 / 8
 HEAD_SCALES = (100 / 448, 1.6 / 448, LOSS_SCALE * 0.75 / 448)  # of input, weight, gradient; e4m3 ends at 448
 
@@ -1164,7 +1166,7 @@ def prefix_loss(logits_BTV: Tensor, prefixes_BT: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Role:
-    """Update of the parameters whose names match. The _mul's multiply what the settings say."""
+    """Update of the parameters whose names match. lr_mul and decay_mul multiply the settings."""
 
     name: str
     pattern: str
@@ -1293,11 +1295,6 @@ def step_adam(weight, mantissa, grad, m, v, count, lr, decay, beta1, beta2, mode
     write_master(weight, mantissa, W.addcmul_(with_decay(U, W, decay, mode), lr, value=-1))
 
 
-def scalar(x: float) -> Tensor:
-    """A 0-d tensor on the CPU: an argument of compiled code, whose new values need no new code."""
-    return torch.tensor(x, dtype=torch.float32)
-
-
 class AdamBucket(Bucket):
     """A big table, or all small parameters together."""
 
@@ -1337,7 +1334,7 @@ class AdamBucket(Bucket):
 class MatrixBucket(Bucket):
     """All matrices of one shape, stacked, so that one batched product serves them all.
 
-    A parameter of three dimensions holds one matrix for each expert.
+    A parameter of three dimensions holds one matrix per expert or per group of heads.
     """
 
     def __init__(self, params: dict, ranks: Ranks, o: "OptimizerSettings", compiler):
@@ -1395,8 +1392,8 @@ class MatrixBucket(Bucket):
 
 
 def matrix_names(name: str, p: Tensor) -> list[str]:
-    """blocks.0.mlp.up of a mixture of experts holds blocks.0.mlp.up.0, blocks.0.mlp.up.1, ..."""
-    return [name] if p.ndim == 2 else [f"{name}.{expert}" for expert in range(len(p))]
+    """Names of a parameter's matrices: its own, or NAME.0, NAME.1, ... of experts or groups of heads."""
+    return [name] if p.ndim == 2 else [f"{name}.{i}" for i in range(len(p))]
 
 
 def check_decay(o: "OptimizerSettings"):
@@ -1466,13 +1463,7 @@ def check_optimizer_settings(o: OptimizerSettings):
         raise SettingsError("SPECTRAL_VARIANCE=1 replaces SPECTRAL_SCALE=unit; set one of them")
     if o.optimizer == "adamw" and o.ord_mode != "off":
         raise SettingsError(f"ORD_MODE={o.ord_mode} is for Muon; with OPTIMIZER=adamw set ORD_MODE=off")
-    for name, modes in MODES_OF.items():
-        value = getattr(o, name)
-        if value != getattr(OptimizerSettings, name) and o.ord_mode not in modes:
-            raise SettingsError(
-                f"{name.upper()}={value} does nothing with ORD_MODE={o.ord_mode}; it is for "
-                f"{' and '.join(modes)}"
-            )
+    settings.refuse_idle(o, o.ord_mode, MODES_OF, idle={})
 
 
 def inner(x: Tensor, y: Tensor, dims=(-2, -1)) -> Tensor:
@@ -1679,7 +1670,7 @@ class Optimizer:
                 p.register_post_accumulate_grad_hook(functools.partial(self.arrived, bucket))
 
     def set_tied(self, tied: bool):
-        """Return whether the embedding is the head, or learns by itself."""
+        """Make the embedding the head (tied), or let it learn by itself."""
         if "embed" in self.by_name:
             self.by_name["embed"].active = not tied
 
@@ -1892,14 +1883,14 @@ class Trainer:
         slices = count_slices(s, ranks.world_size), max(VAL_SLICES, ranks.world_size)
         self.memory = Memory(s, config, vocab_size, *slices, ranks)
         self.model = build_model(s, config, vocab_size, ranks.device)
-        self.model.pass_tokens = self.memory.pass_tokens
+        self.model.pass_tokens = self.memory.largest_pass()
         self.train_loss, self.val_loss, compiler = self.model.train_loss, self.model.val_loss, not_compiled
         if s.compile == "1":
             compiler = torch_compile
             self.train_loss, self.val_loss = compile_forward(self.train_loss), compile_forward(self.val_loss)
         self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler)
         self.stage, self.tied = 0, True
-        self.doc_lengths, self.flop_by_stage = None, {}  # of documents as training reads them, for MFU
+        self.doc_lengths, self.flop_by_stage = None, {}  # of documents as this stage reads them, for MFU
 
     def enter(self, step: int):
         """Go to the stage of `step`, before its validation and update; YaRN follows the long window."""
@@ -1931,8 +1922,8 @@ class Trainer:
                 (B, T), L, E = batch.inputs_BT.shape, c.num_layers, c.num_experts
                 noise = draw_noise(self.s.seed, step, [next(slices) for _ in range(B)], (L, T, E))
                 noise = to_device(self.s.router_noise * noise, self.ranks.device)
-            known = windows, self.tied, weights, noise, schedule.prefix_weight(step)
-            loss, cross_entropy = self.train_loss(batch, *known)
+            args = windows, self.tied, weights, noise, schedule.prefix_weight(step)
+            loss, cross_entropy = self.train_loss(batch, *args)
             (LOSS_SCALE * loss).backward()
             loss_sum = loss_sum + cross_entropy
         measure = measure or schedule.validates(step + 1)
@@ -2020,7 +2011,6 @@ class Run:
         self.start = start
         self.trainer = Trainer(start.s, start.o, start.model_config, start.config["vocab_size"], start.ranks)
         self.data = TrainData(start.train_shards, start.s, start.ranks, self.trainer.memory.pass_tokens)
-        self.trainer.doc_lengths = self.data.lengths
         self.session = Session(start, stop, self.trainer, self.data)
 
     def validate(self, step: int, num_batches: int | None = None) -> tuple[float, float]:
@@ -2047,6 +2037,7 @@ class Run:
             batch_tokens = schedule.batch_tokens(step)
             stages = trainer.stage, schedule.stage(step + 1)
             batches = self.data.next(batch_tokens, schedule.batch_tokens(step + 1), stages)
+            trainer.doc_lengths = self.data.lengths
             with trainer.memory.explained():
                 loss_sum = trainer.step(step, batches)
             session.note_update(step + 1, loss_sum, batch_tokens)

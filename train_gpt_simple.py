@@ -44,7 +44,7 @@ MUON_BETA2 = 0.95  # of NorMuon's second moment
 ATTN_SCALE, SOFTCAP, ROTARY_BASE = 0.12, 15, 1024
 START_SQUARE = 0.33  # matrices start normal with variance START_SQUARE / fan_in: rows of norm sqrt(0.33)
 STARTS = {"track": {"o": 0.0, "down": 0.0}, "sphere": {"o": 1.25, "up": 1.5, "down": 3.0}}  # factors on std
-ROWS_SCALE = 0.2  # ORD_MODE=rows: root mean square of U
+ROWS_SCALE = 0.2  # ORD_MODE=rows: root mean square of U, that of Adam's updates (arXiv 2502.16982)
 PASS_ROWS = 64  # rows of one forward and backward pass
 VOCAB_MULTIPLE = 128  # 50,257 tokens, 50,304 logits
 TRACK_SETTINGS = dict(val_loss_every=125, val_loss_last_steps=325, val_loss_every_last=25)
@@ -227,9 +227,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head_norm, self.head = RMSNorm(c.width), nn.Parameter(torch.zeros(V, c.width))
         self.head_bias = nn.Parameter(torch.zeros(V))
-        freqs = (1 / ROTARY_BASE) ** torch.linspace(
-            0, 1, c.head_dim // 4
-        )  # half of the pairs; the others rest
+        freqs = (1 / ROTARY_BASE) ** torch.linspace(0, 1, c.head_dim // 4)  # half of the pairs; others rest
         angles_TP = torch.outer(torch.arange(row_tokens).float(), F.pad(freqs, (0, c.head_dim // 4)))
         self.register_buffer("angles_TP", angles_TP, persistent=False)
 
@@ -294,8 +292,8 @@ def orthogonalize(G: Tensor, second_moment: Tensor | None, dtype: torch.dtype) -
 # Source: the track's public runs, unless a docstring names another. Float64 references: tests/test_simple.py.
 
 
-def before(G: Tensor, W: Tensor, second_moment, dtype, o: OptimizerSettings) -> Tensor:
-    """U of ORD before orthogonalization, as in train_gpt_muon_ord.py (this project).
+def ord_update(G: Tensor, W: Tensor, second_moment, dtype, o: OptimizerSettings) -> Tensor:
+    """U of interpolate and project, as in train_gpt_muon_ord.py (this project).
 
     rho = <G, W> / (||W||^2 + eps), G_par = rho W;
     interpolate: P(G - a G_par) + a G_par; project: P(G - G_par) + a G_par.
@@ -385,7 +383,7 @@ def step_matrices(W, grad, state: dict, count, lr, gain_lr, dtype, o: OptimizerS
             norms -= gain_lr * vectors.adam(along, *moments, count, ADAM_BETAS, ADAM_EPS)
     G, second_moment = vectors.nesterov(grad, state["momentum"], o.muon_momentum), state.get("second_moment")
     if o.ord_mode in ("interpolate", "project"):
-        U = scale * before(G, W, second_moment, dtype, o)
+        U = scale * ord_update(G, W, second_moment, dtype, o)
     else:
         U = scale * orthogonalize(G, second_moment, dtype)
     w, u = norm(W), norm(U)

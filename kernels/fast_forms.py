@@ -33,15 +33,14 @@ class FastForm(NamedTuple):
     covers: Callable = lambda o, c: True  # whether it knows these optimizer settings and this model
 
 
+ATTENTION_PARTS = ("Attention.__init__", "Attention.gate_of_value", "norm", "Rotary.forward", "offset_keys")
+ATTENTION_PARTS += ("pair_heads", "Documents.doc_ids", "Documents.attend", "Documents.attend_sdpa")
+ATTENTION_PARTS += ("Documents.make_band",)
 CPU_FORMS = (
     FastForm(
         "Attention.forward",
         cpu.make_attention_forward,
-        (
-            *("Attention.__init__", "Attention.gate_of_value", "norm", "Rotary.forward", "offset_keys"),
-            "pair_heads",
-            *("Documents.doc_ids", "Documents.attend", "Documents.attend_sdpa", "Documents.make_band"),
-        ),
+        ATTENTION_PARTS,
         "8fe5584a8555",
         cpu.covers_attention,
     ),

@@ -27,15 +27,8 @@ MAKE_CORPUS = Path(__file__).resolve().parent.parent / "data/embedded_corpus.py"
 LEAST_VAL_TOKENS = 1024
 # Settings that decide whether data files will do; sweeps of a hundred arms have few combinations of them.
 ABOUT_DATA = ("data_path", "train_files", "val_files", "val_tokens", "val_batch_tokens", "batch_sizes")
-ABOUT_DATA += (
-    "max_doc_tokens",
-    "long_docs",
-    "nproc_per_node",
-    "slices",
-    "model",
-    "batch_tokens",
-    "row_tokens",
-)
+ABOUT_DATA += ("max_doc_tokens", "long_docs", "nproc_per_node", "slices", "model", "without")
+ABOUT_DATA += ("batch_tokens", "row_tokens")  # a plain trainer's
 AMD_NOTE = "this is an AMD GPU: plain torch runs, without float8, Triton kernels and varlen attention"
 
 

@@ -157,7 +157,9 @@ def matrix_shapes(c) -> dict[tuple[int, int], int]:
         group = c.qk_group or num_heads
         attention += [(group * c.head_dim, c.width)] * (num_heads // group)
     for i in range(c.num_layers):
-        mlp = [(c.expert_hidden, c.width)] * 2 * c.num_experts or [(4 * c.width, c.width)] * 2
+        mlp = [(4 * c.width, c.width)] * 2
+        if c.num_experts:
+            mlp = [(c.expert_hidden, c.width)] * 2 * c.num_experts
         for shape in [*(attention if i not in c.no_attention else ()), *mlp]:
             shapes[shape] = shapes.get(shape, 0) + 1
     return shapes

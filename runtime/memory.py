@@ -25,7 +25,7 @@ USABLE = 0.92  # of the rest; freed blocks do not always fit what is wanted next
 
 
 class OutOfMemory(RuntimeError):
-    """A device's memory that did not do, with the settings that should. Exit code 1."""
+    """Device memory ran out; the message says which setting should help. Exit code 1."""
 
 
 def held_bytes(c, vocab_size: int, world_size: int) -> float:
@@ -73,8 +73,8 @@ def kept_by_later_parts(c) -> float:
 class Memory:
     """Forecast for one run, and how many tokens a pass may have.
 
-    pass_tokens: of a pass of several slices; a pass has one slice at least. forecasts: False on a CPU, of
-    whose memory nothing is known; passes are then as large as helps.
+    pass_tokens: limit of a pass of several slices; a pass has one slice at least. forecasts: False on a CPU,
+    for which there is no forecast; passes are then as large as helps.
     """
 
     def __init__(self, s, c, vocab_size: int, num_slices: int, val_slices: int, ranks: Ranks):
@@ -152,12 +152,12 @@ class Memory:
 
     @contextlib.contextmanager
     def explained(self):
-        """Raise OutOfMemory, which says what to set, where the device's memory does not do."""
+        """Raise OutOfMemory, which says what to set, where the device's memory is not enough."""
         try:
             yield
         except torch.OutOfMemoryError as error:
             wanted = max(self.wanted(self.largest_pass()), self.validation()) / GIB
             raise OutOfMemory(
-                f"the GPU's memory does not do for passes of {self.largest_pass():,} tokens (forecast: "
+                f"the GPU's memory is too small for passes of {self.largest_pass():,} tokens (forecast: "
                 f"{wanted:.1f} GiB of {self.device_bytes / GIB:.1f}); {self.advice()}"
             ) from error

@@ -49,9 +49,8 @@ def knob(default, help: str, *, affects: str = "training", rare: bool = False, *
     """Define one setting.
 
     affects: what a change of the setting changes. "training": the numbers of a run. "recording": what is
-    written
-        down. "machine": where and how it runs. Resuming, grouping runs into arms and skipping finished runs
-        all go by this mark.
+        written down. "machine": where and how it runs. Resuming, grouping runs into arms and skipping
+        finished runs all go by this mark.
     rare: listed last in --help.
     limits: low and high (inclusive), above (exclusive), choices.
     """

@@ -21,7 +21,7 @@ Passes = list[tuple[Tensor, Tensor]]  # inputs and targets, each (rows, row_toke
 
 
 def count_slices(s, world_size: int) -> int:
-    """Number of slices in a global batch: it is one, whatever the number of ranks."""
+    """Number of slices in a global batch: always 1, because ranks cut it by rows."""
     return 1
 
 
@@ -101,7 +101,7 @@ class StreamRun:
         return loss, right
 
     def rehearse(self):
-        """Compile all that a run will need; for a run that is thrown away then."""
+        """Compile everything that a run will need; call it on a run that is then thrown away."""
         self.step(0, self.cut(self.data.next()))
         self.validate(num_batches=1)
         gc.collect()

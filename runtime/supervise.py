@@ -12,7 +12,8 @@ A trainer is a module that offers:
     ModelConfig                          the model config's dataclass
     Schedule(settings, model config)     with .num_steps
     rehearse(start, stop)                compiles what the run will need
-    Run(start, stop)                     with .session, and train() -> exit code
+    PRESETS                              {name: (model config, ...)}, which fast forms ask
+    Run(start, stop)                     with .session, and train() -> the step that it reached
 """
 
 import contextlib

@@ -113,9 +113,13 @@ def find_trainer(path: Path, script: str):
     return importlib.import_module(script.removesuffix(".py"))
 
 
+def to_tuples(x):
+    """JSON's lists as the tuples that they were, at any depth."""
+    return tuple(map(to_tuples, x)) if isinstance(x, list) else x
+
+
 def build(trainer, tensors: dict, metadata: dict) -> torch.nn.Module:
     """Build the model of this configuration with these weights."""
-    to_tuples = lambda x: tuple(map(to_tuples, x)) if isinstance(x, list) else x
     config = trainer.ModelConfig(**{key: to_tuples(value) for key, value in metadata["config"].items()})
     if "row_tokens" in metadata:
         model = trainer.GPT(config, metadata["vocab_size"], metadata["row_tokens"])
@@ -123,9 +127,9 @@ def build(trainer, tensors: dict, metadata: dict) -> torch.nn.Module:
         model = trainer.GPT(config, metadata["vocab_size"], "sdpa", metadata["residual_scale"])
         model.rotary.freqs.copy_(tensors.pop("rotary.freqs"))
         model.rotary.scale = metadata["rotary_scale"]
-    missing = model.load_state_dict(tensors, strict=False)
-    if missing.unexpected_keys or set(missing.missing_keys) - {"rotary.freqs"}:
-        raise ValueError(str(missing))
+    mismatch = model.load_state_dict(tensors, strict=False)
+    if mismatch.unexpected_keys or set(mismatch.missing_keys) - {"rotary.freqs"}:
+        raise ValueError(str(mismatch))
     return model
 
 

@@ -354,7 +354,7 @@ def test_ord_before_orthogonalization(mode, scale, rho_mode):
     left, _, right = np.linalg.svd(G - (0.3 if mode == "interpolate" else 1) * par, full_matrices=False)
     P = left @ right
     unit = 0.25 if scale == "raw" else lengths(P, "global") / lengths(G - par, "global")
-    found = simple.before(torch.from_numpy(G), torch.from_numpy(W), None, torch.float64, o)
+    found = simple.ord_update(torch.from_numpy(G), torch.from_numpy(W), None, torch.float64, o)
     np.testing.assert_allclose(found.numpy(), P + 0.3 * unit * par, atol=2e-3)  # 12 steps of Newton-Schulz
 
 
