@@ -1,4 +1,4 @@
-"""Inner products, norms and Adam's direction, as update rules use them."""
+"""Inner products, norms, averages and Adam's direction, as update rules use them."""
 
 import torch
 from torch import Tensor

@@ -93,7 +93,7 @@ class Bucket:
         self.grads.zero_()
 
     def split_sizes(self, numel: int) -> list[int]:
-        """Number of a state's numbers belong to each parameter, in order; last, those of the padding."""
+        """Split a state's numbers by parameter, in order; the last size is the padding's."""
         sizes = [p.numel() * numel // len(self.weights) for p in self.params.values()]
         return [*sizes, numel - sum(sizes)]
 

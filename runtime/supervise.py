@@ -43,7 +43,7 @@ from runtime.settings import SettingsError, help_text, not_training, settings_js
 
 
 class StopRequest:
-    """Somebody's wish that the run stop: `reason` is empty until there is one.
+    """Request to stop the run: `reason` is empty until there is one.
 
     The first SIGTERM, SIGINT or SIGHUP is a request, on which the ranks then agree. Others within TOGETHER_S
     belong to it (for one Ctrl-C, a terminal's and torchrun's). A later one ends the process at once.

@@ -505,6 +505,13 @@ def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
             run.step(step, [batch])
 
 
+def test_validations_head_runs_in_pieces_of_a_pass_of_training():
+    """Fails if PASS_TOKENS=1, one slice for each pass, cuts validation's logits into pieces of one token."""
+    s, o, _ = read(train_gpt, BATCH_SIZES="128,128,256,256", PASS_TOKENS=1)
+    run = train_gpt.Trainer(s, o, small_config(train_gpt), 100, lone_ranks(train_gpt))
+    assert run.model.pass_tokens == 256 // 8
+
+
 def test_untying_by_hand():
     """Fails if the split comes before the last common update, or its state is not the head's then, or the two
     steps after it do not add up to the first update of each alone. Of four steps, round(8/3) | 1 = 3 is the
