@@ -1667,7 +1667,7 @@ class Trainer:
         slices = count_slices(s, ranks.world_size), max(VAL_SLICES, ranks.world_size)
         self.memory = Memory(s, config, vocab_size, *slices, ranks)
         self.model = build_model(s, config, vocab_size, ranks.device)
-        self.model.pass_tokens = self.memory.largest_pass()
+        self.model.pass_tokens = self.memory.head_tokens
         self.train_loss, self.val_loss, compiler = self.model.train_loss, self.model.val_loss, not_compiled
         if s.compile == "1":
             compiler = torch_compile

@@ -81,6 +81,7 @@ class Memory:
         """s, c: the twins' settings and model config. num_slices, val_slices: of batches of both kinds."""
         self.s, self.c, self.world_size = s, c, ranks.world_size
         self.slice_tokens = [batch // num_slices for batch in s.batch_sizes]  # by stage
+        self.slices_per_rank = num_slices // ranks.world_size
         self.held = held_bytes(c, vocab_size, ranks.world_size)
         # the logits' gradient takes as much as they do: in float8 it is written by rows and by columns
         self.per_token = kept_bytes(c, vocab_size, s.kernels == "triton") + 2 * padded_vocab(vocab_size)
@@ -101,10 +102,14 @@ class Memory:
         room = self.usable - self.held  # for a pass of training, or of validation with logits
         fitting = room / self.per_token, (room - self.per_val_token * self.val_tokens) / self.logits
         self.pass_tokens = s.pass_tokens or max(1, int(min(MOST_TOKENS, *fitting)))
+        self.head_tokens = max(self.pass_tokens, *self.slice_tokens)  # whose logits validation makes at once
 
     def largest_pass(self) -> int:
         """Tokens of the largest pass of any stage."""
-        return max(tokens * max(1, self.pass_tokens // tokens) for tokens in self.slice_tokens)
+        return max(
+            tokens * max(1, min(self.slices_per_rank, self.pass_tokens // tokens))
+            for tokens in self.slice_tokens
+        )
 
     def wanted(self, tokens: int) -> float:
         """Bytes that training with passes of so many tokens takes."""
@@ -112,7 +117,7 @@ class Memory:
 
     def validation(self) -> float:
         """Bytes that validation takes."""
-        logits = self.logits * min(self.largest_pass(), self.val_tokens)
+        logits = self.logits * min(self.head_tokens, self.val_tokens)
         return self.held + self.per_val_token * self.val_tokens + logits
 
     def fitting_slices(self) -> int | None:
