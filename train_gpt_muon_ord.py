@@ -826,8 +826,11 @@ class Attention(nn.Module):
     def forward(
         self, x_BTC, value_BTC, docs: Documents, window: int, rotary: Rotary, out_scale: float, by_token: dict
     ):
-        """x plus the branch, or the branch alone. value_BTC: value embeddings of the tokens, or None.
-        out_scale: on the branch. by_token: signals of the networks."""
+        """Return x plus the branch, or with branch_factors the branch alone.
+
+        value_BTC: the tokens' value embeddings, or None. out_scale: factor on the branch. by_token: {name:
+        signal, (B, T, size)} that networks made for this layer.
+        """
         B, T, _ = x_BTC.shape
         H, H_kv = self.num_heads, self.num_kv_heads
         n_BTC = norm(x_BTC)
@@ -921,7 +924,7 @@ class Block(nn.Module):
         return by_token[name] if name in by_token else getattr(self, f"{name}_lambda")
 
     def forward(self, x, x0, ngram, value, attn_source, docs, window, rotary, out_scale, routing, by_token):
-        """attn_source: what attention reads in place of x, or None."""
+        """Return the stream after the layer. attn_source: what attention reads in place of x, or None."""
         factor = functools.partial(self.factor, by_token=by_token)
 
         def mix(resid: Tensor) -> Tensor:
@@ -1030,7 +1033,7 @@ class GPT(nn.Module):
             if i == 0 and c.branch_factors:
                 if ngram is not None:
                     x = x + block.factor("ngram", by_token) * ngram
-                kept[-1], added_ngram = x, None
+                kept[-1], added_ngram = x, None  # layer -1, for MUDD
             if c.skip and i == c.skip[1]:
                 gate = by_token["skip"] if "skip" in by_token else self.gate_of_skip(x0)
                 x = x + torch.sigmoid(self.skip_lambda) * gate * kept[c.skip[0]]
@@ -1498,7 +1501,7 @@ def radial_factor(G, W, rho, P, radial_moment, o: OptimizerSettings) -> Tensor:
 
 
 def ord_update(G, W, a, rho, second_moment, radial_moment, dtype, o: OptimizerSettings):
-    """(P, f, norm factor per unit of lr): the update is P + f W.
+    """(P, f, share of ||W|| that post takes off per unit of lr): the update is P + f W.
 
     interpolate  P(G - a G_par) + a G_par                        a = 0 is NorMuon to the last bit
     project      P(G_perp) + a G_par                             a = 0 moves along the sphere, at first order
