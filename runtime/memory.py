@@ -70,6 +70,11 @@ def kept_by_later_parts(c) -> float:
     return kept + 2 * TOKEN_NET_HIDDEN * len(network_outputs(c))
 
 
+def usable_bytes(device_bytes: float) -> float:
+    """Bytes of a device's memory that a forecast may fill."""
+    return USABLE * (device_bytes - RESERVED)
+
+
 class Memory:
     """Forecast for one run, and how many tokens a pass may have.
 
@@ -81,6 +86,7 @@ class Memory:
         """s, c: the twins' settings and model config. num_slices, val_slices: of batches of both kinds."""
         self.s, self.c, self.world_size = s, c, ranks.world_size
         self.slice_tokens = [batch // num_slices for batch in s.batch_sizes]  # by stage
+        self.slices_of_rank = num_slices // ranks.world_size
         self.held = held_bytes(c, vocab_size, ranks.world_size)
         # the logits' gradient takes as much as they do: in float8 it is written by rows and by columns
         self.per_token = kept_bytes(c, vocab_size, s.kernels == "triton") + 2 * padded_vocab(vocab_size)
@@ -97,14 +103,17 @@ class Memory:
         self.forecasts = ranks.device.type == "cuda"
         if self.forecasts:
             self.device_bytes = torch.cuda.get_device_properties(ranks.device).total_memory
-            self.usable = USABLE * (self.device_bytes - RESERVED)
+            self.usable = usable_bytes(self.device_bytes)
         room = self.usable - self.held  # for a pass of training, or of validation with logits
         fitting = room / self.per_token, (room - self.per_val_token * self.val_tokens) / self.logits
         self.pass_tokens = s.pass_tokens or max(1, int(min(MOST_TOKENS, *fitting)))
 
     def largest_pass(self) -> int:
-        """Tokens of the largest pass of any stage."""
-        return max(tokens * max(1, self.pass_tokens // tokens) for tokens in self.slice_tokens)
+        """Tokens of the largest pass of any stage, in which a rank stacks no more slices than it has."""
+        stacked = [
+            min(self.slices_of_rank, max(1, self.pass_tokens // tokens)) for tokens in self.slice_tokens
+        ]
+        return max(count * tokens for count, tokens in zip(stacked, self.slice_tokens, strict=True))
 
     def wanted(self, tokens: int) -> float:
         """Bytes that training with passes of so many tokens takes."""
@@ -112,7 +121,7 @@ class Memory:
 
     def validation(self) -> float:
         """Bytes that validation takes."""
-        logits = self.logits * min(self.largest_pass(), self.val_tokens)
+        logits = self.logits * min(self.pass_tokens, self.val_tokens)  # the trainer's pieces of a slice
         return self.held + self.per_val_token * self.val_tokens + logits
 
     def fitting_slices(self) -> int | None:
