@@ -118,7 +118,7 @@ def predict(model: str, stage: int) -> dict[str, float]:
         changes |= scaling_model.H200 if "H200" in torch.cuda.get_device_name() else {}
         changes |= scaling_model.FA2 if attention.activate("varlen")[0] == "varlen-FA2" else {}
     machine, tied = dataclasses.replace(machine, **changes), stage < 2 or p.config.untie_frac == 1
-    tokens, windows = p.batch_sizes[stage], p.config.windows[stage]
+    tokens, windows = p.settings.batch_sizes[stage], p.config.windows[stage]
     seconds = scaling_model.step_seconds(p.config, machine, tokens, windows, 1, tied)
     found = {name: 1000 * s for name, s in seconds.items()}
     return {**found, "step": sum(found.values())}
