@@ -221,7 +221,7 @@ def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bo
     due = []
     overhead = m.bucket_kernels * m.launch_s
     if adam:
-        small = 2 * m.ring(2**14, ranks)
+        small = 2 * m.ring(2**14, ranks)  # so few bytes that latency alone counts
         due += [Bucket(small, overhead, 0.0, 0.0)] * SMALL_BUCKETS
         for name, entries in sorted(table_sizes(c, VOCAB).items(), key=lambda item: item[1]):
             if name != "embed" or not tied:
@@ -230,7 +230,7 @@ def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bo
     for (rows, columns), n in sorted(matrix_shapes(c).items(), key=lambda item: item[1] * math.prod(item[0])):
         mine = owned(n, shard_over)
         polar = mine * polar_flop(rows, columns) / (m.bf16_flops * m.polar_share)
-        polar = max(polar, 15 * m.launch_s)
+        polar = max(polar, 15 * m.launch_s)  # five iterations of three kernels
         traffic = max(overhead, mine * rows * columns * m.matrix_bytes / m.memory_rate)
         entries = mine * shard_over * rows * columns
         due.append(bucket_times(m, entries, ranks, shard_over, polar + traffic, polar))
