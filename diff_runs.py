@@ -31,7 +31,7 @@ from analysis.run_tables import flat_config
 from analysis.tables import format_difference, format_loss, format_table
 
 DATA = ("train_data", "val_data")  # fields of event:started: file, tokens, hash
-OWN = ("run_id", "time", "launch")  # different for every run, and of no consequence
+OWN = ("run_id", "time", "launch")  # differ between any two runs, and do not matter
 MAX_STEPS = 12  # validations shown
 
 
@@ -55,7 +55,7 @@ def settings_of(run: RunLog) -> dict[str, object]:
 
 
 def kind_of(name: str, run: RunLog) -> str:
-    """The mark of a setting that does not change the training: recording or machine; else nothing."""
+    """Return recording or machine for a setting that affects only that; else an empty text."""
     return next((kind for kind, names in run.affects.items() if name in names), "")
 
 
@@ -143,7 +143,7 @@ def compare(a: RunLog, b: RunLog) -> Iterable[str]:
     ]
     same = f"the same ({len(settings_of(a))})" if a.config else "none in these logs"
     yield section("settings", ["name", "A", "B", "affects"], rows, same)
-    started = [event.fields if (event := run.event("started")) else {} for run in (a, b)]
+    started = [a.started, b.started]
     of_data = [{name: fields[name] for name in DATA if name in fields} for fields in started]
     others = [{k: v for k, v in fields.items() if k not in (*OWN, *DATA)} for fields in started]
     known = "the same" if all(started) else "not in these logs"

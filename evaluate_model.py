@@ -60,7 +60,7 @@ class Scorer:
     """Log-probabilities of texts by a trained model."""
 
     def __init__(self, trained: TrainedModel, max_tokens: int = MAX_TOKENS, batch_tokens: int = BATCH_TOKENS):
-        """max_tokens: of an input; what comes before the last so many is dropped."""
+        """max_tokens: most tokens of an input; earlier ones are dropped."""
         self.trained, self.batch_tokens = trained, batch_tokens
         self.max_tokens = min(max_tokens, trained.max_tokens or max_tokens)
         self.encode, _ = text_codec(trained.vocab_size)
@@ -148,7 +148,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None):
     manager = import_optional("lm_eval.tasks", LIBRARY).TaskManager(include_path=include_path)
     for name in names:
         if name not in manager.all_tasks:
-            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks)) or "none of a like name"
+            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks)) or "none with a similar name"
             raise ValueError(f"lm_eval has no task {name!r}; it has {near}. All: lm_eval ls tasks")
         try:
             tasks = manager.load([name])["tasks"]

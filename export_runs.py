@@ -42,12 +42,12 @@ Runs = Mapping[str, RunLog]  # by name
 
 
 # ------------------------------------------------------------------------------------------------
-# Where to: each has update(new or changed runs, tags) and close()
+# Destinations: each has update(runs, tags), given new and changed runs, and close()
 # ------------------------------------------------------------------------------------------------
 
 
 class Tables:
-    """settings and steps in a folder, as csv or parquet; written again whenever a run has changed."""
+    """Two tables in a folder, settings and steps, as csv or parquet; rewritten whenever a run has changed."""
 
     def __init__(self, folder: Path, kind: str):
         self.folder, self.kind, self.runs = folder, kind, {}
@@ -134,10 +134,9 @@ def in_group(quantity: str) -> str:
 
 def start_time(run: RunLog) -> float:
     """Time of the run's start by its log, in s since 1970; now, if the log does not say."""
-    event = run.event("started")
     try:
-        return datetime.strptime(event.fields["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    except (AttributeError, KeyError, ValueError):
+        return datetime.strptime(run.started["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except (KeyError, ValueError):
         return time.time()
 
 
@@ -194,7 +193,7 @@ def list_all(logs: Sequence[Path]) -> list[Path]:
 
 
 def follow(logs: Sequence[Path]) -> Iterator[list[RunLog]]:
-    """Yield the runs of the logs that have changed since the last time, for ever; the first time, of all."""
+    """Yield all runs, then, for ever, the runs of the logs that have changed since the last time."""
     follower = LogFollower(*logs)
     follower.poll()
     packed = [path for path in list_all(logs) if path.suffix in OPENERS]
@@ -205,7 +204,7 @@ def follow(logs: Sequence[Path]) -> Iterator[list[RunLog]]:
 
 
 def runs_in(follower: LogFollower, paths: Sequence[Path]) -> list[RunLog]:
-    """The runs of these logs, without those of logs that are gone."""
+    """Runs of these logs; logs that are gone are left out."""
     return [run for path in paths if path in follower.logs for run in follower.logs[path].runs]
 
 

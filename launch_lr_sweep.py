@@ -80,6 +80,7 @@ from analysis.trainers import TORCHRUN_SETS, env_text, read_trainer
 
 POLL_S = 0.2
 SLURM_SAVE_EVERY = "100"  # steps between checkpoints, for runs that may be preempted
+CORES_PER_GPU = 4  # asked of SLURM: for the rank, its threads and the compiler's workers
 
 
 # ------------------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ class RunFollower:
 
 @dataclass
 class Job:
-    """A run that is running."""
+    """A run under way."""
 
     run: Run
     process: subprocess.Popen
@@ -156,7 +157,7 @@ class Launcher:
         self.display = Display(self)
 
     def run_all(self) -> None:
-        """Make all runs, or end early when a signal comes."""
+        """Make all runs; end early on a signal."""
         try:
             while (self.todo or self.jobs) and not self.signal:
                 while self.todo and self.free and not any(job.cold for job in self.jobs) and not self.signal:
@@ -195,7 +196,8 @@ class Launcher:
             with contextlib.suppress(OSError):  # then the next launch waits once more
                 job.marker.parent.mkdir(parents=True, exist_ok=True)
                 job.marker.touch()
-        limit, loss = self.diverged_above, job.log.highest_loss() if grown else -math.inf
+        limit = self.diverged_above
+        loss = job.log.highest_loss() if grown else -math.inf
         if job.process.poll() is not None:
             self.finish(job)
         elif limit is not None and loss > limit:
@@ -320,7 +322,7 @@ class Display:
             self.live.update(table, refresh=True)
 
     def cells(self, job: Job) -> list[str]:
-        """Return a run's line of the table."""
+        """Return a run's row of the table."""
         step, loss, log = "starting", "", job.log.run
         if log:
             step = f"{max(0, log.last_step)}/{log.num_steps or '?'}"
@@ -379,7 +381,7 @@ def print_plan(sweep: Sweep, manifest: Manifest, why: dict[int, str], slots: lis
 
 
 def common_settings(sweep: Sweep) -> dict[str, str]:
-    """Return the settings that have one value in all arms, several, of the scripts that use them."""
+    """Return the settings that have one value in all arms, at least two, whose script has them."""
     common = {}
     for name in dict.fromkeys(name for arm in sweep.arms for name in arm.settings):
         scripts = {arm.script for arm in sweep.arms if name in arm.settings}
@@ -390,7 +392,7 @@ def common_settings(sweep: Sweep) -> dict[str, str]:
     return common
 
 
-def summarize(manifest: Manifest, signal_number: int) -> int:
+def say_result(manifest: Manifest, signal_number: int) -> int:
     """Say how all runs of the sweep stand; return the exit code."""
     states = [run.state for run in manifest.runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
@@ -421,10 +423,10 @@ def slurm_options(sweep: Sweep, num_runs: int, nproc: int, parallel: int) -> lis
         f"array=0-{num_runs - 1}{at_once}",
         "nodes=1",
         "ntasks=1",
-        f"cpus-per-task={nproc if on_cpu else 4 * nproc}",
+        f"cpus-per-task={nproc if on_cpu else CORES_PER_GPU * nproc}",
         *([] if on_cpu else [f"gpus-per-node={nproc}"]),
         "time=24:00:00",
-        "signal=B:TERM@120",  # a run that its time is up for saves, and the next launch goes on
+        "signal=B:TERM@120",  # s before its time is up: a run then saves, and resumes when requeued
         "requeue",
         "open-mode=append",
         f"output={LOGS}/{sweep.name}.slurm-%a.out",
@@ -539,7 +541,7 @@ def signals_to(launcher: Launcher) -> Iterator[None]:
 
 
 class Prepared(NamedTuple):
-    """Print what is known before anything runs. `why` maps the index of each run to make to the reason."""
+    """All that is known before anything runs. `why` maps the index of each run to make to the reason."""
 
     sweep: Sweep
     manifest: Manifest
@@ -603,7 +605,7 @@ def main(argv: list[str]) -> int:
         with signals_to(launcher):
             adopt_orphans()
             launcher.run_all()
-        return summarize(manifest, launcher.signal)
+        return say_result(manifest, launcher.signal)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
     first, meant = rows[0], averaged(rows) if is_arm else rows
     val_step, val_loss = last_mean(losses_by_step(row.run) for row in meant)
     paces = [pace_of(row.run) for row in meant]
-    left = [seconds for row in rows if math.isfinite(seconds := seconds_left(row))]
+    left = [seconds for seconds in map(seconds_left, rows) if math.isfinite(seconds)]
     own = {
         "path": str(first.run.path),
         "run_id": first.run.run_id,
@@ -120,7 +120,7 @@ def states_of(rows: Sequence[Row]) -> str:
 
 
 def averaged(rows: Sequence[Row]) -> Sequence[Row]:
-    """Return the runs of an arm that its means are of: the finished ones, else those under way."""
+    """Return the runs that an arm's means are taken over: the finished ones, else those under way."""
     finished = [row for row in rows if row.state == "finished"]
     return finished or [row for row in rows if row.state in UNDER_WAY and len(row.run.val)]
 
@@ -251,7 +251,8 @@ class Monitor:
             row.is_control = any(row.run is control for control in controls)
             if not row.is_control:
                 controls = [control for control in controls if len(control.val)]
-                same_seed = [control for control in controls if control.seed == row.run.seed is not None]
+                seed = row.run.seed
+                same_seed = [control for control in controls if seed is not None and control.seed == seed]
                 row.controls = same_seed[:1] or controls
         return rows
 
@@ -280,7 +281,7 @@ class Monitor:
 
 
 def place_of(row: Row) -> tuple:
-    """Return a run's place among others: under way by name, then ended, the last first."""
+    """Return the key that sorts runs: those under way by name, then the others, the last written first."""
     if row.state in UNDER_WAY:
         return (0, row.sweep, row.name, row.run.run_id)
     return (1, row.age_s, row.run.run_id)
@@ -460,7 +461,7 @@ def watch(monitor: Monitor, options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def single_keys() -> Iterator[None]:
-    """Let keys be read as they are pressed, and give the terminal back as it was, also when we are killed."""
+    """Let keys be read as they are pressed; restore the terminal afterwards, also on SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not sys.stdin.isatty():
         yield

@@ -59,6 +59,7 @@ SCHEDULES = {  # by panel: its title, and the name in the legend of each logged 
     "batch": ("batch, tokens", {"batch_size": "batch size"}),
 }
 MAX_LABEL = 100  # letters of a name in the legend
+LEGEND_WIDTH = 190  # letters of the legend's size across the figure
 RHO = {"spec_attn": "attention", "spec_mlp": "MLP"}
 RHO_TITLE = "mean ρ = ⟨G,W⟩ / ‖W‖²"
 
@@ -69,7 +70,7 @@ RHO_TITLE = "mean ρ = ⟨G,W⟩ / ‖W‖²"
 
 
 def final_losses(arm: Arm) -> list[float]:
-    """Final losses of an arm's finished runs; NaN for those that failed, none for those under way."""
+    """Final losses of an arm's ended runs, NaN for those that failed; runs under way are left out."""
     ended = [run for run in arm.runs if run.state in (*FINISHED, "crashed", "diverged")]
     return [run.final_val_loss if run.state in FINISHED else math.nan for run in ended]
 
@@ -203,8 +204,8 @@ def figure(arms: Sequence[Arm], axis_kind: str, target: tuple[float, str] | None
     axis = Axis(axis_kind, runs_of(drawn))
     compared = differences(drawn, controls, axis) if axis_kind != "time" else []
     below = small_panels(drawn, axis)
-    columns, inches = plan_legend([item.label for item in drawn], 190)
-    inches += 0.35
+    columns, inches = plan_legend([item.label for item in drawn], LEGEND_WIDTH)
+    inches += 0.35  # the legend's title
     height = (9.4 if below else 6.5) + inches
     fig = plt.figure(figsize=(16, height))
     rows = fig.add_gridspec(2 if below else 1, 1, height_ratios=(1.5, 1) if below else (1,))
@@ -222,7 +223,7 @@ def figure(arms: Sequence[Arm], axis_kind: str, target: tuple[float, str] | None
         fig, drawn, columns, "final validation loss" + (", mean ± half its 95% interval" if pooled else "")
     )
     fig.tight_layout(rect=(0, inches / height, 1, 1))
-    if compared:
+    if compared:  # its names are spread apart by the panel's size, so only now; then they want room
         others = {controls[item.arm.label] for item, _ in compared}
         ax = fig.add_subplot(top[1], label="differences")
         panel_differences(ax, compared, axis, others.pop() if len(others) == 1 else "its control")

@@ -108,7 +108,7 @@ def rows_of(results: Results, target: Target) -> list[Row]:
 
 
 def more_runs(results: Results, name: str) -> int | None:
-    """The number of further runs an arm to settle the difference, at the level that one pair has to meet."""
+    """Further runs per arm that would settle the difference, at the level that one pair has to meet."""
     pair, _ = results.comparison(name)
     return results.verdict.more_runs(pair) if pair else None
 
@@ -307,12 +307,14 @@ def audit_section(results: Results) -> str:
     header = ["arm", planned, "finished", "failed", "not ended", "seeds finished", "source"]
     cells = []
     for arm in results.arms:
-        seeds = sorted(
-            {str(a.seed) for a in arm.attempts if a.outcome == "done" and a.seed is not None}, key=_by_size
-        )
+        seeds = sorted({a.seed for a in arm.attempts if a.outcome == "done" and a.seed is not None})
         row = [arm.label, len(arm.attempts), arm.count("done"), arm.count("failed"), arm.count("missing")]
         cells.append(
-            [*row, " ".join(seeds) or "-", f"{arm.script or 'unknown'} {arm.source[:8] or 'unknown'}"]
+            [
+                *row,
+                " ".join(map(str, seeds)) or "-",
+                f"{arm.script or 'unknown'} {arm.source[:8] or 'unknown'}",
+            ]
         )
     parts.append(format_markdown(header, cells))
     for title, outcome in (("Failed", "failed"), ("Not ended", "missing")):
@@ -328,10 +330,6 @@ def audit_section(results: Results) -> str:
     if results.notes:
         parts.append("To be known:\n\n" + "\n".join(f"* {note}" for note in results.notes))
     return "\n\n".join(parts)
-
-
-def _by_size(text: str) -> tuple[int, str]:
-    return len(text), text
 
 
 def attempt_line(arm: SweepArm, attempt: Attempt) -> str:

@@ -48,10 +48,9 @@ def command(run: RunLog, folder: Path) -> str:
     settings = {k.upper(): v for k, v in run.config.items() if k not in skipped and v not in (None, "")}
     settings["DATA_PATH"] = run.config["data_path"]
     words = [f"{name}={shlex.quote(as_text(value))}" for name, value in settings.items()]
-    started = run.event("started").fields
-    num_ranks = int(started["world_size"])
+    num_ranks = int(run.started["world_size"])
     launcher = "python" if num_ranks == 1 else f"torchrun --standalone --nproc-per-node={num_ranks}"
-    return " ".join(["cd", shlex.quote(str(folder)), "&&", *words, launcher, started["script"]])
+    return " ".join(["cd", shlex.quote(str(folder)), "&&", *words, launcher, run.started["script"]])
 
 
 def main(argv: list[str]) -> int:
@@ -67,11 +66,10 @@ def unpack(args: argparse.Namespace) -> None:
     sources = embedded_sources(args.log)
     write_sources(sources, args.folder)
     found = read_log(args.log)[0]
-    started = found.event("started").fields
     print(f"{len(sources)} files written to {args.folder}. The run again:\n")
     print(command(found, args.folder))
-    print(f"\nDATA_PATH is as the run had it; its data were {started['train_data']}")
-    print(f"and {started['val_data']}; packages: torch {started['torch']}")
+    print(f"\nDATA_PATH is as the run had it; its data were {found.started['train_data']}")
+    print(f"and {found.started['val_data']}; packages: torch {found.started['torch']}")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,7 @@ def arm_key(run: RunLog) -> str:
     source, by path.
     """
     if run.config:
-        started = run.event("started")
-        data = [started.fields.get(name) for name in DATA] if started else []
+        data = [run.started.get(name) for name in DATA] if run.started else []
         others = run.not_training
         training = {key: value for key, value in run.config.items() if key not in others}
         return json.dumps([run.script, training, data], sort_keys=True, default=str)
@@ -167,9 +166,7 @@ def _parts(run: RunLog) -> dict[str, str]:
         return {}
     others = run.not_training
     settings = {name: value for name, value in run.settings.items() if name not in others}
-    started = run.event("started")
-    if started:
-        settings |= {name: started.fields[name] for name in DATA if name in started.fields}
+    settings |= {name: run.started[name] for name in DATA if name in run.started}
     parts = {name: f"{name}={format_value(settings[name])}" for name in sorted(settings, reverse=True)}
     return {**parts, "script": Path(run.script).stem} if run.script else parts
 

@@ -62,7 +62,7 @@ class Line:
 
 
 def x_of(run: RunLog, step: np.ndarray, kind: str) -> np.ndarray:
-    """Steps of a run in steps, training tokens or ms of training time; NaN if the log does not give these."""
+    """Convert a run's steps to training tokens or ms of training time, by kind of axis; NaN if not logged."""
     if kind == "steps":
         return step.astype(float)
     column = run.numbers("tokens" if kind == "tokens" else "train_time")
@@ -355,7 +355,7 @@ def _measured(arm: Arm, axis: Axis) -> list[tuple[RunLog, Line]]:
 
 
 def panel_differences(ax, found: Sequence[tuple[Drawn, Line]], axis: Axis, control: str) -> None:
-    """Draw losses minus the control's over training, on an axis on which small and large ones are seen."""
+    """Draw losses minus the control's over training, on an axis that shows small and large ones."""
     few = len(found) <= MAX_BANDS
     title = f"validation loss minus that of {style.shorten(control, 36)}"
     ax.set_title(f"{title}, 95% interval" if few else title)

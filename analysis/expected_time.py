@@ -62,10 +62,10 @@ def read_history(slot: Slot, nproc: int) -> list[Past]:
     history = []
     for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)[:HISTORY_LOGS]:
         log = read_log(path)[-1]
-        started, train_s = log.event("started"), log.last_time_ms / 1000
+        started, train_s = log.started, log.last_time_ms / 1000
         if log.state != "finished" or not started or log.last_step < 1 or not math.isfinite(train_s):
             continue
-        if all(started.fields.get(name) == value for name, value in machine.items()):
+        if all(started.get(name) == value for name, value in machine.items()):
             shape = (log.config.get("model"), log.config.get("batch_sizes"))
             wall_s = walls.get(log.run_id, math.nan)
             other_s = max(0.0, wall_s - train_s) if math.isfinite(wall_s) else 0.0

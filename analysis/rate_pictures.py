@@ -167,7 +167,7 @@ def draw_rate(ax, rate: Rate, axis: Axis, colour: str) -> None:
 
 
 def curve_limits(analysis: Analysis, axis: Axis) -> tuple[float, float]:
-    """One scale for the curves of all values, from the first validation on, and no higher than the start."""
+    """Loss limits that fit the curves of all values from the first validation on, at most the first loss."""
     lines = [line for run in analysis.results.runs if (line := line_of(run, "val_loss", axis))]
     losses = np.concatenate([line.y[line.x >= axis.begin] for line in lines] or [np.zeros(0)])
     losses = losses[np.isfinite(losses)]

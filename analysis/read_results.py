@@ -353,8 +353,7 @@ def _remarks(results: Results) -> list[str]:
             f"runs of equal steps were trained on different numbers of tokens: {_some(sorted(tokens))}"
         )
     for name in ("device", "world_size", "torch"):
-        started = [run.event("started") for run in results.runs]
-        values = sorted({event.fields[name] for event in started if event and name in event.fields})
+        values = sorted({run.started[name] for run in results.runs if name in run.started})
         if len(values) > 1:
             notes.append(f"runs differ in {name}: {_some(values)}; times cannot be compared")
     unread = [run for run in results.runs if run.unread_lines]

@@ -44,8 +44,7 @@ class Attempt:
     @property
     def data(self) -> str:
         """The data that the run says it used; empty if it does not say."""
-        started = self.log.event("started") if self.log else None
-        parts = [started.fields.get(name, "") for name in ("train_data", "val_data")] if started else []
+        parts = [self.log.started.get(name, "") for name in ("train_data", "val_data")] if self.log else []
         return " ".join(part for part in parts if part)
 
 

@@ -182,6 +182,12 @@ class RunLog:
         """The last event of that name, or None."""
         return next((event for event in reversed(self.events) if event.name == name), None)
 
+    @property
+    def started(self) -> dict[str, str]:
+        """Fields of the last `event:started`: versions, device, data; empty if the log has none."""
+        event = self.event("started")
+        return event.fields if event else {}
+
 
 def not_training(affects: Mapping[str, Sequence[str]] = AFFECTS) -> frozenset[str]:
     """Names of the settings that do not tell arms apart: the seed, what is recorded, the machine."""

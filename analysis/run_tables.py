@@ -37,9 +37,8 @@ def origin_of(run: RunLog, tag: str = "") -> dict[str, object]:
 
     tag: the run's in its sweep.
     """
-    started = event.fields if (event := run.event("started")) else {}
     origin = {"tag": tag, "script": run.script, "seed": run.seed, "source_hash": run.source_hash}
-    origin |= {name: started[name] for name in ABOUT_START if name in started}
+    origin |= {name: run.started[name] for name in ABOUT_START if name in run.started}
     for name, value in flat_config(run).items():
         plain = isinstance(value, (int, float, str)) or value is None
         origin.setdefault(name, value if plain else format_value(value))
@@ -93,7 +92,7 @@ def facts_table(runs: Mapping[str, RunLog], tags: Mapping[str, str]) -> tuple[li
 
 
 class RunNames:
-    """Names for runs by their log's file, fit to be file names: the folder stands before a name met twice."""
+    """Unique names of runs that can name files: the log's name, after its folder's if another log has it."""
 
     def __init__(self):
         self._path_of: dict[str, Path] = {}
@@ -112,16 +111,13 @@ class RunNames:
 
 
 class NewPoints:
-    """Numbers of runs that have not been given out before: each quantity's steps only rise.
-
-    A resumed run that repeats steps does not give them again.
-    """
+    """Give out each number of a run once; steps that a resumed run repeats are not given out again."""
 
     def __init__(self):
         self._last: dict[tuple[str, str], int] = {}  # run and quantity -> the last step given out
 
     def take(self, name: str, run: RunLog) -> list[tuple[int, dict[str, float]]]:
-        """The new numbers of a run by steps, in their order. Those that are not finite are left out."""
+        """Return a run's new numbers by step, in order, without those that are not finite."""
         by_step: dict[int, dict[str, float]] = {}
         for quantity, column in series_of(run).items():
             key = name, quantity

@@ -166,8 +166,7 @@ def token_name(runs) -> str:
 
 def _vocabulary_of_old(run) -> int | None:
     """The vocabulary of a log from before 2026-11-23, which does not say it: bytes, in the embedded data."""
-    started = run.event("started")
-    return BYTES if started and started.fields.get("train_data", "").startswith("embedded_") else None
+    return BYTES if run.started.get("train_data", "").startswith("embedded_") else None
 
 
 def line_legend(ax, names: Sequence[str], **place) -> None:

@@ -348,8 +348,8 @@ def check_drafts(drafts: list[Draft], given: dict[str, str], elsewhere: bool) ->
             settings = draft.settings | values
             tag = draft.tagged("tag", settings) or "all"
             versus = draft.tagged("versus", settings) if "versus" in draft.table else None
-            made = hash_settings(trainer, settings)
-            arms[i] = PlannedArm(tag, script, draft.seeds, settings, made, versus, answer["data"] or "")
+            hashed = hash_settings(trainer, settings)
+            arms[i] = PlannedArm(tag, script, draft.seeds, settings, hashed, versus, answer["data"] or "")
     return [arms[i] for i in range(len(drafts))]
 
 

@@ -142,12 +142,12 @@ def settle(run: Run, hang_minutes: float, act: bool) -> None:
         run.reason = "it wrote no log"
         return
     found, written = read_log(log)[-1], log.stat().st_mtime
-    state, started = found.state, found.event("started")
+    state = found.state
     if state == "running" and not here and time.time() - written < hang_minutes * 60:
         run.state = "running"  # on another machine
         return
     run.state = state if state in ("finished", "diverged", "crashed") else "stopped"
-    run.started = run.started or (started.fields.get("time") if started else None)
+    run.started = run.started or found.started.get("time")
     run.ended = datetime.fromtimestamp(written).astimezone().isoformat(timespec="seconds")
     run.reason = "" if run.state in ("finished", "diverged") else "its launcher was killed"
     if act:

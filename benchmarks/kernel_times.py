@@ -19,6 +19,7 @@ from scaling_model import matrix_shapes, padded_vocab
 import train_gpt
 from kernels import cuda, float8
 from kernels.attention import Documents
+from kernels.ngrams import hash_ngrams
 from runtime.ranks import Ranks
 
 
@@ -38,7 +39,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def device_cases(on_cuda: bool) -> list[Case]:
-    """The device's own rates: a square product and a large copy."""
+    """A square product and a large copy: the device's own rates."""
     n, size = (8192, 2**30) if on_cuda else (128, 2**16)
     a, x = normal(n, n), normal(size)
     out = torch.empty_like(x)
@@ -99,7 +100,7 @@ def loss_cases(c, targets_BT: torch.Tensor, V: int, K: int) -> list[Case]:
     known = targets_BT, weights, *train_gpt.SOFTCAP
     lse = cuda.softcapped_loss(z, *known)[2]
     last = targets_BT, weights, factor, *train_gpt.SOFTCAP, grad_scale
-    backward = lambda: cuda.softcapped_loss_backward_float8(z, lse, *last)
+    backward = functools.partial(cuda.softcapped_loss_backward_float8, z, lse, *last)
     return [
         Case(f"loss on {K} tokens", 1, lambda: cuda.softcapped_loss(z, *known), 0, 2 * M * V),
         Case("its float8 gradient", 1, backward, 0, 4 * M * V),
@@ -113,7 +114,7 @@ def table_cases(c, tokens_M: torch.Tensor, V: int) -> list[Case]:
     grad, cases = normal(len(tokens_M), c.width), []
     kinds = [("table of tokens", V, len(c.value_embed_layers) + 1, tokens_M)]
     if c.ngram_rows:
-        (rows,) = train_gpt.hash_ngrams(tokens_M[None].int(), c.ngrams[:1], c.ngram_rows)
+        (rows,) = hash_ngrams(tokens_M[None].int(), c.ngrams[:1], c.ngram_rows)
         kinds.append(("n-gram table", c.ngram_rows, len(c.ngrams), rows.flatten().long()))
 
     def atomics(rows: int, index: torch.Tensor):

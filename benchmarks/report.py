@@ -1,7 +1,7 @@
-"""Results of a measurement that may be cut off at any time: written after every step, gone on with later.
+"""Results of benchmarks/first_hour.py: saved after every step, because it may be cut off, and resumed later.
 
-For benchmarks/first_hour.py: the steps of a part, the clock, and the compile cache in files small enough to
-be carried.
+A Report has the steps of one part and its clock. The compile cache is packed into files small enough to be
+carried to another machine.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class Report:
         return self.end - STOP_S - time.monotonic()
 
     def record(self, name: str, **what):
-        """Add to what is known of a step, on disk too."""
+        """Add to what is known of a step, and save it."""
         with self.lock:
             self.steps.setdefault(name, {}).update(what)
             self.write()
@@ -112,7 +112,7 @@ class Report:
             self.record(name, status="failed", error=traceback.format_exc()[-4000:])
 
     def empty_device(self):
-        """Free the device's memory. Broken, it would fail all that follows: then the process begins anew."""
+        """Free the device's memory; if the device is broken, which would fail all later steps, restart."""
         gc.collect()
         if torch.cuda.is_available():
             try:

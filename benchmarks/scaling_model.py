@@ -2,7 +2,7 @@
 
     python benchmarks/scaling_model.py                                   # three presets, 1 to 256 GPUs
     python benchmarks/scaling_model.py --preset gpt2-1b --gpus 8,64 --table markdown --csv out.csv
-    python benchmarks/scaling_model.py --set memory_bytes=4.8e12 --set memory_gib=131    # H200s
+    python benchmarks/scaling_model.py --set memory_bytes=4.8e12 --set memory_gib=139.8  # H200s
     python benchmarks/scaling_model.py --set network_bytes=25e9 --set matmul_share=0.6
     python benchmarks/scaling_model.py --shard-over 8                    # what if nodes shared the optimizer?
 
@@ -26,20 +26,22 @@ possible gain).
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from analysis.tables import as_csv, format_markdown, format_table  # noqa: E402
 from runtime.flops import (  # noqa: E402
     active_matrix_params,
     flop_per_token,
@@ -51,15 +53,13 @@ from runtime.flops import (  # noqa: E402
     polar_flop,
     table_sizes,
 )
+from runtime.memory import GIB, MOST_TOKENS, SLICES, Memory, usable_bytes  # noqa: E402
+from train_gpt import ADAM_EVERY, PRESETS, VAL_SLICES, Settings, count_slices  # noqa: E402
 
 VOCAB = 50257
-NUM_SLICES = 8  # slices of a global batch, or as many as there are ranks
-PASS_TOKENS = 65_536  # slices are stacked into passes of this many tokens
-ADAM_EVERY = 2  # tables are updated, and sent, on every second step
-ATTENTION_TILE, ATTENTION_PRODUCTS = (
-    128,
-    7,
-)  # two products of a tile forward; backward repeats one and adds four
+NUM_SLICES = SLICES[0]  # the default
+ATTENTION_TILE = 128
+ATTENTION_PRODUCTS = 7  # of a tile: two forward; backward repeats one and adds four
 SMALL_BUCKETS = 2  # scalars in fp32, gates in bf16; all-reduced
 PARTS = (
     "matmul",
@@ -87,7 +87,7 @@ class Machine:
     bf16_flops: float = assumed(989e12, "dense bf16, H100 SXM datasheet")
     fp8_flops: float = assumed(1979e12, "dense float8, H100 SXM datasheet")
     memory_bytes: float = assumed(3.35e12, "HBM3 bandwidth, datasheet")
-    memory_gib: float = assumed(74.5, "80 GB")
+    memory_gib: float = assumed(79.1, "an 80 GB card, as torch reports it")
     nvlink_bytes: float = assumed(370e9, "bus bandwidth of large NCCL rings in a node (450e9 on paper)")
     network_bytes: float = assumed(50e9, "a GPU's network card, 400 Gb/s")
     network_share: float = assumed(0.85, "of that, reached by NCCL; a ring crosses nodes by all cards")
@@ -120,7 +120,6 @@ class Machine:
     matrix_bytes: float = assumed(
         48, "traffic an entry and NorMuon update: gradient, momentum, variance, decay, master"
     )
-    saved_bytes: float = assumed(32, "memory for backward a token, layer and channel (rough)")
     passes: float = assumed(
         0.0,
         "times that a token's vector of width C crosses memory in a layer, forward "
@@ -222,7 +221,7 @@ def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bo
     due = []
     overhead = m.bucket_kernels * m.launch_s
     if adam:
-        small = 2 * m.ring(2**14, ranks)
+        small = 2 * m.ring(2**14, ranks)  # so few bytes that latency alone counts
         due += [Bucket(small, overhead, 0.0, 0.0)] * SMALL_BUCKETS
         for name, entries in sorted(table_sizes(c, VOCAB).items(), key=lambda item: item[1]):
             if name != "embed" or not tied:
@@ -231,7 +230,7 @@ def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bo
     for (rows, columns), n in sorted(matrix_shapes(c).items(), key=lambda item: item[1] * math.prod(item[0])):
         mine = owned(n, shard_over)
         polar = mine * polar_flop(rows, columns) / (m.bf16_flops * m.polar_share)
-        polar = max(polar, 15 * m.launch_s)
+        polar = max(polar, 15 * m.launch_s)  # five iterations of three kernels
         traffic = max(overhead, mine * rows * columns * m.matrix_bytes / m.memory_rate)
         entries = mine * shard_over * rows * columns
         due.append(bucket_times(m, entries, ranks, shard_over, polar + traffic, polar))
@@ -256,7 +255,7 @@ def optimizer_seconds(due: list[Bucket]) -> tuple[float, float]:
 def num_passes(batch_tokens: int, ranks: int, stacked: bool = True) -> int:
     """Number of passes of a rank in a step, with slices stacked as TrainData does, or one slice each."""
     slices = max(NUM_SLICES, ranks)
-    in_a_pass = PASS_TOKENS * slices // batch_tokens if stacked else 1
+    in_a_pass = MOST_TOKENS * slices // batch_tokens if stacked else 1
     return math.ceil(slices // ranks / max(1, in_a_pass))
 
 
@@ -305,44 +304,40 @@ def step_seconds(
     return parts
 
 
-def memory_gib(c, m: Machine, batch_tokens: int, ranks: int, shard_over: int | None = None) -> float:
-    """Estimate a rank's memory: all bf16 weights and gradients, its shard of the state, and one pass."""
-    shard_over, slices = shard_over or ranks, max(NUM_SLICES, ranks)
-    matrices = padded_matrix_params(c, shard_over)
-    tables = sum(table_sizes(c, VOCAB).values())
-    slice_tokens = batch_tokens // slices
-    tokens = min(batch_tokens // ranks, slice_tokens * max(1, PASS_TOKENS // slice_tokens))
-    saved = tokens * (c.num_layers * c.width * m.saved_bytes + 4 * padded_vocab(VOCAB))
-    state = (matrices * (2 + 4) + tables * (2 + 8)) / shard_over
-    return (4 * (matrices + tables) + state + saved) / 2**30
-
-
 # ---------------------------------------------------------------------------------------------------
 # A whole schedule
 # ---------------------------------------------------------------------------------------------------
 
 
 class Preset(NamedTuple):
-    """Sizes of a preset and stages of its schedule, as far as the model needs them."""
+    """A preset as it trains on GPUs: the model's config and the trainer's settings."""
 
     name: str
     config: object
-    batch_sizes: tuple[int, ...]
-    steps: tuple[int, ...]  # steps of each stage
+    settings: Settings
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """Steps of each stage; the last is the extension."""
+        third = self.settings.num_scheduled_iterations / 3
+        return third, third, third, self.settings.num_extension_iterations
 
 
 def read_presets() -> dict[str, Preset]:
-    """Read the presets from the trainer's own table (imports torch, which is not used)."""
-    import train_gpt
-
-    defaults, presets = {f.name: f.default for f in dataclasses.fields(train_gpt.Settings)}, {}
-    for name, (config, changed) in train_gpt.PRESETS.items():
-        values = {**defaults, **changed}
-        third = values["num_scheduled_iterations"] / 3
-        presets[name] = Preset(
-            name, config, values["batch_sizes"], (third, third, third, values["num_extension_iterations"])
-        )
+    """Read the presets from the trainer's own table."""
+    names, presets = {f.name for f in dataclasses.fields(Settings)}, {}
+    for name, (config, changed) in PRESETS.items():
+        ours = {k: v for k, v in changed.items() if k in names}  # the others are the optimizer's
+        presets[name] = Preset(name, config, Settings(**ours, kernels="triton"))
     return presets
+
+
+def forecast_gib(p: Preset, ranks: int, shard_over: int) -> float:
+    """Forecast a rank's memory as the trainer does, with passes as large as helps."""
+    slices = count_slices(p.settings, ranks), max(VAL_SLICES, ranks)
+    sharing = SimpleNamespace(world_size=shard_over, device=torch.device("cpu"))
+    memory = Memory(p.settings, p.config, VOCAB, *slices, sharing)
+    return max(memory.wanted(memory.largest_pass()), memory.validation()) / GIB
 
 
 class Run(NamedTuple):
@@ -376,7 +371,7 @@ def run_schedule(
     """
     shard_over = min(shard_over or ranks, ranks)
     c, parts, tokens, flop, dropped = p.config, dict.fromkeys(PARTS, 0.0), 0.0, 0.0, 0.0
-    for stage, (steps, batch) in enumerate(zip(p.steps, p.batch_sizes)):
+    for stage, (steps, batch) in enumerate(zip(p.steps, p.settings.batch_sizes)):
         tied = (stage + 0.5) / 3 < c.untie_frac
         seconds = step_seconds(c, m, batch, c.windows[stage], ranks, tied, shard_over, stacked)
         for name, s in seconds.items():
@@ -385,7 +380,7 @@ def run_schedule(
         tokens += steps * batch
         flop += steps * batch * flop_per_token(c, slices.lengths, VOCAB, c.windows[stage])
         dropped += steps * batch * slices.dropped
-    gib = max(memory_gib(c, m, batch, ranks, shard_over) for batch in p.batch_sizes)
+    gib = forecast_gib(p, ranks, shard_over)
     return Run(p.name, ranks, sum(parts.values()), sum(p.steps), tokens, parts, flop, dropped / tokens, gib)
 
 
@@ -415,7 +410,9 @@ PUBLISHED = (
 
 def public_ms(p: Preset, m: Machine, ranks: int) -> np.ndarray:
     """Model the public code's milliseconds a step in the three stages: one slice a pass."""
-    stages = zip(p.batch_sizes, p.config.windows, (True, True, False))  # head and embedding: tied, tied, not
+    stages = zip(
+        p.settings.batch_sizes, p.config.windows, (True, True, False)
+    )  # head and embedding: tied, tied, not
     return np.array(
         [
             1000 * sum(step_seconds(p.config, m, batch, windows, ranks, tied, stacked=False).values())
@@ -453,7 +450,7 @@ def arithmetic_limit(c, flops: float) -> float:
 # This project's own step
 # ---------------------------------------------------------------------------------------------------
 
-H200 = {"memory_bytes": 4.8e12, "memory_gib": 131}  # datasheet; its rates of products are an H100's
+H200 = {"memory_bytes": 4.8e12, "memory_gib": 139.8}  # datasheet; torch; its rates of products are an H100's
 FA2 = {"attention_share": 0.3}  # of the bf16 peak: what torch has without a further package
 
 
@@ -484,13 +481,7 @@ PAYS = 1.5  # doubling the GPUs pays if it makes the run this many times as fast
 
 
 def table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
-    if markdown:
-        return "\n".join("| " + " | ".join(r) + " |" for r in (header, ["---"] * len(header), *rows))
-    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths)))
-        for r in (header, *rows)
-    )
+    return format_markdown(header, rows) if markdown else format_table(header, rows)
 
 
 def run_row(run: Run, one: Run, m: Machine) -> list[str]:
@@ -505,7 +496,7 @@ def run_row(run: Run, one: Run, m: Machine) -> list[str]:
         f"{run.flop / run.seconds / run.ranks / m.bf16_flops:.0%}",
         run.bound,
         f"{run.dropped:.0%}",
-        f"{run.gib:.0f}" + ("" if run.gib < m.memory_gib else " (too much)"),
+        f"{run.gib:.0f}" + ("" if run.gib * GIB <= usable_bytes(m.memory_gib * GIB) else " (too much)"),
     ]
 
 
@@ -518,9 +509,8 @@ RUN_HEADER = [
     "of linear",
     "of bf16 peak",
     "most time",
-    "tokens dropped",
-    "GiB a GPU",
 ]
+RUN_HEADER += ["tokens dropped", "GiB a GPU"]
 
 
 def parts_row(run: Run) -> list[str]:
@@ -572,11 +562,8 @@ def print_preset(p: Preset, m: Machine, gpus: list[int], shard_over: int | None,
         "there is:\n"
     )
     header = [text for (r, k), n in matrix_shapes(c).items() for text in (f"of {n} {r}x{k}", "real")]
-    print(
-        table(
-            ["GPUs", *header, "sent"], [sharding_row(c, r, min(shard_over or r, r)) for r in gpus], markdown
-        )
-    )
+    rows = [sharding_row(c, ranks, min(shard_over or ranks, ranks)) for ranks in gpus]
+    print(table(["GPUs", *header, "sent"], rows, markdown))
     print(f"\n{stops_paying(runs)}")
     return runs
 
@@ -621,35 +608,13 @@ def print_predictions(p: Preset, fitted: Machine, markdown: bool):
 
 
 def write_csv(path: Path, runs: list[Run]):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file)
-        out.writerow(
-            [
-                "preset",
-                "gpus",
-                "steps",
-                "ms_step",
-                "minutes",
-                "tokens_per_s",
-                "dropped_share",
-                "gib_a_gpu",
-                *(f"{name}_ms" for name in PARTS),
-            ]
-        )
-        for r in runs:
-            out.writerow(
-                [
-                    r.preset,
-                    r.ranks,
-                    round(r.steps),
-                    f"{r.ms_step:.4f}",
-                    f"{r.seconds / 60:.4f}",
-                    f"{r.tokens / r.seconds:.0f}",
-                    f"{r.dropped:.4f}",
-                    f"{r.gib:.2f}",
-                    *(f"{1000 * r.parts[name] / r.steps:.4f}" for name in PARTS),
-                ]
-            )
+    header = ["preset", "gpus", "steps", "ms_step", "minutes", "tokens_per_s", "dropped_share", "gib_a_gpu"]
+    rows = []
+    for r in runs:
+        rates = f"{r.ms_step:.4f}", f"{r.seconds / 60:.4f}", f"{r.tokens / r.seconds:.0f}"
+        parts = [f"{1000 * r.parts[name] / r.steps:.4f}" for name in PARTS]
+        rows.append([r.preset, r.ranks, round(r.steps), *rates, f"{r.dropped:.4f}", f"{r.gib:.2f}", *parts])
+    path.write_text(as_csv([*header, *(f"{name}_ms" for name in PARTS)], rows), encoding="utf-8")
 
 
 def changed(m: Machine, changes: list[str]) -> Machine:

@@ -1,4 +1,4 @@
-"""How long a training step takes, where the time goes, and how far it is from the device's own matmul rate.
+"""Time a training step and its parts, and compare it with the device's own matmul rate.
 
     python benchmarks/step_time.py                                   # all stages of the default preset
     python benchmarks/step_time.py --steps 40 --ord --json out.json  # and the ratio of the twins
@@ -127,7 +127,7 @@ class Parts:
 
 
 class Waited:
-    """A collective under way, whose wait() counts as communication."""
+    """A collective under way whose wait() counts as communication."""
 
     def __init__(self, work, parts: Parts):
         self.work, self.wait = work, parts.wrap("communication", work.wait)
@@ -150,7 +150,8 @@ class Timed:
         self.vocab_size = self.train_shards[0].vocab_size
         attention.activate(s.attn_backend)
         self.forms = contextlib.ExitStack()
-        self.fast_names, _ = self.forms.enter_context(fast_forms.installed(module, s, o, compiler_for(s)))
+        installed = fast_forms.installed(module, s, o, compiler_for(s))
+        self.fast_names, self.fast_warnings = self.forms.enter_context(installed)
         self.trainer = module.Trainer(s, o, config, self.vocab_size, ranks)
         self.data = module.TrainData(self.train_shards, s, ranks, self.trainer.memory.pass_tokens)
         self.schedule, self.pending, self.entered = self.trainer.schedule, None, -1
@@ -167,7 +168,10 @@ class Timed:
 
     @contextlib.contextmanager
     def wrapped_collectives(self):
-        """While this trainer is recorded: twins share one Ranks. Instance attributes shadow the methods."""
+        """Wrap the collectives while this trainer is recorded, no longer: twins share one Ranks.
+
+        Instance attributes shadow the methods.
+        """
         names = ("all_reduce", "reduce_scatter", "all_gather")
         for name in names:
             setattr(self.ranks, name, self.parts.wrap_collective(getattr(self.ranks, name)))
@@ -186,7 +190,7 @@ class Timed:
         return range(untie + 1 if untie in steps[:-2] else steps[0], steps[-1] + 1)
 
     def enter(self, stage: int):
-        """Stages are entered in order; what lies between is skipped, but for the untying."""
+        """Enter a stage later than the last one; steps in between are skipped, except for the untying."""
         self.steps, self.at = self.steps_of(stage), 0
         first, untie = self.steps[0], self.schedule.untie_step
         if untie is not None and self.entered <= untie < first:
@@ -251,7 +255,7 @@ class Timed:
         return 1000 * (time.perf_counter() - start)
 
     def flop_per_step(self, stage: int) -> float:
-        """This rank's, forward and backward, the mean over the steps seen since the last call."""
+        """Mean FLOP of this rank, forward and backward, over the steps seen since the last call."""
         total = 0.0
         for step in self.seen:
             for cu_seqlens in step:
@@ -334,8 +338,8 @@ def measure_stage(timed: Timed, stage: int, steps: int, evaluate: bool = True) -
     }
 
 
-def alike(timed: Timed, stage: int) -> tuple:
-    """Stages for which this is equal take the same step."""
+def step_key(timed: Timed, stage: int) -> tuple:
+    """Key that is equal for stages whose steps do the same work."""
     step, schedule = timed.steps_of(stage)[0], timed.schedule
     untied = schedule.untie_step is not None and step > schedule.untie_step
     return schedule.batch_tokens(step), schedule.windows(stage), len(schedule.predict_weights(step)), untied
@@ -345,7 +349,7 @@ def measure(timed: Timed, stages: list[int], steps: int, say) -> list[dict]:
     """A result for each stage; one that equals an earlier one is not timed again."""
     results, done = [], {}
     for stage in stages:
-        key = alike(timed, stage)
+        key = step_key(timed, stage)
         if key in done:
             results.append({**done[key], "stage": stage + 1, "same_as": done[key]["stage"]})
         else:
@@ -392,8 +396,10 @@ def whole_schedule(timed: Timed, results: list[dict]) -> dict | None:
 
 
 def median_interval(values, confidence: float = 0.95) -> dict:
-    """The median, and the narrowest interval of order statistics that covers it at least so often, whatever
-    the distribution. Of too few values smallest and largest, with the coverage that they have."""
+    """Median with the narrowest interval of order statistics that has this coverage for any distribution.
+
+    Too few values give the smallest and the largest, and the coverage that these have.
+    """
     x = np.sort(np.asarray(values, dtype=float))
     n = len(x)
     k = max(1, int(stats.binom.ppf((1 - confidence) / 2, n, 0.5)))
@@ -404,6 +410,17 @@ def median_interval(values, confidence: float = 0.95) -> dict:
         "n": n,
         "confidence": float(1 - 2 * stats.binom.cdf(k - 1, n, 0.5)),
     }
+
+
+def time_twins(env: dict, ranks: Ranks | None, stages: list[int], pairs: int) -> list[dict]:
+    """Build both trainers and compare them in each stage. ranks: as for build()."""
+    twins = []
+    with contextlib.ExitStack() as stack:
+        for script in TWINS:
+            twins.append(build(script, env, ranks))
+            stack.callback(twins[-1].close)
+            ranks = twins[0].ranks
+        return [compare_twins(twins, stage, pairs) for stage in stages]
 
 
 def compare_twins(twins: list[Timed], stage: int, pairs: int) -> dict:
@@ -441,7 +458,7 @@ def compare_twins(twins: list[Timed], stage: int, pairs: int) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Words
+# Output
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -453,7 +470,8 @@ def in_words(parts: dict[str, float], whole: float | None = None) -> str:
 
 def print_stage(r: dict, say):
     if "same_as" in r:
-        return say(f"\nstage {r['stage']}: the same step as stage {r['same_as']}")
+        say(f"\nstage {r['stage']}: the same step as stage {r['same_as']}")
+        return
     low, high = r["ms_step_quartiles"]
     parts = r["parts_ms"]
     say(
@@ -472,18 +490,19 @@ def print_stage(r: dict, say):
         f"{r['ceiling_flops'] / 1e9:,.0f} GFLOP/s a rank: forward and backward run at "
         f"{r['of_ceiling_forward_backward']:.1%} of it, the whole step at {r['of_ceiling_step']:.1%}"
     )
-    return say(f"  evaluation: {r['evaluation_ms'] / 1000:.2f} s a validation")
+    say(f"  evaluation: {r['evaluation_ms'] / 1000:.2f} s a validation")
 
 
 def print_schedule(total: dict | None, say):
     if total is None:
-        return say("\nnot all stages were timed, so the schedule's total is not known")
+        say("\nnot all stages were timed, so the schedule's total is not known")
+        return
     say(
         f"\nwhole schedule: {total['steps']} steps, {total['tokens']:,} tokens, {total['validations']} "
         f"validations: {total['train_minutes']:.2f} minutes of training ({total['ms_step']:.2f} ms a step, "
         f"{total['tokens_per_s']:,.0f} tokens/s), {total['minutes_with_evaluation']:.2f} with evaluation"
     )
-    return say(f"  {in_words(total['shares'])}")
+    say(f"  {in_words(total['shares'])}")
 
 
 def print_twins(r: dict, say):
@@ -552,7 +571,7 @@ def choose_stages(timed: Timed, text: str | None) -> list[int]:
 
 
 def run(args, env: dict) -> tuple[dict, object]:
-    """(everything that --json gets, the process's Ranks)."""
+    """Return everything that --json gets, and the process's Ranks."""
     choose_allocator()  # as a run does
     timed = build(Path(args.script).stem, env)
     ranks = timed.ranks
@@ -583,12 +602,9 @@ def run(args, env: dict) -> tuple[dict, object]:
         gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
-        twins = [build(script, env, ranks) for script in TWINS]
-        for stage in distinct:
-            result["ord"].append(compare_twins(twins, stage, args.ord))
-            print_twins(result["ord"][-1], say)
-        for twin in twins:
-            twin.close()
+        result["ord"] = time_twins(env, ranks, distinct, args.ord)
+        for compared in result["ord"]:
+            print_twins(compared, say)
     else:
         timed.close()
     return result, ranks

@@ -70,6 +70,11 @@ def kept_by_later_parts(c) -> float:
     return kept + 2 * TOKEN_NET_HIDDEN * len(network_outputs(c))
 
 
+def usable_bytes(device_bytes: float) -> float:
+    """Bytes of a device's memory that a forecast may fill."""
+    return USABLE * (device_bytes - RESERVED)
+
+
 class Memory:
     """Forecast for one run, and how many tokens a pass may have.
 
@@ -98,7 +103,7 @@ class Memory:
         self.forecasts = ranks.device.type == "cuda"
         if self.forecasts:
             self.device_bytes = torch.cuda.get_device_properties(ranks.device).total_memory
-            self.usable = USABLE * (self.device_bytes - RESERVED)
+            self.usable = usable_bytes(self.device_bytes)
         room = self.usable - self.held  # for a pass of training, or of validation with logits
         fitting = room / self.per_token, (room - self.per_val_token * self.val_tokens) / self.logits
         self.pass_tokens = s.pass_tokens or max(1, int(min(MOST_TOKENS, *fitting)))

@@ -33,11 +33,11 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     """A folder with made-up shards for whole runs."""
-    from helpers import made_text, write_shard
+    from helpers import make_chain, write_shard
 
     folder = tmp_path_factory.mktemp("shards")
-    write_shard(folder / "made_train_000000.bin", made_text(120_000, 1))
-    write_shard(folder / "made_val_000000.bin", made_text(20_000, 2))
+    write_shard(folder / "made_train_000000.bin", make_chain(120_000, 1))
+    write_shard(folder / "made_val_000000.bin", make_chain(20_000, 2))
     return folder
 
 

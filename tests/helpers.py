@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -76,8 +75,8 @@ def make_text(num_tokens, seed=0, longest=200, predictable=0.9):
     return np.array(out[:num_tokens], dtype=np.uint16)
 
 
-def made_text(num_tokens: int, seed: int) -> np.ndarray:
-    """Documents of a first-order Markov chain over bytes: something to learn, made in no time."""
+def make_chain(num_tokens: int, seed: int) -> np.ndarray:
+    """Documents of a first-order Markov chain over bytes, four successors each: learned in a few steps."""
     rng = np.random.default_rng(seed)
     table = np.random.default_rng(0).integers(1, 256, (256, 4))
     tokens, choices, state = np.empty(num_tokens, dtype=int), rng.integers(0, 4, num_tokens), 1
@@ -143,14 +142,12 @@ def train(cwd, shards, run_id, script=BASELINE, ranks=0, **settings) -> tuple[li
     return losses(cwd, run_id), losses(cwd, run_id, "train_loss")
 
 
-def one_rank(rank=0, world_size=1):
-    """Stand-in for Ranks with what the data needs."""
-    return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
+def lone_ranks(rank=0, world_size=1):
+    """Ranks of this process alone, without a process group.
 
-
-def lone_ranks(trainer, rank=0, world_size=1):
-    """A Ranks of this process alone. With world_size > 1 it behaves as one of several whose gradients are all
-    zero but its own, which is how one process can compute any rank's share."""
+    With world_size > 1 it behaves as one of several ranks whose gradients are all zero but its own: so one
+    process can compute any rank's share.
+    """
 
     class Lone(Ranks):
         def __init__(self):
@@ -226,7 +223,7 @@ def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_sca
 
 def make_optimizer(trainer, model, o, num_steps=200, ranks=None):
     """An Optimizer, uncompiled; alone unless `ranks` says otherwise. 200 steps: the last 50 are different."""
-    return trainer.Optimizer(model, o, ranks or lone_ranks(trainer), num_steps, not_compiled)
+    return trainer.Optimizer(model, o, ranks or lone_ranks(), num_steps, not_compiled)
 
 
 @contextlib.contextmanager

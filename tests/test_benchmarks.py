@@ -18,7 +18,6 @@ from helpers import (
     lone_ranks,
     make_optimizer,
     make_tokens,
-    one_rank,
     read,
     small_config,
     small_model,
@@ -199,7 +198,7 @@ def test_owned_matrices_and_padding_are_those_of_the_real_optimizer(kind, world_
     model = small_model(train_gpt, vocab_size=VOCAB, **GROUPED[kind])
     o, shapes, real = read(train_gpt)[1], flops.matrix_shapes(model.config), {}
     for rank in range(world_size):
-        optimizer = make_optimizer(train_gpt, model, o, ranks=lone_ranks(train_gpt, rank, world_size))
+        optimizer = make_optimizer(train_gpt, model, o, ranks=lone_ranks(rank, world_size))
         buckets = [b for b in optimizer.buckets if isinstance(b, train_gpt.MatrixBucket)]
         assert {tuple(b.mine.shape[1:]): len(b.all_names) for b in buckets} == shapes
         for bucket in buckets:
@@ -220,7 +219,7 @@ def test_passes_a_step_are_those_of_the_trainers_data(tmp_path):
     for batch in (131_072, 262_144, 393_216):
         for ranks in (1, 2, 8, 16):
             s = read(train_gpt, MAX_DOC_TOKENS=2048)[0]
-            data = train_gpt.TrainData([shard], s, one_rank(0, ranks))
+            data = train_gpt.TrainData([shard], s, lone_ranks(0, ranks))
             assert scaling_model.num_passes(batch, ranks) == len(data.make(batch)), (batch, ranks)
 
 
@@ -538,7 +537,7 @@ def test_stages_are_entered_with_what_lies_between(tiny_env, request):
     assert not timed.trainer.tied and timed.trainer.optimizer.by_name["embed"].active
     assert timed.trainer.stage == 2
     assert timed.trainer.model.rotary.scale == pytest.approx(0.1 * (1 + 0.2 * math.log(3 / 2)))
-    assert step_time.alike(timed, 2) != step_time.alike(timed, 1)  # untied
+    assert step_time.step_key(timed, 2) != step_time.step_key(timed, 1)  # untied
     timed.pair(recorded=False)
 
 

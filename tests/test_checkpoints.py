@@ -15,7 +15,6 @@ from helpers import (
     lone_ranks,
     make_text,
     make_tokens,
-    one_rank,
     optimizer_settings,
     read,
     small_config,
@@ -50,7 +49,7 @@ def small_trainer(trainer, folder, seed, **env):
     )
     common |= dict(VAL_TOKENS=2048, VAL_BATCH_TOKENS=1024, NUM_SCHEDULED_ITERATIONS=STEPS, MAX_DOC_TOKENS=64)
     s, o, _ = read(trainer, SEED=seed, **common, **env)
-    ranks = lone_ranks(trainer)
+    ranks = lone_ranks()
     config = small_config(trainer, windows=((1, 1), (1, 2), (2, 3), (2, 3)))
     run = trainer.Trainer(s, o, config, 256, ranks)
     return run, trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
@@ -131,7 +130,7 @@ def test_a_checkpoint_of_another_run_is_refused(changes, tmp_path, monkeypatch):
 def test_masters_in_two_halves_are_saved_whole(tmp_path):
     """bfloat16 weights with their mantissas, as on a GPU, come back as the same fp32 numbers; each kind reads
     the other's checkpoints."""
-    ranks, o = lone_ranks(train_gpt), optimizer_settings(train_gpt)
+    ranks, o = lone_ranks(), optimizer_settings(train_gpt)
     values = torch.randn(300, 300)
 
     def bucket(dtype):
@@ -368,7 +367,7 @@ def test_any_file_is_a_shard_or_a_data_error(header, tokens, cut, tmp_path):
     )
     try:
         shards, _ = train_gpt.open_data(s, 1)
-        train_gpt.TrainData(shards, s, one_rank()).next(256, None)
+        train_gpt.TrainData(shards, s, lone_ranks()).next(256, None)
     except (DataError, SettingsError) as error:
         assert ".bin" in str(error) or "shard" in str(error)
 

@@ -26,7 +26,7 @@ def tiny_trainer(trainer, shards):
     """(Trainer of the tiny preset, its data) with the settings of a short run."""
     env = base_env(shards, NUM_SCHEDULED_ITERATIONS=NUM_STEPS)
     s, o, config = trainer.read_settings(env)
-    ranks = lone_ranks(trainer)
+    ranks = lone_ranks()
     made = trainer.Trainer(s, o, config, 256, ranks)
     return made, trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
 

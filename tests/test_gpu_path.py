@@ -20,7 +20,6 @@ from helpers import (
     lone_ranks,
     make_optimizer,
     make_text,
-    one_rank,
     optimizer_settings,
     read,
     small_config,
@@ -79,7 +78,7 @@ def staged_start(trainer, folder, **settings):
         PASS_TOKENS=400,
         **settings,
     )
-    config, ranks = small_config(trainer, **STAGES), lone_ranks(trainer)
+    config, ranks = small_config(trainer, **STAGES), lone_ranks()
     log = LogWriter(folder / "run.txt", 0, s.num_scheduled_iterations + s.num_extension_iterations)
     data, origin = trainer.open_data(s, 1), checkpoints.Origin("run")
     return Start(trainer.SCRIPT, s, o, config, {"vocab_size": 256}, *data, ranks, origin, log)
@@ -169,7 +168,7 @@ def test_every_way_of_ord_is_one_graph(way, traced_only, one_thread):
     """Else an arm of a sweep ends in its rehearsal, on a GPU alone: dynamo refuses what eager torch takes."""
     trainer = train_gpt_muon_ord
     model, o = small_model(trainer), optimizer_settings(trainer, **WAYS_OF_ORD[way])
-    optimizer = trainer.Optimizer(model, o, lone_ranks(trainer), 200, trainer.torch_compile)
+    optimizer = trainer.Optimizer(model, o, lone_ranks(), 200, trainer.torch_compile)
     matrices = [b for b in optimizer.buckets if isinstance(b, trainer.MatrixBucket)]
     before = graphs_compiled()
     with torch.no_grad():
@@ -222,7 +221,7 @@ def test_validation_passes_share_one_longest_document(tmp_path):
     write_shard(tmp_path / "val.bin", make_text(5000, longest=90))
     s = SimpleNamespace(val_tokens=4096, val_batch_tokens=2048)
     shards = [open_shard(tmp_path / "val.bin")]
-    batches = list(train_gpt.val_batches(shards, s, one_rank()))
+    batches = list(train_gpt.val_batches(shards, s, lone_ranks()))
     lengths = np.concatenate([np.diff(b.cu_seqlens.numpy()) for b in batches])
     assert {b.max_doc_tokens for b in batches} == {lengths.max()}
     assert lengths.min() > 0 and lengths.max() < 100

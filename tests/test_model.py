@@ -486,7 +486,7 @@ def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
     )
 
     def new():
-        return trainer.Trainer(s, o, small_config(trainer, windows=windows), 100, lone_ranks(trainer))
+        return trainer.Trainer(s, o, small_config(trainer, windows=windows), 100, lone_ranks())
 
     run, batch = new(), make_batch(trainer)
     for step in range(15):  # the last for the last validation
@@ -519,7 +519,7 @@ def test_untying_by_hand():
     rate has decayed; decay 150, betas 0.5 and 0.95; the third update's bias correction."""
     steps = dict(NUM_SCHEDULED_ITERATIONS=4, NUM_EXTENSION_ITERATIONS=2)
     s, o, _ = read(train_gpt, BATCH_SIZES="128,128,128,128", ADAM_LR=0.008, **steps)
-    run = train_gpt.Trainer(s, o, small_config(train_gpt), 100, lone_ranks(train_gpt))
+    run = train_gpt.Trainer(s, o, small_config(train_gpt), 100, lone_ranks())
     shake(run.model)
     buckets = {name: run.optimizer.by_name[name] for name in ("head", "embed")}
     batch, grads = make_batch(train_gpt), {}

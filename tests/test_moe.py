@@ -203,7 +203,7 @@ def test_no_token_is_dropped_and_validation_alone_is_counted():
 
 def tiny_trainer(trainer, shards, ranks=None, **env):
     """A Trainer of moe-tiny and its data."""
-    ranks = ranks or lone_ranks(trainer)
+    ranks = ranks or lone_ranks()
     common = dict(
         MODEL="moe-tiny",
         DATA_PATH=shards,
@@ -243,7 +243,7 @@ def test_noise_is_a_function_of_seed_step_and_slice(shards):
     (batch,) = data.next(2048, None)
     (whole,) = noise_of_step(run, 4, [batch])
     assert whole.shape == (4, 8, 256, 8) and whole.std().item() == pytest.approx(0.1, rel=0.02)
-    second, _ = tiny_trainer(train_gpt, shards, ranks=lone_ranks(train_gpt, 1, 2))
+    second, _ = tiny_trainer(train_gpt, shards, ranks=lone_ranks(1, 2))
     parts = [batch._replace(inputs_BT=batch.inputs_BT[i : i + 2]) for i in (4, 6)]
     assert torch.equal(torch.cat(noise_of_step(second, 4, parts), 1), whole[:, 4:])
     other_seed, off = (tiny_trainer(train_gpt, shards, **x)[0] for x in ({"SEED": 1}, {"ROUTER_NOISE": 0}))
@@ -342,7 +342,7 @@ def test_each_expert_is_orthogonalised_by_itself():
 
     def stepped(weights):
         params = {n: torch.nn.Parameter(w.clone()) for n, w in weights.items()}
-        bucket = trainer.MatrixUpdate(params, lone_ranks(trainer), o, not_compiled)
+        bucket = trainer.MatrixUpdate(params, lone_ranks(), o, not_compiled)
         bucket.grad.copy_(torch.cat([g.view(-1, 24, 16) for g in grads.values()]))
         bucket.update(1.0, 0.9, 1.0, True)
         return [p.detach() for p in params.values()], bucket.stats

@@ -84,7 +84,7 @@ def test_collectives_equal_plain_sums_and_an_error_reaches_all(tmp_path):
 def test_an_error_of_one_rank_is_raised_on_all():
     """Fails if the others wait in their first collective for a rank that has gone home."""
     other = ["the disk of machine 2 is missing"]
-    ranks = lone_ranks(train_gpt, world_size=2)
+    ranks = lone_ranks(world_size=2)
     ranks.all_gather_object = lambda value: [value, *other]
     with pytest.raises(ValueError, match="rank 1: the disk of machine 2 is missing"):
         ranks.run_on_all(lambda: 5)

@@ -17,7 +17,6 @@ from helpers import (
     lone_ranks,
     make_optimizer,
     make_text,
-    one_rank,
     read,
     train,
     write_shard,
@@ -443,7 +442,7 @@ def small_run(folder, trainer=train_gpt, seed=0, steps=12, changes=ALL, **env):
     )
     fixed |= dict(VAL_TOKENS=2048, VAL_BATCH_TOKENS=1024, NUM_SCHEDULED_ITERATIONS=steps, LONG_DOCS="cut")
     s, o, _ = read(trainer, SEED=seed, MAX_DOC_TOKENS="24,32,32,64", MUON_BETA2=0.9, **fixed, **env)
-    ranks = lone_ranks(trainer)
+    ranks = lone_ranks()
     c = config(trainer, **{**changes, "windows": ((1, 1), (1, 2), (2, 3), (2, 3))})
     return trainer.Trainer(s, o, c, 256, ranks), trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
 
@@ -695,7 +694,7 @@ def test_documents_change_their_length_with_the_stage(tmp_path):
     known |= dict(VAL_BATCH_TOKENS=1024, BATCH_SIZES="512,512,512,512", LONG_DOCS="cut")
     s = read(train_gpt, MAX_DOC_TOKENS="40,100,100,100", **known)[0]
     shards = train_gpt.open_data(s, 1)[0]
-    data = train_gpt.TrainData(shards, s, one_rank())
+    data = train_gpt.TrainData(shards, s, lone_ranks())
     stages = [0, 0, 0, 1, 1, 1]
     batches = [data.next(512, 512, (now, then))[0] for now, then in zip(stages, [*stages[1:], 1])]
     longest = [int(batch.cu_seqlens.diff().max()) for batch in batches]
@@ -714,10 +713,10 @@ def test_documents_change_their_length_with_the_stage(tmp_path):
         at += 1
     assert at == len(pieces)
     # the same position under the later stage's limit, as a resumed run has it
-    again = train_gpt.TrainData(shards, s, one_rank())
+    again = train_gpt.TrainData(shards, s, lone_ranks())
     for now in stages[:3]:
         again.next(512, None, (now, now))
-    resumed = train_gpt.TrainData(shards, s, one_rank())
+    resumed = train_gpt.TrainData(shards, s, lone_ranks())
     resumed.seek(again.position)
     assert torch.equal(resumed.next(512, None, (1, 1))[0].inputs_BT, batches[3].inputs_BT)
     for wrong, said in (("40,100", "2 values"), ("8", "MAX_DOC_TOKENS")):

@@ -13,9 +13,9 @@ from helpers import (
     MARK,
     TRAINERS,
     Params,
+    lone_ranks,
     make_optimizer,
     make_tokens,
-    one_rank,
     optimizer_settings,
     read,
     write_shard,
@@ -375,7 +375,9 @@ def data_settings(folder, **env):
 
 def train_data(s, rank=0, world_size=1):
     shards = open_shards(s.data_path, s.train_files, "TRAIN_FILES")
-    return train_gpt.TrainData(shards, s, one_rank(rank, world_size), s.pass_tokens or train_gpt.MOST_TOKENS)
+    return train_gpt.TrainData(
+        shards, s, lone_ranks(rank, world_size), s.pass_tokens or train_gpt.MOST_TOKENS
+    )
 
 
 def steps_of(s, steps, rank=0, world_size=1, tokens=1024):
@@ -556,7 +558,7 @@ def test_data_that_cannot_fill_a_slice_is_refused(tmp_path):
         s = data_settings(tmp_path, BATCH_SIZES=f"128,128,{batch},128", LONG_DOCS=long_docs)
         if fits:
             train, _ = train_gpt.open_data(s, 1)
-            made = train_gpt.TrainData(train, s, one_rank()).make(batch)
+            made = train_gpt.TrainData(train, s, lone_ranks()).make(batch)
             assert sum(b.inputs_BT.numel() for b in made) == batch
         else:
             with pytest.raises(DataError, match=rf"BATCH_SIZES=.*slices of {batch // 8} tokens"):
@@ -631,7 +633,9 @@ def val_pass(tmp_path, **env):
     """All validation passes of all ranks: {world_size: [batches of rank 0, ...]}."""
     s = data_settings(tmp_path, **env)
     shards = open_shards(s.data_path, s.val_files, "VAL_FILES")
-    return {n: [list(train_gpt.val_batches(shards, s, one_rank(r, n))) for r in range(n)] for n in (1, 2, 8)}
+    return {
+        n: [list(train_gpt.val_batches(shards, s, lone_ranks(r, n))) for r in range(n)] for n in (1, 2, 8)
+    }
 
 
 def test_validation_is_the_first_tokens_of_the_shards_in_slices(tmp_path):

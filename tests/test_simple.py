@@ -249,7 +249,7 @@ def test_the_stream_reads_straight_on_and_skips_what_crosses_an_end():
 def test_ranks_take_their_parts_of_a_batch_in_order():
     tokens, whole = np.arange(129), []
     for rank in range(4):
-        passes = cut_passes(tokens, 16, 1, lone_ranks(simple, rank, 4))
+        passes = cut_passes(tokens, 16, 1, lone_ranks(rank, 4))
         assert [x.shape for x, _ in passes] == [(1, 16)] * 2  # two rows a rank, one a pass
         whole += [(x.flatten(), y.flatten()) for x, y in passes]
     inputs, targets = (torch.cat(x) for x in zip(*whole))
@@ -429,7 +429,7 @@ def test_a_step_compiles_once(name):
         model = simple.GPT(SMALL, 256, 16)
         model.init_weights("track", torch.Generator().manual_seed(0))
         optimizer, loss, graphs = (
-            simple.Optimizer(model, o, lone_ranks(simple), compiler),
+            simple.Optimizer(model, o, lone_ranks(), compiler),
             compiler(model),
             [],
         )
@@ -537,7 +537,7 @@ def test_what_cannot_be_is_refused(settings, said, small, shards, capsys):
 
 def test_every_parameter_has_one_role():
     model = simple.GPT(SMALL, 256, 16)
-    optimizer = simple.Optimizer(model, read()[1], lone_ranks(simple), lambda function: function)
+    optimizer = simple.Optimizer(model, read()[1], lone_ranks(), lambda function: function)
     assert sorted(b.role for b in optimizer.buckets) == [
         "embed",
         "head",

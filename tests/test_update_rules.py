@@ -587,7 +587,7 @@ def test_shards_of_any_rank_equal_those_of_one_rank_and_padding_stays_zero(train
     flat = torch.cat([x.flatten() for x in whole.values()])
     for rank in range(4):
         model = Params(weights)
-        optimizer = make_optimizer(trainer, model, o, ranks=lone_ranks(trainer, rank, 4))
+        optimizer = make_optimizer(trainer, model, o, ranks=lone_ranks(rank, 4))
         for step, g in enumerate(grads):
             model.add_grads(g)
             optimizer.step(step, 1.3, 2048, True)
@@ -610,7 +610,7 @@ def test_shards_of_a_big_table_equal_those_of_one_rank(trainer):
     whole, _ = run_steps(trainer, o, weights, grads)
     for rank in range(4):
         model = Params(weights)
-        optimizer = make_optimizer(trainer, model, o, ranks=lone_ranks(trainer, rank, 4))
+        optimizer = make_optimizer(trainer, model, o, ranks=lone_ranks(rank, 4))
         for step, g in enumerate(grads):
             model.add_grads(g)
             optimizer.step(step, 1.3, 2048, False)
@@ -937,7 +937,7 @@ def losses_of_run(trainer, folder, steps=12, **env):
         **env,
     )
     train_shards, val_shards = trainer.open_data(s, 1)
-    ranks = lone_ranks(trainer)
+    ranks = lone_ranks()
     run = trainer.Trainer(s, o, small_config(trainer), train_shards[0].vocab_size, ranks)
     data, losses = trainer.TrainData(train_shards, s, ranks), []
     for step in range(steps + 1):
