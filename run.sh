@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set everything up and train. All settings are environment variables (README.md, or --help of the script):
-#   ./run.sh                                 on all GPUs; without one, a small model in two or three minutes
+#   ./run.sh                                 on the GPUs; without one, a small model in two or three minutes
 #   ./run.sh my_text.txt                     on your own text (.txt .md .rst .jsonl .parquet)
 #   SCRIPT=train_gpt.py SEED=1 ./run.sh      the baseline instead of Muon + ORD
 #   NPROC_PER_NODE=4 ./run.sh                with four ranks
