@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # Set everything up and train. All settings are environment variables (README.md, or --help of the script):
-#   ./run.sh                                 two or three minutes on a laptop; all GPUs where there are some
+#   ./run.sh                                 on the GPUs; without one, a small model in two or three minutes
 #   ./run.sh my_text.txt                     on your own text (.txt .md .rst .jsonl .parquet)
 #   SCRIPT=train_gpt.py SEED=1 ./run.sh      the baseline instead of Muon + ORD
-#   NPROC_PER_NODE=4 ./run.sh                so many ranks
+#   NPROC_PER_NODE=4 ./run.sh                with four ranks
 #   SAVE_EVERY=100 MAX_RESTARTS=3 ./run.sh   checkpoints, from which torchrun restarts the run if it dies
-#   RUN_ID=mine RESUME=auto ./run.sh         go on with a run that was stopped
+#   RUN_ID=mine RESUME=auto ./run.sh         resume a run that was stopped
 #   VENV=0 ./run.sh                          with the `python` on PATH, where nothing can be installed
 set -euo pipefail
 texts=()
 for text in "$@"; do
-  [ -f "$text" ] || { echo "$text: no such file; run.sh takes text files, settings are variables: MODEL=tiny ./run.sh" >&2; exit 2; }
+  [ -f "$text" ] || {
+    echo "$text: no such file; run.sh takes text files, settings are variables: MODEL=tiny ./run.sh" >&2
+    exit 2
+  }
   texts+=("$(cd "$(dirname "$text")" && pwd)/$(basename "$text")")
 done
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -22,27 +25,27 @@ source setup_env.sh
 setup_env  # sets python
 
 script=${SCRIPT:-train_gpt_muon_ord.py}
-[ -f "$script" ] || { echo "SCRIPT=$script: no such file; train_gpt_muon_ord.py and train_gpt.py are" >&2; exit 2; }
+[ -f "$script" ] || { echo "SCRIPT=$script: no such file; try train_gpt_muon_ord.py or train_gpt.py" >&2; exit 2; }
 
 if [ ${#texts[@]} -gt 0 ]; then
-  # a small model on bytes, unless MODEL names another; all of a long document is read
+  # a small model on bytes, unless MODEL names another; long documents are split, not cut
   export MODEL=${MODEL:-tiny} DATA_PATH=${DATA_PATH:-data/own} LONG_DOCS=${LONG_DOCS:-split}
   vocabulary=()
   case $MODEL in tiny* | moe-tiny) vocabulary=(--bytes) ;; esac
   $python data/tokenize_text.py "${texts[@]}" --out "$DATA_PATH" --force ${vocabulary[@]+"${vocabulary[@]}"}
 fi
 
-# the trainer refuses, here and once, what it would refuse later on every rank; else it says what it will use
+# the trainer refuses here, once, what it would later refuse on every rank; else it prints what it will use
 checked=$($python "$script" --check-settings) || exit
 eval "$checked"  # exports MODEL, RUN_ID and NPROC_PER_NODE
 
 # time to finish the step and save before torchrun kills; its own default is 30 s
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
-# threads of several ranks are the trainer's affair; they sleep while they wait, else a busy machine collapses:
-# 20 steps of tiny in one process on two cores with a load of 11 took 8 s, and minutes with threads that spin
+# several ranks share the cores, one thread each; waiting threads sleep, because spinning ones stall a busy machine:
+# 20 steps of tiny in one process on two cores with a load of 11 took 8 s, with threads that spin 15 s per step
 [ "$NPROC_PER_NODE" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-# an address, because the name of this machine need not have one
+# by address, because this machine's name may not resolve to one
 $python -m torch.distributed.run --standalone --local-addr=127.0.0.1 \
   --nproc-per-node="$NPROC_PER_NODE" --max-restarts="${MAX_RESTARTS:-0}" "$script"
 $python plot_loss.py "logs/$RUN_ID.txt" --out "logs/$RUN_ID.png" ||
@@ -52,7 +55,7 @@ echo "curves logs/$RUN_ID.png"
 model=logs/$RUN_ID/model.safetensors
 [ -f "$model" ] || exit 0
 echo "model  $model"
-# the run is not failed by a sample that cannot be had, as where GPT-2's vocabulary is not at hand
+# a sample may be impossible, for example without GPT-2's vocabulary; the run has not failed then
 if sample=$($python sample.py "$model" --tokens 60 | tr -s '\n\t ' ' '); then
   echo "sample ${sample:0:100}"
   echo "more   $python sample.py $model --prompt \"...\""

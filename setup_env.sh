@@ -1,9 +1,9 @@
-# Sourced by run.sh and test.sh: sets `python` to one that has requirements.txt.
-#   default         that of .venv, which is made if need be
-#   TORCH=2.11.0    that of .venv-torch2.11.0: another torch than requirements.txt pins, and its triton
+# Sourced by run.sh and test.sh: sets `python` to one that has what requirements.txt lists.
+#   default         the one in .venv, which is made if need be
+#   TORCH=2.11.0    the one in .venv-torch2.11.0: with this torch, and its triton, instead of the pinned one
 #   VENV=0          the one on PATH, as it is, for machines where nothing can be installed
-# Safe to run again: nothing happens while an environment works and has every package. It is asked, each time, because
-# one that was copied, renamed or whose Python is gone looks whole and is not.
+# Safe to run again: it changes nothing if the environment works and has every package. It checks every time, because
+# an environment that was copied or renamed, or whose Python is gone, looks whole and is not.
 
 setup_env() {
   local base=${PYTHON:-python3} venv=.venv${TORCH:+-torch$TORCH}
@@ -28,14 +28,14 @@ setup_env() {
   requirements | "$python" -m pip install --quiet --disable-pip-version-check -r /dev/stdin || return 2
 }
 
-# requirements.txt, with the torch that TORCH names and its triton
+# Print requirements.txt, with the torch that TORCH names and its triton
 requirements() {
   local triton
   case ${TORCH:-} in
     '') cat requirements.txt; return ;;
     2.11.?) triton=3.6.0 ;;
     2.12.?) triton=3.7.0 ;;
-    *) echo "TORCH=$TORCH is none of 2.11.0, 2.12.0, 2.12.1; unset, it is the one in requirements.txt" >&2; return 2 ;;
+    *) echo "TORCH=$TORCH is none of 2.11.0, 2.12.0, 2.12.1; leave it unset for the one in requirements.txt" >&2; return 2 ;;
   esac
   sed -e "s/^torch==[0-9.]*/torch==$TORCH/" -e "s/^triton==[0-9.]*/triton==$triton/" requirements.txt
 }
@@ -59,8 +59,8 @@ take_python_on_path() {
   fi
 }
 
-# Name what $1, a Python, lacks of the requirements on stdin. $2: pinned, in a virtual environment and in these
-# versions; or works, in any version, of torch and triton in one that is known to work. Fails if it is too old.
+# Name what $1, a Python, lacks of the requirements on stdin; fail if it is too old. $2: `pinned` wants a virtual
+# environment and these versions; `works` wants any versions, but of torch and triton those known to work.
 lacks() {
   "$1" -c '
 import fnmatch, importlib.metadata, sys
