@@ -590,7 +590,7 @@ def test_the_next_shard_is_indexed_before_it_is_needed(tmp_path):
     data, told = train_data(data_settings(tmp_path)), []
 
     def index_shard(*place):
-        told.append((place, threading.current_thread() is threading.main_thread()))
+        told.append((place[:2], threading.current_thread() is threading.main_thread()))
         return train_gpt.TrainData.index_shard(data, *place)
 
     data.ahead.coming.result()
