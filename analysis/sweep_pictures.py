@@ -26,7 +26,7 @@ VERDICTS = {"better": "#0072B2", "worse": "#D55E00"}
 # What stands beside a row of the forest: its heading, and its right end in points from the panel.
 COLUMNS = (("mean loss", 54), ("runs", 80), ("difference", 132), ("95% interval", 238))
 VERDICT_AT = 248
-MARGIN_INCHES = 6.9  # for all of it
+VERDICT_LETTERS, LETTER_INCHES = 52, 0.066  # room for a verdict, more where one is longer
 
 
 # ------------------------------------------------------------------------------------------------
@@ -132,11 +132,13 @@ def forest_place(results: Results, width: float, below: float) -> tuple[float, f
     """The place of a forest plot on a page of that width, `below` inches above its foot, for add_axes."""
     longest = max(len(name) for name in style.shorten_apart([arm.label for arm in results.arms], MAX_LABEL))
     inches, left = forest_inches(results), 0.25 + 0.083 * longest
-    height = inches + below
+    verdicts = (verdict_words(results, arm, *results.comparison(arm.label)) for arm in results.arms)
+    letters = max(VERDICT_LETTERS, *map(len, verdicts))
+    height, right = inches + below, VERDICT_AT / 72 + LETTER_INCHES * letters
     return (
         left / width,
         (below + 0.7) / height,
-        (width - left - MARGIN_INCHES) / width,
+        (width - left - right) / width,
         (inches - 1.05) / height,
     )
 
