@@ -458,6 +458,8 @@ def terminal():
         ours, theirs = pty.openpty()
         resize(ours, 120)
         env = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **env}
+        for name in ("COLUMNS", "LINES"):  # which pytest's processes have, and rich would believe
+            env.pop(name, None)
         command = [sys.executable, str(ROOT / "monitor_runs.py"), *map(str, arguments), "--interval", "0.1"]
         heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background may ignore it
         before = termios.tcgetattr(theirs)
