@@ -63,9 +63,10 @@ def main(argv: list[str]) -> int:
 
 def unpack(args: argparse.Namespace) -> None:
     """Write the source files, and print the command that repeats the run."""
-    sources = embedded_sources(args.log)
+    sources, found = embedded_sources(args.log), read_log(args.log)[0]
+    if not found.started:
+        raise ValueError(f"{args.log} has no event:started: it was cut, or is not a log of these trainers")
     write_sources(sources, args.folder)
-    found = read_log(args.log)[0]
     print(f"{len(sources)} files written to {args.folder}. The run again:\n")
     print(command(found, args.folder))
     print(f"\nDATA_PATH is as the run had it; its data were {found.started['train_data']}")

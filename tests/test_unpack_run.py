@@ -35,10 +35,14 @@ def test_a_log_without_sources_is_refused(tmp_path, capsys, text, says):
     assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_nothing_is_overwritten(shards, tmp_path, capsys):
+def test_nothing_is_overwritten_and_a_cut_log_is_refused(shards, tmp_path, capsys):
     train(tmp_path, shards, "first", ORD, **SETTINGS)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert unpack_run.main([str(tmp_path / "logs" / "first.txt"), str(tmp_path / "full")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    cut = tmp_path / "cut.txt"
+    cut.write_text((tmp_path / "logs" / "first.txt").read_text().rpartition("\nevent:started")[0])
+    assert unpack_run.main([str(cut), str(tmp_path / "new")]) == 2
+    assert "has no event:started" in capsys.readouterr().err and not (tmp_path / "new").exists()
