@@ -597,6 +597,7 @@ def test_the_next_shard_is_indexed_before_it_is_needed(tmp_path):
     data.index_shard = index_shard
     for _ in range(16):
         data.make(640)
+    data.ahead.coming.result()
     places = [(epoch, place) for epoch in range(3) for place in range(3)]
     assert told == [(place, False) for place in places[2 : 2 + len(told)]] and len(told) > 5
 
