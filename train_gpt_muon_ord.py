@@ -2048,4 +2048,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise.main(sys.modules[__name__], sys.argv[1:]))
+    supervise.leave(supervise.main(sys.modules[__name__], sys.argv[1:]))

@@ -495,4 +495,4 @@ def rehearse(start, stop):
 
 
 if __name__ == "__main__":
-    sys.exit(supervise.main(sys.modules[__name__], sys.argv[1:]))
+    supervise.leave(supervise.main(sys.modules[__name__], sys.argv[1:]))

@@ -262,6 +262,13 @@ def main(module, argv: list[str], env=os.environ) -> int:
     return Supervisor(module, start).run()
 
 
+def leave(code: int):
+    """End the process now: threads of torch that outlive the run can abort the interpreter's own way out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def exit_refused(name: str, error: ValueError) -> int:
     is_launched = os.environ.get("RANK") and os.environ.get("LOCAL_RANK")
     if not is_launched or os.environ["LOCAL_RANK"] == "0":  # once on each machine
