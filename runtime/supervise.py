@@ -264,8 +264,9 @@ def main(module, argv: list[str], env=os.environ) -> int:
 
 def leave(code: int):
     """End the process now: threads of torch that outlive the run can abort the interpreter's own way out."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe, a full disk
+            stream.flush()
     os._exit(code)
 
 
