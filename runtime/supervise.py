@@ -236,7 +236,7 @@ def main(module, argv: list[str], env=os.environ) -> int:
     """Exit code: 0 trained or stopped, 1 crashed or could not write, 2 refused, 3 diverged."""
     name = module.SCRIPT.name
     if "--help" in argv or "-h" in argv:
-        print(help_text(module.__doc__, module.SETTINGS, module.presets(), CACHE_HELP))
+        show(help_text(module.__doc__, module.SETTINGS, module.presets(), CACHE_HELP))
         return 0
     if "--settings-json" in argv:
         described = module.presets(), getattr(module, "ORD_DEFAULTS", {}), source_hash(module.SCRIPT)
