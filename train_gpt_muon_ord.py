@@ -18,7 +18,6 @@ import importlib.util
 import math
 import re
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -46,14 +45,14 @@ from runtime.memory import MOST_TOKENS, Memory
 from runtime.prefetch import Prefetcher, to_device
 from runtime.ranks import Ranks, capability, find_device, is_amd
 from runtime.session import Session
-from runtime.settings import SettingsError, knob, machine_knob, recording_knob
-from runtime.sharding import SMALL, Bucket, gradient_norm, read_master, write_master
+from runtime.settings import SettingsError, knob, machine_knob
+from runtime.sharding import SMALL, Bucket, gradient_norm, read_master, stats_by_layer, write_master
 
 SCRIPT = Path(__file__).resolve()
 
 # ---------------------------------------------------------------------------------------------------
 # Settings: one environment variable each, named as the field in capitals. A knob changes the numbers of
-# a run, a recording_knob what is written down, a machine_knob where and how it runs.
+# a run, a machine_knob where and how it runs. Those that any trainer has are in runtime/settings.py.
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -68,23 +67,16 @@ BY_STAGE = ("batch_sizes", "lr_muls", "max_doc_tokens")  # settings with one val
 
 
 @dataclass(frozen=True)
-class Settings(settings.RunPaths):
-    """The trainer's settings. A preset (MODEL) may change defaults; the environment has the last word."""
+class Settings(settings.RunSettings):
+    """The twins' own settings, beside those of any run. A preset (MODEL) may change defaults; the environment
+    has the last word."""
 
-    run_id: str = recording_knob("", "name of the log logs/RUN_ID.txt; empty: time, model and seed")
     seed: int = knob(0, "initial weights, data order and router noise, a stream each", low=0, high=2**62)
     model: str = knob("auto", "preset; auto: gpt2-small on CUDA, tiny without")
-    device: str = knob("auto", "auto: cuda where there is one", choices=("auto", "cuda", "cpu"))
-    nproc_per_node: int = machine_knob(0, "ranks that run.sh starts; 0: by GPUs or cores", low=0, high=1024)
-    compile: str = machine_knob("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     attn_backend: str = machine_knob("auto", "auto: varlen on CUDA, else sdpa", choices=ATTN_BACKENDS)
     kernels: str = machine_knob("auto", "fast forms: by device; torch: none", choices=KERNELS)
     disable_fp8: bool = knob(False, "bfloat16 head even where float8 is to be had (sm_89 and later)")
     # data
-    data_path: str = machine_knob(".", "folder that TRAIN_FILES and VAL_FILES are relative to")
-    train_files: str = knob("data/fineweb10B/fineweb_train_*.bin", "glob of training shards")
-    val_files: str = knob("data/fineweb10B/fineweb_val_*.bin", "glob of validation shards")
-    val_tokens: int = knob(10_485_760, "validation tokens, from the start of the shards", low=1024)
     val_batch_tokens: int = knob(2_097_152, "tokens of a validation batch", low=1024, rare=True)
     max_doc_tokens: tuple[int, ...] = knob((2048,) * 4, "longest document, by stage", low=16, rare=True)
     long_docs: str = knob("cut", "rest of a longer document: dropped or kept", choices=LONG_DOCS, rare=True)
@@ -113,18 +105,6 @@ class Settings(settings.RunPaths):
     lr_decay_switch_step: int = knob(0, "first step of a second decay, within the first; 0: none", low=0)
     lr_decay_second_type: str = knob(None, "its shape; empty: no second decay", choices=SECOND_DECAYS)
     lr_decay_second_final: float = knob(None, "its end, times the stage's; empty: LR_DECAY_FINAL", low=0)
-    # evaluation
-    val_loss_every: int = recording_knob(50, "steps between validations; 0: only the last", low=0)
-    val_loss_last_steps: int = recording_knob(100, "last steps that are validated more often", low=0)
-    val_loss_every_last: int = recording_knob(10, "steps between those validations; 0: as before", low=0)
-    target_loss: float = recording_knob(3.28, "validation loss to reach, nats per token", above=0)
-    manifold_every: int = recording_knob(0, "steps between measurements of spectra; 0: none", low=0)
-    diverged_above: float = recording_knob(0.0, "loss that ends a run; 0: 2 ln(V)", low=0, rare=True)
-    # checkpoints, faults
-    save_every: int = recording_knob(0, "steps between checkpoints; 0: only when stopped", low=0)
-    resume: str = recording_knob("", "auto: from RUN_ID's last checkpoint, if any; or a checkpoint's path")
-    save_model: bool = recording_knob(True, "write logs/RUN_ID/model.safetensors at the end")
-    dist_timeout: float = machine_knob(900.0, "seconds without progress that end a rank", low=5, rare=True)
 
 
 @dataclass(frozen=True)
@@ -159,7 +139,7 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     for name, values in by_stage.items():
         if len(values) == NUM_STAGES - 1:  # the extension keeps its default
             by_stage[name] = (*values, changes.get(name, getattr(Settings, name))[-1])
-    s = replace(s, model=model, device=device, **by_stage)
+    s = replace(s, **by_stage).resolved(model, device, SCRIPT)
     check_settings(s, env)
     check_optimizer_settings(o)
     return resolve(s), o, model_config(s, o, config)
@@ -194,11 +174,6 @@ def check_settings(s: Settings, env):
         )
     if s.train_tokens and "NUM_SCHEDULED_ITERATIONS" in env:
         raise SettingsError("TRAIN_TOKENS and NUM_SCHEDULED_ITERATIONS both set the run's length; unset one")
-    if s.run_id and not settings.is_file_name(s.run_id):
-        raise SettingsError(
-            f"RUN_ID={s.run_id!r}: wanted a file name of at most 200 letters, digits and . _ - = , + that "
-            "begins with a letter or digit"
-        )
     if s.device == "cpu" and s.attn_backend in ("varlen", "flex"):
         raise SettingsError(f"ATTN_BACKEND={s.attn_backend} trains on CUDA only; elsewhere use sdpa or auto")
     if s.kernels == "triton" and (s.device == "cpu" or is_amd() or not importlib.util.find_spec("triton")):
@@ -255,8 +230,6 @@ def resolve(s: Settings) -> Settings:
     """Replace every 'auto', and every 0 that means 'derived', by its meaning on this machine."""
     cuda = s.device == "cuda"
     changes = {}
-    if s.compile == "auto":
-        changes["compile"] = "1" if cuda else "0"
     if s.attn_backend == "auto":
         changes["attn_backend"] = "varlen" if cuda and capability() >= (8, 0) else "sdpa"
     if not cuda or capability() < (8, 9):
@@ -271,8 +244,6 @@ def resolve(s: Settings) -> Settings:
         mean_batch = sum(s.batch_sizes[:-1]) / (NUM_STAGES - 1)
         num_steps = max(1, round(s.train_tokens / mean_batch))
         changes |= {"num_scheduled_iterations": num_steps, "train_tokens": 0}
-    if not s.run_id:
-        changes["run_id"] = f"{time.strftime('%Y%m%d-%H%M%S')}-{SCRIPT.stem}-{s.model}-seed{s.seed}"
     return replace(s, **changes)
 
 
@@ -1456,7 +1427,8 @@ RHO_DIMS = {"global": (-2, -1), "row": (-1,), "col": (-2,)}
 RHO_START, RHO_END = 10, 50  # steps over which the adaptive schedule takes its reference
 RESCALE_FLOOR = 0.25  # half of INIT_GAIN: a matrix of a smaller root mean square must grow first
 MAX_SHRINK = 0.999  # of a norm in one step
-ORD_STATS = ("rho", "cos_gw", "cos_uw", "w_norm", "u_over_w", "radial_over_p")
+# for the log; spec: rho, signed
+MATRIX_STATS = ("spec", "cos_gw", "cos_uw", "w_norm", "u_over_w", "radial_over_p")
 
 
 def check_optimizer_settings(o: OptimizerSettings):
@@ -1540,7 +1512,7 @@ def frobenius(x: Tensor) -> Tensor:
 
 
 def ord_stats(G, W, U, radial, P, rho) -> Tensor:
-    """ORD_STATS of each matrix, (N, 6)."""
+    """MATRIX_STATS of each matrix, (N, 6)."""
     values = (
         rho.mean((-2, -1), keepdim=True),
         safe_ratio(inner(G, W), frobenius(G) * frobenius(W)),
@@ -1568,7 +1540,7 @@ def step_ord(
     o: OptimizerSettings,
     measure: bool,
 ):
-    """One Muon + ORD step on a shard of matrices, in place; returns mean |rho| and, if asked, ORD_STATS."""
+    """One Muon + ORD step on a shard of matrices, in place; returns mean |rho| and, if asked, the stats."""
     W = read_master(weight, mantissa)
     G = nesterov(grad, momentum, mu)
     dims = RHO_DIMS[o.spectral_rho_mode]
@@ -1614,31 +1586,6 @@ class OrdBucket(MatrixBucket):
 
 
 MatrixUpdate = OrdBucket
-
-
-def matrix_log_fields(buckets: list[OrdBucket], ranks: Ranks) -> dict:
-    """ORD_STATS by layer, the mean over a layer's matrices: spec_attn and spec_mlp are the signed rho."""
-    if not any(b.count for b in buckets):
-        return {}
-    names = [name for b in buckets for name in b.all_names]
-    table = torch.zeros(len(names), len(ORD_STATS), device=ranks.device)
-    for b in buckets:
-        if b.stats is not None:
-            for name, row in zip(b.names, b.stats):
-                table[names.index(name)] = row
-    ranks.all_reduce(table).wait()
-    fields = {}
-    for stat, column in zip(ORD_STATS, table.T.tolist()):
-        for part in ("attn", "mlp"):
-            layers = {}
-            for name, value in zip(names, column):
-                layer, this_part = name.split(".")[1:3]
-                if this_part == part:
-                    layers.setdefault(int(layer), []).append(value)
-            means = (sum(v) / len(v) for _, v in sorted(layers.items()))
-            key = f"{'spec' if stat == 'rho' else stat}_{part}"
-            fields[key] = "[" + ",".join(f"{m:.5g}" for m in means) + "]"
-    return fields
 
 
 # <<< optimizer
@@ -1761,7 +1708,10 @@ class Optimizer:
         if not full:
             return fields
         norm = {} if self.grad_norm is None else {"grad_norm": f"{float(self.grad_norm):.6g}"}
-        return {**fields, **norm, **matrix_log_fields(self.matrix_buckets, self.ranks)}
+        stats = {}
+        if MATRIX_STATS and any(b.count for b in self.matrix_buckets):
+            stats = stats_by_layer(MATRIX_STATS, self.matrix_buckets, self.ranks)
+        return {**fields, **norm, **stats}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1844,11 +1794,7 @@ class Schedule:
 
     def validates(self, step: int) -> bool:
         """Return whether there is a validation after `step` steps."""
-        s, left = self.s, self.num_steps - step
-        near_end = s.val_loss_every_last and left < s.val_loss_last_steps
-        if left == 0 or (near_end and left % s.val_loss_every_last == 0):
-            return True
-        return s.val_loss_every > 0 and step % s.val_loss_every == 0
+        return self.s.validates(step, self.num_steps)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from runtime import settings, supervise
 from runtime.compiling import not_compiled, torch_compile
 from runtime.ranks import Ranks, find_device
 from runtime.settings import knob
-from runtime.sharding import ShardedOptimizer, StateBucket, find_role, step_adamw
+from runtime.sharding import ShardedOptimizer, StateBucket, find_role, stats_by_layer, step_adamw
 from runtime.stream_run import Passes, StreamRun, count_slices, open_data  # noqa: F401
 
 SCRIPT = Path(__file__).resolve()
@@ -436,8 +436,8 @@ class Optimizer(ShardedOptimizer):
     def log_fields(self, full: bool) -> dict:
         """Fields of the step line; with `full`, STATS by layer. A collective then."""
         betas = dict(beta1=ADAM_BETAS[0], beta2=ADAM_BETAS[1], muon_momentum=self.o.muon_momentum)
-        fields = {key: f"{value:.4f}" for key, value in betas.items()}
-        return fields | (self.stats_by_layer(STATS) if full and self.buckets[0].count else {})
+        stats = stats_by_layer(STATS, self.stacks, self.ranks) if full and self.buckets[0].count else {}
+        return {key: f"{value:.4f}" for key, value in betas.items()} | stats
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -32,19 +32,6 @@ class SettingsError(ValueError):
     """Settings that cannot be used: what was found, what was wanted, what to do. Exit code 2."""
 
 
-class RunPaths:
-    """Places of a run's files, for settings that have run_id."""
-
-    @property
-    def log(self) -> Path:
-        return Path("logs") / f"{self.run_id}.txt"
-
-    @property
-    def folder(self) -> Path:
-        """Folder of checkpoints and the trained model."""
-        return Path("logs") / self.run_id
-
-
 def knob(default, help: str, *, affects: str = "training", rare: bool = False, **limits):
     """Define one setting.
 
@@ -75,7 +62,7 @@ EMBEDDED = {  # defaults of a preset that trains on the embedded corpus
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSettings(RunPaths):
+class RunSettings:
     """Settings that any run has: a name, a place, data files, times of validation, checkpoints."""
 
     run_id: str = recording_knob("", "name of the log logs/RUN_ID.txt; empty: time, model and seed")
@@ -98,6 +85,15 @@ class RunSettings(RunPaths):
     resume: str = recording_knob("", "auto: from RUN_ID's last checkpoint, if any; or a checkpoint's path")
     save_model: bool = recording_knob(True, "write logs/RUN_ID/model.safetensors at the end")
     dist_timeout: float = machine_knob(900.0, "seconds without progress that end a rank", low=5, rare=True)
+
+    @property
+    def log(self) -> Path:
+        return Path("logs") / f"{self.run_id}.txt"
+
+    @property
+    def folder(self) -> Path:
+        """Folder of checkpoints and the trained model."""
+        return Path("logs") / self.run_id
 
     def resolved(self, model: str, device: str, script: Path):
         """These settings with every 'auto', and an empty RUN_ID, replaced by its meaning on this machine."""

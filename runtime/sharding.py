@@ -5,6 +5,7 @@ are fp32: the weight itself, or a bfloat16 weight (the high half) with an int16 
 """
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -172,7 +173,8 @@ class StateBucket(Bucket):
     def __init__(self, role: str, params: dict[str, nn.Parameter], ranks: Ranks, stacked: bool):
         shape = next(iter(params.values())).shape
         super().__init__(params, ranks, unit=shape.numel() if stacked else 1, every=1)
-        self.role, self.stacked, self.tensors, self.names, self.stats = role, stacked, {}, list(params), None
+        self.role, self.stacked, self.tensors, self.stats = role, stacked, {}, None
+        self.all_names = self.names = list(params)
         if stacked:
             self.mine, self.grad = self.mine.view(-1, *shape), self.grad.view(-1, *shape)
             first = ranks.rank * len(self.mine)
@@ -213,6 +215,30 @@ def restore_all(buckets: list[Bucket], states: dict | None, counts: dict[str, in
     for bucket in buckets:
         bucket.restore(states)
         bucket.count = counts[next(iter(bucket.params))]
+
+
+def stats_by_layer(keys: Sequence[str], stacks: list, ranks: Ranks) -> dict[str, str]:
+    """Fields {key_part: "[layer 0, ...]"}, means over the matrices of a layer's part. A collective.
+
+    keys: the columns of a stack's `stats`, which has a row for each of its `names`, the matrices that this
+    rank owns, or is None. all_names: the matrices of all ranks, blocks.LAYER.PART.REST.
+    """
+    names = [name for b in stacks for name in b.all_names]
+    table = torch.zeros(len(names), len(keys), device=ranks.device)
+    for b in stacks:
+        for name, row in zip(b.names, b.stats if b.stats is not None else ()):
+            table[names.index(name)] = row
+    ranks.all_reduce(table).wait()
+    layers = {}
+    for name, row in zip(names, table.tolist()):
+        _, layer, part, *_ = name.split(".")
+        layers.setdefault((part, int(layer)), []).append(row)
+    fields = {}
+    for i, key in enumerate(keys):
+        for part in sorted({part for part, _ in layers}):
+            columns = [[row[i] for row in layers[place]] for place in sorted(layers) if place[0] == part]
+            fields[f"{key}_{part}"] = "[" + ",".join(f"{sum(c) / len(c):.5g}" for c in columns) + "]"
+    return fields
 
 
 def find_role(name: str, roles: dict[str, str]) -> str:
@@ -271,25 +297,3 @@ class ShardedOptimizer:
             b.work.wait()
             names = [name.removesuffix(".weight") for name in b.names]
             yield names, b.mine[: len(names)], b.grad[: len(names)]
-
-    def stats_by_layer(self, keys: tuple[str, ...]) -> dict[str, str]:
-        """Fields {key_part: "[layer 0, ...]"}, means over the matrices of a layer's part. A collective.
-
-        keys: of the columns of each stack's `stats`; names are blocks.LAYER.PART.REST.
-        """
-        names = [name for b in self.stacks for name in b.params]
-        table = torch.zeros(len(names), len(keys), device=self.ranks.device)
-        for b in self.stacks:
-            for name, row in zip(b.names, b.stats if b.stats is not None else ()):
-                table[names.index(name)] = row
-        self.ranks.all_reduce(table).wait()
-        layers = {}
-        for name, row in zip(names, table.tolist()):
-            _, layer, part, *_ = name.split(".")
-            layers.setdefault((part, int(layer)), []).append(row)
-        fields = {}
-        for i, key in enumerate(keys):
-            for part in sorted({part for part, _ in layers}):
-                columns = [[row[i] for row in layers[place]] for place in sorted(layers) if place[0] == part]
-                fields[f"{key}_{part}"] = "[" + ",".join(f"{sum(c) / len(c):.5g}" for c in columns) + "]"
-        return fields
