@@ -18,5 +18,7 @@ $python data/embedded_corpus.py
 $python -m ruff check .
 $python -m ruff format --check .
 # three test files at a time on two cores, because the tests of faults wait more than they compute; in order of their
-# names, because xdist's own order (files with many tests first) leaves the few long ones to the end
-$python -m pytest -q $tests -n "${TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder "$@"
+# names, because xdist's own order (files with many tests first) leaves the few long ones to the end. A test that ends
+# its process ends the whole run: xdist's new process would meet it again, and then waits for ever.
+$python -m pytest -q $tests -n "${TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder \
+  --max-worker-restart 0 "$@"
