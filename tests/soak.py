@@ -186,11 +186,12 @@ def damage(job: Job, change):
 
 def copy_project(cwd: Path):
     """Copy the trainers and what they import: a tree that is edited meanwhile is no fault of the runs."""
-    for script in (BASELINE, ORD, "data/shards.py"):
-        (cwd / script).parent.mkdir(exist_ok=True)
+    for script in (BASELINE, ORD):
         shutil.copy(ROOT / script, cwd / script)
-    for folder in ("runtime", "kernels"):
-        shutil.copytree(ROOT / folder, cwd / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("data", "kernels", "runtime"):
+        (cwd / folder).mkdir()
+        for path in (ROOT / folder).glob("*.py"):
+            shutil.copy(path, cwd / folder)
 
 
 def start(cwd: Path, arm: str, run_id: str, ranks: int, **settings) -> Job:

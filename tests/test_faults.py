@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import soak
 import torch
 from helpers import BASELINE, ORD, ROOT, base_env, command, losses, make_text, run, train, write_shard
 from jobs import PATIENCE_S, Job, events, lines, refusal
@@ -693,3 +694,11 @@ def test_two_runs_in_one_folder_and_one_name_twice(shards, tmp_path):
     assert first.process.poll() is None
     first.process.send_signal(signal.SIGTERM)
     assert first.end() == 0
+
+
+@pytest.mark.parametrize("script", [BASELINE, ORD])
+def test_the_soak_has_all_that_its_runs_import(tmp_path, script):
+    """Else the soak, which nothing else runs, ends before its first fault."""
+    soak.copy_project(tmp_path)
+    done = subprocess.run([sys.executable, script, "--settings-json"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
