@@ -444,6 +444,7 @@ def test_restarts_do_not_take_an_older_run_of_the_same_name(copy_of_saved, shard
 def test_a_stopped_rank_is_given_up_in_time(shards, tmp_path, victim):
     """Fails if a process that is there and silent (SIGSTOP), as when a GPU hangs, is waited for for ever."""
     env = base_env(shards, RUN_ID="hung", NUM_SCHEDULED_ITERATIONS=400, DIST_TIMEOUT=5)
+    env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "2"  # so long torchrun waits for the stopped one before it kills
     job = Job(tmp_path, BASELINE, env, ranks=2)
     job.wait_for(r"^step:2/")
     pid = job.ranks()[victim]

@@ -47,8 +47,6 @@ def test_the_step_is_one_graph_forward_and_backward_and_takes_the_kernels(tmp_pa
         "train_gpt optimizer": 4,  # Adam's
         "torch step": 3,
         "train_gpt_muon_ord optimizer": 6,  # and without statistics
-        "train_gpt defaults": 3,
-        "train_gpt_muon_ord defaults": 3,
     }
 
 
