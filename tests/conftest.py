@@ -19,8 +19,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "fake_cuda: runs only with --fake-cuda")
-    if hasattr(config, "workerinput"):  # one of several processes: a thread each
-        os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # small tensors are slower on two threads, and files run side by side
 
 
 def pytest_collection_modifyitems(config, items):
@@ -39,17 +38,6 @@ def shards(tmp_path_factory):
     write_shard(folder / "made_train_000000.bin", make_chain(120_000, 1))
     write_shard(folder / "made_val_000000.bin", make_chain(20_000, 2))
     return folder
-
-
-@pytest.fixture
-def one_thread():
-    """The small tensors of the tests are slower on two threads than on one."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

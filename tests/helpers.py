@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from forked import PATIENCE_S, run_forked
 from torch import nn
 
 import train_gpt
@@ -110,12 +111,11 @@ def base_env(shards: Path, **settings) -> dict:
 
 
 def run(cwd: Path, script: str, env: dict, ranks: int = 1, extra: tuple = ()) -> subprocess.CompletedProcess:
-    """One run in folder cwd: plain python, forked ranks or, with its options in `extra`, torchrun."""
-    if ranks and not extra:
-        argv = [sys.executable, str(ROOT / "tests" / "fork_ranks.py"), str(ranks), str(ROOT / script)]
-    else:
-        argv = command(script, ranks, extra)
-    return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    """One run in folder cwd, forked; or, with its options in `extra`, started by torchrun."""
+    if not extra:
+        return run_forked(cwd, str(ROOT / script), env, ranks)
+    argv = command(script, ranks, extra)
+    return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def command(script: str, ranks: int, extra: tuple = ()) -> list[str]:

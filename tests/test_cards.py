@@ -104,7 +104,6 @@ def test_out_of_memory_names_the_setting_that_helps(on_gpu):
         raise ZeroDivisionError
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("part", ["rehearsal", "run"])
 def test_a_run_that_ends_for_want_of_memory_says_what_helps(part, on_gpu, shards, tmp_path, monkeypatch):
     """Fails if rehearsal or loop pass on the allocator's bare error."""

@@ -78,7 +78,6 @@ def steps(run, data, first, last) -> list[float]:
 ORD_STATES = dict(SPECTRAL_SCHEDULE="adaptive", SPECTRAL_VARIANCE=1)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("at", [2, 4, 8, 10])
 @pytest.mark.parametrize(
     "trainer, env",
@@ -111,7 +110,6 @@ def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, at, tmp_path, monk
     assert all(torch.equal(a, b) for a, b in both)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "changes", [{"step": STEPS}, {"step": 10**9}, {"counts": {}}, {"counts": {"head": 1}}]
 )
@@ -320,7 +318,6 @@ def test_pipes_are_refused_and_not_waited_for(tmp_path):
     assert log_writer.last_event(tmp_path / "logs" / "pipe.txt") == ""
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     """Fails if the last good checkpoints make room for it: a loss that is still finite hides it."""
     monkeypatch.chdir(tmp_path)

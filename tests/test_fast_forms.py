@@ -15,8 +15,6 @@ import train_gpt
 from kernels import fast_forms
 from kernels.fast_forms import CPU_FORMS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BY_NAME = {form.name: form for form in CPU_FORMS}
 UPDATES = ("polar_express",)  # forms of the update; the others are the model's
 NUM_STEPS = 3

@@ -23,7 +23,7 @@ from report import Report, row  # noqa: E402
 
 
 @pytest.fixture
-def scratch(tmp_path, monkeypatch, one_thread):
+def scratch(tmp_path, monkeypatch):
     """A place for what first_hour.py leaves outside its results; the environment as before afterwards."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "")

@@ -105,7 +105,7 @@ def traced_only(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thread, monkeypatch):
+def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, monkeypatch):
     """Else a stage begins with a minute of compiling on the clock. And what the rehearsal made must be gone:
     its model and optimizer are as large as the run's."""
     trainer = train_gpt_muon_ord  # compiles all that the baseline does, and a form of the step that measures
@@ -138,19 +138,20 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, one_thre
     assert "event:recompiled step:12 graphs:1" in (tmp_path / "run.txt").read_text()
 
 
-def test_nothing_is_compiled_in_a_resumed_run(tmp_path, traced_only, one_thread, monkeypatch):
+def test_nothing_is_compiled_in_a_resumed_run(tmp_path, traced_only, monkeypatch):
     """Resumed in the middle of stage 3, untied: a softmax scale, say, that differs in its last bit would be
     another constant of the graph."""
     at = 8
     monkeypatch.chdir(tmp_path)
     trainer = train_gpt_muon_ord
     start = staged_start(trainer, tmp_path, RUN_ID="saved", SAVE_EVERY=at)
-    run = trainer.Run(start, StopRequest())
     with pytest.MonkeyPatch.context() as patch:
+        for module in (compiling, trainer):
+            patch.setattr(module, "torch_compile", lambda function: function)
+        run = trainer.Run(start, StopRequest())
         patch.setattr(run.session, "num_steps", at + 1)
         assert run.train() == at + 1
     saved = checkpoints.read(tmp_path / "logs" / "saved" / f"step_{at:08d}.pt")
-    torch._dynamo.reset()  # as in a new process
     run = trainer.Run(start, StopRequest())
     run.session.resume(saved)
     assert (run.session.first_step, run.trainer.stage, run.trainer.tied) == (at, 2, False)
@@ -164,7 +165,7 @@ def test_nothing_is_compiled_in_a_resumed_run(tmp_path, traced_only, one_thread,
 
 
 @pytest.mark.parametrize("way", WAYS_OF_ORD)
-def test_every_way_of_ord_is_one_graph(way, traced_only, one_thread):
+def test_every_way_of_ord_is_one_graph(way, traced_only):
     """Else an arm of a sweep ends in its rehearsal, on a GPU alone: dynamo refuses what eager torch takes."""
     trainer = train_gpt_muon_ord
     model, o = small_model(trainer), optimizer_settings(trainer, **WAYS_OF_ORD[way])
@@ -543,7 +544,7 @@ CONSTANTS = [
 ]
 
 
-def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only, one_thread):
+def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only):
     """Else a sweep over residual scales, say, compiles all its runs side by side, each for itself; or one
     over learning rates starts every arm alone."""
     trainer = train_gpt_muon_ord

@@ -141,7 +141,6 @@ OPTIMIZERS = [
 ]
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("trainer, env", OPTIMIZERS)
 def test_update_is_after_minus_before_and_the_gradient_is_raw(trainer, env, tmp_path):
     """Fails if the measurement is not of what the optimizer did, or clipping and momentum show in

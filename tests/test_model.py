@@ -25,9 +25,6 @@ from kernels.ngrams import hash_ngrams
 DOCUMENTS = [[0, 5, 6, 20], [0, 11, 31]]  # where documents begin in the two slices of 32 tokens
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ------------------------------------------------------------------------------------------------ reference
 
 

@@ -19,8 +19,6 @@ from runtime import flops
 from runtime.compiling import graphs_compiled, not_compiled, torch_compile
 from runtime.settings import SettingsError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EXPERTS = dict(num_experts=5, moe_top_k=2, expert_hidden=24)
 PATHS = pytest.mark.parametrize("grouped", [False, True], ids=["sorted", "grouped"])
 

@@ -46,8 +46,6 @@ from runtime import checkpoints
 from runtime.settings import SettingsError
 from runtime.trained import load_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 H, LAST, RECORD = 4, 5, "gpt2-small-2026-08"
 GROWN = 1.1**0.5
 

@@ -86,7 +86,6 @@ def test_ord_modes_agree_over_ranks(shards, tmp_path):
         np.testing.assert_allclose(columns[1].value, columns[0].value, atol=2e-3)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_stage_begins_before_the_validation_at_its_start(shards, tmp_path, monkeypatch):
     """Fails if a validation between two stages is made with the windows of the one that has ended. Thirds of
     two steps; without an extension the last validation has the extension's stage, but windows of its own."""
@@ -99,7 +98,6 @@ def test_a_stage_begins_before_the_validation_at_its_start(shards, tmp_path, mon
     assert stages == [0, 0, 1, 1, 2, 2, 3]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_rehearsal_leaks_nothing(baseline, shards, tmp_path, monkeypatch):
     """Fails if a rehearsal does not work on a copy: after it, every digit must be the same."""
     _, val, trained = baseline
@@ -232,7 +230,6 @@ def test_validations_say_how_large_gradient_and_memory_are(baseline):
     assert "mfu" not in log.columns and not log.unread_lines
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_mfu_is_the_models_flop_over_what_products_would_do(shards, tmp_path, monkeypatch):
     """Fails if MFU counts another stage's FLOP or the time of validations, or starts anew at none. A CPU logs
     none by itself, but can be asked."""

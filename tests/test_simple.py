@@ -43,7 +43,6 @@ MODES = {
     "rows": {"ORD_MODE": "rows", "MUON_LR": 0.03},
     "rows with gains": {"ORD_MODE": "rows", "MUON_LR": 0.03, "SPECTRAL_GAIN_LR": 0.015},
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def env_of(shards, **settings) -> dict:

@@ -49,9 +49,6 @@ SHAPES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ------------------------------------------------------------------------------------------------ reference
 
 

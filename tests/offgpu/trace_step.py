@@ -2,13 +2,15 @@
 
     python trace_step.py stage|variants|experts|later|inductor|ord
 
-stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins, in
-          three layers; what forward keeps for backward, and the optimizer all the time, as runtime/memory.py
-          forecasts it; the defaults of both take the Triton forms, for the model and for the matrices' step
+stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins,
+          in three layers; what forward keeps for backward, and the optimizer all the time, as
+          runtime/memory.py forecasts it; the defaults of both take the Triton forms, for the model and for
+          the matrices' step
 variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
 experts   a step and a validation of moe-79m, which has grouped products, and its optimizer's steps
 later     steps of the first and the last stage, and a validation, of gpt2-small-2026-08's parts in six layers
-inductor  the first stage's step in all layers, twin with ORD, and its validation, by inductor to sm_90 machine code
+inductor  the first stage's step in all layers, twin with ORD, and its validation, by inductor to sm_90
+          machine code
 ord       the update of matrices in each of ORD's ways, by inductor to sm_90 machine code
 """
 
