@@ -142,6 +142,23 @@ def train(cwd, shards, run_id, script=BASELINE, ranks=0, **settings) -> tuple[li
     return losses(cwd, run_id), losses(cwd, run_id, "train_loss")
 
 
+def slopes(values: dict[str, np.ndarray], loss, size: float):
+    """Yield (name, direction, slope of loss() along it) for each value, which loss() reads.
+
+    The direction is random and of length 1; the slope is a central difference over `size` to either side.
+    """
+    rng = np.random.default_rng(0)
+    for name, value in list(values.items()):
+        direction = rng.normal(size=value.shape)
+        direction /= np.linalg.norm(direction)
+        sides = []
+        for sign in (1, -1):
+            values[name] = value + sign * size * direction
+            sides.append(loss())
+        values[name] = value
+        yield name, direction, (sides[0] - sides[1]) / (2 * size)
+
+
 def lone_ranks(rank=0, world_size=1):
     """Ranks of this process alone, without a process group.
 

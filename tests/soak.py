@@ -131,7 +131,8 @@ def flip_bit(job: Job, rng) -> bool:
 def tear_log(job: Job, rng) -> bool:
     """Leave half a line in the log, as a machine does that dies while writing it."""
     job.kill()
-    if events(job.log, "finished"):  # too late: nobody will go on with it and end the torn line
+    # too early; or too late: nobody will go on with it and end the torn line
+    if not job.log.exists() or events(job.log, "finished"):
         return True
     with job.log.open("a") as file:
         file.write(f"step:{STEPS}/{STEPS} train_loss:0.1234"[: rng.randrange(1, 30)])

@@ -18,6 +18,7 @@ from helpers import (
     make_optimizer,
     make_text,
     read,
+    slopes,
     train,
     write_shard,
 )
@@ -367,18 +368,10 @@ def test_gradients_equal_differences_of_the_slow_model(part):
     model, batch = model_of(config(**PARTS[part])), make_batch(train_gpt)
     prefix_weight = 0.2 if "prefix_weights" in PARTS[part] else None
     model.train_loss(batch, WINDOWS, False, torch.tensor(WEIGHTS), None, prefix_weight)[0].backward()
-    reference, rng = reference_of(model), np.random.default_rng(0)
-    for name, p in model.named_parameters():
-        value = reference.p[name]
-        direction = rng.normal(size=value.shape)
-        direction /= np.linalg.norm(direction)
-        sides = []
-        for sign in (1, -1):
-            reference.p[name] = value + sign * 1e-6 * direction
-            sides.append(ref_loss(reference, model, batch, False, prefix_weight))
-        reference.p[name] = value
-        slope = (sides[0] - sides[1]) / 2e-6
-        assert (p.grad.numpy() * direction).sum() == pytest.approx(slope, rel=1e-4, abs=1e-4), name
+    reference, grads = reference_of(model), {n: p.grad for n, p in model.named_parameters()}
+    known = model, batch, False, prefix_weight
+    for name, direction, slope in slopes(reference.p, lambda: ref_loss(reference, *known), 1e-6):
+        assert (grads[name].numpy() * direction).sum() == pytest.approx(slope, rel=1e-4, abs=1e-4), name
 
 
 def test_slices_of_one_pass_do_not_see_each_other():
