@@ -14,7 +14,7 @@
 Nothing uses atomics: sums over blocks are stored and added in a fixed order, so two runs agree bit for bit.
 What compiled code must trace is a torch.library custom op; the optimizer's kernels are called as they are.
 tests/test_triton_interpreter.py compares each with its reference, tests/test_triton_compile.py compiles
-every launch for Hopper, both without a GPU. Predicted gains: records/2026-11-24_kernels/README.md.
+every launch for sm_80 to sm_120, both without a GPU. Predicted gains: records/2026-11-24_kernels/README.md.
 
 M rows (tokens), C width, F hidden width, V vocabulary, B slices of T tokens, K predicted tokens;
 N matrices of R rows and K columns

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--fake-cuda"):
         for item in items:
             if item.get_closest_marker("fake_cuda"):
-                item.add_marker(pytest.mark.skip(reason="minutes long; ./test.sh --fake-cuda runs it"))
+                item.add_marker(pytest.mark.skip(reason="takes long; ./test.sh --fake-cuda runs it"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,9 @@
-"""Runs of a trainer, forked from one process that has imported torch, which takes more than a second."""
+"""Run trainers by forking a process that has torch: importing it takes more than a second.
+
+What only a new interpreter sees is not tested so: PYTHON* variables, another hash seed, OMP_NUM_THREADS (read
+when torch was imported; conftest.py sets it to 1). Runs that are disturbed (jobs.Job), and those of torchrun,
+are started the usual way.
+"""
 
 import multiprocessing
 import os
@@ -7,11 +12,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch"])
-PATIENCE_S = 300
+PATIENCE_S = 300  # ends of waiting loops: far beyond what a busy machine takes
 
 
 def free_port() -> int:
@@ -20,26 +27,24 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def become(script: str, cwd: Path, env: dict[str, str], outputs: tuple[str, str]):
-    """Run a script as `python script` does in folder cwd; outputs: files for what it says. Never returns.
-
-    torch has read OMP_NUM_THREADS before: it is 1 in all tests.
-    """
+def become(script: str, cwd: Path, env: dict[str, str], outputs: list[Path]):
+    """Run a script in folder cwd. outputs: the files that get its stdout and stderr."""
     for descriptor, path in enumerate(outputs, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     os.chdir(cwd)
+    sys.modules.pop(__name__)  # no source of the run, which its log would list
     os.environ.clear()
     os.environ.update(env)
-    tests = Path(__file__).resolve().parent
-    elsewhere = [path for path in sys.path if path not in ("", str(tests), str(tests.parent))]
-    sys.argv, sys.path[:] = [script], [str(Path(script).parent), *elsewhere]
+    ours = {"", *(str(ROOT / folder) for folder in (".", "benchmarks", "tests", "tests/offgpu"))}
+    sys.argv, sys.path[:] = [script], [str(Path(script).parent), *(p for p in sys.path if p not in ours)]
     runpy.run_path(script, run_name="__main__")
 
 
 def run_forked(cwd: Path, script: str, env: dict[str, str], ranks: int) -> subprocess.CompletedProcess:
     """Run a script to its end, on ranks with torchrun's variables; ranks=0: without them.
 
-    No restarts, no signals passed on. The exit code is the largest of the ranks'.
+    No restarts, no signals passed on. The exit code is the largest of the ranks'; death by a signal counts as
+    the signal's number. Raises TimeoutExpired after PATIENCE_S.
     """
     envs = [env]
     if ranks:
@@ -47,13 +52,23 @@ def run_forked(cwd: Path, script: str, env: dict[str, str], ranks: int) -> subpr
         env = dict(env, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
         envs = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     with tempfile.TemporaryDirectory() as folder:
-        outputs = os.path.join(folder, "stdout"), os.path.join(folder, "stderr")
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        for path in outputs:
+            path.touch()
         processes = [CONTEXT.Process(target=become, args=(script, cwd, env, outputs)) for env in envs]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(PATIENCE_S)
-            process.kill()  # if it still runs
-            process.join()
-        said = [Path(path).read_text() if os.path.exists(path) else "" for path in outputs]
+        end = time.monotonic() + PATIENCE_S
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(end - time.monotonic())
+            hang = any(process.is_alive() for process in processes)
+        finally:
+            for process in processes:
+                if process.pid:
+                    process.kill()
+                    process.join()
+        said = [path.read_text() for path in outputs]
+    if hang:
+        raise subprocess.TimeoutExpired(script, PATIENCE_S, *said)
     return subprocess.CompletedProcess(script, max(abs(p.exitcode) for p in processes), *said)

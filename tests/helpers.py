@@ -111,7 +111,7 @@ def base_env(shards: Path, **settings) -> dict:
 
 
 def run(cwd: Path, script: str, env: dict, ranks: int = 1, extra: tuple = ()) -> subprocess.CompletedProcess:
-    """One run in folder cwd, forked; or, with its options in `extra`, started by torchrun."""
+    """One run in folder cwd: forked, or started by torchrun if `extra` has options for it."""
     if not extra:
         return run_forked(cwd, str(ROOT / script), env, ranks)
     argv = command(script, ranks, extra)

@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from forked import PATIENCE_S
 from helpers import ROOT, command
 
 from kernels import fast_forms
@@ -35,7 +36,6 @@ def step(self, number, *args, **kwargs):
 trainer.Trainer.step = step
 sys.exit(supervise.main(trainer, sys.argv[1:]))
 """
-PATIENCE_S = 300  # ends of waiting loops: far beyond what a busy machine takes
 
 
 def refusal(trainer, env: dict, capsys) -> str:

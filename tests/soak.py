@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +25,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from helpers import BASELINE, ORD, ROOT, base_env, make_text, run, write_shard  # noqa: E402, path first
+from helpers import BASELINE, ORD, ROOT, base_env, command, make_text, write_shard  # noqa: E402, path first
 from jobs import Job, events, lines  # noqa: E402
+
+from runtime.supervise import process_state  # noqa: E402
 
 STEPS, TOLERANCE, DIST_TIMEOUT = 60, 5e-3, 10
 COMMON = dict(
@@ -91,9 +94,10 @@ def ask_to_stop(job: Job, rng) -> bool:
 
 def stop_rank(job: Job, rng) -> bool:
     """Hang a rank for good: the others give up after DIST_TIMEOUT."""
-    for pid in rng.sample(list(job.ranks().values()), 1) if job.ranks() else ():
+    awake = [pid for pid in job.ranks().values() if process_state(pid) == "alive"]
+    for pid in rng.sample(awake, 1) if awake else ():
         signal_to(pid, signal.SIGSTOP)
-        if len(job.ranks()) < 2:  # nobody else is there to notice
+        if len(awake) < 2:  # nobody else is there to notice
             time.sleep(1)
             signal_to(pid, signal.SIGCONT)
     return False
@@ -144,7 +148,9 @@ def intrude(job: Job, rng) -> bool:
     if not job.log.exists():  # it would be the first
         return False
     env = {**job.env, "RESUME": rng.choice(("", "auto"))}
-    done = run(job.log.parent.parent, job.script, env, ranks=0)
+    done = subprocess.run(
+        command(job.script, 0), cwd=job.log.parent.parent, env=env, capture_output=True, text=True
+    )
     if job.process.poll() is None and done.returncode not in (0, 2):
         raise AssertionError(f"an intruder was not refused: {done.returncode} {done.stderr[-500:]}")
     return False

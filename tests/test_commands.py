@@ -197,7 +197,7 @@ def place(shards, tmp_path_factory) -> Path:
 
 
 def run_script(words: list[str], monkeypatch) -> int | None:
-    """Run a script in this process, as python does; return its exit code. Not for trainers: they end it."""
+    """Run a script in this process, as python does; return its exit code."""
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def main")))
     try:
@@ -218,7 +218,7 @@ def test_a_documented_command_runs(words, place, tmp_path, monkeypatch, capsys):
         return  # by `place`
     words = [word.format(a=logs[0], b=logs[1]) for word in words]
     words = [str(tmp_path / word) if word in ("new", "data/mine") else word for word in words]
-    if words[0] in TRAINERS:  # they would end this process
+    if words[0] in TRAINERS:  # supervise.leave would end this process
         code = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]]).returncode
     else:
         code = run_script(words, monkeypatch)

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import soak
 import torch
+from forked import PATIENCE_S
 from helpers import BASELINE, ORD, ROOT, base_env, command, losses, make_text, run, train, write_shard
-from jobs import PATIENCE_S, Job, events, lines, refusal
+from jobs import Job, events, lines, refusal
 from safetensors.numpy import load_file
 
 import train_gpt
@@ -444,7 +445,7 @@ def test_restarts_do_not_take_an_older_run_of_the_same_name(copy_of_saved, shard
 def test_a_stopped_rank_is_given_up_in_time(shards, tmp_path, victim):
     """Fails if a process that is there and silent (SIGSTOP), as when a GPU hangs, is waited for for ever."""
     env = base_env(shards, RUN_ID="hung", NUM_SCHEDULED_ITERATIONS=400, DIST_TIMEOUT=5)
-    env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "2"  # so long torchrun waits for the stopped one before it kills
+    env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "2"  # seconds before it kills one that is stopped; else 30
     job = Job(tmp_path, BASELINE, env, ranks=2)
     job.wait_for(r"^step:2/")
     pid = job.ranks()[victim]
@@ -698,8 +699,9 @@ def test_two_runs_in_one_folder_and_one_name_twice(shards, tmp_path):
 
 
 @pytest.mark.parametrize("script", [BASELINE, ORD])
-def test_the_soak_has_all_that_its_runs_import(tmp_path, script):
+def test_the_soaks_copy_of_the_project_starts(tmp_path, script):
     """Else the soak, which nothing else runs, ends before its first fault."""
     soak.copy_project(tmp_path)
-    done = subprocess.run([sys.executable, script, "--settings-json"], cwd=tmp_path, capture_output=True)
+    argv = [sys.executable, script, "--settings-json"]
+    done = subprocess.run(argv, cwd=tmp_path, env=base_env(tmp_path), capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """What torch.compile makes of gpt2-small on a GPU, without one: a pretended CUDA device under fake tensors,
-in a process of its own (tests/offgpu/pretend_cuda.py)."""
+in a process of its own (tests/offgpu/pretend_cuda.py). Tests of minutes (--fake-cuda) take all layers, the
+others a few."""
 
 import os
 import re
@@ -39,8 +40,8 @@ def new_graphs(so_far: dict[str, int]) -> dict[str, int]:
 
 def test_the_step_is_one_graph_forward_and_backward_and_takes_the_kernels(tmp_path):
     """Else a graph break, a tensor on the wrong device or a host read stops the run on a GPU; and a pass with
-    another number of documents would compile the model anew. The process itself asserts that the defaults on
-    sm_90 take the Triton forms, in the graphs and for the matrices' step."""
+    another number of documents would compile the model anew. The process itself asserts that the default on
+    sm_90 takes the Triton forms, in the graphs and for the matrices' step of both twins."""
     graphs = trace("stage", tmp_path, 900)
     assert new_graphs(graphs) == {
         "triton step": 3,  # a pass, which holds backward, and Muon's step for two shapes of matrices

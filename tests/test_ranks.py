@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch.distributed as dist
+from forked import PATIENCE_S
 from helpers import ROOT, lone_ranks
-from jobs import PATIENCE_S
 
 import train_gpt
 from runtime.ranks import agree_on_settings

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
 REGISTERS = 65_536  # of a multiprocessor, for all threads of its blocks
 PRODUCTS = {"gram_kernel", "mlp_kernel", "mlp_hopper_kernel"}
-# Ampere, Ada and data-centre Blackwell have kernels in common with these two, and would take most of a minute
+# sm_80 and sm_89 take sm_120's kernels, sm_100 sm_90's with instructions of its own; together a minute
 ARCHITECTURES = [90, 120, *(pytest.param(arch, marks=pytest.mark.fake_cuda) for arch in (80, 89, 100))]
 ONLY_ON = {
     "mlp_kernel": {80, 89, 120},

@@ -26,7 +26,8 @@ if __name__ == "__main__":
 
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", str(Path(__file__).resolve()), *rest]))
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]  # pytest's, if started elsewhere
+# first_hour.py may be started anywhere
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 DEVICE = os.environ.get("NUMERICS_DEVICE", "cpu")
 if DEVICE == "cpu":
     import interpreter  # noqa: F401  (it must be there before kernels are defined)

@@ -4,8 +4,8 @@
 
 stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins,
           in three layers; what forward keeps for backward, and the optimizer all the time, as
-          runtime/memory.py forecasts it; the defaults of both take the Triton forms, for the model and for
-          the matrices' step
+          runtime/memory.py forecasts it; the default takes the Triton forms in the model (whose text is the
+          same in both twins) and, in each twin, for the matrices' step
 variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
 experts   a step and a validation of moe-79m, which has grouped products, and its optimizer's steps
 later     steps of the first and the last stage, and a validation, of gpt2-small-2026-08's parts in six layers
@@ -175,7 +175,8 @@ def optimizer_steps(run):
 
 def stage():
     """One step of three layers with two passes, whose numbers of documents differ; then the optimizer's other
-    forms. One twin with the default, the Triton forms, the other without: their models are the same."""
+    forms. The baseline takes its default, the Triton forms; the other twin, whose model is the same, plain
+    torch."""
     for trainer, kernels in ((train_gpt, "auto"), (train_gpt_muon_ord, "torch")):
         since, calls, kept = time.perf_counter(), Counter(), []
         trainer.PRESETS["gpt2-small"] = (shortened("gpt2-small"), {})
@@ -203,7 +204,7 @@ WAYS_NOT_FUSED = {"post", "row variance"}
 
 
 def matrix_steps():
-    """Fail if matrices do not take the fused step where it covers the way of ORD, or take it elsewhere."""
+    """Fail unless matrices take the fused step for Muon and the ways of ORD that it covers, and no other."""
     for trainer, ways in ((train_gpt, {"default": {}}), (train_gpt_muon_ord, WAYS_OF_ORD)):
         run = build(trainer, "eager")
         for way, env in ways.items():
