@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -232,7 +233,7 @@ def disturb(cwd: Path, this: Disturbed, rng: random.Random, most_faults: int):
             if job.log.exists() and events(job.log, "finished"):
                 return
             if rng.random() < 0.15:
-                ranks, this.ranks_changed = rng.choice([n for n in (0, 1, 2, 4) if n != ranks]), True
+                ranks = rng.choice([n for n in (0, 1, 2, 4) if n != ranks])
             job = start(cwd, this.arm, this.run_id, ranks, SAVE_EVERY=rng.choice((2, 5, 10)), RESUME="auto")
     raise AssertionError(f"not finished after {most_faults + 10} attempts")
 
@@ -250,6 +251,8 @@ def loss(line: str) -> float:
 
 def compare(log: Path, twin: Path, this: Disturbed):
     """Note how a run's log differs from its twin's, and whether that is a problem."""
+    started = re.findall(r"^event:(?:started|resumed) .*\bworld_size:(\d+)", log.read_text(), re.M)
+    this.ranks_changed = len(set(started)) > 1  # also by a second start, which may go on with a crashed run
     found, wanted = lines(log), lines(twin)
     have, want = ({step: len(kinds) for step, kinds in steps.items()} for steps in (found, wanted))
     if have != want:
