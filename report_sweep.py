@@ -348,7 +348,9 @@ def report(results: Results, rows: Sequence[Row], target: Target, pictures: Sequ
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     if target.proof:
         parts.append(proof_section(results, rows, target))
-    parts += [target_section(results, rows, target), update_section(results), audit_section(results)]
+    if target.proof or results.has_curves:
+        parts.append(target_section(results, rows, target))
+    parts += [update_section(results), audit_section(results)]
     if results.planned:
         parts.append(f"Written by `python report_sweep.py sweeps/{results.name}.toml`.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -447,7 +449,7 @@ def save_pictures(results: Results, folder: Path) -> list[str]:
     figures = {}
     if results.has_differences:
         figures["forest.png"] = picture_of_forest(results)
-    if results.has_steps:
+    if results.has_curves:
         figures["curves.png"] = picture_of_curves(results)
     for name, figure in figures.items():
         style.save(figure, folder / name)

@@ -157,6 +157,11 @@ class Results:
         """True if any run has logged a step."""
         return any(run.last_step >= 0 for run in self.runs)
 
+    @property
+    def has_curves(self) -> bool:
+        """True if any run was validated more than once."""
+        return any(len(run.val.step) > 1 for run in self.runs)
+
     def count(self, outcome: str) -> int:
         return sum(arm.count(outcome) for arm in self.arms)
 

@@ -462,6 +462,19 @@ def test_tokens_to_target_by_hand(tmp_path):
     assert results.count("done") == 4
 
 
+@pytest.mark.parametrize("validations", [1, 2])
+def test_runs_validated_once_have_no_curves(tmp_path, validations):
+    """Else a picture shows single points as curves, and a table says that no arm was faster than another."""
+    for seed in (1, 2):
+        text = line_log(f"run{seed}", seed, {}, 0.001, 1000)
+        first = re.search(r"^step:0/.*\n", text, re.M)[0]
+        (tmp_path / f"run{seed}.txt").write_text(text.replace(first, "") if validations == 1 else text)
+    results, _, text, _ = report_of(tmp_path)
+    names = report_sweep.save_pictures(results, tmp_path)
+    assert ("curves.png" in names) == ("## Reaching" in text) == (validations == 2)
+    assert "## Reaching" in report_of(tmp_path, 4.5)[2], "where a target is asked for"
+
+
 def test_a_curve_is_seen_on_the_common_grid_only():
     """A dip between the validations of other runs would make the run that was watched closely seem faster."""
     x = np.arange(0, 101, 10.0)
