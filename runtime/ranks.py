@@ -252,7 +252,8 @@ def refuse_together(error: SettingsError):
 
 
 def agree_on_settings(store: dist.Store, rank: int, world_size: int, mine: dict | SettingsError):
-    """Raise SettingsError on all ranks if one has no settings, or others than the rest.
+    """Raise SettingsError on all ranks if one has no settings, or others than the rest; TimeoutError if one is
+    absent.
 
     Uses the store alone, before a process group forms: ranks with wrong settings, or on different devices,
     would make that hang.
@@ -264,10 +265,14 @@ def agree_on_settings(store: dist.Store, rank: int, world_size: int, mine: dict 
     keys = [f"settings{rank}" for rank in range(world_size)]
     try:
         store.wait(keys, *([soon] if refused else []))
-    except dist.DistError:
+    except dist.DistError as error:
         if refused:
             raise mine from None
-        raise
+        absent = [str(i) for i, key in enumerate(keys) if not store.check([key])]
+        raise TimeoutError(
+            f"of {world_size} ranks, {', '.join(absent)} did not start in time (1.5 x DIST_TIMEOUT); look for their "
+            "messages, and on several machines for the same torchrun command on each"
+        ) from error
     found = [json.loads(text) for text in store.multi_get(keys)]
     texts = [theirs.get("refused") or settings_apart(i, theirs, found[0]) for i, theirs in enumerate(found)]
     if any(texts):

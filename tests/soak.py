@@ -82,12 +82,14 @@ def kill_rank(job: Job, rng) -> bool:
 
 def kill_launcher(job: Job, rng) -> bool:
     """Kill torchrun: the workers notice, save and stop by themselves."""
+    wake(job)
     job.process.kill()
     job.end()
     return True
 
 
 def ask_to_stop(job: Job, rng) -> bool:
+    wake(job)
     os.killpg(job.process.pid, rng.choice((signal.SIGTERM, signal.SIGINT)))
     job.end()
     return True
@@ -183,6 +185,12 @@ FAULTS += [intrude, hide_data]
 def signal_to(pid: int, number: int):
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def wake(job: Job):
+    """Let stopped ranks go on: without torchrun, which kills them, they would stay for ever."""
+    for pid in job.ranks().values():
+        signal_to(pid, signal.SIGCONT)
 
 
 def damage(job: Job, change):

@@ -1,5 +1,6 @@
 """Ranks in processes of their own: collectives against plain sums; how ranks agree, refuse and leave."""
 
+import datetime
 import os
 import socket
 import subprocess
@@ -130,6 +131,15 @@ def test_settings_must_be_good_and_the_same_on_all_ranks(settings, said):
         assert found == [None, None]
     else:
         assert all(said in text for text in found)
+
+
+def test_ranks_that_do_not_start_are_named():
+    """Else a start on several machines ends with the keys of a store."""
+    store = dist.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=0.1))
+    store.set("settings2", "{}")
+    with pytest.raises(TimeoutError, match="of 4 ranks, 1, 3 did not start in time"):
+        agree_on_settings(store, 0, 4, {})
 
 
 def test_a_rank_that_waits_for_the_others_leaves_with_its_launcher(tmp_path):
