@@ -252,11 +252,10 @@ def refuse_together(error: SettingsError):
 
 
 def agree_on_settings(store: dist.Store, rank: int, world_size: int, mine: dict | SettingsError):
-    """Raise SettingsError on all ranks if one has no settings, or others than the rest; TimeoutError if one is
-    absent.
+    """Raise SettingsError on all ranks if one has no settings, or others than the rest.
 
-    Uses the store alone, before a process group forms: ranks with wrong settings, or on different devices,
-    would make that hang.
+    Raises TimeoutError if a rank does not start. Uses the store alone, before a process group forms: ranks
+    with wrong settings, or on different devices, would make that hang.
 
     mine: this rank's settings, or its error.
     """
@@ -270,8 +269,8 @@ def agree_on_settings(store: dist.Store, rank: int, world_size: int, mine: dict 
             raise mine from None
         absent = [str(i) for i, key in enumerate(keys) if not store.check([key])]
         raise TimeoutError(
-            f"of {world_size} ranks, {', '.join(absent)} did not start in time (1.5 x DIST_TIMEOUT); look for their "
-            "messages, and on several machines for the same torchrun command on each"
+            f"of {world_size} ranks, {', '.join(absent)} did not start in time (1.5 x DIST_TIMEOUT); look "
+            "for their messages, and on several machines for the same torchrun command on each"
         ) from error
     found = [json.loads(text) for text in store.multi_get(keys)]
     texts = [theirs.get("refused") or settings_apart(i, theirs, found[0]) for i, theirs in enumerate(found)]
