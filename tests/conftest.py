@@ -69,7 +69,11 @@ def place(tmp_path, monkeypatch):
 def launch(place, monkeypatch, capsys):
     """The launcher's main, in this process: its exit code and output."""
     import launch_lr_sweep as launcher
+    from analysis.processes import processes_of
 
+    # at its end the launcher stops all that descends from this process; what was there before is the tests'
+    before = processes_of(set(), [os.getpid()])
+    monkeypatch.setattr(launcher, "processes_of", lambda *wanted: processes_of(*wanted) - before)
     # else the orphans of later tests would be ours, and nobody would take their exit codes
     monkeypatch.setattr(launcher, "adopt_orphans", lambda: None)
     monkeypatch.setattr(launcher, "POLL_S", 0.02)
