@@ -83,6 +83,13 @@ def assembler(arch: int) -> str:
     return (triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas).path
 
 
+def lost_values(cubin: str) -> list[str]:
+    """Instructions that compute with R1, the stack pointer: ptxas puts it where it lost a value."""
+    command = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"(?:LOP3|PRMT|SHF|F2FP)\S* R\d+,.*\bR1\b.*?;", said)
+
+
 def read_resources(compiled) -> dict:
     """Registers, spilled bytes and stack a thread, shared bytes a block, and which instructions multiply and
     copy; from ptxas and the PTX."""
@@ -97,12 +104,14 @@ def read_resources(compiled) -> dict:
             text=True,
             check=True,
         ).stderr
+        lost = lost_values(f"{ptx}.cubin")
     number = lambda pattern: int(re.search(pattern, said).group(1))
     count = lambda pattern: len(re.findall(pattern, compiled.asm["ptx"]))
     return {
         "registers": number(r"Used (\d+) registers"),
         "stack": number(r"(\d+) bytes stack frame"),
         "spilled": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        "lost": lost,
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
         "wgmma": count(r"wgmma\.mma_async"),
