@@ -313,7 +313,7 @@ class Stages:
             row("a step alone: the host's part", 500 * host),
             row("a step alone", 500 * whole),
             row("all kernels", sum(r["value"] for r in kernels), note=f"{len(kernels)} kinds"),
-            *kernels[:40],
+            *kernels,
         ]
 
     def memory(self, stage: int) -> list[dict]:

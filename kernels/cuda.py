@@ -340,8 +340,8 @@ TILE = dict(BLOCK_R=128, BLOCK_C=64)  # rows of at least 64 bytes each way, regi
 
 @triton.jit
 def to_float8(x, dtype: tl.constexpr):
-    """Clamped: e5m2 would overflow to inf, e4m3 to nan. Four numbers become one word: of triton 3.6's own cast
-    to e5m2, stored in two layouts, ptxas 12.8 loses single bytes."""
+    """Clamped: e5m2 would overflow to inf, e4m3 to nan. Four numbers become one word: where triton 3.6's own
+    cast to e5m2 is stored in two layouts, ptxas 12.8 loses single bytes."""
     if INTERPRETED:
         limit: tl.constexpr = 57344.0 if dtype == tl.float8e5 else 448.0
         return tl.clamp(x, -limit, limit, propagate_nan=KEEP_NAN).to(dtype)
@@ -997,7 +997,7 @@ def apply_update(
         MEASURE=measure,
         BLOCK=FLAT_BLOCK,
         num_warps=8,
-        enable_fp_fusion=False,  # else what MEASURE and ORD add decides which products fuse, and so the last bit
+        enable_fp_fusion=False,  # else MEASURE and ORD would decide which products fuse, and the last bit
     )
     return sums.sum(1) if measure else None
 

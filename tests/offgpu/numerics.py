@@ -5,7 +5,8 @@
 
 test_triton_interpreter.py runs this file with pytest in a process of its own: interpreter and compiler do not
 mix, so the device is chosen (NUMERICS_DEVICE) before kernels are defined. All tensors are made on it. The
-same bounds hold on both but where a comment says otherwise; none of it has run on a GPU yet.
+same bounds hold on both but where a comment says otherwise. All of it has passed on an H100, compiled by
+triton 3.6.
 NUMERICS_SIZES=real takes gpt2-small's shapes in place of small ones, for benchmarks/first_hour.py on a GPU;
 `first` takes the first of the small ones alone, for its dry run.
 """
