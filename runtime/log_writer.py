@@ -37,7 +37,7 @@ BAR = "=" * 100
 FIRST_LINE = b"# file: "
 # What decides the numbers of a run beside the trainer itself: source_hash covers these.
 DECIDES_NUMBERS = ("kernels/*.py", "runtime/sharding.py", "runtime/stream_run.py", "data/shards.py")
-DECIDES_NUMBERS += ("data/prefixes.py",)
+DECIDES_NUMBERS += ("data/prefixes.py", "runtime/presets.py")
 
 
 class LogWriter:

@@ -30,7 +30,7 @@ import train_gpt
 from data.shards import open_shard
 from kernels.attention import Documents
 from kernels.cpu import query_blocks
-from runtime import flops, supervise
+from runtime import flops, presets, supervise
 from runtime.ranks import Ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -41,7 +41,7 @@ VOCAB = 100  # padded to 128
 KINDS = {
     "everything": {},
     "fewer key heads": dict(num_kv_heads=2, paired_layers=(), value_embed_layers=(1,)),
-    "plain": dict(**train_gpt.PLAIN),
+    "plain": dict(**presets.PLAIN),
 }
 GROUPED = {**KINDS, "in groups": dict(qk_group=2)}
 

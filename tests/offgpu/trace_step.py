@@ -37,7 +37,7 @@ from helpers import WAYS_OF_ORD, shortened
 import train_gpt
 import train_gpt_muon_ord
 from kernels import cuda, fast_forms
-from runtime import compiling
+from runtime import compiling, presets
 from runtime.compiling import graphs_compiled, torch_compile
 from runtime.memory import held_bytes, kept_bytes
 
@@ -304,7 +304,7 @@ def later():
     not."""
     since, calls, kept = time.perf_counter(), Counter(), []
     config, changes = train_gpt.PRESETS["gpt2-small-2026-08"]
-    topology = {name: train_gpt.TINY_LATER[name] for name in LATER_TOPOLOGY}
+    topology = {name: presets.TINY_LATER[name] for name in LATER_TOPOLOGY}
     train_gpt.PRESETS["gpt2-small-2026-08"] = replace(config, **topology, ngram_rows=1024), changes
     train_gpt.prefix_tokens = lambda vocabulary: np.full(vocabulary, -1)
     run = build(train_gpt, recording(calls, kept), model="gpt2-small-2026-08")
