@@ -43,7 +43,7 @@ from runtime.compiling import compile_forward, not_compiled, torch_compile
 from runtime.flops import flop_per_token
 from runtime.memory import MOST_TOKENS, Memory
 from runtime.prefetch import Prefetcher, to_device
-from runtime.presets import PRESETS as CHANGES
+from runtime.presets import PRESET_CHANGES
 from runtime.ranks import Ranks, capability, find_device, is_amd
 from runtime.session import Session
 from runtime.settings import SettingsError, knob, machine_knob
@@ -333,7 +333,7 @@ def layer_plans(c: ModelConfig) -> list[LayerPlan]:
 
 
 # MODEL -> (ModelConfig, defaults of settings that the preset changes)
-PRESETS = {name: (ModelConfig(**fields), changes) for name, (fields, changes) in CHANGES.items()}
+PRESETS = {name: (ModelConfig(**fields), changes) for name, (fields, changes) in PRESET_CHANGES.items()}
 
 
 def presets() -> dict[str, tuple[str, dict]]:

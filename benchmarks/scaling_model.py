@@ -598,7 +598,7 @@ def print_predictions(p: Preset, fitted: Machine, markdown: bool):
     """Print the predictions as fitted, before any --set."""
     print(
         f"\n{'### ' if markdown else ''}Predictions for gpt2-small's whole schedule, before any --set "
-        "(measured later on one H100 with FA2: 459 ms a step)\n"
+        "(by stages measured later on one H100, FA2: 459 ms)\n"
     )
     rows = [
         [gpus, code, f"{run.ms_step:.1f}", f"{run.tokens / run.seconds:,.0f}", f"{run.seconds:.1f}"]

@@ -5,7 +5,7 @@ pass at a time. A pass of training keeps activations of every token until its ba
 the tokens of a pass decide: slices are stacked as far as memory goes, and SLICES makes them shorter.
 
 The counts are those of the twins' model in bfloat16 as it is compiled; tests/test_fullgraph.py compares them
-with the tensors that torch's compiler keeps. An H100 took 2.7% more than the forecast for gpt2-small.
+with the tensors that torch's compiler keeps. An H100 took 2.8% more than the forecast for gpt2-small.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from runtime.flops import TOKEN_NET_HIDDEN, matrix_shapes, network_outputs, padd
 from runtime.ranks import Ranks
 
 GIB = 1 << 30
-MOST_TOKENS = 65_536  # of a pass; twice as many gain 2% in stage 1 (records/2026-11-26_first_hour_h100)
+MOST_TOKENS = 65_536  # of a pass; twice as many save 2% of a step (records/2026-11-26_first_hour_h100)
 SLICES = (8, 16, 32, 64)
 RESERVED = 1.25 * GIB  # CUDA's context, NCCL's and cuBLAS's buffers
 MUDD_WIDTHS = 13  # its sources, and streams and branches around its coefficients

@@ -1,4 +1,4 @@
-"""The twins' presets as data: which fields of their ModelConfig, and which settings, each changes.
+"""Presets of train_gpt.py and its twin as data: which fields of ModelConfig and settings each changes.
 
 gpt2-small changes none: it is the model of the public speedrun's record of 2026-01-19. gpt2-small-2026-08 is
 that of August 2026 (docs/differences.md).
@@ -34,6 +34,7 @@ TINY = dict(
     value_embed_layers=(0, 3),
     ngram_rows=8192,
     ngrams=(2, 3, 4),
+    ngram_signs=8192,
     smear=True,
     attn_gate=True,
 )
@@ -70,7 +71,7 @@ TINY_LATER = dict(  # the parts of gpt2-small-2026-08 in six layers
     gate_layers=(0, 2),
     compose_tokens=32,
 )
-del TINY_LATER["predict"], TINY_LATER["untie_frac"]  # as gpt2-small
+del TINY_LATER["predict"], TINY_LATER["untie_frac"]  # ModelConfig's own, as gpt2-small
 LATER_SETTINGS = dict(cooldown_frac=0.6, lr_decay_final=0.15, muon_beta2=0.9)
 LATER_LENGTH = dict(num_scheduled_iterations=1270, num_extension_iterations=15)
 
@@ -81,7 +82,7 @@ def heads(num_heads: int, num_kv_heads: int | None = None) -> dict:
 
 
 # MODEL -> (fields of ModelConfig, defaults of settings) that the preset changes
-PRESETS = {
+PRESET_CHANGES = {
     "gpt2-small": ({}, {}),
     "gpt2-small-2026-08": (
         dict(

@@ -65,12 +65,18 @@ def test_a_mixture_of_experts_is_one_graph(tmp_path):
     }
 
 
-def test_the_later_records_parts_are_one_graph(tmp_path):
+LATER = "later", {"first stage": 4, "last stage": 1, "validation": 1}
+
+
+@pytest.mark.parametrize(
+    "mode, graphs",
+    [("later-start", {"first stage": 4}), pytest.param(*LATER, marks=pytest.mark.fake_cuda)],
+)
+def test_the_later_records_parts_are_one_graph(mode, graphs, tmp_path):
     """Else a graph break in a network, a mask or a table of signs stops gpt2-small-2026-08 on a GPU. Four
     graphs of the first step: a pass, and Muon's step for three shapes of matrices. The process itself asserts
-    which passes take the Triton forms."""
-    graphs = new_graphs(trace("later", tmp_path, 900))
-    assert graphs == {"first stage": 4, "last stage": 1, "validation": 1}
+    which passes take the Triton forms. The last stage and validation only with --fake-cuda."""
+    assert new_graphs(trace(mode, tmp_path, 900)) == graphs
 
 
 @pytest.mark.fake_cuda

@@ -606,7 +606,7 @@ def test_a_part_can_be_left_out():
         assert not getattr(c, part) or not any(map(any, c.prefix_weights))
         model_of(dataclasses.replace(c, ngram_rows=61))
         with pytest.raises(SettingsError, match="no such part"):
-            read(train_gpt, MODEL="tiny", WITHOUT=part)
+            read(train_gpt, MODEL="gpt2-small", WITHOUT=part)
 
 
 def test_parts_that_stand_on_others_are_refused_alone():

@@ -83,8 +83,11 @@ def assembler(arch: int) -> str:
     return (triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas).path
 
 
-def lost_values(cubin: str) -> list[str]:
-    """Instructions that compute with R1, the stack pointer: ptxas puts it where it lost a value."""
+def stack_pointer_reads(cubin: str) -> list[str]:
+    """Shifts, masks, selections of bytes and casts to float8 that read R1, the stack pointer.
+
+    ptxas 12.8 puts R1 where it has lost a value.
+    """
     command = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return re.findall(r"(?:LOP3|PRMT|SHF|F2FP)\S* R\d+,.*\bR1\b.*?;", said)
@@ -104,14 +107,16 @@ def read_resources(compiled) -> dict:
             text=True,
             check=True,
         ).stderr
-        lost = lost_values(f"{ptx}.cubin")
+        cubin = Path(folder, "own.cubin")  # made with Triton's own options
+        cubin.write_bytes(compiled.asm["cubin"])
+        reads = stack_pointer_reads(str(cubin))
     number = lambda pattern: int(re.search(pattern, said).group(1))
     count = lambda pattern: len(re.findall(pattern, compiled.asm["ptx"]))
     return {
         "registers": number(r"Used (\d+) registers"),
         "stack": number(r"(\d+) bytes stack frame"),
         "spilled": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-        "lost": lost,
+        "stack_pointer_reads": reads,
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
         "wgmma": count(r"wgmma\.mma_async"),

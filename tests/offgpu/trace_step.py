@@ -1,6 +1,6 @@
 """Trace, or compile for sm_90, what a train step of gpt2-small runs on a GPU; prints one line per part.
 
-    python trace_step.py stage|variants|experts|later|inductor|ord
+    python trace_step.py stage|variants|experts|later|later-start|inductor|ord
 
 stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins,
           in three layers; what forward keeps for backward, and the optimizer all the time, as
@@ -8,7 +8,8 @@ stage     forward and backward of the first stage through AOTAutograd, and the o
           same in both twins) and, in each twin, for the matrices' step
 variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
 experts   a step and a validation of moe-79m, which has grouped products, and its optimizer's steps
-later     steps of the first and the last stage, and a validation, of gpt2-small-2026-08's parts in six layers
+later     steps of the first and the last stage, and a validation, of gpt2-small-2026-08's parts in six
+          layers; later-start: the first stage alone
 inductor  the first stage's step in all layers, twin with ORD, and its validation, by inductor to sm_90
           machine code
 ord       the update of matrices in each of ORD's ways, by inductor to sm_90 machine code
@@ -43,7 +44,7 @@ from runtime.memory import held_bytes, kept_bytes
 
 DEVICE = torch.device("cuda", 0)
 VOCAB = 50257
-MODES = ("stage", "variants", "experts", "later", "inductor", "ord")
+MODES = ("stage", "variants", "experts", "later", "later-start", "inductor", "ord")
 
 
 def ranks(trainer):
@@ -299,7 +300,7 @@ def experts(backend: str):
             report(f"{trainer.__name__} optimizer", since)
 
 
-def later():
+def later(to_the_end: bool):
     """The parts of the later records, at gpt2-small's width; the first stage predicts prefixes, the last does
     not."""
     since, calls, kept = time.perf_counter(), Counter(), []
@@ -317,6 +318,8 @@ def later():
         run.step(0, batches)
         assert calls == calls_wanted(6), dict(calls)
         report("first stage", since)
+        if not to_the_end:
+            return
         calls.clear()
         run.enter(8)
         run.step(8, [stage_batch(train_gpt, run, 2, n) for n in (60, 77)])
@@ -337,8 +340,8 @@ def main(mode: str):
             matrix_steps()
         elif mode == "experts":
             experts("aot_eager")
-        elif mode == "later":
-            later()
+        elif mode.startswith("later"):
+            later(mode == "later")
         elif mode == "ord":
             ord_updates()
         else:
