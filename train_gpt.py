@@ -1256,9 +1256,11 @@ class Optimizer:
         self.before_update = None  # called when all gradients of a step are reduced and none has been used
         self.grad_norm = None  # of the mean loss's gradient in the last step measured, over what then moved
         self.queue = None  # of this step's buckets, those whose reduction has not begun; None: none expected
-        for bucket in self.buckets:
-            for p in bucket.params.values():
-                p.register_post_accumulate_grad_hook(functools.partial(self.arrived, bucket))
+        self.hooks = [
+            p.register_post_accumulate_grad_hook(functools.partial(self.arrived, bucket))
+            for bucket in self.buckets
+            for p in bucket.params.values()
+        ]
 
     def set_tied(self, tied: bool):
         """Make the embedding the head (tied), or let it learn by itself."""
@@ -1582,8 +1584,12 @@ def rehearse(start, stop):
                 batches = data.next(schedule.batch_tokens(step), None, (trainer.stage, 0))
                 trainer.step(step, batches, measure=step == 0)
     data.prefetcher.close()
+    for (
+        hook
+    ) in trainer.optimizer.hooks:  # compiled code keeps parameters; their hooks would keep all the rest
+        hook.remove()
     del trainer, data, run
-    gc.collect()  # hooks and their optimizer are a cycle, and gigabytes of the device hang on it
+    gc.collect()
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
 

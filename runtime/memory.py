@@ -5,8 +5,7 @@ pass at a time. A pass of training keeps activations of every token until its ba
 the tokens of a pass decide: slices are stacked as far as memory goes, and SLICES makes them shorter.
 
 The counts are those of the twins' model in bfloat16 as it is compiled; tests/test_fullgraph.py compares them
-with the tensors that torch's compiler keeps. On an H100, steps of gpt2-small took 2.8% more than forecast, and
-its run another 6.7 GiB, because the rehearsal's trainer stayed in memory.
+with the tensors that torch's compiler keeps. On an H100, steps of gpt2-small took 2.8% more than forecast.
 """
 
 import contextlib
