@@ -1778,9 +1778,7 @@ def rehearse(start, stop):
                 batches = data.next(schedule.batch_tokens(step), None, (trainer.stage, 0))
                 trainer.step(step, batches, measure=step == 0)
     data.prefetcher.close()
-    for (
-        hook
-    ) in trainer.optimizer.hooks:  # compiled code keeps parameters; their hooks would keep all the rest
+    for hook in trainer.optimizer.hooks:  # compiled code keeps parameters, and these would keep all else
         hook.remove()
     del trainer, data, run
     gc.collect()
