@@ -18,7 +18,7 @@ import importlib.util
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,13 +38,13 @@ from kernels.heads import composed, grouped_shape, in_head_order, offset_keys, p
 from kernels.ngrams import embed_ngrams, sign_table
 from kernels.signals import NGRAM_START, RESID_START, Mudd, TokenNet, gate_signals, signalled
 from kernels.vectors import scalar
-from runtime import settings, supervise
+from runtime import refusals, settings, supervise
 from runtime.compiling import compile_forward, not_compiled, torch_compile
 from runtime.flops import flop_per_token
 from runtime.memory import MOST_TOKENS, Memory
 from runtime.prefetch import Prefetcher, to_device
 from runtime.presets import PRESET_CHANGES
-from runtime.ranks import Ranks, capability, find_device, is_amd
+from runtime.ranks import Ranks, capability, find_device
 from runtime.session import Session
 from runtime.settings import SettingsError, knob, machine_knob
 from runtime.sharding import SMALL, Bucket, gradient_norm, read_master, stats_by_layer, write_master
@@ -141,90 +141,25 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
         if len(values) == NUM_STAGES - 1:  # the extension keeps its default
             by_stage[name] = (*values, changes.get(name, getattr(Settings, name))[-1])
     s = replace(s, **by_stage).resolved(model, device, SCRIPT)
-    check_settings(s, env)
+    refusals.check_settings(s, env, BY_STAGE, NUM_STAGES, VAL_SLICES)
+    refusals.check_model(s, o, config, PRESETS)
     check_optimizer_settings(o)
-    return resolve(s), o, model_config(s, o, config)
+    return resolve(s), o, model_config(s, config)
 
 
-def check_settings(s: Settings, env):
-    """Check combinations that no single field can judge."""
-    for name in BY_STAGE:
-        values = getattr(s, name)
-        if len(values) != NUM_STAGES:
-            raise SettingsError(
-                f"{name.upper()} has {len(values)} values, wanted {NUM_STAGES - 1} or {NUM_STAGES}: one "
-                "for each scheduled stage, and one for the extension unless its default is meant"
-            )
-    if s.long_docs == "split" and len(set(s.max_doc_tokens)) > 1:
-        raise SettingsError(
-            f"MAX_DOC_TOKENS={settings.as_text(s.max_doc_tokens)} changes with the stage, and LONG_DOCS="
-            "split would then renumber the documents in mid-run; use one value, or LONG_DOCS=cut"
-        )
-    unit, val_unit = s.slices * 16, VAL_SLICES * 16
-    for stage, tokens in enumerate(s.batch_sizes, 1):
-        if tokens % unit:
-            down = tokens // unit * unit
-            raise SettingsError(
-                f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {s.slices} slices x 16 tokens; "
-                f"{down} or {down + unit} are"
-            )
-    if s.val_batch_tokens % val_unit or s.val_tokens % s.val_batch_tokens:
-        raise SettingsError(
-            f"VAL_TOKENS={s.val_tokens} must be a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens}, and "
-            f"that of {VAL_SLICES} slices x 16 tokens"
-        )
-    if s.train_tokens and "NUM_SCHEDULED_ITERATIONS" in env:
-        raise SettingsError("TRAIN_TOKENS and NUM_SCHEDULED_ITERATIONS both set the run's length; unset one")
-    if s.device == "cpu" and s.attn_backend in ("varlen", "flex"):
-        raise SettingsError(f"ATTN_BACKEND={s.attn_backend} trains on CUDA only; elsewhere use sdpa or auto")
-    if s.kernels == "triton" and (s.device == "cpu" or is_amd() or not importlib.util.find_spec("triton")):
-        lacks = "triton is not installed"
-        if s.device == "cpu" or is_amd():
-            lacks = "no NVIDIA GPU is used"
-        raise SettingsError(f"KERNELS=triton, but {lacks} here; use KERNELS=torch or auto")
-    if s.kernels == "cpu" and (s.device == "cuda" or s.compile == "1"):
-        raise SettingsError("KERNELS=cpu is for DEVICE=cpu and COMPILE=0; use KERNELS=torch or auto")
-
-
-def model_config(s: Settings, o: "OptimizerSettings", c: "ModelConfig") -> "ModelConfig":
+def model_config(s: Settings, c: "ModelConfig") -> "ModelConfig":
     """The preset's config with the settings that change it."""
     rows = c.ngram_rows if s.ngram_rows is None else s.ngram_rows
-    if s.ngrams is not None and not rows:
-        raise SettingsError(
-            f"NGRAMS={settings.as_text(s.ngrams)} does nothing without rows to hash into; set NGRAM_ROWS, "
-            "for example to 4096"
-        )
-    if rows == 1:
-        raise SettingsError("NGRAM_ROWS=1, but one row is kept for the beginning; wanted 0, or 2 and more")
-    c = replace(c, ngrams=s.ngrams or c.ngrams, ngram_rows=rows)
+    changes = dict(ngrams=s.ngrams or c.ngrams, ngram_rows=rows)
     if s.without:
-        off = {s.without: getattr(ModelConfig, s.without)}
-        if getattr(c, s.without) == off[s.without]:
-            raise SettingsError(
-                f"WITHOUT={s.without} does nothing with MODEL={s.model}, which has no such part"
-            )
-        if s.without == "mudd":
-            off["backout"] = c.mudd[1]  # whose place it took
-        if s.without == "gate_layers":
-            off["compose_tokens"] = 0  # which they feed
-        c = replace(c, **off)
+        changes[s.without] = getattr(ModelConfig, s.without)
+    if s.without == "mudd":
+        changes["backout"] = c.mudd[1]  # whose place it took
+    if s.without == "gate_layers":
+        changes["compose_tokens"] = 0  # which they feed
     if c.num_experts:
-        if not 2 <= s.moe_top_k <= s.num_experts:
-            raise SettingsError(
-                f"MOE_TOP_K={s.moe_top_k} of NUM_EXPERTS={s.num_experts}; MODEL={s.model} wants at least 2 "
-                "experts, and from 2 up to all of them for a token"
-            )
-        return replace(c, num_experts=s.num_experts, moe_top_k=s.moe_top_k)
-    values = {**asdict(s), **asdict(o)}
-    for name in ("NUM_EXPERTS", "MOE_TOP_K", "MOE_BALANCE_WEIGHT", "ROUTER_NOISE", "ROUTER_LR"):
-        field = settings.knobs(SETTINGS)[name]
-        if values[field.name] != field.default:
-            mixtures = " and ".join(name for name, (preset, _) in PRESETS.items() if preset.num_experts)
-            raise SettingsError(
-                f"{name}={values[field.name]} does nothing with MODEL={s.model}, which has no experts; "
-                f"it is for {mixtures}"
-            )
-    return c
+        changes |= dict(num_experts=s.num_experts, moe_top_k=s.moe_top_k)
+    return replace(c, **changes)
 
 
 def resolve(s: Settings) -> Settings:
@@ -607,6 +542,16 @@ class Rotary(nn.Module):
         return torch.cat((turned.type_as(x_BTHD), x_BTHD[..., D // 2 :]), -1)
 
 
+class Common(NamedTuple):
+    """Inputs and constants that all layers of a pass share."""
+
+    docs: Documents
+    windows: tuple[int, int]  # (short, long) in tokens
+    rotary: Rotary
+    out_scale: float  # factor on the output of every branch
+    routing: Routing
+
+
 class Attention(nn.Module):
     """Causal self-attention within documents and a window; q and k normed, heads gated by their input."""
 
@@ -629,15 +574,13 @@ class Attention(nn.Module):
         self.adds_input, self.gate_reads_table = not c.branch_factors, c.value_gate_reads_table
         self.compose_tokens = c.compose_tokens
 
-    def forward(
-        self, x_BTC, value_BTC, docs: Documents, window: int, rotary: Rotary, out_scale: float, by_token: dict
-    ):
+    def forward(self, x_BTC: Tensor, value_BTC: Tensor | None, by_token: dict, common: Common):
         """Return x plus the branch, or with branch_factors the branch alone.
 
-        value_BTC: the tokens' value embeddings, or None. out_scale: factor on the branch. by_token: {name:
-        signal, (B, T, size)} that networks made for this layer.
+        value_BTC: the tokens' value embeddings. by_token: {name: signal, (B, T, size)} that networks made for
+        this layer.
         """
-        B, T, _ = x_BTC.shape
+        docs, rotary, (B, T, _) = common.docs, common.rotary, x_BTC.shape
         H, H_kv = self.num_heads, self.num_kv_heads
         n_BTC = norm(x_BTC)
         w_qkv = torch.cat((*(in_head_order(w, self.head_dim) for w in (self.q, self.k)), self.v))
@@ -661,6 +604,7 @@ class Attention(nn.Module):
             v = pair_heads(v)
             H, H_kv = H // 2, H_kv // 2
         q, k = rotary(qk).split((H, H_kv), dim=2)
+        window = common.windows[int(self.plan.long_window)]
         y = docs.attend(q, k, v, window, self.plan.paired, rotary.scale)
         if self.plan.paired:
             y = y.view(B, T, 2, H, self.head_dim).flatten(2, 3)
@@ -674,7 +618,7 @@ class Attention(nn.Module):
             y = y * torch.sigmoid(F.linear(gate_in, self.attn_gate)).unsqueeze(-1)
         elif "attn_gate" in by_token:
             y = y * by_token["attn_gate"].unsqueeze(-1)
-        branch = F.linear(y.flatten(2), self.o * (out_scale * self.o_lambda))
+        branch = F.linear(y.flatten(2), self.o * (common.out_scale * self.o_lambda))
         return x_BTC + branch if self.adds_input else branch
 
     def gate_of_value(self, gate_in, value_BTC, by_token: dict) -> Tensor:
@@ -729,7 +673,7 @@ class Block(nn.Module):
         """A number, or one for each token, (B, T, 1)."""
         return by_token[name] if name in by_token else getattr(self, f"{name}_lambda")
 
-    def forward(self, x, x0, ngram, value, attn_source, docs, window, rotary, out_scale, routing, by_token):
+    def forward(self, x, x0, ngram, value, attn_source, by_token: dict, common: Common):
         """Return the stream after the layer. attn_source: what attention reads in place of x, or None."""
         factor = functools.partial(self.factor, by_token=by_token)
 
@@ -740,20 +684,22 @@ class Block(nn.Module):
         if not self.branch_factors:
             x = mix(self.resid_lambda)
             if self.attn is not None:
-                x = self.attn(x, value, docs, window, rotary, out_scale, by_token)
-            return self.feed_forward(x, out_scale, routing)
+                x = self.attn(x, value, by_token, common)
+            return self.feed_forward(x, common)
         if self.attn is not None:
             source = x if attn_source is None else attn_source
-            branch = self.attn(source, value, docs, window, rotary, out_scale, by_token)
+            branch = self.attn(source, value, by_token, common)
             x = mix(factor("resid_attn")) + factor("attn") * branch
-        return factor("resid_mlp") * x + factor("mlp") * self.feed_forward(x, out_scale, routing)
+        return factor("resid_mlp") * x + factor("mlp") * self.feed_forward(x, common)
 
-    def feed_forward(self, x, out_scale, routing):
+    def feed_forward(self, x, common: Common):
         """x plus the second branch, or the branch alone."""
         if isinstance(self.mlp, MixtureOfExperts):
-            branch = self.mlp(norm(x), out_scale, routing)
+            branch = self.mlp(norm(x), common.out_scale, common.routing)
             return branch if self.branch_factors else x + branch
-        return self.mlp(x, out_scale)  # attention and MLP norm and add x themselves: fast forms fuse that
+        return self.mlp(
+            x, common.out_scale
+        )  # attention and MLP norm and add x themselves: fast forms fuse that
 
 
 class GPT(nn.Module):
@@ -823,7 +769,8 @@ class GPT(nn.Module):
 
     def trunk(self, tokens_BT, docs, windows: tuple[int, int], tied: bool, routing: Routing | None = None):
         """Everything between tokens and head, (B, T, C). windows: (short, long) in tokens."""
-        c, routing = self.config, routing or Routing()
+        c = self.config
+        common = Common(docs, windows, self.rotary, self.residual_scale, routing or Routing())
         x = x0 = self.embed_tokens(tokens_BT, tied)
         ngram = None
         if self.ngram_table is not None:
@@ -847,9 +794,8 @@ class GPT(nn.Module):
                 kept[i - 1], added_x0 = x, kept[-1]
                 x, made_last = self.mudd.enter(x, kept)
                 by_token |= made_last
-            source, window = kept.get(c.attn_source), windows[int(plan.long_window)]
-            common = docs, window, self.rotary, self.residual_scale, routing, by_token
-            x = block(x, added_x0, added_ngram, values.get(i), source, *common)
+            source = kept.get(c.attn_source)
+            x = block(x, added_x0, added_ngram, values.get(i), source, by_token, common)
             if i in self.kept_layers:
                 kept[i] = x
         if c.mudd:

@@ -289,8 +289,10 @@ def covers_attention(o, c) -> bool:
 
 
 def make_attention_forward(module, compiler):
-    def forward(self, x_BTC, value_BTC, docs, window: int, rotary, out_scale: float, by_token: dict):
-        plan, key = self.plan, (window, self.plan.paired)
+    def forward(self, x_BTC, value_BTC, by_token: dict, common):
+        plan, docs, rotary = self.plan, common.docs, common.rotary
+        window = common.windows[int(plan.long_window)]
+        key = window, plan.paired
         later_parts = by_token or self.gate_reads_table or plan.xsa or self.q.ndim == 3
         assert self.adds_input and not later_parts, "covers_attention lets another model pass"
         if key not in docs.query_blocks:
@@ -300,7 +302,7 @@ def make_attention_forward(module, compiler):
         return Attention.apply(
             x_BTC,
             torch.cat((self.q, self.k, self.v)) * self.qkv_lambda,
-            self.o * (out_scale * self.o_lambda),
+            self.o * (common.out_scale * self.o_lambda),
             self.attn_gate,
             self.value_gate,
             value_BTC,

@@ -1,0 +1,103 @@
+"""Combinations of the twins' settings that no single setting's limits can refuse.
+
+Each check raises SettingsError: what was found, what was wanted, what to do.
+"""
+
+import importlib.util
+
+from runtime.ranks import is_amd
+from runtime.settings import SettingsError, as_text, knobs
+
+OF_EXPERTS = ("NUM_EXPERTS", "MOE_TOP_K", "MOE_BALANCE_WEIGHT", "ROUTER_NOISE", "ROUTER_LR")
+
+
+def refuse(wrong, text: str):
+    """Raise SettingsError with this text if `wrong` is true."""
+    if wrong:
+        raise SettingsError(text)
+
+
+def check_settings(s, env, by_stage: tuple[str, ...], num_stages: int, val_slices: int):
+    """Check a trainer's settings against each other and the machine.
+
+    by_stage: the settings with one value per stage. val_slices: slices of a batch of validation.
+    """
+    for name in by_stage:
+        found = len(getattr(s, name))
+        refuse(
+            found != num_stages,
+            f"{name.upper()} has {found} values, wanted {num_stages - 1} or {num_stages}: one "
+            "for each scheduled stage, and one for the extension unless its default is meant",
+        )
+    refuse(
+        s.long_docs == "split" and len(set(s.max_doc_tokens)) > 1,
+        f"MAX_DOC_TOKENS={as_text(s.max_doc_tokens)} changes with the stage, and LONG_DOCS=split would then "
+        "renumber the documents in mid-run; use one value, or LONG_DOCS=cut",
+    )
+    unit, val_unit = s.slices * 16, val_slices * 16
+    for stage, tokens in enumerate(s.batch_sizes, 1):
+        down = tokens // unit * unit
+        refuse(
+            tokens != down,
+            f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {s.slices} slices x 16 tokens; "
+            f"{down} or {down + unit} are",
+        )
+    refuse(
+        s.val_batch_tokens % val_unit or s.val_tokens % s.val_batch_tokens,
+        f"VAL_TOKENS={s.val_tokens} must be a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens}, and that of "
+        f"{val_slices} slices x 16 tokens",
+    )
+    refuse(
+        s.train_tokens and "NUM_SCHEDULED_ITERATIONS" in env,
+        "TRAIN_TOKENS and NUM_SCHEDULED_ITERATIONS both set the run's length; unset one",
+    )
+    check_machine(s)
+
+
+def check_machine(s):
+    """Check that this machine has what the settings name."""
+    refuse(
+        s.device == "cpu" and s.attn_backend in ("varlen", "flex"),
+        f"ATTN_BACKEND={s.attn_backend} trains on CUDA only; elsewhere use sdpa or auto",
+    )
+    no_gpu = s.device == "cpu" or is_amd()
+    lacks = "no NVIDIA GPU is used" if no_gpu else "triton is not installed"
+    refuse(
+        s.kernels == "triton" and (no_gpu or not importlib.util.find_spec("triton")),
+        f"KERNELS=triton, but {lacks} here; use KERNELS=torch or auto",
+    )
+    refuse(
+        s.kernels == "cpu" and (s.device == "cuda" or s.compile == "1"),
+        "KERNELS=cpu is for DEVICE=cpu and COMPILE=0; use KERNELS=torch or auto",
+    )
+
+
+def check_model(s, o, c, presets: dict[str, tuple]):
+    """Check the settings that change a preset's model.
+
+    o: the optimizer's settings. c: the preset's ModelConfig. presets: {name: (ModelConfig, _)}.
+    """
+    rows = c.ngram_rows if s.ngram_rows is None else s.ngram_rows
+    refuse(
+        s.ngrams is not None and not rows,
+        f"NGRAMS={as_text(s.ngrams)} does nothing without rows to hash into; set NGRAM_ROWS, for example to "
+        "4096",
+    )
+    refuse(rows == 1, "NGRAM_ROWS=1, but one row is kept for the beginning; wanted 0, or 2 and more")
+    refuse(
+        s.without and getattr(c, s.without) == getattr(type(c), s.without),
+        f"WITHOUT={s.without} does nothing with MODEL={s.model}, which has no such part",
+    )
+    refuse(
+        c.num_experts and not 2 <= s.moe_top_k <= s.num_experts,
+        f"MOE_TOP_K={s.moe_top_k} of NUM_EXPERTS={s.num_experts}; MODEL={s.model} wants at least 2 experts, "
+        "and from 2 up to all of them for a token",
+    )
+    mixtures = " and ".join(name for name, (preset, _) in presets.items() if preset.num_experts)
+    fields, values = knobs((type(s), type(o))), {**vars(s), **vars(o)}
+    for name in OF_EXPERTS:
+        value = values[name.lower()]
+        refuse(
+            not c.num_experts and value != fields[name].default,
+            f"{name}={value} does nothing with MODEL={s.model}, which has no experts; it is for {mixtures}",
+        )
