@@ -116,12 +116,12 @@ def predict(model: str, stage: int) -> dict[str, float]:
 
     from kernels import attention
 
-    presets, machine = scaling_model.read_presets(), scaling_model.Machine()
-    machine, p, changes = scaling_model.fit(presets["gpt2-small"], machine), presets[model], {}
+    p, changes = scaling_model.read_presets()[model], {}
     if torch.cuda.is_available():
         changes |= scaling_model.H200 if "H200" in torch.cuda.get_device_name() else {}
-        changes |= scaling_model.FA2 if attention.activate("varlen")[0] == "varlen-FA2" else {}
-    machine, tied = dataclasses.replace(machine, **changes), stage < 2 or p.config.untie_frac == 1
+        changes |= {} if attention.activate("varlen")[0] == "varlen-FA2" else scaling_model.FA3
+    machine = dataclasses.replace(scaling_model.Machine(), **changes)
+    tied = stage < 2 or p.config.untie_frac == 1
     tokens, windows = p.settings.batch_sizes[stage], p.config.windows[stage]
     seconds = scaling_model.step_seconds(p.config, machine, tokens, windows, 1, tied)
     found = {name: 1000 * s for name, s in seconds.items()}

@@ -2,20 +2,16 @@
 
     python benchmarks/scaling_model.py                                   # three presets, 1 to 256 GPUs
     python benchmarks/scaling_model.py --preset gpt2-1b --gpus 8,64 --table markdown --csv out.csv
-    python benchmarks/scaling_model.py --set memory_bytes=4.8e12 --set memory_gib=139.8  # H200s
-    python benchmarks/scaling_model.py --set network_bytes=25e9 --set matmul_share=0.6
+    python benchmarks/scaling_model.py --set memory_bytes=4.33e12 --set memory_gib=139.8  # H200s
+    python benchmarks/scaling_model.py --set network_bytes=25e9 --set matmul_flops=500e12
     python benchmarks/scaling_model.py --shard-over 8                    # what if nodes shared the optimizer?
 
-This is a model, not a measurement. Products run at a share of the peak rate, memory traffic at a share of the
-bandwidth, collectives as rings, launches at a fixed cost, in the order in which the trainers do them. Every
-assumption is a field of Machine below, with its reason; the tables print them and --set changes them. Two
-constants, `passes` and `pass_s`, are fitted to the step times of gpt2-small's three stages in one public run
-(one H100, January 2026). The other public runs are held out, and the model's error on each is printed.
---set changes the machine afterwards; the fit stays.
-
-The public code runs one slice a pass; this project stacks slices into passes of up to 65,536 tokens. The
-predictions for this project know no other difference; on one H100 they were at most 1.2% too fast. The
-tables by preset are for this project's passes.
+This is a model, not a measurement. Products run at measured rates, elementwise work and tables move counted
+bytes at the rate of a copy, collectives are rings, launches cost a fixed time, in the order in which the
+trainers do them. Every assumption is a field of Machine below; the tables print them and --set changes them.
+"H100" in its reason marks what was measured on one H100 with FlashAttention-2, most of it by kernel in stage
+1 of gpt2-small (records/2026-11-26_first_hour_h100). Nothing is fitted to the time of a step but gap_s. The
+other steps that are known, this project's and the public code's, are printed beside the model's.
 
 The trainers split the work like this. The global batch has 8 slices, or as many as there are ranks. All
 gradients of a bucket are reduce-scattered over all ranks, and all new weights are gathered from them.
@@ -68,7 +64,8 @@ PARTS = (
     "elementwise",
     "logits",
     "tables",
-    "passes",
+    "adds",
+    "gaps",
     "launches",
     "polar",
     "updates",
@@ -82,12 +79,33 @@ def assumed(default: float, why: str):
 
 @dataclass(frozen=True)
 class Machine:
-    """A cluster of H100s. Rates in FLOP/s or bytes/s, times in seconds."""
+    """A cluster of H100s with FlashAttention-2. Rates in FLOP/s or bytes/s, times in seconds."""
 
-    bf16_flops: float = assumed(989e12, "dense bf16, H100 SXM datasheet")
-    fp8_flops: float = assumed(1979e12, "dense float8, H100 SXM datasheet")
-    memory_bytes: float = assumed(3.35e12, "HBM3 bandwidth, datasheet")
+    square_flops: float = assumed(796e12, "H100: a large square product in bf16; 989e12 on paper")
+    matmul_flops: float = assumed(683e12, "H100: products with the matrices, the MLP's with their relu^2")
+    head_flops: float = assumed(1388e12, "H100: the head's products in float8")
+    attention_flops: float = assumed(293e12, "H100: FlashAttention-2, on the tiles of 128 x 128 computed")
+    attention_tiles: float = assumed(
+        1, "time that a block of queries takes beside its tiles, in tiles; chosen after three stages"
+    )
+    attention_bytes: float = assumed(
+        15.6, "H100: traffic a number of q, kernels before and after the backward"
+    )
+    polar_flops: float = assumed(475e12, "H100: batches of 40 and 22 matrices; smaller batches are slower")
+    memory_bytes: float = assumed(3.02e12, "H100: a copy; 3.35e12 on paper")
     memory_gib: float = assumed(79.1, "an 80 GB card, as torch reports it")
+    crossings: float = assumed(
+        71,
+        "H100: times that a token's vector of width C crosses memory in a layer, beside products' operands",
+    )
+    logit_bytes: float = assumed(7.8, "H100: traffic a logit in the loss and its gradient; 6 are counted")
+    table_bytes: float = assumed(10, "traffic a table entry and pass: gradient zeroed in fp32, cast; counted")
+    add_bytes: float = assumed(6, "traffic a parameter and pass: gradient added to those before; counted")
+    adam_bytes: float = assumed(26, "H100: traffic an entry and Adam update")
+    matrix_bytes: float = assumed(39, "H100: traffic an entry and NorMuon update")
+    gap_s: float = assumed(
+        1.4e-3, "H100: of a pass in which no kernel runs: step less profile, both of stage 1"
+    )
     nvlink_bytes: float = assumed(370e9, "bus bandwidth of large NCCL rings in a node (450e9 on paper)")
     network_bytes: float = assumed(50e9, "a GPU's network card, 400 Gb/s")
     network_share: float = assumed(0.85, "of that, reached by NCCL; a ring crosses nodes by all cards")
@@ -96,39 +114,12 @@ class Machine:
     hop_s: float = assumed(1.5e-6, "a ring's hop inside a node")
     network_hop_s: float = assumed(6e-6, "a ring's hop between nodes")
     launch_s: float = assumed(4e-6, "of CPU time a kernel; no CUDA graphs")
-    pass_s: float = assumed(0.0, "of a pass that no part below explains, whatever its tokens; FITTED")
-    layer_kernels: float = assumed(45, "kernels a layer and pass, forward and backward, compiled")
+    layer_kernels: float = assumed(66, "H100: kernels a layer and pass; 810 a pass, with the next line's")
     pass_kernels: float = assumed(80, "kernels of a pass beside the layers: embedding, head, loss, tables")
     bucket_kernels: float = assumed(12, "kernels of a bucket's update beside the polar steps' three each")
-    matmul_share: float = assumed(0.8, "of the peak, large products (790e12 measured on an H200)")
-    head_share: float = assumed(0.6, "of the float8 peak: tall products, fixed scales")
-    attention_share: float = assumed(
-        0.5,
-        "of the bf16 peak on the tiles of 128 x 128 computed: FlashAttention-3, which the public runs used",
-    )
-    polar_share: float = assumed(0.5, "of the bf16 peak: batches of small square products")
-    memory_share: float = assumed(0.85, "of the bandwidth, streaming kernels")
-    logit_bytes: float = assumed(
-        8,
-        "memory traffic a logit: written, read by the loss, its float8 gradient "
-        "written, transposed, read (fused loss)",
-    )
-    table_pass_bytes: float = assumed(
-        8, "traffic a table entry and pass: dense bf16 gradient zeroed, written, added to the one before"
-    )
-    adam_bytes: float = assumed(30, "traffic an entry and Adam update: m, v, master, gradient, zeroing")
-    matrix_bytes: float = assumed(
-        48, "traffic an entry and NorMuon update: gradient, momentum, variance, decay, master"
-    )
-    passes: float = assumed(
-        0.0,
-        "times that a token's vector of width C crosses memory in a layer, forward "
-        "and backward, beside its products' own operands; FITTED",
-    )
-
-    @property
-    def memory_rate(self) -> float:
-        return self.memory_bytes * self.memory_share
+    mean_doc_tokens: float = assumed(700, "FineWeb's, about; lengths are log-normal")
+    median_doc_tokens: float = assumed(420, "FineWeb's, about")
+    max_doc_tokens: int = assumed(2048, "longer documents are cut")
 
     def ring(self, num_bytes: float, ranks: int, stride: int = 1) -> float:
         """Seconds of a reduce-scatter or all-gather of num_bytes over `ranks` GPUs that are `stride` apart.
@@ -151,12 +142,6 @@ class Machine:
 # Documents
 # ---------------------------------------------------------------------------------------------------
 
-MEAN_DOC_TOKENS, MEDIAN_DOC_TOKENS, MAX_DOC_TOKENS = 700, 420, 2048
-DOC_NOTE = (
-    f"documents: log-normal lengths, mean {MEAN_DOC_TOKENS}, median {MEDIAN_DOC_TOKENS} tokens "
-    f"(about FineWeb's), cut at {MAX_DOC_TOKENS}; slices take whole documents, the last cut to fit"
-)
-
 
 class Slices(NamedTuple):
     lengths: np.ndarray  # lengths of the document pieces that are trained on
@@ -164,12 +149,12 @@ class Slices(NamedTuple):
 
 
 @functools.cache
-def draw_slices(slice_tokens: int) -> Slices:
-    """Fill slices of this size with randomly drawn documents, the same ones each time."""
-    sigma = math.sqrt(2 * math.log(MEAN_DOC_TOKENS / MEDIAN_DOC_TOKENS))
-    drawn = np.random.default_rng(0).lognormal(math.log(MEDIAN_DOC_TOKENS), sigma, 20_000)
+def draw_slices(slice_tokens: int, m: Machine) -> Slices:
+    """Fill slices of this size with whole documents drawn at random, the same each time; the last is cut."""
+    sigma = math.sqrt(2 * math.log(m.mean_doc_tokens / m.median_doc_tokens))
+    drawn = np.random.default_rng(0).lognormal(math.log(m.median_doc_tokens), sigma, 20_000)
     pieces, filled, dropped = [], 0, 0
-    for length in np.clip(drawn, 16, MAX_DOC_TOKENS).astype(int).tolist():
+    for length in np.clip(drawn, 16, m.max_doc_tokens).astype(int).tolist():
         take = min(length, slice_tokens - filled)
         pieces.append(take)
         filled, dropped = filled + take, dropped + length - take
@@ -212,7 +197,7 @@ def bucket_times(
     """Time a bf16 bucket of `entries` numbers, padding included, shared among groups of shard_over."""
     inside, groups = m.ring(2 * entries, shard_over), ranks // shard_over
     across = 2 * m.ring(2 * entries / shard_over, groups, shard_over)  # all-reduce of each shard
-    zeroing = 2 * entries / m.memory_rate
+    zeroing = 2 * entries / m.memory_bytes
     return Bucket(inside + across, update_s + zeroing, inside, polar_s)
 
 
@@ -225,13 +210,13 @@ def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bo
         due += [Bucket(small, overhead, 0.0, 0.0)] * SMALL_BUCKETS
         for name, entries in sorted(table_sizes(c, VOCAB).items(), key=lambda item: item[1]):
             if name != "embed" or not tied:
-                traffic = entries / shard_over * m.adam_bytes / m.memory_rate
+                traffic = entries / shard_over * m.adam_bytes / m.memory_bytes
                 due.append(bucket_times(m, entries, ranks, shard_over, max(overhead, traffic)))
     for (rows, columns), n in sorted(matrix_shapes(c).items(), key=lambda item: item[1] * math.prod(item[0])):
         mine = owned(n, shard_over)
-        polar = mine * polar_flop(rows, columns) / (m.bf16_flops * m.polar_share)
+        polar = mine * polar_flop(rows, columns) / m.polar_flops
         polar = max(polar, 15 * m.launch_s)  # five iterations of three kernels
-        traffic = max(overhead, mine * rows * columns * m.matrix_bytes / m.memory_rate)
+        traffic = max(overhead, mine * rows * columns * m.matrix_bytes / m.memory_bytes)
         entries = mine * shard_over * rows * columns
         due.append(bucket_times(m, entries, ranks, shard_over, polar + traffic, polar))
     return due
@@ -252,11 +237,18 @@ def optimizer_seconds(due: list[Bucket]) -> tuple[float, float]:
     return end, end - sum(b.update_s for b in due)
 
 
-def num_passes(batch_tokens: int, ranks: int, stacked: bool = True) -> int:
-    """Number of passes of a rank in a step, with slices stacked as TrainData does, or one slice each."""
+def num_passes(batch_tokens: int, ranks: int, pass_tokens: int = MOST_TOKENS) -> int:
+    """Number of passes of a rank in a step, with slices stacked as TrainData does: at least one a pass."""
     slices = max(NUM_SLICES, ranks)
-    in_a_pass = MOST_TOKENS * slices // batch_tokens if stacked else 1
-    return math.ceil(slices // ranks / max(1, in_a_pass))
+    return math.ceil(slices // ranks / max(1, pass_tokens * slices // batch_tokens))
+
+
+def attention_seconds(c, m: Machine, tokens: float, lengths, windows) -> float:
+    """Tiles, and as many again as the blocks of queries lose; then what is read and written beside them."""
+    heads = c.num_heads * (c.num_layers - len(c.no_attention))
+    keys = keys_per_token(c, lengths, windows, ATTENTION_TILE) + heads * ATTENTION_TILE * m.attention_tiles
+    flop = ATTENTION_PRODUCTS * 2 * c.head_dim * keys
+    return tokens * (flop / m.attention_flops + heads * c.head_dim * m.attention_bytes / m.memory_bytes)
 
 
 def step_seconds(
@@ -267,7 +259,7 @@ def step_seconds(
     ranks: int,
     tied: bool = True,
     shard_over: int | None = None,
-    stacked: bool = True,
+    pass_tokens: int = MOST_TOKENS,
 ) -> dict[str, float]:
     """Seconds of each of PARTS in a mean step; their sum is the step. ValueError if the ranks do not fit."""
     shard_over, slices = shard_over or ranks, max(NUM_SLICES, ranks)
@@ -276,20 +268,20 @@ def step_seconds(
             f"{ranks} ranks do not divide {slices} slices of {batch_tokens} tokens, or groups "
             f"of {shard_over} do not divide the ranks; use powers of two"
         )
-    tokens, count = batch_tokens / ranks, num_passes(batch_tokens, ranks, stacked)
-    lengths = draw_slices(batch_tokens // slices).lengths
-    forward = forward_flop(c, lengths, VOCAB, windows)
-    keys = keys_per_token(c, lengths, windows, ATTENTION_TILE)
-    attention = ATTENTION_PRODUCTS * 2 * c.head_dim * keys
-    V, tables = padded_vocab(VOCAB), sum(table_sizes(c, VOCAB).values())
+    tokens, count = batch_tokens / ranks, num_passes(batch_tokens, ranks, pass_tokens)
+    lengths = draw_slices(batch_tokens // slices, m).lengths
+    forward, sizes = forward_flop(c, lengths, VOCAB, windows), table_sizes(c, VOCAB)
+    looked_up = sum(sizes.values()) - sizes.get("embed", 0)  # tied, the head is; else the embedding, as large
+    trained = num_matrix_params(c) + (looked_up if tied else sum(sizes.values()))
     parts = {
-        "matmul": 3 * tokens * forward.matrices / (m.bf16_flops * m.matmul_share),
-        "head": 3 * tokens * forward.head / (m.fp8_flops * m.head_share),
-        "attention": tokens * attention / (m.bf16_flops * m.attention_share),
-        "elementwise": tokens * c.num_layers * c.width * 2 * m.passes / m.memory_rate,
-        "logits": tokens * V * m.logit_bytes / m.memory_rate,
-        "tables": count * tables * m.table_pass_bytes / m.memory_rate,
-        "passes": count * m.pass_s,
+        "matmul": 3 * tokens * forward.matrices / m.matmul_flops,
+        "head": 3 * tokens * forward.head / m.head_flops,
+        "attention": attention_seconds(c, m, tokens, lengths, windows),
+        "elementwise": tokens * c.num_layers * c.width * 2 * m.crossings / m.memory_bytes,
+        "logits": tokens * padded_vocab(VOCAB) * m.logit_bytes / m.memory_bytes,
+        "tables": count * looked_up * m.table_bytes / m.memory_bytes,
+        "adds": count * trained * m.add_bytes / m.memory_bytes,
+        "gaps": count * m.gap_s,
     }
     launches = count * (c.num_layers * m.layer_kernels + m.pass_kernels) * m.launch_s
     parts["launches"] = max(0.0, launches - sum(parts.values()))  # only what the GPU's work does not hide
@@ -362,21 +354,16 @@ class Run(NamedTuple):
         return max(self.parts, key=self.parts.get)
 
 
-def run_schedule(
-    p: Preset, m: Machine, ranks: int, shard_over: int | None = None, stacked: bool = True
-) -> Run:
-    """Time a whole schedule. shard_over: ranks that share one copy of the optimizer; None: all.
-
-    stacked: several slices a pass, as this project does.
-    """
+def run_schedule(p: Preset, m: Machine, ranks: int, shard_over: int | None = None) -> Run:
+    """Time a whole schedule. shard_over: ranks that share one copy of the optimizer; None: all."""
     shard_over = min(shard_over or ranks, ranks)
     c, parts, tokens, flop, dropped = p.config, dict.fromkeys(PARTS, 0.0), 0.0, 0.0, 0.0
     for stage, (steps, batch) in enumerate(zip(p.steps, p.settings.batch_sizes)):
         tied = (stage + 0.5) / 3 < c.untie_frac
-        seconds = step_seconds(c, m, batch, c.windows[stage], ranks, tied, shard_over, stacked)
+        seconds = step_seconds(c, m, batch, c.windows[stage], ranks, tied, shard_over)
         for name, s in seconds.items():
             parts[name] += steps * s
-        slices = draw_slices(batch // max(NUM_SLICES, ranks))
+        slices = draw_slices(batch // max(NUM_SLICES, ranks), m)
         tokens += steps * batch
         flop += steps * batch * flop_per_token(c, slices.lengths, VOCAB, c.windows[stage])
         dropped += steps * batch * slices.dropped
@@ -385,92 +372,61 @@ def run_schedule(
 
 
 # ---------------------------------------------------------------------------------------------------
-# Published figures
+# Steps that somebody has timed, and those that nobody has
 # ---------------------------------------------------------------------------------------------------
 
+FA3 = {"attention_flops": 5 / 3 * Machine.attention_flops}  # assumed: its authors found 1.5 to 2 times FA2's
+H200 = {"memory_bytes": 4.8 / 3.35 * Machine.memory_bytes, "memory_gib": 139.8}  # the same share of its paper
+MIX = {"mean_doc_tokens": 1690, "median_doc_tokens": 957}  # the text on which this project's steps were timed
 
-class Published(NamedTuple):
-    """Steady milliseconds a step in the three stages, from a log of the speedrun's public records."""
+
+class Timed(NamedTuple):
+    """Milliseconds a step of gpt2-small on H100s, in the first stages."""
 
     what: str
     ranks: int
-    ms: tuple[float, float, float]
-    kind: str  # fitted, held out: the same code, or other code
+    ms: tuple[float, ...]
+    kind: str
+    pass_tokens: int = 1  # one slice a pass
+    changes: dict = FA3
 
 
-PUBLISHED = (
-    Published("1 x H100, 2026-01-24", 1, (244.7, 447.6, 656.7), "fitted"),
-    Published("8 x H100, 2026-01-24", 8, (33.02, 59.12, 84.99), "held out"),
-    Published("8 x H100, 2026-01-19", 8, (33.92, 60.90, 86.78), "other head kernels"),
-    Published("1 x H100, before 2026-01-24", 1, (253.9, 466.8, 677.6), "other head kernels"),
-    Published("1 x H100, 2026-07-13", 1, (231.0, 430.1, 634.1), "another model"),
-    Published("8 x H100, 2026-07-13", 8, (31.38, 56.28, 82.31), "another model"),
+TIMED = (  # ours: records/2026-11-26_first_hour_h100; others: logs of the speedrun's public records
+    Timed("this project", 1, (216.9,), "set from its profile", MOST_TOKENS, MIX),
+    Timed("this project", 1, (math.nan, 448.5, 693.8), "held out", MOST_TOKENS, MIX),
+    Timed("PASS_TOKENS=131072", 1, (211.8,), "held out", 2 * MOST_TOKENS, MIX),
+    Timed("public, 2026-01-24", 1, (244.7, 447.6, 656.7), "the same model"),
+    Timed("public, 2026-01-24", 8, (33.02, 59.12, 84.99), "the same model"),
+    Timed("public, 2026-01-19", 8, (33.92, 60.90, 86.78), "other head kernels"),
+    Timed("public, before 2026-01-24", 1, (253.9, 466.8, 677.6), "other head kernels"),
+    Timed("public, 2026-07-13", 1, (231.0, 430.1, 634.1), "another model"),
+    Timed("public, 2026-07-13", 8, (31.38, 56.28, 82.31), "another model"),
 )
 
 
-def public_ms(p: Preset, m: Machine, ranks: int) -> np.ndarray:
-    """Model the public code's milliseconds a step in the three stages: one slice a pass."""
-    stages = zip(
-        p.settings.batch_sizes, p.config.windows, (True, True, False)
-    )  # head and embedding: tied, tied, not
-    return np.array(
-        [
-            1000 * sum(step_seconds(p.config, m, batch, windows, ranks, tied, stacked=False).values())
-            for batch, windows, tied in stages
-        ]
-    )
+def modelled_ms(p: Preset, timed: Timed) -> np.ndarray:
+    """Model the milliseconds of the stages that were timed; head and embedding are tied in the first two."""
+    m, c, ms = dataclasses.replace(Machine(), **timed.changes), p.config, []
+    for stage in range(len(timed.ms)):
+        batch, windows = p.settings.batch_sizes[stage], c.windows[stage]
+        parts = step_seconds(c, m, batch, windows, timed.ranks, stage < 2, pass_tokens=timed.pass_tokens)
+        ms.append(1000 * sum(parts.values()))
+    return np.array(ms)
 
 
-def fit(p: Preset, m: Machine) -> Machine:
-    """Fit `passes` and `pass_s` to the stages of PUBLISHED[0] by least squares; a step is linear in both."""
-    ranks, published = PUBLISHED[0].ranks, np.array(PUBLISHED[0].ms)
-    m = dataclasses.replace(m, passes=0.0, pass_s=0.0)
-    base = public_ms(p, m, ranks)
-    units = [dataclasses.replace(m, passes=1.0), dataclasses.replace(m, pass_s=1.0)]
-    slopes = np.stack([public_ms(p, unit, ranks) - base for unit in units], axis=1)
-    passes, pass_s = np.linalg.lstsq(slopes, published - base, rcond=None)[0]
-    return dataclasses.replace(m, passes=float(passes), pass_s=float(pass_s))
-
-
-def check_published(p: Preset, m: Machine) -> list[tuple[Published, np.ndarray, np.ndarray]]:
-    """Return rows of (figure, modelled ms by stage, relative errors)."""
-    rows = []
-    for published in PUBLISHED:
-        modelled = public_ms(p, m, published.ranks)
-        rows.append((published, modelled, modelled / published.ms - 1))
-    return rows
+def predictions(p: Preset) -> list[tuple[str, str, Run]]:
+    """Return rows of (GPUs, attention, schedule)."""
+    return [
+        (f"{ranks} x {gpu}", code, run_schedule(p, dataclasses.replace(Machine(), **more, **changes), ranks))
+        for code, changes in (("FA2", {}), ("FA3", FA3))
+        for gpu, more in (("H100", {}), ("H200", H200))
+        for ranks in (1, 8)
+    ]
 
 
 def arithmetic_limit(c, flops: float) -> float:
     """Tokens/s if only the products with matrices and head took time, all at this rate."""
     return flops / (6 * (active_matrix_params(c) + padded_vocab(VOCAB) * c.width))
-
-
-# ---------------------------------------------------------------------------------------------------
-# This project's own step
-# ---------------------------------------------------------------------------------------------------
-
-H200 = {"memory_bytes": 4.8e12, "memory_gib": 139.8}  # datasheet; torch; its rates of products are an H100's
-FA2 = {"attention_share": 0.3}  # of the bf16 peak: what torch has without a further package
-
-
-def predictions(p: Preset, fitted: Machine) -> list[tuple[str, str, Run]]:
-    """Return rows of (GPUs, code and attention, schedule)."""
-    codes = (
-        ("public code, FA3", {}, False),
-        ("this project, FA3", {}, True),
-        ("this project, FA2", FA2, True),
-    )
-    return [
-        (
-            f"{ranks} x {gpu}",
-            code,
-            run_schedule(p, dataclasses.replace(fitted, **more, **changes), ranks, None, stacked),
-        )
-        for code, changes, stacked in codes
-        for gpu, more in (("H100", {}), ("H200", H200))
-        for ranks in (1, 8)
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -493,7 +449,7 @@ def run_row(run: Run, one: Run, m: Machine) -> list[str]:
         f"{run.tokens / run.seconds:,.0f}",
         f"{speedup:.1f}",
         f"{speedup / run.ranks:.0%}",
-        f"{run.flop / run.seconds / run.ranks / m.bf16_flops:.0%}",
+        f"{run.flop / run.seconds / run.ranks / m.square_flops:.0%}",
         run.bound,
         f"{run.dropped:.0%}",
         f"{run.gib:.0f}" + ("" if run.gib * GIB <= usable_bytes(m.memory_gib * GIB) else " (too much)"),
@@ -507,7 +463,7 @@ RUN_HEADER = [
     "tokens/s",
     "speed-up",
     "of linear",
-    "of bf16 peak",
+    "of matmul rate",
     "most time",
 ]
 RUN_HEADER += ["tokens dropped", "GiB a GPU"]
@@ -569,42 +525,31 @@ def print_preset(p: Preset, m: Machine, gpus: list[int], shard_over: int | None,
 
 
 def print_assumptions(m: Machine):
-    print("Assumptions (--set NAME=VALUE changes one, after the fit):")
+    print("Assumptions (--set NAME=VALUE changes one):")
     for f in dataclasses.fields(m):
         why = f.metadata["why"]
         print(f"  {f.name} = {getattr(m, f.name):g}" + (f": {why}" if why else ""))
-    print(f"  {DOC_NOTE}\n  norms, softmax, gates, stragglers, data and evaluation cost no time of their own")
+    print("  stragglers, data and evaluation cost no time of their own")
 
 
-def print_published(p: Preset, m: Machine, markdown: bool):
-    print(
-        f"\n{'### ' if markdown else ''}Against public step times of gpt2-small on H100s, before any --set "
-        f"(passes = {m.passes:.0f} and pass_s = {1000 * m.pass_s:.2f} ms fitted to the first row)\n"
-    )
-    rows = [
-        [
-            published.what,
-            *(f"{ms:.1f} ({modelled:.1f})" for ms, modelled in zip(published.ms, models)),
-            f"{errors[abs(errors).argmax()]:+.1%}",
-            published.kind,
-        ]
-        for published, models, errors in check_published(p, m)
-    ]
-    header = ["run", *(f"stage {i}, ms (model)" for i in (1, 2, 3)), "largest error", "kind"]
+def print_timed(p: Preset, markdown: bool):
+    print(f"\n{'### ' if markdown else ''}Against steps of gpt2-small that were timed, before any --set\n")
+    rows = []
+    for timed in TIMED:
+        pairs = list(zip(timed.ms, modelled_ms(p, timed)))
+        cells = ["" if math.isnan(ms) else f"{ms:.1f} ({x:.1f}, {x / ms - 1:+.1%})" for ms, x in pairs]
+        rows.append([f"{timed.ranks} x H100", timed.what, *(cells + ["", ""])[:3], timed.kind])
+    header = ["GPUs", "code", *(f"stage {i}, ms (model, error)" for i in (1, 2, 3)), "kind"]
     print(table(header, rows, markdown))
 
 
-def print_predictions(p: Preset, fitted: Machine, markdown: bool):
-    """Print the predictions as fitted, before any --set."""
-    print(
-        f"\n{'### ' if markdown else ''}Predictions for gpt2-small's whole schedule, before any --set "
-        "(by stages measured later on one H100, FA2: 459 ms)\n"
-    )
+def print_predictions(p: Preset, markdown: bool):
+    print(f"\n{'### ' if markdown else ''}Predictions for gpt2-small's whole schedule, before any --set\n")
     rows = [
         [gpus, code, f"{run.ms_step:.1f}", f"{run.tokens / run.seconds:,.0f}", f"{run.seconds:.1f}"]
-        for gpus, code, run in predictions(p, fitted)
+        for gpus, code, run in predictions(p)
     ]
-    print(table(["GPUs", "code", "ms a step", "tokens/s", "seconds"], rows, markdown))
+    print(table(["GPUs", "attention", "ms a step", "tokens/s", "seconds"], rows, markdown))
 
 
 def write_csv(path: Path, runs: list[Run]):
@@ -657,8 +602,7 @@ def main(argv: list[str]) -> int:
     markdown = args.table == "markdown"
     try:
         presets = read_presets()
-        fitted = fit(presets["gpt2-small"], Machine())
-        m = changed(fitted, args.set)
+        m = changed(Machine(), args.set)
         names = args.preset.split(",")
         if not set(names) <= set(presets):
             raise ValueError(f"--preset {args.preset}: wanted some of {', '.join(presets)}")
@@ -666,8 +610,8 @@ def main(argv: list[str]) -> int:
         if gpus[0] < 1 or (args.shard_over or 1) < 1:
             raise ValueError("--gpus and --shard-over want numbers above 0")
         print_assumptions(m)
-        print_published(presets["gpt2-small"], fitted, markdown)
-        print_predictions(presets["gpt2-small"], fitted, markdown)
+        print_timed(presets["gpt2-small"], markdown)
+        print_predictions(presets["gpt2-small"], markdown)
         runs = []
         for name in names:
             runs += print_preset(presets[name], m, gpus, args.shard_over, markdown)
