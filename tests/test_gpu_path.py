@@ -86,16 +86,20 @@ def staged_start(trainer, folder, **settings):
 
 @pytest.fixture
 def traced_only(monkeypatch):
-    """torch.compile by dynamo alone: the graphs it makes are what would be compiled. Attention asks, as
-    varlen's does, for the longest document, a constant of the graph."""
+    """torch.compile by dynamo alone: the graphs it makes are what would be compiled. They keep parameters, as
+    inductor's do. Attention asks, as varlen's does, for the longest document, a constant of the graph."""
     torch._dynamo.reset()
-    attend = attention.Documents.attend
+    attend, kept = attention.Documents.attend, []
 
     def ask_longest(self, *args):
         return attend(self, *args) * float(self.max_doc_tokens > 0)
 
+    def backend(graph, inputs):
+        kept.extend(x for x in inputs if isinstance(x, torch.nn.Parameter))
+        return graph.forward
+
     def by_dynamo(function):
-        return torch.compile(function, dynamic=False, fullgraph=True, backend="eager")
+        return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
     monkeypatch.setattr(attention.Documents, "attend", ask_longest)
     for module in (compiling, *TRAINERS):
@@ -110,13 +114,14 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, monkeypa
     its model and optimizer are as large as the run's."""
     trainer = train_gpt_muon_ord  # compiles all that the baseline does, and a form of the step that measures
     start = staged_start(trainer, tmp_path)
-    made, build = [], trainer.Trainer.__init__
+    made = []
+    for part in (trainer.Trainer, trainer.Optimizer):
 
-    def remember(self, *args):
-        made.append(weakref.ref(self))
-        build(self, *args)
+        def remember(self, *args, build=part.__init__):
+            made.append(weakref.ref(self))
+            build(self, *args)
 
-    monkeypatch.setattr(trainer.Trainer, "__init__", remember)
+        monkeypatch.setattr(part, "__init__", remember)
     before = graphs_compiled()
     parts = SimpleNamespace(log=start.log, module=trainer, start=start, stop=StopRequest())
     Supervisor.rehearse(parts)
@@ -125,7 +130,7 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, monkeypa
     (said,) = re.findall(r"^event:rehearsed seconds:(\S+) graphs:(\d+)$", start.log.path.read_text(), re.M)
     assert float(said[0]) > 0 and int(said[1]) == rehearsed - before
     gc.collect()
-    assert [t() for t in made] == [None], "the rehearsal's trainer is still there"
+    assert [part() for part in made] == [None] * 2, "the rehearsal's trainer or optimizer is still there"
     run = trainer.Run(start, StopRequest())
     assert run.train() == 12
     assert graphs_compiled() == rehearsed
