@@ -37,9 +37,16 @@ from data.shards import Ahead, DataError, Shard, open_pair
 from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing, draw_noise, load_fields
 from kernels.float8 import Float8Linear
-from kernels.heads import composed, grouped_shape, in_head_order, offset_keys, pair_heads, without_own_value
+from kernels.heads import (
+    compose_heads,
+    grouped_shape,
+    in_head_order,
+    offset_keys,
+    pair_heads,
+    without_own_value,
+)
 from kernels.ngrams import embed_ngrams, sign_table
-from kernels.signals import NGRAM_START, RESID_START, Mudd, TokenNet, gate_signals, signalled
+from kernels.signals import NGRAM_START, RESID_START, Mudd, TokenNet, gate_signals, signal_names
 from kernels.vectors import scalar
 from runtime import refusals, settings, supervise
 from runtime.compiling import compile_forward, not_compiled, torch_compile
@@ -72,14 +79,16 @@ BY_STAGE = ("batch_sizes", "lr_muls", "max_doc_tokens")  # settings with one val
 
 @dataclass(frozen=True)
 class Settings(settings.RunSettings):
-    """The twins' own settings, beside those of any run. A preset (MODEL) may change defaults; the environment
-    has the last word."""
+    """Settings of this trainer and its ORD twin, beside those of any run.
+
+    A preset (MODEL) may change defaults; the environment has the last word.
+    """
 
     seed: int = knob(0, "initial weights, data order and router noise, a stream each", low=0, high=2**62)
     model: str = knob("auto", "preset; auto: gpt2-small on CUDA, tiny without")
     attn_backend: str = machine_knob("auto", "auto: varlen on CUDA, else sdpa", choices=ATTN_BACKENDS)
-    kernels: str = machine_knob("auto", "fast forms: by device; torch: none", choices=KERNELS)
-    disable_fp8: bool = knob(False, "bfloat16 head even where float8 is to be had (sm_89 and later)")
+    kernels: str = machine_knob("auto", "fast forms; auto: by device; torch: plain PyTorch", choices=KERNELS)
+    disable_fp8: bool = knob(False, "use a bfloat16 head even where float8 is available (sm_89 and later)")
     # data
     val_batch_tokens: int = knob(2_097_152, "tokens of a validation batch", low=1024, rare=True)
     max_doc_tokens: tuple[int, ...] = knob((2048,) * 4, "longest document, by stage", low=16, rare=True)
@@ -87,7 +96,7 @@ class Settings(settings.RunSettings):
     # length and shape of the run; one value per stage: three scheduled thirds, then the extension
     num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
     num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
-    train_tokens: int = knob(0, "tokens; if not 0, sets NUM_SCHEDULED_ITERATIONS", low=0)
+    train_tokens: int = knob(0, "tokens of the scheduled steps; if not 0, sets their number", low=0)
     batch_sizes: tuple[int, ...] = knob((131072, 262144, 393216, 393216), "tokens per step", low=128)
     slices: int = knob(8, "slices that a batch is cut into; more of them take less memory", low=8, high=64)
     pass_tokens: int = machine_knob(0, "most tokens of a pass of several slices; 0: by memory", low=0)
@@ -96,7 +105,7 @@ class Settings(settings.RunSettings):
     ngram_rows: int = knob(None, "rows of the n-gram table; empty: preset's; 0: none", low=0, high=2**24)
     without: str = knob("", "part of the preset to leave out, for ablations", choices=PARTS, rare=True)
     # mixture of experts, for presets that have one
-    num_experts: int = knob(0, "experts per layer; 0: none, an MLP", low=0, high=256)
+    num_experts: int = knob(0, "experts per layer, for presets that have them", low=0, high=256)
     moe_top_k: int = knob(2, "experts that a token goes to", low=2)
     moe_balance_weight: float = knob(0.01, "weight of the balance loss; even load is 1 per layer", low=0)
     router_noise: float = knob(0.1, "standard deviation of router noise, in training", low=0)
@@ -105,9 +114,9 @@ class Settings(settings.RunSettings):
     warmup_steps: int = knob(0, "steps of linear learning-rate warm-up", low=0)
     cooldown_frac: float = knob(0.55, "share of the scheduled steps that the decay takes", low=0, high=1)
     lr_decay_type: str = knob("linear", "shape of the decay", choices=DECAYS)
-    lr_decay_final: float = knob(0.1, "multiplier at the decay's end; exp: factor on the stage's", low=0)
+    lr_decay_final: float = knob(0.1, "multiplier at the decay's end; exp: times the stage's", low=0)
     lr_decay_switch_step: int = knob(0, "first step of a second decay, within the first; 0: none", low=0)
-    lr_decay_second_type: str = knob(None, "its shape; empty: no second decay", choices=SECOND_DECAYS)
+    lr_decay_second_type: str = knob(None, "shape of the second decay; empty: none", choices=SECOND_DECAYS)
     lr_decay_second_final: float = knob(None, "its end, times the stage's; empty: LR_DECAY_FINAL", low=0)
 
 
@@ -116,7 +125,9 @@ class NorMuonSettings:
     """The optimizer's settings."""
 
     optimizer: str = knob("normuon", "for matrices; muon: no variance reduction", choices=OPTIMIZERS)
-    muon_lr: float = knob(0.023, "Muon's rate; a matrix's is sqrt(max(1, rows/columns)) times that", low=0)
+    muon_lr: float = knob(
+        0.023, "Muon's rate; times sqrt(max(1, rows/columns)), and 2 for the MLP's second matrix", low=0
+    )
     muon_momentum: float = knob(0.95, "momentum after its warm-up from 0.85", low=0, high=0.9999)
     muon_warmup_steps: int = knob(300, "steps of the momentum's warm-up", low=0)
     muon_beta2: float = knob(0.95, "NorMuon's memory of squared updates, per step", low=0, high=0.9999)
@@ -125,10 +136,10 @@ class NorMuonSettings:
     muon_decay_mode: str = knob("cautious", "which weights, or the update, decay", choices=DECAY_MODES)
     adam_lr: float = knob(0.008, "Adam's base rate; roles multiply it by up to 75", low=0)
     router_lr: float = knob(0.001, "learning rate of the experts' routers, in ADAM_LR's place", low=0)
-    adam_weight_decay: float = knob(0.005, "cautious decay, times learning rate and role", low=0)
+    adam_weight_decay: float = knob(0.005, "cautious decay; times the rate's square and role", low=0)
     adam_matrix_lr: float = knob(5e-4, "learning rate of matrices, OPTIMIZER=adamw", low=0, rare=True)
     adam_matrix_decay: float = knob(0.1, "weight decay of matrices, OPTIMIZER=adamw", low=0, rare=True)
-    grad_clip: float = knob(0.0, "largest norm of the mean loss's gradient in a step; 0: no clipping", low=0)
+    grad_clip: float = knob(0.0, "largest norm of a gradient, as grad_norm in the log; 0: none", low=0)
 
 
 def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
@@ -139,7 +150,8 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     defaults = {**changes, **OPTIMIZER_PRESETS.get(model, {})}
     s, o = settings.read(SETTINGS, env, defaults, SCRIPT.name)
     by_stage = {name: getattr(s, name) for name in BY_STAGE}
-    by_stage["max_doc_tokens"] *= NUM_STAGES if len(s.max_doc_tokens) == 1 else 1
+    if len(s.max_doc_tokens) == 1:
+        by_stage["max_doc_tokens"] *= NUM_STAGES
     for name, values in by_stage.items():
         if len(values) == NUM_STAGES - 1:  # the extension keeps its default
             by_stage[name] = (*values, changes.get(name, getattr(Settings, name))[-1])
@@ -173,12 +185,11 @@ def resolve(s: Settings) -> Settings:
         changes["attn_backend"] = "varlen" if cuda and capability() >= (8, 0) else "sdpa"
     if not cuda or capability() < (8, 9):
         changes["disable_fp8"] = True
-    if s.kernels == "auto":
-        changes["kernels"] = "torch"  # fastest where a CPU's code is compiled
-        if cuda and capability() >= (8, 0) and importlib.util.find_spec("triton"):
-            changes["kernels"] = "triton"
-        elif not cuda and s.compile != "1":
-            changes["kernels"] = "cpu"
+    if s.kernels == "auto" and cuda:
+        has_triton = capability() >= (8, 0) and importlib.util.find_spec("triton")
+        changes["kernels"] = "triton" if has_triton else "torch"
+    elif s.kernels == "auto":
+        changes["kernels"] = "torch" if s.compile == "1" else "cpu"  # compiled, plain torch is faster
     if s.train_tokens:
         mean_batch = sum(s.batch_sizes[:-1]) / (NUM_STAGES - 1)
         num_steps = max(1, round(s.train_tokens / mean_batch))
@@ -214,7 +225,7 @@ class ModelConfig:
     ngram_rows: int = 5 * 50304  # of the hash embedding; 0: none
     ngrams: tuple = (2,)  # how many last tokens are hashed into it
     smear: bool = True  # each embedding gets some of the token before
-    attn_gate: bool = True  # on the output of each attention head
+    attn_gate: bool = True  # on the output of each attention head; with gate_layers, of long_layers only
     # weights of the losses on token t+1, t+2, ... by stage, each (at its start, at its end)
     predict: tuple = (((1, 1), (0.5, 0.5), (0.25, 0)), ((1, 1), (0.5, 0)), ((1, 1),), ((1, 1),))
     untie_frac: float = 2 / 3  # of the scheduled steps, then embedding and head part; 1: never
@@ -235,10 +246,9 @@ class ModelConfig:
     prefix_weights: tuple = ((0, 0),) * 4  # of the loss on the next token's prefix, by stage, start and end
 
     def __post_init__(self):
-        by_token = self.mudd or self.gate_layers
-        later = by_token or self.attn_source is not None
-        assert self.branch_factors or not later, "mudd, gate_layers and attn_source want branch_factors"
-        assert self.gate_layers or not self.compose_tokens, "compose_tokens wants gate_layers"
+        later = self.mudd or self.gate_layers or self.attn_source is not None
+        assert self.branch_factors or not later, "mudd, gate_layers and attn_source require branch_factors"
+        assert self.gate_layers or not self.compose_tokens, "compose_tokens requires gate_layers"
         assert self.gate_layers[:1] in ((), (0,)), "layers before the first gate network would have no gates"
 
     @property
@@ -257,16 +267,22 @@ class LayerPlan:
     value_embed: bool
     xsa: bool
     composed: bool
-    by_token: frozenset  # names of what networks make for each token, in place of parameters
+    signals: frozenset  # names of the per-token numbers that networks make, in place of parameters
 
 
 def layer_plans(c: ModelConfig) -> list[LayerPlan]:
     """One plan per layer."""
-    features = c.long_layers, c.paired_layers, c.value_embed_layers, c.xsa_layers
-    composed = (c.num_layers - 1,) if c.compose_tokens else ()
     return [
-        LayerPlan(i not in c.no_attention, *(i in f for f in (*features, composed)), by_token)
-        for i, by_token in enumerate(signalled(c))
+        LayerPlan(
+            attention=i not in c.no_attention,
+            long_window=i in c.long_layers,
+            paired=i in c.paired_layers,
+            value_embed=i in c.value_embed_layers,
+            xsa=i in c.xsa_layers,
+            composed=c.compose_tokens > 0 and i == c.num_layers - 1,
+            signals=signals,
+        )
+        for i, signals in enumerate(signal_names(c))
     ]
 
 
@@ -290,6 +306,7 @@ def presets() -> dict[str, tuple[str, dict]]:
 # ---------------------------------------------------------------------------------------------------
 
 VAL_SLICES = 8  # of a batch of validation, whatever SLICES is: all arms then validate alike
+INIT_STREAM, SHARD_STREAM, DOC_STREAM = 0, 1, 2  # of SEED; kernels/experts.py has 3, router noise
 
 
 class Batch(NamedTuple):
@@ -313,7 +330,10 @@ def my_slices(num_slices: int, ranks: Ranks) -> range:
 
 
 def stack_slices(slices: list, device, max_doc_tokens: int, pass_tokens: int = MOST_TOKENS) -> list[Batch]:
-    """Stack slices, (inputs, targets, document lengths) in numpy, into as few passes as pass_tokens asks."""
+    """Stack slices, (inputs, targets, document lengths) in numpy, into passes of at most pass_tokens tokens.
+
+    A pass has one slice at least.
+    """
     per_pass = max(1, pass_tokens // len(slices[0][0]))
     batches = []
     for start in range(0, len(slices), per_pass):
@@ -329,7 +349,7 @@ def stack_slices(slices: list, device, max_doc_tokens: int, pass_tokens: int = M
 
 
 class TrainData:
-    """Endless batches of whole documents.
+    """Endless batches of shuffled documents. The last one of a slice is cut to fill it, its rest skipped.
 
     Every rank plans all slices of a step and reads its own, so that 1, 2, 4 and 8 ranks see the same tokens.
     The order of shards and documents is drawn from the seed, each epoch anew: `position`, where the step
@@ -361,12 +381,12 @@ class TrainData:
 
     def index_shard(self, epoch: int, place: int, longest: int) -> tuple:
         """(number of the shard at this place, its tokens, starts and lengths of its documents in order)."""
-        order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.shards))
+        order = np.random.default_rng([self.seed, SHARD_STREAM, epoch]).permutation(len(self.shards))
         index = int(order[place])
         shard = self.shards[index]
         tokens = self.tokens if index == self.loaded else shard.read()
         starts, lengths = shard.documents(tokens, longest, self.split)
-        perm = np.random.default_rng([self.seed, 2, epoch, index]).permutation(len(starts))
+        perm = np.random.default_rng([self.seed, DOC_STREAM, epoch, index]).permutation(len(starts))
         return index, tokens, starts[perm], lengths[perm]
 
     def place_after(self, epoch: int, place: int) -> tuple[int, int]:
@@ -413,12 +433,13 @@ class TrainData:
         coming = self.coming or self.prefetcher.start(self.make, batch_tokens, stages[0])
         batches = self.prefetcher.take(coming)
         self.position = self.epoch, self.place, self.cursor
+        self.doc_lengths = self.lengths  # of this shard: the thread below may go on to the next one
         self.coming = self.prefetcher.start(self.make, then, stages[1]) if then else None
         return batches
 
 
 def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int | None = None):
-    """Yield this rank's passes over the first VAL_TOKENS tokens: contiguous slices, documents whole.
+    """Yield this rank's passes over the first VAL_TOKENS tokens, in contiguous slices that may cut documents.
 
     num_batches: stop after this many global batches.
     """
@@ -489,7 +510,7 @@ SOFTCAP = (23.0, 5.0, 7.5)  # logits = 23 sigmoid((z + 5) / 7.5)
 ATTN_SCALE = 0.1  # of q k^T, whose rows are normed; before YaRN
 ROTARY_BASE = 1024  # the slowest pair turns by 1 / 1024 radians per token
 VOCAB_MULTIPLE = 128  # so that the head's product has aligned shapes
-INIT_GAIN = 0.5  # matrices start uniform with standard deviation INIT_GAIN / sqrt(width)
+INIT_GAIN = 0.5  # q, k, v, o and up start uniform with standard deviation INIT_GAIN / sqrt(width)
 ROUTER_STD = 0.02  # of a router's first weights
 
 
@@ -499,7 +520,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def learned_scalar(value: float) -> nn.Parameter:
-    """Scalars stay fp32 everywhere."""
+    """Learned scalar, fp32 on every device."""
     return nn.Parameter(torch.tensor(value))
 
 
@@ -570,32 +591,32 @@ class Attention(nn.Module):
         self.attn_gate = self.value_gate = self.xsa_alpha = None
         if c.attn_gate and not c.gate_layers:
             self.attn_gate = nn.Parameter(torch.zeros(c.num_heads, GATE_CHANNELS))
-        if plan.value_embed and "value_gate" not in plan.by_token:
+        if plan.value_embed and "value_gate" not in plan.signals:
             self.value_gate = nn.Parameter(torch.zeros(c.num_kv_heads, GATE_CHANNELS))
-        if plan.xsa and "xsa" not in plan.by_token:
+        if plan.xsa and "xsa" not in plan.signals:
             self.xsa_alpha = nn.Parameter(torch.zeros(c.num_heads))
         self.adds_input, self.gate_reads_table = not c.branch_factors, c.value_gate_reads_table
         self.compose_tokens = c.compose_tokens
 
-    def forward(self, x_BTC: Tensor, value_BTC: Tensor | None, by_token: dict, common: Common):
+    def forward(self, x_BTC: Tensor, value_BTC: Tensor | None, signals: dict, common: Common):
         """Return x plus the branch, or with branch_factors the branch alone.
 
-        value_BTC: the tokens' value embeddings. by_token: {name: signal, (B, T, size)} that networks made for
-        this layer.
+        value_BTC: the tokens' value embeddings. signals: {name: (B, T, size)}, what networks made for this
+        layer.
         """
         docs, rotary, (B, T, _) = common.docs, common.rotary, x_BTC.shape
         H, H_kv = self.num_heads, self.num_kv_heads
         n_BTC = norm(x_BTC)
         w_qkv = torch.cat((*(in_head_order(w, self.head_dim) for w in (self.q, self.k)), self.v))
-        w_qkv = w_qkv * self.qkv_lambda
+        w_qkv = w_qkv * self.qkv_lambda  # acts on v alone: q and k are normed
         qkv = F.linear(n_BTC, w_qkv).view(B, T, -1, self.head_dim)
         qk, v = qkv.split((H + H_kv, H_kv), dim=2)  # slices would each zero and fill a whole gradient
         qk = norm(qk)
         gate_in = n_BTC[..., :GATE_CHANNELS]
         if value_BTC is not None:
-            v = v + self.gate_of_value(gate_in, value_BTC, by_token).unsqueeze(-1) * value_BTC.view_as(v)
-        if "value" in by_token:
-            v = v + by_token["value"].view_as(v)
+            v = v + self.gate_of_value(gate_in, value_BTC, signals).unsqueeze(-1) * value_BTC.view_as(v)
+        if "value" in signals:
+            v = v + signals["value"].view_as(v)
         own_value = v
         if self.plan.long_window:
             qk = torch.cat((qk[:, :, :H], offset_keys(qk[:, :, H:])), dim=2)
@@ -612,22 +633,24 @@ class Attention(nn.Module):
         if self.plan.paired:
             y = y.view(B, T, 2, H, self.head_dim).flatten(2, 3)
         if self.plan.composed:
-            weights = by_token["compose_from"], by_token["compose_into"]
-            y = y + composed(q, k, v, docs.doc_ids(paired=False), rotary.scale, self.compose_tokens, *weights)
+            weights = signals["compose_from"], signals["compose_into"]
+            y = y + compose_heads(
+                q, k, v, docs.doc_ids(paired=False), rotary.scale, self.compose_tokens, *weights
+            )
         if self.plan.xsa:
-            alpha = by_token["xsa"] if self.xsa_alpha is None else self.xsa_alpha.to(y.dtype)
+            alpha = signals["xsa"] if self.xsa_alpha is None else self.xsa_alpha.to(y.dtype)
             y = without_own_value(y, own_value, alpha)
         if self.attn_gate is not None:
             y = y * torch.sigmoid(F.linear(gate_in, self.attn_gate)).unsqueeze(-1)
-        elif "attn_gate" in by_token:
-            y = y * by_token["attn_gate"].unsqueeze(-1)
+        elif "attn_gate" in signals:
+            y = y * signals["attn_gate"].unsqueeze(-1)
         branch = F.linear(y.flatten(2), self.o * (common.out_scale * self.o_lambda))
         return x_BTC + branch if self.adds_input else branch
 
-    def gate_of_value(self, gate_in, value_BTC, by_token: dict) -> Tensor:
+    def gate_of_value(self, gate_in, value_BTC, signals: dict) -> Tensor:
         """Factor on the value embedding of each key head, (B, T, H)."""
-        if "value_gate" in by_token:  # one for each half of the heads
-            return by_token["value_gate"].repeat_interleave(self.num_kv_heads // 2, dim=-1)
+        if "value_gate" in signals:  # one for each half of the heads
+            return signals["value_gate"].repeat_interleave(self.num_kv_heads // 2, dim=-1)
         if self.gate_reads_table:
             half = GATE_CHANNELS // 2
             gate_in = torch.cat((gate_in[..., :half], value_BTC[..., :half]), dim=-1)
@@ -664,21 +687,22 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(c)
         self.branch_factors = c.branch_factors
-        starts = {"resid": 1.1, "x0": 0.0, "ngram": 0.1}
-        if c.branch_factors:
+        starts = {} if c.branch_factors else {"resid": 1.1, "x0": 0.0, "ngram": 0.1}
+        if c.branch_factors and plan.attention:
             starts = {"resid_attn": RESID_START, "attn": 1.0, "x0": 0.0, "ngram": NGRAM_START}
-            starts = (starts if plan.attention else {}) | {"resid_mlp": RESID_START, "mlp": 1.0}
+        if c.branch_factors:
+            starts |= {"resid_mlp": RESID_START, "mlp": 1.0}
         for name, start in starts.items():
-            if name not in plan.by_token and (name != "ngram" or c.ngram_rows):
+            if name not in plan.signals and (name != "ngram" or c.ngram_rows):
                 setattr(self, f"{name}_lambda", learned_scalar(start))
 
-    def factor(self, name: str, by_token: dict) -> Tensor:
+    def factor(self, name: str, signals: dict) -> Tensor:
         """A number, or one for each token, (B, T, 1)."""
-        return by_token[name] if name in by_token else getattr(self, f"{name}_lambda")
+        return signals[name] if name in signals else getattr(self, f"{name}_lambda")
 
-    def forward(self, x, x0, ngram, value, attn_source, by_token: dict, common: Common):
+    def forward(self, x, x0, ngram, value, attn_source, signals: dict, common: Common):
         """Return the stream after the layer. attn_source: what attention reads in place of x, or None."""
-        factor = functools.partial(self.factor, by_token=by_token)
+        factor = functools.partial(self.factor, signals=signals)
 
         def mix(resid: Tensor) -> Tensor:
             mixture = resid * x + factor("x0") * x0
@@ -687,11 +711,11 @@ class Block(nn.Module):
         if not self.branch_factors:
             x = mix(self.resid_lambda)
             if self.attn is not None:
-                x = self.attn(x, value, by_token, common)
+                x = self.attn(x, value, signals, common)
             return self.feed_forward(x, common)
         if self.attn is not None:
             source = x if attn_source is None else attn_source
-            branch = self.attn(source, value, by_token, common)
+            branch = self.attn(source, value, signals, common)
             x = mix(factor("resid_attn")) + factor("attn") * branch
         return factor("resid_mlp") * x + factor("mlp") * self.feed_forward(x, common)
 
@@ -700,9 +724,8 @@ class Block(nn.Module):
         if isinstance(self.mlp, MixtureOfExperts):
             branch = self.mlp(norm(x), common.out_scale, common.routing)
             return branch if self.branch_factors else x + branch
-        return self.mlp(
-            x, common.out_scale
-        )  # attention and MLP norm and add x themselves: fast forms fuse that
+        # attention and MLP norm and add x themselves, because fast forms fuse that
+        return self.mlp(x, common.out_scale)
 
 
 class GPT(nn.Module):
@@ -712,7 +735,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.plans = c, layer_plans(c)
         self.backend, self.residual_scale = backend, residual_scale
-        self.float8_head, self.balance_weight, self.pass_tokens = False, 0.0, MOST_TOKENS
+        self.float8_head, self.balance_weight = False, 0.0
+        self.head_tokens = MOST_TOKENS  # of which validation makes the logits at once
         if c.num_experts:  # tokens that validation sent to each expert of each layer
             load = torch.zeros(c.num_layers, c.num_experts, dtype=torch.int64)
             self.register_buffer("expert_load_LE", load, persistent=False)
@@ -735,7 +759,8 @@ class GPT(nn.Module):
         gates = zip(c.gate_layers, gate_signals(c))
         self.gate_nets = nn.ModuleDict({str(i): TokenNet(c.width, s, learn_scale=True) for i, s in gates})
         self.mudd = Mudd(c) if c.mudd else None
-        self.kept_layers = {*(c.skip or ())[:1], *(c.mudd or ()), c.backout, c.attn_source}
+        later = {*(c.skip or ())[:1], *(c.mudd or ()), c.backout, c.attn_source}
+        self.kept_layers = later - {None}  # whose outputs later layers read
         if c.ngram_signs:
             self.register_buffer("ngram_signs", sign_table(c.ngram_signs, c.width), persistent=False)
         if c.predicts_prefixes:  # each token's prefix, -1 where it has none
@@ -743,8 +768,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator):
-        """Draw head, matrices, routers and networks, in the order of their names, from one stream; zero the
-        other tables."""
+        """Draw the first weights, in the order of the parameters' names, from one stream.
+
+        Zero all other tensors of two or more dimensions, such as `down`; scalars keep their constructors'.
+        """
         for name, p in sorted(self.named_parameters()):
             if name == "head":
                 p.normal_(0, 0.005, generator=generator)
@@ -765,7 +792,7 @@ class GPT(nn.Module):
 
     def embed_tokens(self, tokens_BT: Tensor, tied: bool) -> Tensor:
         x = F.embedding(tokens_BT, self.head if tied else self.embed)
-        if self.config.smear:  # each token gets a little of the one before it
+        if self.config.smear:  # each token gets a little of the one before it, of another document too
             gate = self.smear_lambda * torch.sigmoid(x[:, 1:, :GATE_CHANNELS] @ self.smear_gate.to(x.dtype))
             x = torch.cat((x[:, :1], x[:, 1:] + gate.to(x.dtype).unsqueeze(-1) * x[:, :-1]), dim=1)
         return norm(x)
@@ -784,21 +811,21 @@ class GPT(nn.Module):
         for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
             if i in c.gate_layers:
                 made.update(self.gate_nets[str(i)](x))
-            by_token = {name: made[i, name] for name in plan.by_token if (i, name) in made}
+            signals = {name: made[i, name] for name in plan.signals if (i, name) in made}
             added_x0, added_ngram = x0, ngram
             if i == 0 and c.branch_factors:
                 if ngram is not None:
-                    x = x + block.factor("ngram", by_token) * ngram
+                    x = x + block.factor("ngram", signals) * ngram
                 kept[-1], added_ngram = x, None  # layer -1, for MUDD
             if c.skip and i == c.skip[1]:
-                gate = by_token["skip"] if "skip" in by_token else self.gate_of_skip(x0)
+                gate = signals["skip"] if "skip" in signals else self.gate_of_skip(x0)
                 x = x + torch.sigmoid(self.skip_lambda) * gate * kept[c.skip[0]]
             if c.mudd and i == c.num_layers - 1:
                 kept[i - 1], added_x0 = x, kept[-1]
                 x, made_last = self.mudd.enter(x, kept)
-                by_token |= made_last
+                signals |= made_last
             source = kept.get(c.attn_source)
-            x = block(x, added_x0, added_ngram, values.get(i), source, by_token, common)
+            x = block(x, added_x0, added_ngram, values.get(i), source, signals, common)
             if i in self.kept_layers:
                 kept[i] = x
         if c.mudd:
@@ -828,9 +855,9 @@ class GPT(nn.Module):
     def head_loss(
         self, x_BTC: Tensor, targets_BT: Tensor, weights_K: Tensor, prefixes_BT=None, prefix_weight=None
     ) -> tuple[Tensor, Tensor]:
-        """(loss on the next tokens and the prefix, weighted; cross-entropy of the next one, detached), sums.
+        """(weighted loss, plain cross-entropy of the next token, detached), summed over tokens.
 
-        prefixes_BT: of the targets, -1 for none; None: no loss on them.
+        prefixes_BT: -1 where a target has no prefix; None: no loss on prefixes.
         """
         if self.float8_head:
             logits = Float8Linear.apply(x_BTC.flatten(0, 1), self.head, HEAD_SCALES)
@@ -855,7 +882,7 @@ class GPT(nn.Module):
             self.expert_load_LE += torch.stack(routing.loads_E)
         loss, right = 0, 0
         x_MC, targets_M = x.flatten(0, 1), batch.targets_BT.flatten()
-        for x, targets in zip(x_MC.split(self.pass_tokens), targets_M.split(self.pass_tokens)):
+        for x, targets in zip(x_MC.split(self.head_tokens), targets_M.split(self.head_tokens)):
             logits = softcap(F.linear(x, self.head))
             picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
             loss = loss + (logits.logsumexp(-1) - picked).sum()
@@ -867,8 +894,8 @@ def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch
     """A freshly initialised model; on CUDA matrices and tables are bfloat16, scalars and routers fp32."""
     model = GPT(config, vocab_size, s.attn_backend, s.residual_scale)
     model.float8_head, model.balance_weight = not s.disable_fp8, s.moe_balance_weight
-    seed = np.random.SeedSequence([s.seed, 0]).generate_state(1, np.uint64)[0]
-    model.init_weights(torch.Generator().manual_seed(int(seed) >> 1))
+    seed = np.random.SeedSequence([s.seed, INIT_STREAM]).generate_state(1, np.uint64)[0]
+    model.init_weights(torch.Generator().manual_seed(int(seed) >> 1))  # torch takes 63 bits
     if config.predicts_prefixes:
         model.prefixes_V.copy_(torch.from_numpy(prefix_tokens(vocab_size)))
     model.to(device)
@@ -885,10 +912,11 @@ def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch
 # Loss
 # ---------------------------------------------------------------------------------------------------
 
-# Factor on the loss summed over the batch, as in the public fork (2, and the mean of 8 ranks). Adam and Muon
-# hardly see it, but ORD's raw strengths are in units of this gradient.
+# Factor on the loss, which is summed over the batch. The public trainer doubles the loss and averages over 8
+# ranks. Adam and Muon do not depend on it, but for their eps; ORD's raw strengths do.
 LOSS_SCALE = 2 / 8
-HEAD_SCALES = (100 / 448, 1.6 / 448, LOSS_SCALE * 0.75 / 448)  # of input, weight, gradient; e4m3 ends at 448
+# of input and weight (e4m3, which ends at 448) and gradient (e5m2)
+HEAD_SCALES = (100 / 448, 1.6 / 448, LOSS_SCALE * 0.75 / 448)
 
 
 def softcap(logits: Tensor) -> Tensor:
@@ -956,7 +984,7 @@ ROLES = (  # complete and disjoint: every parameter matches exactly one
     Role("head", r"head|embed", decay_mul=150, betas=(0.5, 0.95)),
 )
 
-ADAM_EVERY = 2  # two steps' gradients add up before Adam moves
+ADAM_EVERY = 2  # two steps' gradients add up before Adam moves; an odd last step's are not used
 ADAM_EPS = 1e-10
 MUON_START_MOMENTUM, MUON_END_STEPS = 0.85, 50
 DOWN_LR = 2.0  # on the MLP's second matrix
@@ -980,7 +1008,7 @@ def find_role(name: str) -> Role:
 
 
 def polar_express(G_NRK: Tensor, dtype: torch.dtype) -> Tensor:
-    """The polar factor U V^T of each matrix, approximately, computed in `dtype`; fp32."""
+    """Approximate the polar factor U V^T of each matrix, computing in `dtype`; the result is fp32."""
     tall = G_NRK.size(-2) > G_NRK.size(-1)
     X = G_NRK.mT if tall else G_NRK
     X = (X / (POLAR_SAFETY * X.norm(dim=(-2, -1), keepdim=True) + POLAR_EPS)).to(dtype)
@@ -1003,8 +1031,7 @@ def reduce_variance(U_NRK: Tensor, second_moment: Tensor, beta2: float) -> Tenso
 
     Each matrix keeps its Frobenius norm. second_moment is updated in place.
     """
-    tall = U_NRK.size(-2) >= U_NRK.size(-1)
-    dim = -1 if tall else -2
+    dim = -1 if U_NRK.size(-2) >= U_NRK.size(-1) else -2
     mean_square = torch.linalg.vector_norm(U_NRK, dim=dim, keepdim=True).square() / U_NRK.size(dim)
     second_moment.lerp_(mean_square, 1 - beta2)
     scale = second_moment.clamp_min(1e-10).rsqrt()
@@ -1014,13 +1041,13 @@ def reduce_variance(U_NRK: Tensor, second_moment: Tensor, beta2: float) -> Tenso
 
 
 def orthogonalize(G_NRK: Tensor, second_moment: Tensor | None, beta2: float, dtype: torch.dtype) -> Tensor:
-    """P of the formulas: polar factor, and NorMuon's variance reduction if it has a second moment."""
+    """Orthogonalize each matrix (polar factor); reduce its variance if there is a second moment."""
     U = polar_express(G_NRK, dtype)
     return U if second_moment is None else reduce_variance(U, second_moment, beta2)
 
 
 def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
-    """The update with its decay: of weights where the update shrinks them ("cautious", arXiv 2411.16085;
+    """The update with its decay: of weights where the update shrinks them ("cautious", arXiv 2510.12402;
     "strict": not where it is 0), of all weights ("param"), of the update, or of both."""
     if mode == "none":
         return U
@@ -1061,10 +1088,10 @@ class AdamBucket(Bucket):
         self.o, self.run = o, compiler(step_adam)
         self.m, self.v = (torch.zeros_like(self.mine, dtype=torch.float32) for _ in range(2))
         roles = [find_role(name) for name in params]
-        self.lr = self.per_number([r.lr_mul for r in roles])
+        self.role_lr_mul = self.per_number([r.lr_mul for r in roles])
         bases = [getattr(o, r.lr_setting) for r in roles]
         self.base_lr = bases[0] if len(set(bases)) == 1 else self.per_number(bases)
-        self.decay = self.per_number([r.decay_mul for r in roles])
+        self.role_decay_mul = self.per_number([r.decay_mul for r in roles])
         self.betas = [self.per_number([r.betas[i] for r in roles]) for i in (0, 1)]
 
     def per_number(self, values: list[float]) -> Tensor:
@@ -1078,11 +1105,11 @@ class AdamBucket(Bucket):
         return {"m": self.m, "v": self.v}
 
     def update(self, lr_mul: float, mu: float, beta_frac: float, measure: bool):
-        """Move this rank's part; begin to gather. mu, measure: not Adam's business."""
+        """Move this rank's part; begin to gather. Adam uses neither mu nor measure."""
         self.work.wait()
         self.count += 1
-        lr = self.base_lr * lr_mul * self.lr
-        decay = self.o.adam_weight_decay * lr * self.decay
+        lr = self.base_lr * lr_mul * self.role_lr_mul
+        decay = self.o.adam_weight_decay * lr * self.role_decay_mul  # and lr once more, in step_adam
         state = self.mine, self.mantissa, self.grad, self.m, self.v
         beta1, beta2 = (beta_frac * beta for beta in self.betas)
         self.run(*state, scalar(self.count), lr, decay, beta1, beta2, "strict")
@@ -1106,7 +1133,7 @@ class MatrixBucket(Bucket):
         first = ranks.rank * num_mine
         self.all_names = [part for name, p in params.items() for part in matrix_names(name, p)]
         self.names = self.all_names[first : first + num_mine]  # padding, at the end, has no name
-        self.momentum = torch.zeros_like(self.mine, dtype=torch.float32)
+        self.momentum = torch.zeros_like(self.mine, dtype=torch.float32)  # AdamW's m, too
         self.rows_or_columns = (num_mine, R, 1) if R >= K else (num_mine, 1, K)
         self.second_moment = None
         if o.optimizer == "adamw":
@@ -1180,7 +1207,10 @@ SETTINGS = (Settings, OptimizerSettings)
 
 
 class Optimizer:
-    """All buckets, small ones first, so that the big transfers overlap with the work on what has arrived."""
+    """All buckets: Adam's, then those of matrices, each from small to large.
+
+    All reductions begin at once, so that the work on the first overlaps with the transfer of the others.
+    """
 
     def __init__(self, model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiler):
         self.o, self.ranks, self.num_steps = o, ranks, num_steps
@@ -1200,13 +1230,8 @@ class Optimizer:
         self.by_name = {name: b for b in self.buckets for name in b.params}
         self.set_tied(True)
         self.before_update = None  # called when all gradients of a step are reduced and none has been used
-        self.grad_norm = None  # of the mean loss's gradient in the last step measured, over what then moved
-        self.queue = None  # of this step's buckets, those whose reduction has not begun; None: none expected
-        self.hooks = [
-            p.register_post_accumulate_grad_hook(functools.partial(self.arrived, bucket))
-            for bucket in self.buckets
-            for p in bucket.params.values()
-        ]
+        # of the last step measured, per token of the step, over what moved; Adam's part sums two steps
+        self.grad_norm = None
 
     def set_tied(self, tied: bool):
         """Make the embedding the head (tied), or let it learn by itself."""
@@ -1223,7 +1248,7 @@ class Optimizer:
         return step % ADAM_EVERY != 0
 
     def momentum(self, step: int) -> float:
-        """Muon's momentum: up from 0.85 over the warm-up; only then back, over the last 50 steps."""
+        """Muon's momentum: up from 0.85 over the warm-up, and back over the last 50 steps after it."""
         warmup, high = self.o.muon_warmup_steps, self.o.muon_momentum
         frac = step / warmup if step < warmup else min(1, (self.num_steps - step) / MUON_END_STEPS)
         low = min(MUON_START_MOMENTUM, high)
@@ -1237,30 +1262,12 @@ class Optimizer:
         """The buckets that move at this step."""
         return [b for b in self.buckets if b.active and step % b.every == b.every - 1]
 
-    def expect(self, step: int):
-        """Call before a step's last backward pass: buckets are then reduced as their gradients complete.
-
-        In the buckets' order, because all ranks must call their collectives in one order.
-        """
-        self.queue = self.due(step)
-        for bucket in self.queue:
-            bucket.missing = len(bucket.params)
-
-    def arrived(self, bucket: Bucket, param: nn.Parameter):
-        """A gradient has been added; called by autograd."""
-        bucket.missing -= 1
-        while self.queue and self.queue[0].missing <= 0:
-            self.queue.pop(0).reduce()
-
     @torch.no_grad()
     def step(self, step: int, lr_mul: float, batch_tokens: int, measure: bool):
         """Reduce, update, gather. measure: the next line of the log wants log_fields(full=True)."""
-        if self.queue is None:
-            self.expect(step)
         due = self.due(step)
-        for bucket in self.queue:
+        for bucket in due:  # in one order on all ranks
             bucket.reduce()
-        self.queue = None
         if self.before_update:
             self.before_update()
         if due and (self.o.grad_clip or measure):
@@ -1279,7 +1286,7 @@ class Optimizer:
             bucket.grad.mul_(factor)
 
     def matrices(self):
-        """Yield (names, fp32 masters, gradients) of this rank's matrices, a shape at a time, to look at."""
+        """Yield (names, fp32 masters, gradients) of this rank's matrices, a shape at a time."""
         for bucket in self.matrix_buckets:
             if bucket.names:
                 bucket.work.wait()
@@ -1287,7 +1294,7 @@ class Optimizer:
                 yield bucket.names, read_master(bucket.mine, bucket.mantissa)[:num], bucket.grad[:num]
 
     def log_fields(self, step: int, full: bool) -> dict:
-        """Fields of the step line; `full` at validations. A collective: every rank calls it."""
+        """Fields of the step line; `full` at validations, and then a collective: every rank calls it."""
         beta1, beta2 = (self.beta_frac(step) * beta for beta in find_role("head").betas)
         fields = {
             "beta1": f"{beta1:.4f}",
@@ -1354,7 +1361,7 @@ class Schedule:
 
     def share_of_stage(self, step: int) -> float:
         """Share of the stage's steps that lies before `step`."""
-        start, end = self.bounds[self.stage(step) :][:2]
+        start, end = self.bounds[self.stage(step)], self.bounds[self.stage(step) + 1]
         return (step - start) / (end - start)
 
     def lr_mul(self, step: int) -> float:
@@ -1365,7 +1372,7 @@ class Schedule:
         return warm * (self.second_decay(step, peak) if second else self.first_decay(step, peak))
 
     def first_decay(self, step: int, peak: float) -> float:
-        """linear and cosine end at LR_DECAY_FINAL, exp at peak * LR_DECAY_FINAL."""
+        """Multiplier of the first decay: linear and cosine end at LR_DECAY_FINAL, exp at that times peak."""
         shape, final = self.s.lr_decay_type, self.s.lr_decay_final
         end = peak * final if shape == "exp" else final
         return interpolate(shape, peak, end, self.share_done(step, self.cooldown_start))
@@ -1421,7 +1428,7 @@ class Trainer:
         slices = count_slices(s, ranks.world_size), max(VAL_SLICES, ranks.world_size)
         self.memory = Memory(s, config, vocab_size, *slices, ranks)
         self.model = build_model(s, config, vocab_size, ranks.device)
-        self.model.pass_tokens = self.memory.head_tokens
+        self.model.head_tokens = self.memory.head_tokens
         self.train_loss, self.val_loss, compiler = self.model.train_loss, self.model.val_loss, not_compiled
         if s.compile == "1":
             compiler = torch_compile
@@ -1431,7 +1438,10 @@ class Trainer:
         self.doc_lengths, self.flop_by_stage = None, {}  # of documents as this stage reads them, for MFU
 
     def enter(self, step: int):
-        """Go to the stage of `step`, before its validation and update; YaRN follows the long window."""
+        """Go to the stage of `step`, before its validation and update; YaRN follows the long window.
+
+        The last validation's still longer windows have no YaRN of their own.
+        """
         stage = self.schedule.stage(step)
         old, new = self.schedule.windows(self.stage)[1], self.schedule.windows(stage)[1]
         if old != new:
@@ -1452,10 +1462,8 @@ class Trainer:
         weights = to_device(schedule.predict_weights(step), self.ranks.device)
         slices = iter(my_slices(count_slices(self.s, self.ranks.world_size), self.ranks))
         windows, noise = schedule.windows(self.stage), None
-        for i, batch in enumerate(batches):
+        for batch in batches:
             self.ranks.beat()
-            if i == len(batches) - 1:
-                self.optimizer.expect(step)
             if c.num_experts and self.s.router_noise:
                 (B, T), L, E = batch.inputs_BT.shape, c.num_layers, c.num_experts
                 noise = draw_noise(self.s.seed, step, [next(slices) for _ in range(B)], (L, T, E))
@@ -1530,8 +1538,6 @@ def rehearse(start, stop):
                 batches = data.next(schedule.batch_tokens(step), None, (trainer.stage, 0))
                 trainer.step(step, batches, measure=step == 0)
     data.prefetcher.close()
-    for hook in trainer.optimizer.hooks:  # compiled code keeps parameters, and these would keep all else
-        hook.remove()
     del trainer, data, run
     gc.collect()
     if ranks.device.type == "cuda":
@@ -1577,7 +1583,7 @@ class Run:
             batch_tokens = schedule.batch_tokens(step)
             stages = trainer.stage, schedule.stage(step + 1)
             batches = self.data.next(batch_tokens, schedule.batch_tokens(step + 1), stages)
-            trainer.doc_lengths = self.data.lengths
+            trainer.doc_lengths = self.data.doc_lengths
             with trainer.memory.explained():
                 loss_sum = trainer.step(step, batches)
             session.note_update(step + 1, loss_sum, batch_tokens)

@@ -367,7 +367,7 @@ def usual_norm(W: Tensor, dims) -> float:
 
 
 def decaying(U: Tensor, W: Tensor, mode: str) -> Tensor:
-    """Decaying part: W, where U shrinks it if cautious (arXiv 2411.16085), U, or both."""
+    """Decaying part: W, where U shrinks it if cautious (arXiv 2510.12402), U, or both."""
     return {"param": W, "cautious": W * (U * W > 0), "update": U, "both": W + U, "none": 0 * W}[mode]
 
 

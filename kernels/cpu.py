@@ -284,16 +284,15 @@ def band_bias(num_queries: int, num_before: int, window: int) -> Tensor:
 
 def covers_attention(o, c) -> bool:
     """Return whether make_attention_forward knows this model's attention."""
-    by_token = c.mudd or c.gate_layers
-    return not (c.branch_factors or by_token or c.qk_group or c.value_gate_reads_table or c.xsa_layers)
+    return not (c.branch_factors or c.qk_group or c.value_gate_reads_table or c.xsa_layers)
 
 
 def make_attention_forward(module, compiler):
-    def forward(self, x_BTC, value_BTC, by_token: dict, common):
+    def forward(self, x_BTC, value_BTC, signals: dict, common):
         plan, docs, rotary = self.plan, common.docs, common.rotary
         window = common.windows[int(plan.long_window)]
         key = window, plan.paired
-        later_parts = by_token or self.gate_reads_table or plan.xsa or self.q.ndim == 3
+        later_parts = signals or self.gate_reads_table or plan.xsa or self.q.ndim == 3
         assert self.adds_input and not later_parts, "covers_attention lets another model pass"
         if key not in docs.query_blocks:
             docs.query_blocks[key] = query_blocks(docs.doc_ids(plan.paired), window)

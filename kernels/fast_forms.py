@@ -41,7 +41,7 @@ CPU_FORMS = (
         "Attention.forward",
         cpu.make_attention_forward,
         ATTENTION_PARTS,
-        "e637c08653ea",
+        "f75bf9fcff84",
         cpu.covers_attention,
     ),
     FastForm("MLP.forward", cpu.make_mlp_forward, ("MLP.__init__", "norm"), "e176c8d517db"),
@@ -63,8 +63,8 @@ def cuda_forms() -> tuple[FastForm, ...]:
             ("softcap", "multi_token_loss", "prefix_loss"),
             "8ceeffdc3ab4",
         ),
-        FastForm("step_muon", cuda.make_step_muon, muon, "1bbc97bfe7e0", cuda.covers_muon),
-        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "8ffb435cb69f", cuda.covers_ord),
+        FastForm("step_muon", cuda.make_step_muon, muon, "ddfb383771ca", cuda.covers_muon),
+        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "f2c2eeb6c177", cuda.covers_ord),
     )
 
 

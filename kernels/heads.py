@@ -58,7 +58,7 @@ def without_own_value(y_BTHD: Tensor, v_BTHD: Tensor, alpha: Tensor) -> Tensor:
     return y_BTHD - (torch.tanh(alpha) * along).unsqueeze(-1) * v
 
 
-def composed(q, k, v, doc_BT, scale: float, reach: int, from_BTH: Tensor, into_BTH: Tensor) -> Tensor:
+def compose_heads(q, k, v, doc_BT, scale: float, reach: int, from_BTH: Tensor, into_BTH: Tensor) -> Tensor:
     """The part of all heads' attention that each head gets: dynamic composition (arXiv 2405.08553), trimmed.
 
     q, k, v: (B, T, H, D). doc_BT: the document of each token. The heads' probabilities over the last `reach`

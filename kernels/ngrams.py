@@ -26,9 +26,10 @@ def embed_ngrams(tokens_BT: Tensor, table: Tensor, lengths: tuple[int, ...], sig
 
 
 def hash_ngrams(tokens_BT: Tensor, lengths: tuple[int, ...], num_rows: int) -> list[Tensor]:
-    """Rows of the hash embedding at each token, for each length; the last row where too few tokens precede.
+    """Rows of the hash embedding at each token, for each length; the last row at the beginning of a slice.
 
-    Several lengths in one table are an idea of arXiv 2412.09871; the record has bigrams.
+    N-grams may span documents. Several lengths in one table are an idea of arXiv 2412.09871; the record has
+    bigrams.
     """
     found = []
     for length in lengths:

@@ -1,4 +1,4 @@
-"""Numbers that small networks make for each token: the gates of layers and their MUDD connections.
+"""Small networks that compute numbers for each token: gates of layers and coefficients of MUDD connections.
 
 A network reads the stream at one place and makes signals for the layers that follow. What it makes is data:
 `gate_signals` and `mudd_signals` list it for a trainer's ModelConfig, and a layer that is given a signal has
@@ -23,7 +23,10 @@ BACKOUT_START = -0.5  # on the later of the two layers that MUDD takes up again
 
 
 class Signal(NamedTuple):
-    """`size` numbers for each token, for one layer; `start` before the network has learnt."""
+    """`size` numbers for each token, for one layer (num_layers: after the last one).
+
+    start: what the numbers are before the network has learnt.
+    """
 
     layer: int
     name: str
@@ -54,7 +57,11 @@ def gate_signals(c) -> list[list[Signal]]:
 
 
 def mudd_signals(c) -> list[list[Signal]]:
-    """List the coefficients of the MUDD connections: of the last layer, then of the stream after it."""
+    """List the coefficients of the MUDD connections: of the last layer, then of the stream after it.
+
+    They multiply h0, what layer 0 reads; early and late, the outputs of c.mudd's layers; x, the stream; and
+    h_last, the stream before the last layer. value_* add to its attention's values, in_* to what it reads.
+    """
     if not c.mudd:
         return []
     last = c.num_layers - 1
@@ -69,7 +76,7 @@ def mudd_signals(c) -> list[list[Signal]]:
     return [signals, [Signal(c.num_layers, name, start) for name, start in starts.items()]]
 
 
-def signalled(c) -> list[frozenset[str]]:
+def signal_names(c) -> list[frozenset[str]]:
     """Names of each layer's signals."""
     all_signals = [s for signals in (*gate_signals(c), *mudd_signals(c)) for s in signals]
     return [frozenset(s.name for s in all_signals if s.layer == i) for i in range(c.num_layers)]
@@ -80,7 +87,7 @@ class TokenNet(nn.Module):
 
     def __init__(self, width: int, signals: list[Signal], learn_scale: bool):
         super().__init__()
-        self.places, self.sizes = [s[:2] for s in signals], [s.size for s in signals]
+        self.places, self.sizes = [(s.layer, s.name) for s in signals], [s.size for s in signals]
         starts = [s.start / SCALE for s in signals for _ in range(s.size)]
         self.hidden = nn.Parameter(torch.empty(HIDDEN, width))
         self.out = nn.Parameter(torch.empty(len(starts), HIDDEN))

@@ -41,8 +41,6 @@ class Bucket:
     rank's parts.
     """
 
-    missing = 0  # gradients that this step's reduction still waits for
-
     def __init__(self, params: dict[str, nn.Parameter], ranks: Ranks, unit: int, every: int):
         """unit: numbers that must stay together on one rank (a matrix's). every: steps per update."""
         self.params, self.ranks, self.every = params, ranks, every

@@ -18,7 +18,6 @@ from helpers import (
     TRAINERS,
     WAYS_OF_ORD,
     lone_ranks,
-    make_optimizer,
     make_text,
     optimizer_settings,
     read,
@@ -191,34 +190,6 @@ def test_too_many_forms_are_an_error(traced_only):
     with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(error, match="fullgraph"):
         for n in range(4):
             compiled(torch.ones(2), n)
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_reductions_begin_with_the_last_gradient_and_in_order(trainer, monkeypatch):
-    """Else communication waits for Python, or two ranks call their collectives in different orders."""
-    model = small_model(trainer)
-    optimizer = make_optimizer(trainer, model, read(trainer, MODEL="gpt2-small")[1])
-    begun = []
-    monkeypatch.setattr(trainer.Bucket, "reduce", lambda self: begun.append(optimizer.buckets.index(self)))
-
-    def backward(but=()):
-        sum((p * 1.0).sum() for n, p in model.named_parameters() if n not in but and n != "embed").backward()
-
-    due = lambda step: [optimizer.buckets.index(b) for b in optimizer.due(step)]
-    backward()
-    assert not begun, "not the step's last pass"
-    optimizer.expect(0)
-    backward()
-    assert begun == due(0), "matrices alone move at an even step"
-    optimizer.step(0, 1.0, 64, False)
-    assert begun == due(0), "none twice"
-    begun.clear()
-    optimizer.expect(1)
-    late = next(n for n in optimizer.buckets[due(1)[1]].params)
-    backward(but={late})
-    assert begun == due(1)[:1], "those behind an incomplete one wait for it"
-    optimizer.step(1, 1.0, 64, False)
-    assert begun == due(1), "a parameter without a gradient holds nothing up for good"
 
 
 def test_validation_passes_share_one_longest_document(tmp_path):

@@ -112,7 +112,6 @@ def watched(trainer, folder, env, steps=3):
         this.enter(step)
         batches = data.next(this.schedule.batch_tokens(step), this.schedule.batch_tokens(step + 1))
         before = {name: p.detach().clone() for name, p in this.model.named_parameters()}
-        this.optimizer.expect(step)
         grads = []
         for batch in batches:  # the same forward and backward, by autograd alone
             weights = this.schedule.predict_weights(step)

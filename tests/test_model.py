@@ -500,7 +500,7 @@ def test_validations_head_runs_in_pieces_of_a_pass_of_training():
     """Fails if PASS_TOKENS=1, one slice for each pass, cuts validation's logits into pieces of one token."""
     s, o, _ = read(train_gpt, BATCH_SIZES="128,128,256,256", PASS_TOKENS=1)
     run = train_gpt.Trainer(s, o, small_config(train_gpt), 100, lone_ranks())
-    assert run.model.pass_tokens == 256 // 8
+    assert run.model.head_tokens == 256 // 8
 
 
 def test_untying_by_hand():

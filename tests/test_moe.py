@@ -326,7 +326,12 @@ def test_experts_are_matrices_of_their_own_and_routers_adams(trainer):
     down = [".down." in name for name in bank.names]
     assert bank.shape_lr_N11.flatten().tolist() == pytest.approx([1.5**0.5 * (2 if d else 1) for d in down])
     small = optimizer.by_name["blocks.0.mlp.router"]
-    lr = dict(zip(small.params, (small.base_lr * small.lr).split([p.numel() for p in small.params.values()])))
+    lr = dict(
+        zip(
+            small.params,
+            (small.base_lr * small.role_lr_mul).split([p.numel() for p in small.params.values()]),
+        )
+    )
     assert lr["blocks.0.mlp.router"].unique().tolist() == pytest.approx([0.003])
     assert lr["blocks.0.resid_lambda"].unique().tolist() == pytest.approx([0.05])
     assert trainer.find_role("blocks.11.mlp.router").rule == "adam"

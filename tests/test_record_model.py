@@ -617,7 +617,7 @@ def test_parts_that_stand_on_others_are_refused_alone():
         dict(attn_source=3),
         dict(FACTORS, compose_tokens=7),
     ):
-        with pytest.raises(AssertionError, match="want"):
+        with pytest.raises(AssertionError, match="require"):
             config(**changes)
 
 
