@@ -56,6 +56,7 @@ class Bucket:
             end = start + p.numel()
             self.weights[start:end] = p.data.flatten()
             p.data, p.grad = self.weights[start:end].view(p.shape), self.grads[start:end].view(p.shape)
+            p.grad = p.grad.data  # no view in autograd's sense: torch.compile traces those slowly
             start = end
         self.mine, self.grad = self.part(self.weights), self.part(self.grads)
         self.mantissa = torch.zeros_like(self.mine, dtype=torch.int16) if like.dtype.itemsize == 2 else None
