@@ -113,8 +113,8 @@ class Report:
 
     def empty_device(self):
         """Free the device's memory; if the device is broken, which would fail all later steps, restart."""
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             try:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()

@@ -15,8 +15,8 @@ from kernels import fast_forms
 from runtime import supervise
 from runtime.supervise import process_state
 
-# A trainer whose ranks stop before the update that follows `step` updates, so that a fault comes exactly
-# there, however busy the machine is. Workers that torchrun restarts do not stop.
+# A trainer whose ranks stop before the update that follows `steps[0]` updates, so that a fault comes exactly
+# there, however busy the machine is. Workers of torchrun's n-th restart stop at steps[n], if there is one.
 PAUSING = """
 import os, signal, sys
 
@@ -24,11 +24,12 @@ sys.path.insert(0, {root!r})
 import {trainer} as trainer
 from runtime import supervise
 
-make_step = trainer.Trainer.step
+make_step, steps = trainer.Trainer.step, {steps}
+restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def step(self, number, *args, **kwargs):
-    if number == {step} and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if number in steps[restart : restart + 1]:
         os.kill(os.getpid(), signal.SIGSTOP)
     return make_step(self, number, *args, **kwargs)
 
@@ -69,7 +70,8 @@ def heed_signals():
 class Job:
     """A run in the background, in a session of its own, whose log can be waited for.
 
-    pause_at: every rank stops (SIGSTOP) after that many updates; see wait_until_paused() and go_on().
+    pause_at: every rank stops (SIGSTOP) after that many updates, the first number at first, the next after
+    torchrun's first restart, and so on; see wait_until_paused() and go_on().
     """
 
     def __init__(
@@ -80,12 +82,12 @@ class Job:
         ranks: int = 0,
         extra: tuple = (),
         setup=None,
-        pause_at: int | None = None,
+        pause_at: tuple[int, ...] = (),
     ):
         self.log = cwd / "logs" / f"{env['RUN_ID']}.txt"
         self.run_id, self.out, self.num_ranks = env["RUN_ID"], cwd / f"{env['RUN_ID']}.out", max(1, ranks)
-        if pause_at is not None:
-            code = PAUSING.format(root=str(ROOT), trainer=Path(script).stem, step=pause_at)
+        if pause_at:
+            code = PAUSING.format(root=str(ROOT), trainer=Path(script).stem, steps=pause_at)
             script = cwd / f"pausing_{script}"
             script.write_text(code)
         self.pause_at = pause_at

@@ -156,10 +156,9 @@ def test_slices_cut_the_same_number_of_tokens(shards, slices):
 def test_slices_change_training_and_not_what_is_validated(shards, tmp_path):
     """Fails if SLICES does nothing, or runs that differ in it validate on other texts: the first validation,
     of the same initial weights, must be equal to the digit. And a run resumes only with its own."""
+    assert read(train_gpt, SLICES=8) == read(train_gpt)
     eight, _ = train(tmp_path, shards, "eight", SAVE_EVERY=4)
-    default, _ = train(tmp_path, shards, "default", SLICES=8, SAVE_EVERY=4)
     more, _ = train(tmp_path, shards, "more", SLICES=32, SAVE_EVERY=4)
-    assert eight == default
     assert more[0] == eight[0] and more[-1] != eight[-1]
     assert more[-1] == pytest.approx(eight[-1], abs=0.3)
     done = run(tmp_path, BASELINE, base_env(shards, RUN_ID="more", RESUME="logs/more/step_00000012.pt"), 0)

@@ -44,8 +44,8 @@ def two_steps(shards) -> tuple[float, dict, dict]:
             grads.update({name: p.grad.clone() for name, p in params.items()})
 
     made.optimizer.before_update = keep_first
-    loss = made.step(0, data.next(2048, None)).item()
-    made.step(1, data.next(2048, None))
+    loss = made.step(0, data.next(512, None)).item()
+    made.step(1, data.next(512, None))
     return loss, grads, {name: p.detach() - start[name] for name, p in params.items()}
 
 

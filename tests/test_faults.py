@@ -50,7 +50,7 @@ def undisturbed(shards, tmp_path_factory):
 def test_killed_at_any_step_and_resumed_ends_with_the_same_digits(undisturbed, shards, tmp_path, step):
     """Fails if anything that the next update depends on is not in the checkpoint."""
     env = base_env(shards, RUN_ID="killed", SAVE_EVERY=2, **EVERY_STATE)
-    job = Job(tmp_path, ORD, env, ranks=2, pause_at=step)
+    job = Job(tmp_path, ORD, env, ranks=2, pause_at=(step,))
     job.wait_until_paused()
     job.kill()
     done = run(tmp_path, ORD, {**env, "RESUME": "auto"}, ranks=2)
@@ -64,7 +64,7 @@ def test_killed_at_any_step_and_resumed_ends_with_the_same_digits(undisturbed, s
     assert then > spent[-1] if at else then == 0  # killed at step 1, before there was a checkpoint
 
 
-EXPERTS = dict(MODEL="moe-tiny", MANIFOLD_EVERY=3, SAVE_EVERY=2, NUM_SCHEDULED_ITERATIONS=8)
+EXPERTS = dict(EVERY_STATE, MODEL="moe-tiny", MANIFOLD_EVERY=3, SAVE_EVERY=2, NUM_SCHEDULED_ITERATIONS=8)
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +75,18 @@ def undisturbed_experts(shards, tmp_path_factory):
     return cwd / "logs" / "twin.txt"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_experts_and_their_spectra_survive_a_kill(undisturbed_experts, shards, tmp_path, victim):
-    """Fails if router noise, experts' states or the file of spectra differ after a rank was killed and
-    restarted."""
+def test_experts_and_their_spectra_survive_kills(undisturbed_experts, shards, tmp_path):
+    """Fails if torchrun --max-restarts does not go on from the last checkpoint after rank 0, and later rank
+    1, was killed; or if router noise, a state of the optimizer or the file of spectra then differ."""
     env = base_env(shards, RUN_ID="killed", **EXPERTS)
-    job = Job(tmp_path, ORD, env, 2, ("--standalone", "--max-restarts=1"), pause_at=5)
-    job.wait_until_paused()
-    os.kill(job.ranks()[victim], signal.SIGKILL)
-    job.go_on()
+    job = Job(tmp_path, ORD, env, 2, ("--standalone", "--max-restarts=2"), pause_at=(5, 7))
+    for victim in (0, 1):
+        job.wait_until_paused()
+        os.kill(job.ranks()[victim], signal.SIGKILL)
+        job.go_on()
     assert job.end() == 0, job.out.read_text()[-3000:]
-    assert events(job.log, "resumed") and lines(job.log) == lines(undisturbed_experts)
+    resumed = [re.search(r"step:(\d+)", event)[1] for event in events(job.log, "resumed")]
+    assert resumed == ["4", "6"] and lines(job.log) == lines(undisturbed_experts)
     spectra = [log.with_suffix(".manifold.jsonl").read_text() for log in (job.log, undisturbed_experts)]
     assert spectra[0] == spectra[1] and spectra[0].count("\n") > 10
 
@@ -106,7 +107,7 @@ def test_resumed_on_another_number_of_ranks(undisturbed, shards, tmp_path):
 def test_a_signal_stops_with_a_checkpoint(undisturbed, shards, tmp_path, number):
     """Fails if the step is not finished and saved with exit code 0, or resuming trains something else."""
     env = base_env(shards, RUN_ID="asked", **EVERY_STATE)
-    job = Job(tmp_path, ORD, env, pause_at=3)
+    job = Job(tmp_path, ORD, env, pause_at=(3,))
     job.wait_until_paused()
     job.process.send_signal(number)
     job.go_on()
@@ -222,7 +223,7 @@ def saved(shards, tmp_path_factory):
     """A folder with a run, `saved`, that was killed at step 9, with checkpoints of steps 4 and 8."""
     cwd = tmp_path_factory.mktemp("saved")
     env = base_env(shards, RUN_ID="saved", SAVE_EVERY=4)
-    job = Job(cwd, BASELINE, env, pause_at=9)
+    job = Job(cwd, BASELINE, env, pause_at=(9,))
     job.wait_until_paused()
     job.kill()
     return cwd
@@ -417,18 +418,6 @@ def test_a_killed_rank_ends_the_run_and_is_named(shards, tmp_path, victim):
     assert job.end() != 0  # long before DIST_TIMEOUT, which is 900 s
     crashed = events(job.log, "crashed")
     assert len(crashed) == 1 and f"rank:{victim} " in crashed[0] and f"(process {pid}) is gone" in crashed[0]
-
-
-def test_a_killed_rank_is_restarted_and_goes_on(undisturbed, shards, tmp_path):
-    """Fails if torchrun --max-restarts does not go on from the last checkpoint, to the same digits."""
-    env = base_env(shards, RUN_ID="restarted", SAVE_EVERY=2, **EVERY_STATE)
-    job = Job(tmp_path, ORD, env, 2, ("--standalone", "--max-restarts=2"), pause_at=5)
-    job.wait_until_paused()
-    os.kill(job.ranks()[1], signal.SIGKILL)
-    job.go_on()
-    job.wait_for(r"^event:resumed")
-    assert job.end() == 0, job.out.read_text()[-3000:]
-    assert lines(job.log) == lines(undisturbed)
 
 
 def test_restarts_do_not_take_an_older_run_of_the_same_name(copy_of_saved, shards):
@@ -643,11 +632,11 @@ def test_vanished_data_ends_the_run_and_resuming_with_it_goes_on(tmp_path):
     """Fails if a shard that goes away during the run costs more than the time until it is back."""
     names = [tmp_path / f"made_train_00000{i}.bin" for i in (0, 1)]
     for i, name in enumerate(names):
-        write_shard(name, make_text(9000, seed=i))
+        write_shard(name, make_text(4500, seed=i))
     write_shard(tmp_path / "made_val_000000.bin", make_text(17_000, seed=9))
     train(tmp_path, tmp_path, "whole", SAVE_EVERY=2)
     env = base_env(tmp_path, RUN_ID="lost", SAVE_EVERY=2)
-    job = Job(tmp_path, BASELINE, env, pause_at=1)
+    job = Job(tmp_path, BASELINE, env, pause_at=(1,))
     job.wait_until_paused()
     for name in names:
         name.rename(name.with_suffix(".away"))
@@ -660,17 +649,17 @@ def test_vanished_data_ends_the_run_and_resuming_with_it_goes_on(tmp_path):
     done = run(tmp_path, BASELINE, {**env, "RESUME": "auto"}, ranks=0)
     assert done.returncode == 0, done.stderr
     assert lines(job.log) == lines(tmp_path / "logs" / "whole.txt")
-    assert events(job.log, "epoch")  # 18,000 tokens were used up: the next epoch began
+    assert events(job.log, "epoch")  # 9,000 tokens were used up: the next epoch began
 
 
 def test_a_crash_on_a_full_disk_leaves_its_lines_on_the_console(tmp_path):
     """Fails if what a log lacks that may not grow beyond its third step, and why the run ended, are lost."""
     for i in (0, 1):
-        write_shard(tmp_path / f"made_train_00000{i}.bin", make_text(9000, seed=i))
+        write_shard(tmp_path / f"made_train_00000{i}.bin", make_text(4500, seed=i))
     write_shard(tmp_path / "made_val_000000.bin", make_text(17_000, seed=9))
     train(tmp_path, tmp_path, "good", NUM_SCHEDULED_ITERATIONS=4)
     size = (tmp_path / "logs" / "good.txt").read_text().index("step:3/")
-    job = Job(tmp_path, BASELINE, base_env(tmp_path, RUN_ID="full"), setup=limit_files(size), pause_at=1)
+    job = Job(tmp_path, BASELINE, base_env(tmp_path, RUN_ID="full"), setup=limit_files(size), pause_at=(1,))
     job.wait_until_paused()
     for path in tmp_path.glob("made_train_*.bin"):
         path.unlink()
@@ -687,8 +676,8 @@ def test_a_crash_on_a_full_disk_leaves_its_lines_on_the_console(tmp_path):
 
 def test_two_runs_in_one_folder_and_one_name_twice(shards, tmp_path):
     long = dict(NUM_SCHEDULED_ITERATIONS=400)
-    first = Job(tmp_path, BASELINE, base_env(shards, RUN_ID="first", **long))
-    first.wait_for(r"^step:2/")
+    first = Job(tmp_path, BASELINE, base_env(shards, RUN_ID="first", **long), pause_at=(2,))
+    first.wait_until_paused()
     again = run(tmp_path, BASELINE, base_env(shards, RUN_ID="first", **long), ranks=0)
     assert again.returncode == 2 and "exists already" in again.stderr
     thief = run(tmp_path, BASELINE, base_env(shards, RUN_ID="first", RESUME="auto", **long), ranks=2)
@@ -696,6 +685,7 @@ def test_two_runs_in_one_folder_and_one_name_twice(shards, tmp_path):
     train(tmp_path, shards, "second")
     assert first.process.poll() is None
     first.process.send_signal(signal.SIGTERM)
+    first.go_on()
     assert first.end() == 0
 
 

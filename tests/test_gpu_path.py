@@ -109,10 +109,13 @@ def traced_only(monkeypatch):
 
 
 def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, monkeypatch):
-    """Else a stage begins with a minute of compiling on the clock. And what the rehearsal made must be gone:
-    its model and optimizer are as large as the run's."""
+    """Else a stage begins with a minute of compiling on the clock, in a run or in one that is resumed in the
+    middle of stage 3, untied: a softmax scale, say, that differs in its last bit would be another constant of
+    the graph. And what the rehearsal made must be gone: its model and optimizer are as large as the run's."""
+    at = 8
+    monkeypatch.chdir(tmp_path)
     trainer = train_gpt_muon_ord  # compiles all that the baseline does, and a form of the step that measures
-    start = staged_start(trainer, tmp_path)
+    start = staged_start(trainer, tmp_path, RUN_ID="saved", SAVE_EVERY=at)
     made = []
     for part in (trainer.Trainer, trainer.Optimizer):
 
@@ -137,37 +140,17 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, monkeypa
     assert graphs_compiled() == rehearsed
     text = (tmp_path / "run.txt").read_text()
     assert text.count("val_loss:") == 13 and "recompiled" not in text
+    resumed = trainer.Run(start, StopRequest())
+    resumed.session.resume(checkpoints.read(tmp_path / "logs" / "saved" / f"step_{at:08d}.pt"))
+    assert (resumed.session.first_step, resumed.trainer.stage, resumed.trainer.tied) == (at, 2, False)
+    assert resumed.train() == 12
+    assert graphs_compiled() == rehearsed
+    assert (tmp_path / "run.txt").read_text().count("step:12/12 val_loss:") == 2
     # the alarm works
     batches = trainer.val_batches(start.val_shards, start.s, start.ranks)
     trainer.evaluate(run.trainer.val_loss, batches, (8, 8), False, start.ranks)
     run.session.note_compilation(12)
     assert "event:recompiled step:12 graphs:1" in (tmp_path / "run.txt").read_text()
-
-
-def test_nothing_is_compiled_in_a_resumed_run(tmp_path, traced_only, monkeypatch):
-    """Resumed in the middle of stage 3, untied: a softmax scale, say, that differs in its last bit would be
-    another constant of the graph."""
-    at = 8
-    monkeypatch.chdir(tmp_path)
-    trainer = train_gpt_muon_ord
-    start = staged_start(trainer, tmp_path, RUN_ID="saved", SAVE_EVERY=at)
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (compiling, trainer):  # what it compiled would count for the resumed run
-            patch.setattr(module, "torch_compile", compiling.not_compiled)
-        run = trainer.Run(start, StopRequest())
-        patch.setattr(run.session, "num_steps", at + 1)
-        assert run.train() == at + 1
-    saved = checkpoints.read(tmp_path / "logs" / "saved" / f"step_{at:08d}.pt")
-    run = trainer.Run(start, StopRequest())
-    run.session.resume(saved)
-    assert (run.session.first_step, run.trainer.stage, run.trainer.tied) == (at, 2, False)
-    before = graphs_compiled()
-    trainer.rehearse(start, StopRequest())
-    rehearsed = graphs_compiled()
-    assert rehearsed - before > 15
-    assert run.train() == 12
-    assert graphs_compiled() == rehearsed
-    assert (tmp_path / "run.txt").read_text().count("step:12/12 val_loss:") == 1
 
 
 @pytest.mark.parametrize("way", WAYS_OF_ORD)

@@ -680,10 +680,13 @@ SPECTRAL_RHO_MODE = "row"
 """,
     )
     refused = '[[arms]]\ntag = "refused"\nSPECTRAL_VARIANCE = true\nSPECTRAL_SCALE = "unit"\n'
-    for arm, said in ((refused, "SPECTRAL_VARIANCE"), ('[[arms]]\ntag = "é"\n', "tags name files")):
-        for option in ([], ["--dry-run"]):  # both ask the trainer
-            done = launch(sweep_file(text + arm), *option)
-            assert done.returncode == 2 and said in done.stderr and not Path("logs").exists()
+    accented = '[[arms]]\ntag = "é"\n'
+    for arm, said, options in (  # launch and dry run both ask the trainer
+        (refused, "SPECTRAL_VARIANCE", ()),
+        (accented, "tags name files", ("--dry-run",)),
+    ):
+        done = launch(sweep_file(text + arm), *options)
+        assert done.returncode == 2 and said in done.stderr and not Path("logs").exists()
     done = launch(sweep_file(text.replace("VAL_BATCH_TOKENS = 2048", "")), "--dry-run")
     assert done.returncode == 2 and "VAL_TOKENS=2048 in [env] must be a multiple" in done.stderr
     done = launch(sweep_file(text))

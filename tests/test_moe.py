@@ -412,7 +412,7 @@ def test_moe_79m_is_the_experiments():
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
-RUN = dict(MODEL="moe-tiny", NUM_SCHEDULED_ITERATIONS=6, VAL_LOSS_EVERY=4, BATCH_SIZES="2048,2048,2048,2048")
+RUN = dict(MODEL="moe-tiny", NUM_SCHEDULED_ITERATIONS=6, VAL_LOSS_EVERY=4, BATCH_SIZES="1024,1024,1024,1024")
 
 
 @pytest.fixture(scope="module")

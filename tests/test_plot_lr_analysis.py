@@ -1,11 +1,16 @@
 """plot_lr_analysis and make_record: labels follow their rules, luck is not called a win, bytes come back."""
 
+import contextlib
 import csv
 import hashlib
+import importlib
+import io
 import json
 import lzma
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,8 +237,21 @@ def test_smoothed_training_loss_by_hand():
 RECORDS = sorted(path.parent for path in (ROOT / "records").glob("*/record.toml"))
 
 
+@pytest.fixture
+def tools_here(monkeypatch):
+    """Let make_record call its tools in this process, which has scipy and matplotlib already."""
+
+    def call(command, cwd, **_):
+        _, script, *arguments = command
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(io.StringIO()):
+            code = importlib.import_module(Path(script).stem).main(arguments)
+        return subprocess.CompletedProcess(command, code, stderr="")
+
+    monkeypatch.setattr(make_record, "subprocess", SimpleNamespace(run=call))
+
+
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
-def test_a_record_comes_back_byte_for_byte(record, capsys):
+def test_a_record_comes_back_byte_for_byte(record, tools_here, capsys):
     """Wrong if a tool changed what it makes of logs that are committed, or a table was edited by hand."""
     assert make_record.main([str(record), "--check"]) == 0
     out = capsys.readouterr().out

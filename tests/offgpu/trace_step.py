@@ -1,6 +1,6 @@
 """Trace, or compile for sm_90, what a train step of gpt2-small runs on a GPU; prints one line per part.
 
-    python trace_step.py stage|variants|experts|later|later-start|inductor|ord
+    python trace_step.py stage|variants|experts|later|later-start|inductor|ord ...
 
 stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins,
           in three layers; what forward keeps for backward, and the optimizer all the time, as
@@ -351,9 +351,10 @@ def main(mode: str):
 if __name__ == "__main__":
     code = 1
     try:
-        if sys.argv[1:] not in [[mode] for mode in MODES]:
-            raise SystemExit(f"wanted one of {', '.join(MODES)}, got {sys.argv[1:]}")
-        main(sys.argv[1])
+        if not sys.argv[1:] or not set(sys.argv[1:]) <= set(MODES):
+            raise SystemExit(f"wanted some of {', '.join(MODES)}, got {sys.argv[1:]}")
+        for mode in sys.argv[1:]:
+            main(mode)
         code = 0
     except BaseException:
         import traceback
