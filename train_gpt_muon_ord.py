@@ -557,10 +557,12 @@ class Rotary(nn.Module):
 
     def forward(self, x_BTHD: Tensor) -> Tensor:
         T, D = x_BTHD.shape[1], x_BTHD.shape[-1]
-        cos, sin = self.cos[:T, None], self.sin[:T, None]
-        even, odd = x_BTHD[..., : D // 2].float().unflatten(-1, (D // 4, 2)).unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-        return torch.cat((turned.type_as(x_BTHD), x_BTHD[..., D // 2 :]), -1)
+        cos, sin = F.pad(self.cos[:T], (0, D // 4), value=1.0), F.pad(self.sin[:T], (0, D // 4))
+        cos = torch.stack((cos, cos), dim=-1).flatten(1).unsqueeze(1)
+        sin = torch.stack((-sin, sin), dim=-1).flatten(1).unsqueeze(1)
+        x = x_BTHD.float()
+        swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # the two of each pair
+        return (x * cos + swapped * sin).type_as(x_BTHD)
 
 
 class Common(NamedTuple):
@@ -604,11 +606,11 @@ class Attention(nn.Module):
         docs, rotary, (B, T, _) = common.docs, common.rotary, x_BTC.shape
         H, H_kv = self.num_heads, self.num_kv_heads
         n_BTC = norm(x_BTC)
-        w_qkv = torch.cat((*(in_head_order(w, self.head_dim) for w in (self.q, self.k)), self.v))
-        w_qkv = w_qkv * self.qkv_lambda  # acts on v alone: q and k are normed
-        qkv = F.linear(n_BTC, w_qkv).view(B, T, -1, self.head_dim)
-        qk, v = qkv.split((H + H_kv, H_kv), dim=2)  # slices would each zero and fill a whole gradient
-        qk = norm(qk)
+        # the factor acts on v alone, as q and k are normed; two products, because the compiler then norms and
+        # turns q and k in one pass
+        w_qk = torch.cat([in_head_order(w, self.head_dim) for w in (self.q, self.k)]) * self.qkv_lambda
+        qk = norm(F.linear(n_BTC, w_qk).view(B, T, -1, self.head_dim))
+        v = F.linear(n_BTC, self.v * self.qkv_lambda).view(B, T, -1, self.head_dim)
         gate_in = n_BTC[..., :GATE_CHANNELS]
         if value_BTC is not None:
             v = v + self.gate_of_value(gate_in, value_BTC, signals).unsqueeze(-1) * value_BTC.view_as(v)
