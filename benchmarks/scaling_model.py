@@ -10,7 +10,8 @@ This is a model, not a measurement. Products run at measured rates, elementwise 
 bytes at the rate of a copy, collectives are rings, launches cost a fixed time, in the order in which the
 trainers do them. Every assumption is a field of Machine below; the tables print them and --set changes them.
 "H100" in its reason marks what was measured on one H100 with FlashAttention-2, most of it by kernel in stage
-1 of gpt2-small (records/2026-11-26_first_hour_h100). Nothing is fitted to the time of a step but gap_s. The
+1 of gpt2-small (records/2026-11-26_first_hour_h100), before rotary was rewritten, which should save 6% of a
+step (records/2026-11-26_bytes_between_products). Nothing is fitted to the time of a step but gap_s. The
 other steps that are known, this project's and the public code's, are printed beside the model's.
 
 The trainers split the work like this. The global batch has 8 slices, or as many as there are ranks. All
