@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from analysis import command_line
 from analysis.arms import group_by_arm
 from analysis.manifest import LOGS, Manifest, ManifestFolder, find_manifest
-from analysis.run_log import LogFollower, RunLog
+from analysis.run_log import OPENERS, LogFollower, RunLog
 from analysis.shown import clean
 from analysis.style import format_time, shorten_apart
 from analysis.tables import as_json, format_difference, format_loss, format_number
@@ -423,7 +423,7 @@ def display(monitor: Monitor, rows: Sequence[Row], options: argparse.Namespace, 
     elif rows:
         lines.append(line(f"none of them contains {options.filter!r}", "dim"))
     else:
-        lines.append(line("no logs here yet: they appear as soon as a run starts", "dim"))
+        lines.append(line("no .txt logs here yet: they appear as soon as a run starts", "dim"))
     if len(groups) > len(shown):
         lines.append(line(f"and {len(groups) - len(shown)} more", "dim"))
     return Group(*lines, *[line(note, "yellow") for note in notes])
@@ -496,6 +496,9 @@ def show(options: argparse.Namespace) -> None:
     missing = [path for path in places if not path.exists()]
     if missing:
         raise ValueError(f"there is no {missing[0]}; name a folder of logs, logs, or a sweep's file")
+    packed = [path for path in places if path.suffix in OPENERS]
+    if packed:
+        raise ValueError(f"{packed[0]} is compressed, so its run is over; plot_loss.py reads it")
     with contextlib.suppress(KeyboardInterrupt):
         if options.json:
             groups = arrange(monitor.poll(), options)
