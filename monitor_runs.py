@@ -13,9 +13,10 @@ In the live table, `a` and `l` switch --arms and --by-loss on and off; `q` or Ct
 Runs are called by their sweep's tags, or by the fewest settings that tell them apart. Those of a sweep are
 compared with the control that its manifest (logs/SWEEP.sweep.json) names: with the control of the same seed
 if there is one, else with the mean of the controls, at the last validation that both have reached. An arm's
-line has the means of its n finished runs; if none has finished, of its n runs under way, at the last
-validation that all of them have reached. A run has stalled if it has not ended and its log has not grown for
---stalled-after seconds. Only new lines are read; compressed logs, as in records/, are not shown.
+line has the means of its n finished runs; if none has finished, of its n runs under way, their validation
+loss and difference at the last validation that all of them have reached. A run has stalled if it has not
+ended and its log has not grown for --stalled-after seconds. Only new lines are read; compressed logs, as in
+records/, are not shown: `plot_loss.py` reads them.
 """
 
 import argparse
@@ -41,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from analysis import command_line
 from analysis.arms import group_by_arm
 from analysis.manifest import LOGS, Manifest, ManifestFolder, find_manifest
-from analysis.run_log import LogFollower, RunLog
+from analysis.run_log import OPENERS, LogFollower, RunLog
 from analysis.shown import clean
 from analysis.style import format_time, shorten_apart
 from analysis.tables import as_json, format_difference, format_loss, format_number
@@ -53,6 +54,7 @@ SILENT_STEPS = 20  # a run of slow steps may be silent for so many of them
 STATE_COLOURS = {"crashed": "bold red", "diverged": "bold red", "unreadable": "red", "stalled": "yellow"}
 STATE_COLOURS |= {"stopped": "magenta", "running": "green", "finished": "blue", "unknown": "dim"}
 UNDER_WAY = ("running", "stalled")
+LAST_LOGGED = ("peak_mem_mb", "mfu", "grad_norm")  # fields of the log whose last values are shown
 # Our state for the launcher's: a killed process writes no event to its log, but the launcher sees it end.
 LAUNCHER_STATES = {"crashed": "crashed", "hung": "crashed", "diverged": "diverged", "stopped": "stopped"}
 
@@ -109,7 +111,7 @@ def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
         "ms_per_step": mean(ms for ms, _ in paces),
         "tokens_per_s": mean(tokens for _, tokens in paces),
         "seconds_left": max(left, default=math.nan),
-        **{key: mean(row.run.last(key) for row in meant) for key in ("peak_mem_mb", "mfu", "grad_norm")},
+        **{key: mean(row.run.last(key) for row in meant) for key in LAST_LOGGED},
         "age_s": min(row.age_s for row in rows),
     }
 
@@ -295,7 +297,8 @@ def place_of(row: Row) -> tuple:
 class Column(NamedTuple):
     """A column of the table.
 
-    In a narrow terminal, the columns of the lowest `rank` are left out first, those of rank ALWAYS never.
+    In a narrow terminal, the columns of the lowest `rank` are left out first (of equal ranks, the left one),
+    those of rank ALWAYS never.
     """
 
     name: str
@@ -315,7 +318,7 @@ def control_cell(record: dict) -> str:
 
 
 ALWAYS = 100
-# From left to right. A new column is a value in `record_of` and a line here.
+# From left to right. A new column is a value in `record_of`, or a field in LAST_LOGGED, and a line here.
 COLUMNS = (
     Column("run", ALWAYS, lambda record: record["name"], "left"),
     Column("sweep", ALWAYS, lambda record: record["sweep"], "left"),  # if there are several
@@ -420,7 +423,7 @@ def display(monitor: Monitor, rows: Sequence[Row], options: argparse.Namespace, 
     elif rows:
         lines.append(line(f"none of them contains {options.filter!r}", "dim"))
     else:
-        lines.append(line("no logs here yet: they appear as soon as a run starts", "dim"))
+        lines.append(line("no .txt logs here yet: they appear as soon as a run starts", "dim"))
     if len(groups) > len(shown):
         lines.append(line(f"and {len(groups) - len(shown)} more", "dim"))
     return Group(*lines, *[line(note, "yellow") for note in notes])
@@ -493,6 +496,9 @@ def show(options: argparse.Namespace) -> None:
     missing = [path for path in places if not path.exists()]
     if missing:
         raise ValueError(f"there is no {missing[0]}; name a folder of logs, logs, or a sweep's file")
+    packed = [path for path in places if path.suffix in OPENERS]
+    if packed:
+        raise ValueError(f"{packed[0]} is compressed, so its run is over; plot_loss.py reads it")
     with contextlib.suppress(KeyboardInterrupt):
         if options.json:
             groups = arrange(monitor.poll(), options)

@@ -127,7 +127,10 @@ def panel_time(ax, drawn: Sequence[Drawn], axis: Axis) -> None:
 
 
 def panel_schedule(ax, drawn: Sequence[Drawn], axis: Axis, title: str, names: dict[str, str]) -> None:
-    """Scheduled quantities, logged key -> name. One that is the same in all arms is drawn once, in grey."""
+    """Scheduled quantities, logged key -> name, of each arm's first run: its seeds share a schedule.
+
+    One that is the same in all arms is drawn once, in grey.
+    """
     ax.set_title(title)
     logged: dict[str, list[Line]] = {}
     all_same = len(drawn) > 1
@@ -185,7 +188,11 @@ def varies(drawn: Sequence[Drawn], keys: Sequence[str], axis: Axis) -> bool:
 
 
 def small_panels(drawn: Sequence[Drawn], axis: Axis) -> dict[str, Callable]:
-    """The panels below that have something to show, each as a function that draws it."""
+    """The panels below that have something to show, each as a function that draws it.
+
+    A new panel is a function like `panel_time` and an entry here. `curves.draw_lines` draws the mean over
+    seeds of a measured quantity; a panel of SCHEDULES draws one seed only.
+    """
     panels = {}
     if is_logged(drawn, list(RHO), axis):
         panels["rho"] = partial(panel_rho, title=RHO_TITLE, keys=RHO)

@@ -435,7 +435,10 @@ def test_errors_speak_to_a_person(tmp_path, capsys):
     assert monitor_runs.main(["--logs", str(tmp_path), "--interval", "0"]) == 2
     assert "--interval 0" in capsys.readouterr().err
     assert monitor_runs.main(["--logs", str(tmp_path)]) == 0
-    assert "no logs here yet" in capsys.readouterr().out
+    assert "no .txt logs here yet" in capsys.readouterr().out
+    (tmp_path / "run.txt.xz").write_bytes(b"")
+    assert monitor_runs.main([str(tmp_path / "run.txt.xz")]) == 2
+    assert "compressed, so its run is over; plot_loss.py reads it" in capsys.readouterr().err
 
 
 def read_terminal(descriptor, until):
