@@ -231,7 +231,8 @@ def draw_lines(ax, line: Line | None, thin: Sequence[Line], look: dict) -> None:
     if line is None:
         return
     if line.low is not None:
-        ax.fill_between(line.x, line.low, line.high, color=look["color"], alpha=0.15, linewidth=0)
+        width, alpha = (2, 0.4) if line.y.size == 1 else (0, 0.15)  # a point's band is a bar
+        ax.fill_between(line.x, line.low, line.high, color=look["color"], alpha=alpha, linewidth=width)
     for other in thin:
         dot = {"marker": ".", "markersize": 5} if len(other.y) == 1 else {}
         ax.plot(other.x, other.y, color=look["color"], linewidth=0.7, alpha=0.7, **dot)
@@ -286,6 +287,7 @@ def draw_since(ax, drawn: Sequence[Drawn], key: str, axis: Axis) -> list[Line]:
 def loss_limits(lines: Sequence[Line]) -> tuple[float, float]:
     """Limits from below the lowest loss to the highest at the first place: what rises later may leave."""
     shown = [line.y[np.isfinite(line.y)] for line in lines]
+    shown += [np.append(line.high, line.low) for line in lines if line.low is not None and line.y.size == 1]
     shown = [y for y in shown if len(y)]
     if not shown:
         return 0.0, 1.0

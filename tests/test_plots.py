@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 from logs_for_tests import SEPARATOR, SOURCE, make_log
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from sweeps_for_tests import make_sweep, spectral_arms
 
@@ -387,3 +388,14 @@ def test_shorten_keeps_both_ends():
 def test_format_table():
     table = format_table(["run", "loss"], [["a", 3.25], ["long name", "-"]])
     assert table.splitlines() == ["run        loss", "---------  ----", "a          3.25", "long name     -"]
+
+
+def test_the_interval_of_a_single_validation_is_drawn_and_within_the_limits():
+    """Else a picture promises an interval that nobody sees."""
+    one = np.array([1.0])
+    line = curves.Line(np.array([290]), 290 * one, one, 0.9 * one, 1.2 * one)
+    low, high = curves.loss_limits([line])
+    assert low < 0.9 and high > 1.2
+    ax = Figure().subplots()
+    curves.draw_lines(ax, line, [], {"color": "black"})
+    assert ax.collections[0].get_linewidth() > 0
