@@ -1,4 +1,4 @@
-"""What torch keeps of compiled code from run to run: graphs with autograd.Functions too, no stale ones."""
+"""torch's compile cache between runs: it holds graphs with autograd.Functions, and no stale ones."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def compile_once(tmp_path):
         # seconds of g++ that would be spent on vectors and headers for two small loops
         "TORCHINDUCTOR_VEC_ISA_OK": "0",
         "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
-        "PYTHONDONTWRITEBYTECODE": "1",  # an edit may be as long as what it replaces, in the same second
+        "PYTHONDONTWRITEBYTECODE": "1",  # an edit may keep the length and the second
     }
     command = [sys.executable, "-c", JOB.format(root=str(ROOT))]
     pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
