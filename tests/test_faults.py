@@ -1,4 +1,4 @@
-"""What goes wrong on rented machines, done to real runs: killed and hung ranks, signals, damaged checkpoints,
+"""Faults of rented machines, injected into real runs: killed and hung ranks, signals, damaged checkpoints,
 full disks, vanished data, two runs of one name. tests/README.md has the table of faults and outcomes."""
 
 import os
