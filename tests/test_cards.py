@@ -214,7 +214,7 @@ def test_an_amd_gpu_takes_plain_torch_and_says_so(trainer, on_gpu, monkeypatch, 
 
 
 def test_cards_before_ampere_take_attention_by_sdpa(on_gpu):
-    """Else a T4 ends in its first pass: FlashAttention-2 needs sm_80."""
+    """Fails if a T4 would crash in its first pass: FlashAttention-2 needs sm_80."""
     for capability, backend in (((7, 5), "sdpa"), ((8, 0), "varlen"), ((12, 0), "varlen")):
         on_gpu(*capability)
         assert train_gpt.read_settings({"MODEL": "tiny"})[0].attn_backend == backend

@@ -77,7 +77,7 @@ def test_a_cpus_fast_form_computes_what_the_plain_function_does(name, shards, pl
     plain_loss, plain_grads, plain_moved = plain_steps
     assert loss == pytest.approx(plain_loss, rel=1e-6)
     pairs = {n: (g, plain_grads[n]) for n, g in grads.items()}
-    tolerance = 1e-3  # of a scalar's gradient, whose terms cancel; others are within 1e-5
+    tolerance = 1e-3  # for scalars' gradients, whose terms cancel; others are within 1e-5
     if name in UPDATES:
         assert all(torch.equal(got, wanted) for got, wanted in pairs.values())
         pairs, tolerance = {n: (x, plain_moved[n]) for n, x in moved.items()}, 1e-2

@@ -187,7 +187,7 @@ def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
 
 
 def test_a_sweep_runs_once_and_only_once(place, launch, monkeypatch):
-    """Else the tools that read the manifest do not find the runs, or a second launch repeats them."""
+    """Fails if tools cannot find the runs by the manifest, or a second launch repeats them."""
     for name in ("RANK", "WORLD_SIZE"):  # from a surrounding torchrun; a run with them waits for other ranks
         monkeypatch.setenv(name, "1")
     done = launch(sweep_file(TWO_ARMS))

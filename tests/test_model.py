@@ -445,8 +445,7 @@ def test_rotary_turns_pairs_of_the_first_half():
 
 
 def test_yarn_at_each_change_of_the_long_window():
-    """Fails if frequencies or the softmax scale do not follow YaRN's formula, once or over the whole
-    schedule."""
+    """Fails if frequencies or softmax scale do not follow YaRN's formula, once or over the whole schedule."""
     rotary = train_gpt.Rotary(128)
     rotary.make_tables(100)
     freqs, scale = ref_freqs(128), 0.1
@@ -467,9 +466,9 @@ def test_yarn_at_each_change_of_the_long_window():
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
-    """Fails if YaRN is applied twice, late or where the long window stays, or embedding and head part before
-    or long after the update of their last common step, or a resumed run has another state than one that came
-    there. Thirds of four steps, then two of extension; the last tied step is round(2/3 * 12) | 1 = 9."""
+    """Fails if YaRN is applied twice, late or where the long window stays, embedding and head are untied
+    before or long after the update of their last common step, or a resumed run's state differs. Thirds of
+    four steps, then two of extension; the last tied step is round(2/3 * 12) | 1 = 9."""
     windows = ((1, 2), (1, 2), (2, 4), (2, 8))
     s, o, _ = read(
         trainer, NUM_SCHEDULED_ITERATIONS=12, NUM_EXTENSION_ITERATIONS=2, BATCH_SIZES="128,128,128,128"
@@ -503,8 +502,8 @@ def test_validations_head_runs_in_pieces_of_a_pass_of_training():
 
 
 def test_untying_by_hand():
-    """Fails if the split comes before the last common update, or its state is not the head's then, or the two
-    steps after it do not add up to the first update of each alone. Of four steps, round(8/3) | 1 = 3 is the
+    """Fails if the untying comes before the last common update, its state is not the head's then, or the two
+    steps after it do not sum to the first separate update of each. Of four steps, round(8/3) | 1 = 3 is the
     last tied one; the embedding then moves at step 5. Head and embedding: rate 0.008 x 0.1, as the learning
     rate has decayed; decay 150, betas 0.5 and 0.95; the third update's bias correction."""
     steps = dict(NUM_SCHEDULED_ITERATIONS=4, NUM_EXTENSION_ITERATIONS=2)
