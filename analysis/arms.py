@@ -1,4 +1,4 @@
-"""Runs that belong together: the same training with other seeds, recorded or run in another way.
+"""Groups of runs that differ only in seed, or in how they are recorded or run.
 
 from analysis.arms import group_by_arm
 arms, notes = group_by_arm(read_runs("logs"))
@@ -33,11 +33,11 @@ class Arm:
 
 
 def arm_key(run: RunLog) -> str:
-    """A key that is equal for two runs of the same arm. The source hash is not part of it.
+    """Return a key that is equal for runs of the same arm. The source hash is not part of it.
 
-    The same file names with other data in them are another training. Logs without configuration (public
-    ones) are told apart by source and number of steps, so that trials of one script are one arm; without
-    source, by path.
+    Different data under the same file names is another arm. Logs without configuration (public ones) are
+    distinguished by source and number of steps, so that trials of one script are one arm; without source, by
+    path.
     """
     if run.config:
         data = [run.started.get(name) for name in DATA] if run.started else []
@@ -50,11 +50,11 @@ def arm_key(run: RunLog) -> str:
 def group_by_arm(
     runs: Iterable[RunLog], tags: Mapping[str, str] | None = None
 ) -> tuple[list[Arm], list[str]]:
-    """Arms in order of first appearance, named by `name_arms`, and notes for the user.
+    """Return arms in order of first appearance, named by `name_arms`, and notes for the user.
 
-    `tags` maps names of runs to their tags in sweeps; None: those of the manifests beside the logs. Runs of
-    equal settings but different source code are kept apart, and a note says so: the same settings may mean
-    another training there.
+    `tags` maps run names to their tags in sweeps; None: those of the manifests beside the logs. Runs with
+    equal settings but different source code are kept apart, with a note: the same settings may train
+    differently there.
     """
     runs = list(runs)
     groups: dict[tuple[str, str], list[RunLog]] = {}
@@ -88,7 +88,7 @@ def group_by_arm(
 
 
 def one_arm_a_run(arms: Iterable[Arm]) -> list[Arm]:
-    """An arm for each run, called by its arm and seed; by its run_id, if two runs share a seed."""
+    """Make an arm of each run, named by its arm and seed; by its run_id, if two runs share a seed."""
     single = []
     for arm in arms:
         seeds = Counter(arm.seeds)
@@ -104,17 +104,17 @@ def one_arm_a_run(arms: Iterable[Arm]) -> list[Arm]:
 
 
 def tags_beside(runs: Iterable[RunLog]) -> dict[str, str]:
-    """Tags of runs by name, from the manifests beside their logs."""
+    """Return the runs' tags by name, from the manifests beside their logs."""
     folders = {run.path.parent for run in runs if run.path}
     manifests = [manifest for folder in sorted(folders) for manifest in ManifestFolder(folder).poll()]
     return {run.run_id: run.tag for manifest in manifests for run in manifest.runs}
 
 
 def name_arms(arms: Sequence[Sequence[RunLog]], tags: Mapping[str, str]) -> list[str]:
-    """A name for each arm, different from all others.
+    """Return a unique name for each arm.
 
-    It is the arm's tag, if all its runs have that tag and no other arm has it. Else it is the fewest settings
-    that tell the arm from the others, as in "muon_lr=0.1"; else, and for logs without settings, its run_id.
+    It is the arm's tag, if all its runs have that tag and no other arm does. Else it is the fewest settings
+    that distinguish the arm, such as "muon_lr=0.1"; else, and for logs without settings, its run_id.
     """
     own = [{tags.get(run.name) for run in runs} for runs in arms]
     times = Counter(tag for found in own for tag in found)
@@ -131,11 +131,11 @@ def name_arms(arms: Sequence[Sequence[RunLog]], tags: Mapping[str, str]) -> list
 
 
 def _fewest_settings(arms: Sequence[Sequence[RunLog]]) -> list[str]:
-    """The fewest settings, at most MAX_SETTINGS, that tell each arm from all others.
+    """Name each arm by the fewest settings, at most MAX_SETTINGS, that distinguish it from all others.
 
-    Where that takes more, they are those in which the arm is not like most. A setting differs if it varies
-    among the arms that have it: ORD's settings, which the baseline lacks, do not tell ORD from the baseline,
-    but the script does.
+    If that takes more, use those in which the arm differs from most. A setting varies if it does among the
+    arms that have it: ORD's settings, which the baseline lacks, do not distinguish ORD from the baseline, but
+    the script does.
     """
     parts = [_parts(runs[0]) for runs in arms]
     chosen = _telling_apart(parts)
@@ -151,7 +151,7 @@ def _fewest_settings(arms: Sequence[Sequence[RunLog]]) -> list[str]:
 
 
 def _unlike_most(part: dict[str, str], parts: Sequence[dict[str, str]], chosen: Sequence[str]) -> str:
-    """Name an arm by the settings in which it differs from most; by the most telling one, if by none."""
+    """Name an arm by the settings in which it differs from most; if none, by the most distinctive one."""
     own = [name for name in chosen if name in part]
     if len(own) <= MAX_SETTINGS:
         return " ".join(part[name] for name in own)
@@ -172,13 +172,13 @@ def _parts(run: RunLog) -> dict[str, str]:
 
 
 def _varying(parts: Sequence[dict[str, str]]) -> list[str]:
-    """Settings that vary among the arms that have it."""
+    """Return the settings that vary among the arms that have them."""
     names = dict.fromkeys(name for part in parts for name in part)
     return [name for name in names if len({part[name] for part in parts if name in part}) > 1]
 
 
 def _left_out(arms: Sequence[Arm]) -> list[str]:
-    """A note, if arms named by settings differ in more than their names say."""
+    """Return a note if arms named by settings differ in more than their names say."""
     if not any("=" in arm.label for arm in arms):
         return []
     varying = _varying([_parts(arm.runs[0]) for arm in arms])
@@ -187,9 +187,9 @@ def _left_out(arms: Sequence[Arm]) -> list[str]:
 
 
 def _telling_apart(parts: Sequence[dict[str, str]]) -> list[str]:
-    """Few settings that together tell all arms apart, as far as settings can; the most telling first.
+    """Choose few settings that together distinguish all arms, as far as possible, most distinctive first.
 
-    Of settings that vary together (ADAM_LR = 0.1 x MUON_LR) only the one that is shortest to write is kept.
+    Of settings that vary together (ADAM_LR = 0.1 x MUON_LR) only the shortest to write is kept.
     """
     left, chosen, groups = _varying(parts), [], 1
     while left:

@@ -1,4 +1,4 @@
-"""Arms ordered by the numeric setting that varies, and told apart by what else varies.
+"""Order arms by the numeric setting that varies, and group them by what else varies.
 
 from analysis.by_value import by_value, beside, ordered
 by_value(results)           # "muon_lr", or None
@@ -18,7 +18,7 @@ def is_number(value: object) -> bool:
 
 
 def numbers_that_vary(results: Results) -> list[str]:
-    """The settings that vary, in lower case, whose values are all numbers."""
+    """Return the settings that vary and whose values are all numbers, in lower case."""
     return [
         name
         for name in results.varied()
@@ -27,7 +27,7 @@ def numbers_that_vary(results: Results) -> list[str]:
 
 
 def by_value(results: Results) -> str | None:
-    """The numeric setting that varies most, by which arms are ordered; None if there is none.
+    """Return the numeric setting that varies most, to order arms by; None if there is none.
 
     Among settings tied to each other it is the one that `results.by` names, else the last by name.
     """
@@ -43,12 +43,12 @@ def by_value(results: Results) -> str | None:
 
 
 def beside(results: Results, name: str) -> list[str]:
-    """Settings that vary beside this one and are not tied to it."""
+    """Return the other settings that vary and are not tied to this one."""
     return [other for other in results.varied() if other not in (name, *results.tied(name))]
 
 
 def kinds_of(results: Results, name: str) -> dict[str, str]:
-    """The kinds of arm: equal settings beside this one, as key -> words."""
+    """Return the kinds of arm, with equal settings besides this one, as key -> words."""
     others = beside(results, name)
     found = {}
     for arm in results.arms:
@@ -63,7 +63,7 @@ def _kind_of(arm: SweepArm, names: Sequence[str]) -> str:
 
 
 def ordered(results: Results) -> list[SweepArm]:
-    """The arms by kind and value, if there is one; as planned, otherwise and where values are equal."""
+    """Sort the arms by kind and value; without such a setting, and for ties, keep the planned order."""
     name = by_value(results)
     if name is None:
         return list(results.arms)

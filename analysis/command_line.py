@@ -1,4 +1,4 @@
-"""The command line that all commands share: arguments, output, errors."""
+"""Command-line code that all commands share: arguments, output, errors."""
 
 import argparse
 import importlib
@@ -12,7 +12,7 @@ from analysis.shown import clean, console
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser that prints the command's docstring as it is written."""
+    """Return a parser that prints the command's docstring verbatim."""
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +41,7 @@ def run(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
 ) -> int:
-    """Call a command with its parsed arguments; return its exit code, 2 if what the user gave is wrong."""
+    """Call a command with its parsed arguments; return its exit code, 2 if the user's input is wrong."""
     options = parser.parse_args(arguments)
     with console():
         try:
@@ -54,7 +54,7 @@ def run(
 
 
 def import_optional(module: str, package: str):
-    """Import a module of a package that requirements.txt leaves out; ValueError says how to install it."""
+    """Import a module that requirements.txt leaves out; ValueError says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -65,7 +65,7 @@ def import_optional(module: str, package: str):
 
 
 def say(text: str) -> None:
-    """Print a line, if anybody reads: `| tee` ends at Ctrl-C before a launcher that has runs to stop."""
+    """Print a line unless the reader is gone: at Ctrl-C, `| tee` ends before a launcher with runs to stop."""
     try:
         print(clean(text), flush=True)
     except OSError:
@@ -73,6 +73,6 @@ def say(text: str) -> None:
 
 
 def complain(error: Exception | str) -> int:
-    """Print what is wrong with what the user gave; return the exit code for it."""
+    """Print what is wrong with the user's input; return its exit code."""
     print(clean(f"{Path(sys.argv[0]).name}: {error}"), file=sys.stderr)
     return 2

@@ -1,9 +1,9 @@
-"""A sentence on what the final losses of a sweep allow to conclude.
+"""Conclusion in a sentence from a sweep's final losses.
 
     from analysis.conclusion import conclusion
     print(conclusion(results))
 
-It claims what `results.verdict` (stats.judge) claims, and says what remains undecided or untested.
+It claims only what `results.verdict` (stats.judge) claims, and says what is undecided or untested.
 """
 
 import math
@@ -18,7 +18,7 @@ UPDATE_ONLY = "MUON_DECAY_MODE=update is only a learning-rate change, lr (1 + wd
 
 
 def _names(names: Sequence[str]) -> str:
-    """a, b and c; of many, the first ones."""
+    """Join names as "a, b and c"; of many, only the first ones."""
     shown = list(names[:MAX_NAMED])
     if len(names) > len(shown):
         return f"{', '.join(shown)} and {len(names) - len(shown)} more"
@@ -34,7 +34,7 @@ def _evidence(pair: Comparison, p: float) -> str:
 
 
 def conclusion(results: Results) -> str:
-    """A sentence that says what may be concluded from the final losses, and what may not."""
+    """Say in a sentence what may be concluded from the final losses, and what may not."""
     verdict, missing, done = results.verdict, results.count("missing"), results.count("done")
     total = len(results.attempts)
     update = any(arm.settings.get("muon_decay_mode") == "update" for arm in results.arms)
@@ -110,7 +110,7 @@ def _with_control(results: Results) -> tuple[list[str], list[str]]:
 
 
 def _by_control(verdict: Verdict, names: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Arms grouped by the control that each was compared with."""
+    """Group arms by the control that each was compared with."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(verdict.controls[name], []).append(name)
@@ -146,7 +146,7 @@ def _lost(verdict: Verdict, name: str) -> str:
 
 
 def _facts(results: Results) -> list[str]:
-    """Facts that need no test: arms that gave the control's very losses, arms whose runs all failed."""
+    """State facts that need no test: arms with exactly the control's losses, arms whose runs all failed."""
     verdict = results.verdict
     equal = [n for n, pair in verdict.versus_control.items() if pair.difference == 0 and pair.sd == 0]
     lost = [n for n, summary in verdict.summaries.items() if not summary.n and summary.failed]
@@ -156,13 +156,13 @@ def _facts(results: Results) -> list[str]:
 
 
 def _unseen(pairs: Sequence[Comparison], verdict: Verdict) -> str:
-    """The size below which a difference can go unseen."""
+    """State the size below which a difference can go undetected."""
     sizes = [size for pair in pairs if math.isfinite(size := verdict.detectable(pair))]
     return f" (differences below about {max(sizes):.2g} can go unseen in so few runs)" if sizes else ""
 
 
 def _untested(results: Results) -> list[str]:
-    """Arms about which the runs say nothing, with the reason."""
+    """List arms about which the runs say nothing, with the reason."""
     verdict, parts = results.verdict, []
     single = [name for name, summary in verdict.summaries.items() if summary.n == 1]
     if single:

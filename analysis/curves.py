@@ -1,4 +1,4 @@
-"""Curves of arms: means over seeds with intervals, differences from a control, and their panels.
+"""Curves of arms and their panels: means over seeds with intervals, differences from a control.
 
     from analysis.curves import Axis, Drawn, draw_lines, lines_of, panel_loss
     axis = Axis("steps", runs)
@@ -8,8 +8,8 @@
     for item in drawn:                       # a panel of any other logged quantity
         draw_lines(ax, *lines_of(item.arm, "val_acc", axis), item.line_look)
 
-A picture makes one list of what is drawn, and every panel gets that list. A panel with another x axis makes
-its own Axis. Matplotlib is not imported here.
+A picture makes one list of Drawn for all its panels. A panel with another x axis makes its own Axis.
+Matplotlib is not imported here.
 """
 
 import math
@@ -30,8 +30,8 @@ from analysis.tables import format_loss
 X_LABELS = {"steps": "step", "tokens": "training tokens", "time": "training time"}
 MAX_MARKED = 12  # with more arms, stars at the target would cover each other
 MAX_BANDS = 5  # with more arms, bands of intervals would hide each other
-MAX_NAME = 40  # letters beside the end of a line
-FINISHED = ("finished", "unknown")  # llm.c's logs do not say whether they are complete; assume that they are
+MAX_NAME = 40  # characters beside the end of a line
+FINISHED = ("finished", "unknown")  # llm.c's logs do not say whether they are complete; assume so
 
 
 # ------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ FINISHED = ("finished", "unknown")  # llm.c's logs do not say whether they are c
 
 @dataclass
 class Line:
-    """A curve to draw: `y` at each `step`, whose place on the x axis is `x`.
+    """Curve to draw: `y` at each `step`, at `x` on the x axis.
 
     `low` to `high` is the interval around y; None for a single run.
     """
@@ -53,7 +53,7 @@ class Line:
     high: np.ndarray | None = None
 
     def since(self, x: float) -> "Line":
-        """The part of the curve from a place on the x axis on."""
+        """Return the part of the curve from `x` on."""
         parts = (self.step, self.x, self.y, self.low, self.high)
         return Line(*(None if part is None else part[self.x >= x] for part in parts))
 
@@ -62,7 +62,7 @@ class Line:
 
 
 def x_of(run: RunLog, step: np.ndarray, kind: str) -> np.ndarray:
-    """Convert a run's steps to training tokens or ms of training time, by kind of axis; NaN if not logged."""
+    """Convert a run's steps to x values: tokens or ms of training, by kind of axis; NaN if not logged."""
     if kind == "steps":
         return step.astype(float)
     column = run.numbers("tokens" if kind == "tokens" else "train_time")
@@ -80,8 +80,8 @@ def has_x(run: RunLog, kind: str) -> bool:
 class Axis:
     """An x axis: its kind (a key of X_LABELS), its unit and its label.
 
-    `end` is where the last run ends. `begin` is the first validation after the first step: the loss before it
-    is that of random weights, and a straight line down from there would hide all that follows.
+    `end` is where the last run ends. `begin` is the first validation after the first step: before it the
+    weights are random, and a line down from their loss would hide all that follows.
     """
 
     def __init__(self, kind: str, runs: Sequence[RunLog]):
@@ -102,25 +102,25 @@ class Axis:
         self.begin = min([first for first in firsts if first < self.end], default=0.0)
 
     def places(self, run: RunLog, step: np.ndarray) -> np.ndarray:
-        """Places of a run's steps on this axis, in its unit; NaN if the log does not give them."""
+        """Convert a run's steps to this axis, in its unit; NaN if the log does not give them."""
         return x_of(run, step, self.kind) / self.scale
 
     def place(self, run: RunLog, step: int) -> float:
         return float(self.places(run, np.array([step]))[0])
 
     def fit(self, ax) -> None:
-        """Label a panel's x axis, and show all of training."""
+        """Label a panel's x axis and show all of training."""
         ax.set_xlabel(self.label)
         ax.set_xlim(-0.01 * self.end, 1.01 * self.end)
 
     def fit_losses(self, ax) -> None:
-        """Label a panel's x axis, and show training from the first validation on."""
+        """Label a panel's x axis and show training from the first validation on."""
         ax.set_xlabel(self.label)
         style.scale_positive(ax, self.begin, self.end)
 
 
 def line_of(run: RunLog, key: str, axis: Axis) -> Line | None:
-    """The curve of a logged quantity; None if it is not logged. Lists are averaged over layers."""
+    """Return the curve of a logged quantity; None if it is not logged. Lists are averaged over layers."""
     column = run.columns.get(key)
     if column is None or column.value.dtype == object or not has_x(run, axis.kind):
         return None
@@ -132,7 +132,7 @@ def line_of(run: RunLog, key: str, axis: Axis) -> Line | None:
 
 
 def lines_of(arm: Arm, key: str, axis: Axis) -> tuple[Line | None, list[Line]]:
-    """The line of an arm (None if nothing is logged), and lines of single runs to draw thinly beside it.
+    """Return an arm's line (None if nothing is logged), and lines of single runs to draw thinly.
 
     An arm's line is that of its only run, or the mean of its finished runs.
     """
@@ -155,7 +155,7 @@ def lines_of(arm: Arm, key: str, axis: Axis) -> tuple[Line | None, list[Line]]:
 
 
 def all_met(arm: Arm, target: float) -> tuple[int, float] | None:
-    """First step at which all runs of an arm have met the target, and their mean training time in ms.
+    """Return the first step at which all runs of an arm have met the target, and their mean time in ms.
 
     None if one of them has not met it.
     """
@@ -167,13 +167,13 @@ def all_met(arm: Arm, target: float) -> tuple[int, float] | None:
 
 
 # ------------------------------------------------------------------------------------------------
-# What is drawn, and what it is called
+# Arms and their labels
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Drawn:
-    """An arm in a picture: its look, and its label in the legend."""
+    """Arm in a picture: its look, and its label in the legend."""
 
     arm: Arm
     look: dict
@@ -181,7 +181,7 @@ class Drawn:
 
     @property
     def line_look(self) -> dict:
-        """The look without markers, for curves of many points."""
+        """Look without markers, for curves of many points."""
         return {"color": self.look["color"]}
 
 
@@ -190,7 +190,7 @@ def runs_of(drawn: Sequence[Drawn]) -> list[RunLog]:
 
 
 def result_label(name: str, result: Summary, remarks: Sequence[str]) -> str:
-    """An arm's name and final loss for a legend: a=0.1: 3.2705 ± 0.0012 (n=3, 1 failed)."""
+    """Format an arm's name and final loss for a legend: a=0.1: 3.2705 ± 0.0012 (n=3, 1 failed)."""
     if not result.n:
         return f"{name}: {', '.join(remarks)}"
     interval = f" ± {(result.high - result.low) / 2:.4f}" if result.n >= MIN_INTERVAL else ""
@@ -199,7 +199,7 @@ def result_label(name: str, result: Summary, remarks: Sequence[str]) -> str:
 
 
 def plan_legend(labels: Sequence[str], width: int, gap: int = 8) -> tuple[int, float]:
-    """Columns, and inches of their lines, of a legend below a figure that is `width` letters wide."""
+    """Choose columns and line length (inches) of a legend below a figure `width` characters wide."""
     longest = max(map(len, labels), default=0)
     columns = max(1, min(len(labels), width // (longest + gap)))
     return columns, 0.2 * math.ceil(len(labels) / columns)
@@ -227,7 +227,7 @@ def add_legend(fig, drawn: Sequence[Drawn], columns: int, title: str) -> None:
 
 
 def draw_lines(ax, line: Line | None, thin: Sequence[Line], look: dict) -> None:
-    """Draw an arm's line with its interval, and its single runs thinly; some points carry its marker."""
+    """Draw an arm's line with its interval, and its single runs thinly; some points get its marker."""
     if line is None:
         return
     if line.low is not None:
@@ -242,7 +242,7 @@ def draw_lines(ax, line: Line | None, thin: Sequence[Line], look: dict) -> None:
 
 
 def marker_step(line: Line) -> int:
-    """The number of points from one marker of a line to the next."""
+    """Number of points between a line's markers."""
     return max(1, len(line.y) // 8)
 
 
@@ -252,9 +252,9 @@ def is_logged(drawn: Sequence[Drawn], keys: Sequence[str], axis: Axis) -> bool:
 
 
 def panel_loss(ax, drawn: Sequence[Drawn], axis: Axis, target: tuple[float, str] | None = None) -> None:
-    """Validation loss from the first validation on, with the target and where it is met.
+    """Draw validation loss from the first validation on, with the target and where it is met.
 
-    A single run's training loss is drawn, too. A target is a loss and where it comes from.
+    A single run's training loss is drawn, too. A target is a loss and its source.
     """
     runs, lines = runs_of(drawn), []
     ax.set_title(f"validation loss, {style.loss_unit(runs)}")
@@ -285,7 +285,7 @@ def draw_since(ax, drawn: Sequence[Drawn], key: str, axis: Axis) -> list[Line]:
 
 
 def loss_limits(lines: Sequence[Line]) -> tuple[float, float]:
-    """Limits from below the lowest loss to the highest at the first place: what rises later may leave."""
+    """Limits from below the lowest loss to the highest first one; later rises may leave the panel."""
     shown = [line.y[np.isfinite(line.y)] for line in lines]
     shown += [np.append(line.high, line.low) for line in lines if line.low is not None and line.y.size == 1]
     shown = [y for y in shown if len(y)]
@@ -297,7 +297,7 @@ def loss_limits(lines: Sequence[Line]) -> tuple[float, float]:
 
 
 def draw_target(ax, drawn: Sequence[Drawn], axis: Axis, target: float, reason: str) -> None:
-    """Draw the target with its reason, and a star on each arm's line where all of its runs have met it."""
+    """Draw the target with its reason, and a star on each line where all of the arm's runs have met it."""
     ax.axhline(target, color=style.GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     text = f"target {target:g} ({reason})"
     for item in drawn if len(drawn) <= MAX_MARKED else ():
@@ -314,7 +314,7 @@ def draw_target(ax, drawn: Sequence[Drawn], axis: Axis, target: float, reason: s
 
 
 def differences(drawn: Sequence[Drawn], controls: Mapping[str, str], axis: Axis) -> list[tuple[Drawn, Line]]:
-    """Each arm's validation loss minus its control's, for those that have both; `controls` are labels."""
+    """Return each arm's validation loss minus its control's, where both exist; `controls` are labels."""
     arms = {item.arm.label: item.arm for item in drawn}
     found = []
     for item in drawn:
@@ -326,10 +326,9 @@ def differences(drawn: Sequence[Drawn], controls: Mapping[str, str], axis: Axis)
 
 
 def difference_of(arm: Arm, control: Arm, axis: Axis) -> Line | None:
-    """The validation loss of an arm minus another's, paired by seed where both have the same seeds.
+    """Return an arm's validation loss minus another's, paired by seed if both have the same seeds.
 
-    It is that of finished runs, if there are any, at the places where all of them were validated; None if
-    there is no such place.
+    Finished runs are used, if there are any, at the steps where all were validated; None without such a step.
     """
     ours, theirs = _measured(arm, axis), _measured(control, axis)
     if not ours or not theirs:
@@ -357,7 +356,7 @@ def _measured(arm: Arm, axis: Axis) -> list[tuple[RunLog, Line]]:
 
 
 def panel_differences(ax, found: Sequence[tuple[Drawn, Line]], axis: Axis, control: str) -> None:
-    """Draw losses minus the control's over training, on an axis that shows small and large ones."""
+    """Draw losses minus the control's over training, on an axis for both small and large ones."""
     few = len(found) <= MAX_BANDS
     title = f"validation loss minus that of {style.shorten(control, 36)}"
     ax.set_title(f"{title}, 95% interval" if few else title)
@@ -388,7 +387,7 @@ def panel_differences(ax, found: Sequence[tuple[Drawn, Line]], axis: Axis, contr
 
 
 def fill_clear(ax, line: Line, look: dict) -> None:
-    """Fill a line's markers where its interval is clear of zero: else luck looks like an effect."""
+    """Fill a line's markers only where its interval excludes zero, so that noise does not look real."""
     if line.low is not None:
         shown = np.arange(0, len(line.y), marker_step(line))
         clear = shown[(line.low * line.high > 0)[shown]]
@@ -396,9 +395,9 @@ def fill_clear(ax, line: Line, look: dict) -> None:
 
 
 def label_ends(ax, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write the names of lines beside their ends, spread apart: (x, y, name, colour) of each.
+    """Write names beside the ends of lines, spread apart; ends are (x, y, name, colour).
 
-    Lines that end where the last one does have their names to the right of the panel.
+    Lines that reach the last end have their names to the right of the panel.
     """
     last = max(x for x, *_ in ends)
     box = ax.get_window_extent()
@@ -408,7 +407,7 @@ def label_ends(ax, ends: Sequence[tuple[float, float, str, str]]) -> None:
         inches = box.height / ax.figure.dpi
         size = min(9.0, 0.8 * inches * 72 / len(group))
         places, gap = (heights - box.y0) / box.height, 1.25 * size / 72 / inches
-        for i in range(1, len(places)):  # push up, then as far back down as the top demands
+        for i in range(1, len(places)):  # push up, then back down as far as the top requires
             places[i] = max(places[i], places[i - 1] + gap)
         for i in reversed(range(len(places))):
             places[i] = min(places[i], places[i + 1] - gap if i + 1 < len(places) else 1.0)
@@ -421,9 +420,9 @@ def label_ends(ax, ends: Sequence[tuple[float, float, str, str]]) -> None:
 
 
 def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[str, str]) -> None:
-    """Mean rho over layers: linear around zero, logarithmic beyond, to show both sign and magnitude.
+    """Draw mean rho over layers: linear around zero, logarithmic beyond, to show sign and magnitude.
 
-    `keys` maps a logged key to its name; several are told apart by the dashes of their lines.
+    `keys` maps a logged key to its name; several are distinguished by dashes.
     """
     ax.set_title(title)
     sizes, logged = [], set()
@@ -445,7 +444,7 @@ def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[
     step = style.scale_signed(ax, "y", sizes, np.quantile(known, [0.05]) if len(known) else ())
     ax.axhline(0, color="black", linewidth=1)
     low, high = ax.get_ylim()
-    ax.set_ylim(min(low, -0.6 * step), max(high, 0.6 * step))  # room for the words at zero
+    ax.set_ylim(min(low, -0.6 * step), max(high, 0.6 * step))  # room for the text at zero
     note = {"textcoords": "offset points", "fontsize": 8, "color": style.GREY, "ha": "right"}
     at = {"xy": (0.995, 0), "xycoords": ("axes fraction", "data"), "annotation_clip": False}
     ax.annotate("ρ > 0: stepping along −G_par shrinks W", xytext=(0, 3), va="bottom", **at, **note)

@@ -1,4 +1,4 @@
-"""The GPUs and cores of this machine, found without torch."""
+"""GPUs and cores of this machine, found without torch."""
 
 import functools
 import os
@@ -32,7 +32,7 @@ def usable_cores() -> tuple[int, ...]:
 
 @functools.cache
 def device_name(gpu: bool) -> str:
-    """Return the name of the first GPU or of the processor, as the trainers log it."""
+    """Return the name of the first GPU or of the CPU, as the trainers log it."""
     if gpu:
         names = ask_nvidia_smi("name")
         name = names[0] if names else "unknown"
@@ -50,7 +50,7 @@ class Slot:
 
 
 def share_out(parallel: int, nproc: int, gpus: tuple[str, ...]) -> tuple[list[Slot], int]:
-    """Return disjoint slots for `parallel` runs at a time, and the number of ranks of a run.
+    """Return disjoint slots for `parallel` runs at a time, and the number of ranks per run.
 
     nproc 0 means all GPUs of a slot; without GPUs, one rank. ValueError if the machine is too small.
     """

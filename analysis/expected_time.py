@@ -1,4 +1,4 @@
-"""How long planned runs will take, from earlier runs of the same model, batch sizes and machine."""
+"""Predict how long planned runs take from earlier runs of the same model, batch sizes and machine."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from analysis.run_log import list_logs, read_log
 from analysis.style import format_time
 from analysis.trainers import read_trainer
 
-HISTORY_LOGS = 100  # how many of the newest logs are read
+HISTORY_LOGS = 100  # number of newest logs to read
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Past:
     """A finished run: its model and batch sizes, seconds per step, and seconds spent outside the steps."""
 
     run_id: str
-    shape: tuple  # model and batch sizes, which decide how long a step takes
+    shape: tuple  # model and batch sizes, which determine the time of a step
     step_s: float
     other_s: float  # start, compiling, validation
 
 
 def expected_time(runs: Sequence[Run], slots: Sequence[Slot], nproc: int) -> str:
-    """Return in words how long these runs will take."""
+    """Say in words how long these runs will take."""
     history = read_history(slots[0], nproc)
     total, used = 0.0, set()
     for run in runs:
@@ -42,7 +42,7 @@ def expected_time(runs: Sequence[Run], slots: Sequence[Slot], nproc: int) -> str
 
 
 def num_steps(settings: dict) -> float:
-    """Return the steps of a run by its resolved settings."""
+    """Return the number of steps of a run from its resolved settings."""
     scheduled, batches = settings.get("NUM_SCHEDULED_ITERATIONS", 0), settings.get("BATCH_SIZES")
     if settings.get("TRAIN_TOKENS"):  # the last batch size is that of the extension
         scheduled = settings["TRAIN_TOKENS"] * (len(batches) - 1) / sum(batches[:-1])
@@ -50,7 +50,7 @@ def num_steps(settings: dict) -> float:
 
 
 def read_history(slot: Slot, nproc: int) -> list[Past]:
-    """Return the finished runs on such a slot."""
+    """Return the finished runs on a slot like this one."""
     machine = {"device": device_name(bool(slot.gpus)), "world_size": str(nproc)}
     if not slot.gpus:
         threads = str(max(1, len(slot.cores or usable_cores()) // nproc))

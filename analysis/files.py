@@ -1,4 +1,4 @@
-"""Text files: read in whatever encoding editors left them, written whole or not at all."""
+"""Text files: read in any encoding that editors use, written atomically."""
 
 import codecs
 import contextlib
@@ -25,8 +25,8 @@ def read_text(path: Path) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it over `path` on success, delete it on failure.
 
-    A reader sees the old file or the new one, never half of one. The suffix stays, because matplotlib chooses
-    the format by it.
+    A reader sees the old file or the new one, never half of one. The suffix stays, because matplotlib picks
+    the format from it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file, making its folder. The file survives a crash of the machine whole, old or new."""
+    """Write a text file, making its folder. After a crash of the machine it is whole, old or new."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -1,20 +1,20 @@
-"""A mean with its interval and its runs, drawn the same way in all pictures.
+"""Draw a mean with its interval and runs, the same way in all pictures.
 
     from analysis.intervals import draw_mean, ends_of
     draw_mean(ax, 0, pair.difference, pair.low, pair.high, n, look, runs, horizontal=True)
 
-The interval is the 95% one that the statistics give, never a standard deviation.
+The interval is the statistics' 95% interval, never a standard deviation.
 """
 
 import math
 from collections.abc import Sequence
 
-MIN_INTERVAL = 3  # an interval from two runs is wider than the plot: the two runs are shown instead
+MIN_INTERVAL = 3  # the interval of two runs is wider than the plot; show the two runs instead
 KEY = "mark: mean with its 95% interval; ticks: single seeds; hollow: a single run"
 
 
 def ends_of(low: float, high: float, n: int) -> tuple[float, float] | None:
-    """The interval's ends, if there are enough runs to show it."""
+    """Return the interval's ends, if there are enough runs to show it."""
     return (low, high) if n >= MIN_INTERVAL and math.isfinite(low + high) else None
 
 

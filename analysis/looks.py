@@ -1,4 +1,4 @@
-"""The look of an arm, its colour and marker: one for each arm of a sweep, the same in all pictures of it.
+"""Looks of a sweep's arms, colour and marker, the same in all its pictures.
 
 from analysis.looks import looks_of, sweep_beside
 sweep = sweep_beside(arms)                   # the manifest of the sweep that logs belong to, if it is there
@@ -13,11 +13,11 @@ from analysis.manifest import Manifest, ManifestFolder
 
 MARKERS = ["s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p"]
 CONTROL = {"color": "#000000", "marker": "o"}  # no other arm has either
-MAX_COLOURS = 18  # arms told apart by colour and marker; of more, the colour says the place in the plan
+MAX_COLOURS = 18  # arms with distinct colour and marker; with more, the colour is the place in the plan
 
 
 def looks_of(labels: Sequence[str], control: str | None = None) -> dict[str, dict]:
-    """Return each arm's look, by the list of all arms of its sweep in the order of the plan."""
+    """Return each arm's look, given all arms of its sweep in the order of the plan."""
     others = [label for label in labels if label != control]
     colours = style.COLOURS if len(others) <= MAX_COLOURS else _shades(len(others))
     found = {
@@ -28,7 +28,7 @@ def looks_of(labels: Sequence[str], control: str | None = None) -> dict[str, dic
 
 
 def _shades(count: int) -> list[str]:
-    """Return shades from dark to light, but never as light as the paper."""
+    """Return shades from dark to light, all darker than the paper."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -36,7 +36,7 @@ def _shades(count: int) -> list[str]:
 
 
 def sweep_beside(arms: Iterable[Arm]) -> Manifest | None:
-    """Return the manifest beside the logs that plans all runs of these arms, as the arms are named there."""
+    """Return the manifest beside the logs that plans all runs of these arms under these names."""
     arms = list(arms)
     runs = [run for arm in arms for run in arm.runs]
     for folder in sorted({run.path.parent for run in runs if run.path}):

@@ -1,4 +1,4 @@
-"""Manifests: what a sweep has planned and done, logs/SWEEP.sweep.json. This is their only reader and writer.
+"""Manifests, logs/SWEEP.sweep.json: a sweep's plan and progress. Only this module reads or writes them.
 
 manifest = read_manifest(manifest_path("spectral_lr"))
 manifest.runs                        # the current plan, with the state of each run
@@ -24,7 +24,7 @@ SUFFIX = ".sweep.json"
 
 @dataclass
 class Run:
-    """One training run, planned or made.
+    """Training run, planned or started.
 
     state: planned, submitted (to SLURM), running, finished, diverged, crashed, hung, stopped, refused (by the
     trainer, before it began).
@@ -34,9 +34,9 @@ class Run:
     tag: str
     script: str
     seed: int
-    settings: dict  # as the sweep file sets them; the trainer knows the defaults
+    settings: dict  # those of the sweep file; the trainer knows the defaults
     settings_hash: str  # of all settings that affect training, defaults included, except the seed
-    source_hash: str  # the trainer's own, of the code that decides the numbers
+    source_hash: str  # the trainer's, of the code that affects the numbers
     state: str = "planned"
     exit_code: int | None = None
     log: str = ""
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def key(self) -> tuple:
-        """Equal for two runs that must give the same numbers."""
+        """Key that is equal for runs that must give the same numbers."""
         return (self.settings_hash, self.seed, self.source_hash)
 
     @property
@@ -61,22 +61,22 @@ class Run:
 
     @property
     def console(self) -> Path:
-        """The file that has the run's console output."""
+        """File with the run's console output."""
         return Path(self.log).with_suffix(".out")
 
     @staticmethod
     def from_record(record: dict) -> "Run":
-        """Return a run from its record in a manifest, without unknown parts; TypeError if one is missing."""
+        """Make a run from its record in a manifest, ignoring unknown keys; TypeError if a key is missing."""
         names = {f.name for f in dataclasses.fields(Run)}
         return Run(**{name: value for name, value in record.items() if name in names})
 
 
 @dataclass
 class Manifest:
-    """A sweep's plan and its runs. `versus` maps an arm's tag to its own control, if it has one."""
+    """Plan and runs of a sweep. `versus` maps an arm's tag to its own control, if it has one."""
 
     path: Path
-    file: str = ""  # the sweep file, as the launcher was given it
+    file: str = ""  # the sweep file, as given to the launcher
     scale: str | None = None
     control: str | None = None
     versus: dict[str, str] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Manifest:
         return self.versus.get(tag, self.control)
 
     def save(self) -> None:
-        """Write the manifest, whole or not at all."""
+        """Write the manifest atomically."""
         data = {
             "sweep": self.sweep,
             "file": self.file,
@@ -109,17 +109,17 @@ class Manifest:
 
 
 def now() -> str:
-    """Return the time as manifests have it."""
+    """Return the time in the manifests' format."""
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def manifest_path(sweep: str, logs: Path = LOGS) -> Path:
-    """Return where a sweep's manifest is."""
+    """Return the path of a sweep's manifest."""
     return logs / f"{sweep}{SUFFIX}"
 
 
 def find_manifest(sweep: Path, logs: Path = LOGS) -> Path:
-    """Return the manifest of a sweep that is named by its file, or by the manifest itself.
+    """Return the manifest of a sweep, given its file or the manifest itself.
 
     ValueError if there is no such sweep file; the manifest need not exist yet.
     """
@@ -152,7 +152,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 class ManifestFolder:
-    """The manifests in a folder, each read again only when its file has changed."""
+    """Manifests in a folder, each reread only when its file has changed."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -160,7 +160,7 @@ class ManifestFolder:
         self._read: dict[Path, tuple[int, Manifest]] = {}
 
     def poll(self) -> list[Manifest]:
-        """Return all manifests that can be read, by name; `errors` says what is wrong with the others."""
+        """Return all readable manifests, sorted by name; `errors` says what is wrong with the others."""
         before, self._read, self.errors = self._read, {}, []
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             try:

@@ -1,8 +1,8 @@
-"""The processes of a sweep's runs: starting them, finding all that belong to one, stopping them.
+"""Start, find and stop the processes of a sweep's runs.
 
-torchrun starts its workers in sessions of their own, and a killed process leaves its children to others.
-Hence a run's processes are those that descend from the one started for it, and all that have its RUN_ID in
-their environment; and on Linux this process takes in every orphan (see `adopt_orphans`).
+torchrun starts its workers in their own sessions, and a killed process leaves orphans. Hence a run's
+processes are all descendants of the one started for it, and all with its RUN_ID in their environment; on
+Linux this process also adopts every orphan (see `adopt_orphans`).
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import psutil
 
-GRACE_S = 30.0  # between SIGTERM and SIGKILL: a run finishes its step and saves
-GIVE_UP_S = 70.0  # no more attempts after this: a process in uninterruptible sleep cannot be killed
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
+GRACE_S = 30.0  # between SIGTERM and SIGKILL, for a run to finish its step and save
+GIVE_UP_S = 70.0  # then stop trying: a process in uninterruptible sleep cannot be killed
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # Linux's prctl options
 ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 _started: list[subprocess.Popen] = []  # their exit codes belong to whoever started them
@@ -28,10 +28,10 @@ _started: list[subprocess.Popen] = []  # their exit codes belong to whoever star
 def start_process(
     command: list[str], env: dict[str, str], console: Path, cores: tuple[int, ...]
 ) -> subprocess.Popen:
-    """Start a process on `cores` (none: any), its output appended to the file `console`.
+    """Start a process on `cores` (none: any), with its output appended to the file `console`.
 
-    It has a session of its own, so that Ctrl-C reaches this process alone. On Linux it gets SIGTERM if this
-    process dies.
+    It has its own session, so that Ctrl-C reaches only this process. On Linux it gets SIGTERM if this process
+    dies.
     """
     with console.open("a") as file:
         process = subprocess.Popen(
@@ -48,7 +48,7 @@ def start_process(
 
 
 def _child_setup(cores: tuple[int, ...]) -> Callable[[], None]:
-    """Return what a child does before it becomes the command."""
+    """Return the function that a child runs before exec."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def setup() -> None:
@@ -61,7 +61,7 @@ def _child_setup(cores: tuple[int, ...]) -> Callable[[], None]:
 
 
 def processes_of(run_ids: set[str], roots: Iterable[int] = ()) -> set[int]:
-    """Return the living processes with one of these RUN_IDs, `roots`, and all that descend from either.
+    """Return the living processes with one of these RUN_IDs, `roots`, and all their descendants.
 
     This process is never among them.
     """
@@ -80,9 +80,9 @@ def processes_of(run_ids: set[str], roots: Iterable[int] = ()) -> set[int]:
 
 
 def stop_processes(find: Callable[[], set[int]]) -> bool:
-    """SIGTERM all that `find` finds, SIGKILL them after GRACE_S, until it finds none; False if some remain.
+    """SIGTERM all that `find` finds, SIGKILL after GRACE_S, until it finds none; False if some remain.
 
-    `find` is called again and again, because processes may start others while they end.
+    `find` is called repeatedly, because processes may start others while they end.
     """
     begin, told = time.monotonic(), set()
     while left := find():
@@ -101,13 +101,13 @@ def stop_processes(find: Callable[[], set[int]]) -> bool:
 
 
 def adopt_orphans() -> None:
-    """Make every process whose parent dies a child of this one, so that it can be found (Linux only)."""
+    """Make orphaned descendants children of this process, so that it can find them (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def reap_orphans() -> None:
-    """Collect the exit codes of adopted processes that have ended; otherwise they would stay zombies."""
+    """Collect the exit codes of adopted processes that have ended, which otherwise stay zombies."""
     ours = {process.pid for process in _started if process.returncode is None}
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):

@@ -1,4 +1,4 @@
-"""The pictures of a sweep over one number: all values compared, and a sheet with the curves of each.
+"""Pictures of a sweep over one number: a comparison of all values, and a sheet with each one's curves.
 
     from analysis.rate_pictures import PICTURES
     for name, draw in PICTURES.items():
@@ -22,7 +22,7 @@ from analysis.run_log import format_value
 
 
 def scale_x(ax, analysis: Analysis) -> None:
-    """Logarithmic where values span a factor of ten; ticks are values that were tried, as far as they fit."""
+    """Make the x axis logarithmic if values span a factor of ten; label the values tried, as they fit."""
     values = [rate.value for rate in analysis.rates]
     if min(values) > 0 and max(values) >= 10 * min(values):
         ax.set_xscale("log")
@@ -43,7 +43,7 @@ def scale_x(ax, analysis: Analysis) -> None:
 
 
 def draw_seeds(ax, analysis: Analysis, measure: Callable[[Attempt], float], factor: float) -> None:
-    """Join the runs of each seed by a thin line: what a seed shares moves all of them."""
+    """Join the runs of each seed by a thin line, to show what a seed's runs have in common."""
     by_seed: dict[int, list[tuple[float, float]]] = {}
     for rate in analysis.rates:
         for value, seed in zip(*rate.arm.samples(measure), strict=True):
@@ -54,7 +54,7 @@ def draw_seeds(ax, analysis: Analysis, measure: Callable[[Attempt], float], fact
 
 
 def draw_values(ax, analysis: Analysis, by: str) -> None:
-    """Draw all values' means with the 95% interval of each by itself, their runs, and the labels."""
+    """Draw all values' means with their own 95% intervals, their runs, and the labels."""
     measure, factor = (loss_of, 1) if by == "loss" else (accuracy_of, 100)
     draw_seeds(ax, analysis, measure, factor)
     means = []
@@ -72,14 +72,14 @@ def draw_values(ax, analysis: Analysis, by: str) -> None:
 
 
 def draw_differences(ax, analysis: Analysis, by: str) -> None:
-    """Draw means minus the best one's; an interval that reaches 0 is that of a value tied with the best."""
+    """Draw means minus the best one's; a value whose interval reaches 0 is tied with the best."""
     best, found, sizes, halves = analysis.best(by), analysis.contenders(by), [], []
     factor = 1 if by == "loss" else 100
     for rate in analysis.rates:
         mean = factor * (getattr(rate, by).mean - getattr(best, by).mean)
         half = factor * found.half_width(best.name, rate.name) if rate is not best else math.nan
         if math.isfinite(mean):
-            n = max(MIN_INTERVAL, getattr(rate, by).n)  # all values' runs tell the noise, not its own alone
+            n = max(MIN_INTERVAL, getattr(rate, by).n)  # noise is estimated from all values' runs
             draw_mean(ax, rate.value, mean, mean - half, mean + half, n, analysis.results.looks[rate.name])
             sizes += [mean, mean - half, mean + half]
             halves.append(half)
@@ -89,7 +89,7 @@ def draw_differences(ax, analysis: Analysis, by: str) -> None:
 
 
 def draw_labels(ax, analysis: Analysis) -> None:
-    """Write above each stretch of values what they are called; the optimal ones stand on green."""
+    """Write the label above each stretch of values; green marks the optimal ones."""
     values = [rate.value for rate in analysis.rates]
     log = ax.get_xscale() == "log"
     middles = [math.sqrt(a * b) if log else (a + b) / 2 for a, b in zip(values, values[1:], strict=False)]
@@ -106,7 +106,7 @@ def draw_labels(ax, analysis: Analysis) -> None:
 
 
 def picture_combined(analysis: Analysis):
-    """Loss and accuracy against the value, and below them the differences from the best with intervals."""
+    """Plot loss and accuracy against the value; below, the differences from the best, with intervals."""
     plt = style.load_matplotlib()
     columns = [by for by in ("loss", "accuracy") if any(getattr(rate, by).n for rate in analysis.rates)]
     rows = 2 if analysis.noise_known else 1
@@ -127,7 +127,7 @@ def picture_combined(analysis: Analysis):
 
 
 def picture_of_curves(analysis: Analysis):
-    """A small panel for each value with its runs, the best value's mean in grey; one scale for all."""
+    """Plot a small panel of runs per value, with the best value's mean in grey; one scale for all."""
     plt = style.load_matplotlib()
     axis, best = Axis("steps", analysis.results.runs), analysis.best()
     columns = min(6, math.ceil(math.sqrt(1.5 * len(analysis.rates))))
@@ -167,7 +167,7 @@ def draw_rate(ax, rate: Rate, axis: Axis, colour: str) -> None:
 
 
 def curve_limits(analysis: Analysis, axis: Axis) -> tuple[float, float]:
-    """Loss limits that fit the curves of all values from the first validation on, at most the first loss."""
+    """Loss limits for all curves from the first validation on, at most the first loss."""
     lines = [line for run in analysis.results.runs if (line := line_of(run, "val_loss", axis))]
     losses = np.concatenate([line.y[line.x >= axis.begin] for line in lines] or [np.zeros(0)])
     losses = losses[np.isfinite(losses)]

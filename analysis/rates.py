@@ -1,10 +1,10 @@
-"""The values of a sweep over one number, such as the learning rate: what learns, what fails, what is best.
+"""Values of a sweep over one number, such as the learning rate: which learn, fail, or are best.
 
     from analysis.rates import analyse
     analysis = analyse(results)              # or analyse(results, "MUON_LR", ["MUON_DECAY_MODE=param"])
     analysis.rates[0].label, analysis.best().value, analysis.near_best()
 
-Every value gets a label by RULES. "The fall" is how far the best value's loss fell from where training began.
+RULES gives every value a label. "The fall" is how far the best value's loss fell from the start of training.
 Values statistically tied with the best are those of stats.contenders.
 """
 
@@ -19,10 +19,10 @@ from analysis.results import Attempt, Results, SweepArm, loss_of, samples_of
 from analysis.run_log import format_value
 from analysis.stats import Contenders, Summary, contenders, summarize
 
-RATES = ("muon_lr", "adam_lr", "router_lr")  # looked at first, if no setting is named
-GOOD = 0.98  # share of the best's fall that a good value keeps
-LOST = 0.05  # share of the fall that an unstable run lost again on its way
-SPREAD = 5.0  # an unstable value's runs differ by so many times the noise, and by 1 - GOOD of the fall
+RATES = ("muon_lr", "adam_lr", "router_lr")  # preferred, if no setting is named
+GOOD = 0.98  # fraction of the best's fall that a good value reaches
+LOST = 0.05  # fraction of the fall that an unstable run lost again on the way
+SPREAD = 5.0  # an unstable value's runs differ by this many times the noise, and by 1 - GOOD of the fall
 TOP = 0.2
 RULES = {
     "optimal": f"good, and it cannot be told from the best value ({1 - 0.05:.0%} confidence)",
@@ -43,7 +43,7 @@ RULES = {
 
 
 def accuracy_of(attempt: Attempt) -> float:
-    """Share of tokens predicted right at the last validation; NaN if it is not logged."""
+    """Fraction of tokens predicted correctly at the last validation; NaN if not logged."""
     val = attempt.log.val if attempt.log else ()
     return float(val.acc[-1]) if len(val) else math.nan
 
@@ -53,20 +53,20 @@ def minutes_of(attempt: Attempt) -> float:
 
 
 def start_of(attempt: Attempt) -> float:
-    """The first validation's loss, before the first step if that was measured."""
+    """Loss at the first validation, before the first step if that was measured."""
     losses = attempt.log.val.loss if attempt.log else np.zeros(0)
     return float(losses[0]) if len(losses) else math.nan
 
 
 def diverged(attempt: Attempt) -> bool:
-    """True if it was stopped as diverged, has a loss that is no number, or ended no lower than it began."""
+    """True if it was stopped as diverged, has a non-finite loss, or ended no lower than it began."""
     if attempt.outcome == "done":
         return attempt.log is not None and len(attempt.log.val) > 1 and attempt.loss >= start_of(attempt)
     return attempt.state in ("diverged", "finished")
 
 
 def largest_rise(attempt: Attempt) -> float:
-    """The largest rise of a run's validation loss above its lowest so far; NaN without validations."""
+    """Largest rise of a run's validation loss above its lowest so far; NaN without validations."""
     losses = attempt.log.val.loss if attempt.log else np.zeros(0)
     losses = losses[np.isfinite(losses)]
     return float((losses - np.minimum.accumulate(losses)).max()) if len(losses) else math.nan
@@ -79,7 +79,7 @@ def largest_rise(attempt: Attempt) -> float:
 
 @dataclass
 class Rate:
-    """A value of the setting, and the results of its runs; means are over seeds."""
+    """Value of the setting with its runs' results; means are over seeds."""
 
     value: float
     arm: SweepArm
@@ -91,7 +91,7 @@ class Rate:
 
     @property
     def name(self) -> str:
-        """The label of its arm, by which the statistics know it."""
+        """Label of its arm, which the statistics use."""
         return self.arm.label
 
     @property
@@ -100,7 +100,7 @@ class Rate:
 
     @property
     def efficiency(self) -> float:
-        """Percentage points of accuracy a minute of training."""
+        """Percentage points of accuracy per minute of training."""
         return 100 * self.accuracy.mean / self.minutes.mean if self.minutes.mean > 0 else math.nan
 
     @property
@@ -122,14 +122,14 @@ class Rate:
 
 @dataclass
 class Analysis:
-    """A sweep over one setting (in lower case); rates in order of value, only those that can be compared."""
+    """Sweep over one setting (in lower case); its comparable rates, in order of value."""
 
     results: Results
     setting: str
     rates: list[Rate]
     by_loss: Contenders
     by_accuracy: Contenders
-    start: float  # loss where training began, mean over runs
+    start: float  # loss at the start of training, mean over runs
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -141,22 +141,22 @@ class Analysis:
         return self.by_loss if by == "loss" else self.by_accuracy
 
     def best(self, by: str = "loss") -> Rate | None:
-        """The rate of lowest loss (highest accuracy) whose runs all finished; None if there is none."""
+        """Rate of lowest loss (highest accuracy) whose runs all finished; None if there is none."""
         lowest = self.contenders(by).lowest
         return next((rate for rate in self.rates if rate.name == lowest), None)
 
     def near_best(self, by: str = "loss") -> list[Rate]:
-        """The rates statistically tied with the best, the best among them."""
+        """Rates statistically tied with the best, including the best."""
         return [rate for rate in self.rates if rate.name in self.contenders(by).names]
 
     def top(self) -> list[Rate]:
-        """The fifth of the rates whose mean loss is lowest, in order of value."""
+        """Fifth of the rates with the lowest mean loss, in order of value."""
         known = sorted((r for r in self.rates if r.loss.n), key=lambda rate: (rate.loss.mean, rate.value))
         chosen = known[: math.ceil(TOP * len(known))]
         return [rate for rate in self.rates if rate in chosen]
 
     def stable(self) -> list[Rate]:
-        """The rates around the best up to the next that is unstable, diverged or has no result."""
+        """Rates around the best, up to the next that is unstable, diverged or without a result."""
         best = self.best()
         if best is None or best.label in ("unstable", "diverged"):
             return []
@@ -167,7 +167,7 @@ class Analysis:
         return self.rates[low:high]
 
     def threshold(self) -> Rate | None:
-        """The lowest rate above the best at which a run diverged."""
+        """Lowest rate above the best at which a run diverged."""
         best = self.best()
         start = self.rates.index(best) + 1 if best else 0
         return next((rate for rate in self.rates[start:] if rate.num_diverged), None)
@@ -178,7 +178,7 @@ class Analysis:
 
 
 def select(results: Results, conditions: Sequence[str]) -> Results:
-    """The results with only the arms for which all conditions NAME=VALUE hold."""
+    """Return the results with only the arms for which all conditions NAME=VALUE hold."""
     arms = results.arms
     for condition in conditions:
         name, _, wanted = condition.partition("=")
@@ -198,7 +198,7 @@ def perplexity(loss: float) -> float:
 
 
 def choose_setting(results: Results, asked: str | None) -> str:
-    """The setting to look at, in lower case: as asked, else a learning rate, else the most varied number."""
+    """Choose the setting, in lower case: as asked, else a learning rate, else the number that varies most."""
     varied = numbers_that_vary(results)
     known = f"numbers that vary: {', '.join(name.upper() for name in varied) or 'none'}"
     if asked is not None:
@@ -221,7 +221,7 @@ MEASURES: dict[str, Callable[[Attempt], float]] = {
 
 
 def analyse(results: Results, asked: str | None = None, conditions: Sequence[str] = ()) -> Analysis:
-    """The analysis. Raises ValueError if no such setting varies, or several arms have one value."""
+    """Analyse a sweep. Raises ValueError if no such setting varies, or several arms share a value."""
     results = select(results, conditions)
     setting = choose_setting(results, asked)
     results.by = setting
@@ -271,7 +271,7 @@ def check_one_arm_a_value(results: Results, setting: str) -> None:
 
 
 def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
-    """The label by RULES, and whether it is sure that the rate is, or is not, good (None: noise unknown)."""
+    """Return the label by RULES, and whether being good, or not, is certain (None: noise unknown)."""
     done = [a for a in rate.arm.attempts if a.outcome == "done"]
     learnt = [attempt for attempt in done if not diverged(attempt)]
     best, fall = analysis.best(), analysis.fall
@@ -294,5 +294,5 @@ def is_unstable(rate: Rate, learnt: Sequence[Attempt], analysis: Analysis) -> bo
     fall = analysis.fall
     if any(largest_rise(attempt) > LOST * fall for attempt in learnt):
         return True
-    wide = max(SPREAD * analysis.by_loss.sd, (1 - GOOD) * fall)  # NaN if the noise is unknown: never wider
+    wide = max(SPREAD * analysis.by_loss.sd, (1 - GOOD) * fall)  # NaN if the noise is unknown: never exceeded
     return analysis.noise_known and rate.loss.sd > wide

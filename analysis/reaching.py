@@ -1,10 +1,10 @@
-"""The tokens (or steps) and minutes that runs need to reach a target loss, measured the same way for all.
+"""Tokens (or steps) and minutes to reach a target loss, measured the same way for all runs.
 
     from analysis.reaching import choose_target, reaches
     target = choose_target(results, given=3.28)
     reaches(results, target)["my-run"].x      # tokens, interpolated; None instead if it was not reached
 
-Runs that are validated more often would seem to reach a loss sooner; so all are compared on a common grid.
+More frequent validation would make a run seem to reach a loss sooner, so all are compared on a common grid.
 """
 
 import math
@@ -18,12 +18,12 @@ from analysis.curves import all_met
 from analysis.results import Results, SweepArm
 from analysis.run_log import Curve
 
-SMOOTH = 0.02  # share of a run's steps that a training loss is averaged over
+SMOOTH = 0.02  # fraction of a run's steps that a training loss is averaged over
 
 
 @dataclass(frozen=True)
 class Reach:
-    """The place where a run reached the target, interpolated; x is in tokens or steps, NaN if not logged."""
+    """Interpolated point where a run reached the target; x is in tokens or steps, NaN if not logged."""
 
     x: float
     minutes: float
@@ -31,7 +31,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class Target:
-    """A loss to reach, and the reason for it."""
+    """Loss to reach, and the reason for it."""
 
     loss: float
     reason: str
@@ -40,7 +40,7 @@ class Target:
 
 
 def choose_target(results: Results, given: float | None, on: str = "val") -> Target:
-    """The target as given, else the runs' TARGET_LOSS if one met it, else what the control reached."""
+    """Choose the target: the one given, else the runs' TARGET_LOSS if met, else what the control reached."""
     if given is not None:
         return Target(given, "as --target asked", True, on)
     own = {run.target_loss for run in results.runs if run.target_loss}
@@ -59,9 +59,9 @@ def choose_target(results: Results, given: float | None, on: str = "val") -> Tar
 
 
 def common_grid(positions: Sequence[np.ndarray]) -> np.ndarray:
-    """Points such that every run that has not ended yet has a validation between any two of them.
+    """Return points between any two of which every run still going has a validation.
 
-    `positions` are those of each run's validations, and strictly increase.
+    `positions` are those of each run's validations and strictly increase.
     """
     grid = [max(x[0] for x in positions)]
     end = max(x[-1] for x in positions)
@@ -72,13 +72,13 @@ def common_grid(positions: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def in_tokens(results: Results) -> bool:
-    """True if all finished runs log their tokens, so that they can be compared by them."""
+    """True if all finished runs log tokens, so that they can be compared by tokens."""
     runs = [attempt.log for attempt in results.attempts if attempt.outcome == "done"]
     return bool(runs) and all(np.isfinite(run.val.tokens).all() for run in runs)
 
 
 def reaches(results: Results, target: Target) -> dict[str, Reach | None]:
-    """The place where each finished run reached the target, by run_id; None if it did not reach it."""
+    """Return where each finished run reached the target, by run_id; None if it did not."""
     tokens, curves = in_tokens(results), {}
     for attempt in results.attempts:
         if attempt.outcome == "done":
@@ -95,9 +95,9 @@ def reaches(results: Results, target: Target) -> dict[str, Reach | None]:
 
 
 def smoothed(curve: Curve) -> Curve:
-    """A training curve's mean over the last SMOOTH of the run's steps, from the first full window on.
+    """Average a training curve over a window of SMOOTH of the run's steps, from the first full one on.
 
-    The window counts steps, not lines: a run that logs every 10th step is smoothed over the same time.
+    The window counts steps, not lines: a run that logs every 10th step is smoothed over the same span.
     """
     known = np.isfinite(curve.loss)
     step, loss = curve.step[known], curve.loss[known]
@@ -115,7 +115,7 @@ def smoothed(curve: Curve) -> Curve:
 def reach(
     x: np.ndarray, loss: np.ndarray, time_ms: np.ndarray, grid: np.ndarray, target: float
 ) -> Reach | None:
-    """The place where a curve, seen on the grid up to its own end, first meets the target."""
+    """Return where a curve, sampled on the grid up to its own end, first meets the target."""
     seen = np.append(grid[(grid >= x[0]) & (grid < x[-1])], x[-1])
     seen_loss = np.interp(seen, x, loss)
     met = np.flatnonzero(seen_loss <= target)
@@ -129,7 +129,7 @@ def reach(
 
 
 def all_at_target(arm: SweepArm, target: float) -> int | None:
-    """First step at which all runs of an arm have met the target; None if one has not, or failed."""
+    """First step by which all runs of an arm have met the target; None if one has not, or failed."""
     if arm.count("done") < len(arm.attempts) or not arm.runs:
         return None
     met = all_met(arm, target)

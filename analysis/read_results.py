@@ -1,4 +1,4 @@
-"""Reads a sweep, by its file and manifest, or any logs, into Results.
+"""Read a sweep, by its file and manifest, or any logs, into Results.
 
     from analysis.read_results import read_results
     results = read_results(["sweeps/spectral_lr.toml"])                  # as planned in its manifest
@@ -31,9 +31,9 @@ def read_results(
     pool_sources: bool = False,
     stopped_early: bool = False,
 ) -> Results:
-    """A sweep given by its file or manifest, or logs and folders of logs. Raises ValueError or OSError.
+    """Read a sweep, given its file or manifest, or logs and folders of logs. Raises ValueError or OSError.
 
-    `control` names the arm to compare with, where the sweep names none or another is wanted.
+    `control` names the arm to compare with, if the sweep names none or to override it.
     """
     paths = [Path(path) for path in paths]
     sweeps = [path for path in paths if path.suffix in (".toml", ".json")]
@@ -84,7 +84,7 @@ def _read_sweep(file: Path, logs: Path, pool_sources: bool) -> Results:
 
 
 def _groups(attempts: Sequence[Attempt], pool_sources: bool) -> dict[tuple[str, str], list[Attempt]]:
-    """Runs of the same tag, source code and data, by label and source; a run without a log joins its tag."""
+    """Group runs by tag, source and data, with key (label, source); one without a log joins its tag."""
     known: dict[str, Counter] = {}
     for attempt in attempts:
         if attempt.log:
@@ -125,7 +125,7 @@ def _read_plan(path: Path, file: Path) -> Manifest:
 
 
 def _attempt(record: Run, folder: Path) -> Attempt:
-    """A planned run with its log, if there is one. Where they disagree on how it ended, the log counts."""
+    """Make an Attempt of a planned run and its log, if any; the log decides how it ended."""
     log = None
     for place in (folder, Path(record.log).parent):
         path = find_log(place, Path(record.log).name) if record.log else None
@@ -153,7 +153,7 @@ def _with_loss(attempt: Attempt) -> Attempt:
 
 
 def _contradictions(attempt: Attempt, record: Run) -> Iterable[str]:
-    """A note if a log's own configuration is not what the manifest planned."""
+    """Yield a note if a log's own configuration is not what the manifest planned."""
     if not attempt.log or not attempt.log.config:
         return
     planned = {key.lower(): value for key, value in record.settings.items() if value != "auto"}
@@ -169,7 +169,7 @@ def _contradictions(attempt: Attempt, record: Run) -> Iterable[str]:
 
 
 def _resolve_settings(arms: Sequence[SweepArm]) -> None:
-    """Complete each arm's settings with defaults from its logs, or from those of other arms of its script."""
+    """Complete each arm's settings with defaults from its logs, or from other arms of its script."""
     shared: dict[str, dict] = {}
     for arm in arms:
         logged = next((run.settings for run in arm.runs if run.config), {})
@@ -181,7 +181,7 @@ def _resolve_settings(arms: Sequence[SweepArm]) -> None:
 
 
 def _question(file: Path) -> str:
-    """The first paragraph of comment at the head of a sweep file."""
+    """Return the first paragraph of the comment at the top of a sweep file."""
     try:
         text = read_text(file)
         tomllib.loads(text)
@@ -235,7 +235,7 @@ def _ends_early(run: RunLog) -> bool:
 
 
 def _found(run: RunLog) -> Attempt:
-    """A log without a plan. llm.c's logs do not say whether they are whole, and are taken for finished."""
+    """Make an Attempt of a log without a plan. llm.c's, which may be incomplete, count as finished."""
     finished = run.state == "finished" or (run.state == "unknown" and math.isfinite(run.final_val_loss))
     attempt = Attempt(run.run_id, run.seed, "finished" if finished else run.state)
     attempt.source, attempt.log = run.source_hash, run
@@ -250,9 +250,9 @@ def _pooled(sources: Sequence[str]) -> str:
 
 
 def _mark_foreign(results: Results, control: str | None) -> None:
-    """Mark the arms that cannot be compared, because their source code or data is not that of the others.
+    """Mark the arms that cannot be compared, because their source code or data differs.
 
-    The standard is the control's source and data, or those of most runs.
+    The standard is the control's source and data, else those of most runs.
     """
     wanted = control or results.control
     _mark_other_sources(results, wanted)
@@ -262,7 +262,7 @@ def _mark_foreign(results: Results, control: str | None) -> None:
 def _mark_other_sources(results: Results, wanted: str | None) -> None:
     """Mark arms whose source code is not the usual one of their script.
 
-    Public logs have no settings. Each has source code of its own, and they are compared all the same.
+    Public logs, which have no settings, each have their own source code; they are compared all the same.
     """
     by_script: dict[str, list[SweepArm]] = {}
     for arm in results.arms:
@@ -282,7 +282,7 @@ def _mark_other_sources(results: Results, wanted: str | None) -> None:
 
 
 def _mark_other_data(results: Results, wanted: str | None) -> None:
-    """Mark arms that were trained or validated on other data than the rest."""
+    """Mark arms trained or validated on different data from the rest."""
     arms = [arm for arm in results.arms if not arm.foreign and _data_of(arm)]
     preferred = [arm for arm in arms if wanted in (arm.label, arm.key)]
     counts = Counter()
@@ -299,7 +299,7 @@ def _data_of(arm: SweepArm) -> str:
 
 
 def _find_control(results: Results, wanted: str | None) -> str | None:
-    """The control arm's label: as asked for or planned, else that of a = 0, else the baseline's; or None."""
+    """Return the control's label: as asked or planned, else that of a = 0, else the baseline's; or None."""
     arms = [arm for arm in results.arms if not arm.foreign]
     if wanted is not None:
         exact = [arm for arm in arms if wanted in (arm.label, arm.key)]
@@ -321,7 +321,7 @@ def _find_control(results: Results, wanted: str | None) -> str | None:
 
 
 def _find_versus(results: Results) -> dict[str, str]:
-    """Labels of the controls that single arms have of their own; one that cannot be compared is a note."""
+    """Return the labels of single arms' own controls; add a note for one that cannot be compared."""
     labels = {arm.key: arm.label for arm in results.arms if not arm.foreign}
     found = {labels[key]: labels.get(other) for key, other in results.versus.items() if key in labels}
     for label in [label for label, other in found.items() if other is None or results.control is None]:
@@ -334,7 +334,7 @@ def _find_versus(results: Results) -> dict[str, str]:
 
 
 def _remarks(results: Results) -> list[str]:
-    """Notes that a reader of the numbers needs about the runs behind them."""
+    """Return what a reader of the numbers must know about the runs."""
     notes = [f"{arm.label} is not compared: it has {arm.foreign}" for arm in results.arms if arm.foreign]
     for arm in results.arms:
         repeats = Counter(a.seed for a in arm.attempts if a.outcome == "done" and a.seed is not None)

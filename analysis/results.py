@@ -1,4 +1,4 @@
-"""The results of a sweep: its runs, planned or found, by arm, and the verdict on the arms.
+"""Results of a sweep: its runs, planned or found, by arm, and the verdict on the arms.
 
     from analysis.read_results import read_results
     results = read_results(["sweeps/spectral_lr.toml"])
@@ -18,12 +18,12 @@ from analysis.arms import Arm
 from analysis.run_log import RunLog, not_training
 from analysis.stats import Comparison, Summary, Verdict, judge, summarize
 
-FAILED = ("crashed", "diverged", "hung")  # these count as runs; all others that are not finished are missing
+FAILED = ("crashed", "diverged", "hung")  # these count as runs; other unfinished runs are missing
 
 
 @dataclass
 class Attempt:
-    """A run, planned or found, and what became of it. `loss` is NaN unless it finished."""
+    """Run, planned or found, and its outcome. `loss` is NaN unless it finished."""
 
     run_id: str
     seed: int | None
@@ -36,14 +36,14 @@ class Attempt:
 
     @property
     def outcome(self) -> str:
-        """done, failed (counts as a run) or missing (has not ended)."""
+        """Outcome: done, failed (counts as a run) or missing (has not ended)."""
         if self.state == "finished":
             return "done" if math.isfinite(self.loss) else "failed"
         return "failed" if self.state in FAILED else "missing"
 
     @property
     def data(self) -> str:
-        """The data that the run says it used; empty if it does not say."""
+        """Data that the log says the run used; empty if it does not say."""
         parts = [self.log.started.get(name, "") for name in ("train_data", "val_data")] if self.log else []
         return " ".join(part for part in parts if part)
 
@@ -63,10 +63,9 @@ class SweepArm(Arm):
     foreign: str = ""
 
     def samples(self, measure: Callable[[Attempt], float] = loss_of) -> tuple[list[float], list[int | None]]:
-        """A loss (or another measure) and a seed for each seed that finished, NaN for each failed run.
+        """Return losses (or another measure) and seeds: one per finished seed, NaN per failed run.
 
-        Repeats of one seed differ by the machine alone: they are averaged to one value. Runs whose seed is
-        unknown are taken for different ones.
+        Repeats of a seed differ only by the machine and are averaged. Unknown seeds count as different ones.
         """
         by_seed: dict = {}
         for number, attempt in enumerate(self.attempts):
@@ -79,7 +78,7 @@ class SweepArm(Arm):
         return losses + [math.nan] * len(failed), seeds + [attempt.seed for attempt in failed]
 
     def values(self, measure: Callable[[Attempt], float] = loss_of) -> list[float]:
-        """The finite values among the samples."""
+        """Return the finite values among the samples."""
         return [value for value in self.samples(measure)[0] if math.isfinite(value)]
 
     def count(self, outcome: str) -> int:
@@ -98,7 +97,7 @@ class SweepArm(Arm):
 def samples_of(
     arms: Iterable[SweepArm], measure: Callable[[Attempt], float] = loss_of
 ) -> tuple[dict[str, list[float]], dict[str, list[int | None]]]:
-    """Losses (or another measure) by the arms' labels, and seeds by the arms' labels."""
+    """Return losses (or another measure) and seeds, each by the arms' labels."""
     losses, seeds = {}, {}
     for arm in arms:
         losses[arm.label], seeds[arm.label] = arm.samples(measure)
@@ -107,13 +106,13 @@ def samples_of(
 
 @dataclass
 class Results:
-    """A sweep's arms in the order planned (or found); `notes` are what its reader must be told."""
+    """Arms of a sweep in the order planned (or found); `notes` are what a reader must know."""
 
     name: str
     arms: list[SweepArm]
     control: str | None = None
     folder: Path = Path("logs")
-    planned: bool = False  # whether there is a manifest that says what should have been run
+    planned: bool = False  # whether a manifest says what should have been run
     scale: str | None = None
     question: str = ""
     earlier: list[Attempt] = field(default_factory=list)
@@ -129,17 +128,17 @@ class Results:
 
     @property
     def reference(self) -> str | None:
-        """The arm that all are compared with: the control, else the arm of lowest mean."""
+        """Arm that all are compared with: the control, else the arm of lowest mean."""
         return self.control or self.verdict.best or self.verdict.lowest
 
     @property
     def compared_with(self) -> str:
-        """The other side of all comparisons, for headings."""
+        """Other side of all comparisons, for headings."""
         return "its control" if self.versus else self.reference or "nothing"
 
     @property
     def controls(self) -> dict[str, str]:
-        """The arm that each one is compared with: its control; without one, the reference."""
+        """Arm that each one is compared with: its control, else the reference."""
         if self.control:
             return self.verdict.controls
         return {name: self.reference for name in self.verdict.summaries if name != self.reference}
@@ -166,11 +165,11 @@ class Results:
         return sum(arm.count(outcome) for arm in self.arms)
 
     def summary(self, arm: SweepArm) -> Summary:
-        """The verdict's summary of an arm; for an arm that is not compared, its own."""
+        """Return the verdict's summary of an arm, or its own if it is not compared."""
         return self.verdict.summaries.get(arm.label) or summarize(arm.samples()[0])
 
     def comparison(self, label: str) -> tuple[Comparison | None, float]:
-        """An arm against what it is compared with, and p corrected for the number of arms.
+        """Compare an arm with its control or the reference; also return p corrected for the number of arms.
 
         (None, NaN) for the reference itself and for arms that are not compared.
         """
@@ -187,7 +186,7 @@ class Results:
         return any(pair and math.isfinite(pair.difference) for pair in pairs)
 
     def call(self, label: str) -> str:
-        """better, worse or undecided; undecided as long as runs are missing."""
+        """Call an arm better, worse or undecided; undecided as long as runs are missing."""
         if self.count("missing"):
             return "undecided"
         if label in self.verdict.better:
@@ -195,7 +194,7 @@ class Results:
         return "worse" if label in self.verdict.worse else "undecided"
 
     def ranked(self) -> list[SweepArm]:
-        """Arms by mean final loss; those not compared and those without a finished run come last."""
+        """Sort arms by mean final loss; those not compared or without a finished run come last."""
         means = {name: summary.mean for name, summary in self.verdict.summaries.items()}
         places = {arm.label: means.get(arm.label, math.nan) for arm in self.arms}
         return sorted(
@@ -203,16 +202,16 @@ class Results:
         )
 
     def varied(self) -> list[str]:
-        """Settings, in lower case, in which arms differ; an arm whose script lacks one does not count."""
+        """Return settings (lower case) in which arms differ, among arms whose scripts have them."""
         hidden = set().union(*(run.not_training for run in self.runs)) if self.runs else not_training()
         names = sorted(set().union(*(arm.settings for arm in self.arms)) - hidden)
         values = {name: {repr(a.settings[name]) for a in self.arms if name in a.settings} for name in names}
         return [name for name in names if len(values[name]) > 1]
 
     def tied(self, name: str) -> list[str]:
-        """Settings that follow from this one, as ADAM_LR = 0.1 x MUON_LR does.
+        """Return settings that follow from this one, such as ADAM_LR = 0.1 x MUON_LR.
 
-        Each value of one comes with a single value of the other; three values or more, as two may be chance.
+        Their values correspond one to one; at least three are required, as two may be chance.
         """
         found = []
         for other in self.varied():
@@ -224,7 +223,7 @@ class Results:
         return found
 
     def remarks(self, arm: SweepArm) -> list[str]:
-        """Remarks on an arm: a single run, runs that failed or have not ended, not compared."""
+        """Return remarks on an arm: a single run, runs that failed or have not ended, not compared."""
         parts = []
         if self.summary(arm).n == 1:
             parts.append("a single run")

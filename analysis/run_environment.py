@@ -1,4 +1,4 @@
-"""What a run is started with: command, settings, environment, and whether its code is compiled already."""
+"""Command, settings and environment of a run, and whether its code is already compiled."""
 
 import hashlib
 import json
@@ -10,12 +10,12 @@ from analysis.devices import Slot
 from analysis.manifest import Run
 from analysis.trainers import env_text, inherited_environment, read_trainer
 
-# What runs are given unless the sweep file sets it: hundreds of models would fill a disk.
+# Defaults of the launcher, which a sweep file may override: hundreds of models would fill a disk.
 LAUNCHER_DEFAULTS = {"RESUME": "auto", "SAVE_MODEL": False}
 
 
 def given_settings(run: Run) -> dict:
-    """Return the settings that a run is started with: the launcher's defaults, then the sweep file's."""
+    """Return a run's settings: the launcher's defaults, overridden by the sweep file's."""
     known = read_trainer(run.script).settings
     defaults = {name: value for name, value in LAUNCHER_DEFAULTS.items() if name in known}
     return {**defaults, **run.settings}
@@ -25,7 +25,7 @@ def command_of(script: Path, nproc: int) -> list[str]:
     """Return the command of a run. One rank needs no torchrun."""
     if nproc == 1:
         return [sys.executable, str(script)]
-    # --standalone takes a free port, so that parallel runs do not meet; the address: its name may have none
+    # --standalone picks a free port for each run; --local-addr, because the host's name may not resolve
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     return [*torchrun, f"--nproc-per-node={nproc}", str(script)]
 
@@ -37,22 +37,22 @@ def settings_of(run: Run) -> dict[str, str]:
 
 
 def environment_of(run: Run, slot: Slot) -> dict[str, str]:
-    """Return our environment without anybody's settings or ranks, plus the run's own."""
+    """Return our environment with only the run's own settings, and no ranks."""
     env = inherited_environment(without=read_trainer(run.script).settings)
     env.update(settings_of(run), PYTHONUNBUFFERED="1")
-    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin ruin each other on a busy machine
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow each other on a busy machine
     if slot.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     return env
 
 
 def warm_marker(run: Run, nproc: int, slot: Slot) -> Path | None:
-    """Return a file in the compiler's cache that exists if this code has been compiled; None: no compiling.
+    """Return a file in the compile cache that exists once this code is compiled; None: no compiling.
 
-    A run without it starts alone, so that those after it need not compile. Any setting may be part of
-    compiled code, except what is recorded, and numbers such as learning rates. A number that is compiled in
-    after all (RESIDUAL_SCALE) costs little: seeds are interleaved, so runs that start side by side are of
-    different arms, and compile code of their own anyway.
+    A run without it starts alone, so that later ones need not compile. Any setting may be part of compiled
+    code, except recording settings and numbers such as learning rates. A number that is compiled in after all
+    (RESIDUAL_SCALE) costs little: seeds are interleaved, so runs that start together are of different arms
+    and compile their own code anyway.
     """
     trainer = read_trainer(run.script)
     resolved = trainer.resolve(run.settings)
@@ -65,6 +65,6 @@ def warm_marker(run: Run, nproc: int, slot: Slot) -> Path | None:
         if spec["affects"] != "recording" and not spec["type"].startswith("float")
     }
     text = json.dumps([run.source_hash, nproc, counting], sort_keys=True)
-    default = trainer.path.resolve().with_name(".compile_cache") / "inductor"  # as the trainers have it
+    default = trainer.path.resolve().with_name(".compile_cache") / "inductor"  # the trainers' default
     cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default)
     return cache / f"launched-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -1,4 +1,4 @@
-"""The only reader of training logs: text -> RunLog. Needs numpy only, so that commands start at once.
+"""The only reader of training logs: text -> RunLog. Needs only numpy, so that commands start fast.
 
     from analysis.run_log import read_log, read_runs, LogFollower
     run = read_log("logs/my-run.txt")[0]        # a list: some public logs hold several trials
@@ -12,9 +12,9 @@ s, `step_avg:nanms`), keys in any order, and llm.c's lines (`s:250 tel:3.45`, `s
 compressed (run.txt.xz, run.txt.gz), as in records/.
 
 A log begins with the source code of its trainer, which contains lines that look like steps;
-`LogParser._read_chunk` tells them apart, and analysis/step_lines.py reads the steps. No content makes the
-reader fail: lines that it cannot read are counted in `RunLog.unread_lines`. Times are in milliseconds, losses
-in nats per token, steps are integers.
+`LogParser._read_chunk` distinguishes them, and analysis/step_lines.py reads the steps. No content makes the
+reader fail: unreadable lines are counted in `RunLog.unread_lines`. Times are in milliseconds, losses in nats
+per token, steps are integers.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ import numpy as np
 from analysis.shown import clean
 from analysis.step_lines import NUMERALS, TORN, Column, Curve, Form, StepColumns, StepLine, form_of
 
-# Settings that change what is recorded, or where a run happens, but not the training. They apply to logs that
-# have no `affects:{...}` line of their own.
+# Settings that change what is recorded, or where a run happens, but not the training; for logs without an
+# `affects:{...}` line.
 AFFECTS = {
     "recording": [
         "run_id",
@@ -62,24 +62,24 @@ AFFECTS = {
         "rehearse",
     ],
 }
-OPENERS = {".xz": lzma.open, ".gz": gzip.open}  # how a compressed log is read, by its suffix
+OPENERS = {".xz": lzma.open, ".gz": gzip.open}  # for compressed logs, by suffix
 END_EVENTS = ("finished", "stopped", "crashed", "diverged")
 SEPARATOR_WIDTH = 80  # our logs and the public ones write 100 '='; no other line of '=' is this long
-MAX_EXAMPLES = 3  # of lines that could not be read
-KEPT = (b" val_loss:", b"event:")  # lines with these words are read, however old
+MAX_EXAMPLES = 3  # of unreadable lines
+KEPT = (b" val_loss:", b"event:")  # lines with these words are always read
 _SOURCE_OPENING = re.compile(rb"""^(?:r?\"{3}|'{3}|#|import |from |def |class )""", re.MULTILINE)
 _EMBEDDED_FILE = re.compile(rb"\n?# file: (\S+), (\d{1,9}) bytes\n")
 _SOURCES_MOVED = re.compile(rb"The source code that stood here is in (sources/\w+\.txt\.xz)[^\n]*\n")
 
 
 # ------------------------------------------------------------------------------------------------
-# What a log becomes
+# Contents of a log
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Event:
-    """An `event:NAME key:value ...` line. Values are strings; `after_step` is the last step before it."""
+    """Line `event:NAME key:value ...`. Values are strings; `after_step` is the last step before it."""
 
     name: str
     fields: dict[str, str]
@@ -88,7 +88,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Point:
-    """A validation: step, loss, training time in ms, and tokens (NaN if not logged)."""
+    """Validation: step, loss, training time in ms, and tokens (NaN if not logged)."""
 
     step: int
     loss: float
@@ -98,10 +98,10 @@ class Point:
 
 @dataclass
 class RunLog:
-    """One training run, as its log tells it.
+    """Training run, as read from its log.
 
-    `state` is running, finished, stopped, crashed, diverged, or unknown (a log without events and without a
-    number of steps). A run that hangs or was killed still says running; only the age of its file shows it.
+    `state` is running, finished, stopped, crashed, diverged, or unknown (a log without events and number of
+    steps). A run that hangs or was killed still says running; only the age of its file shows it.
     `affects` maps "recording" and "machine" to the settings that change these, but not the training.
     """
 
@@ -125,53 +125,53 @@ class RunLog:
 
     @property
     def name(self) -> str:
-        """The run_id as the user gave it, without the number that tells trials in one file apart."""
+        """User's run_id, without the number that distinguishes trials in one file."""
         return self.run_id.removesuffix(f"#{self.trial + 1}")
 
     @property
     def settings(self) -> dict:
-        """The configuration without its nested parts: setting name in lower case -> value."""
+        """Configuration without its nested parts: setting name in lower case -> value."""
         return {key: value for key, value in self.config.items() if not isinstance(value, dict)}
 
     @property
     def not_training(self) -> frozenset[str]:
-        """Names of the settings that do not tell arms apart: the seed, what is recorded, the machine."""
+        """Names of the settings that do not distinguish arms: seed, recording, machine."""
         return not_training(self.affects)
 
     @property
     def final_val_loss(self) -> float:
-        """The last validation's loss, NaN if there is none. Unfinished runs have one too: check `state`."""
+        """Loss of the last validation, NaN if there is none. Unfinished runs have one, too: check `state`."""
         return float(self.val.loss[-1]) if len(self.val) else math.nan
 
     @property
     def best_val_loss(self) -> float:
-        """The lowest validation loss, NaN if there is none."""
+        """Lowest validation loss, NaN if there is none."""
         finite = self.val.loss[np.isfinite(self.val.loss)]
         return float(finite.min()) if len(finite) else math.nan
 
     @property
     def target_loss(self) -> float | None:
-        """The run's own TARGET_LOSS, None if it has none."""
+        """Run's own TARGET_LOSS, None if it has none."""
         value = self.config.get("target_loss")
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     @property
     def last_time_ms(self) -> float:
-        """Training time at the last line that gives one, in ms; NaN if none does."""
+        """Last logged training time in ms; NaN if there is none."""
         return self.last("train_time")
 
     def numbers(self, key: str) -> Column | None:
-        """A quantity logged as one number per step; None if it is not logged, or as lists or words."""
+        """Return a quantity logged as one number per step; None if it is not logged, or as lists or words."""
         column = self.columns.get(key)
         return column if column is not None and column.is_numeric else None
 
     def last(self, key: str) -> float:
-        """The last number logged under `key`; NaN if there is none."""
+        """Return the last number logged under `key`; NaN if there is none."""
         column = self.numbers(key)
         return math.nan if column is None else float(column.value[-1])
 
     def first_at(self, target: float) -> Point | None:
-        """The first validation whose loss is at or below `target`, or None."""
+        """Return the first validation with a loss at or below `target`, or None."""
         met = np.flatnonzero(self.val.loss <= target)
         if not len(met):
             return None
@@ -179,7 +179,7 @@ class RunLog:
         return Point(int(val.step[i]), float(val.loss[i]), float(val.time_ms[i]), float(val.tokens[i]))
 
     def event(self, name: str) -> Event | None:
-        """The last event of that name, or None."""
+        """Return the last event of that name, or None."""
         return next((event for event in reversed(self.events) if event.name == name), None)
 
     @property
@@ -190,7 +190,7 @@ class RunLog:
 
 
 def not_training(affects: Mapping[str, Sequence[str]] = AFFECTS) -> frozenset[str]:
-    """Names of the settings that do not tell arms apart: the seed, what is recorded, the machine."""
+    """Return the names of the settings that do not distinguish arms: seed, recording, machine."""
     return frozenset(["seed"]).union(*affects.values())
 
 
@@ -200,7 +200,7 @@ def not_training(affects: Mapping[str, Sequence[str]] = AFFECTS) -> frozenset[st
 
 
 def parse_log(data: bytes | str, path: str | Path | None = None) -> list[RunLog]:
-    """The runs in the text of a log, at least one (perhaps empty). No content makes it fail."""
+    """Parse the runs in a log's text, at least one (perhaps empty). No content makes it fail."""
     parser = LogParser(path)
     parser.feed(data.encode(errors="replace") if isinstance(data, str) else bytes(data))
     parser.finish()
@@ -208,7 +208,7 @@ def parse_log(data: bytes | str, path: str | Path | None = None) -> list[RunLog]
 
 
 def read_log(path: str | Path) -> list[RunLog]:
-    """The runs in a log file. Raises OSError, such as FileNotFoundError, if the file cannot be read."""
+    """Read the runs in a log file. Raises OSError, such as FileNotFoundError, if the file cannot be read."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a log: name a file in it, as {path}/RUN_ID.txt")
@@ -220,7 +220,7 @@ def read_log(path: str | Path) -> list[RunLog]:
 
 
 def read_unpacked(path: Path) -> bytes:
-    """A file's bytes, unpacked if its name ends in .xz or .gz. Raises OSError if that fails."""
+    """Read a file, decompressed if its name ends in .xz or .gz. Raises OSError if that fails."""
     try:
         with OPENERS.get(path.suffix, open)(path, "rb") as file:
             return file.read()
@@ -229,10 +229,10 @@ def read_unpacked(path: Path) -> bytes:
 
 
 def embedded_sources(path: str | Path) -> dict[str, bytes]:
-    """The source files at the head of a log, name -> bytes, exactly as they were.
+    """Extract the source files at the beginning of a log, name -> exact bytes.
 
-    Each stands after a line `# file: NAME, N bytes`. Raises ValueError if the log has no such line, ends
-    within a file, or names a file outside the folder it would be unpacked to.
+    Each follows a line `# file: NAME, N bytes`. Raises ValueError if the log has no such line, ends within a
+    file, or names a file outside the folder it would be unpacked to.
     """
     path = Path(path)
     data, found, at = read_with_sources(path), {}, 0
@@ -258,7 +258,7 @@ def embedded_sources(path: str | Path) -> dict[str, bytes]:
 
 
 def read_with_sources(path: Path) -> bytes:
-    """A log's bytes, unpacked, with the source code that a record keeps beside its logs put back."""
+    """Read a log's bytes, decompressed, and restore source code that a record keeps beside its logs."""
     data = read_unpacked(path)
     if moved := _SOURCES_MOVED.match(data):
         data = read_unpacked(path.parent / moved[1].decode()) + b"\n" + data[moved.end() :]
@@ -266,18 +266,18 @@ def read_with_sources(path: Path) -> bytes:
 
 
 def log_stem(path: Path) -> str:
-    """A log's file name without .txt, .txt.xz or .txt.gz."""
+    """Return a log's file name without .txt, .txt.xz or .txt.gz."""
     return Path(path.stem).stem if path.suffix in OPENERS else path.stem
 
 
 def find_log(folder: str | Path, name: str) -> Path | None:
-    """The file of this name (RUN_ID.txt) in a folder, plain or compressed; None if there is none."""
+    """Find the log of this name (RUN_ID.txt) in a folder, plain or compressed; None if there is none."""
     paths = [Path(folder) / f"{name}{suffix}" for suffix in ("", *OPENERS)]
     return next((path for path in paths if path.is_file()), None)
 
 
 def read_runs(paths: str | Path | Iterable[str | Path]) -> list[RunLog]:
-    """The runs in a folder (see `list_logs`), in a file, or in several folders and files."""
+    """Read the runs in a folder (see `list_logs`), in a file, or in several folders and files."""
     if isinstance(paths, (str, Path)):
         paths = [paths]
     runs = []
@@ -288,7 +288,7 @@ def read_runs(paths: str | Path | Iterable[str | Path]) -> list[RunLog]:
 
 
 def list_logs(folder: str | Path) -> list[Path]:
-    """The logs directly in a folder, sorted by name; a compressed one only if its .txt is not there too."""
+    """List the logs directly in a folder by name; a compressed one only if its .txt is missing."""
     endings = (".txt", *(f".txt{suffix}" for suffix in OPENERS))
     with os.scandir(folder) as entries:
         names = {entry.name for entry in entries if entry.name.endswith(endings) and entry.is_file()}
@@ -298,7 +298,7 @@ def list_logs(folder: str | Path) -> list[Path]:
 
 
 def newest_log(folder: str | Path) -> Path | None:
-    """The log written to last; None if the folder is missing or has no log."""
+    """Return the most recently written log; None if the folder is missing or has no log."""
     logs = list_logs(folder) if Path(folder).is_dir() else []
     return max(logs, key=lambda log: log.stat().st_mtime, default=None)
 
@@ -319,12 +319,12 @@ def format_value(value: object) -> str:
 
 @dataclass
 class _Trial:
-    """A run whose log is being read."""
+    """Run whose log is being read."""
 
     config: dict
     lines: dict[Form, list[StepLine]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
-    num_steps: int = -1  # as its last step line gives it
+    num_steps: int = -1  # from its last step line
     last_val: int = -1  # step of the last validation line
     last_other: int = -1  # step of the last line of any other kind
 
@@ -333,7 +333,7 @@ class _Trial:
         return max(self.last_val, self.last_other)
 
     def starts_over(self, step: int, num_steps: int, is_val: bool) -> bool:
-        """True if a line belongs to the next trial: its step falls back, or the number of steps changed.
+        """True if a line belongs to the next trial: its step goes back, or the number of steps changes.
 
         A validation may repeat the step of the training line before it, so each kind of line is compared
         with its own.
@@ -350,7 +350,7 @@ class _Trial:
             self.last_other = max(self.last_other, line.step)
 
     def drop_after(self, step: int) -> None:
-        """Forget the lines after `step`: training went back there and does these steps again."""
+        """Forget the lines after `step`, where training resumes and repeats these steps."""
         old, self.lines, self.last_val, self.last_other = self.lines, {}, -1, -1
         for form, lines in old.items():
             for line in lines:
@@ -358,7 +358,7 @@ class _Trial:
                     self.add(form, line)
 
     def planned_steps(self) -> int | None:
-        """The number of steps by the step lines, else by the configuration; None if neither gives it."""
+        """Number of steps from the step lines, else from the configuration; None if neither gives it."""
         if self.num_steps >= 0:
             return self.num_steps
         value = self.config.get("num_steps")
@@ -368,7 +368,7 @@ class _Trial:
         return value if type(value) is int else None
 
     def state(self, is_last: bool) -> str:
-        """The state of a RunLog. `is_last`: no other trial follows in the log."""
+        """Return the state of a RunLog. `is_last`: no other trial follows in the log."""
         state = None
         for event in self.events:
             if event.name in END_EVENTS:
@@ -386,7 +386,7 @@ class _Trial:
 
 @dataclass
 class _Unread:
-    """Lines that could not be read: how many, and the first few."""
+    """Unreadable lines: their number, and the first few."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -402,7 +402,7 @@ class _Unread:
 
 @dataclass
 class _Chunk:
-    """The text since the last line of '=', as far as it has come."""
+    """State of the text since the last line of '='."""
 
     is_blank: bool = True
     has_steps: bool = False
@@ -412,16 +412,16 @@ class _Chunk:
 class LogParser:
     """Read a log piece by piece: `feed` it bytes as they come, ask for `runs()` at any time.
 
-    A last line without a newline waits for its end; `finish` says that no more will come. `recent` makes the
-    parser faster for readers that need no training curve: of the lines before the last `recent` of each feed,
-    it reads only validations (not llm.c's) and events.
+    A last line without a newline waits for its end; call `finish` when no more will come. `recent` makes the
+    parser faster for readers that need no training curve: before the last `recent` lines of each feed, it
+    reads only validations (not llm.c's) and events.
     """
 
     def __init__(self, path: str | Path | None = None, recent: int | None = None):
         self.path = Path(path) if path is not None else None
         self._recent = recent
-        self._partial = b""  # a line whose end has not come yet
-        self._held = b""  # source code whose closing separator has not come yet
+        self._partial = b""  # a line whose end is still missing
+        self._held = b""  # source code whose closing separator is still missing
         self._source = b""
         self._header_seed: int | None = None
         self._line_number = 0
@@ -435,7 +435,7 @@ class LogParser:
         self._restart_at: int | None = None  # events from here on belong to the next trial, if one begins
         self._resumed_unknown = False  # the run was resumed, but the log does not say at which step
         self._chunk = _Chunk()
-        self._unread = _Unread()  # in the chunks before
+        self._unread = _Unread()  # in earlier chunks
 
     def feed(self, data: bytes) -> None:
         """Read the next bytes of the log, cut anywhere."""
@@ -449,25 +449,25 @@ class LogParser:
         self._read_chunk(data[begin:], False)
 
     def finish(self) -> None:
-        """End the log: read a last line without a newline if it is whole; count source code left open.
+        """End the log: read a last line without a newline if it is complete; count unclosed source code.
 
-        A step line is whole if it ends in a unit or a bracket and has the form of an earlier line. After
+        A step line is complete if it ends in a unit or a bracket and has the form of an earlier line. After
         `val_loss:3.27` a digit may be missing.
         """
         line, self._partial = self._partial.rstrip(b"\r"), b""
         if line.endswith((b"s", b"]", b"%")) and line.translate(None, NUMERALS) in self._forms:
             self._read_lines(line)
-        if self._held:  # the log was cut off inside the source code: nothing in there is a step
+        if self._held:  # cut off inside the source code, which contains no steps
             message = b"(the log ends inside the source code at its head)"
             self._chunk.unread.add(message, self._held.count(b"\n"))
             self._held = b""
 
     def _read_chunk(self, text: bytes, closed: bool) -> None:
-        """Read text that follows a line of '='. `closed`: the next such line comes after it.
+        """Read text after a line of '='. `closed`: another such line follows it.
 
-        Text is source code if lines of it begin with imports and with definitions. From its first line on,
-        everything up to the closing separator is source, even what looks like steps. In a log that was
-        appended to, steps come before that source in the same chunk.
+        Text is source code if it has lines that begin with imports and with definitions. From its first line
+        to the closing separator all is source, even lines that look like steps. In a log that was appended
+        to, steps precede that source in the same chunk.
         """
         text, self._held = self._held + text, b""
         begin = _source_begin(text)
@@ -480,10 +480,10 @@ class LogParser:
             self._close_chunk(text if begin < 0 else text[:begin])
 
     def _close_chunk(self, text: bytes) -> None:
-        """End a chunk whose text outside of source code is `text`."""
+        """End a chunk; `text` is its text outside of source code."""
         if self._chunk.has_steps:
             self._unread += self._chunk.unread
-        else:  # a header, with versions, nvidia-smi and the like: its lines need not be read
+        else:  # a header, with versions, nvidia-smi and the like, which need not be readable
             seed = re.search(rb"^(?:Using )?seed[:=] ?(\d{1,12})$", text, re.MULTILINE)
             self._header_seed = int(seed[1]) if seed else self._header_seed
         self._chunk = _Chunk()
@@ -491,8 +491,8 @@ class LogParser:
     def _read_lines(self, text: bytes) -> None:
         """Read whole lines that are not source.
 
-        Working out the form of a line is slow. But lines of the same skeleton, which is a line without its
-        numerals, nearly always have the same form; so each line is first tried with the form found last.
+        Working out a line's form is slow. But lines with the same skeleton (the line without its numerals)
+        nearly always have the same form, so the form found last is tried first.
         """
         lines = self._split(text)
         skeletons = b"\n".join(lines).translate(None, NUMERALS).split(b"\n")
@@ -506,7 +506,7 @@ class LogParser:
         self._line_number += len(lines)
 
     def _split(self, text: bytes) -> list[bytes]:
-        """Return the lines of a text, without those that `recent` leaves out."""
+        """Split text into lines, without those that `recent` leaves out."""
         early, *lines = text.rsplit(b"\n", -1 if self._recent is None else self._recent)
         if b"\n" not in early:
             return [early, *lines]
@@ -517,7 +517,7 @@ class LogParser:
         return [*kept.values(), *lines]
 
     def _read_line(self, line: bytes, skeleton: bytes, number: int) -> None:
-        """Read a line that is no step line of a known form."""
+        """Read a line that is not a step line of a known form."""
         if line.startswith(b"event:"):
             self._read_event(line)
         elif line.startswith(b"config:"):
@@ -546,7 +546,7 @@ class LogParser:
         if self._resumed_unknown:
             trial.drop_after(step - 1)
             self._resumed_unknown = False
-        if self._config:  # one of our logs: only a run that started again and did not resume starts over
+        if self._config:  # our logs: steps start over only if a run restarted without resuming
             starts_over = self._restart_at is not None and step <= trial.last_step
             self._restart_at = self._restart_at if starts_over else None
         else:
@@ -565,13 +565,13 @@ class LogParser:
         return new
 
     def _read_config(self, line: bytes) -> None:
-        """Read a configuration, which must be the first line after a line of '='."""
+        """Read a configuration, which must directly follow a line of '='."""
         config = _json_object(line[len(b"config:") :])
         if config is None or not self._chunk.is_blank:
-            self._unread.add(line)  # it counts even if its chunk turns out to be a header
+            self._unread.add(line)  # counts even if its chunk is a header
             return
         if not self._config:
-            self._reset()  # our first header: what looked like steps before it was source
+            self._reset()  # our first header: earlier step-like lines were source
         self._config, self._chunk.is_blank = config, False
         if self._trials[-1].last_step < 0:
             self._trials[-1].config = config
@@ -602,7 +602,7 @@ class LogParser:
         trial.events.append(Event(name, fields, trial.last_step))
 
     def runs(self) -> list[RunLog]:
-        """The runs read so far, at least one."""
+        """Return the runs read so far, at least one."""
         return [self._run(number, trial) for number, trial in enumerate(self._trials)]
 
     def _run(self, number: int, trial: _Trial) -> RunLog:
@@ -644,7 +644,7 @@ def _find_all(text: bytes, word: bytes) -> Iterator[int]:
 
 
 def _separators(data: bytes) -> Iterator[tuple[int, int]]:
-    """Begin and end (with newline) of each line that consists of many '='."""
+    """Yield begin and end (with newline) of each line of many '='."""
     position = data.find(b"=" * SEPARATOR_WIDTH)
     while position >= 0:
         begin, end = data.rfind(b"\n", 0, position) + 1, data.index(b"\n", position) + 1
@@ -654,19 +654,19 @@ def _separators(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _source_begin(text: bytes) -> int:
-    """Place where Python source begins in `text`; -1 if there is none."""
+    """Return where Python source begins in `text`; -1 if there is none."""
 
     def has(*openings: bytes) -> bool:
         return text.startswith(openings) or any(b"\n" + word in text for word in openings)
 
-    # the first test alone spares steps, which are most of a log, all others
+    # the first test excludes steps, most of a log, from the slower ones
     if b"import" in text and has(b"import ", b"from ") and has(b"def ", b"class "):
         return _SOURCE_OPENING.search(text).start()
     return -1
 
 
 def _json_object(text: bytes) -> dict | None:
-    """A JSON object; None if the text is anything else."""
+    """Parse a JSON object; None if the text is anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -687,7 +687,7 @@ _EVENT_FIELD = re.compile(
 
 
 def _event_parts(line: str) -> tuple[str, dict[str, str]]:
-    """Name and fields of an event line; an empty name if it is none."""
+    """Parse the name and fields of an event line; the name is empty if it is not one."""
     name, _, rest = line[len("event:") :].strip().partition(" ")
     if not re.fullmatch(r"\w+", name):
         return "", {}
@@ -709,7 +709,7 @@ def _event_parts(line: str) -> tuple[str, dict[str, str]]:
 
 @dataclass
 class FollowedLog:
-    """A log being followed: its runs so far, its modification time in s, and an error if it is unreadable."""
+    """Log being followed: its runs so far, its modification time in s, and an error if it is unreadable."""
 
     path: Path
     runs: list[RunLog] = field(default_factory=list)
@@ -722,10 +722,10 @@ class FollowedLog:
 
 
 class LogFollower:
-    """Follow logs, reading only what is new, and no source code. A compressed log no longer grows.
+    """Follow logs, reading only new text and no source code. Compressed logs, which do not grow, are skipped.
 
-    `paths` are folders, of which all logs (.txt) are followed, and logs, which need not exist yet. They may
-    be replaced at any time.
+    `paths` are folders, whose logs (.txt) are all followed, and logs, which need not exist yet. They may be
+    replaced at any time.
 
     >>> follower = LogFollower("logs")
     >>> changed = follower.poll()       # paths that are new, longer, rewritten or gone
@@ -736,14 +736,14 @@ class LogFollower:
 
     def __init__(self, *paths: str | Path, recent: int | None = None):
         self.paths = list(paths)
-        self._recent = recent  # as for LogParser
+        self._recent = recent  # see LogParser
         self.logs: dict[Path, FollowedLog] = {}
 
     def poll(self) -> list[Path]:
         """Read what was written since the last call; return the logs that changed or are gone."""
         found = {}
         for path in self._list():
-            with contextlib.suppress(OSError):  # gone between the listing and now
+            with contextlib.suppress(OSError):  # deleted since the listing
                 status = os.stat(path)
                 if stat.S_ISREG(status.st_mode):
                     found[Path(path)] = status
@@ -792,7 +792,7 @@ class LogFollower:
 
 
 def _sources_end(file: BinaryIO) -> int:
-    """Place where the sources at the head of a log end, by the sizes that it states; else 0."""
+    """Return where the sources at the beginning of a log end, by the sizes that it states; else 0."""
     end = 0
     while True:
         file.seek(end)

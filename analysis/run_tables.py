@@ -1,11 +1,11 @@
-"""Runs as tables for other programs: one row for each run, or one for each run and step.
+"""Tables of runs for other programs: one row per run, or per run and step.
 
     origin_of(run), state_of(run)     # {"muon_lr": 0.023, ...}, {"state": "finished", "val_loss": 3.27, ...}
     series_of(run)["val_loss"]        # a Column; of a list of numbers "spec_attn.0", "spec_attn.1", ...
     steps_table({"a": run})           # header and rows
-    NewPoints().take("a", run)        # what has been logged since the last call: [(step, {name: number})]
+    NewPoints().take("a", run)        # points logged since the last call: [(step, {name: number})]
 
-Names are those of the log; a list's places are numbered from 0. Times are in ms, losses in nats per token.
+Names are those of the log; list entries are numbered from 0. Times are in ms, losses in nats per token.
 """
 
 import math
@@ -22,7 +22,7 @@ ABOUT_START = ("time", "torch", "device", "world_size", "git", "train_data", "va
 
 
 def flat_config(run: RunLog) -> dict[str, object]:
-    """The configuration in one level: model_config.width beside muon_lr."""
+    """Flatten the configuration: model_config.width beside muon_lr."""
     flat = {}
     for name, value in run.config.items():
         if isinstance(value, dict):
@@ -33,7 +33,7 @@ def flat_config(run: RunLog) -> dict[str, object]:
 
 
 def origin_of(run: RunLog, tag: str = "") -> dict[str, object]:
-    """Return what was known of a run at its start, settings and all: numbers, booleans, texts or None.
+    """Return what was known of a run at its start, including settings: numbers, booleans, texts or None.
 
     tag: the run's in its sweep.
     """
@@ -46,7 +46,7 @@ def origin_of(run: RunLog, tag: str = "") -> dict[str, object]:
 
 
 def state_of(run: RunLog) -> dict[str, object]:
-    """State, progress and losses of a run so far."""
+    """Return the state, progress and losses of a run so far."""
     return {
         "state": run.state,
         "num_steps": run.num_steps,
@@ -59,7 +59,7 @@ def state_of(run: RunLog) -> dict[str, object]:
 
 
 def series_of(run: RunLog) -> dict[str, Column]:
-    """Everything that the run logged as numbers over steps."""
+    """Return everything that the run logged as numbers over steps."""
     found = {}
     for name, column in run.columns.items():
         if column.is_numeric:
@@ -71,7 +71,7 @@ def series_of(run: RunLog) -> dict[str, Column]:
 
 
 def steps_table(runs: Mapping[str, RunLog]) -> tuple[list[str], list[list]]:
-    """Header and rows: run, step, and a column for each quantity that any run logged; NaN if not logged."""
+    """Return header and rows: run, step, and each quantity that any run logged; NaN if not logged."""
     series = {name: series_of(run) for name, run in runs.items()}
     quantities = list(dict.fromkeys(quantity for columns in series.values() for quantity in columns))
     rows = []
@@ -85,14 +85,14 @@ def steps_table(runs: Mapping[str, RunLog]) -> tuple[list[str], list[list]]:
 
 
 def facts_table(runs: Mapping[str, RunLog], tags: Mapping[str, str]) -> tuple[list[str], list[list]]:
-    """Header and rows: run, and a column for each fact or setting that any run has; None if it lacks it."""
+    """Return header and rows: run, and each fact or setting that any run has; None if it lacks it."""
     facts = {name: state_of(run) | origin_of(run, tags.get(run.name, "")) for name, run in runs.items()}
     header = list(dict.fromkeys(key for row in facts.values() for key in row))
     return ["run", *header], [[name, *(row.get(key) for key in header)] for name, row in facts.items()]
 
 
 class RunNames:
-    """Unique names of runs that can name files: the log's name, after its folder's if another log has it."""
+    """Unique names of runs, fit for files: the log's name, prefixed by its folder's if another log has it."""
 
     def __init__(self):
         self._path_of: dict[str, Path] = {}
@@ -111,13 +111,13 @@ class RunNames:
 
 
 class NewPoints:
-    """Give out each number of a run once; steps that a resumed run repeats are not given out again."""
+    """Return each number of a run once, without the steps that a resumed run repeats."""
 
     def __init__(self):
-        self._last: dict[tuple[str, str], int] = {}  # run and quantity -> the last step given out
+        self._last: dict[tuple[str, str], int] = {}  # run and quantity -> the last step returned
 
     def take(self, name: str, run: RunLog) -> list[tuple[int, dict[str, float]]]:
-        """Return a run's new numbers by step, in order, without those that are not finite."""
+        """Return a run's new finite numbers by step, in order."""
         by_step: dict[int, dict[str, float]] = {}
         for quantity, column in series_of(run).items():
             key = name, quantity

@@ -1,7 +1,7 @@
-"""Text from files, names and other people's messages, made fit to be shown.
+"""Make text from files, names and other people's messages safe to show.
 
-A log is text that a stranger may have written. What it holds must reach a terminal, a plot or a page as
-letters, never as a command: `clean` is applied where such text is read, `console` guards what is printed.
+A stranger may have written a log. Its text must reach a terminal, a plot or a page as characters, never as a
+command: `clean` is applied where such text is read, `console` guards what is printed.
 """
 
 import contextlib
@@ -11,13 +11,13 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 
-# Control characters, invisible directions, halves of surrogate pairs, line and paragraph separators.
+# Control characters, bidirectional marks, lone surrogates, line and paragraph separators.
 NOT_SHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 SUSPECT = re.compile(r"[^\x20-\x7e\n\t]")
 
 
 def clean(value):
-    """Return text with a mark for each character that must not be obeyed; also inside lists and tables."""
+    """Replace each unsafe character by a mark; also inside lists and tables."""
     if isinstance(value, str):
         if value.isascii() and value.isprintable():  # nearly all text, and much faster than the pattern
             return value
@@ -34,7 +34,7 @@ def _shown(character: str) -> str:
 
 
 class Console:
-    """A stream that shows text and obeys nothing in it."""
+    """Stream that shows text and obeys nothing in it."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -49,10 +49,10 @@ class Console:
 
 @contextlib.contextmanager
 def console() -> Iterator[None]:
-    """Print any text on any console, and end quietly when nobody reads any more: `| head` has seen enough."""
+    """Print any text on any console, and end quietly when the reader has gone, as with `| head`."""
     before = sys.stdout, sys.stderr
     for stream in before:
-        if hasattr(stream, "reconfigure"):  # letters that the console does not have
+        if hasattr(stream, "reconfigure"):  # characters that the console lacks
             stream.reconfigure(errors="replace")
     sys.stdout, sys.stderr = map(Console, before)
     try:

@@ -2,14 +2,14 @@
 
     from analysis.stats import summarize, compare, holm, judge, target_test
     summarize([3.2703, 3.2705, 3.2727])        # n, mean, sd, 95% interval of the mean
-    compare(arm, control, arm_seeds, control_seeds)  # paired if the seeds are the same ones, else Welch
+    compare(arm, control, arm_seeds, control_seeds)  # paired if the seeds are the same, else Welch
     target_test(losses, 3.28)                  # the speedrun's proof: is the mean below the target?
     judge({"a": [...], "b": [...]}, control="a").better    # the arms of a sweep, with Holm's correction
     contenders({"a": [...], "b": [...]}).names      # without a control: which arms may be the best
 
-Losses are values per run. A run that crashed or diverged is passed as NaN or inf: it is left out of means
-and counted in `failed`, so that reports can say so. scipy.special takes a tenth of the time of scipy.stats to
-load, and does so at its first use; tests compare the two.
+Losses are values per run. Pass NaN or inf for a run that crashed or diverged: it is left out of means and
+counted in `failed`, for reports. scipy.special is used because it loads ten times faster than scipy.stats;
+tests compare the two.
 """
 
 import math
@@ -21,13 +21,13 @@ import numpy as np
 import scipy
 
 SPEEDRUN_P = 0.01  # the speedrun accepts a record if p < 0.01 that the mean loss is at or below the target
-# The optimization track's rule, for its known sd of 0.0013: about three standard errors.
+# The optimization track's rule: about three standard errors, for its known sd of 0.0013.
 SQRT_N_MARGIN = 0.004
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Runs of an arm: `low` to `high` is the mean's interval; NaN, like `sd`, for fewer than two runs."""
+    """Summary of an arm's runs; `low` to `high` is the mean's interval, NaN (like `sd`) below two runs."""
 
     n: int
     mean: float
@@ -50,10 +50,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm and its control: `difference` = arm - control, its interval, the two-sided p, Cohen's d.
+    """Comparison of an arm with its control: `difference` (arm - control), interval, two-sided p, Cohen's d.
 
-    A negative difference of losses is an improvement. p and interval are NaN if there are fewer than two runs
-    or no spread at all (repeats of one deterministic run are not a sample).
+    A negative difference of losses is an improvement. p and interval are NaN for fewer than two runs or zero
+    spread (repeats of one deterministic run are not a sample).
     """
 
     method: str  # "paired", "Welch", or "Tukey": all arms at once, with one sd and corrected p and interval
@@ -72,7 +72,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TargetTest:
-    """Runs and a target: `p` of the one-sided t test, and `score` for the sqrt(n) rule (at least 0.004)."""
+    """Test against a target: `p` of the one-sided t test, `score` for the sqrt(n) rule (at least 0.004)."""
 
     n: int
     mean: float
@@ -85,24 +85,24 @@ class TargetTest:
 
     @property
     def proven(self) -> bool:
-        """The speedrun's criterion: p < 0.01."""
+        """True by the speedrun's criterion: p < 0.01."""
         return bool(self.p < SPEEDRUN_P)
 
     @property
     def sqrt_n_rule(self) -> bool:
-        """(target - mean) * sqrt(n) >= 0.004, with tolerance for the last rounding."""
+        """True if (target - mean) * sqrt(n) >= 0.004, up to rounding."""
         return bool(self.score >= SQRT_N_MARGIN - 1e-12)
 
 
 def _split(values: Sequence[float]) -> tuple[np.ndarray, int]:
-    """The finite values, and the number of the others."""
+    """Return the finite values, and the number of others."""
     values = np.asarray(list(values), dtype=float)
     finite = values[np.isfinite(values)]
     return finite, len(values) - len(finite)
 
 
 def _sd(values: np.ndarray) -> float:
-    """Standard deviation with n - 1; exactly 0 for equal values, whose mean may be off by a rounding."""
+    """Standard deviation (n - 1); exactly 0 for equal values, despite rounding of their mean."""
     if len(values) < 2:
         return math.nan
     return float(values.std(ddof=1)) if (values != values[0]).any() else 0.0
@@ -124,7 +124,7 @@ def compare(
     control_seeds: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> Comparison:
-    """A paired t test if both arms have finite values for the same seeds, each once; else Welch's t test."""
+    """Use a paired t test if both arms have finite values for the same seeds, each once; else Welch's."""
     arm, control = list(arm), list(control)
     if arm_seeds is not None and control_seeds is not None:
         if len(arm_seeds) != len(arm) or len(control_seeds) != len(control):
@@ -145,7 +145,7 @@ def compare(
 
 
 def paired(arm: Sequence[float], control: Sequence[float], confidence: float = 0.95) -> Comparison:
-    """Student's t test of differences: `arm[i]` and `control[i]` share a seed; all are finite."""
+    """Student's t test of differences; `arm[i]` and `control[i]` share a seed, and all are finite."""
     arm, control = np.asarray(arm, dtype=float), np.asarray(control, dtype=float)
     if arm.shape != control.shape or not np.isfinite(arm - control).all():
         raise ValueError(
@@ -163,7 +163,7 @@ def _paired(pairs: np.ndarray, confidence: float, failed_arm: int = 0, failed_co
 
 
 def welch(arm: Sequence[float], control: Sequence[float], confidence: float = 0.95) -> Comparison:
-    """Welch's t test: spreads need not be equal. The effect size divides by the pooled standard deviation."""
+    """Welch's t test, for unequal spreads. The effect size divides by the pooled standard deviation."""
     (a, failed_a), (b, failed_b) = _split(arm), _split(control)
     difference = float(a.mean() - b.mean()) if len(a) and len(b) else math.nan
     if len(a) < 2 or len(b) < 2:
@@ -182,7 +182,7 @@ def welch(arm: Sequence[float], control: Sequence[float], confidence: float = 0.
 
 
 def _t_test(difference: float, error: float, df: float, confidence: float) -> tuple[float, float, float]:
-    """Interval and two-sided p of a difference with this standard error; NaN if the error is 0 or unknown."""
+    """Interval and two-sided p of a difference with a standard error; NaN if that is 0 or unknown."""
     if not error > 0 or not df > 0:
         return math.nan, math.nan, math.nan
     half = scipy.special.stdtrit(df, 0.5 + confidence / 2) * error
@@ -191,9 +191,9 @@ def _t_test(difference: float, error: float, df: float, confidence: float) -> tu
 
 
 def target_test(losses: Sequence[float], target: float) -> TargetTest:
-    """Test whether the mean loss is below `target`: one-sided t test. A failed run fails the proof.
+    """Test whether the mean loss is below `target` (one-sided t test). A failed run fails the proof.
 
-    With fewer than two runs p is NaN, and nothing is proven.
+    With fewer than two runs, p is NaN and nothing is proven.
     """
     finite, failed = _split(losses)
     n, sd = len(finite), _sd(finite)
@@ -206,7 +206,7 @@ def target_test(losses: Sequence[float], target: float) -> TargetTest:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the order given; NaN (nothing was tested) stays NaN and does not count."""
+    """Holm's adjusted p values, in the given order; NaN (not tested) stays NaN and does not count."""
     tested = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     adjusted, largest = [math.nan] * len(p_values), 0.0
     for rank, (p, i) in enumerate(tested):
@@ -217,10 +217,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Contenders:
-    """All arms compared with each other at once, and the arms that may be the best.
+    """Simultaneous comparison of all arms with each other, and the arms that may be the best.
 
-    `means` are in their order, the lowest first. `noise` is each arm's standard deviation of one run, in the
-    units of the losses; `sd` (NaN: unknown) is the pooled one, over `df` degrees of freedom.
+    `means` are sorted, lowest first. `noise` is each arm's standard deviation of one run, in units of the
+    loss; `sd` (NaN: unknown) is the pooled one, with `df` degrees of freedom.
     """
 
     means: dict[str, float]
@@ -237,15 +237,15 @@ class Contenders:
 
     @cached_property
     def reference(self) -> str | None:
-        """The arm that all are compared with: the lowest mean of several runs; of single ones, if all are."""
+        """Arm that all are compared with: the lowest mean of several runs, or of single runs if all are."""
         return next((name for name in self.means if self.counts[name] > 1), self.lowest)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The arms statistically tied with the best, in the order of their means.
+        """Arms statistically tied with the best, sorted by mean.
 
-        The truly best arm is among them in at least 1 - alpha of sweeps. Without a known spread it is the
-        lowest mean alone.
+        The truly best arm is among them in at least 1 - alpha of sweeps. If the spread is unknown, they are
+        only the lowest mean.
         """
         if not self.df:
             return tuple(self.means)[:1]
@@ -258,25 +258,25 @@ class Contenders:
 
     @cached_property
     def limit(self) -> float:
-        """The standard errors that two arms must differ by."""
+        """Number of standard errors by which two arms must differ."""
         return _tukey_limit(len(self.means), self.df, self.alpha) if self.df else math.nan
 
     @property
     def level(self) -> float:
-        """The level of a two-sided t test of one pair that has the same limit."""
+        """Level of the two-sided t test of one pair that has the same limit."""
         return float(2 * scipy.special.stdtr(self.df, -self.limit)) if self.df else math.nan
 
     def error(self, a: str, b: str) -> float:
-        """The standard error of the difference of two arms' means."""
+        """Standard error of the difference of two arms' means."""
         return math.hypot(*(self.noise[name] / math.sqrt(self.counts[name]) for name in (a, b)))
 
     def half_width(self, a: str, b: str) -> float:
-        """Half of the interval of the difference of two arms' means, of which all hold at once."""
+        """Half-width of the simultaneous interval of the difference of two arms' means."""
         known = self.df and a in self.noise and b in self.noise
         return self.limit * self.error(a, b) if known else math.nan
 
     def compare(self, a: str, b: str) -> Comparison:
-        """The difference of two arms' means: p and interval are those of all pairs at once."""
+        """Compare two arms' means; p and interval are simultaneous for all pairs."""
         difference = self.means[a] - self.means[b]
         half, p, sd = self.half_width(a, b), math.nan, math.nan
         if math.isfinite(half):
@@ -292,7 +292,7 @@ class Contenders:
 
 @lru_cache
 def _tukey_limit(num_arms: int, df: int, alpha: float) -> float:
-    """Standard errors of a difference; scipy.stats takes longer to load than many a command, so only here."""
+    """Standard errors of a difference. scipy.stats is imported only when needed, because it loads slowly."""
     from scipy.stats import studentized_range
 
     return float(studentized_range.ppf(1 - alpha, num_arms, df)) / math.sqrt(2)
@@ -305,12 +305,12 @@ def contenders(
 ) -> Contenders:
     """Compare all arms with each other, for a sweep without a control: the rule for "tied with the best".
 
-    Tukey's honestly significant differences (as scipy.stats.tukey_hsd), which keep the chance of any false
-    claim at alpha, whichever arm looks best. As a few runs say little about an arm's noise, noise is pooled
-    over the better half of the arms (in a normal sample, mean and spread are independent): an arm that is
-    about to diverge would drown all others. If all arms have the same seeds, the part that all runs of a seed
-    share is taken out. An arm whose own runs vary more keeps its own noise. Arms with failed runs are left
-    out; an arm with a single run gets the others' noise.
+    Tukey's honestly significant differences (see scipy.stats.tukey_hsd) keep the chance of any false claim at
+    alpha, whichever arm looks best. A few runs say little about an arm's noise, so noise is pooled, but only
+    over the better half of the arms: one that is about to diverge would drown all others. (In a normal
+    sample, mean and spread are independent.) If all arms have the same seeds, the effect of the seed is
+    removed. An arm whose own runs vary more keeps its own noise. Arms with failed runs are left out; an arm
+    with a single run gets the others' noise.
     """
     finite = {name: _split(values)[0] for name, values in losses.items() if not _split(values)[1]}
     finite = {name: values for name, values in finite.items() if len(values)}
@@ -338,18 +338,18 @@ def contenders(
 
 @dataclass(frozen=True)
 class Verdict:
-    """The arms of a sweep compared; keys are the arms' names, differences are arm minus the other.
+    """Comparison of a sweep's arms, keyed by name; differences are arm minus the other.
 
-    `better` and `worse` are all that may be claimed, by one rule a sweep. With a control: each arm against
-    its control, p corrected by Holm's method. Without one: all pairs at once by Tukey's (see `contenders`);
-    `worse` are the arms that are worse than `best`, and `best` is `better` if no arm is tied with it. The
-    chance to claim anything where nothing differs is at most `alpha`, however many arms there are.
+    `better` and `worse` are all that may be claimed, by one rule per sweep. With a control, each arm is
+    compared with its control, and p is corrected by Holm's method. Without one, all pairs are compared by
+    Tukey's (see `contenders`); `worse` are the arms worse than `best`, and `best` is `better` if no arm is
+    tied with it. If nothing differs, the chance of any claim is at most `alpha`, however many arms there are.
     """
 
     control: str | None
     controls: dict[str, str]  # what each arm of `versus_control` was compared with: `control`, or its own
     best: str | None  # lowest mean of the arms with two runs or more, none failed; None if there is none
-    lowest: str | None  # lowest mean of all: perhaps of a single run, or of the survivors
+    lowest: str | None  # lowest mean of all, perhaps of a single run or of survivors
     summaries: dict[str, Summary]
     versus_control: dict[str, Comparison]
     p_control: dict[str, float]
@@ -361,12 +361,12 @@ class Verdict:
 
     @cached_property
     def versus_best(self) -> dict[str, Comparison]:
-        """Each arm against `best`, else `lowest`; p and interval are those of all pairs at once."""
+        """Each arm against `best`, else `lowest`; p and interval are simultaneous for all pairs."""
         first = self.best or self.lowest
         return {name: self._to(name, first) for name in self.summaries if first not in (None, name)}
 
     def _to(self, name: str, first: str) -> Comparison:
-        """An arm against the first one; nothing is tested of a single run, nor of survivors."""
+        """Compare an arm with the first one; single runs and survivors are not tested."""
         if self._testable(name) and self._testable(first):
             return self.ties.compare(name, first)
         arm, other, no = self.summaries[name], self.summaries[first], math.nan
@@ -382,21 +382,21 @@ class Verdict:
         return {name: pair.p for name, pair in self.versus_best.items()}
 
     def detectable(self, pair: Comparison) -> float:
-        """The smallest true difference that such a comparison finds with 80% chance."""
+        """Smallest true difference that such a comparison detects with 80% power."""
         n = min(pair.n_arm, pair.n_control)
         return detectable(pair.sd, n, self.level, pairs=pair.method == "paired", pooled=self._pooled(pair))
 
     def more_runs(self, pair: Comparison) -> int | None:
-        """The number of further runs an arm that would settle this difference."""
+        """Number of further runs per arm that would settle this difference."""
         return more_runs_needed(pair, self.level, pooled=self._pooled(pair))
 
     @property
     def level(self) -> float:
-        """The level that one comparison has to meet: the strictest of Holm's, or Tukey's."""
+        """Level that one comparison has to meet: the strictest of Holm's, or Tukey's."""
         return self.ties.level if self.control is None else self.alpha / max(1, self.num_comparisons)
 
     def _pooled(self, pair: Comparison) -> float:
-        """The number of arms whose runs tell the noise."""
+        """Number of arms whose runs estimate the noise."""
         n = max(self.ties.counts.values(), default=2)
         return self.ties.df / (n - 1) if pair.method == "Tukey" and n > 1 else 2
 
@@ -411,8 +411,8 @@ def judge(
 ) -> Verdict:
     """Compare arms with the control, with Holm's correction; without one, with each other (`contenders`).
 
-    `versus` names a control of its own for some arms. Means of an arm with failed runs are those of its
-    survivors, which flatter it: no such arm is called better, and nothing is called worse than it.
+    `versus` maps some arms to controls of their own. The mean of an arm with failed runs is that of its
+    survivors, which flatters it: no such arm is called better, and nothing is called worse than it.
     """
     versus = dict(versus or {})
     _check_controls(losses, control, versus)
@@ -453,7 +453,7 @@ def judge(
 
 
 def _claims_without_control(ties: Contenders, sound: Sequence[str], is_lowest: bool) -> tuple[tuple, tuple]:
-    """The best arm, if none is tied with it or lower, and the arms that are worse than the best."""
+    """Return the best arm, if none is tied with it or lower, and the arms worse than the best."""
     if not ties.df:
         return (), ()
     tied = [name for name in ties.names if name in sound]
@@ -470,7 +470,7 @@ def _check_controls(losses: Mapping, control: str | None, versus: Mapping[str, s
 
 
 def _claims(versus: Mapping[str, Comparison], p: Mapping[str, float], alpha: float) -> tuple[tuple, tuple]:
-    """The arms that are better, and those that are worse, than their control."""
+    """Return the arms that are better and those that are worse than their control."""
     found = {name: pair for name, pair in versus.items() if p[name] < alpha}
     better = tuple(name for name, pair in found.items() if pair.difference < 0 and not pair.failed_arm)
     worse = tuple(name for name, pair in found.items() if pair.difference > 0 and not pair.failed_control)
@@ -478,7 +478,7 @@ def _claims(versus: Mapping[str, Comparison], p: Mapping[str, float], alpha: flo
 
 
 def _by_seed(losses, seeds: Mapping, names: Sequence[str]) -> dict[str, np.ndarray] | None:
-    """Losses in the same order of seeds for all arms; None if the arms' seeds differ or repeat."""
+    """Sort all arms' losses by the same seeds; None if the arms' seeds differ or repeat."""
     if not names or any(len(seeds.get(name, ())) != len(losses[name]) for name in names):
         return None
     tables = {name: dict(zip(seeds[name], losses[name], strict=True)) for name in names}
@@ -492,9 +492,9 @@ def _by_seed(losses, seeds: Mapping, names: Sequence[str]) -> dict[str, np.ndarr
 def power(
     difference: float, sd: float, n: int, alpha: float = 0.05, pairs: bool = False, pooled: float = 2
 ) -> float:
-    """The chance that a two-sided t test of n runs an arm (n pairs) finds this difference.
+    """Power of a two-sided t test of n runs per arm (n pairs) for this difference.
 
-    `pooled` is the number of arms whose runs tell the sd, which are two unless all arms are compared at once.
+    `pooled` is the number of arms whose runs estimate the sd: two, unless all arms are compared at once.
     """
     if n < 2 or not sd > 0:
         return math.nan
@@ -502,7 +502,7 @@ def power(
     shift = abs(difference) / sd * math.sqrt(n if pairs else n / 2)
     limit = scipy.special.stdtrit(df, 1 - alpha / 2)
     found = 1 - scipy.special.nctdtr(df, shift, limit) + scipy.special.nctdtr(df, shift, -limit)
-    # scipy's noncentral t gives up on large shifts, where the normal distribution serves as well.
+    # scipy's noncentral t fails for large shifts, where the normal distribution is as good.
     return float(found if np.isfinite(found) else scipy.special.ndtr(shift - limit))
 
 
@@ -515,7 +515,7 @@ def runs_needed(
     limit: int = 10000,
     pooled: float = 2,
 ) -> int | None:
-    """The runs an arm (pairs) that find a difference of this size with this chance; None: over `limit`."""
+    """Runs per arm (pairs) that detect a difference of this size with this power; None: over `limit`."""
     if not sd > 0 or not abs(difference) > 0:
         return None
     return _smallest(lambda n: power(difference, sd, n, alpha, pairs, pooled) >= chance, limit)
@@ -524,9 +524,9 @@ def runs_needed(
 def more_runs_needed(
     comparison: Comparison, alpha: float = 0.05, chance: float = 0.8, pooled: float = 2
 ) -> int | None:
-    """The number of further runs an arm that would settle a difference of this size; 0 if there are enough.
+    """Number of further runs per arm that would settle a difference of this size; 0 if there are enough.
 
-    None if no number would: no difference, no spread known, or more than 10,000 runs.
+    None if no number would: no difference, unknown spread, or more than 10,000 runs.
     """
     pairs = comparison.method == "paired"
     n = runs_needed(comparison.difference, comparison.sd, alpha, chance, pairs, pooled=pooled)
@@ -536,7 +536,7 @@ def more_runs_needed(
 def detectable(
     sd: float, n: int, alpha: float = 0.05, chance: float = 0.8, pairs: bool = False, pooled: float = 2
 ) -> float:
-    """The smallest true difference that n runs an arm (n pairs) find with this chance; NaN if unknown."""
+    """Smallest true difference that n runs per arm (n pairs) detect with this power; NaN if unknown."""
     if n < 2 or not sd > 0:
         return math.nan
     low, high = 0.0, sd
@@ -549,14 +549,14 @@ def detectable(
 
 
 def runs_needed_for_target(mean: float, sd: float, target: float, p: float = SPEEDRUN_P) -> int | None:
-    """The runs with which this mean and sd prove a mean below `target` at `p`; None if it is not below."""
+    """Number of runs with which this mean and sd prove a mean below `target` at `p`; None if it is not."""
     if not mean < target or not sd > 0:
         return None
     return _smallest(lambda n: scipy.special.stdtr(n - 1, (mean - target) * math.sqrt(n) / sd) < p, 10000)
 
 
 def _smallest(enough, limit: int) -> int | None:
-    """The smallest n from 2 to `limit` that is enough, by bisection: more runs are never worse."""
+    """Smallest n from 2 to `limit` that is enough, by bisection, as more runs are never worse."""
     if not enough(limit):
         return None
     low, high = 1, limit

@@ -4,8 +4,8 @@
     form.pattern.fullmatch(line).groups()    # step, number of steps, then the text of each value
     StepColumns({form: [StepLine(...), ...]})["val_loss"].value
 
-A log has thousands of lines with the same keys in the same order. They share a Form, whose pattern takes a
-line apart in one match. Only the texts are kept; they become numbers when somebody asks for their column.
+A log has thousands of lines with the same keys in the same order. They share a Form, whose pattern parses a
+line in one match. Only the texts are kept; they become numbers when their column is read.
 """
 
 import re
@@ -27,20 +27,20 @@ _FIELD = re.compile(  # " key:" and a number with its unit, a list of numbers in
     % (_NUMBER, _NUMBER, _NUMBER)
 )
 NUMERALS = b"0123456789.-+eE"  # a line without these is its skeleton; e as in 2.3e-05
-TORN = re.compile(rb"step:\d+/\d+ |event:")  # the start of a line that was appended to a torn one
+TORN = re.compile(rb"step:\d+/\d+ |event:")  # start of a line that was appended to a torn one
 _LLMC_NAMES = {b"tel": "val_loss", b"trl": "train_loss"}
 
 
 @dataclass(frozen=True)
 class Column:
-    """A logged quantity: `value[i]` (a row for a list) was logged at `step[i]`; steps strictly increase."""
+    """Logged quantity: `value[i]` (a row for a list) was logged at `step[i]`; steps strictly increase."""
 
     step: np.ndarray
     value: np.ndarray
 
     @property
     def is_numeric(self) -> bool:
-        """True if there is one number per step, rather than a list or a word."""
+        """True if there is one number per step, not a list or a word."""
         return self.value.ndim == 1 and self.value.dtype != object
 
 
@@ -70,9 +70,9 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """Step lines with the same keys, units and list lengths in the same order, and how to read them.
+    """Reader of step lines with the same keys, units and list lengths in the same order.
 
-    `columns` maps a key to its place among the texts of a line, and to the function that reads such texts.
+    `columns` maps a key to its place among a line's texts, and to the function that reads such texts.
     """
 
     pattern: re.Pattern
@@ -92,7 +92,7 @@ _LAST_FORM: dict[bytes, Form] = {}  # by skeleton
 
 
 def form_of(line: bytes) -> Form | None:
-    """The form of a step line; None if any part of the line cannot be read."""
+    """Return the form of a step line; None if any part of the line cannot be read."""
     skeleton = line.translate(None, NUMERALS)
     form = _LAST_FORM.get(skeleton)
     if form is None or not form.pattern.fullmatch(line):
@@ -159,13 +159,13 @@ _READ_NUMBERS = {  # by unit; times become milliseconds
 
 
 class StepLine(NamedTuple):
-    number: int  # in the order of the file
+    number: int  # line number in the file
     step: int
     texts: tuple[bytes, ...]
 
 
 class StepColumns(Mapping):
-    """Key -> Column, read on demand: a plot needs only a few of the thirty columns of a log."""
+    """Key -> Column, read on demand: a plot needs only a few of a log's thirty columns."""
 
     def __init__(self, lines: Mapping[Form, list[StepLine]]):
         self._lines = {form: list(found) for form, found in lines.items() if found}
@@ -188,7 +188,7 @@ class StepColumns(Mapping):
         return len(self._keys)
 
     def curve(self, loss: str) -> Curve:
-        """The lines that give `loss` as a number, with their time, tokens and accuracy."""
+        """Return the lines that give `loss` as a number, with their time, tokens and accuracy."""
         forms = [form for form in self._lines if form.has_number(loss)]
         step, chosen = self._sorted_steps(forms)
 

@@ -1,4 +1,4 @@
-"""The house style of pictures: colours, looks, units, limits, saving. Importing it loads no matplotlib."""
+"""House style of pictures: colours, looks, units, limits, saving. Importing it loads no matplotlib."""
 
 import math
 import os
@@ -10,23 +10,23 @@ import numpy as np
 
 from analysis.files import replacing
 
-# Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is too faint for a line,
-# their black is the control's.
+# Okabe and Ito's colours, distinct with any colour blindness, without yellow, which is too faint for a line,
+# and black, which is the control's.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 LINES = ["-", (0, (5, 2)), (0, (1, 1.2))]  # solid, dashed, dotted: several quantities of one arm
 GREY = "#777777"
-NUM_COLOURS = 128  # of a picture in pixels
+NUM_COLOURS = 128  # in a PNG's palette
 SUFFIXES = (".png", ".svg", ".pdf")
 SPEEDRUN_TARGET = 3.28
-BYTES = 256  # the vocabulary of data whose tokens are bytes
+BYTES = 256  # vocabulary size of byte tokens
 
 
 def load_matplotlib():
-    """matplotlib.pyplot without a display, in the house style."""
-    os.environ["MPLBACKEND"] = "Agg"  # a notebook's own would be inherited, and is not installed here
+    """Load matplotlib.pyplot without a display, in the house style."""
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's would be inherited, and may not be installed here
     import matplotlib
 
-    matplotlib.rcdefaults()  # the user's matplotlibrc may want TeX, or other sizes
+    matplotlib.rcdefaults()  # the user's matplotlibrc may set TeX or other sizes
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -53,7 +53,7 @@ def load_matplotlib():
 
 
 def time_unit(longest_ms: float) -> tuple[float, str]:
-    """The unit that suits a duration: its milliseconds, and its name s, min or h."""
+    """Choose a unit for a duration: its length in ms, and its name (s, min or h)."""
     for ms, name in ((3_600_000, "h"), (60_000, "min")):
         if longest_ms >= 3 * ms:
             return ms, name
@@ -77,8 +77,8 @@ def format_time(ms: float) -> str:
 def scale_signed(ax, which: str, values: Sequence[float], small: Sequence[float] = ()) -> float:
     """Make the axis `which`, x or y, linear around zero and logarithmic beyond, if the values span decades.
 
-    `small` are sizes that need not be told from zero, such as half widths of intervals; by default the lower
-    quarter of the values. Return the size up to which the axis is linear.
+    `small` are sizes indistinguishable from zero, such as half-widths of intervals; by default the lower
+    quarter of the values. Returns the size up to which the axis is linear.
     """
     sizes, small = (np.abs(np.asarray(x, float)) for x in (values, small if len(small) else values))
     sizes, small = (x[np.isfinite(x) & (x > 0)] for x in (sizes, small))
@@ -93,7 +93,7 @@ def scale_signed(ax, which: str, values: Sequence[float], small: Sequence[float]
 
 
 def scale_losses(ax, low: float, high: float) -> None:
-    """Make the y axis logarithmic, if losses span a factor of two, with ticks that are numbers."""
+    """Make the y axis logarithmic, with plain numbers as ticks, if losses span a factor of two."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     if high > 2 * low > 0:
@@ -104,7 +104,7 @@ def scale_losses(ax, low: float, high: float) -> None:
 
 
 def scale_positive(ax, low: float, high: float) -> None:
-    """Make the x axis show low to high, logarithmic if they are a factor of ten apart; ticks are numbers."""
+    """Make the x axis span low to high, logarithmic if a factor of ten apart, with plain numbers as ticks."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     if 0 < 10 * low <= high:
@@ -118,7 +118,7 @@ def scale_positive(ax, low: float, high: float) -> None:
 
 
 def shorten(text: str, width: int) -> str:
-    """Cut a text in the middle to at most `width` characters: both ends of a run's name tell it apart."""
+    """Cut a text in the middle to `width` characters: both ends of a run's name help to identify it."""
     if len(text) <= width:
         return text
     head = (width - 1) // 2
@@ -126,9 +126,9 @@ def shorten(text: str, width: int) -> str:
 
 
 def shorten_apart(texts: Sequence[str], width: int) -> list[str]:
-    """Cut texts as `shorten` does, but so that different ones stay different.
+    """Shorten texts so that different ones stay different.
 
-    Where they would look alike, their common beginning is cut first; if that does not help, they stay whole.
+    If they would look alike, their common prefix is cut first; if that does not help, they stay whole.
     """
     begin = re.match(r"(.*[ _-])?", os.path.commonprefix(list(texts)))[0]
     rests = [f"…{text[len(begin) :]}" for text in texts] if begin else texts
@@ -140,9 +140,9 @@ def shorten_apart(texts: Sequence[str], width: int) -> list[str]:
 
 
 def target_of(runs, target: float | None) -> tuple[float, str] | None:
-    """The target loss and where it comes from: as asked, else TARGET_LOSS if the runs agree on one.
+    """Return the target loss and its source: the one asked for, else TARGET_LOSS if the runs agree on one.
 
-    Logs without settings are the speedrun's, and so is their target. None if there is no reason for any.
+    Logs without settings are the speedrun's and have its target. None if there is no target.
     """
     if target is not None:
         return target, "--target"
@@ -154,23 +154,23 @@ def target_of(runs, target: float | None) -> tuple[float, str] | None:
 
 
 def loss_unit(runs) -> str:
-    """nats per byte where all runs' tokens are bytes, else nats per token."""
+    """Unit of loss: nats per byte if all runs' tokens are bytes, else nats per token."""
     return f"nats per {token_name(runs)}"
 
 
 def token_name(runs) -> str:
-    """byte where all runs' tokens are bytes, else token."""
+    """Name of a token: byte if all runs' tokens are bytes, else token."""
     sizes = {run.config.get("vocab_size", _vocabulary_of_old(run)) for run in runs}
     return "byte" if sizes == {BYTES} else "token"
 
 
 def _vocabulary_of_old(run) -> int | None:
-    """The vocabulary of a log from before 2026-11-23, which does not say it: bytes, in the embedded data."""
+    """Vocabulary size for logs from before 2026-11-23, which lack it: bytes, if the data is embedded."""
     return BYTES if run.started.get("train_data", "").startswith("embedded_") else None
 
 
 def line_legend(ax, names: Sequence[str], **place) -> None:
-    """A small legend that explains the dashes of lines, in the order of LINES."""
+    """Add a small legend for the dashes of lines, in the order of LINES."""
     handles = [
         ax.plot([], [], color=GREY, linestyle=LINES[number % len(LINES)], label=name)[0]
         for number, name in enumerate(names)
@@ -185,13 +185,13 @@ def check_suffix(path: Path) -> None:
 
 
 def save(fig, path: Path) -> None:
-    """Write the figure and make its folder; a reader never sees half a file."""
+    """Write the figure atomically, making its folder."""
     import matplotlib.pyplot as plt
-    from PIL import Image  # matplotlib's own requirement
+    from PIL import Image  # required by matplotlib
 
     with replacing(path) as temporary:
         fig.savefig(temporary, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
-        if path.suffix.lower() == ".png":  # a palette makes a third of the bytes
+        if path.suffix.lower() == ".png":  # a palette saves two thirds of the bytes
             with Image.open(temporary) as image:
                 small = image.convert("RGB").quantize(NUM_COLOURS, Image.Quantize.FASTOCTREE, dither=0)
             small.save(temporary, format="png", optimize=True)

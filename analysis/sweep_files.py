@@ -1,7 +1,7 @@
 """Sweep files: TOML -> arms and runs, all checked against the trainers' own --settings-json.
 
-`python launch_lr_sweep.py --help` says what stands in such a file. Whatever is wrong with one is a ValueError
-that says what was found, what was wanted and what to do.
+`python launch_lr_sweep.py --help` describes such a file. Any error in one is a ValueError that says what was
+found, what was wanted and what to do.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from analysis.trainers import TrainerInfo, env_text, read_trainer
 TOP_LEVEL = ("script", "seeds", "control", "diverged_above", "env", "grid", "arms", "scale")
 ARM_KEYS = ("tag", "script", "seeds", "versus")
 SCALE_KEYS = ("seeds", "arms", "grid")
-NAME = re.compile(r"[\w.=,+-]+", re.ASCII)  # of sweeps and arms: they name files
+NAME = re.compile(r"[\w.=,+-]+", re.ASCII)  # names of sweeps and arms, which name files
 LAUNCHER_SETS = {
     "SEED": "seeds go into `seeds = [...]`",
     "RUN_ID": "the launcher names the runs",
@@ -41,18 +41,18 @@ class PlannedArm:
     seeds: list[int]
     settings: dict
     settings_hash: str
-    versus: str | None = None  # tag of the arm to compare it with, where that is not the control
-    lacks: str = ""  # why the data files will not do, if they will not
+    versus: str | None = None  # tag of the arm to compare it with, if not the control
+    lacks: str = ""  # what is wrong with the data files, if anything
 
     def run(self, seed: int) -> Run:
-        """Return the arm's run of a seed, not yet named."""
+        """Return the arm's run with a seed, not yet named."""
         source = read_trainer(self.script).source_hash
         return Run("", self.tag, self.script, seed, self.settings, self.settings_hash, source)
 
 
 @dataclass
 class Sweep:
-    """A checked sweep file at one scale. `notes` are what the user must be told."""
+    """Checked sweep file at one scale. `notes` are what the user must be told."""
 
     name: str
     file: str
@@ -63,7 +63,7 @@ class Sweep:
     notes: list[str] = field(default_factory=list)
 
     def runs(self) -> list[Run]:
-        """Return all runs, not yet named, seeds interleaved: a machine that drifts does so for all arms."""
+        """Return all runs, not yet named, with seeds interleaved, so that drift affects all arms alike."""
         rounds = range(max(len(arm.seeds) for arm in self.arms))
         return [arm.run(arm.seeds[i]) for i in rounds for arm in self.arms if i < len(arm.seeds)]
 
@@ -71,10 +71,10 @@ class Sweep:
 def read_sweep(
     file: str, scale: str | None = None, given: dict[str, str] | None = None, elsewhere: bool = False
 ) -> Sweep:
-    """Read and check a sweep file, with its [scale.SCALE] in place.
+    """Read and check a sweep file, with [scale.SCALE] applied.
 
-    given: what the launcher adds to the environment of each run. elsewhere: another machine is to make the
-    runs, so what concerns this one is not checked.
+    given: variables that the launcher adds to each run's environment. elsewhere: the runs are for another
+    machine, so this one is not checked.
     """
     path = Path(file)
     try:
@@ -82,7 +82,7 @@ def read_sweep(
     except OSError as error:
         near = ", ".join(sorted(str(other) for other in Path("sweeps").glob("*.toml"))) or "none in sweeps/"
         raise ValueError(f"cannot read {file} ({error.strerror}); sweep files here: {near}") from None
-    except ValueError as error:  # also what read_text says of its encoding
+    except ValueError as error:  # read_text's, about the encoding, too
         raise ValueError(f"{file} is not valid TOML: {error}") from None
     if not NAME.fullmatch(path.stem):
         raise ValueError(
@@ -106,12 +106,12 @@ def read_sweep(
 
 
 # ------------------------------------------------------------------------------------------------
-# Keys and kinds, before any value is looked at
+# Keys and types, before any value is checked
 # ------------------------------------------------------------------------------------------------
 
 
 def check_shape(document: dict) -> None:
-    """Refuse unknown keys, and values of another kind than their place in the file wants."""
+    """Refuse unknown keys and values of the wrong type."""
     kinds = {"script": str, "seeds": list, "control": str, "diverged_above": (int, float), "arms": list}
     check_keys(document, TOP_LEVEL, "at the top of the file")
     for key, value in document.items():
@@ -138,7 +138,7 @@ def has_own_arms(scale: dict) -> bool:
 
 
 def check_arms(arms: list, place: str) -> None:
-    """Refuse arms without a tag, or with keys that no arm has."""
+    """Refuse arms without a tag or with unknown keys."""
     for number, arm in enumerate(arms, 1):
         if not isinstance(arm, dict):
             raise ValueError(
@@ -153,13 +153,13 @@ def check_arms(arms: list, place: str) -> None:
 
 
 def check_name(key: str, name: object, where: str) -> None:
-    """Refuse what cannot be part of a file's name."""
+    """Refuse a name that cannot be part of a file name."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(f'{where}: wanted {key} = "..." of letters, digits and . _ - = , +; tags name files')
 
 
 def check_keys(table: dict, known: tuple[str, ...], where: str, settings: bool = False) -> None:
-    """Refuse keys that are neither known nor, if `settings`, in capitals as settings are."""
+    """Refuse unknown keys; if `settings`, allow those in capitals."""
     for key in table:
         if key not in known and not (settings and key.isupper()):
             near = difflib.get_close_matches(key, known, 1)
@@ -178,7 +178,7 @@ def check_grid(grid: object, where: str) -> None:
 
 
 def check_seeds(seeds: object, where: str) -> None:
-    """Refuse seeds that are not a list of different whole numbers."""
+    """Refuse seeds that are not a list of distinct integers."""
     if (
         not isinstance(seeds, list)
         or not seeds
@@ -194,7 +194,7 @@ def check_seeds(seeds: object, where: str) -> None:
 
 
 def apply_scale(document: dict, name: str) -> None:
-    """Put [scale.NAME] in place, in the document itself: settings into [env], arms, seeds for all, grid."""
+    """Apply [scale.NAME] to the document in place: settings into [env], arms, seeds for all, grid."""
     if name not in document.get("scale", {}):
         known = ", ".join(document.get("scale", {})) or "none"
         raise ValueError(f"--scale {name}: the file has no [scale.{name}]; its scales: {known}")
@@ -252,10 +252,10 @@ def expand(document: dict) -> tuple[list["Draft"], list[str]]:
 
 
 def from_environment(trainers: Iterable[TrainerInfo], in_file: set[str]) -> tuple[dict, list[str]]:
-    """Return the settings that are taken from the environment, and notes on them.
+    """Return the settings taken from the environment, and notes on them.
 
-    The environment may say where to run: DEVICE, and what affects the machine alone. It may not say what to
-    run, because nobody would see that later.
+    The environment may say where to run: DEVICE, and settings that affect only the machine. It may not say
+    what to run, because that would leave no trace.
     """
     affects = {name: spec["affects"] for trainer in trainers for name, spec in trainer.settings.items()}
     found = {name: os.environ[name] for name in sorted(affects) if name in os.environ}
@@ -273,7 +273,7 @@ def from_environment(trainers: Iterable[TrainerInfo], in_file: set[str]) -> tupl
 
 
 def unknown_setting(name: str, where: str, trainers: dict[str, TrainerInfo]) -> ValueError:
-    """Return the error for a setting that no trainer has, with the nearest that one has."""
+    """Return the error for a setting that no trainer has, with the closest known one."""
     known = sorted({other for trainer in trainers.values() for other in trainer.settings})
     near = difflib.get_close_matches(name, known, 1)
     hint = f"the nearest is {near[0]}" if near else f"`python {next(iter(trainers))} --help` lists them"
@@ -284,7 +284,7 @@ def unknown_setting(name: str, where: str, trainers: dict[str, TrainerInfo]) -> 
 
 @dataclass
 class Draft:
-    """An arm as the file has it. places: where each setting stands."""
+    """Arm as written in the file. places: where each setting is in it."""
 
     table: dict
     script: str
@@ -294,18 +294,18 @@ class Draft:
     axes: tuple[str, ...]  # the settings that [grid] varies
 
     def identity(self) -> dict[str, str]:
-        """Return SEED and RUN_ID much as a run of the arm will have them."""
+        """Return SEED and RUN_ID similar to those of the arm's runs."""
         run_id = f"x{self.tagged('tag', self.settings)}"
         return {"SEED": str(self.seeds[0]), "RUN_ID": run_id[:100]}
 
     def tagged(self, key: str, settings: dict) -> str:
-        """Return the arm's tag, or that of its control, with the values of the grid."""
+        """Return the arm's tag, or its control's, with the grid's values."""
         values = [f"{name.lower()}_{format_value(settings[name])}" for name in self.axes]
         return grid_name([self.table[key], *values] if key in self.table else values)
 
 
 def draft_arms(arm: dict, script: str, common: dict, grid: dict, seeds: list[int]) -> list[Draft]:
-    """Return one arm times what [grid] varies: all that its script knows and that it does not set itself."""
+    """Multiply an arm by [grid], for settings that its script knows and that it does not set itself."""
     trainer = read_trainer(script)
     own = {name: value for name, value in arm.items() if name not in ARM_KEYS}
     where = f"arm {arm.get('tag')!r}"
@@ -328,7 +328,7 @@ def draft_arms(arm: dict, script: str, common: dict, grid: dict, seeds: list[int
 
 
 def check_drafts(drafts: list[Draft], given: dict[str, str], elsewhere: bool) -> list[PlannedArm]:
-    """Return the arms with their values as the trainers take them; ValueError if a trainer refuses one."""
+    """Return the arms with values as the trainers read them; ValueError if a trainer refuses one."""
     arms = {}
     for script in dict.fromkeys(draft.script for draft in drafts):
         trainer = read_trainer(script)
@@ -354,7 +354,7 @@ def check_drafts(drafts: list[Draft], given: dict[str, str], elsewhere: bool) ->
 
 
 def refusal(draft: Draft, text: dict[str, str], said: str) -> str:
-    """Return what a trainer says against an arm, and where the setting stands that it names."""
+    """Return a trainer's objection to an arm, and where the setting that it names is in the file."""
     for name, place in draft.places.items():
         for shown in (f"{name}={text[name]!r}", f"{name}={text[name]}"):
             if said.startswith(f"{shown}:") or said.startswith(f"{shown} "):
@@ -369,13 +369,13 @@ def grid_name(parts: list[str]) -> str:
 
 
 def hash_settings(trainer: TrainerInfo, settings: dict) -> str:
-    """Return the hash of all settings that affect training, defaults included. SEED is not among an arm's."""
+    """Hash all settings that affect training, defaults included. An arm's settings do not include SEED."""
     training = trainer.affecting("training", settings)
     return hashlib.sha256(json.dumps([trainer.path.name, training], sort_keys=True).encode()).hexdigest()[:8]
 
 
 def check_different(arms: list[PlannedArm]) -> None:
-    """Refuse two arms of one name, and two that train the same: they would count one run twice."""
+    """Refuse two arms with one name, or with the same training, which would count one run twice."""
     tags, trainings = set(), {}
     for arm in arms:
         if arm.tag in tags:
@@ -390,7 +390,7 @@ def check_different(arms: list[PlannedArm]) -> None:
 
 
 def check_versus(arms: list[PlannedArm], control: str | None) -> None:
-    """Refuse an arm's own control that is not another arm, or not beside a control for the rest."""
+    """Refuse an arm's own control unless it is another arm and the other arms have a control."""
     tags = [arm.tag for arm in arms]
     for arm in arms:
         if arm.versus is None:
@@ -410,8 +410,8 @@ def check_versus(arms: list[PlannedArm], control: str | None) -> None:
 def run_name(run: Run, stamp: str) -> str:
     """Return TAG-lrmul-1-1.52-1.73-1-cd0.55-TIMESTAMP-seed1-HASH.
 
-    The tag comes first, so that it is seen where a list cuts names short. Nothing here takes names apart:
-    those of older sweeps, which begin with lrmul, are read like any other.
+    The tag comes first, to be visible where a list truncates names. Nothing parses names, so those of older
+    sweeps, which begin with lrmul, are read like any other.
     """
     resolved = read_trainer(run.script).resolve(run.settings)
     parts = [run.tag]

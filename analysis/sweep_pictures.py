@@ -1,4 +1,4 @@
-"""The pictures of a sweep: each arm's difference from the control in a forest plot, and over training."""
+"""Pictures of a sweep: each arm's difference from the control, in a forest plot and over training."""
 
 import math
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from analysis.tables import format_difference, format_interval, format_loss, for
 
 MAX_LABEL = 44  # characters of an arm's name beside a picture
 VERDICTS = {"better": "#0072B2", "worse": "#D55E00"}
-# What stands beside a row of the forest: its heading, and its right end in points from the panel.
+# Columns beside the forest: heading, and right edge in points from the panel.
 COLUMNS = (("mean loss", 54), ("runs", 80), ("difference", 132), ("95% interval", 238))
 VERDICT_AT = 248
-VERDICT_LETTERS, LETTER_INCHES = 52, 0.066  # room for a verdict, more where one is longer
+VERDICT_LETTERS, LETTER_INCHES = 52, 0.066  # room for a verdict; more if one is longer
 
 
 # ------------------------------------------------------------------------------------------------
@@ -35,14 +35,14 @@ VERDICT_LETTERS, LETTER_INCHES = 52, 0.066  # room for a verdict, more where one
 
 
 def forest_inches(results: Results) -> float:
-    """The height that a forest plot needs."""
+    """Height that a forest plot needs."""
     return 1.2 + 0.26 * max(3, len(results.arms))
 
 
 def draw_forest(ax, results: Results) -> None:
-    """Draw a row for each arm: its difference from the control, with the interval, the numbers, the verdict.
+    """Draw a row for each arm: its difference from the control, with interval, numbers and verdict.
 
-    Paired differences of single seeds are ticks. All arms are on one axis, logarithmic beyond small values.
+    Ticks are single seeds' paired differences. All arms share an axis, logarithmic beyond small values.
     """
     arms, values, noise = ordered(results), [0.0], []
     for y, arm in enumerate(arms):
@@ -50,7 +50,7 @@ def draw_forest(ax, results: Results) -> None:
         if pair and math.isfinite(pair.difference):
             look, n = results.looks[arm.label], min(pair.n_arm, pair.n_control)
             if pair.method == "Tukey" and math.isfinite(pair.low):
-                n = MIN_INTERVAL  # all arms' runs tell the noise, not its own alone
+                n = MIN_INTERVAL  # noise is estimated from all arms' runs
             each = pair_by_pair(results, arm) if pair.method == "paired" else []
             draw_mean(ax, y, pair.difference, pair.low, pair.high, n, look, each, horizontal=True)
             values += [pair.difference, *each, *(ends_of(pair.low, pair.high, n) or ())]
@@ -79,20 +79,20 @@ def draw_forest(ax, results: Results) -> None:
 
 
 def pair_by_pair(results: Results, arm: SweepArm) -> list[float]:
-    """The differences of single seeds from the arm's control."""
+    """Return single seeds' differences from the arm's control."""
     control = next(other for other in results.arms if other.label == results.controls[arm.label])
     theirs = dict(zip(*reversed(control.samples()), strict=True))
     return [loss - theirs[seed] for loss, seed in zip(*arm.samples(), strict=True) if math.isfinite(loss)]
 
 
 def write(ax, y: float, points: float, text: str, **look) -> None:
-    """Write beside a row, so many points to the right of the panel."""
+    """Write beside a row, `points` to the right of the panel."""
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
     ax.annotate(text, (1, y), (points, 0), fontsize=8.5, annotation_clip=False, **place, **look)
 
 
 def write_row(ax, y: float, results: Results, arm: SweepArm) -> None:
-    """Write an arm's numbers and verdict; the row of one that is better or worse is tinted."""
+    """Write an arm's numbers and verdict; tint the row if it is better or worse."""
     found, (pair, p) = results.summary(arm), results.comparison(arm.label)
     cells = [format_loss(found.mean), str(found.n), "", ""]
     if pair:
@@ -107,7 +107,7 @@ def write_row(ax, y: float, results: Results, arm: SweepArm) -> None:
 
 
 def verdict_words(results: Results, arm: SweepArm, pair: Comparison | None, p: float) -> str:
-    """The verdict with its p; undecided says so where the interval by itself is clear of zero."""
+    """Format the verdict with its p; if undecided, note an interval that by itself excludes zero."""
     remarks = results.remarks(arm)
     if arm.label == results.reference:
         return ", ".join(["control" if results.control else "lowest mean", *remarks])
@@ -129,7 +129,7 @@ def verdict_words(results: Results, arm: SweepArm, pair: Comparison | None, p: f
 
 
 def forest_place(results: Results, width: float, below: float) -> tuple[float, float, float, float]:
-    """The place of a forest plot on a page of that width, `below` inches above its foot, for add_axes."""
+    """Rectangle for add_axes of a forest plot on a page of this width, `below` inches above its bottom."""
     longest = max(len(name) for name in style.shorten_apart([arm.label for arm in results.arms], MAX_LABEL))
     inches, left = forest_inches(results), 0.25 + 0.083 * longest
     verdicts = (verdict_words(results, arm, *results.comparison(arm.label)) for arm in results.arms)
@@ -144,7 +144,7 @@ def forest_place(results: Results, width: float, below: float) -> tuple[float, f
 
 
 def picture_of_forest(results: Results):
-    """The forest plot, filling the page."""
+    """Draw the forest plot, filling the page."""
     fig = style.load_matplotlib().figure(figsize=(13.5, forest_inches(results)))
     draw_forest(fig.add_axes(forest_place(results, 13.5, 0)), results)
     return fig
@@ -156,19 +156,19 @@ def picture_of_forest(results: Results):
 
 
 def what_to_draw(results: Results) -> list[Drawn]:
-    """The arms with something to draw, in the order of the forest."""
+    """Return the arms with something to draw, in the order of the forest."""
     arms = [arm for arm in ordered(results) if any(run.last_step >= 0 for run in arm.runs)]
     return [Drawn(arm, results.looks[arm.label], arm.label) for arm in arms]
 
 
 def axis_of(drawn: Sequence[Drawn]) -> Axis:
-    """Tokens, if all runs log them, else steps."""
+    """Return a token axis if all runs log tokens, else a step axis."""
     runs = runs_of(drawn)
     return Axis("tokens" if all(has_x(run, "tokens") for run in runs) else "steps", runs)
 
 
 def picture_of_curves(results: Results):
-    """Losses minus the control's over training; plain losses, if nothing can be compared."""
+    """Draw losses minus the control's over training; plain losses if nothing can be compared."""
     plt = style.load_matplotlib()
     drawn = what_to_draw(results)
     axis = axis_of(drawn)

@@ -1,4 +1,4 @@
-"""Which runs of a sweep are still to be made, and what became of those that were started before."""
+"""Plan of a sweep: the runs still to be made, and the fate of those started before."""
 
 import platform
 import signal
@@ -17,7 +17,7 @@ from analysis.trainers import read_trainer
 
 
 def open_manifest(sweep: Sweep) -> Manifest:
-    """Return the sweep's manifest with what the sweep file says now, new if there is none yet."""
+    """Return the sweep's manifest, updated from the sweep file; a new one if there is none yet."""
     path = manifest_path(sweep.name)
     try:
         manifest = read_manifest(path)
@@ -31,9 +31,9 @@ def open_manifest(sweep: Sweep) -> Manifest:
 
 
 def plan(sweep: Sweep, manifest: Manifest) -> dict[int, str]:
-    """Put the sweep's runs into the manifest; for the index of each that must be made, return why.
+    """Put the sweep's runs into the manifest; return the index of each that must be made, with the reason.
 
-    What was done with the same training settings, seed and source stays as it is, whatever its scale.
+    A finished run with the same training settings, seed and source is kept, whatever its scale.
     """
     old = [*manifest.earlier, *manifest.runs]
     done = {run.key: run for run in old if is_done(run, sweep.diverged_above)}
@@ -66,14 +66,14 @@ def plan(sweep: Sweep, manifest: Manifest) -> dict[int, str]:
 
 
 def is_done(run: Run, diverged_above: float | None) -> bool:
-    """Return whether a run need not be made again. A crash may be the machine's, a divergence is not."""
+    """Return whether a run need not be repeated. A crash may be the machine's fault; divergence is not."""
     if run.state == "diverged" and run.diverged_above not in (None, diverged_above):
         return False  # it was stopped at another threshold
     return run.state == "running" or (run.state in ("finished", "diverged") and Path(run.log).exists())
 
 
 def reason_to_run(run: Run, before: Run | None) -> str:
-    """Return why a run must be made, given the last attempt of its arm and seed."""
+    """Return why a run must be made, given the last attempt with its arm and seed."""
     if before is None:
         return "new"
     if before.settings_hash != run.settings_hash:
@@ -86,7 +86,7 @@ def reason_to_run(run: Run, before: Run | None) -> str:
 
 
 def free_stamp(runs: Sequence[Run]) -> str:
-    """Return the time, or the next second that no log has in its name: logs are never overwritten."""
+    """Return the time, moved on to a second that is in no log's name: logs are never overwritten."""
     at = time.time()
     while True:
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(at))
@@ -96,14 +96,14 @@ def free_stamp(runs: Sequence[Run]) -> str:
 
 
 def left_a_checkpoint(run: Run) -> bool:
-    """Return whether the trainer can go on where this attempt was stopped or crashed."""
+    """Return whether the trainer can resume this attempt where it stopped or crashed."""
     log = Path(run.log)
     ended_early = run.state in ("stopped", "crashed", "hung")
     return ended_early and log.exists() and any(log.with_suffix("").glob("step_*.pt"))
 
 
 def recorded_otherwise(planned: Sequence[Run], done: Sequence[Run]) -> list[str]:
-    """Return one line for each way in which runs that are done were recorded otherwise than is asked now."""
+    """Return a line for each recording setting in which finished runs differ from the current plan."""
     logs: dict[str, list[str]] = {}
     for new, old in zip(planned, done, strict=True):
         trainer = read_trainer(new.script)
@@ -125,7 +125,7 @@ def recorded_otherwise(planned: Sequence[Run], done: Sequence[Run]) -> list[str]
 
 
 def settle(run: Run, hang_minutes: float, act: bool) -> None:
-    """Find out what became of a run that the manifest has as running or submitted.
+    """Determine the fate of a run that the manifest lists as running or submitted.
 
     With `act`, stop what is left of it and end its log; else only look.
     """
@@ -155,7 +155,7 @@ def settle(run: Run, hang_minutes: float, act: bool) -> None:
 
 
 def end_log(run: Run) -> None:
-    """Say in a run's log how it ended, if the trainer could not, so that no reader waits for more."""
+    """Record in a run's log how it ended, if the trainer could not, so that no reader waits for more."""
     path = Path(run.log)
     event = "crashed" if run.state == "hung" else run.state
     if event not in ("crashed", "diverged", "stopped") or not path.exists():
@@ -170,12 +170,12 @@ def end_log(run: Run) -> None:
 
 
 def how_it_ended(run: Run, log: RunLog | None) -> tuple[str, str]:
-    """Return state and reason, by the log first: torchrun turns every exit code that is not 0 into 1."""
+    """Return state and reason, preferably from the log: torchrun turns every nonzero exit code into 1."""
     if log and log.state == "finished":
         return "finished", ""
     if run.exit_code == 3 or (log and log.state == "diverged"):
         return "diverged", "the loss is not a number, or above DIVERGED_ABOVE"
-    if not log and (run.exit_code == 2 or own_words(run)):  # torchrun makes 1 of 2
+    if not log and (run.exit_code == 2 or own_words(run)):  # torchrun turns 2 into 1
         return "refused", last_words(run, log)[:300]
     if run.exit_code is not None and run.exit_code < 0:
         return "crashed", f"killed by signal {-run.exit_code} ({signal.strsignal(-run.exit_code)})"
@@ -184,7 +184,7 @@ def how_it_ended(run: Run, log: RunLog | None) -> tuple[str, str]:
 
 def last_words(run: Run, log: RunLog | None) -> str:
     """Return the error in the log, else the last line on the console."""
-    crash = log.event("crashed") if log and log.state == "crashed" else None  # not one it resumed from
+    crash = log.event("crashed") if log and log.state == "crashed" else None  # not one that it resumed after
     if crash:
         return crash.fields.get("error", "")
     lines = (own_words(run) if not log else []) or console_lines(run)
@@ -192,12 +192,12 @@ def last_words(run: Run, log: RunLog | None) -> str:
 
 
 def own_words(run: Run) -> list[str]:
-    """Return the lines on the console that the trainer begins with its name: why it refused to run."""
+    """Return the console lines that begin with the trainer's name, which say why it refused to run."""
     return [line for line in console_lines(run) if line.startswith(f"{Path(run.script).name}: ")]
 
 
 def console_lines(run: Run) -> list[str]:
-    """Return what a run has written to its console."""
+    """Return the lines of a run's console output."""
     try:
         return run.console.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:

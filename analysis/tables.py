@@ -1,4 +1,4 @@
-"""Tables and numbers as text, Markdown, CSV and JSON; numbers that are not known are `-`, empty or null."""
+"""Tables and numbers as text, Markdown, CSV and JSON; unknown numbers are `-`, empty or null."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Text in columns: the first column to the left, the others to the right."""
+    """Format text in columns, the first one left-aligned, the others right-aligned."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
@@ -21,19 +21,19 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str
 
 
 def format_markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown."""
+    """Format a table in Markdown."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     cells = [[in_markdown(str(cell)) for cell in row] for row in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def in_markdown(text: str) -> str:
-    """Text that stays in its cell and is no HTML."""
+    """Escape text so that it stays in its cell and is not HTML."""
     return re.sub(r"<(?=[A-Za-z/!])", "&lt;", text.replace("|", "\\|").replace("\n", " "))
 
 
 def as_csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table as CSV, numbers to the last digit; empty where there is none."""
+    """Format a table as CSV, with numbers in full precision, unknown ones empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
@@ -43,12 +43,12 @@ def as_csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def as_json(value: object) -> str:
-    """JSON that any reader takes: null for NaN and infinities."""
+    """Format standard JSON, with null for NaN and infinities."""
     return json.dumps(without_nan(value), indent=1, ensure_ascii=False) + "\n"
 
 
 def without_nan(value: object) -> object:
-    """The value with None for each NaN and infinity in it."""
+    """Replace each NaN and infinity in a value by None."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -57,7 +57,7 @@ def without_nan(value: object) -> object:
 
 
 def format_number(value: float, form: str) -> str:
-    """A number in Python's format; - if it is not known."""
+    """Format a number by a Python format; - if unknown."""
     return format(value, form) if math.isfinite(value) else "-"
 
 
@@ -70,14 +70,14 @@ def format_difference(value: float) -> str:
 
 
 def format_interval(low: float, high: float, signed: bool = True) -> str:
-    """[-0.0057, -0.0021]; - if it is not known."""
+    """Format an interval: [-0.0057, -0.0021]; - if unknown."""
     if not math.isfinite(low + high):
         return "-"
     return f"[{low:+.4f}, {high:+.4f}]" if signed else f"[{low:.4f}, {high:.4f}]"
 
 
 def format_p(p: float) -> str:
-    """0.034, 0.00012, < 0.0001; - if nothing was tested."""
+    """Format a p value: 0.034, 0.00012, < 0.0001; - if nothing was tested."""
     if math.isnan(p):
         return "-"
     return "< 0.0001" if p < 0.0001 else f"{p:.2g}"

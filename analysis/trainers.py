@@ -1,13 +1,13 @@
 """Training scripts as their --settings-json describes them: settings, presets and source hash.
 
     trainer = read_trainer("train_gpt.py")
-    trainer.source_hash                        # identifies the code that decides the numbers
+    trainer.source_hash                        # identifies the code that affects the numbers
     trainer.resolve({"MODEL": "tiny"})         # every setting of such a run, defaults included
     trainer.affecting("training", settings)    # only those that change the numbers
-    trainer.check([{"MODEL": "tiny"}])         # what it says of the settings of each arm
+    trainer.check([{"MODEL": "tiny"}])         # its answer about each arm's settings
 
-A setting affects "training" (the numbers), "recording" (what is written down) or the "machine" (where and how
-it runs). The trainer says which; no command keeps a list of its own.
+A setting affects "training" (the numbers), "recording" (what is written) or the "machine" (where and how it
+runs). The trainer says which; no command keeps its own list.
 """
 
 import functools
@@ -22,29 +22,29 @@ from pathlib import Path
 from analysis.devices import gpu_names
 
 ROOT = Path(__file__).resolve().parent.parent
-# Left over from a torchrun around us, they would make a single process wait for others.
+# Inherited from a surrounding torchrun, these would make a single process wait for others.
 TORCHRUN_SETS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 TORCHRUN_SETS += ("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
-# And a run is no task of the job in which the launcher itself is one.
+# A run is not a task of the SLURM job that the launcher runs in.
 SLURM_SETS = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
 
 
 @dataclass(frozen=True)
 class TrainerInfo:
-    """A training script. `settings` and `presets` map names to what --settings-json says of them."""
+    """Training script. `settings` and `presets` map names to their entries in --settings-json."""
 
     path: Path
     settings: dict[str, dict]
     presets: dict[str, dict]  # the first is what MODEL=auto means on a GPU
-    modes: dict[str, dict]  # ORD_MODE -> defaults that it changes
+    modes: dict[str, dict]  # ORD_MODE -> the defaults it changes
     source_hash: str
     gpus: tuple[str, ...]  # those that its runs would find here
 
     def check(self, arms: list[dict[str, str]]) -> list[dict]:
-        """Ask the script, in one process, what it says of each arm's environment.
+        """Ask the script, in one process, about each arm's environment.
 
-        An answer has "values", the settings in their own types, and what a run would refuse, or None:
-        "refused" of the settings, "data" of the data files.
+        An answer has "values", the settings in their own types, and a run's objections, or None: "refused"
+        to the settings, "data" to the data files.
         """
         answers, said = ask(self.path, "--check-arms", json.dumps(arms))
         if answers is None or len(answers) != len(arms):
@@ -52,7 +52,7 @@ class TrainerInfo:
         return answers
 
     def resolve(self, settings: dict) -> dict:
-        """Return every setting of a run: the defaults of script, preset and mode, then the run's own."""
+        """Return every setting of a run: defaults of script, preset and mode, overridden by the run's own."""
         values = {name: spec["default"] for name, spec in self.settings.items()} | settings
         if values.get("MODEL") == "auto":
             cuda = values.get("DEVICE") != "cpu" and self.gpus
@@ -61,7 +61,7 @@ class TrainerInfo:
         return values | {name: value for name, value in changed.items() if name not in settings}
 
     def without_machine(self, settings: dict) -> dict:
-        """Return the settings without those that say where and how a run is made."""
+        """Return the settings without those that affect only the machine."""
         kept = {name for name, spec in self.settings.items() if spec["affects"] != "machine"}
         return {name: value for name, value in settings.items() if name in kept}
 
@@ -92,7 +92,7 @@ def read_trainer(script: str) -> TrainerInfo:
 
 
 def inherited_environment(without: Iterable[str] = ()) -> dict[str, str]:
-    """Return our environment without some variables, and without those of a torchrun around us."""
+    """Return our environment without some variables, and without a surrounding torchrun's."""
     drop = {*TORCHRUN_SETS, *SLURM_SETS, *without}
     return {
         name: value
@@ -102,7 +102,7 @@ def inherited_environment(without: Iterable[str] = ()) -> dict[str, str]:
 
 
 def ask(path: Path, question: str, given: str = "") -> tuple[object, str]:
-    """Return a script's answer, None if it is no JSON, and its last words."""
+    """Return a script's answer (None if it is not JSON) and its last output."""
     asked = subprocess.run(
         [sys.executable, str(path), question],
         input=given,
@@ -120,7 +120,7 @@ def ask(path: Path, question: str, given: str = "") -> tuple[object, str]:
 
 
 def env_text(value: object) -> str:
-    """Return a setting as the trainer reads it from its environment, to the last digit."""
+    """Format a setting for the trainer's environment, in full precision."""
     if isinstance(value, list):
         return ",".join(env_text(item) for item in value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,15 +1,15 @@
-"""How good is the tiny preset on a CPU? Measured against a plain GPT of the same size.
+"""Compare the tiny preset on a CPU with a plain GPT of the same size.
 
     python benchmarks/cpu_yardstick.py                    # about 8 minutes on two cores
     python benchmarks/cpu_yardstick.py --seconds 20       # a quick look
 
-Plain is a GPT as people usually write one: LayerNorm, GELU, learned positions, torch's AdamW with warm-up,
-cosine and clipping, one process on all cores; three learning rates, the best one counts. Both read the same
-bytes, in steps of as many tokens, and are validated on the same 65,536 held-out bytes in contexts of 256 (the
-preset's own validation gives longer contexts; that advantage is not used here). Time is training time. Ours
-are train_gpt.py (NorMuon) and train_gpt_muon_ord.py with the preset's SPECTRAL_LR_MUL; the latter counts at
-the end.
-Absolute figures depend on the machine and its other work: read the ratios, all of which come from one run.
+The plain GPT is the usual one: LayerNorm, GELU, learned positions, torch's AdamW with warm-up, cosine and
+clipping, one process on all cores; the best of three learning rates counts. Both train on the same bytes,
+with equal tokens per step, and are validated on the same 65,536 held-out bytes in contexts of 256 (the
+preset's own validation has longer contexts, an advantage not used here). Time is training time. Ours are
+train_gpt.py (NorMuon) and train_gpt_muon_ord.py with the preset's SPECTRAL_LR_MUL; the final comparison uses
+the latter.
+Absolute numbers depend on the machine and its load; read the ratios, which all come from one run.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PLAIN_RATES = (1e-3, 3e-3, 6e-3)
 
 
 def tiny():
-    """(module, settings, optimizer settings, model config) of the tiny preset on this machine."""
+    """Return (module, settings, optimizer settings, model config) of the tiny preset on this machine."""
     import train_gpt
 
     env = {"MODEL": "tiny", "DEVICE": "cpu", "DATA_PATH": str(ROOT)}
@@ -87,7 +87,7 @@ def build_plain(width: int, num_layers: int, num_heads: int, vocab: int):
 
 
 def train_plain(rate: float, seconds: float) -> dict:
-    """Train the plain GPT for about so many seconds; its last validation loss, time and tokens a second."""
+    """Train the plain GPT for about `seconds`; return its last validation loss, time and tokens/s."""
     import torch
 
     module, s, _, c = tiny()
@@ -137,7 +137,7 @@ def train_plain(rate: float, seconds: float) -> dict:
 
 
 def torchrun(arguments: list[str], ranks: int, **env) -> str:
-    """Standard output of a torchrun of this tree."""
+    """Run a script of this project under torchrun; return its stdout."""
     command = [
         sys.executable,
         "-m",
@@ -158,7 +158,7 @@ def torchrun(arguments: list[str], ranks: int, **env) -> str:
 
 
 def ms_per_step(script: str, ranks: int) -> float:
-    """Milliseconds per step of the tiny preset, measured by step_time.py."""
+    """Measure the ms per step of the tiny preset with step_time.py."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "step_time.json"
         arguments = ["--script", f"{script}.py", "--json", str(out)]
@@ -167,7 +167,7 @@ def ms_per_step(script: str, ranks: int) -> float:
 
 
 def train_ours(script: str, seconds: float, ranks: int) -> list[tuple[float, float, int]]:
-    """The tiny preset, cut to the given seconds: [(seconds, validation loss, tokens)] of its log."""
+    """Train the tiny preset for the given seconds; return its log's [(seconds, validation loss, tokens)]."""
     num_steps = max(60, int(1000 * seconds / ms_per_step(script, ranks)))
     run_id = f"yardstick-{script}-{time.strftime('%Y%m%d-%H%M%S')}"
     torchrun(

@@ -1,25 +1,25 @@
-"""Learn the most from the first minutes on a GPU: gpt2-small on one device, in four parts, most truth first.
+"""Learn the most from the first minutes on a GPU: gpt2-small on one device, in four parts, most useful first.
 
     python benchmarks/first_hour.py a --out out                     # kernels and products
     python benchmarks/first_hour.py b --out out --tokens shards     # stage 1: steps, profile, twins
     python benchmarks/first_hour.py c --out out --tokens shards     # stages 2 and 3
     python benchmarks/first_hour.py d --out out --tokens shards     # 300 real steps, sample
 
-For a machine that may be gone any minute and where nothing can be installed. out/PART.json is written after
-every step, with the figures of scaling_model.py beside those measured. The same command again goes on where
-it was cut off; --given names the folder in which an earlier call's files are now. They include the compile
-cache, out/cache.tar.xz.N, with which a fresh machine need not compile again. --minutes: nothing starts after
-that, and the call ends, saying what it left out. A step that fails does not stop the next one. Running out of
-memory, or a feature that is missing, is a result.
+For a machine that may vanish at any minute and where nothing can be installed. out/PART.json is written after
+every step, with the predictions of scaling_model.py beside the measurements. Rerun the same command to
+continue where it was cut off; --given names the folder that now holds an earlier call's files. They include
+the compile cache, out/cache.tar.xz.N, which saves a fresh machine from compiling again. --minutes: no step
+starts after that, and the call ends and lists what it left out. A failed step does not stop the next one.
+Running out of memory, or a missing feature, is a result.
 
---tokens: a folder with *_train_*.bin and *_val_*.bin, or these as .xz, and maybe tiktoken_cache/, to sample.
-Without it, random tokens with FineWeb's lengths of documents.
+--tokens: a folder with *_train_*.bin and *_val_*.bin, plain or .xz, and optionally tiktoken_cache/, to
+sample. Without it, random tokens with FineWeb's document lengths.
 
---dry-run does it all on a CPU with tiny shapes. It proves that each step runs, and that the kernels compute
-what their references do in Triton's interpreter. It proves nothing of compiled kernels, varlen attention,
-memory, the profiler's CUDA side, or any figure.
+--dry-run does everything on a CPU with tiny shapes. It proves that each step runs, and that in Triton's
+interpreter the kernels match their references. It proves nothing about compiled kernels, varlen attention,
+memory, the profiler's CUDA side, or any number.
 
-Exit code: 0; 1 if a step failed; 2 if the call cannot be used.
+Exit code: 0; 1 if a step failed; 2 for unusable arguments.
 """
 
 import argparse
@@ -52,16 +52,16 @@ from runtime.compiling import choose_allocator, graphs_compiled  # noqa: E402
 from runtime.gauges import peak_memory_mib  # noqa: E402
 from runtime.toolchain import fault  # noqa: E402
 
-# The trainers, and whatever defines kernels, are imported by the steps: main() chooses first whether Triton
-# interprets, and what cannot be imported fails no other step.
+# The steps import the trainers and all that defines kernels: main() first chooses whether Triton interprets,
+# and a failed import fails only its own step.
 
-SCRATCH = Path(tempfile.gettempdir()) / "first_hour"  # a compile cache holds absolute paths: always the same
+SCRATCH = Path(tempfile.gettempdir()) / "first_hour"  # fixed: a compile cache holds absolute paths
 ORD = "train_gpt_muon_ord"
 TIMED = ("device", "attention", "matmul", "head", "logits", "tables", "polar", "updates", "gates")
 RUN = "first-hour"
-ORD_SHARE = 0.005  # of a step that ORD may add: the goal
-LOSS_FALLS = 0.1  # nats at least, by 16 steps of a dry run already
-RESUMED_WITHIN = 0.02  # nats between a run and its resumed end: atomics on a GPU add in any order
+ORD_SHARE = 0.005  # goal: the most that ORD may add, as a fraction of a step
+LOSS_FALLS = 0.1  # nats at least; 16 steps of a dry run suffice
+RESUMED_WITHIN = 0.02  # nats between a run and its resumed end: GPU atomics add in any order
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ RESUMED_WITHIN = 0.02  # nats between a run and its resumed end: atomics on a GP
 
 
 def draw_documents(count: int, vocabulary: int, mean: int, seed: int) -> np.ndarray:
-    """Documents of log-normal lengths, of tokens whose frequencies fall as 1 / rank."""
+    """Draw documents of log-normal lengths, with token frequencies that fall as 1 / rank."""
     rng, mark = np.random.default_rng(seed), 0 if vocabulary == 256 else vocabulary - 1
     lengths = np.clip(rng.lognormal(np.log(0.6 * mean), 1.0, count), 16, 20 * mean).astype(int)
     odds = np.cumsum(1 / np.arange(3, vocabulary + 2))
@@ -80,7 +80,7 @@ def draw_documents(count: int, vocabulary: int, mean: int, seed: int) -> np.ndar
 
 
 def prepare_shards(tokens: Path | None, dry: bool) -> Path:
-    """The folder with the shards to use: those given, unpacked, or drawn ones."""
+    """Return a folder with the given shards, unpacked, or with drawn ones."""
     folder = SCRATCH / ("given" if tokens else "drawn")
     folder.mkdir(parents=True, exist_ok=True)
     if tokens is None:
@@ -99,7 +99,7 @@ def prepare_shards(tokens: Path | None, dry: bool) -> Path:
 
 
 def trainer_env(folder: Path, dry: bool) -> dict[str, str]:
-    """Settings of the trainers: gpt2-small as it is, or small steps of `tiny`; validation fits the shards."""
+    """Settings of the trainers: gpt2-small, or small steps of `tiny`, with validation to fit the shards."""
     batch = 1024 if dry else 524_288
     have = sum(check_shard(path).num_tokens for path in folder.glob("*_val_*.bin")) - 1
     env = dict(MODEL="gpt2-small", DEVICE="cuda", TRAIN_FILES="*_train_*.bin", VAL_FILES="*_val_*.bin")
@@ -111,7 +111,7 @@ def trainer_env(folder: Path, dry: bool) -> dict[str, str]:
 
 
 def predict(model: str, stage: int) -> dict[str, float]:
-    """Milliseconds of a step of this preset on this GPU, by scaling_model.PARTS and in all."""
+    """Predict the ms of a step of this preset on this GPU, by scaling_model.PARTS and in total."""
     import scaling_model
 
     from kernels import attention
@@ -134,7 +134,7 @@ def predict(model: str, stage: int) -> dict[str, float]:
 
 
 def ask(*command: str) -> str:
-    """Return the output of a command, or why there is none."""
+    """Return a command's output, or the error."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -167,7 +167,7 @@ def describe_machine() -> list[dict]:
 
 
 def choose_attention(device: str) -> list[dict]:
-    """The implementation that training would take; it is compared with plain torch before."""
+    """Report the implementation that training would use, after activate() has checked it."""
     from kernels import attention
 
     name, warnings = attention.activate("varlen" if device == "cuda" else "sdpa")
@@ -178,7 +178,7 @@ def check_kernels(report: Report, dry: bool):
     """Run the tests of tests/offgpu/numerics.py, each as a step; a dry run leaves out the slowest."""
     import pytest
 
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else this Python has
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no plugins of this Python
     os.environ["NUMERICS_DEVICE"] = "cpu" if dry else "cuda"
     os.environ["NUMERICS_SIZES"] = "first" if dry else "real"
     wanted = "not graph and not twins and not fused and not whole" if dry else "not graph"
@@ -188,17 +188,17 @@ def check_kernels(report: Report, dry: bool):
         code = pyfuncitem.obj.__code__
         arguments = {name: pyfuncitem.funcargs[name] for name in code.co_varnames[: code.co_argcount]}
         report.step(f"check {pyfuncitem.name}", lambda: pyfuncitem.obj(**arguments))
-        return True  # done: pytest need not call it
+        return True  # keeps pytest from calling it
 
     tests, plugin = ROOT / "tests/offgpu/numerics.py", SimpleNamespace(pytest_pyfunc_call=pytest_pyfunc_call)
     code = pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-k", wanted, str(tests)], [plugin])
-    torch.set_default_device("cpu")  # which numerics.py has changed
+    torch.set_default_device("cpu")  # numerics.py changed it
     if code:
         raise RuntimeError(f"pytest ended with {code!r}; its output says why")
 
 
 def time_part(lab, part: str, stage: int) -> list[dict]:
-    """Each product or kernel of a part, and what a step takes by their sum."""
+    """Time each product or kernel of a part, and estimate a step from their sum."""
     found, step_ms = lab().measure(part, stage)
     rows = []
     for case, ms in found:
@@ -232,7 +232,7 @@ def part_a(report: Report, env: dict, dry: bool):
 
 
 def cache_use() -> str:
-    """Hits and misses of the compile caches in this process."""
+    """Report hits and misses of the compile caches in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     groups = [dynamo.counters[name] for name in ("inductor", "aot_autograd")] if dynamo else []
     return ", ".join(f"{name} {n}" for group in groups for name, n in group.items() if "cache" in name)
@@ -242,7 +242,7 @@ class Stages:
     """The trainer of parts b and c, built when a step first asks for it."""
 
     def __init__(self, env: dict, count: int):
-        """count: steps to time, and pairs of steps of the twins."""
+        """count: number of steps to time, and of pairs of steps of the twins."""
         self.env, self.count, self.timed, self.stage = env, count, None, None
 
     def at(self, stage: int):
@@ -255,7 +255,7 @@ class Stages:
         return self.timed
 
     def compile(self, stage: int) -> list[dict]:
-        """The first two steps."""
+        """Run the first two steps."""
         start, before = time.perf_counter(), graphs_compiled()
         timed = self.at(stage)
         built = time.perf_counter()
@@ -270,7 +270,7 @@ class Stages:
         ]
 
     def steps(self, stage: int) -> list[dict]:
-        """Whole steps and their parts, by step_time; nothing may compile any more."""
+        """Time whole steps and their parts with step_time; nothing may compile now."""
         import step_time
 
         timed, before = self.at(stage), graphs_compiled()
@@ -287,7 +287,7 @@ class Stages:
         ]
 
     def profile(self, stage: int) -> list[dict]:
-        """Host beside device time of single steps; then the device's time by kernel, a step of two."""
+        """Compare host and total time of single steps; then list time by kernel, per step of a pair."""
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
@@ -317,14 +317,14 @@ class Stages:
         ]
 
     def memory(self, stage: int) -> list[dict]:
-        """Peak since the process began, the device's beside the trainer's forecast."""
+        """Report peaks since the process began, the device's beside the trainer's forecast."""
         timed = self.at(stage)
         forecast = timed.trainer.memory.wanted(timed.trainer.memory.largest_pass()) / 2**20
         peaks = peak_memory_mib(timed.ranks)
         return [row(name, x, "MiB", forecast if "cuda" in name else None) for name, x in peaks.items()]
 
     def twins(self, stage: int) -> list[dict]:
-        """train_gpt_muon_ord.py over train_gpt.py, pair by pair on the same tokens."""
+        """Compare train_gpt_muon_ord.py with train_gpt.py, pair by pair on the same tokens."""
         import step_time
 
         if self.timed:
@@ -366,7 +366,7 @@ def part_c(report: Report, env: dict, dry: bool):
 
 
 class RealRun:
-    """Training by the trainer itself, in processes of its own, in a scratch folder."""
+    """Runs of the trainer itself, each in its own process, in a scratch folder."""
 
     def __init__(self, report: Report, env: dict, dry: bool):
         self.report, self.logs = report, SCRATCH / "run/logs"
@@ -374,11 +374,11 @@ class RealRun:
         self.env = env | dict(NUM_SCHEDULED_ITERATIONS=str(steps), NUM_EXTENSION_ITERATIONS=str(extension))
         self.env |= dict(SAVE_EVERY=str(save), VAL_LOSS_EVERY=str(steps // 4), VAL_LOSS_LAST_STEPS="0")
         self.logs.mkdir(parents=True, exist_ok=True)
-        if not (self.logs / f"{RUN}.txt").exists():  # the run of an earlier call is not here
+        if not (self.logs / f"{RUN}.txt").exists():  # an earlier call's run is not here
             report.steps.clear()
 
     def train(self, run_id: str, resume: str):
-        """Train to the end: (what the log tells, rows about it). The log is copied to the results."""
+        """Train to the end: (run read from its log, rows about it). The log is copied to the results."""
         env, log = self.env | dict(RUN_ID=run_id, RESUME=resume), self.logs / f"{run_id}.txt"
         start = time.perf_counter()
         try:
@@ -402,7 +402,7 @@ class RealRun:
         ]
 
     def whole(self) -> list[dict]:
-        """All steps: the loss falls, nothing is compiled on the way, a checkpoint is kept."""
+        """Run all steps; check that the loss falls, nothing recompiles and a checkpoint is kept."""
         run, rows = self.train(RUN, "auto")
         first, last = run.val.loss[0], run.val.loss[-1]
         saved = [e.fields["path"] for e in run.events if e.name == "checkpoint"]
@@ -414,7 +414,7 @@ class RealRun:
         ]
 
     def resumed(self) -> list[dict]:
-        """The last steps again, from the checkpoint, under another name: the same loss to rounding."""
+        """Repeat the last steps from the checkpoint, under another name; check for the same loss."""
         saved = min((self.logs / RUN).glob("step_*.pt"))
         run, rows = self.train(f"{RUN}-resumed", str(saved))
         found, wanted = run.val.loss[-1], read_log(self.logs / f"{RUN}.txt")[0].val.loss[-1]
@@ -422,7 +422,7 @@ class RealRun:
         return [*rows, row("last validation loss", found, "", wanted, ok=bool(same))]
 
     def sample(self) -> list[dict]:
-        """A text from the trained model; GPT-2's vocabulary must be here."""
+        """Sample from the trained model; needs GPT-2's vocabulary."""
         model, text = self.logs / RUN / "model.safetensors", ("--tokens", "40", "--prompt", "The history of")
         command = [sys.executable, str(ROOT / "sample.py"), str(model), *text, "--device", self.env["DEVICE"]]
         done = self.report.call(command, self.env, self.logs)

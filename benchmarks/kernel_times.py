@@ -1,9 +1,9 @@
-"""Products and kernels of a training step one by one, for benchmarks/first_hour.py to time on their own.
+"""Products and kernels of a training step, which benchmarks/first_hour.py times one by one.
 
-Each function makes the inputs of one of scaling_model.PARTS and returns its cases. Elementwise work is not
-here: its kernels are inductor's, made with the model. Tensors are on torch's default device.
+Each function makes the inputs of one of scaling_model.PARTS and returns its cases. Elementwise work is
+missing, because inductor generates its kernels with the model. Tensors are on torch's default device.
 
-M tokens of a pass, C width, V vocabulary (padded); N matrices of R rows and K columns
+M tokens of a pass, C width, V vocabulary (padded), N matrices, R rows, K columns
 """
 
 import functools
@@ -24,7 +24,7 @@ from runtime.ranks import Ranks
 
 
 class Case(NamedTuple):
-    """One call. times: calls a pass (the optimizer's: a step); 0: part of another case, or its rival."""
+    """Call to time. times: calls per pass (optimizer: per step); 0: part of another case, or its rival."""
 
     name: str
     times: int
@@ -34,12 +34,12 @@ class Case(NamedTuple):
 
 
 def normal(*shape: int) -> torch.Tensor:
-    """Constants would take less power, and run faster."""
+    """Draw random numbers: constants would use less power and run faster."""
     return torch.randn(shape, dtype=torch.bfloat16)
 
 
 def device_cases(on_cuda: bool) -> list[Case]:
-    """A square product and a large copy: the device's own rates."""
+    """A square product and a large copy, for the device's own rates."""
     n, size = (8192, 2**30) if on_cuda else (128, 2**16)
     a, x = normal(n, n), normal(size)
     out = torch.empty_like(x)
@@ -50,7 +50,7 @@ def device_cases(on_cuda: bool) -> list[Case]:
 
 
 def linear_cases(name: str, times: int, x: torch.Tensor, N: int) -> list[Case]:
-    """x W^T of x (M, K) and W (N, K), and both gradients."""
+    """x W^T with x (M, K) and W (N, K), and both gradients."""
     (M, K), w, grad = x.shape, normal(N, x.shape[1]), normal(len(x), N)
     return [
         Case(f"{name}, forward", times, lambda: x @ w.T, 2 * M * K * N),
@@ -60,7 +60,7 @@ def linear_cases(name: str, times: int, x: torch.Tensor, N: int) -> list[Case]:
 
 
 def product_cases(c, M: int) -> list[Case]:
-    """All products with matrices but the head's; of the MLP's, two carry elementwise work."""
+    """All products with matrices except the head's; two of the MLP's include elementwise work."""
     C, hidden_width, layers = c.width, 4 * c.width, c.num_layers
     attending, queries = layers - len(c.no_attention), c.num_heads * c.head_dim
     keys = c.num_kv_heads * c.head_dim
@@ -93,7 +93,7 @@ def head_cases(c, M: int, V: int) -> list[Case]:
 
 
 def loss_cases(c, targets_BT: torch.Tensor, V: int, K: int) -> list[Case]:
-    """Softcap, cross-entropy on K tokens and its float8 gradient; quantization of the head's inputs."""
+    """Softcap and cross-entropy on K tokens, their float8 gradient, quantization of the head's inputs."""
     M, weights, factor = targets_BT.numel(), torch.ones(K), torch.ones(())
     z, x, w = normal(M, V), normal(M, c.width), normal(V, c.width)
     x_scale, w_scale, grad_scale = train_gpt.HEAD_SCALES
@@ -110,7 +110,7 @@ def loss_cases(c, targets_BT: torch.Tensor, V: int, K: int) -> list[Case]:
 
 
 def table_cases(c, tokens_M: torch.Tensor, V: int) -> list[Case]:
-    """Gradients of the tables: zeroed and added up in fp32 by atomics, cast; or rows sorted first."""
+    """Gradients of the tables: by fp32 atomics, zeroing and cast included, or with sorted rows."""
     grad, cases = normal(len(tokens_M), c.width), []
     kinds = [("table of tokens", V, len(c.value_embed_layers) + 1, tokens_M)]
     if c.ngram_rows:
@@ -132,13 +132,13 @@ def table_cases(c, tokens_M: torch.Tensor, V: int) -> list[Case]:
 
 
 def gate_cases(c, M: int) -> list[Case]:
-    """The gates' tiny products: a number for each head."""
+    """Tiny products of the gates: one number per head."""
     gates = c.attn_gate * (c.num_layers - len(c.no_attention)) + len(c.value_embed_layers)
     return linear_cases("gate", gates, normal(M, c.width)[:, : train_gpt.GATE_CHANNELS], c.num_heads)
 
 
 def attention_cases(c, batch, backend: str, windows: tuple[int, int]) -> list[Case]:
-    """Attention of each kind of layer, in the documents of this batch."""
+    """Attention of each kind of layer, on the documents of this batch."""
     plans = [plan for plan in train_gpt.layer_plans(c) if plan.attention]
     docs, (B, T), cases = Documents(batch, backend), batch.inputs_BT.shape, []
     for (long, paired), times in Counter((plan.long_window, plan.paired) for plan in plans).items():
@@ -161,7 +161,7 @@ def attention_cases(c, batch, backend: str, windows: tuple[int, int]) -> list[Ca
 
 
 def polar_cases(shapes: dict) -> list[Case]:
-    """The polar iterations of each bucket, and the products of one of them."""
+    """Polar iterations of each bucket, and the products of a single one."""
     cases = []
     for (R, K), N in shapes.items():
         X = normal(N, R, K) / (R * K) ** 0.5
@@ -182,7 +182,7 @@ def polar_cases(shapes: dict) -> list[Case]:
 
 
 def update_cases(shapes: dict) -> list[Case]:
-    """The rest of a Muon + ORD step of each bucket; Adam's is compiled with the trainer."""
+    """Rest of a Muon + ORD step of each bucket; Adam's kernels are compiled with the trainer."""
     cases = []
     for (R, K), N in shapes.items():
         weight, grad, momentum = normal(N, R, K), normal(N, R, K), normal(N, R, K).float()
@@ -201,7 +201,7 @@ def update_cases(shapes: dict) -> list[Case]:
 
 
 class Lab:
-    """A model's sizes, and real batches of each stage."""
+    """Sizes of a model, and real batches of each stage."""
 
     def __init__(self, env: dict):
         self.s, _, self.c = train_gpt.read_settings(env)
@@ -211,15 +211,15 @@ class Lab:
         self.schedule, self.cuda = train_gpt.Schedule(self.s, self.c), self.s.device == "cuda"
         self.vocabulary = padded_vocab(shards[0].vocab_size)
         self.shapes = matrix_shapes(self.c)
-        if not self.cuda:  # the interpreter takes its time
+        if not self.cuda:  # the interpreter is slow
             self.shapes = dict.fromkeys(self.shapes, 1)
 
     def batches(self, stage: int) -> list:
-        """The passes of a step."""
+        """Make the passes of a step."""
         return self.data.make(self.schedule.batch_tokens(self.schedule.bounds[stage]))
 
     def cases(self, part: str, stage: int, batch) -> list[Case]:
-        """Cases of one of scaling_model.PARTS, or of `device` or `gates`."""
+        """Make the cases of one of scaling_model.PARTS, or of `device` or `gates`."""
         c, M, V, windows = self.c, batch.inputs_BT.numel(), self.vocabulary, self.schedule.windows(stage)
         make, *arguments = {
             "device": (device_cases, self.cuda),
@@ -235,7 +235,7 @@ class Lab:
         return make(*arguments)
 
     def median_ms(self, run: Callable) -> float:
-        """Median of many calls, the L2 cache flushed before each; on a CPU, one call, which says little."""
+        """Median of many calls, each after flushing the L2 cache; on a CPU, a single call, a rough figure."""
         if self.cuda:
             return triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median")
         start = time.perf_counter()
@@ -243,7 +243,7 @@ class Lab:
         return 1000 * (time.perf_counter() - start)
 
     def measure(self, part: str, stage: int) -> tuple[list[tuple[Case, float]], float]:
-        """Cases with their ms, and ms of a step of this stage."""
+        """Time a part's cases: ((case, ms) of each, ms per step of this stage)."""
         with torch.device(self.ranks.device):
             batches = self.batches(stage)
             found = [(case, self.median_ms(case.run)) for case in self.cases(part, stage, batches[0])]

@@ -1,7 +1,7 @@
-"""Results of benchmarks/first_hour.py: saved after every step, because it may be cut off, and resumed later.
+"""Results of benchmarks/first_hour.py: saved after every step, because it may be cut off and resumed later.
 
-A Report has the steps of one part and its clock. The compile cache is packed into files small enough to be
-carried to another machine.
+A Report holds the steps of one part and its clock. The compile cache is packed into files small enough to
+carry to another machine.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ import torch
 
 PIECE_BYTES, MAX_PIECES = 2**24, 3
 STEPS_OF_COMPILER = (".ttir", ".ttgir", ".llir", ".ptx", ".source")  # Triton loads a kernel without them
-PACKING = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": 2**26}]  # kernels are kept twice, far apart
-SAVE_S, STOP_S = 40, 40  # left at the end to pack the cache, and before that for training to save and stop
+PACKING = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": 2**26}]  # kernels are in it twice, far apart
+SAVE_S, STOP_S = 40, 40  # reserved for packing the cache, and before that for training to save and stop
 DONE = ("ok", "failed", "out of memory", "missing")
-MAX_ROWS = 14  # of a step, in the table
+MAX_ROWS = 14  # per step, in the table
 
 
 class Missing(RuntimeError):
-    """This machine lacks something."""
+    """Something that a step needs is not on this machine."""
 
 
 class CutOff(RuntimeError):
@@ -37,16 +37,16 @@ class CutOff(RuntimeError):
 
 
 def row(what: str, value=None, unit: str = "ms", beside=None, note: str = "", ok=None) -> dict:
-    """One line of the table. beside: the prediction, or the bound. ok: the verdict, if it is a check."""
+    """Make a row of the table. beside: the prediction or the bound. ok: the verdict, if it is a check."""
     value, beside = (None if x is None else float(x) for x in (value, beside))
     return {"what": what, "value": value, "unit": unit, "beside": beside, "note": note, "ok": ok}
 
 
 class Report:
-    """Steps of one part and what came of them; ends the process when time is up."""
+    """Steps of one part and their results; ends the process when time is up."""
 
     def __init__(self, part: str, out: Path, given: Path, minutes: float, cache: Path):
-        """given: the folder of an earlier call's files. cache: the folder to pack at the end."""
+        """given: folder of an earlier call's files. cache: folder to pack at the end."""
         self.out, self.path, self.cache, self.child = out, out / f"{part}.json", cache, None
         self.end = time.monotonic() + 60 * minutes - SAVE_S
         found = [path for path in (self.path, given / self.path.name) if path.exists()]
@@ -59,7 +59,7 @@ class Report:
         return self.end - STOP_S - time.monotonic()
 
     def record(self, name: str, **what):
-        """Add to what is known of a step, and save it."""
+        """Add to a step's record, and save it."""
         with self.lock:
             self.steps.setdefault(name, {}).update(what)
             self.write()
@@ -70,7 +70,7 @@ class Report:
         new.replace(self.path)
 
     def step(self, name: str, run):
-        """Run one step and record its rows, unless an earlier call did or time is up. run: () -> rows."""
+        """Run a step and record its rows, unless an earlier call did or time is up. run: () -> rows."""
         before = self.steps.get(name, {})
         attempts, status = before.get("attempts", 0), before.get("status")
         if status in DONE:
@@ -88,11 +88,11 @@ class Report:
             self.empty_device()
 
     def outcome(self, run) -> tuple[str, list[dict], str]:
-        """(status, rows, what went wrong)."""
+        """Run a step: (status, rows, error)."""
         try:
             rows = run() or []
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # errors of kernels appear only now
+                torch.cuda.synchronize()  # kernel errors appear only here
             return "failed" if any(r["ok"] is False for r in rows) else "ok", rows, ""
         except torch.OutOfMemoryError as found:
             return "out of memory", [], str(found)
@@ -104,7 +104,7 @@ class Report:
             return "failed", [], traceback.format_exc()[-4000:]
 
     def guard(self, name: str, run):
-        """Run something that makes steps of its own; what fails outside of them is a failed step too."""
+        """Run something that makes its own steps; a failure outside of them is a failed step, too."""
         self.steps.pop(name, None)
         try:
             run()
@@ -112,7 +112,7 @@ class Report:
             self.record(name, status="failed", error=traceback.format_exc()[-4000:])
 
     def empty_device(self):
-        """Free the device's memory; if the device is broken, which would fail all later steps, restart."""
+        """Free the device's memory; if the device is broken, restart the process, or later steps fail."""
         if torch.cuda.is_available():
             gc.collect()
             try:
@@ -123,7 +123,7 @@ class Report:
                 os.execv(sys.executable, [sys.executable, *sys.argv, "--minutes", str(minutes)])
 
     def call(self, command: list[str], env: dict, folder: Path) -> subprocess.CompletedProcess:
-        """Run a command. When time is up it gets SIGTERM, on which a trainer saves and stops."""
+        """Run a command. When time is up it gets SIGTERM, at which a trainer saves and stops."""
         pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.child = subprocess.Popen(command, env=env, cwd=folder, **pipes)
         try:
@@ -135,7 +135,7 @@ class Report:
         return subprocess.CompletedProcess(command, self.child.returncode, said)
 
     def watch(self):
-        """End the process in time, whatever its main thread is waiting for."""
+        """End the process in time, even if its main thread is blocked."""
         if self.finished.wait(max(0, self.end - time.monotonic())):
             return
         with self.lock:
@@ -177,14 +177,14 @@ class Report:
 
 
 def pack(folder: Path, out: Path, piece: int = PIECE_BYTES):
-    """Write all that is in a folder to out/cache.tar.xz.0, .1, ...; nothing if that takes too many files."""
+    """Pack a folder into out/cache.tar.xz.0, .1, ...; write nothing if that takes too many files."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     if not files:
         return
     data = io.BytesIO()
     with lzma.open(data, "wb", filters=PACKING) as xz, tarfile.open(fileobj=xz, mode="w") as archive:
         for path in [path for path in files if path.suffix not in STEPS_OF_COMPILER]:
-            with contextlib.suppress(FileNotFoundError):  # a compiler, cut off, was still at work
+            with contextlib.suppress(FileNotFoundError):  # an interrupted compiler was still writing
                 archive.add(path, path.relative_to(folder))
     packed = data.getvalue()
     pieces = [packed[i : i + piece] for i in range(0, len(packed), piece)]
@@ -197,7 +197,7 @@ def pack(folder: Path, out: Path, piece: int = PIECE_BYTES):
 
 
 def unpack(given: Path, folder: Path):
-    """Put an earlier call's cache into the folder, unless that is there."""
+    """Unpack an earlier call's cache into the folder, unless it exists."""
     pieces = sorted(given.glob("cache.tar.xz.*"))
     if pieces and not folder.is_dir():
         data = io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))

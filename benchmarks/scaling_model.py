@@ -6,20 +6,20 @@
     python benchmarks/scaling_model.py --set network_bytes=25e9 --set matmul_flops=500e12
     python benchmarks/scaling_model.py --shard-over 8                    # what if nodes shared the optimizer?
 
-This is a model, not a measurement. Products run at measured rates, elementwise work and tables move counted
-bytes at the rate of a copy, collectives are rings, launches cost a fixed time, in the order in which the
-trainers do them. Every assumption is a field of Machine below; the tables print them and --set changes them.
-"H100" in its reason marks what was measured on one H100 with FlashAttention-2, most of it by kernel in stage
-1 of gpt2-small (records/2026-11-26_first_hour_h100), before rotary was rewritten, which should save 6% of a
-step (records/2026-11-26_bytes_between_products). Nothing is fitted to the time of a step but gap_s. The
-other steps that are known, this project's and the public code's, are printed beside the model's.
+This is a model, not a measurement. Products run at measured rates; elementwise work and tables move counted
+bytes at the rate of a copy; collectives are rings, in the trainers' order; launches cost a fixed time. Every
+assumption is a field of Machine below; the tables print them and --set changes them. "H100" in its reason
+marks what was measured on one H100 with FlashAttention-2, mostly by kernel in stage 1 of gpt2-small
+(records/2026-11-26_first_hour_h100), before rotary was rewritten, which should save 6% of a step
+(records/2026-11-26_bytes_between_products). Only gap_s is fitted to the time of a step. Other measured steps,
+this project's and the public code's, are printed beside the model's.
 
-The trainers split the work like this. The global batch has 8 slices, or as many as there are ranks. All
-gradients of a bucket are reduce-scattered over all ranks, and all new weights are gathered from them.
-Matrices of one shape form one bucket, in which a rank owns whole matrices. A bucket with fewer matrices than
-ranks is padded to one per rank: padding is sent like the rest, and ranks that own none wait. --shard-over N
-instead shares each bucket among the N ranks of a group and sums over the groups (not built; it shows the
-possible gain).
+The trainers split the work as follows. The global batch has 8 slices, or one per rank if there are more. The
+gradients of a bucket are reduce-scattered over all ranks, and the new weights are all-gathered. Matrices of
+one shape form a bucket, in which a rank owns whole matrices. A bucket with fewer matrices than ranks is
+padded to one per rank: padding is sent, too, and ranks that own only padding wait. --shard-over N instead
+shards each bucket over the N ranks of a group and sums over the groups (not built; it shows the possible
+gain).
 """
 
 import argparse
@@ -56,7 +56,7 @@ from train_gpt import ADAM_EVERY, PRESETS, VAL_SLICES, Settings, count_slices  #
 VOCAB = 50257
 NUM_SLICES = SLICES[0]  # the default
 ATTENTION_TILE = 128
-ATTENTION_PRODUCTS = 7  # of a tile: two forward; backward repeats one and adds four
+ATTENTION_PRODUCTS = 7  # per tile: two forward; backward repeats one and adds four
 SMALL_BUCKETS = 2  # scalars in fp32, gates in bf16; all-reduced
 PARTS = (
     "matmul",
@@ -80,7 +80,7 @@ def assumed(default: float, why: str):
 
 @dataclass(frozen=True)
 class Machine:
-    """A cluster of H100s with FlashAttention-2. Rates in FLOP/s or bytes/s, times in seconds."""
+    """Cluster of H100s with FlashAttention-2. Rates in FLOP/s or bytes/s, times in seconds."""
 
     square_flops: float = assumed(796e12, "H100: a large square product in bf16; 989e12 on paper")
     matmul_flops: float = assumed(683e12, "H100: products with the matrices, the MLP's with their relu^2")
@@ -125,8 +125,8 @@ class Machine:
     def ring(self, num_bytes: float, ranks: int, stride: int = 1) -> float:
         """Seconds of a reduce-scatter or all-gather of num_bytes over `ranks` GPUs that are `stride` apart.
 
-        A ring over whole nodes crosses each border by all network cards of the node; a ring over GPUs that
-        are a node apart crosses by one card.
+        A ring over whole nodes uses all network cards of a node; a ring over GPUs that are a node apart uses
+        one card.
         """
         if ranks == 1:
             return 0.0
@@ -151,7 +151,7 @@ class Slices(NamedTuple):
 
 @functools.cache
 def draw_slices(slice_tokens: int, m: Machine) -> Slices:
-    """Fill slices of this size with whole documents drawn at random, the same each time; the last is cut."""
+    """Fill slices of this size with random whole documents, the same each time; each slice's last is cut."""
     sigma = math.sqrt(2 * math.log(m.mean_doc_tokens / m.median_doc_tokens))
     drawn = np.random.default_rng(0).lognormal(math.log(m.median_doc_tokens), sigma, 20_000)
     pieces, filled, dropped = [], 0, 0
@@ -169,22 +169,22 @@ def draw_slices(slice_tokens: int, m: Machine) -> Slices:
 
 
 def owned(matrices: int, ranks: int) -> int:
-    """Number of matrices of one shape that a rank owns; the bucket is padded to as many on every rank."""
+    """Number of matrices of one shape per rank, padding included."""
     return math.ceil(matrices / ranks)
 
 
 def busy_share(matrices: int, ranks: int) -> float:
-    """Share of the ranks' update of one bucket that is real work, not padding or waiting."""
+    """Fraction of the ranks' time in a bucket's update that is real work, not padding or waiting."""
     return matrices / (ranks * owned(matrices, ranks))
 
 
 def padded_matrix_params(c, ranks: int) -> int:
-    """Numbers kept and sent for all buckets of matrices, padding included."""
+    """Number of entries stored and sent for all buckets of matrices, padding included."""
     return sum(owned(n, ranks) * ranks * math.prod(shape) for shape, n in matrix_shapes(c).items())
 
 
 class Bucket(NamedTuple):
-    """Seconds that the steps of one bucket take."""
+    """Seconds of each step of one bucket."""
 
     reduce_s: float
     update_s: float
@@ -203,7 +203,7 @@ def bucket_times(
 
 
 def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bool) -> list[Bucket]:
-    """List buckets in the trainers' order: on Adam's steps small ones and tables, then matrices by size."""
+    """List buckets in the trainers' order: small ones and tables (on Adam's steps), then matrices by size."""
     due = []
     overhead = m.bucket_kernels * m.launch_s
     if adam:
@@ -224,10 +224,10 @@ def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bo
 
 
 def optimizer_seconds(due: list[Bucket]) -> tuple[float, float]:
-    """Return (total seconds, seconds in which the GPU only waits for transfers).
+    """Return (total seconds, seconds that the GPU waits for transfers).
 
-    All reductions are queued first. A bucket is updated when it has arrived and is then gathered. The network
-    does one thing at a time.
+    All reductions are queued first. A bucket is updated when it has arrived, then gathered. The network does
+    one transfer at a time.
     """
     arrived = np.cumsum([b.reduce_s for b in due])
     now, network = 0.0, float(arrived[-1])
@@ -239,13 +239,13 @@ def optimizer_seconds(due: list[Bucket]) -> tuple[float, float]:
 
 
 def num_passes(batch_tokens: int, ranks: int, pass_tokens: int = MOST_TOKENS) -> int:
-    """Number of passes of a rank in a step, with slices stacked as TrainData does: at least one a pass."""
+    """Number of passes per rank and step, with slices stacked as in TrainData: at least one per pass."""
     slices = max(NUM_SLICES, ranks)
     return math.ceil(slices // ranks / max(1, pass_tokens * slices // batch_tokens))
 
 
 def attention_seconds(c, m: Machine, tokens: float, lengths, windows) -> float:
-    """Tiles, and as many again as the blocks of queries lose; then what is read and written beside them."""
+    """Seconds of the tiles computed, each query block's overhead in tiles, and memory traffic."""
     heads = c.num_heads * (c.num_layers - len(c.no_attention))
     keys = keys_per_token(c, lengths, windows, ATTENTION_TILE) + heads * ATTENTION_TILE * m.attention_tiles
     flop = ATTENTION_PRODUCTS * 2 * c.head_dim * keys
@@ -262,7 +262,7 @@ def step_seconds(
     shard_over: int | None = None,
     pass_tokens: int = MOST_TOKENS,
 ) -> dict[str, float]:
-    """Seconds of each of PARTS in a mean step; their sum is the step. ValueError if the ranks do not fit."""
+    """Seconds of each of PARTS, which sum to a mean step. ValueError if the ranks do not fit."""
     shard_over, slices = shard_over or ranks, max(NUM_SLICES, ranks)
     if slices % ranks or batch_tokens % slices or ranks % shard_over:
         raise ValueError(
@@ -272,7 +272,7 @@ def step_seconds(
     tokens, count = batch_tokens / ranks, num_passes(batch_tokens, ranks, pass_tokens)
     lengths = draw_slices(batch_tokens // slices, m).lengths
     forward, sizes = forward_flop(c, lengths, VOCAB, windows), table_sizes(c, VOCAB)
-    looked_up = sum(sizes.values()) - sizes.get("embed", 0)  # tied, the head is; else the embedding, as large
+    looked_up = sum(sizes.values()) - sizes.get("embed", 0)  # the head or, if untied, the embedding
     trained = num_matrix_params(c) + (looked_up if tied else sum(sizes.values()))
     parts = {
         "matmul": 3 * tokens * forward.matrices / m.matmul_flops,
@@ -285,7 +285,7 @@ def step_seconds(
         "gaps": count * m.gap_s,
     }
     launches = count * (c.num_layers * m.layer_kernels + m.pass_kernels) * m.launch_s
-    parts["launches"] = max(0.0, launches - sum(parts.values()))  # only what the GPU's work does not hide
+    parts["launches"] = max(0.0, launches - sum(parts.values()))  # only the part that GPU work does not hide
     parts.update(polar=0.0, updates=0.0, communication=0.0)
     for step in range(ADAM_EVERY):
         due = buckets_due(c, m, ranks, shard_over, step == 0, tied)
@@ -303,7 +303,7 @@ def step_seconds(
 
 
 class Preset(NamedTuple):
-    """A preset as it trains on GPUs: the model's config and the trainer's settings."""
+    """Preset on GPUs: the model's config and the trainer's settings."""
 
     name: str
     config: object
@@ -311,7 +311,7 @@ class Preset(NamedTuple):
 
     @property
     def steps(self) -> tuple[float, ...]:
-        """Steps of each stage; the last is the extension."""
+        """Number of steps of each stage; the last is the extension."""
         third = self.settings.num_scheduled_iterations / 3
         return third, third, third, self.settings.num_extension_iterations
 
@@ -326,7 +326,7 @@ def read_presets() -> dict[str, Preset]:
 
 
 def forecast_gib(p: Preset, ranks: int, shard_over: int) -> float:
-    """Forecast a rank's memory as the trainer does, with passes as large as helps."""
+    """Forecast a rank's memory as the trainer does, with the largest passes that still help."""
     slices = count_slices(p.settings, ranks), max(VAL_SLICES, ranks)
     sharing = SimpleNamespace(world_size=shard_over, device=torch.device("cpu"))
     memory = Memory(p.settings, p.config, VOCAB, *slices, sharing)
@@ -334,7 +334,7 @@ def forecast_gib(p: Preset, ranks: int, shard_over: int) -> float:
 
 
 class Run(NamedTuple):
-    """A whole schedule on `ranks` GPUs."""
+    """Whole schedule on `ranks` GPUs."""
 
     preset: str
     ranks: int
@@ -356,7 +356,7 @@ class Run(NamedTuple):
 
 
 def run_schedule(p: Preset, m: Machine, ranks: int, shard_over: int | None = None) -> Run:
-    """Time a whole schedule. shard_over: ranks that share one copy of the optimizer; None: all."""
+    """Model a whole schedule. shard_over: ranks that share one copy of the optimizer; None: all."""
     shard_over = min(shard_over or ranks, ranks)
     c, parts, tokens, flop, dropped = p.config, dict.fromkeys(PARTS, 0.0), 0.0, 0.0, 0.0
     for stage, (steps, batch) in enumerate(zip(p.steps, p.settings.batch_sizes)):
@@ -373,16 +373,16 @@ def run_schedule(p: Preset, m: Machine, ranks: int, shard_over: int | None = Non
 
 
 # ---------------------------------------------------------------------------------------------------
-# Steps that somebody has timed, and those that nobody has
+# Timed steps, and predictions
 # ---------------------------------------------------------------------------------------------------
 
 FA3 = {"attention_flops": 5 / 3 * Machine.attention_flops}  # assumed: its authors found 1.5 to 2 times FA2's
-H200 = {"memory_bytes": 4.8 / 3.35 * Machine.memory_bytes, "memory_gib": 139.8}  # the same share of its paper
+H200 = {"memory_bytes": 4.8 / 3.35 * Machine.memory_bytes, "memory_gib": 139.8}  # same fraction of paper
 MIX = {"mean_doc_tokens": 1690, "median_doc_tokens": 957}  # the text on which this project's steps were timed
 
 
 class Timed(NamedTuple):
-    """Milliseconds a step of gpt2-small on H100s, in the first stages."""
+    """Measured ms per step of gpt2-small on H100s, in the first stages."""
 
     what: str
     ranks: int
@@ -406,7 +406,7 @@ TIMED = (  # ours: records/2026-11-26_first_hour_h100; others: logs of the speed
 
 
 def modelled_ms(p: Preset, timed: Timed) -> np.ndarray:
-    """Model the milliseconds of the stages that were timed; head and embedding are tied in the first two."""
+    """Model the ms per step of the timed stages; head and embedding are tied in the first two."""
     m, c, ms = dataclasses.replace(Machine(), **timed.changes), p.config, []
     for stage in range(len(timed.ms)):
         batch, windows = p.settings.batch_sizes[stage], c.windows[stage]
@@ -426,7 +426,7 @@ def predictions(p: Preset) -> list[tuple[str, str, Run]]:
 
 
 def arithmetic_limit(c, flops: float) -> float:
-    """Tokens/s if only the products with matrices and head took time, all at this rate."""
+    """Tokens/s if only products with the matrices and the head took time, all at this rate."""
     return flops / (6 * (active_matrix_params(c) + padded_vocab(VOCAB) * c.width))
 
 
@@ -475,7 +475,7 @@ def parts_row(run: Run) -> list[str]:
 
 
 def sharding_row(c, ranks: int, shard_over: int) -> list[str]:
-    """Sharding of each bucket of matrices: matrices per rank, share of real work, total sent."""
+    """Describe each matrix bucket's sharding: matrices per rank, fraction of real work, total sent."""
     row = [str(ranks)]
     for n in matrix_shapes(c).values():
         row += [f"{owned(n, shard_over)}", f"{busy_share(n, shard_over):.0%}"]
@@ -483,7 +483,7 @@ def sharding_row(c, ranks: int, shard_over: int) -> list[str]:
 
 
 def stops_paying(runs: list[Run]) -> str:
-    """Describe the first doubling that does not pay."""
+    """Describe the first doubling of GPUs that does not pay."""
     for a, b in zip(runs, runs[1:]):
         gain = (a.seconds / b.seconds) ** (1 / math.log2(b.ranks / a.ranks))
         if gain < PAYS:

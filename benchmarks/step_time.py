@@ -6,24 +6,24 @@
     MODEL=tiny BATCH_SIZES=4096,4096,4096,4096 python benchmarks/step_time.py --script train_gpt.py
 
 Settings are the trainer's environment variables. The step is the trainer's own: its Trainer, TrainData, Ranks
-and evaluate, with the shards that a run would read. Nothing is written but --json.
+and evaluate, on the shards that a run would read. Nothing is written except --json.
 
-* Whole steps are timed without anything inside: in pairs of two, because Adam moves on every second step. The
-  parts come from other steps, on which the trainer's calls (data.next, forward, backward, optimizer.step, the
-  collectives and the waits for them) are wrapped: time belongs to the innermost call. So "communication" is
-  what is not hidden behind other work, waiting for slower ranks included. On CUDA all times are events on the
-  stream; nothing waits inside a step.
-* The ceiling is a square product in the type that the model computes in, on all ranks at once; on a CPU it is
-  taken again before every pair of steps, because other work on the machine comes and goes. Where the head's
-  products are in float8 (sm_89 and later), their FLOP count against it all the same.
-* FLOP are those of runtime/flops.py, with the documents' lengths of the batches that were timed.
-* A step that a validation follows also measures ORD's statistics; such a step is timed only where it falls
-  among the timed ones. Evaluation is timed on one validation batch and on two, and what the second adds is
-  taken for every further one: reading the shards and finding the documents happens once a validation, not
-  once a batch. The last validation's longer windows are not timed apart.
-* --ord interleaves both trainers in one process, pair by pair in changing order, on the same tokens: the
-  median of the paired ratios with the interval of the order statistics (no assumption on the noise). What ORD
-  costs on a GPU depends on its settings: it says whether they take the fused kernels or plain torch.
+* Whole steps are timed without instrumentation, in pairs, because Adam moves on every second step. The parts
+  come from other steps, in which the trainer's calls (data.next, forward, backward, optimizer.step, the
+  collectives and the waits for them) are wrapped; time counts for the innermost call. So "communication" is
+  what no other work hides, including waits for slower ranks. On CUDA all times are events on the stream;
+  nothing synchronizes inside a step.
+* The ceiling is the rate of a square product in the model's dtype, on all ranks at once. On a CPU it is
+  measured again before every pair of steps, because the machine's other load varies. FLOP of a float8 head
+  (sm_89 and later) count against the same ceiling.
+* FLOP are those of runtime/flops.py, with the document lengths of the timed batches.
+* A step before a validation also measures ORD's statistics; it is timed only if it is among the timed steps.
+  Evaluation is timed on one and on two validation batches, and each further batch counts as much as the
+  second one adds: reading the shards and finding the documents happens once per validation. The last
+  validation's longer windows are not timed separately.
+* --ord interleaves both trainers in one process, pair by pair in alternating order, on the same tokens. It
+  reports the median of the paired ratios with a confidence interval from order statistics (no assumption
+  about the noise), and whether ORD's settings use the fused kernels or plain torch.
 """
 
 import argparse
@@ -63,7 +63,7 @@ TWINS = ("train_gpt", "train_gpt_muon_ord")
 
 
 class Parts:
-    """Time by part: what passes between two marks belongs to the innermost wrapped call under way."""
+    """Time by part: the time between two marks counts for the innermost wrapped call."""
 
     def __init__(self, clock: Timer):
         self.clock, self.on, self.stack, self.marks = clock, False, [], []
@@ -92,7 +92,7 @@ class Parts:
         return timed
 
     def wrap_collective(self, function):
-        """A collective of Ranks: its start counts, and so does waiting for what it returns."""
+        """Wrap a collective of Ranks: both its start and the wait for its result count."""
 
         def timed(*args, **kwargs):
             with self.part("communication"):
@@ -103,7 +103,7 @@ class Parts:
 
     @contextlib.contextmanager
     def recording(self):
-        """Everything inside is recorded; what no wrapped call covers is 'other'."""
+        """Record what runs inside; time outside wrapped calls is 'other'."""
         self.on, backward = True, torch.Tensor.backward
         torch.Tensor.backward = self.wrap("backward", backward)
         try:
@@ -113,12 +113,12 @@ class Parts:
             torch.Tensor.backward, self.on = backward, False
 
     def take(self) -> list:
-        """Marks recorded since the last call, for spent()."""
+        """Return the marks recorded since the last call, for spent()."""
         marks, self.marks = self.marks, []
         return marks
 
     def spent(self, marks: list) -> dict[str, float]:
-        """ms of each part; after clock.sync()."""
+        """Return the ms of each part; call clock.sync() first."""
         spent = dict.fromkeys(PARTS, 0.0)
         for (start, name), (end, _) in zip(marks, marks[1:]):
             if name is not None:
@@ -127,7 +127,7 @@ class Parts:
 
 
 class Waited:
-    """A collective under way whose wait() counts as communication."""
+    """Collective in flight whose wait() counts as communication."""
 
     def __init__(self, work, parts: Parts):
         self.work, self.wait = work, parts.wrap("communication", work.wait)
@@ -142,7 +142,7 @@ class Waited:
 
 
 class Timed:
-    """One trainer with its data, stepped as its own train() does, its calls wrapped from outside."""
+    """Trainer with its data, stepped like its own train(), with its calls wrapped from outside."""
 
     def __init__(self, module, s, o, config, shards, ranks):
         self.module, self.s, self.o, self.config, self.ranks = module, s, o, config, ranks
@@ -163,12 +163,12 @@ class Timed:
         self.next_batches = parts.wrap("data", self.data.next)
 
     def close(self):
-        """Give the module its plain functions back."""
+        """Restore the module's plain functions."""
         self.forms.close()
 
     @contextlib.contextmanager
     def wrapped_collectives(self):
-        """Wrap the collectives while this trainer is recorded, no longer: twins share one Ranks.
+        """Wrap the collectives only while this trainer is recorded, because twins share one Ranks.
 
         Instance attributes shadow the methods.
         """
@@ -182,7 +182,7 @@ class Timed:
                 delattr(self.ranks, name)
 
     def steps_of(self, stage: int) -> range:
-        """The stage's steps; those with the embedding untied, if it is untied in this stage."""
+        """Steps of the stage; if the embedding is untied in it, only those after that."""
         steps = [i for i in range(self.schedule.num_steps) if self.schedule.stage(i) == stage]
         if not steps:
             return range(0)
@@ -190,7 +190,7 @@ class Timed:
         return range(untie + 1 if untie in steps[:-2] else steps[0], steps[-1] + 1)
 
     def enter(self, stage: int):
-        """Enter a stage later than the last one; steps in between are skipped, except for the untying."""
+        """Enter a later stage; of the steps skipped in between, only the untying is done."""
         self.steps, self.at = self.steps_of(stage), 0
         first, untie = self.steps[0], self.schedule.untie_step
         if untie is not None and self.entered <= untie < first:
@@ -198,17 +198,17 @@ class Timed:
         self.trainer.enter(first)
         self.entered = first
         self.flush()
-        self.data.coming = None  # read for the stage before, at its batch size
+        self.data.coming = None  # prefetched at the previous stage's batch size
 
     def flush(self):
-        """Read the loss that was summed over the ranks, on a GPU a step late: as a run does."""
+        """Read the loss summed over the ranks, on a GPU a step late, as in a run."""
         if self.pending:
             (total, mark), self.pending = self.pending, None
             mark.wait()
             total.item()
 
     def step(self):
-        length = len(self.steps) - len(self.steps) % 2 or 1  # steps that repeat keep their parity
+        length = len(self.steps) - len(self.steps) % 2 or 1  # repeated steps keep their parity
         step = self.steps[self.at % length]
         self.at += 1
         tokens, stage = self.schedule.batch_tokens(step), self.schedule.stage(step)
@@ -217,7 +217,7 @@ class Timed:
         total = self.trainer.step(step, batches)
         self.flush()
         work = self.ranks.all_reduce(total)
-        if self.clock.cuda:  # copied now: a copy asked for later would stand in line behind the next step
+        if self.clock.cuda:  # copy now; later it would queue behind the next step
             work.wait()
             total, work = total.to("cpu", non_blocking=True), RecordedEvent()
         self.pending = total, work
@@ -225,7 +225,7 @@ class Timed:
             self.flush()
 
     def pair(self, recorded: bool):
-        """Two steps; marks around them."""
+        """Run two steps; return the marks before and after them."""
         with contextlib.ExitStack() as stack:
             if recorded:
                 stack.enter_context(self.wrapped_collectives())
@@ -236,7 +236,7 @@ class Timed:
             return start, self.clock.mark()
 
     def evaluation_ms(self) -> float:
-        """One whole validation, from one batch of it and from two."""
+        """Extrapolate a whole validation from one batch and from two."""
         if self.clock.cuda or self.s.compile == "1":
             self.evaluate_ms(1)  # compiles
         num_batches = self.s.val_tokens // self.s.val_batch_tokens
@@ -244,7 +244,7 @@ class Timed:
         return one if num_batches == 1 else one + (num_batches - 1) * max(0.0, self.evaluate_ms(2) - one)
 
     def evaluate_ms(self, num_batches: int) -> float:
-        """The trainer's own evaluation of so many batches."""
+        """Time the trainer's own evaluation of this many batches."""
         windows, trainer = self.schedule.windows(self.trainer.stage), self.trainer
         self.clock.sync()
         start = time.perf_counter()
@@ -268,9 +268,9 @@ class Timed:
 
 
 def build(script: str, env: dict, ranks=None) -> Timed:
-    """The trainer of this script under these settings. ranks: the process's, if it has them already."""
+    """Build a script's trainer with these settings. ranks: the process's Ranks, if it has one already."""
     module = importlib.import_module(script)
-    if script == TWINS[0]:  # it refuses the other's settings
+    if script == TWINS[0]:  # it refuses the other twin's settings
         env = {k: v for k, v in env.items() if not k.startswith(("SPECTRAL_", "ORD_"))}
     s, o, config = module.read_settings(env)
     ranks = ranks or Ranks(s.device)
@@ -289,13 +289,13 @@ def ceiling(timed: Timed, repeats: int) -> float:
 
 
 def measure_stage(timed: Timed, stage: int, steps: int, evaluate: bool = True) -> dict:
-    """Whole steps and parts of one stage (0 is the first), in ms a step of this rank; one validation."""
+    """Time whole steps, parts and a validation of one stage (0 is the first), in ms per step of this rank."""
     clock, pairs, whole, parts_ms, rates = timed.clock, max(1, -(-steps // 2)), [], [], []
     timed.enter(stage)
     for _ in range(WARM_PAIRS):
         timed.pair(recorded=False)
     timed.seen = []
-    if clock.cuda:  # in a row, so that the GPU never waits for the start of a pair
+    if clock.cuda:  # back to back, so that the GPU never idles between pairs
         rates.append(ceiling(timed, 20))
         whole = [timed.pair(recorded=False) for _ in range(pairs)]
         for _ in range(pairs):
@@ -346,7 +346,7 @@ def step_key(timed: Timed, stage: int) -> tuple:
 
 
 def measure(timed: Timed, stages: list[int], steps: int, say) -> list[dict]:
-    """A result for each stage; one that equals an earlier one is not timed again."""
+    """Measure each stage; one whose steps equal an earlier one's is not timed again."""
     results, done = [], {}
     for stage in stages:
         key = step_key(timed, stage)
@@ -360,7 +360,7 @@ def measure(timed: Timed, stages: list[int], steps: int, say) -> list[dict]:
 
 
 def whole_schedule(timed: Timed, results: list[dict]) -> dict | None:
-    """Minutes of all steps and validations, and the shares of all the time; None if a stage was not timed."""
+    """Minutes of all steps and validations, and each part's share; None if a stage was not timed."""
     schedule, by_stage = timed.schedule, {r["stage"] - 1: r for r in results}
     of_step = [schedule.stage(i) for i in range(schedule.num_steps)]
     if not set(of_step) <= set(by_stage):
@@ -398,7 +398,7 @@ def whole_schedule(timed: Timed, results: list[dict]) -> dict | None:
 def median_interval(values, confidence: float = 0.95) -> dict:
     """Median with the narrowest interval of order statistics that has this coverage for any distribution.
 
-    Too few values give the smallest and the largest, and the coverage that these have.
+    With too few values, it is the smallest and the largest, with their coverage.
     """
     x = np.sort(np.asarray(values, dtype=float))
     n = len(x)
@@ -413,7 +413,7 @@ def median_interval(values, confidence: float = 0.95) -> dict:
 
 
 def time_twins(env: dict, ranks: Ranks | None, stages: list[int], pairs: int) -> list[dict]:
-    """Build both trainers and compare them in each stage. ranks: as for build()."""
+    """Build both trainers and compare them in each stage. ranks: see build()."""
     twins = []
     with contextlib.ExitStack() as stack:
         for script in TWINS:
@@ -424,7 +424,7 @@ def time_twins(env: dict, ranks: Ranks | None, stages: list[int], pairs: int) ->
 
 
 def compare_twins(twins: list[Timed], stage: int, pairs: int) -> dict:
-    """train_gpt_muon_ord.py over train_gpt.py: pairs of steps of both, one after the other."""
+    """Compare train_gpt_muon_ord.py with train_gpt.py, in alternating pairs of steps."""
     for twin in twins:
         twin.enter(stage)
         for _ in range(WARM_PAIRS):
@@ -556,7 +556,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def choose_stages(timed: Timed, text: str | None) -> list[int]:
-    """Stages from 0, in order; those that have steps unless the user says which."""
+    """Stages to time, from 0: as the user says, else all that have steps."""
     having = [i for i in range(timed.module.NUM_STAGES) if len(timed.steps_of(i))]
     try:
         chosen = sorted({int(part) - 1 for part in text.split(",")}) if text else having
@@ -571,8 +571,8 @@ def choose_stages(timed: Timed, text: str | None) -> list[int]:
 
 
 def run(args, env: dict) -> tuple[dict, object]:
-    """Return everything that --json gets, and the process's Ranks."""
-    choose_allocator()  # as a run does
+    """Return the result for --json, and the process's Ranks."""
+    choose_allocator()  # as in a run
     timed = build(Path(args.script).stem, env)
     ranks = timed.ranks
     say = print if ranks.rank == 0 else lambda text: None
@@ -598,7 +598,7 @@ def run(args, env: dict) -> tuple[dict, object]:
         distinct = [r["stage"] - 1 for r in result["stages"] if "same_as" not in r]
         timed.flush()
         timed.close()
-        del timed  # its memory, for the two; hooks and their optimizer are a cycle
+        del timed  # free its memory; hooks and their optimizer are a cycle
         gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -611,7 +611,7 @@ def run(args, env: dict) -> tuple[dict, object]:
 
 
 def main(argv: list[str], env=os.environ) -> int:
-    """Exit code: 0, or 2 for settings and options that cannot be used."""
+    """Return exit code 0, or 2 for unusable settings or options."""
     args, env = parse(argv), dict(env)
     try:
         result, ranks = run(args, env)

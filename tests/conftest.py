@@ -1,5 +1,4 @@
-"""The scripts are plain files at the repository's root; the tests import them from there, never from
-elsewhere."""
+"""Make tests import the scripts, plain files at the repository's root, from there and nowhere else."""
 
 import os
 import signal
@@ -31,7 +30,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    """A folder with made-up shards for whole runs."""
+    """Folder with made-up shards for whole runs."""
     from helpers import make_chain, write_shard
 
     folder = tmp_path_factory.mktemp("shards")
@@ -42,7 +41,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with two stand-ins, which differ as the twins do, and nothing of ours in the environment."""
+    """Folder with two stand-ins that differ like the twins, and a clean environment."""
     from launches import STAND_IN, alive
 
     from analysis.trainers import read_trainer
@@ -67,14 +66,14 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def launch(place, monkeypatch, capsys):
-    """The launcher's main, in this process: its exit code and output."""
+    """Function that runs the launcher's main in this process; returns its exit code and output."""
     import launch_lr_sweep as launcher
     from analysis.processes import processes_of
 
-    # at its end the launcher stops all that descends from this process; what was there before is the tests'
+    # at exit the launcher stops all descendants of this process, but must spare those from before
     before = processes_of(set(), [os.getpid()])
     monkeypatch.setattr(launcher, "processes_of", lambda *wanted: processes_of(*wanted) - before)
-    # else the orphans of later tests would be ours, and nobody would take their exit codes
+    # else this process adopts the orphans of later tests and nobody reaps them
     monkeypatch.setattr(launcher, "adopt_orphans", lambda: None)
     monkeypatch.setattr(launcher, "POLL_S", 0.02)
 

@@ -1,8 +1,7 @@
-"""Run trainers by forking a process that has torch: importing it takes more than a second.
+"""Run trainers by forking a process that has imported torch, which saves more than a second each.
 
-What only a new interpreter sees is not tested so: PYTHON* variables, another hash seed, OMP_NUM_THREADS (read
-when torch was imported; conftest.py sets it to 1). Runs that are disturbed (jobs.Job), and those of torchrun,
-are started the usual way.
+This cannot test what only a new interpreter reads: PYTHON* variables, the hash seed, OMP_NUM_THREADS (read
+on importing torch; conftest.py sets it to 1). Disturbed runs (jobs.Job) and torchrun are started normally.
 """
 
 import multiprocessing
@@ -18,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch"])
-PATIENCE_S = 300  # ends of waiting loops: far beyond what a busy machine takes
+PATIENCE_S = 300  # timeout of waiting loops: far longer than a busy machine needs
 
 
 def free_port() -> int:
@@ -32,7 +31,7 @@ def become(script: str, cwd: Path, env: dict[str, str], outputs: list[Path]):
     for descriptor, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     os.chdir(cwd)
-    sys.modules.pop(__name__)  # no source of the run, which its log would list
+    sys.modules.pop(__name__)  # else the run's log lists it as a source
     os.environ.clear()
     os.environ.update(env)
     ours = {"", *(str(ROOT / folder) for folder in (".", "benchmarks", "tests", "tests/offgpu"))}
@@ -41,10 +40,10 @@ def become(script: str, cwd: Path, env: dict[str, str], outputs: list[Path]):
 
 
 def run_forked(cwd: Path, script: str, env: dict[str, str], ranks: int) -> subprocess.CompletedProcess:
-    """Run a script to its end, on ranks with torchrun's variables; ranks=0: without them.
+    """Run a script to its end, on `ranks` ranks with torchrun's variables; ranks=0: without them.
 
-    No restarts, no signals passed on. The exit code is the largest of the ranks'; death by a signal counts as
-    the signal's number. Raises TimeoutExpired after PATIENCE_S.
+    No restarts; no signals are forwarded. The exit code is the largest of the ranks'; a death by signal
+    counts as the signal's number. Raises TimeoutExpired after PATIENCE_S.
     """
     envs = [env]
     if ranks:

@@ -1,5 +1,5 @@
-"""What the trainers' tests share: settings, made-up shards, whole runs in processes of their own, ranks
-without processes, parameters without a model."""
+"""Helpers of the trainers' tests: settings, made-up shards, whole runs in their own processes, ranks without
+processes, parameters without a model."""
 
 import contextlib
 import dataclasses
@@ -38,17 +38,17 @@ HEADER = [20240520, 1]  # magic and version of a shard
 
 
 def read(trainer, **env):
-    """(Settings, OptimizerSettings, ModelConfig) of an environment that holds only `env`, on the CPU."""
+    """Read (Settings, OptimizerSettings, ModelConfig) from an environment of only `env`, on the CPU."""
     return trainer.read_settings({"DEVICE": "cpu", "MODEL": "tiny", **{k: str(v) for k, v in env.items()}})
 
 
 def optimizer_settings(trainer, **env):
-    """The optimizer's, over the speedrun's defaults."""
+    """Read the optimizer's settings, over the speedrun's defaults."""
     return read(trainer, **{"MODEL": "gpt2-small", **env})[1]
 
 
 def write_shard(path, tokens, vocab_size=BYTES_VOCAB, magic=HEADER[0], version=HEADER[1], count=None):
-    """A shard file; wrong on purpose where asked. vocab_size 0 is a public GPT-2 shard."""
+    """Write a shard file, with errors on request. vocab_size 0 is a public GPT-2 shard."""
     header = np.zeros(256, dtype="<i4")
     header[:4] = magic, version, len(tokens) if count is None else count, vocab_size
     path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
@@ -56,14 +56,14 @@ def write_shard(path, tokens, vocab_size=BYTES_VOCAB, magic=HEADER[0], version=H
 
 
 def make_tokens(lengths, seed=0, vocab_size=BYTES_VOCAB, mark=MARK):
-    """Documents of these lengths, mark included, of random other tokens."""
+    """Make documents of random tokens with these lengths, mark included."""
     tokens = np.random.default_rng(seed).integers(1, vocab_size, sum(lengths))
     tokens[np.cumsum([0, *lengths[:-1]])] = mark
     return tokens.astype(np.uint16)
 
 
 def make_text(num_tokens, seed=0, longest=200, predictable=0.9):
-    """Learnable documents: mostly, a token is the one before it plus 7."""
+    """Make learnable documents: mostly, a token is its predecessor plus 7."""
     rng = np.random.default_rng(seed)
     out = []
     while len(out) < num_tokens:
@@ -77,7 +77,7 @@ def make_text(num_tokens, seed=0, longest=200, predictable=0.9):
 
 
 def make_chain(num_tokens: int, seed: int) -> np.ndarray:
-    """Documents of a first-order Markov chain over bytes, four successors each: learned in a few steps."""
+    """Make documents of a Markov chain over bytes, four successors each: learned in a few steps."""
     rng = np.random.default_rng(seed)
     table = np.random.default_rng(0).integers(1, 256, (256, 4))
     tokens, choices, state = np.empty(num_tokens, dtype=int), rng.integers(0, 4, num_tokens), 1
@@ -88,7 +88,7 @@ def make_chain(num_tokens: int, seed: int) -> np.ndarray:
 
 
 def base_env(shards: Path, **settings) -> dict:
-    """The environment of a 14-step run of the tiny preset on made shards; nothing leaks in from outside."""
+    """Environment of a 14-step run of the tiny preset on made shards, isolated from ours."""
     keep = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG")
     env = {k: v for k, v in os.environ.items() if k in keep}
     env.update(
@@ -111,7 +111,7 @@ def base_env(shards: Path, **settings) -> dict:
 
 
 def run(cwd: Path, script: str, env: dict, ranks: int = 1, extra: tuple = ()) -> subprocess.CompletedProcess:
-    """One run in folder cwd: forked, or started by torchrun if `extra` has options for it."""
+    """Run a script in folder cwd: forked, or by torchrun if `extra` has options for it."""
     if not extra:
         return run_forked(cwd, str(ROOT / script), env, ranks)
     argv = command(script, ranks, extra)
@@ -119,7 +119,7 @@ def run(cwd: Path, script: str, env: dict, ranks: int = 1, extra: tuple = ()) ->
 
 
 def command(script: str, ranks: int, extra: tuple = ()) -> list[str]:
-    """Start by torchrun; ranks=0 is plain python without it."""
+    """Command that starts a script by torchrun, or with ranks=0 by plain python."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", *(extra or ("--standalone",)))
     return [
         *(torchrun if ranks else ()),
@@ -135,7 +135,7 @@ def losses(cwd: Path, run_id: str, kind: str = "val_loss") -> list[float]:
 
 
 def train(cwd, shards, run_id, script=BASELINE, ranks=0, **settings) -> tuple[list[float], list[float]]:
-    """(validation losses, training losses) of a finished run."""
+    """Run a script to its end; return (validation losses, training losses)."""
     done = run(cwd, script, base_env(shards, RUN_ID=run_id, **settings), ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "event:finished" in (cwd / "logs" / f"{run_id}.txt").read_text()
@@ -160,7 +160,7 @@ def slopes(values: dict[str, np.ndarray], loss, size: float):
 
 
 def lone_ranks(rank=0, world_size=1):
-    """Ranks of this process alone, without a process group.
+    """Make the Ranks of a single process, without a process group.
 
     With world_size > 1 it behaves as one of several ranks whose gradients are all zero but its own: so one
     process can compute any rank's share.
@@ -183,7 +183,7 @@ MATRIX_NAMES = (".q", ".k", ".v", ".o", ".up", ".down")
 
 
 def small_config(trainer, **changes):
-    """Every feature of the speedrun's model at once, as small as it gets."""
+    """Make a minimal config with every feature of the speedrun's model."""
     return trainer.ModelConfig(
         **{
             **dict(
@@ -211,8 +211,7 @@ def small_config(trainer, **changes):
 
 
 def shortened(preset: str):
-    """The preset's config with three layers (of the speedrun's, one without attention), and few rows of the
-    n-gram table."""
+    """Cut the preset's config to three layers (the speedrun's: one without attention) and few n-gram rows."""
     config, _ = train_gpt.PRESETS[preset]
     if not config.skip:
         return dataclasses.replace(config, num_layers=3, long_layers=(0, 1, 2))
@@ -230,7 +229,7 @@ def shortened(preset: str):
 
 
 def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_scale=1.0, **changes):
-    """A GPT of small_config with freshly drawn weights."""
+    """Make a GPT of small_config with freshly drawn weights."""
     model = trainer.GPT(small_config(trainer, **changes), vocab_size, "sdpa", residual_scale)
     model.float8_head = float8_head
     model.init_weights(torch.Generator().manual_seed(seed))
@@ -239,13 +238,13 @@ def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_sca
 
 
 def make_optimizer(trainer, model, o, num_steps=200, ranks=None):
-    """An Optimizer, uncompiled; alone unless `ranks` says otherwise. 200 steps: the last 50 are different."""
+    """Make an uncompiled Optimizer, by default for one rank. 200 steps, the last 50 of which differ."""
     return trainer.Optimizer(model, o, ranks or lone_ranks(), num_steps, not_compiled)
 
 
 @contextlib.contextmanager
 def cpu_forms(trainer):
-    """The trainer with the fast forms that a run on a CPU takes; all of them must fit."""
+    """Install the fast forms of a CPU run; all of them must fit."""
     s, o, _ = read(trainer)
     with fast_forms.installed(trainer, s, o) as (names, warnings):
         assert len(names) == len(fast_forms.CPU_FORMS) and not warnings
@@ -254,7 +253,7 @@ def cpu_forms(trainer):
 
 @contextlib.contextmanager
 def triton_forms(trainer, o=None):
-    """The trainer with the fast forms that a run on a GPU takes with these settings of the optimizer."""
+    """Install the fast forms of a GPU run with these optimizer settings."""
     s, defaults, _ = read(trainer)
     s = dataclasses.replace(s, kernels="triton")
     with fast_forms.installed(trainer, s, o or defaults) as (names, warnings):
@@ -278,6 +277,6 @@ class Params:
         return self.params[name].detach().double().numpy()
 
     def add_grads(self, grads: dict):
-        """Add gradients, as backward does, to those that the optimizer has not cleared."""
+        """Accumulate gradients like backward, onto those that the optimizer has not cleared."""
         for name, grad in grads.items():
             self.params[name].grad += torch.as_tensor(grad).to(self.params[name].dtype)

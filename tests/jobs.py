@@ -1,4 +1,4 @@
-"""Runs in the background that faults are done to, and what their logs say; for test_faults.py and soak.py."""
+"""Background runs for injecting faults, and readers of their logs; for test_faults.py and soak.py."""
 
 import contextlib
 import os
@@ -15,8 +15,8 @@ from kernels import fast_forms
 from runtime import supervise
 from runtime.supervise import process_state
 
-# A trainer whose ranks stop before the update that follows `steps[0]` updates, so that a fault comes exactly
-# there, however busy the machine is. Workers of torchrun's n-th restart stop at steps[n], if there is one.
+# A trainer whose ranks stop after `steps[0]` updates, so that a fault hits exactly there, however busy the
+# machine is. Workers of torchrun's n-th restart stop at steps[n], if there is one.
 PAUSING = """
 import os, signal, sys
 
@@ -40,7 +40,7 @@ sys.exit(supervise.main(trainer, sys.argv[1:]))
 
 
 def refusal(trainer, env: dict, capsys) -> str:
-    """The message of a run that is refused, in this process and folder, with exit code 2."""
+    """Run the trainer in this process and folder; it must exit with 2. Returns the message."""
     capsys.readouterr()
     assert supervise.main(trainer, [], env) == 2
     said = capsys.readouterr().err
@@ -50,7 +50,7 @@ def refusal(trainer, env: dict, capsys) -> str:
 
 @contextlib.contextmanager
 def run_here(trainer, env: dict):
-    """The beginning of a run in this process and folder, as Supervisor makes it; yields its Start.
+    """Begin a run in this process and folder, as Supervisor does; yields its Start.
 
     The log has its header, and the fast forms are in place.
     """
@@ -62,16 +62,16 @@ def run_here(trainer, env: dict):
 
 
 def heed_signals():
-    """Undo what tests started in the background or by nohup pass on: that these signals are ignored."""
+    """Reset signals that background shells and nohup make their children ignore."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 class Job:
-    """A run in the background, in a session of its own, whose log can be waited for.
+    """Background run in its own session, with methods that wait for its log.
 
-    pause_at: every rank stops (SIGSTOP) after that many updates, the first number at first, the next after
-    torchrun's first restart, and so on; see wait_until_paused() and go_on().
+    pause_at: number of updates after which every rank stops (SIGSTOP): first, after torchrun's first restart,
+    and so on; see wait_until_paused() and go_on().
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Job:
         """Poll until the condition holds; AssertionError if the run ends first."""
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
-            over = self.process.poll() is not None  # asked first: its last words count
+            over = self.process.poll() is not None  # before the check, so that its last output counts
             if condition():
                 return
             if over:
@@ -137,7 +137,7 @@ class Job:
                 os.kill(pid, signal.SIGCONT)
 
     def ranks(self) -> dict[int, int]:
-        """Process of each of this run's living workers, by rank."""
+        """PIDs of this run's living workers, by rank."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -154,7 +154,7 @@ class Job:
         return found
 
     def end(self, seconds: float = PATIENCE_S) -> int:
-        """Wait for the exit code; afterwards no process of the run may be left."""
+        """Wait for the exit code and assert that no process of the run is left."""
         code = self.process.wait(seconds)
         end = time.monotonic() + PATIENCE_S  # a worker without its launcher finishes its step and saves
         while self.ranks() and time.monotonic() < end:
@@ -163,16 +163,16 @@ class Job:
         return code
 
     def kill(self):
-        """Kill everything at once, as the machine's end does."""
+        """Kill everything at once, as if the machine died."""
         os.killpg(self.process.pid, signal.SIGKILL)
         for pid in self.ranks().values():
-            with contextlib.suppress(ProcessLookupError):  # torchrun's own end may take it along
+            with contextlib.suppress(ProcessLookupError):  # torchrun may have killed it
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
 def lines(log: Path) -> dict[int, list[str]]:
-    """Lines of each step, without times and memory; of steps done twice, those after the run was resumed."""
+    """Lines of each step without times and memory; of repeated steps, those written after resuming."""
     out, keep = {}, re.compile(r"^(?:step:(\d+)/\d+ (.*)|event:resumed step:(\d+) .*)$", re.M)
     for step, rest, resumed in keep.findall(log.read_text()):
         if resumed:

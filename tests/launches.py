@@ -1,4 +1,4 @@
-"""What the tests of sweep files and of the launcher share."""
+"""Helpers of the tests of sweep files and of the launcher."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ SPECTRAL_LR_MUL = 0.1
 
 
 def with_env(line):
-    """TWO_ARMS with another line in its [env]."""
+    """Return TWO_ARMS with another line in its [env]."""
     return TWO_ARMS.replace("LR_MULS = [1, 1.52]", line)
 
 
@@ -34,12 +34,12 @@ def sweep_file(text, name="trial"):
 
 
 def planned(sweep):
-    """The sweep's manifest after planning, and why each run must be made."""
+    """Plan the sweep: its manifest, and why each run must be made."""
     opened = open_manifest(sweep)
     return opened, plan(sweep, opened)
 
 
 def alive(folder):
-    """Processes that run in a folder: what a launcher may have left behind."""
+    """List processes that run in a folder, such as those a launcher left behind."""
     found = {process.pid for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(folder)}
     return found - {os.getpid()}

@@ -1,4 +1,4 @@
-"""Logs as the trainers write them, for the tests of the tools: invented numbers, the real format."""
+"""Logs for the tests of the tools: invented numbers in the trainers' format."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 
 SEPARATOR = "=" * 100
 
-# The head of a log is source code; everything in here that looks like a log line is not one.
+# A log begins with source code; nothing in it that looks like a log line is one.
 SOURCE = '''"""Trains a GPT. The log looks like this:
 step:50/1600 val_loss:0.00001 train_time:3100ms step_avg:62.00ms lr_mul:1.0000
 step:51/1600 train_loss:0.00001 train_time:3162ms step_avg:62.00ms
@@ -35,14 +35,14 @@ class Model:
 
 
 def loss_at(step, num_steps, final=3.27, start=10.8):
-    """A plausible loss: falls fast, then slowly, then with the cooldown; `final` at the end."""
+    """Return a plausible loss: falls fast, then slowly, then with the cooldown, to `final`."""
     share = np.asarray(step) / num_steps
     shape = 0.75 * np.exp(-share * 40) + 0.2 * np.exp(-share * 8) + 0.05 * (1 - share)
     return final + (start - final) * shape
 
 
 def config_line(run_id, seed, settings, num_steps):
-    """The `config:` line of a run; `settings` override the defaults."""
+    """Return the `config:` line of a run; `settings` override the defaults."""
     config = {
         "run_id": run_id,
         "seed": seed,
@@ -65,7 +65,7 @@ def config_line(run_id, seed, settings, num_steps):
 def header(
     run_id="run", seed=1, settings=None, num_steps=1600, script="train_gpt_muon_ord.py", source=SOURCE
 ):
-    """Source, separator, configuration, start event, separator."""
+    """Return a log's header: source, separator, configuration, start event, separator."""
     return "\n".join(
         [
             source + SEPARATOR,
@@ -86,7 +86,7 @@ def hash_of(source):
 def step_lines(
     seed=1, num_steps=1600, val_every=50, final=3.27, begin=0, end=None, layers=11, ms=62.0, spec=True, last=0
 ):
-    """The step lines of one run from `begin` to `end`, both included (default: all of it).
+    """Return the step lines of one run from `begin` to `end`, both included (default: all).
 
     Validations every `val_every` steps, and every 10 in the `last` steps.
     """
@@ -120,7 +120,7 @@ def step_lines(
 
 
 def make_log(run_id="run", seed=1, settings=None, num_steps=1600, end_event="event:finished", **kwargs):
-    """A whole log of ours; `kwargs` as for `step_lines`, `script` and `source` as for `header`."""
+    """Return a whole log; `kwargs` as for `step_lines`, `script` and `source` as for `header`."""
     head = {key: kwargs.pop(key) for key in ("script", "source") if key in kwargs}
     text = header(run_id, seed, settings, num_steps, **head) + step_lines(seed, num_steps, **kwargs)
     return text + (end_event + "\n" if end_event else "")

@@ -1,11 +1,11 @@
-"""Runs that are killed, stopped, hung and corrupted at random, as long as you like. Not part of ./test.sh.
+"""Kill, stop, hang and corrupt runs at random, for as long as you like. Not part of ./test.sh.
 
     .venv/bin/python tests/soak.py --minutes 60 --seed 1 --out soak.json
 
-Every run has an undisturbed twin (same settings, same number of ranks). Faults come at random moments;
-after each the run is resumed with RESUME=auto, sometimes on another number of ranks, or torchrun restarts it.
-At the end every run must have finished, with every loss equal to its twin's: digit for digit if the number of
-ranks never changed, else within 5e-3 (60 steps amplify roundings). Exit code 1 if any did not.
+Every run has an undisturbed twin (same settings, same number of ranks). After each fault, at a random
+moment, the run is resumed with RESUME=auto, sometimes on another number of ranks, or restarted by torchrun.
+Every run must finish with its twin's losses: equal in every digit if the number of ranks never changed, else
+within 5e-3 (60 steps amplify roundings). Exit code 1 if any does not.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Disturbed:
     difference: float = float("nan")
 
 
-# Faults. Each is done to a living job and returns whether the job must be started anew.
+# Faults. Each acts on a living job and returns whether the job must be restarted.
 
 
 def kill_all(job: Job, rng) -> bool:
@@ -81,7 +81,7 @@ def kill_rank(job: Job, rng) -> bool:
 
 
 def kill_launcher(job: Job, rng) -> bool:
-    """Kill torchrun: the workers notice, save and stop by themselves."""
+    """Kill torchrun: the workers notice, save and stop on their own."""
     wake(job)
     job.process.kill()
     job.end()
@@ -100,14 +100,14 @@ def stop_rank(job: Job, rng) -> bool:
     awake = [pid for pid in job.ranks().values() if process_state(pid) == "alive"]
     for pid in rng.sample(awake, 1) if awake else ():
         signal_to(pid, signal.SIGSTOP)
-        if len(awake) < 2:  # nobody else is there to notice
+        if len(awake) < 2:  # no other rank is there to notice
             time.sleep(1)
             signal_to(pid, signal.SIGCONT)
     return False
 
 
 def pause(job: Job, rng) -> bool:
-    """Hang all ranks for less than DIST_TIMEOUT: nothing may happen."""
+    """Hang all ranks for less than DIST_TIMEOUT, which must have no effect."""
     pids = list(job.ranks().values())
     for number, seconds in ((signal.SIGSTOP, rng.uniform(0.2, 3)), (signal.SIGCONT, 0)):
         for pid in pids:
@@ -136,9 +136,9 @@ def flip_bit(job: Job, rng) -> bool:
 
 
 def tear_log(job: Job, rng) -> bool:
-    """Leave half a line in the log, as a machine does that dies while writing it."""
+    """Leave half a line in the log, as if the machine died while writing it."""
     job.kill()
-    # too early; or too late: nobody will go on with it and end the torn line
+    # not begun; or finished, so that no resumed run would end the torn line
     if not job.log.exists() or events(job.log, "finished"):
         return True
     with job.log.open("a") as file:
@@ -147,7 +147,7 @@ def tear_log(job: Job, rng) -> bool:
 
 
 def intrude(job: Job, rng) -> bool:
-    """Start the same run a second time: it is refused, and the first does not notice."""
+    """Start the same run a second time: it must be refused, without affecting the first."""
     if not job.log.exists():  # it would be the first
         return False
     env = {**job.env, "RESUME": rng.choice(("", "auto"))}
@@ -160,7 +160,7 @@ def intrude(job: Job, rng) -> bool:
 
 
 def hide_data(job: Job, rng) -> bool:
-    """Take the training shard away for a second: the run has it in memory."""
+    """Move the training shard away for a second; the run has it in memory."""
     path = job.log.parent.parent / "made_train_000000.bin"
     path.rename(path.with_suffix(".away"))
     time.sleep(1)
@@ -188,20 +188,20 @@ def signal_to(pid: int, number: int):
 
 
 def wake(job: Job):
-    """Let stopped ranks go on: without torchrun, which kills them, they would stay for ever."""
+    """Continue stopped ranks: without torchrun to kill them, they would stay forever."""
     for pid in job.ranks().values():
         signal_to(pid, signal.SIGCONT)
 
 
 def damage(job: Job, change):
-    """Change the newest checkpoint, if there is an older one to fall back to."""
+    """Corrupt the newest checkpoint, if there is an older one to fall back to."""
     found = sorted((job.log.parent / job.run_id).glob("step_*.pt"))
     if len(found) > 1:
         found[-1].write_bytes(change(found[-1].read_bytes()))
 
 
 def copy_project(cwd: Path):
-    """Copy the trainers and what they import: a tree that is edited meanwhile is no fault of the runs."""
+    """Copy the trainers and what they import, so that edits to the tree do not affect the runs."""
     for script in (BASELINE, ORD):
         shutil.copy(ROOT / script, cwd / script)
     for folder in ("data", "kernels", "runtime"):
@@ -220,7 +220,7 @@ def start(cwd: Path, arm: str, run_id: str, ranks: int, **settings) -> Job:
 
 
 def disturb(cwd: Path, this: Disturbed, rng: random.Random, most_faults: int):
-    """Start, disturb, resume, until it has finished."""
+    """Start, disturb and resume a run until it finishes."""
     ranks = ARMS[this.arm][2]
     job = start(cwd, this.arm, this.run_id, ranks, SAVE_EVERY=rng.choice((2, 5, 10)), RESUME="auto")
     for _ in range(most_faults + 10):
@@ -247,20 +247,20 @@ def disturb(cwd: Path, this: Disturbed, rng: random.Random, most_faults: int):
 
 
 def spectra(log: Path) -> list[dict]:
-    """Lines of the manifold measurement beside a log."""
+    """Read the manifold measurements beside a log."""
     path = log.with_suffix(".manifold.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def loss(line: str) -> float:
-    """The loss that a line of a step begins with."""
+    """Loss at the beginning of a step's line."""
     return float(line.split()[0].partition(":")[2])
 
 
 def compare(log: Path, twin: Path, this: Disturbed):
-    """Note how a run's log differs from its twin's, and whether that is a problem."""
+    """Record how a run's log differs from its twin's, and whether that is a problem."""
     started = re.findall(r"^event:(?:started|resumed) .*\bworld_size:(\d+)", log.read_text(), re.M)
-    this.ranks_changed = len(set(started)) > 1  # also by a second start, which may go on with a crashed run
+    this.ranks_changed = len(set(started)) > 1  # an intruder may resume a crashed run, too
     found, wanted = lines(log), lines(twin)
     have, want = ({step: len(kinds) for step, kinds in steps.items()} for steps in (found, wanted))
     if have != want:

@@ -1,4 +1,4 @@
-"""A stand-in for the trainers: it starts at once, behaves badly on demand and writes logs in our format.
+"""Stand-in for the trainers: starts at once, misbehaves on demand and writes logs in our format.
 
 The tests of the launcher copy it to base.py and ord.py, which differ as the twins do. BEHAVIOUR says how it
 behaves. Each start appends a line to starts.jsonl.
@@ -51,7 +51,7 @@ def print_settings():
 
 
 def check_arms():
-    """Answer as a trainer does, by the trainers' own rules for single values."""
+    """Answer like a trainer, by the trainers' own rules for single values."""
     from runtime.settings import SettingsError, knob, parse_value
 
     kinds = {"float,...": tuple[float, ...], "int,...": tuple[int, ...]}
@@ -94,7 +94,7 @@ def two_have_started():
 
 
 def start_family(loose):
-    """Start helpers in sessions of their own, as torchrun's workers are.
+    """Start helpers in their own sessions, like torchrun's workers.
 
     One is our child, one an orphan; with `loose`, there is another orphan without our environment.
     """

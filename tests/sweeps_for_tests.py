@@ -1,4 +1,4 @@
-"""Whole sweeps for the tests of plots and reports: a manifest as the launcher writes it, and its logs."""
+"""Whole sweeps for the tests of plots and reports: logs, and a manifest in the launcher's format."""
 
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def one_log(run, source, final, luck, **kwargs):
         final=final + luck,
         **kwargs,
     )
-    if run.script == "train_gpt.py":  # the baseline has no settings of ORD
+    if run.script == "train_gpt.py":  # the baseline has no ORD settings
         text = text.replace('"spectral_lr_mul": 0.1, ', "")
     return text
 

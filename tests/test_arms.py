@@ -1,4 +1,4 @@
-"""arms: a run has one name in all commands, the shortest that cannot be taken for another's."""
+"""arms: a run has one name in all commands, the shortest that is unambiguous."""
 
 import pytest
 from logs_for_tests import make_log
@@ -15,7 +15,7 @@ LONG = {"data_path": ".", "train_files": "data/embedded/embedded_train_*.bin", "
 
 
 def names_of(*settings, scripts=None):
-    """Names of runs with these settings, and with these scripts."""
+    """Return the names of runs with these settings and scripts."""
     scripts = scripts or ["train_gpt.py"] * len(settings)
     runs = []
     for i, (own, script) in enumerate(zip(settings, scripts, strict=True)):
@@ -49,12 +49,12 @@ def names_of(*settings, scripts=None):
     ids=["one", "tied", "grid", "missing", "one at a time", "like most", "alone", "nested"],
 )
 def test_the_fewest_settings_that_tell_a_run_apart(settings, names):
-    """Names that are all alike, or 250 characters long, say nothing."""
+    """Names that are identical, or 250 characters long, are useless."""
     assert names_of(*settings) == names
 
 
 def test_the_baseline_has_no_settings_of_ord_to_differ_in():
-    """A setting that only one script has tells its own runs apart; the script does the rest."""
+    """A setting that only one script has distinguishes its own runs; the script does the rest."""
     scripts = ["train_gpt.py", "train_gpt_muon_ord.py", "train_gpt_muon_ord.py"]
     found = names_of({}, {"spectral_lr_mul": 0.0}, {"spectral_lr_mul": 0.1}, scripts=scripts)
     assert found == ["train_gpt", "spectral_lr_mul=0", "spectral_lr_mul=0.1"]
@@ -92,7 +92,7 @@ def test_two_sweeps_with_one_tag_are_told_apart(tmp_path):
     (tmp_path / "logs").rename(tmp_path / "first")
     make_sweep(tmp_path, "b", {"base": (3.2, {"MUON_LR": 0.2})}, seeds=(1,))
     runs = read_runs([tmp_path / "first", tmp_path / "logs"])
-    assert runs[0].name == runs[1].name  # nothing in their names tells them apart either
+    assert runs[0].name == runs[1].name  # not distinct in their own names either
     assert [arm.label for arm in group_by_arm(runs)[0]] == ["muon_lr=0.1", "muon_lr=0.2"]
 
 

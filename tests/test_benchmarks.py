@@ -1,5 +1,5 @@
-"""The benchmarks: FLOP against torch's counter on the real model, the scaling model against the trainers' own
-sharding and against hand-made cases, step_time.py on a tiny run."""
+"""Benchmarks: FLOP against torch's counter on the real model, the scaling model against the trainers' own
+sharding and hand-made cases, step_time.py on a tiny run."""
 
 import csv
 import dataclasses
@@ -51,14 +51,14 @@ GROUPED = {**KINDS, "in groups": dict(qk_group=2)}
 
 
 def make_batch(lengths):
-    """One slice of documents of these lengths."""
+    """Make a slice of documents of these lengths."""
     tokens = torch.from_numpy(make_tokens([*lengths, 1], vocab_size=VOCAB).astype(np.int64))
     ends = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
     return train_gpt.Batch(tokens[:-1].int()[None], tokens[1:][None], ends, max(lengths))
 
 
 def masks(model, batch, windows):
-    """(query heads, masks of -inf and 0 by block) of each layer with attention, as the model makes them."""
+    """Return the model's (query heads, masks of -inf and 0 by block) for each layer with attention."""
     docs = Documents(batch, "sdpa")
     for block, plan in zip(model.blocks, model.plans):
         if plan.attention:
@@ -68,8 +68,8 @@ def masks(model, batch, windows):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flop_equal_torchs_count_on_the_real_model(kind):
-    """Every product of forward and backward, counted while it runs. On a CPU all pairs of a block are
-    computed, so attention's count is compared through the number of pairs, which the next test checks."""
+    """Fails if FLOP differ from those counted in forward and backward. A CPU computes all pairs of a block,
+    so attention is compared through the number of pairs, which the next test checks."""
     model, lengths = small_model(train_gpt, vocab_size=VOCAB, **KINDS[kind]), [9, 23]
     batch, c = make_batch(lengths), model.config
     windows = tuple(w * c.window_block for w in c.windows[0])
@@ -105,8 +105,8 @@ LATER_PARTS = dict(
     "changes", [{}, dict(mudd=None, compose_tokens=0), dict(ngram_rows=0, ngram_signs=0)], ids=str
 )
 def test_flop_of_the_later_records_parts_equal_torchs_count(changes):
-    """The plain form computes all pairs of a block: attention's of its window, the composition's of
-    its own and the one before."""
+    """The plain form computes all pairs of a block: attention's in its window, the composition's in its own
+    block and the previous one."""
     model, lengths = small_model(train_gpt, vocab_size=VOCAB, **{**LATER_PARTS, **changes}), [9, 23]
     batch, c = make_batch(lengths), model.config
     windows = tuple(w * c.window_block for w in c.windows[0])
@@ -175,7 +175,7 @@ def test_parameters_of_every_preset_are_those_of_its_model(preset):
 
 @pytest.mark.parametrize("shape", ((16, 16), (16, 24), (24, 16), (16, 32), (64, 16)))
 def test_polar_flop_equals_torchs_count(shape):
-    """A CPU's fast form takes a matrix at least twice as long as wide by way of its Gram matrix."""
+    """A CPU's fast form uses the Gram matrix for a matrix at least twice as long as wide."""
     with cpu_forms(train_gpt), FlopCounterMode(display=False) as counted:
         train_gpt.polar_express(torch.randn(3, *shape), torch.float32)
     gram = max(shape) >= 2 * min(shape)
@@ -194,7 +194,7 @@ SMALL = PRESETS["gpt2-small"]
 @pytest.mark.parametrize("world_size", (1, 2, 3, 8, 16))
 @pytest.mark.parametrize("kind", ("everything", "fewer key heads", "in groups"))
 def test_owned_matrices_and_padding_are_those_of_the_real_optimizer(kind, world_size):
-    """busy_share, owned and padding against the optimizer of every rank, built one after the other."""
+    """busy_share, owned and padding against every rank's optimizer, built one by one."""
     model = small_model(train_gpt, vocab_size=VOCAB, **GROUPED[kind])
     o, shapes, real = read(train_gpt)[1], flops.matrix_shapes(model.config), {}
     for rank in range(world_size):
@@ -249,7 +249,7 @@ def test_more_gpus_do_not_add_work_and_do_not_send_less():
     for a, b in zip(runs, runs[1:]):
         for part in ("matmul", "head", "elementwise", "logits"):
             assert b[part] == pytest.approx(a[part] / 2)
-        assert b["attention"] <= a["attention"] / 2 * 1.01  # documents cut by smaller slices see less
+        assert b["attention"] <= a["attention"] / 2 * 1.01  # smaller slices cut documents shorter
         assert b["polar"] <= a["polar"]
         assert b["communication"] > a["communication"]
 
@@ -288,7 +288,7 @@ def test_rings_by_hand():
 
 
 def test_optimizer_timeline_by_hand():
-    """Reductions in a row; updates when theirs is there; gathers after the reductions and in order."""
+    """Reductions run back to back; updates start when theirs arrives; gathers follow, in order."""
     first = scaling_model.Bucket(reduce_s=1, update_s=2, gather_s=3, polar_s=0)
     second = scaling_model.Bucket(reduce_s=4, update_s=1, gather_s=1, polar_s=0)
     assert scaling_model.optimizer_seconds([first]) == (6, 4)
@@ -334,8 +334,8 @@ KERNELS = {  # of each part, by name
 
 
 def profiled_ms(stage):
-    """Milliseconds a step by group of kernels; all other kernels are elementwise work. Of stages 2 and 3 only
-    the kernels that take most are recorded."""
+    """Return ms per step by group of kernels; all other kernels are elementwise work. For stages 2 and 3 only
+    the most expensive kernels are recorded."""
     if stage == 0:
         rows = json.loads((FIRST_HOUR / "kernels_stage_1.json").read_text(encoding="utf-8"))
         kernels = [(r["kernel"], r["ms_a_step"]) for r in rows]
@@ -354,7 +354,7 @@ def profiled_ms(stage):
 
 @pytest.mark.parametrize("stage", (0, 1, 2))
 def test_parts_are_those_measured(stage):
-    """The constants come from stage 1; the loss reads fewer tokens later, which the model does not know."""
+    """Constants come from stage 1; later losses read fewer tokens, which the model ignores."""
     m, c = dataclasses.replace(MACHINE, **scaling_model.MIX), SMALL.config
     batch = SMALL.settings.batch_sizes[stage]
     modelled = scaling_model.step_seconds(c, m, batch, c.windows[stage], 1, stage < 2)
@@ -386,7 +386,7 @@ def test_timed_steps_are_those_measured_and_the_errors_those_that_the_record_sta
 
 
 def test_documents_of_another_text_make_attention_slower():
-    """Documents are an assumption: as long as those of the text that was timed, they hold more pairs."""
+    """Document lengths are an assumption: with those of the timed text, there are more pairs."""
     longer = step(1, dataclasses.replace(MACHINE, **scaling_model.MIX))
     assert longer["attention"] > 1.1 * step(1)["attention"]
     assert longer["matmul"] == step(1)["matmul"]
@@ -398,7 +398,7 @@ def test_larger_passes_are_fewer():
 
 
 def test_set_changes_the_tables_and_nothing_that_is_compared(capsys):
-    """The printed predictions are for the machines that they name; --set is for the tables after them."""
+    """Printed predictions are for the machines they name; --set affects only the tables after them."""
     printed = []
     for changes in ([], ["--set", "memory_bytes=4.3272e12"]):
         assert scaling_model.main(["--preset", "gpt2-small", "--gpus", "1", *changes]) == 0
@@ -412,7 +412,7 @@ def test_set_changes_the_tables_and_nothing_that_is_compared(capsys):
 
 
 def test_predictions_are_those_of_the_record():
-    """docs/gpus.md and the record quote these; a change of the model must reach them."""
+    """docs/gpus.md and the record quote these numbers, so a change of the model must update them."""
     found = {row[:2]: row[2] for row in scaling_model.predictions(SMALL)}
     record = (RECORDS / "2026-11-26_scaling_model_h100" / "README.md").read_text(encoding="utf-8")
     guide = (Path(scaling_model.ROOT) / "docs" / "gpus.md").read_text(encoding="utf-8")
@@ -525,7 +525,7 @@ def test_step_time_tells_everything(tiny_env, tmp_path, capsys):
 
 @pytest.fixture
 def timed_trainer(request):
-    """step_time.build, whose fast forms are taken out of the module again."""
+    """step_time.build, which removes its fast forms from the module afterwards."""
 
     def build(*args):
         timed = step_time.build(*args)
@@ -536,7 +536,7 @@ def timed_trainer(request):
 
 
 def test_evaluation_is_scaled_by_what_a_batch_adds(tiny_env, timed_trainer, monkeypatch):
-    """Else what a validation does once, reading its shards, counts once a batch: five times in gpt2-small."""
+    """Fails if a validation's one-off work, reading its shards, counts per batch: 5 times in gpt2-small."""
     timed = timed_trainer("train_gpt", {**tiny_env, "VAL_TOKENS": "3072"})
     asked, now = [], [0.0]
 
@@ -551,13 +551,12 @@ def test_evaluation_is_scaled_by_what_a_batch_adds(tiny_env, timed_trainer, monk
 
 @pytest.mark.parametrize("given", ({}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}))
 def test_steps_are_timed_with_the_trainers_allocator(given, monkeypatch):
-    """Else the step that is timed takes its memory from another allocator than a run's, from whose pieces
-    stages of other shapes cannot be served."""
+    """Fails if the timed step uses another allocator than a run, one whose blocks do not fit later stages."""
     names, found = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), []
     wrong = {"DEVICE": "cpu", "MODEL": "nonsense"}  # refused right after
     for start in (lambda: supervise.main(train_gpt, [], wrong), lambda: step_time.main([], wrong)):
         for name in names:
-            monkeypatch.setenv(name, "")  # so that it is put back
+            monkeypatch.setenv(name, "")  # so that it is restored
             monkeypatch.delenv(name)
         for name, value in given.items():
             monkeypatch.setenv(name, value)
@@ -574,7 +573,7 @@ def test_step_time_refuses_a_stage_without_steps(tiny_env, capsys):
 
 
 def test_timing_changes_no_number(tiny_env, timed_trainer):
-    """Recorded steps leave the weights that the trainer's own loop leaves, and the methods as they were."""
+    """Fails if recorded steps give other weights than the trainer's own loop, or leave methods wrapped."""
     backward = torch.Tensor.backward
     timed = timed_trainer("train_gpt", tiny_env)
     timed.enter(0)
@@ -593,7 +592,7 @@ def test_timing_changes_no_number(tiny_env, timed_trainer):
 
 
 def test_stages_are_entered_with_what_lies_between(tiny_env, request):
-    """Stage 3 alone: the long window has grown, the embedding is untied, and timed steps come after that."""
+    """Stage 3 alone: the long window has grown, and timed steps come after the untying."""
     config = small_config(train_gpt, windows=((1, 2), (1, 3), (1, 3), (1, 4)))
     s, o, _ = train_gpt.read_settings({**tiny_env, "BATCH_SIZES": "256,256,256,256"})
     timed = step_time.Timed(train_gpt, s, o, config, train_gpt.open_data(s, 1), Ranks("cpu"))
@@ -608,7 +607,7 @@ def test_stages_are_entered_with_what_lies_between(tiny_env, request):
 
 
 class Ticks:
-    """A clock that a test turns."""
+    """Clock that a test sets."""
 
     cuda, now = False, 0.0
 

@@ -1,5 +1,4 @@
-"""The GPUs that people have: whether a run fits their memory, what it takes on AMD's, and which compilers it
-needs."""
+"""Users' GPUs: whether a run fits their memory, what it uses on AMD's, and which compilers it needs."""
 
 import shutil
 import stat
@@ -38,7 +37,7 @@ def on_gpu(monkeypatch):
 
 
 def forecast(world_size=1, **env) -> Memory:
-    """Forecast of a run with these settings on the GPU that torch claims to have."""
+    """Forecast a run with these settings on the GPU that torch claims to have."""
     s, _, config = train_gpt.read_settings({name: str(value) for name, value in env.items()})
     ranks = SimpleNamespace(world_size=world_size, device=torch.device("cuda"))
     return Memory(s, config, VOCAB, train_gpt.count_slices(s, world_size), 8, ranks)
@@ -50,7 +49,7 @@ def forecast(world_size=1, **env) -> Memory:
 @pytest.mark.parametrize("gib", [CARDS["H100"], CARDS["H200"]])
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_passes_of_gpt2_small_stay_as_they_are_on_large_cards(on_gpu, gib, world_size):
-    """Fails if a card with room for passes of 65,536 tokens takes smaller ones, each of which costs time."""
+    """Fails if a card with room for passes of 65,536 tokens gets smaller ones, which cost time."""
     on_gpu(9, 0, gib=gib)
     found = forecast(world_size)
     assert found.pass_tokens == 65_536
@@ -59,8 +58,8 @@ def test_passes_of_gpt2_small_stay_as_they_are_on_large_cards(on_gpu, gib, world
 
 
 def test_gpt2_small_on_24_gigabytes(on_gpu):
-    """Fails if the longest slice of the default, 49,152 tokens, counts as fitting, or no SLICES is found; or
-    if a run with that SLICES makes passes that do not fit."""
+    """Fails if the default's longest slice, 49,152 tokens, counts as fitting, no SLICES is found, or a run
+    with that SLICES makes passes that do not fit."""
     on_gpu(8, 9, gib=CARDS["RTX 4090"])
     found = forecast()
     assert found.largest_pass() == 49_152 and found.wanted(49_152) > found.usable
@@ -74,7 +73,7 @@ def test_gpt2_small_on_24_gigabytes(on_gpu):
 
 
 def test_a_forecast_that_does_not_fit_is_a_warning_with_the_value_that_does(on_gpu):
-    """Fails if a run that will not fit says so only when it ends, or says nothing of its forecast."""
+    """Fails if a run that will not fit says so only at its end, or does not report its forecast."""
     said = []
     log = SimpleNamespace(event=lambda name, **fields: said.append((name, fields)), warn=said.append)
     on_gpu(8, 9, gib=CARDS["RTX 4090"])
@@ -89,8 +88,8 @@ def test_a_forecast_that_does_not_fit_is_a_warning_with_the_value_that_does(on_g
 
 
 def test_out_of_memory_names_the_setting_that_helps(on_gpu):
-    """Fails if the error of a device's allocator ends a run without a word on what to change: SLICES if a
-    pass is one slice, PASS_TOKENS if slices are stacked, which trains the same."""
+    """Fails if running out of memory ends a run without advice: change SLICES if a pass is one slice, or
+    PASS_TOKENS if slices are stacked, which trains the same."""
     on_gpu(8, 9, gib=CARDS["RTX 4090"])
     for settings, wanted in (
         ({}, "SLICES=16|SLICES=32"),
@@ -128,8 +127,8 @@ def test_a_run_that_ends_for_want_of_memory_says_what_helps(part, on_gpu, shards
 
 
 def test_held_memory_is_that_of_the_buckets():
-    """Fails if the forecast leaves out a parameter or a state: counted on the trainer's own optimizer, whose
-    weights are fp32 here and have no low halves apart."""
+    """Fails if the forecast omits a parameter or state of the trainer's own optimizer, whose weights are fp32
+    here, without separate low halves."""
     s, o, config = read(train_gpt)
     model = train_gpt.build_model(s, config, 256, torch.device("cpu"))
     buckets = make_optimizer(train_gpt, model, o).buckets
@@ -154,8 +153,8 @@ def test_slices_cut_the_same_number_of_tokens(shards, slices):
 
 
 def test_slices_change_training_and_not_what_is_validated(shards, tmp_path):
-    """Fails if SLICES does nothing, or runs that differ in it validate on other texts: the first validation,
-    of the same initial weights, must be equal to the digit. And a run resumes only with its own."""
+    """Fails if SLICES does nothing or changes the validation text: with equal initial weights, the first
+    validation must be equal in every digit. A run must resume only with its own SLICES."""
     assert read(train_gpt, SLICES=8) == read(train_gpt)
     eight, _ = train(tmp_path, shards, "eight", SAVE_EVERY=4)
     more, _ = train(tmp_path, shards, "more", SLICES=32, SAVE_EVERY=4)
@@ -166,8 +165,7 @@ def test_slices_change_training_and_not_what_is_validated(shards, tmp_path):
 
 
 def test_ranks_train_the_same_slices(shards, tmp_path):
-    """Fails if the number of ranks changes what SLICES=16 trains on, or how large a gradient the log says it
-    was."""
+    """Fails if the number of ranks changes what SLICES=16 trains on, or the logged gradient norm."""
     one, _ = train(tmp_path, shards, "one", SLICES=16)
     two, _ = train(tmp_path, shards, "two", ranks=2, SLICES=16, PASS_TOKENS=256)
     assert two == pytest.approx(one, abs=2e-4)
@@ -201,8 +199,8 @@ def test_slices_that_do_not_fit_are_refused(env, said):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_an_amd_gpu_takes_plain_torch_and_says_so(trainer, on_gpu, monkeypatch, shards):
-    """Fails if an MI300, whose capability reads as 9.4, is taken for a Hopper: its float8 is another format,
-    and the kernels are written for NVIDIA's GPUs."""
+    """Fails if an MI300, whose capability reads 9.4, counts as a Hopper: its float8 format differs, and the
+    kernels are for NVIDIA GPUs."""
     on_gpu(9, 4)
     env = {"MODEL": "gpt2-small", "COMPILE": "0"}
     s, _, _, notes = checking.read_run(trainer, env)
@@ -216,7 +214,7 @@ def test_an_amd_gpu_takes_plain_torch_and_says_so(trainer, on_gpu, monkeypatch, 
 
 
 def test_cards_before_ampere_take_attention_by_sdpa(on_gpu):
-    """Else a T4 ends in its first pass: FlashAttention-2 needs sm_80."""
+    """Fails if a T4 would crash in its first pass: FlashAttention-2 needs sm_80."""
     for capability, backend in (((7, 5), "sdpa"), ((8, 0), "varlen"), ((12, 0), "varlen")):
         on_gpu(*capability)
         assert train_gpt.read_settings({"MODEL": "tiny"})[0].attn_backend == backend
@@ -227,7 +225,7 @@ def test_cards_before_ampere_take_attention_by_sdpa(on_gpu):
 
 @pytest.fixture
 def asked_anew():
-    """Compilers are asked once in a process."""
+    """Forget the compilers' check, which is made once per process."""
     toolchain.fault.cache_clear()
     yield
     toolchain.fault.cache_clear()
@@ -242,8 +240,8 @@ def fake_compiler(folder: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("language, variable", [("c", "CC"), ("c++", "CXX")])
 def test_every_fault_of_a_compiler_is_named(language, variable, tmp_path, monkeypatch, asked_anew):
-    """Else a machine without gcc or Python.h trains nothing and says so in a traceback of Triton's, after
-    the data are read and eight ranks have started."""
+    """Fails if a machine without gcc or Python.h learns so from a traceback of Triton's, after the data are
+    read and eight ranks have started."""
     if not shutil.which("gcc") or not (toolchain.python_headers() / "Python.h").is_file():
         pytest.skip("no compiler here")
     broken = fake_compiler(tmp_path, "echo 'cannot find cc1' >&2; exit 1")
@@ -266,7 +264,7 @@ def test_every_fault_of_a_compiler_is_named(language, variable, tmp_path, monkey
 
 
 def test_only_what_compiles_needs_compilers(monkeypatch):
-    """Fails if a plain run on a CPU is refused for want of a compiler, or a run on a GPU is not."""
+    """Fails if a plain CPU run needs a compiler, or a GPU run without one is accepted."""
     monkeypatch.setattr(toolchain, "fault", lambda language: f"found no {language}")
     check = lambda **s: toolchain.check_compilers(SimpleNamespace(**s))
     check(device="cpu", compile="0", kernels="cpu")

@@ -1,4 +1,4 @@
-"""Checkpoints and faults without processes: what is saved is all there is; any file is survived."""
+"""Checkpoints and faults without processes: nothing is left unsaved, and no file causes a crash."""
 
 import dataclasses
 import io
@@ -40,7 +40,7 @@ STEPS = 12  # stages of four, the head untied at step 9
 
 
 def small_trainer(trainer, folder, seed, **env):
-    """A Trainer of the model with every feature, its data and settings, at step 0."""
+    """Make a Trainer of the model with every feature, with its data and settings, at step 0."""
     if not (folder / "train_0.bin").exists():
         write_shard(folder / "train_0.bin", make_text(9000, 1))
         write_shard(folder / "val_0.bin", make_text(3000, 2))
@@ -56,7 +56,7 @@ def small_trainer(trainer, folder, seed, **env):
 
 
 def small_session(run, data, run_id="mine"):
-    """A Session of a small_trainer, in the current folder; its log is the list session.log.events."""
+    """Make a Session of a small_trainer in the current folder; its log is the list session.log.events."""
     log = SimpleNamespace(events=[], sync=lambda: None)
     log.event = lambda name, **fields: log.events.append(name)
     s = dataclasses.replace(run.s, run_id=run_id)
@@ -67,7 +67,7 @@ def small_session(run, data, run_id="mine"):
 
 
 def steps(run, data, first, last) -> list[float]:
-    """Losses of these steps."""
+    """Train these steps; return their losses."""
     out, size = [], run.schedule.batch_tokens
     for step in range(first, last):
         run.enter(step)
@@ -89,8 +89,8 @@ ORD_STATES = dict(SPECTRAL_SCHEDULE="adaptive", SPECTRAL_VARIANCE=1)
     ],
 )
 def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, at, tmp_path, monkeypatch):
-    """Over changes of stage, YaRN and the untying of the head; the other trainer has another seed's weights,
-    so whatever is not restored shows."""
+    """Fails if any state is not restored, across changes of stage, YaRN and the untying of the head. The
+    restored trainer starts with another seed's weights, so that it shows."""
     monkeypatch.chdir(tmp_path)
     one, data = small_trainer(trainer, tmp_path, 0, **env)
     steps(one, data, 0, at)
@@ -114,7 +114,7 @@ def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, at, tmp_path, monk
     "changes", [{"step": STEPS}, {"step": 10**9}, {"counts": {}}, {"counts": {"head": 1}}]
 )
 def test_a_checkpoint_of_another_run_is_refused(changes, tmp_path, monkeypatch):
-    """Fails if a run of 12 steps is over at step 12 without having been trained."""
+    """Fails if a checkpoint at the last of 12 steps ends the run untrained."""
     monkeypatch.chdir(tmp_path)
     run, data = small_trainer(train_gpt, tmp_path, 0)
     saves = small_session(run, data)
@@ -126,8 +126,8 @@ def test_a_checkpoint_of_another_run_is_refused(changes, tmp_path, monkeypatch):
 
 
 def test_masters_in_two_halves_are_saved_whole(tmp_path):
-    """bfloat16 weights with their mantissas, as on a GPU, come back as the same fp32 numbers; each kind reads
-    the other's checkpoints."""
+    """Fails if bfloat16 weights with mantissas, as on a GPU, are not restored as the same fp32 numbers, or
+    either kind cannot read the other's checkpoints."""
     ranks, o = lone_ranks(), optimizer_settings(train_gpt)
     values = torch.randn(300, 300)
 
@@ -178,7 +178,7 @@ def test_only_the_last_two_are_kept_and_a_failed_write_changes_nothing(tmp_path,
 
 
 def checkpoint_bytes(**changes) -> bytes:
-    """A whole checkpoint's bytes, but for these changes of its contents."""
+    """Return a checkpoint's bytes with these changes to its contents."""
     contents = {key: kind() for key, kind in checkpoints.KEYS.items()}
     contents |= {"format": checkpoints.FORMAT, "run_id": "mine", "position": [0, 0, 0]}
     file = io.BytesIO()
@@ -187,7 +187,7 @@ def checkpoint_bytes(**changes) -> bytes:
 
 
 def marked_as_folder(data: bytes) -> bytes:
-    """The file with one bit of the zip's directory flipped: torch then leaves a tensor uninitialised."""
+    """Flip one bit of the zip's directory, at which torch leaves a tensor uninitialised."""
     at = data.rindex(b"archive/data/0") - 8  # external attributes, in the directory at the file's end
     return data[:at] + b"\x10" + data[at + 1 :]
 
@@ -208,7 +208,7 @@ WHOLE = checkpoint_bytes()
 @example(data=WHOLE)
 @example(data=marked_as_folder(WHOLE))
 def test_any_bytes_are_a_checkpoint_or_a_checkpoint_error(data, tmp_path):
-    """Fails on a traceback, whatever is in the file, or if a changed byte changes a number unseen."""
+    """Fails if any file causes a traceback, or a changed byte silently changes a number."""
     path = tmp_path / "step_00000002.pt"
     path.write_bytes(data)
     try:
@@ -249,14 +249,14 @@ def test_contents_that_no_run_has_are_refused(changes, tmp_path):
 
 
 def resume_differences(trainer, config, theirs) -> list[str]:
-    """Differences for which a run of this config refuses to go on with theirs."""
+    """List the differences for which a run of this config refuses theirs."""
     classes, model = (*trainer.SETTINGS, trainer.ModelConfig), dataclasses.asdict(trainer.ModelConfig())
     config, theirs = ({"model_config": model, **x} for x in (config, theirs))
     return checkpoints.SameTraining(classes, config).differences(theirs)
 
 
 def test_a_field_of_the_model_newer_than_the_checkpoint_counts_as_its_default():
-    """Fails if a new feature of the model, switched off, makes all checkpoints useless."""
+    """Fails if a new model field invalidates all checkpoints, or one that is set goes unnoticed."""
     model = dataclasses.asdict(train_gpt.ModelConfig())
     settings = {f.name: f.default for f in knobs(train_gpt.SETTINGS).values()}
     older = {k: v for k, v in model.items() if k != "smear"}
@@ -268,7 +268,7 @@ def test_a_field_of_the_model_newer_than_the_checkpoint_counts_as_its_default():
 
 
 def test_a_setting_newer_than_the_checkpoint_counts_as_its_default():
-    """Fails if every new setting makes all checkpoints useless, or one that is set goes unnoticed."""
+    """Fails if every new setting invalidates all checkpoints, or one that is set goes unnoticed."""
     old, default = {"seed": 1, "muon_lr": 0.5}, train_gpt.NorMuonSettings().grad_clip
     assert not [d for d in resume_differences(train_gpt, {**old, "grad_clip": default}, old) if "GRAD" in d]
     found = [d for d in resume_differences(train_gpt, {**old, "grad_clip": 7.0}, old) if "GRAD" in d]
@@ -276,7 +276,7 @@ def test_a_setting_newer_than_the_checkpoint_counts_as_its_default():
 
 
 def another(value):
-    """A value of a setting that is not this one."""
+    """Return another value of a setting."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
@@ -288,7 +288,7 @@ def another(value):
     "trainer, name", [(t, name) for t in TRAINERS for name in knobs(t.SETTINGS)], ids=lambda x: str(x)[-30:]
 )
 def test_resuming_allows_other_settings_where_they_change_no_numbers(trainer, name):
-    """Fails if a run goes on with other training settings, or refuses how often to save."""
+    """Fails if a run resumes with other training settings, or refuses another SAVE_EVERY."""
     s, o, _ = read(trainer)
     config, field = {**dataclasses.asdict(s), **dataclasses.asdict(o)}, knobs(trainer.SETTINGS)[name]
     old, new = config[field.name], another(config[field.name])
@@ -301,7 +301,7 @@ def test_resuming_allows_other_settings_where_they_change_no_numbers(trainer, na
 
 
 def test_facts_beside_the_settings_must_agree():
-    """Fails if a run goes on with other data or another model under the same settings."""
+    """Fails if a run resumes with other data or another model under the same settings."""
     config = {"seed": 0, "model_config": {"width": 8}, "num_slices": 8, "train_data": "a/1/b"}
     for changes in ({"model_config": {"width": 9}}, {"num_slices": 16}, {"train_data": "a/2/c"}):
         assert resume_differences(train_gpt, config, {**config, **changes})
@@ -319,7 +319,7 @@ def test_pipes_are_refused_and_not_waited_for(tmp_path):
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
-    """Fails if the last good checkpoints make room for it: a loss that is still finite hides it."""
+    """Fails if it replaces the last good checkpoints, as it can while the loss is still finite."""
     monkeypatch.chdir(tmp_path)
     trainer, data = small_trainer(train_gpt, tmp_path, 0)
     saves = small_session(trainer, data)
@@ -342,7 +342,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     cut=st.none() | st.integers(0, 2500),
 )
 def test_any_file_is_a_shard_or_a_data_error(header, tokens, cut, tmp_path):
-    """Fails on a traceback or a hang, whatever is in the file: it is trained on, or refused by name."""
+    """Fails if any file causes a traceback or a hang, instead of training or a refusal by name."""
     for old in tmp_path.glob("*.bin"):
         old.unlink()
     head = np.zeros(256, dtype="<i4")
@@ -370,7 +370,7 @@ def test_any_file_is_a_shard_or_a_data_error(header, tokens, cut, tmp_path):
 
 
 def test_a_clock_that_jumps_changes_no_figure(monkeypatch):
-    """Fails if training time counts the wall clock, which NTP or a resumed virtual machine sets."""
+    """Fails if training time uses the wall clock, which NTP or a resumed virtual machine may set."""
     begin = time.perf_counter()
     clock = session.Clock(torch.device("cpu"))
     clock.start()
@@ -382,7 +382,7 @@ def test_a_clock_that_jumps_changes_no_figure(monkeypatch):
 
 
 class FakeTime:
-    """A clock that the test sets; waiting on it, as on Watch.over, takes no time."""
+    """Clock that the test sets; waiting on it, as on Watch.over, takes no time."""
 
     def __init__(self):
         self.now, self.over, self.each_poll = 1000.0, False, None
@@ -397,7 +397,7 @@ class FakeTime:
 
 
 def test_the_watch_gives_up_after_the_timeout_and_not_before(monkeypatch):
-    """Fails if a run hangs for ever in a collective, or is ended while it still makes progress."""
+    """Fails if a run hangs forever in a collective, or is ended while it makes progress."""
     clock, said = FakeTime(), []
     for module in (supervise, ranks_module):
         monkeypatch.setattr(module, "time", clock)
@@ -421,7 +421,7 @@ def test_the_watch_gives_up_after_the_timeout_and_not_before(monkeypatch):
 
 
 def test_time_in_which_the_machine_slept_is_no_silence(monkeypatch):
-    """Fails if a run is given up because the machine was suspended for an hour."""
+    """Fails if a run is ended because the machine was suspended for an hour."""
     clock, said = FakeTime(), []
     for module in (supervise, ranks_module):
         monkeypatch.setattr(module, "time", clock)
@@ -441,7 +441,7 @@ def test_time_in_which_the_machine_slept_is_no_silence(monkeypatch):
 
 
 def test_restarted_workers_find_their_log_without_run_id(tmp_path, monkeypatch):
-    """Fails if torchrun's restarts, which have a new time in their default RUN_ID, begin anew."""
+    """Fails if torchrun's restarts, whose default RUN_ID has a new time, start from scratch."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
     (tmp_path / "logs").mkdir()

@@ -1,4 +1,4 @@
-"""Every command of README, docs and the scripts' own docstrings works as it is written there.
+"""Every command in README, docs and the scripts' docstrings works as written.
 
 A command is run in a folder with two real runs of two steps, which stand for whatever runs, sweeps and models
 it names. NOT_RUN lists those that are only checked (the script is there, its options parse, the settings
@@ -40,7 +40,7 @@ BEGINNING = re.compile(
 )
 LAUNCH_SETTINGS = {"SCRIPT", "MAX_RESTARTS", "VENV", "OMP_NUM_THREADS"}  # run.sh's and torch's
 
-NOT_RUN = {  # a pattern of commands -> why they are not run here
+NOT_RUN = {  # pattern of commands -> why they are not run here
     r"^(\./run\.sh|train_gpt\w*\.py(?! --help))": "minutes of training; test_surroundings runs run.sh",
     r"^\./test\.sh": "these tests themselves",
     r"^tests/soak\.py": "an hour of faults",
@@ -98,7 +98,7 @@ VAL_TOKENS = 8192
 
 
 class Command(NamedTuple):
-    """A command: the settings before it, and its words, the script's path (from ROOT) first."""
+    """Command: the settings before it, and its words, starting with the script's path (from ROOT)."""
 
     text: str
     settings: dict[str, str]
@@ -106,26 +106,26 @@ class Command(NamedTuple):
 
 
 def lines_of_page(text: str) -> list[str]:
-    """Commands in a page's code: indented lines, fenced shell, and inline code."""
+    """Find commands in a page's code: indented lines, fenced shell, and inline code."""
     text = re.sub(r"^```(?!sh|bash).*?^```$", "", text, flags=re.S | re.M)
     lines = [line.strip() for line in re.findall(r"^(?: {4}|(?=\./|\.venv)).*$", text, re.M)]
     return lines + re.findall(r"`([^`\n]+)`", text)
 
 
 def lines_of_script(path: Path) -> list[str]:
-    """Usage lines of a script's docstring."""
+    """Find the usage lines of a script's docstring."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     title, lines = text.partition("\n")[0].partition(": ")[2], re.findall(r"^ {4}(.*)$", text, re.M)
     return [title, *lines]
 
 
 def lines_of_shell(path: Path) -> list[str]:
-    """Usage lines of a shell script's comments: command, spaces, what it does."""
+    """Find the usage lines of a shell script's comments: command, spaces, what it does."""
     return [re.split(r"\s{2,}", line)[0] for line in re.findall(r"^# {3}(\S.*)$", path.read_text(), re.M)]
 
 
 def parse(text: str) -> Command:
-    """Take a command apart; its launcher (python, torchrun and its options) goes away."""
+    """Parse a command without its launcher (python, torchrun and its options)."""
     words = shlex.split(text, comments=True)
     for sign in ("|", "&"):  # echo ... | COMMAND; COMMAND | less; COMMAND &
         parts = " ".join(map(shlex.quote, words)).split(f" {shlex.quote(sign)}")
@@ -143,7 +143,7 @@ def parse(text: str) -> Command:
 
 
 def documented() -> list[Command]:
-    """All commands, each once."""
+    """List all commands, each once."""
     lines = [line for page in PAGES for line in lines_of_page(page.read_text(encoding="utf-8"))]
     lines += [line for path in SCRIPTS for line in lines_of_script(path)]
     lines += lines_of_shell(ROOT / "run.sh")
@@ -159,13 +159,13 @@ COMMANDS = documented()
 
 
 def reason_not_to_run(command: Command) -> str:
-    """The reason by NOT_RUN; empty if the command is to be run."""
+    """Return the reason from NOT_RUN; empty if the command is to be run."""
     words = " ".join(command.words)
     return next((reason for pattern, reason in NOT_RUN.items() if re.search(pattern, words)), "")
 
 
 def standing_in(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The words with what is in the tests' folder in place of what the documentation names."""
+    """Replace names from the documentation by files of the tests' folder."""
     found = []
     for word in words:
         match = (new for old, new in STANDS_FOR.items() if re.fullmatch(old, word))
@@ -182,7 +182,7 @@ CHECKED = [command for command in COMMANDS if reason_not_to_run(command)]
 
 @pytest.fixture(scope="module")
 def place(shards, tmp_path_factory) -> Path:
-    """A folder where the README's sweep has been run, in short: two runs of two steps."""
+    """Folder where a short form of the README's sweep has been run: two runs of two steps."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "sweeps").mkdir()
     (folder / "sweeps/smoke.toml").write_text(SWEEP)
@@ -197,7 +197,7 @@ def place(shards, tmp_path_factory) -> Path:
 
 
 def run_script(words: list[str], monkeypatch) -> int | None:
-    """Run a script in this process, as python does; return its exit code."""
+    """Run a script in this process like python does; return its exit code."""
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def main")))
     try:
@@ -209,7 +209,7 @@ def run_script(words: list[str], monkeypatch) -> int | None:
 
 @pytest.mark.parametrize("words", [words for words in RUN if words[0].endswith(".py")], ids=" ".join)
 def test_a_documented_command_runs(words, place, tmp_path, monkeypatch, capsys):
-    """Fails if the documentation promises what is not so."""
+    """Fails if a documented command does not work."""
     assert not RUN[words].settings
     monkeypatch.chdir(place)
     logs = sorted(path.with_suffix("") for path in Path("logs").glob("*.txt"))
@@ -236,7 +236,7 @@ def test_a_documented_line_of_shell_runs(words):
 
 
 class OptionsParsed(Exception):
-    """Raised in place of what follows the parsing of a command line."""
+    """Raised in place of the code after command-line parsing."""
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def parse_only(monkeypatch):
 
 
 def check_settings(command: Command) -> None:
-    """Fail if a setting before the command is not the trainer's, or if the trainer would refuse it."""
+    """Fail if a setting before the command is unknown to the trainer, or refused by it."""
     script = command.settings.get("SCRIPT", command.words[0])
     trainer = TRAINERS.get(script, train_gpt_muon_ord)
     settings = {name: value for name, value in command.settings.items() if name not in LAUNCH_SETTINGS}
@@ -262,7 +262,7 @@ def check_settings(command: Command) -> None:
 
 @pytest.mark.parametrize("command", CHECKED, ids=lambda command: f"{command.settings} {command.words}")
 def test_a_command_that_is_not_run_could_be(command, parse_only, monkeypatch, capsys):
-    """Fails if it names a script, an option, a setting or a file that is not there."""
+    """Fails if a command names a script, option, setting or file that does not exist."""
     script, *arguments = command.words
     if script == "-m":  # pip
         return
@@ -282,7 +282,7 @@ def test_a_command_that_is_not_run_could_be(command, parse_only, monkeypatch, ca
 
 
 def test_the_readme_has_the_seven_commands():
-    """Fails if a row of its first table is gone or has no command, or if the page has grown."""
+    """Fails if a row of the page's first table is gone or has no command, or the page has grown."""
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 130
     table = readme.partition("| I want to")[2].partition("\n\n")[0]
@@ -301,7 +301,7 @@ def test_pages_use_the_projects_own_python_and_every_link_leads_somewhere():
 
 
 def test_no_exception_is_stale():
-    """Fails if NOT_RUN or STANDS_FOR names what the documentation does not."""
+    """Fails if NOT_RUN or STANDS_FOR has an entry that the documentation does not use."""
     texts = [" ".join(command.words) for command in COMMANDS]
     assert all(any(re.search(pattern, text) for text in texts) for pattern in NOT_RUN)
     words = {word for command in COMMANDS for word in command.words}

@@ -1,4 +1,4 @@
-"""What torch keeps of compiled code from run to run: graphs with autograd.Functions too, no stale ones."""
+"""torch's compile cache between runs: it holds graphs with autograd.Functions, and no stale ones."""
 
 import json
 import os
@@ -70,18 +70,18 @@ for line in sys.stdin:
 
 @pytest.fixture
 def compile_once(tmp_path):
-    """Function that compiles Square in a new process of the folder tmp_path, forked from one that has torch
-    and inductor: counts of AOTAutograd's cache, and Square's gradient at 0 1 2 3."""
+    """Function that compiles Square in a new process in tmp_path, forked from one that has imported inductor;
+    returns counts of AOTAutograd's cache, and Square's gradient at 0 1 2 3."""
     names = "PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR"
     env = {
         **{name: os.environ[name] for name in names if name in os.environ},
         "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool, whose threads a forked process would lack
-        # seconds of g++ that would be spent on vectors and headers for two small loops
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool, whose threads would be missing after a fork
+        # save g++ seconds on vectors and headers for two small loops
         "TORCHINDUCTOR_VEC_ISA_OK": "0",
         "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
-        "PYTHONDONTWRITEBYTECODE": "1",  # an edit may be as long as what it replaces, in the same second
+        "PYTHONDONTWRITEBYTECODE": "1",  # an edit may keep the length and the second
     }
     command = [sys.executable, "-c", JOB.format(root=str(ROOT))]
     pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
@@ -99,9 +99,9 @@ def compile_once(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 def test_graphs_with_our_functions_are_kept_and_none_is_stale(tmp_path, compile_once):
-    """Fails if every run of a sweep derives backward and lowers all forms again, as torch does by default
-    where a graph has an autograd.Function; or if one whose helper was edited, or what a custom op says of its
-    result, is still trained as it was."""
+    """Fails if every run of a sweep derives backward and lowers all forms again, as torch does by default for
+    graphs with an autograd.Function; or if the old graph is used after an edit of its helper or of a custom
+    op's fake implementation."""
     function, op = tmp_path / "function.py", tmp_path / "kernels" / "op.py"
     op.parent.mkdir()
     (op.parent / "__init__.py").write_text("")

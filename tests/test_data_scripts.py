@@ -30,7 +30,7 @@ FUZZ = settings(deadline=None, max_examples=150)  # no deadline: the machine is 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a script's main as its command line would; return (exit status, stdout, stderr)."""
+    """Function that runs a script's main as from the command line; returns (exit status, stdout, stderr)."""
 
     def run_main(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
@@ -43,13 +43,13 @@ def run(monkeypatch, capsys):
 
 
 def make_shard(words, tokens):
-    """Build a shard's bytes without the code under test."""
+    """Build a shard's bytes independently of the code under test."""
     header = list(words) + [0] * (256 - len(words))
     return struct.pack("<256i", *header) + struct.pack(f"<{len(tokens)}H", *tokens)
 
 
 def documents_of(paths, mark=0):
-    """Read the documents of byte shards, as bytes, in order."""
+    """Return the documents of byte shards, as bytes, in order."""
     found = []
     for path in paths:
         tokens = shards.read_shard(path)
@@ -68,7 +68,7 @@ def parts(folder, name="text"):
 
 
 def test_a_shard_equals_llm_c_s_byte_for_byte(tmp_path):
-    """Other speedrun code must be able to read these shards, so the bytes are spelled out."""
+    """Other speedrun code must be able to read these shards, so the bytes are written out."""
     shards.write_shard(tmp_path / "a.bin", np.array([50256, 15496, 995]))
     assert (tmp_path / "a.bin").read_bytes() == make_shard([20240520, 1, 3, 0], [50256, 15496, 995])
     shards.write_shard(tmp_path / "b.bin", np.array([0, 72, 105], dtype=np.uint8), vocabulary=256)
@@ -129,7 +129,7 @@ def test_corrupted_shards_are_refused_with_the_reason(tmp_path, content, message
 
 
 def test_folders_pipes_and_missing_files_are_refused(tmp_path):
-    """Fails if somebody waits for ever for a pipe to be written to, or gets a traceback."""
+    """Fails if reading waits forever on a pipe, or ends in a traceback."""
     os.mkfifo(tmp_path / "pipe.bin")
     for name, message in (
         (".", "no regular file; a token shard is wanted"),
@@ -143,7 +143,7 @@ def test_folders_pipes_and_missing_files_are_refused(tmp_path):
 @FUZZ
 @given(st.data())
 def test_a_damaged_shard_never_ends_in_a_traceback(data):
-    """Try any header, any truncation, any trailing bytes: a correct description or a ValueError."""
+    """Any header, truncation or trailing bytes must give a correct description or a ValueError."""
     words = data.draw(
         st.lists(
             st.one_of(st.sampled_from([20240520, 1, 4, 0, 256]), st.integers(-(2**31), 2**31 - 1)),
@@ -151,7 +151,7 @@ def test_a_damaged_shard_never_ends_in_a_traceback(data):
             max_size=4,
         )
     )
-    for index, right in enumerate((20240520, 1, 4)):  # mostly right, or only the first check would be reached
+    for index, right in enumerate((20240520, 1, 4)):  # mostly right, else only the first check is reached
         words[index] = right if data.draw(st.integers(0, 4)) else words[index]
     content = make_shard(words, data.draw(st.lists(st.integers(0, 65535), min_size=4, max_size=4)))
     content = content[: data.draw(st.one_of(st.just(1032), st.integers(0, 1032)))]
@@ -204,12 +204,12 @@ def test_a_full_disk_leaves_the_old_shard_and_no_temporary_file(tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def corpus():
-    """Training and validation documents of the Python that runs the tests."""
+    """Training and validation documents of the Python that runs these tests."""
     return embedded_corpus.split(embedded_corpus.read_documents(Path(sysconfig.get_path("stdlib"))))
 
 
 def test_the_split_never_changes():
-    """A file that changed sides would let models be validated on what they were trained on."""
+    """Fails if a file changes sides: models would be validated on text they were trained on."""
     val = ["ast.py", "mailbox.py", "pathlib.py", "tokenize.py", "pydoc_data/topics.py:string-methods"]
     train = ["argparse.py", "asyncio/events.py", "typing.py", "tarfile.py", "pydoc_data/topics.py:compound"]
     assert [embedded_corpus.is_held_out(name) for name in val + train] == [True] * 5 + [False] * 5
@@ -229,7 +229,7 @@ def test_no_document_is_on_both_sides(corpus):
 
 
 def test_validation_text_does_not_occur_in_training(corpus):
-    """Nested help topics alone would exceed this several times if near-duplicates were kept."""
+    """Fails if near-duplicates are kept: nested help topics alone would far exceed this share."""
 
     def shingles(text):
         words = text.split()
@@ -279,7 +279,7 @@ def test_the_corpus_is_made_once_and_repaired_when_damaged(tmp_path, run, corpus
 
 
 def test_files_left_out_of_the_corpus(tmp_path, monkeypatch, capsys):
-    """Each kind of unwanted file once; the names must be the standard library's."""
+    """Fails if any kind of unwanted file gets in; the names are those of the standard library."""
     words = [f"word{number}" for number in range(2000)]
     kept = {
         "abc.py": b"x = 1\n",
@@ -350,7 +350,7 @@ def texts(tmp_path):
     pyarrow.parquet.write_table(
         pyarrow.table({"id": range(42), "text": [*documents[80:], None, " \n"]}), table
     )
-    # A line before a separator keeps its end.
+    # A line before a separator keeps its newline.
     expected = [text + "\n" for text in documents[:39]] + documents[39:]
     return [plain, lines, table], [text.encode() for text in expected]
 
@@ -376,7 +376,7 @@ def test_every_document_arrives_once_and_in_order(tmp_path, run, texts):
 
 
 def test_two_processes_make_the_same_as_one(tmp_path, run, texts, monkeypatch):
-    monkeypatch.setattr(tokenizing, "CHUNK_CHARACTERS", 1000)  # small, so that there is an order to get wrong
+    monkeypatch.setattr(tokenizing, "CHUNK_CHARACTERS", 1000)  # many chunks, so their order matters
     for workers in (1, 2):
         out = tmp_path / str(workers)
         assert (
@@ -387,7 +387,8 @@ def test_two_processes_make_the_same_as_one(tmp_path, run, texts, monkeypatch):
 
 
 def test_equal_documents_are_on_one_side(tmp_path, run):
-    """Each text occurs three times, once with other white space around it; a second file moves none."""
+    """Fails if copies of a text, even with other white space around it, are on both sides of the split, or
+    another file moves them."""
     first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     words = [f"text number {number}" for number in range(100)]
     first.write_text(
@@ -408,7 +409,7 @@ def test_equal_documents_are_on_one_side(tmp_path, run):
 @FUZZ
 @given(st.lists(st.lists(st.integers(1, 9), max_size=30), max_size=12), st.integers(2, 25))
 def test_packing(documents, shard_tokens):
-    """No token is lost, no shard is too long, each begins with a mark, only oversized documents are cut."""
+    """Fails if a token is lost, a shard too long or without a first mark, or a document that fits is cut."""
     with tempfile.TemporaryDirectory() as folder:
         writer = tokenizing.ShardWriter(
             lambda number: Path(folder) / f"{number:03d}.bin", 256, shard_tokens, first=5
@@ -499,7 +500,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name, content, options, message", MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_end_with_one_sentence(tmp_path, run, name, content, options, message):
-    """Exit 2 with one line that names the place, and no partial corpus (some 4-token shards were full)."""
+    """Fails unless the exit code is 2, one line names the place, and no part of the corpus (4-token shards)
+    is left."""
     if content is not None:
         (tmp_path / name).write_bytes(content)
     size = [] if "--shard-tokens" in options else ["--shard-tokens", 4]
@@ -559,9 +561,9 @@ def gpt2_files(tmp_path, monkeypatch):
 
 
 def test_gpt2_tokens(tmp_path, run, gpt2_files, monkeypatch):
-    """Token numbers are the known ones, from tiktoken's cache and from the package; no mark inside."""
+    """Fails if token numbers, from tiktoken's cache or the package, are not GPT-2's, or text makes a mark."""
     tiktoken = pytest.importorskip("tiktoken")
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # not the encoding that another test has loaded
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # forget encodings that other tests loaded
     cache = tmp_path / "cache"
     cache.mkdir()
     for name, cached in tokenizing.CACHE_NAMES.items():
@@ -605,7 +607,7 @@ def test_a_missing_vocabulary_is_reported_with_the_remedy(tmp_path, run, monkeyp
 
 
 def test_the_names_of_tiktoken_s_cached_files(monkeypatch):
-    """The error message names two files; tiktoken derives the names from addresses that may change."""
+    """The error message names two files, whose names tiktoken derives from URLs that may change."""
     pytest.importorskip("tiktoken")
     import tiktoken_ext.openai_public as public
 
@@ -624,7 +626,7 @@ PUBLIC = hub.PublicShards(repo="someone/some-gpt2", folder="some", prefix="some"
 
 @pytest.fixture
 def fake_hub(monkeypatch):
-    """Hub of small shards. `asked` lists the files fetched; `replies` sets a file's content or error."""
+    """Fake hub of small shards. `asked` lists the files fetched; `replies` sets a file's content or error."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     asked, replies = [], {}
 
@@ -662,7 +664,7 @@ def test_downloads_validation_first_and_only_what_is_missing(tmp_path, run, fake
     "content", [b"", GOOD[:-2], b"<html>busy</html>", make_shard([20240520, 1, 1], [60000])]
 )
 def test_a_damaged_download_is_refused_and_removed(tmp_path, run, fake_hub, content):
-    """It is removed, or the hub's client would count it as downloaded; earlier shards stay."""
+    """Fails if it stays, since the hub's client would count it as downloaded, or an earlier shard goes."""
     asked, replies = fake_hub
     replies["some_train_000001.bin"] = content
     status, _, err = download(run, tmp_path, 2)
@@ -681,7 +683,7 @@ def failures():
     from huggingface_hub import errors
 
     kind = errors.RepositoryNotFoundError
-    unknown = kind.__new__(kind)  # its constructor wants a server's reply
+    unknown = kind.__new__(kind)  # its constructor needs a server's reply
     return {
         "offline": (errors.LocalEntryNotFoundError("x"), "is this machine online?"),
         "refused": (ConnectionRefusedError(errno.ECONNREFUSED, "x"), "is this machine online?"),
@@ -726,7 +728,7 @@ def test_more_shards_than_there_are(tmp_path, run, fake_hub, count):
 
 
 def test_the_public_data_sets():
-    """Names and sizes are those published."""
+    """Fails if names and sizes are not those published."""
     found = [
         importlib.import_module(f"data.{name}").SHARDS
         for name in ("cached_fineweb10B", "cached_fineweb100B", "cached_finewebedu10B")
@@ -771,7 +773,7 @@ def make_fineweb(run, out, *options):
 
 
 def test_fineweb_resumes_where_it_stopped(tmp_path, run, fake_fineweb):
-    """Stopped by a network failure and by --shards, then finished: equal to shards made in one go."""
+    """Fails if shards made after a network failure and a --shards limit differ from those made in one go."""
     assert make_fineweb(run, tmp_path / "once")[0] == 0
     paths = sorted((tmp_path / "once").glob("*.bin"))
     assert [path.name for path in paths][-1] == "fineweb_val_000000.bin" and len(paths) > 4
@@ -806,11 +808,11 @@ def test_fineweb_does_not_mix_two_corpora(tmp_path, run, fake_fineweb):
     assert status == 2 and "did not make" in err
 
 
-# ---- all of them
+# ---- all scripts
 
 
 def test_importing_does_nothing_and_is_light():
-    """--help must be quick and scripts importable: large libraries are loaded only when needed."""
+    """--help must be fast and scripts importable, so large libraries are imported only when needed."""
     names = sorted(path.stem for path in DATA.glob("*.py"))
     heavy = ["torch", "tiktoken", "pyarrow", "huggingface_hub"]
     code = (

@@ -1,4 +1,4 @@
-"""diff_runs: all that differs between two runs is named, and nothing else."""
+"""diff_runs: names all differences between two runs, and nothing else."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def with_sources(text: str, files: dict[str, str]) -> str:
 
 @pytest.fixture
 def compared(tmp_path, capsys):
-    """Call the command on two texts; return its exit code and the sections of what it printed, by title."""
+    """Call the command on two texts; return its exit code and the sections of its output, by title."""
 
     def call(a: str, b: str) -> tuple[int, dict[str, str]]:
         for name, text in (("a.txt", a), ("b.txt", b)):
@@ -32,7 +32,7 @@ def compared(tmp_path, capsys):
 
 
 def test_everything_that_differs_is_named_and_nothing_else(compared):
-    """Otherwise a difference in loss is put down to the wrong cause."""
+    """Otherwise a difference in loss is attributed to the wrong cause."""
     a = with_sources(make_log("a", 1, {"muon_lr": 0.02, "val_loss_every": 50}, 200), FILES)
     edited = {**FILES, "train_gpt.py": FILES["train_gpt.py"].replace("return 1", "return 2")}
     changes = {"muon_lr": 0.04, "val_loss_every": 25, "router_lr": 0.1}
@@ -65,7 +65,7 @@ def test_equal_runs_are_said_to_be_equal(compared):
 
 
 def test_older_logs_have_their_source_code_compared_in_one_piece(compared):
-    """Public logs and those of before the list of files hold one text up to the first line of '='."""
+    """Public logs, and ours from before the list of files, hold one text up to the first line of '='."""
     a = make_log("a", 1, {}, 100)
     _, found = compared(a, a.replace("class Model", "class Net", 1))
     assert "-class Model:" in found["--- A/source"].splitlines()

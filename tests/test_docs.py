@@ -1,4 +1,4 @@
-"""The pages of docs/ stay true: settings are --help, and the worked ideas apply and train."""
+"""Pages of docs/ stay true: the settings page equals --help, and the worked ideas apply and train."""
 
 import re
 import shutil
@@ -29,7 +29,7 @@ def test_the_settings_page_is_what_help_prints():
 
 @pytest.mark.parametrize("setting", ON)
 def test_a_worked_idea_applies_and_trains(setting, shards, tmp_path):
-    """Applied to a copy, it changes nothing while it is off, and the losses when it is on."""
+    """Applied to a copy, an idea must change nothing while it is off, and the losses when it is on."""
     for package in ("runtime", "kernels", "data"):
         shutil.copytree(
             ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("embedded", "*.bin")

@@ -1,4 +1,4 @@
-"""evaluate_model.py: log-likelihoods are the model's own, in batches or alone; lm_eval where it is here."""
+"""evaluate_model.py: log-likelihoods are the model's own, batched or not; lm_eval, if it is installed."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def model_path(shards, tmp_path_factory) -> Path:
-    """The model of a run of a few steps."""
+    """Model of a run of a few steps."""
     cwd = tmp_path_factory.mktemp("evaluated")
     env = base_env(shards, RUN_ID="m", NUM_SCHEDULED_ITERATIONS=8, VAL_LOSS_EVERY=0)
     assert run(cwd, BASELINE, env, ranks=0).returncode == 0
@@ -39,7 +39,7 @@ def trained(model_path):
 
 
 def test_scores_are_the_models_own_whatever_stands_beside_them(trained):
-    """Fails if padding, sorting, batching or the cut between context and continuation changes a number."""
+    """Fails if padding, sorting, batching or the split into context and continuation changes a number."""
     scorer = evaluate_model.Scorer(trained, batch_tokens=64)
     pairs = [scorer.pair(*text) for text in TEXTS]
     assert all(context[0] == trained.mark for context, _ in pairs)
@@ -69,7 +69,7 @@ def test_scores_agree_with_the_trainers_loss(trained):
 
 
 def test_the_likeliest_continuation_is_told(trained):
-    """Fails if "greedy" is not token by token: lambada's accuracy is made of it."""
+    """Fails if "greedy", from which lambada's accuracy is computed, is not token by token."""
     scorer = evaluate_model.Scorer(trained)
     context = [trained.mark, *b"import "]
     likeliest = []

@@ -24,7 +24,7 @@ HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 
 @pytest.fixture
 def logs(tmp_path) -> Path:
-    """A folder with two runs: an ended one, and one that is still running."""
+    """Folder with two runs: a finished one, and one that is still running."""
     folder = tmp_path / "logs"
     folder.mkdir()
     (folder / "a.txt").write_text(make_log("a", 1, {"muon_lr": 0.02}, 100))
@@ -43,7 +43,7 @@ def read_table(path: Path) -> list[dict]:
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_every_number_of_the_logs_is_in_the_tables(kind, logs, tmp_path, capsys):
-    """Fails if a step, a quantity or a setting is lost, or stands in another run's row."""
+    """Fails if a step, a quantity or a setting is lost, or is in another run's row."""
     out = tmp_path / "tables"
     assert export_runs.main([str(logs), "--to", kind, "--out", str(out)]) == 0
     assert f"steps.{kind}" in capsys.readouterr().out
@@ -66,7 +66,7 @@ def test_every_number_of_the_logs_is_in_the_tables(kind, logs, tmp_path, capsys)
 
 
 def test_a_setting_that_changed_its_type_is_no_obstacle(logs, tmp_path):
-    """Fails if logs of before and after a setting's change cannot be in one table."""
+    """Fails if logs from before and after a change of a setting's type cannot share a table."""
     (logs / "c.txt").write_text(make_log("c", 3, {"muon_lr": "0.1,0.2", "target_loss": 3}, 100))
     out = tmp_path / "tables"
     assert export_runs.main([str(logs), "--to", "parquet", "--out", str(out)]) == 0
@@ -74,7 +74,7 @@ def test_a_setting_that_changed_its_type_is_no_obstacle(logs, tmp_path):
 
 
 def test_points_are_given_out_once_and_in_order(logs):
-    """Fails if a running log's curve has a point twice, or a repeated step after a resume goes back."""
+    """Fails if a running log's curve has a point twice, or goes back at a step repeated after resuming."""
     points, follower, given = NewPoints(), LogFollower(logs), []
     path = logs / "b.txt"
     whole = make_log("b", 2, {"muon_lr": 0.04}, 100)

@@ -1,5 +1,5 @@
-"""kernels/fast_forms.py: each fast form computes what the trainer's own function does, and steps aside where
-that function has been edited, so that whoever edits a trainer trains what they wrote."""
+"""kernels/fast_forms.py: each fast form computes what the trainer's own function does, and is not used once
+that function has been edited, so that an edited trainer trains what it says."""
 
 import importlib.util
 import re
@@ -21,7 +21,7 @@ NUM_STEPS = 3
 
 
 def tiny_trainer(trainer, shards):
-    """(Trainer of the tiny preset, its data) with the settings of a short run."""
+    """Make (Trainer of the tiny preset, its data) with the settings of a short run."""
     env = base_env(shards, NUM_SCHEDULED_ITERATIONS=NUM_STEPS)
     s, o, config = trainer.read_settings(env)
     ranks = lone_ranks()
@@ -33,7 +33,7 @@ def tiny_trainer(trainer, shards):
 
 
 def two_steps(shards) -> tuple[float, dict, dict]:
-    """(loss, {parameter: gradient} of the first step, {parameter: weights} after the second) of tiny."""
+    """Train tiny: (loss, {parameter: gradient} of the first step, {parameter: weights} after the second)."""
     made, data = tiny_trainer(train_gpt, shards)
     shake(made.model)
     params, grads = dict(made.model.named_parameters()), {}
@@ -77,7 +77,7 @@ def test_a_cpus_fast_form_computes_what_the_plain_function_does(name, shards, pl
     plain_loss, plain_grads, plain_moved = plain_steps
     assert loss == pytest.approx(plain_loss, rel=1e-6)
     pairs = {n: (g, plain_grads[n]) for n, g in grads.items()}
-    tolerance = 1e-3  # of a scalar's gradient, whose terms cancel; others are within 1e-5
+    tolerance = 1e-3  # for scalars' gradients, whose terms cancel; others are within 1e-5
     if name in UPDATES:
         assert all(torch.equal(got, wanted) for got, wanted in pairs.values())
         pairs, tolerance = {n: (x, plain_moved[n]) for n, x in moved.items()}, 1e-2
@@ -118,7 +118,7 @@ def test_fingerprints_of_the_triton_forms(trainer):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_trainer_gets_its_own_functions_back(trainer):
-    """Fails if a fast form stays in place after its run, also one that ends in an error."""
+    """Fails if a fast form stays installed after its run, even one that ends in an error."""
     names = [form.name.split(".") for form in CPU_FORMS]
 
     def in_place():
@@ -136,8 +136,8 @@ def test_the_trainer_gets_its_own_functions_back(trainer):
 
 @pytest.mark.parametrize("env", [{"COMPILE": "1"}, {"KERNELS": "torch"}], ids=str)
 def test_runs_of_plain_functions(env):
-    """Fails if a compiled run on a CPU takes the fast forms, which are slower there and break its graph, or
-    nothing turns them off."""
+    """Fails if a compiled run on a CPU uses the fast forms, which are slower there and break its graph, or
+    they cannot be turned off."""
     with fast_forms.installed(train_gpt, *read(train_gpt, **env)[:2]) as (names, warnings):
         assert names == warnings == []
 
@@ -150,7 +150,7 @@ NEXT = "def nesterov("  # what follows polar_express
 
 
 def edited(old: str, new: str) -> str:
-    """train_gpt.py with one passage changed."""
+    """Return train_gpt.py's source with one passage changed."""
     text = (ROOT / BASELINE).read_text()
     assert text.count(old) == 1, f"train_gpt.py has {old!r} {text.count(old)} times; change the test's edit"
     return text.replace(old, new)
@@ -158,7 +158,7 @@ def edited(old: str, new: str) -> str:
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """A function that imports the text of a trainer beside this repository's packages."""
+    """Function that imports a trainer's source beside this repository's packages."""
 
     def load(text: str):
         path = tmp_path / "edited_gpt.py"
@@ -194,8 +194,7 @@ def load(tmp_path, monkeypatch):
     ],
 )
 def test_an_edit_takes_its_fast_forms_away_and_no_other(old, new, lost, load):
-    """Fails if an edited function, or one that a fast form repeats, would be replaced by code for the old
-    text."""
+    """Fails if an edited function, or one that a fast form repeats, is replaced by code for the old one."""
     module = load(edited(old, new))
     with fast_forms.installed(module, *read(module)[:2]) as (names, warnings):
         assert set(names) == set(BY_NAME) - lost
@@ -218,7 +217,7 @@ def test_comments_docstrings_and_layout_may_change_freely(load):
 
 
 def plain_losses(trainer, shards) -> list[float]:
-    """Training losses of a short run in this process, without a fast form."""
+    """Return the training losses of a short run in this process, without a fast form."""
     made, data = tiny_trainer(trainer, shards)
     found = []
     for step in range(NUM_STEPS):
@@ -229,8 +228,7 @@ def plain_losses(trainer, shards) -> list[float]:
 
 
 def test_a_run_of_an_edited_trainer_trains_the_edit_and_says_so(tmp_path, shards, load):
-    """Fails if a run of a trainer with another activation trains the old one, or does not tell that it is
-    slower."""
+    """Fails if a trainer with another activation trains the old one, or does not report that it is slower."""
     for package in ("runtime", "kernels", "data"):
         shutil.copytree(
             ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("embedded", "*.bin")

@@ -1,4 +1,4 @@
-"""What goes wrong on rented machines, done to real runs: killed and hung ranks, signals, damaged checkpoints,
+"""Faults of rented machines, injected into real runs: killed and hung ranks, signals, damaged checkpoints,
 full disks, vanished data, two runs of one name. tests/README.md has the table of faults and outcomes."""
 
 import os
@@ -28,14 +28,14 @@ from runtime.checkpoints import FORMAT
 from runtime.log_writer import BAR, LogWriter, sources
 from runtime.settings import SettingsError
 
-EVERY_STATE = dict(  # all that the optimizer can have to remember
+EVERY_STATE = dict(  # every kind of optimizer state
     SPECTRAL_SCHEDULE="adaptive", SPECTRAL_VARIANCE=1, GRAD_CLIP=1.0, ADAM_LR=0.008, SPECTRAL_RHO_MODE="row"
 )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory):
-    """The log of a 2-rank run that nothing happened to."""
+    """Log of an undisturbed 2-rank run."""
     cwd = tmp_path_factory.mktemp("undisturbed")
     train(cwd, shards, "twin", ORD, ranks=2, SAVE_EVERY=6, **EVERY_STATE)
     return cwd / "logs" / "twin.txt"
@@ -48,7 +48,7 @@ def undisturbed(shards, tmp_path_factory):
 
 @pytest.mark.parametrize("step", [1, 6, 13])
 def test_killed_at_any_step_and_resumed_ends_with_the_same_digits(undisturbed, shards, tmp_path, step):
-    """Fails if anything that the next update depends on is not in the checkpoint."""
+    """Fails if the checkpoint lacks any state that the next update depends on."""
     env = base_env(shards, RUN_ID="killed", SAVE_EVERY=2, **EVERY_STATE)
     job = Job(tmp_path, ORD, env, ranks=2, pause_at=(step,))
     job.wait_until_paused()
@@ -58,10 +58,10 @@ def test_killed_at_any_step_and_resumed_ends_with_the_same_digits(undisturbed, s
     assert events(job.log, "resumed") and lines(job.log) == lines(undisturbed)
     assert [r.state for r in read_log(job.log)] == ["finished"]
     before, after = job.log.read_text().split("event:resumed step:")
-    at = int(after.split()[0])  # time on the clock goes on, too
+    at = int(after.split()[0])  # train_time continues, too
     spent = [int(t) for t in re.findall(rf"^step:{at}/.* train_time:(\d+)ms", before, re.M)]
     then = int(re.search(r"^step:.* train_time:(\d+)ms", after, re.M)[1])
-    assert then > spent[-1] if at else then == 0  # killed at step 1, before there was a checkpoint
+    assert then > spent[-1] if at else then == 0  # killed at step 1, before the first checkpoint
 
 
 EXPERTS = dict(EVERY_STATE, MODEL="moe-tiny", MANIFOLD_EVERY=3, SAVE_EVERY=2, NUM_SCHEDULED_ITERATIONS=8)
@@ -69,15 +69,15 @@ EXPERTS = dict(EVERY_STATE, MODEL="moe-tiny", MANIFOLD_EVERY=3, SAVE_EVERY=2, NU
 
 @pytest.fixture(scope="module")
 def undisturbed_experts(shards, tmp_path_factory):
-    """The same with experts and a file of spectra."""
+    """Log of an undisturbed run with experts and a file of spectra."""
     cwd = tmp_path_factory.mktemp("undisturbed")
     train(cwd, shards, "twin", ORD, ranks=2, **EXPERTS)
     return cwd / "logs" / "twin.txt"
 
 
 def test_experts_and_their_spectra_survive_kills(undisturbed_experts, shards, tmp_path):
-    """Fails if torchrun --max-restarts does not go on from the last checkpoint after rank 0, and later rank
-    1, was killed; or if router noise, a state of the optimizer or the file of spectra then differ."""
+    """Fails if torchrun --max-restarts does not resume from the last checkpoint when rank 0, then rank 1, is
+    killed; or if router noise, optimizer state or the file of spectra then differ."""
     env = base_env(shards, RUN_ID="killed", **EXPERTS)
     job = Job(tmp_path, ORD, env, 2, ("--standalone", "--max-restarts=2"), pause_at=(5, 7))
     for victim in (0, 1):
@@ -92,7 +92,7 @@ def test_experts_and_their_spectra_survive_kills(undisturbed_experts, shards, tm
 
 
 def test_resumed_on_another_number_of_ranks(undisturbed, shards, tmp_path):
-    """Fails if a checkpoint of 2 ranks does not go on with 1 and with 4, within rounding."""
+    """Fails if a checkpoint of 2 ranks does not resume on 1 and on 4, equal within rounding."""
     env = base_env(shards, SAVE_EVERY=6, **EVERY_STATE)
     path = undisturbed.with_suffix("") / "step_00000006.pt"
     wanted = losses(undisturbed.parent.parent, "twin")
@@ -105,7 +105,7 @@ def test_resumed_on_another_number_of_ranks(undisturbed, shards, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_with_a_checkpoint(undisturbed, shards, tmp_path, number):
-    """Fails if the step is not finished and saved with exit code 0, or resuming trains something else."""
+    """Fails if the step is not finished and saved with exit code 0, or the resumed run differs."""
     env = base_env(shards, RUN_ID="asked", **EVERY_STATE)
     job = Job(tmp_path, ORD, env, pause_at=(3,))
     job.wait_until_paused()
@@ -131,7 +131,7 @@ def test_a_signal_to_one_rank_stops_all(shards, tmp_path):
 
 
 def test_two_signals_at_once_are_one_request(shards, tmp_path):
-    """Fails if Ctrl-C, which reaches a rank from the terminal and from torchrun, loses the run."""
+    """Fails if Ctrl-C, which reaches a rank from both the terminal and torchrun, loses the run."""
     job = Job(tmp_path, BASELINE, base_env(shards, RUN_ID="twice", NUM_SCHEDULED_ITERATIONS=400))
     job.wait_for(r"^step:2/")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
@@ -164,9 +164,9 @@ sys.exit(supervise.main(trainer, sys.argv[1:]))
 
 
 def test_a_signal_during_the_rehearsal_stops_before_the_first_step(shards, tmp_path):
-    """Fails if a signal that one rank gets while all rehearse is lost, or costs a step.
+    """Fails if a signal to one rank during the rehearsal is lost, or a step is trained first.
 
-    The signalled rank enters the trainer's own rehearsal once it has the signal, so that nothing is compiled.
+    That rank enters the trainer's own rehearsal only after the signal, so nothing is compiled.
     """
     script = tmp_path / "rehearsing_train_gpt.py"
     script.write_text(REHEARSING.format(root=str(ROOT)))
@@ -178,7 +178,7 @@ def test_a_signal_during_the_rehearsal_stops_before_the_first_step(shards, tmp_p
 
 
 def test_a_run_outlives_its_shell(shards, tmp_path):
-    """Fails if `nohup python train_gpt.py &` ends with its terminal: its parent means nothing."""
+    """Fails if `nohup python train_gpt.py &` ends with its shell, as a torchrun worker does with torchrun."""
     env, log = base_env(shards, RUN_ID="nohup"), tmp_path / "logs" / "nohup.txt"
     script = f"{' '.join(command(BASELINE, 0))} >out 2>&1 & while ! test -s {log}; do sleep 0.1; done"
     subprocess.run(["sh", "-c", script], cwd=tmp_path, env=env, check=True, timeout=PATIENCE_S)
@@ -199,11 +199,11 @@ def test_a_finished_run_is_left_alone(shards, tmp_path):
 
 
 def test_a_lost_model_is_made_again_from_the_last_checkpoint(shards, tmp_path):
-    """Fails if a finished run whose model went with a disk cannot make it again from its checkpoint."""
+    """Fails if a finished run that lost its model file cannot rebuild it from its last checkpoint."""
     train(tmp_path, shards, "over", NUM_SCHEDULED_ITERATIONS=4, SAVE_EVERY=2)
     log, model = tmp_path / "logs" / "over.txt", tmp_path / "logs" / "over" / "model.safetensors"
     digits, weights = lines(log), load_file(model)
-    assert model.stat().st_mode & 0o777 == 0o644  # not for its owner alone
+    assert model.stat().st_mode & 0o777 == 0o644  # readable by others
     model.unlink()
     env = base_env(shards, RUN_ID="over", NUM_SCHEDULED_ITERATIONS=4, SAVE_EVERY=2, RESUME="auto")
     done = run(tmp_path, BASELINE, env, ranks=0)
@@ -214,13 +214,13 @@ def test_a_lost_model_is_made_again_from_the_last_checkpoint(shards, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------
-# What is refused, what is fallen back from
+# Refusals and fallbacks
 # ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def saved(shards, tmp_path_factory):
-    """A folder with a run, `saved`, that was killed at step 9, with checkpoints of steps 4 and 8."""
+    """Folder with a run, `saved`, killed at step 9, with checkpoints of steps 4 and 8."""
     cwd = tmp_path_factory.mktemp("saved")
     env = base_env(shards, RUN_ID="saved", SAVE_EVERY=4)
     job = Job(cwd, BASELINE, env, pause_at=(9,))
@@ -236,7 +236,7 @@ def copy_of_saved(saved, tmp_path):
 
 
 def resume_env(shards, **settings) -> dict:
-    """The environment in which the run `saved` goes on."""
+    """Environment that resumes the run `saved`."""
     return base_env(shards, **{"RUN_ID": "saved", "SAVE_EVERY": 4, "RESUME": "auto", **settings})
 
 
@@ -246,7 +246,7 @@ def resume(cwd, shards, ranks=0, **settings):
 
 @pytest.fixture
 def refused_resume(copy_of_saved, shards, monkeypatch, capsys):
-    """Function that goes on with `saved` in this process, with other settings; gives the refusal's text."""
+    """Function that tries to resume `saved` in this process with other settings; returns the refusal."""
     monkeypatch.chdir(copy_of_saved)
     return lambda **settings: refusal(train_gpt, resume_env(shards, **settings), capsys)
 
@@ -258,7 +258,7 @@ def test_other_settings_are_refused_with_the_list(copy_of_saved, refused_resume)
 
 
 def test_how_often_to_save_or_validate_may_differ(copy_of_saved, shards):
-    """Fails if such a change is refused. Step 8 is validated now, which it was not before the kill."""
+    """Fails if such a change is refused. Step 8 is now validated; before the kill it was not."""
     done = resume(copy_of_saved, shards, SAVE_EVERY=2, VAL_LOSS_EVERY=4, TARGET_LOSS=2)
     assert done.returncode == 0, done.stderr
     assert "step:8/14 val_loss" in (copy_of_saved / "logs" / "saved.txt").read_text()
@@ -273,7 +273,7 @@ def test_other_code_is_said(copy_of_saved, shards):
 
 
 def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(copy_of_saved, shards):
-    """Fails if a restart goes on from what was given up, or the last two by number are not those by time."""
+    """Fails if a restart can resume from the abandoned step 8, or pruning keeps it as one of the last 2."""
     folder = copy_of_saved / "logs" / "saved"
     done = resume(copy_of_saved, shards, RESUME="logs/saved/step_00000004.pt", SAVE_EVERY=2)
     assert done.returncode == 0, done.stderr
@@ -283,7 +283,7 @@ def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(copy_of_saved, 
 
 @pytest.mark.parametrize("part", [0, 4, 5000, None])
 def test_a_log_that_was_only_begun_does_not_block_its_name(tmp_path, part):
-    """Fails if a run killed in its first moment, which leaves a piece of the header, blocks its name."""
+    """Fails if a run killed while writing its header blocks its name."""
     torn = tmp_path / "torn.txt"
     torn.write_bytes((sources() + f"{BAR}\nconfig:{{".encode())[:part])
     log = LogWriter(torn, 0, 9)
@@ -306,7 +306,7 @@ def test_a_file_that_is_more_than_a_piece_of_a_header_is_not_overwritten(tmp_pat
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
 def test_a_damaged_checkpoint_is_passed_over_loudly(copy_of_saved, shards, damage):
-    """Fails if one flipped bit goes unnoticed, or the run does not say that it fell back."""
+    """Fails if one flipped bit goes unnoticed, or the fallback is not reported."""
     path = copy_of_saved / "logs" / "saved" / "step_00000008.pt"
     data = bytearray(path.read_bytes())
     if damage == "flipped":
@@ -330,7 +330,7 @@ def test_without_a_good_checkpoint_nothing_is_thrown_away(copy_of_saved, refused
 
 
 class Runs:
-    """A pickle that runs code when it is loaded."""
+    """Object whose pickle runs code when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -342,12 +342,12 @@ class Runs:
 def test_a_strangers_checkpoint_runs_no_code(refused_resume, tmp_path):
     bad, trap = tmp_path / "stranger.pt", tmp_path / "code_was_run"
     torch.save({"format": FORMAT, "config": Runs(trap)}, bad)
-    assert pickle.dumps(Runs(trap))  # it can be pickled, so the file has it
+    assert pickle.dumps(Runs(trap))  # it can be pickled, so it is in the file
     assert "is no checkpoint" in refused_resume(RESUME=str(bad)) and not trap.exists()
 
 
 def test_a_checkpoint_of_another_run_is_refused(copy_of_saved, shards):
-    """Fails if a run of 14 steps is over at step 14 without having been trained, or ends in a traceback."""
+    """Fails if a checkpoint at the last step ends the run untrained, or in a traceback."""
     bad = copy_of_saved / "bad.pt"
     torch.save({**torch.load(copy_of_saved / "logs" / "saved" / "step_00000008.pt"), "step": 14}, bad)
     done = resume(copy_of_saved, shards, RESUME=str(bad))
@@ -386,8 +386,8 @@ def test_more_ranks_than_divide_the_batch(shards, tmp_path):
     ],
 )
 def test_machines_with_different_or_bad_settings_are_refused_together(shards, tmp_path, name, values, said):
-    """Fails if a seed set on one of two agents, each with its own environment, trains nonsense, or a wrong
-    value keeps the other agent waiting. Both say why."""
+    """Fails if agents with different seeds train nonsense, or a bad value on one leaves the other waiting.
+    Both say why."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -421,7 +421,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(shards, tmp_path, victim):
 
 
 def test_restarts_do_not_take_an_older_run_of_the_same_name(copy_of_saved, shards):
-    """Fails if a name that exists is not refused, or not by torchrun's second attempt too."""
+    """Fails if an existing name is accepted, either at first or by torchrun's second attempt."""
     log = copy_of_saved / "logs" / "saved.txt"
     before = log.read_bytes()
     env = base_env(shards, RUN_ID="saved", SAVE_EVERY=4)
@@ -432,7 +432,7 @@ def test_restarts_do_not_take_an_older_run_of_the_same_name(copy_of_saved, shard
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_given_up_in_time(shards, tmp_path, victim):
-    """Fails if a process that is there and silent (SIGSTOP), as when a GPU hangs, is waited for for ever."""
+    """Fails if the others wait forever for a process that hangs (SIGSTOP stands in for a hung GPU)."""
     env = base_env(shards, RUN_ID="hung", NUM_SCHEDULED_ITERATIONS=400, DIST_TIMEOUT=5)
     job = Job(tmp_path, BASELINE, env, ranks=2)
     job.wait_for(r"^step:2/")
@@ -465,8 +465,8 @@ def can_make_namespaces() -> bool:
 
 @pytest.mark.skipif(not can_make_namespaces(), reason="needs root and iproute2 for network namespaces")
 def test_a_cut_link_between_two_machines_ends_both(shards, tmp_path):
-    """Fails if a machine waits for one that it cannot hear: two torchrun agents in network namespaces, whose
-    link goes down without a word to either side."""
+    """Fails if a machine waits forever for an unreachable one: two torchrun agents in network namespaces,
+    whose link goes down silently."""
     names = [f"ord{os.getpid() % 10_000}{i}" for i in (0, 1)]
 
     def ip(*args):
@@ -527,15 +527,15 @@ def test_a_runaway_loss_ends_the_run_and_keeps_the_last_good_state(copy_of_saved
 
 
 def limit_files(size: int):
-    """Function that limits its process's files to `size` bytes, as a full disk would."""
+    """Function that limits its process's files to `size` bytes, like a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_a_full_disk_costs_neither_the_run_nor_the_checkpoint_before(copy_of_saved, shards):
-    """Fails if checkpoints that find no room (no file may grow beyond 3 MB) end the run or its log."""
+    """Fails if checkpoints that do not fit (no file may exceed 3 MB) end the run or its log."""
     env = base_env(shards, RUN_ID="saved", SAVE_EVERY=2, RESUME="auto")
     job = Job(copy_of_saved, BASELINE, env, setup=limit_files(3_000_000))
-    assert job.end() == 1  # trained to the end, but without its model a run is not finished
+    assert job.end() == 1  # trained to the end, but a run without its model is not finished
     assert len(events(job.log, "save_failed")) == 2 and "model.safetensors" in events(job.log, "crashed")[0]
     folder = copy_of_saved / "logs" / "saved"
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000004.pt", "step_00000008.pt"]
@@ -546,7 +546,7 @@ def test_a_full_disk_costs_neither_the_run_nor_the_checkpoint_before(copy_of_sav
 
 
 def test_a_signal_on_a_full_disk_stops_and_says_that_nothing_was_saved(shards, tmp_path):
-    """Fails if the exit code is not 1: a launcher would take the run for one that can be gone on with."""
+    """Fails if the exit code is not 1: a launcher would take the run for one that can be resumed."""
     env = base_env(shards, RUN_ID="full", NUM_SCHEDULED_ITERATIONS=400)
     job = Job(tmp_path, BASELINE, env, setup=limit_files(3_000_000))
     job.wait_for(r"^step:2/")
@@ -557,8 +557,8 @@ def test_a_signal_on_a_full_disk_stops_and_says_that_nothing_was_saved(shards, t
 
 
 def test_log_lines_wait_for_a_full_disk(tmp_path):
-    """Fails if lines that the disk does not take are lost, or change their order, once it does; if it never
-    does, the exit code is 1."""
+    """Fails if lines that did not fit are lost or reordered once there is room, or if the exit code is not 1
+    when there never is."""
     code = f"""
 import resource, sys
 from pathlib import Path
@@ -595,7 +595,7 @@ sys.exit(log.close())
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
 def test_a_console_that_takes_nothing_ends_no_run(shards, tmp_path):
-    """Fails if an .out file on a full disk, or a terminal that was closed, ends a run."""
+    """Fails if an .out file on a full disk, or a closed terminal, ends a run."""
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             command(BASELINE, 0),
@@ -629,7 +629,7 @@ def test_read_only_logs_are_refused(shards, tmp_path):
 
 
 def test_vanished_data_ends_the_run_and_resuming_with_it_goes_on(tmp_path):
-    """Fails if a shard that goes away during the run costs more than the time until it is back."""
+    """Fails if a shard that disappears during the run costs more than the time until it is back."""
     names = [tmp_path / f"made_train_00000{i}.bin" for i in (0, 1)]
     for i, name in enumerate(names):
         write_shard(name, make_text(4500, seed=i))
@@ -653,7 +653,7 @@ def test_vanished_data_ends_the_run_and_resuming_with_it_goes_on(tmp_path):
 
 
 def test_a_crash_on_a_full_disk_leaves_its_lines_on_the_console(tmp_path):
-    """Fails if what a log lacks that may not grow beyond its third step, and why the run ended, are lost."""
+    """Fails if the lines that a full log could not take, or the reason for the crash, are lost."""
     for i in (0, 1):
         write_shard(tmp_path / f"made_train_00000{i}.bin", make_text(4500, seed=i))
     write_shard(tmp_path / "made_val_000000.bin", make_text(17_000, seed=9))
@@ -691,7 +691,7 @@ def test_two_runs_in_one_folder_and_one_name_twice(shards, tmp_path):
 
 @pytest.mark.parametrize("script", [BASELINE, ORD])
 def test_the_soaks_copy_of_the_project_starts(tmp_path, script):
-    """Else the soak, which nothing else runs, ends before its first fault."""
+    """Fails if the soak, which no other test runs, would end before its first fault."""
     soak.copy_project(tmp_path)
     argv = [sys.executable, script, "--settings-json"]
     done = subprocess.run(argv, cwd=tmp_path, env=base_env(tmp_path), capture_output=True)

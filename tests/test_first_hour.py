@@ -24,7 +24,7 @@ from report import Report, row  # noqa: E402
 
 @pytest.fixture
 def scratch(tmp_path, monkeypatch):
-    """A place for what first_hour.py leaves outside its results; the environment as before afterwards."""
+    """Folder for files that first_hour.py leaves outside its results; restores the environment afterwards."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
@@ -57,7 +57,7 @@ sys.exit(first_hour.main(sys.argv[1:]))
 
 
 def test_part_a_checks_and_times_all_kernels_and_names_the_wrong_one(tmp_path):
-    """One reference is wrong: its checks fail, all others pass, and the part goes on to its end."""
+    """One reference is wrong: its checks fail, all others pass, and the part runs to its end."""
     paths = str(ROOT / "benchmarks"), str(ROOT / "tests/offgpu")
     done = subprocess.run(
         [sys.executable, "-c", BROKEN, *paths, "a", "--dry-run", "--out", str(tmp_path / "out")],
@@ -149,7 +149,7 @@ def test_without_a_gpu_only_a_dry_run(tmp_path, scratch, capsys):
 
 @pytest.fixture
 def make_report(tmp_path):
-    """Reports in one folder, whose clocks do not end the tests' process."""
+    """Function that makes Reports in one folder, whose clocks do not end the tests' process."""
     made = []
 
     def make(minutes=1e5):
@@ -173,7 +173,7 @@ def fail_with(error):
 
 
 def test_every_outcome_is_a_result(make_report, tmp_path, capsys):
-    """A step that does not end well does not keep the next from running; only failures count as such."""
+    """Fails if a step that does not succeed stops the next one, or anything but a failure counts as one."""
     found = make_report()
     found.step("memory", fail_with(torch.OutOfMemoryError("too much")))
     found.step("varlen", fail_with(ImportError("no varlen here")))
@@ -219,7 +219,7 @@ def in_a_process(folder: Path, code: str) -> int:
 
 
 def test_a_part_that_was_killed_goes_on(make_report, tmp_path):
-    """Done steps are not repeated; the one that was under way is, unless it ended the process twice."""
+    """Finished steps are not repeated; an interrupted one is, unless it ended the process twice."""
     code = """
 found = report.Report("p", folder, folder, 1e5, folder / "cache")
 found.step("first", lambda: None)
@@ -233,11 +233,11 @@ found.step("second", lambda: os.kill(os.getpid(), signal.SIGKILL))
             found.step(name, lambda name=name, ran=ran: ran.append(name))
         assert ran == ([] if before == "third" else ["second", "third"])
         assert statuses(tmp_path)[before] == after
-        found.record("third", status="running", attempts=2)  # as if it had ended two processes
+        found.record("third", status="running", attempts=2)  # as if it had crashed two processes
 
 
 def test_a_step_that_hangs_ends_with_the_clock(tmp_path):
-    """The main thread never returns from it; results and cache are saved all the same."""
+    """Fails if results or cache are lost when the main thread never returns."""
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/kernel").write_bytes(b"x")
     code = """
@@ -275,9 +275,9 @@ def test_a_broken_device_begins_the_process_anew(make_report, monkeypatch):
 
 
 def test_a_command_is_asked_to_stop_when_time_is_up(make_report, tmp_path):
-    """It ends by itself, as a trainer that saves, and the step is not done."""
+    """A command ends by itself, like a trainer that saves, and its step does not count as done."""
     found = make_report()
-    found.end = -1e9  # the least that a command gets is a second
+    found.end = -1e9  # a command gets at least a second
     child = """
 import signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(open("saved", "w").close()))
@@ -298,7 +298,7 @@ def test_a_cache_is_packed_in_pieces_and_unpacked_in_its_place(tmp_path):
     contents = {f"inductor/ab/{i}.so": noise.bytes(3000) for i in range(3)}
     for name, data in contents.items():
         (cache / name).write_bytes(data)
-    (cache / "inductor/ab/kernel.ptx").write_bytes(noise.bytes(9000))  # is not needed to load the kernel
+    (cache / "inductor/ab/kernel.ptx").write_bytes(noise.bytes(9000))  # not needed to load the kernel
     report.pack(cache, out, piece=4096)
     sizes = [path.stat().st_size for path in sorted(out.iterdir())]
     assert len(sizes) == 3 and max(sizes) == 4096

@@ -1,6 +1,5 @@
-"""What torch.compile makes of gpt2-small on a GPU, without one: a pretended CUDA device under fake tensors,
-in a process of its own (tests/offgpu/pretend_cuda.py). Tests of minutes (--fake-cuda) take all layers, the
-others a few."""
+"""torch.compile on gpt2-small as on a GPU, without one: a pretended CUDA device under fake tensors, in its
+own process (tests/offgpu/pretend_cuda.py). Slow tests (--fake-cuda) use all layers, the others a few."""
 
 import os
 import re
@@ -16,7 +15,7 @@ NO_COMPILER = 77
 
 
 def trace(modes: str, tmp_path, timeout_s: int) -> dict[str, int]:
-    """{part of the step: graphs made up to its end}."""
+    """Trace parts of the step: {part: graphs made up to its end}."""
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "CXX")}
     env |= {
@@ -33,20 +32,20 @@ def trace(modes: str, tmp_path, timeout_s: int) -> dict[str, int]:
 
 
 def new_graphs(so_far: dict[str, int]) -> dict[str, int]:
-    """{part of the step: graphs that it made itself}."""
+    """Return {part of the step: graphs that it made itself}."""
     counts = list(so_far.values())
     return dict(zip(so_far, (b - a for a, b in zip([0, *counts], counts))))
 
 
 def test_the_step_is_one_graph_forward_and_backward_and_takes_the_kernels(tmp_path):
-    """Else a graph break, a tensor on the wrong device or a host read stops the run on a GPU; and a pass with
-    another number of documents would compile the model anew. The process itself asserts that the default on
-    sm_90 takes the Triton forms, in the graphs and for the matrices' step of both twins. And the first stage
-    of gpt2-small-2026-08, whose networks, masks and tables of signs could break the graph as well: a pass,
-    and Muon's step for three shapes of matrices."""
+    """Fails if a graph break, a tensor on the wrong device or a host read would stop a GPU run, or another
+    number of documents would recompile the model. The process itself asserts that sm_90's default uses the
+    Triton forms, in the graphs and for both twins' matrix step. Also traces the first stage of
+    gpt2-small-2026-08, whose networks, masks and sign tables could break the graph: a pass, and Muon's step
+    for three shapes of matrices."""
     graphs = trace("stage later-start", tmp_path, 900)
     assert new_graphs(graphs) == {
-        "triton step": 3,  # a pass, which holds backward, and Muon's step for two shapes of matrices
+        "triton step": 3,  # a pass with its backward, and Muon's step for two shapes of matrices
         "train_gpt optimizer": 4,  # Adam's
         "torch step": 3,
         "train_gpt_muon_ord optimizer": 6,  # and without statistics
@@ -56,9 +55,9 @@ def test_the_step_is_one_graph_forward_and_backward_and_takes_the_kernels(tmp_pa
 
 @pytest.mark.fake_cuda
 def test_a_mixture_of_experts_is_one_graph(tmp_path):
-    """Else shapes that depend on the routing, a read by the host, or operands that torch's grouped products
-    refuse stop moe-79m on a GPU. Four graphs: a pass of training, one of validation, and Muon's step for two
-    shapes of matrices. Only with --fake-cuda; test_moe.py compiles the CPU's."""
+    """Fails if routing-dependent shapes, host reads, or operands that torch's grouped products refuse would
+    stop moe-79m on a GPU. Four graphs: a training pass, a validation pass, and Muon's step for two shapes of
+    matrices. Only with --fake-cuda; test_moe.py compiles the CPU's."""
     graphs = new_graphs(trace("experts", tmp_path, 900))
     assert graphs == {
         "train_gpt experts": 4,
@@ -70,8 +69,8 @@ def test_a_mixture_of_experts_is_one_graph(tmp_path):
 
 @pytest.mark.fake_cuda
 def test_the_later_records_parts_are_one_graph(tmp_path):
-    """Else a graph break in a network, a mask or a table of signs stops gpt2-small-2026-08 on a GPU. The
-    process itself asserts which passes take the Triton forms. Only with --fake-cuda; the test above traces
+    """Fails if a graph break in a network, mask or sign table would stop gpt2-small-2026-08 on a GPU. The
+    process itself asserts which passes use the Triton forms. Only with --fake-cuda; the first test traces
     the first stage."""
     graphs = new_graphs(trace("later", tmp_path, 900))
     assert graphs == {"first stage": 4, "last stage": 1, "validation": 1}
@@ -79,16 +78,16 @@ def test_the_later_records_parts_are_one_graph(tmp_path):
 
 @pytest.mark.fake_cuda
 def test_every_stage_and_validation_is_one_graph(tmp_path):
-    """Else dynamo's limit on forms ends a run. Five trained forms (three stages, untied, extension) and a
-    validation of each, the last with its own windows, are more than the eight that it allows by default. Only
-    with --fake-cuda; test_gpu_path.py counts the same on a small model."""
+    """Fails if dynamo's recompile limit would end a run. Five trained forms (three stages, untied, extension)
+    and a validation of each, the last with its own windows, exceed the default limit of eight. Only with
+    --fake-cuda; test_gpu_path.py counts the same on a small model."""
     assert trace("variants", tmp_path, 900) == {"variants": 11}
 
 
 @pytest.mark.fake_cuda
 def test_the_step_compiles_for_hopper(tmp_path):
-    """Else inductor's own templates, or the Triton operations among them, fail on sm_90 although the trace is
-    fine. Only with --fake-cuda: machine code of the whole step takes minutes."""
+    """Fails if inductor's templates, or the Triton operations among them, do not compile for sm_90. Only with
+    --fake-cuda: machine code for the whole step takes minutes."""
     graphs = new_graphs(trace("inductor", tmp_path, 3600))
     assert graphs == {"inductor step": 3, "inductor optimizer": 6, "inductor validation": 1}
     assert len(list(tmp_path.rglob("*.cubin"))) > 50
@@ -97,9 +96,9 @@ def test_the_step_compiles_for_hopper(tmp_path):
 
 @pytest.mark.fake_cuda
 def test_every_way_of_ord_compiles_for_hopper(tmp_path):
-    """Else an arm of a sweep fails in code that the default setting never took. Only with --fake-cuda."""
+    """Fails if an ORD setting other than the default does not compile. Only with --fake-cuda."""
     graphs = new_graphs(trace("ord", tmp_path, 3600))
-    # two shapes of matrices; and, of ways that the Triton path covers, radial_part where it is another
+    # two shapes of matrices; for modes that the Triton path covers, also any new form of radial_part
     assert graphs == {
         "interpolate": 4,
         "project": 4,

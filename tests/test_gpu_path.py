@@ -1,5 +1,5 @@
-"""What the trainers do on a GPU, as far as a CPU can tell: nothing is compiled after the rehearsal,
-reductions start with the last gradient, choices depend on the device."""
+"""GPU behaviour of the trainers that a CPU can test: nothing compiles after the rehearsal, reductions start
+with the last gradient, choices depend on the device."""
 
 import gc
 import importlib
@@ -55,9 +55,9 @@ STAGES = dict(
 
 
 def staged_start(trainer, folder, **settings):
-    """A Start as supervise.prepare makes it: a model with everything, four stages that all differ in shape,
-    documents of all lengths, a validation after every step, and small passes, so that a step has several, of
-    different numbers of slices. The longest documents of validation are in its second batch."""
+    """Make a Start as supervise.prepare does: a model with every feature, four stages of different shapes,
+    documents of all lengths, a validation after every step, and small passes, so that a step has several with
+    different numbers of slices. The longest validation documents are in its second batch."""
     write_shard(folder / "made_train_0.bin", make_text(60_000))
     val = make_text(2500, 1, longest=60), make_text(6500, 2)
     write_shard(folder / "made_val_0.bin", np.concatenate(val))
@@ -85,8 +85,8 @@ def staged_start(trainer, folder, **settings):
 
 @pytest.fixture
 def traced_only(monkeypatch):
-    """torch.compile by dynamo alone: the graphs it makes are what would be compiled. They keep parameters, as
-    inductor's do. Attention asks, as varlen's does, for the longest document, a constant of the graph."""
+    """Use torch.compile with dynamo alone, whose graphs are what would be compiled. They keep parameters,
+    like inductor's. Like varlen's, attention reads the longest document, a constant of the graph."""
     torch._dynamo.reset()
     attend, kept = attention.Documents.attend, []
 
@@ -109,9 +109,9 @@ def traced_only(monkeypatch):
 
 
 def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, monkeypatch):
-    """Else a stage begins with a minute of compiling on the clock, in a run or in one that is resumed in the
-    middle of stage 3, untied: a softmax scale, say, that differs in its last bit would be another constant of
-    the graph. And what the rehearsal made must be gone: its model and optimizer are as large as the run's."""
+    """Fails if a stage begins with a minute of compiling on the clock, in a whole run or one resumed in the
+    middle of stage 3, untied: even a softmax scale that differs in its last bit is another graph constant.
+    Also fails if the rehearsal's model or optimizer, as large as the run's, is not freed."""
     at = 8
     monkeypatch.chdir(tmp_path)
     trainer = train_gpt_muon_ord  # compiles all that the baseline does, and a form of the step that measures
@@ -155,7 +155,7 @@ def test_nothing_is_compiled_after_the_rehearsal(tmp_path, traced_only, monkeypa
 
 @pytest.mark.parametrize("way", WAYS_OF_ORD)
 def test_every_way_of_ord_is_one_graph(way, traced_only):
-    """Else an arm of a sweep ends in its rehearsal, on a GPU alone: dynamo refuses what eager torch takes."""
+    """Fails if dynamo refuses an ORD mode that eager torch takes, which would end a GPU run's rehearsal."""
     trainer = train_gpt_muon_ord
     model, o = small_model(trainer), optimizer_settings(trainer, **WAYS_OF_ORD[way])
     optimizer = trainer.Optimizer(model, o, lone_ranks(), 200, trainer.torch_compile)
@@ -169,7 +169,7 @@ def test_every_way_of_ord_is_one_graph(way, traced_only):
 
 
 def test_too_many_forms_are_an_error(traced_only):
-    """Else the ninth form would silently run uncompiled."""
+    """Fails if the ninth form would silently run uncompiled."""
     compiled = train_gpt.torch_compile(lambda x, n: x * n)
     error = torch._dynamo.exc.FailOnRecompileLimitHit
     with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(error, match="fullgraph"):
@@ -178,8 +178,8 @@ def test_too_many_forms_are_an_error(traced_only):
 
 
 def test_validation_passes_share_one_longest_document(tmp_path):
-    """Fails if it varies, as a constant of compiled code must not, or is the slice's size, which attention
-    would launch blocks for."""
+    """Fails if it varies, though it is a constant of compiled code, or is the slice's size, for which
+    attention would launch too many blocks."""
     write_shard(tmp_path / "val.bin", make_text(5000, longest=90))
     s = SimpleNamespace(val_tokens=4096, val_batch_tokens=2048)
     shards = [open_shard(tmp_path / "val.bin")]
@@ -190,7 +190,7 @@ def test_validation_passes_share_one_longest_document(tmp_path):
 
 
 def test_prefetched_batches_come_in_order_and_errors_reach_the_caller():
-    """Fails if a step gets another one's batch, or a data file that is gone does not end the run."""
+    """Fails if a step gets another one's batch, or a missing data file does not end the run."""
 
     def used_up():
         raise DataError("used up")
@@ -218,14 +218,14 @@ def on_gpu(monkeypatch):
 
 @pytest.mark.parametrize("capability,float8", [((8, 0), False), ((8, 9), True), ((9, 0), True)])
 def test_float8_needs_sm_89(on_gpu, capability, float8):
-    """Else an A100 fails in its first head product, or an H100 runs the slow one."""
+    """Fails if an A100 would crash in its first head product, or an H100 would use the slow one."""
     on_gpu(*capability)
     assert train_gpt.read_settings({"MODEL": "tiny"})[0].disable_fp8 is not float8
     assert train_gpt.read_settings({"MODEL": "tiny", "DISABLE_FP8": "1"})[0].disable_fp8
 
 
 def test_more_ranks_than_gpus_are_refused(on_gpu, monkeypatch):
-    """Else two ranks share a device, which NCCL refuses in its own words."""
+    """Fails if two ranks would share a device, which NCCL refuses with an obscure error."""
     on_gpu(9, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(SettingsError, match="8 ranks on this machine.* 1 CUDA"):
@@ -235,7 +235,7 @@ def test_more_ranks_than_gpus_are_refused(on_gpu, monkeypatch):
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_gpus_that_torch_cannot_use_are_not_passed_over(device, monkeypatch):
-    """Fails if, under a driver too old for torch, eight ranks train on the CPU without a word."""
+    """Fails if eight ranks silently train on the CPU when the driver is too old for torch."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     with pytest.raises(SettingsError, match="8 CUDA devices.*driver"):
@@ -244,14 +244,14 @@ def test_gpus_that_torch_cannot_use_are_not_passed_over(device, monkeypatch):
 
 
 def rounded(x):
-    """x as bfloat16 holds it."""
+    """Round x to bfloat16."""
     return x.bfloat16().float()
 
 
 class VarlenOnCPU:
-    """Kernels of torch's varlen attention for the CPU, which has none; `off` makes their window too long, in
-    the forward or in the backward pass. Probabilities and their gradients are rounded to bfloat16 where
-    FlashAttention rounds them, before the products."""
+    """CPU version of torch's varlen attention, which has none; `off` makes the window too long, in the
+    forward or backward pass. Like FlashAttention, it rounds probabilities and their gradients to bfloat16
+    before the products."""
 
     def __init__(self, forward_off=0, backward_off=0):
         self.forward_off, self.backward_off = forward_off, backward_off
@@ -293,7 +293,7 @@ class VarlenOnCPU:
 
 
 class VarlenOnCPUWhere(VarlenOnCPU):
-    """The same with windows that are right only where right() says so."""
+    """VarlenOnCPU with windows that are right only where right() says so."""
 
     def __init__(self, right):
         super().__init__()
@@ -305,7 +305,7 @@ class VarlenOnCPUWhere(VarlenOnCPU):
 
 
 def test_a_wrong_attention_kernel_is_found_out(monkeypatch):
-    """Else a package built for another torch trains a run on wrong numbers.
+    """Fails if a package built for another torch would train on wrong numbers.
 
     torch 2.11's varlen attention takes only as many key heads as query heads.
     """
@@ -348,15 +348,15 @@ imported = []  # torch 2.11 cannot list its operations once a library with some 
 
 
 def forget_flash_attention():
-    """Let these packages be imported anew."""
+    """Forget these packages' modules, so that they are imported again."""
     for name in [name for name in sys.modules if name.startswith("flash_attn")]:
         imported.append(sys.modules.pop(name))
 
 
 @pytest.fixture
 def choose(on_gpu, monkeypatch, tmp_path):
-    """Function that chooses attention anew on a pretended GPU, whose kernels are the CPU's; packages come
-    from the folder tmp_path."""
+    """Function that chooses attention again on a pretended GPU with the CPU's kernels; packages come from the
+    folder tmp_path."""
     check = attention.check_varlen
     monkeypatch.setattr(attention, "check_varlen", lambda device: check(torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -378,8 +378,8 @@ def choose(on_gpu, monkeypatch, tmp_path):
 
 
 def test_torchs_own_attention_is_compared_too(choose):
-    """Fails if a run trains on FlashAttention-2 whose windows are wrong, or that does not work here, and the
-    user is not told what to try."""
+    """Fails if a run trains with a FlashAttention-2 that is broken or has wrong windows, or the user is not
+    told what to try."""
     assert choose(9, 0, backend="sdpa") == ("sdpa", [])
     assert choose(8, 0, kernels=VarlenOnCPU()) == ("varlen-FA2", [])
     with pytest.raises(RuntimeError, match="FlashAttention-2.* gradient of q is off.*ATTN_BACKEND=flex"):
@@ -389,8 +389,8 @@ def test_torchs_own_attention_is_compared_too(choose):
 
 
 def test_flash_attention_3_where_it_can_be_had(choose, tmp_path):
-    """Fails if torch's own attention is not taken without the package or on another GPU, or if a package that
-    has no kernels, or whose kernels are wrong, is more than a warning."""
+    """Fails if torch's own attention is not used without the package or on another GPU, or if a package with
+    missing or wrong kernels causes more than a warning."""
     active = torch.nn.attention.current_flash_attention_impl
     assert choose(9, 0, kernels=VarlenOnCPU()) == ("varlen-FA2", [])
     package = tmp_path / "flash_attn_interface.py"
@@ -408,8 +408,8 @@ def test_flash_attention_3_where_it_can_be_had(choose, tmp_path):
 
 
 def test_flash_attention_4_where_it_can_be_had(choose, tmp_path):
-    """Fails if it is not taken on Hopper and Blackwell, is taken elsewhere or before FlashAttention-3, or if
-    another package that is called flash_attn too is taken for it."""
+    """Fails if it is not used on Hopper and Blackwell, is used elsewhere or before FlashAttention-3, or if
+    another package named flash_attn is mistaken for it."""
     active = torch.nn.attention.current_flash_attention_impl
     package = tmp_path / "flash_attn"
     package.mkdir()
@@ -431,8 +431,8 @@ def test_flash_attention_4_where_it_can_be_had(choose, tmp_path):
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_flash_attention_4_compiles_as_torch_calls_it(arch):
-    """Fails if the version in requirements-gpu.txt does not take what this torch gives it, return what this
-    torch expects, or compile windows within documents, forward and backward."""
+    """Fails if the version in requirements-gpu.txt does not match this torch's calls, or does not compile
+    windows within documents, forward and backward."""
     pytest.importorskip("flash_attn.cute", reason="requirements-gpu.txt is not installed")
     script = ROOT / "tests" / "offgpu" / "flash_attention_4.py"
     done = subprocess.run([sys.executable, str(script), arch], capture_output=True, text=True)
@@ -444,7 +444,7 @@ def test_flash_attention_4_compiles_as_torch_calls_it(arch):
 
 
 def test_compiled_code_is_kept_beside_the_script(monkeypatch):
-    """Else every run of a sweep compiles for itself, and the launcher looks for the cache elsewhere."""
+    """Fails if every run of a sweep compiles for itself, or the launcher looks for the cache elsewhere."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -458,7 +458,7 @@ def test_compiled_code_is_kept_beside_the_script(monkeypatch):
 
 
 def warm_marker(settings):
-    """The launcher's, of a run on a GPU."""
+    """Return the launcher's marker for a run on a GPU."""
     settings = {"MODEL": "tiny", **settings}
     run = SimpleNamespace(script=str(train_gpt.SCRIPT), settings=settings, source_hash="0")
     return run_environment.warm_marker(run, 1, SimpleNamespace(gpus=("0",)))
@@ -506,8 +506,8 @@ CONSTANTS = [
 
 
 def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only):
-    """Else a sweep over residual scales, say, compiles all its runs side by side, each for itself; or one
-    over learning rates starts every arm alone."""
+    """Fails if the runs of a sweep over, say, residual scales compile side by side, each for itself; or if
+    a sweep over learning rates starts every arm alone."""
     trainer = train_gpt_muon_ord
     start = staged_start(trainer, tmp_path)
     config = small_config(
@@ -540,8 +540,8 @@ def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only):
 
 
 def test_the_launcher_knows_which_settings_are_part_of_compiled_code():
-    """Else it takes a cold run for a warm one: its runs then compile the same code side by side. It counts no
-    number of type float, although a few are constants of the graph."""
+    """Fails if a cold run counts as warm, so that runs compile the same code side by side. Settings of type
+    float do not count, although a few are constants of the graph."""
     specs = read_trainer(str(train_gpt_muon_ord.SCRIPT)).settings
     real = {name for name, spec in specs.items() if spec["type"].startswith("float")}
     shared = real | {name for name, spec in specs.items() if spec["affects"] == "recording"}

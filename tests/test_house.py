@@ -1,4 +1,4 @@
-"""The house: the twins agree, files and functions keep their sizes, imports go one way, docstrings begin
+"""House rules: the twins agree, files and functions keep their sizes, imports go one way, docstrings begin
 well."""
 
 import ast
@@ -78,12 +78,12 @@ def test_no_function_is_longer_than_a_screen():
 
 
 def is_kernel(node: ast.FunctionDef) -> bool:
-    """A Triton kernel, whose lines cannot be called apart."""
+    """True for a Triton kernel, which cannot be split into functions."""
     return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 def imported(path: Path) -> set[str]:
-    """Names of the project's modules and packages that a file imports, also inside functions."""
+    """Return the project's modules and packages that a file imports, also inside functions."""
     ours = {p.stem for p in ROOT.glob("*.py")} | set(PACKAGES)
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -113,7 +113,7 @@ def test_imports_go_one_way():
     "package, heavy", [("analysis", {"torch", "train_gpt"}), ("data", {"torch", "train_gpt"})]
 )
 def test_tools_start_without_torch(package, heavy):
-    """Loading every module of a package, as any command could, loads no torch."""
+    """Importing every module of a package, as a command might, must not import torch."""
     names = [f"{package}.{p.stem}" for p in sorted((ROOT / package).glob("*.py")) if p.stem != "__init__"]
     code = f"import sys, importlib\nfor n in {names}: importlib.import_module(n)\n"
     code += f"print({heavy} & set(sys.modules))"
@@ -137,7 +137,7 @@ def test_docstrings_begin_with_a_verb_or_a_noun():
 
 
 def test_every_text_file_is_opened_in_a_stated_encoding():
-    """Else a ρ in a file is an error under an ASCII locale, or another letter on Windows."""
+    """Otherwise a ρ in a file is an error under an ASCII locale, or another letter on Windows."""
     unstated = []
     for path in tracked("*.py"):
         if "tests" in path.parts or path.parent.name == "records":

@@ -1,4 +1,4 @@
-"""analysis/intervals and analysis/tables: a mean is drawn and written for what it is, unknown numbers too."""
+"""analysis/intervals and analysis/tables: means and unknown numbers are drawn and written correctly."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ def ax():
 
 
 def points(ax, horizontal=False):
-    """Marker and place of every single mark, as (where, value)."""
+    """Return marker and place of every single mark, as (where, value)."""
     found = []
     for line in ax.lines:
         x, y = list(line.get_xdata()), list(line.get_ydata())
@@ -41,7 +41,7 @@ def draw(ax, losses, **kwargs):
 
 @pytest.mark.parametrize("horizontal", [False, True])
 def test_a_mean_with_its_interval_and_runs(ax, horizontal):
-    """The interval is that of the statistics, on the axis of values; all runs are there."""
+    """Fails if the interval is not the statistics', on the axis of values, or a run is missing."""
     found = draw(ax, LOSSES, horizontal=horizontal)
     assert ("o", 2.0, pytest.approx(found.mean)) in points(ax, horizontal)
     values = [list(line.get_xdata() if horizontal else line.get_ydata()) for line in ax.lines]
@@ -63,7 +63,7 @@ def test_few_runs_have_no_interval(ax, losses, bars, hollow):
     "values, scale", [([-0.0002, 0.001, 0.35], "symlog"), ([-0.02, 0.01, 0.03], "linear"), ([], "linear")]
 )
 def test_small_and_large_differences_share_an_axis(ax, values, scale):
-    """A linear axis that shows +0.35 shows nothing of -0.0002; signs are written."""
+    """A linear axis that shows +0.35 hides -0.0002; signs are written."""
     step = style.scale_signed(ax, "x", values)
     assert ax.get_xscale() == scale and (not values or step <= min(map(abs, values)))
     ax.set_xlim(-0.5, 0.5)
@@ -73,7 +73,7 @@ def test_small_and_large_differences_share_an_axis(ax, values, scale):
 
 
 def test_unknown_numbers_are_written_so():
-    """NaN is no number in CSV, and no JSON at all."""
+    """NaN is not a number in CSV, and not valid JSON."""
     rows = list(csv.reader(io.StringIO(as_csv(["a", "b", "c"], [["x, y", math.nan, None], ["z", 0.1, 3]]))))
     assert rows == [["a", "b", "c"], ["x, y", "", ""], ["z", "0.1", "3"]]
     text = as_json({"a": [math.nan, 1.5, (math.inf,)], "b": "ρ"})

@@ -1,5 +1,5 @@
-"""KERNELS: which runs get the Triton kernels, and that no other imports them. (What they compute:
-test_triton_interpreter.py; how they compile: test_triton_compile.py.)"""
+"""KERNELS: which runs use the Triton kernels, and that no other imports them. (Results:
+test_triton_interpreter.py; compilation: test_triton_compile.py.)"""
 
 import importlib.util
 import sys
@@ -14,7 +14,7 @@ from runtime.settings import SettingsError
 
 
 def settings_on_cuda(trainer, monkeypatch, capability, installed=True, **env):
-    """The settings that a machine with one such GPU would resolve to; nothing is put on a device."""
+    """Resolve the settings as on a machine with one such GPU; nothing is put on a device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -24,7 +24,7 @@ def settings_on_cuda(trainer, monkeypatch, capability, installed=True, **env):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_auto_is_the_devices_own(trainer, monkeypatch):
-    """Fails if a device that fast forms are made for trains without them, or another one tries them."""
+    """Fails if a device with fast forms trains without them, or another device tries them."""
     assert read(trainer)[0].kernels == "cpu"
     assert read(trainer, COMPILE=1)[0].kernels == read(trainer, KERNELS="torch")[0].kernels == "torch"
     assert settings_on_cuda(trainer, monkeypatch, (9, 0)).kernels == "triton"
@@ -35,7 +35,7 @@ def test_auto_is_the_devices_own(trainer, monkeypatch):
 
 
 def test_kernels_asked_for_and_not_to_be_had_are_refused(monkeypatch):
-    """Fails if there is a silent fallback: whoever asked for the kernels would report wrong timings."""
+    """Fails if there is a silent fallback: users who set KERNELS=triton would report wrong timings."""
     with pytest.raises(SettingsError, match="KERNELS=triton, but no NVIDIA GPU"):
         read(train_gpt, KERNELS="triton")
     with pytest.raises(SettingsError, match="KERNELS=triton, but triton is not installed"):
@@ -49,7 +49,7 @@ def test_kernels_asked_for_and_not_to_be_had_are_refused(monkeypatch):
 @pytest.mark.parametrize("forms", FORMS)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_without_cuda_the_kernels_are_not_even_imported(trainer, forms, monkeypatch):
-    """Fails if a step on a CPU (forward, backward, update) wants triton."""
+    """Fails if a step on a CPU (forward, backward, update) imports triton."""
     monkeypatch.setitem(sys.modules, "kernels.cuda", None)  # an import would raise
     monkeypatch.delattr(kernels, "cuda", raising=False)
     tokens = torch.randint(0, 100, (1, 33))
@@ -64,7 +64,7 @@ def test_without_cuda_the_kernels_are_not_even_imported(trainer, forms, monkeypa
 
 
 def test_presets_fit_the_kernels():
-    """Fails if a preset's MLP is no multiple of the kernels' blocks: its runs would end on a GPU."""
+    """Fails if a preset's MLP is not a multiple of the kernels' blocks: its runs would crash on a GPU."""
     cuda = pytest.importorskip("kernels.cuda", reason="triton is not installed")
     for config, _ in train_gpt.PRESETS.values():
         assert config.width % cuda.MLP_BLOCKS["BLOCK_K"] == 0

@@ -1,8 +1,8 @@
 """launch_lr_sweep: plans what the file says, makes each run once, survives trouble, leaves nothing behind.
 
-The launcher is tested with a stand-in for the trainer that starts at once, behaves badly on demand and writes
-logs in our format. The launcher runs in this process where that is enough (`launch`), and in one of its own
-where signals, orphans or a terminal matter. Two tests run the real trainers.
+Most tests use a stand-in for the trainer that starts at once, misbehaves on demand and writes logs in our
+format. The launcher runs in this process if possible (`launch`), and in its own where signals, orphans or a
+terminal matter. Two tests run the real trainers.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ from analysis.trainers import read_trainer
 from monitor_runs import Monitor
 
 ROOT = Path(launcher.__file__).parent
-PATIENCE_S = 180  # so long a test waits for what must come, on a machine that is busy with other things
+PATIENCE_S = 180  # timeout of waits, for a busy machine
 
 
 def launch_process(*args, grace=10.0, **options):
-    """The launcher in a process of its own, in the background, with a time of grace for tests."""
+    """Start the launcher in its own process, in the background, with a grace period for tests."""
     code = "import sys, launch_lr_sweep as l; from analysis import processes as p\n"
     code += f"p.GRACE_S = {grace}; sys.exit(l.main(sys.argv[1:]))"
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
@@ -52,7 +52,7 @@ def launch_process(*args, grace=10.0, **options):
 
 
 def launched(*args, **options):
-    """The same, until it has ended: (exit code, output)."""
+    """Run the launcher in its own process to its end: (exit code, output)."""
     process = launch_process(*args, **options)
     output, _ = process.communicate(timeout=PATIENCE_S)
     return process.returncode, output
@@ -80,7 +80,7 @@ def wait_for(condition):
 
 
 # ------------------------------------------------------------------------------------------------
-# What is done and what is left
+# Done and remaining runs
 # ------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +98,7 @@ def wait_for(condition):
     )
 )
 def test_only_what_is_missing_or_changed_is_planned(place, history):
-    """Else a relaunch repeats finished runs, or skips one whose settings, source or log have changed."""
+    """Fails if a relaunch repeats finished runs, or skips one whose settings, source or log have changed."""
     sweep = read_sweep(sweep_file(TWO_ARMS), None)
     for old in Path("logs").glob("*") if Path("logs").exists() else []:
         old.unlink()
@@ -127,7 +127,7 @@ def test_only_what_is_missing_or_changed_is_planned(place, history):
 
 
 def test_dry_run_says_all_and_writes_nothing(place, launch):
-    """Else a look at the plan changes it."""
+    """Fails if printing the plan changes it."""
     text = sweep_file(TWO_ARMS)
     before = sorted(place.rglob("*"))
     done = launch(text, "--dry-run")
@@ -144,7 +144,7 @@ def test_dry_run_says_all_and_writes_nothing(place, launch):
 
 
 def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
-    """Else the plan promises a GPU's time on a laptop, or that of another batch size."""
+    """Fails if the plan predicts a GPU's time for a laptop, or another batch size's."""
     Path("logs").mkdir()
     monkeypatch.setattr(expected_time, "device_name", lambda gpu: "laptop")
     monkeypatch.setattr(devices, "usable_cores", lambda: (0, 1))
@@ -177,7 +177,7 @@ def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
     run.started, run.ended = "2026-02-06T10:00:00+00:00", "2026-02-06T10:20:00+00:00"
     Manifest(manifest_path("x"), runs=[run]).save()  # 1,000 s of training took 1,200
     assert "about 10 min 40 s (2 min 40 s a run" in said()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the runs would heed
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the runs would inherit it
     assert "from 1 earlier log)" in said()
 
 
@@ -187,8 +187,8 @@ def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
 
 
 def test_a_sweep_runs_once_and_only_once(place, launch, monkeypatch):
-    """Else the tools that read the manifest do not find the runs, or a second launch repeats them."""
-    for name in ("RANK", "WORLD_SIZE"):  # of a torchrun around us: a run that heeds them waits for others
+    """Fails if tools cannot find the runs by the manifest, or a second launch repeats them."""
+    for name in ("RANK", "WORLD_SIZE"):  # from a surrounding torchrun; a run with them waits for other ranks
         monkeypatch.setenv(name, "1")
     done = launch(sweep_file(TWO_ARMS))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -234,7 +234,7 @@ tag = "good"
 
 
 def test_trouble_is_recorded_and_the_rest_goes_on(place, launch):
-    """Else one bad run ends the night, or readers wait for a log that is over."""
+    """Fails if one bad run ends the sweep, or readers wait for a log that has ended."""
     at_once = str(min(2, len(devices.usable_cores())))
     code, output = launched(sweep_file(TROUBLE), "--parallel", at_once, grace=0.3)
     assert code == 1, output
@@ -262,7 +262,7 @@ def test_trouble_is_recorded_and_the_rest_goes_on(place, launch):
     assert "\nevent:crashed reason:" in text, "not at the end of half a line"
     assert not alive(place), "even what a finished run left behind is gone"
 
-    Path("healed").touch()  # what crashed is tried again; what diverged would diverge again
+    Path("healed").touch()  # crashed runs are retried; diverged ones would diverge again
     assert launch("trial.toml").returncode == 1, "two of the runs have not finished"
     assert [run["tag"] for run in manifest()["runs"] if run["state"] != "finished"] == ["diverge", "spike"]
     assert len(starts()) == 5 + 1
@@ -273,7 +273,7 @@ def test_trouble_is_recorded_and_the_rest_goes_on(place, launch):
 
 
 def test_a_refused_run_is_the_last_one(place, launch):
-    """Else a night goes by with one refusal after the other, by a trainer that knew at the first."""
+    """Fails if the launcher goes on through a night of identical refusals."""
     text = 'script = "base.py"\nseeds = [1, 2, 3]\n[env]\nBEHAVIOUR = "refuse"\n'
     done = launch(sweep_file(text))
     assert done.returncode == 2 and "2 run(s) not started" in done.stdout, done.stdout
@@ -285,7 +285,7 @@ def test_a_refused_run_is_the_last_one(place, launch):
 
 
 def test_a_hung_run_is_stopped_and_tried_again(place, launch, monkeypatch):
-    """Else one run that hangs keeps its GPU until somebody looks."""
+    """Fails if a run that hangs blocks its GPU until somebody looks."""
     look_after = launcher.Launcher.look_after
 
     def once_it_hangs(self, job):
@@ -305,7 +305,7 @@ def test_a_hung_run_is_stopped_and_tried_again(place, launch, monkeypatch):
 
 
 def test_descendants_are_found_without_environment_or_group(place):
-    """Else a helper that was started with a clean environment goes on training after Ctrl-C."""
+    """Fails if a helper started with a clean environment keeps training after Ctrl-C."""
     code = "import time; time.sleep(60)"
     for _ in range(2):
         code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], env={{}})"
@@ -318,7 +318,7 @@ def test_descendants_are_found_without_environment_or_group(place):
 
 
 def test_orphans_that_end_are_buried(place):
-    """Else a launcher that runs for days fills the system's table of processes with zombies."""
+    """Fails if a launcher that runs for days fills the process table with zombies."""
     code = """
 import subprocess, sys, time
 import psutil
@@ -337,12 +337,12 @@ sys.exit(len(wait()))
 
 
 def test_changed_settings_and_changed_source_run_again(place, launch):
-    """Else results of another training are shown under the new settings."""
+    """Fails if results of another training are shown under the new settings."""
     assert launch(sweep_file(TWO_ARMS)).returncode == 0
     sweep_file(TWO_ARMS.replace("SPECTRAL_LR_MUL = 0.1", "SPECTRAL_LR_MUL = 0.2"))
     done = launch("trial.toml")
     assert "2 to run" in done.stdout and "2 (settings changed)" in done.stdout and len(starts()) == 6
-    sweep_file(TWO_ARMS)  # what was done before is still done
+    sweep_file(TWO_ARMS)  # earlier runs are still done
     assert "0 to run" in launch("trial.toml").stdout and len(starts()) == 6
     Path(manifest()["runs"][0]["log"]).unlink()
     assert "1 (log is gone)" in launch("trial.toml").stdout and len(starts()) == 7
@@ -355,7 +355,7 @@ def test_changed_settings_and_changed_source_run_again(place, launch):
 
 
 def test_what_was_recorded_otherwise_is_named_and_not_run_again(place, launch):
-    """Else a night is repeated for a target line in a plot, or nobody learns that the log has the old one."""
+    """Fails if another target line for plots repeats all runs, or logs of the old one are not named."""
     assert launch(sweep_file(TWO_ARMS)).returncode == 0
     before = manifest()["runs"]
     sweep_file(TWO_ARMS.replace("[env]", "[env]\nTARGET_LOSS = 3"))
@@ -371,7 +371,7 @@ HANGING = TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'BEHAVIOUR = "hang"')
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_sweep_killed_in_the_middle_completes_without_repeating(place, launch, number):
-    """Else an interruption costs the runs done so far, or a run goes on behind the next launch's back."""
+    """Fails if an interruption loses finished runs, or leaves one running beside the next launch."""
     text = TWO_ARMS.replace("SPECTRAL_LR_MUL = 0.1", 'SPECTRAL_LR_MUL = 0.1\nBEHAVIOUR = "hang"')
     process = launch_process(sweep_file(text), grace=0.3)
     wait_for(lambda: len(starts("stepped")) == 2)
@@ -379,9 +379,9 @@ def test_a_sweep_killed_in_the_middle_completes_without_repeating(place, launch,
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), output
     if number != signal.SIGKILL:
-        assert not alive(place), "no process is left behind"
+        assert not alive(place), "a process is left behind"
         assert list(states().values()) == ["finished", "stopped", "planned", "planned"]
-    wait_for(lambda: not alive(place))  # SIGKILL leaves us no time; the kernel tells our children
+    wait_for(lambda: not alive(place))  # after SIGKILL, the kernel signals our children
     finished = [line["run_id"] for line in starts("end")]
     assert len(finished) == 1
 
@@ -399,12 +399,12 @@ def test_a_sweep_killed_in_the_middle_completes_without_repeating(place, launch,
 
 
 def test_a_sweep_and_a_monitor_on_the_same_logs(place):
-    """Else who watches disturbs what is watched, or is shown half of a line that is being written."""
+    """Fails if a reader disturbs the run it watches, or sees half of a line being written."""
     text = TWO_ARMS.replace("[env]", '[env]\nBEHAVIOUR = "gate"')
     process, monitor, seen = launch_process(sweep_file(text)), Monitor(Path("logs")), set()
     while process.poll() is None:
         for row in monitor.poll():
-            begun = row.run.num_steps is not None  # else its log is there, but has no whole line yet
+            begun = row.run.num_steps is not None  # else its log has no whole line yet
             assert row.state in (("running", "finished") if begun else ("running", "unknown")), row
             seen.add(row.state)
         if "running" in seen:
@@ -417,7 +417,7 @@ def test_a_sweep_and_a_monitor_on_the_same_logs(place):
 
 
 def test_ctrl_c_when_nobody_reads_our_output_any_more(place):
-    """Else `| tee` or a lost ssh connection makes the launcher fail before it has stopped its runs."""
+    """Fails if `| tee` or a lost ssh connection crashes the launcher before it has stopped its runs."""
     process = launch_process(sweep_file(HANGING), grace=0.3)
     wait_for(lambda: len(starts("stepped")) == 1)
     process.stdout.close()
@@ -427,7 +427,7 @@ def test_ctrl_c_when_nobody_reads_our_output_any_more(place):
 
 
 def test_what_outlives_a_killed_launcher_is_stopped_by_the_next(place, launch, monkeypatch):
-    """Else two processes train on the same GPU, one of them unseen."""
+    """Fails if two processes train on the same GPU, one of them unnoticed."""
     process = launch_process(sweep_file(HANGING.replace("hang", "stubborn, family, hang")))
     wait_for(lambda: len(starts()) == 1 and states()["base", 1] == "running")
     process.kill()
@@ -444,7 +444,7 @@ def test_what_outlives_a_killed_launcher_is_stopped_by_the_next(place, launch, m
 
 
 def test_a_run_that_finished_after_its_launcher_died_counts(place, launch):
-    """Else eight GPUs repeat an hour that was already done."""
+    """Fails if eight GPUs repeat an hour of finished work."""
     text = 'script = "base.py"\nseeds = [1]\n[env]\nBEHAVIOUR = "stubborn"\nSTEP_SECONDS = 0.1\n'
     process = launch_process(sweep_file(text))
     wait_for(lambda: len(starts()) == 1)
@@ -457,7 +457,7 @@ def test_a_run_that_finished_after_its_launcher_died_counts(place, launch):
 
 
 def test_two_launchers_of_one_sweep_do_not_meet(place, launch):
-    """Else every run is made twice and the manifests overwrite each other."""
+    """Fails if every run is made twice and the manifests overwrite each other."""
     sweep = read_sweep(sweep_file(TWO_ARMS))
     with launcher.locked(sweep):
         second = launch("trial.toml")
@@ -466,13 +466,13 @@ def test_two_launchers_of_one_sweep_do_not_meet(place, launch):
 
 
 def overlap(starts, ends):
-    """The most runs that were running at once."""
+    """Largest number of runs at once."""
     events = sorted([(line["time"], 1) for line in starts] + [(line["time"], -1) for line in ends])
     return max(np.cumsum([change for _, change in events]))
 
 
 def test_parallel_runs_have_gpus_of_their_own(place, launch, monkeypatch):
-    """Else two runs share a GPU, and neither their memory nor their times are their own."""
+    """Fails if two runs share a GPU, with its memory and time."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,GPU-abc")
     read_trainer.cache_clear()
     text = TWO_ARMS.replace("[1, 2]", "[1, 2, 3]").replace("[env]", '[env]\nBEHAVIOUR = "meet at once"')
@@ -489,7 +489,7 @@ def test_parallel_runs_have_gpus_of_their_own(place, launch, monkeypatch):
 
 @pytest.mark.skipif(len(devices.usable_cores()) < 2, reason="needs two cores")
 def test_parallel_runs_have_cores_of_their_own(place, launch):
-    """Else two runs share their cores, and their times say nothing."""
+    """Fails if two runs share cores, which makes their times meaningless."""
     text = TWO_ARMS.replace("[1, 2]", "[4]").replace("[env]", '[env]\nBEHAVIOUR = "meet at once"')
     assert launch(sweep_file(text), "--parallel", "2").returncode == 0
     a, b = (set(line["cores"]) for line in starts())
@@ -500,7 +500,7 @@ def test_parallel_runs_have_cores_of_their_own(place, launch):
 
 @pytest.mark.skipif(len(devices.usable_cores()) < 2, reason="needs two cores")
 def test_the_first_run_compiles_alone(place, launch):
-    """Else all runs that start together compile the same code, each for itself."""
+    """Fails if runs that start together all compile the same code."""
     text = """
 script = "base.py"
 seeds = [1, 2, 3]
@@ -522,7 +522,7 @@ BEHAVIOUR = "meet after a step"
 
 
 def test_torchrun_workers_are_stopped_and_parallel_ones_do_not_meet(place):
-    """Else Ctrl-C leaves workers training, or the ranks of two runs talk to each other."""
+    """Fails if Ctrl-C leaves workers training, or ranks of two runs connect to each other."""
     parallel = min(2, len(devices.usable_cores()))
     text = TWO_ARMS.replace("[1, 2]", "[1]").replace('"base.py"', '"base.py"\nNUM_SCHEDULED_ITERATIONS = 2')
     text = text.replace("SPECTRAL_LR_MUL = 0.1", 'SPECTRAL_LR_MUL = 0.1\nBEHAVIOUR = "hang"')
@@ -541,14 +541,14 @@ def test_torchrun_workers_are_stopped_and_parallel_ones_do_not_meet(place):
 
 
 def test_live_table_on_a_terminal(place):
-    """Else the launcher works where nobody looks, and fails on the screen where somebody does."""
+    """Fails if the launcher's output does not work in a real terminal."""
     text = TWO_ARMS.replace("[1, 2]", "[1]").replace("[env]", '[env]\nBEHAVIOUR = "gate"')
     ours, theirs = os.openpty()
     env = {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
     process = launch_process(sweep_file(text), env=env, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
-    with contextlib.suppress(OSError):  # the other side has closed
+    with contextlib.suppress(OSError):  # the other end was closed
         while new := os.read(ours, 4096):
             shown += new
             if re.search(rb"base +1 +2/4", shown):
@@ -560,7 +560,7 @@ def test_live_table_on_a_terminal(place):
 
 
 def test_slurm_array_runs_what_the_launcher_would(place, launch):
-    """Else a cluster trains something else, or the next launch repeats it."""
+    """Fails if a cluster trains something else, or the next launch repeats it."""
     text = TWO_ARMS.replace("LR_MULS = [1, 1.52]", """DATA_PATH = "a b'c $HOME" """)
     done = launch(sweep_file(text), "--slurm", "--parallel", "3")
     assert done.returncode == 0 and "sbatch logs/trial.slurm.sh" in done.stdout and not starts()
@@ -578,15 +578,15 @@ def test_slurm_array_runs_what_the_launcher_would(place, launch):
     for run in manifest()["runs"][:3]:
         log = read_log(run["log"])[0]
         assert log.config["settings"]["DATA_PATH"] == "a b'c $HOME" and log.seed == run["seed"]
-        assert log.config["settings"]["COOLDOWN_FRAC"] is None, "a setting exported where sbatch was called"
+        assert log.config["settings"]["COOLDOWN_FRAC"] is None, "a setting leaks from sbatch's environment"
         assert Path(run["log"]).with_suffix(".out").exists()
-    done = launch("trial.toml")  # here or there: it is one sweep
+    done = launch("trial.toml")  # one sweep, on either machine
     assert done.returncode == 0 and "1 to run" in done.stdout and len(starts()) == 4
     assert set(states().values()) == {"finished"}
 
 
 def test_missing_data_is_found_before_the_first_run(place, launch):
-    """Else every run of the sweep starts, finds no data and fails, one after the other."""
+    """Fails if every run of the sweep starts and fails for lack of data, one by one."""
     text = 'script = "train_gpt.py"\n[env]\nMODEL = "tiny"\nDEVICE = "cpu"\nDATA_PATH = "nowhere"\n'
     done = launch(sweep_file(text))
     assert done.returncode == 2 and "under DATA_PATH='nowhere' matches no file" in done.stderr
@@ -596,7 +596,7 @@ def test_missing_data_is_found_before_the_first_run(place, launch):
 
 
 def test_a_damaged_manifest_is_not_overwritten(place, launch):
-    """Else the record of a sweep is lost with one bad disk block."""
+    """Fails if one bad disk block loses the record of a sweep."""
     Path("logs").mkdir()
     Path("logs/trial.sweep.json").write_text('{"runs": [')
     done = launch(sweep_file(TWO_ARMS))
@@ -605,7 +605,7 @@ def test_a_damaged_manifest_is_not_overwritten(place, launch):
 
 
 def test_manifest_is_whole_at_any_moment(place, monkeypatch):
-    """Else whoever reads it while it is written, or after a crash then, gets half of it."""
+    """Fails if a reader during a write, or after a crash in one, sees half of it."""
     found, _ = planned(read_sweep(sweep_file(TWO_ARMS)))
     found.save()
     whole = found.path.read_text()
@@ -652,7 +652,7 @@ def real_sweep(place, steps, more=""):
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(place, launch):
-    """Else stopping a sweep of long runs throws away hours, though the trainer has saved them."""
+    """Fails if stopping a sweep of long runs discards hours that the trainer has saved."""
     process = launch_process(sweep_file(real_sweep(place, 60)), grace=30)
     wait_for(lambda: any("step:3/" in log.read_text() for log in Path("logs").glob("*.txt")))
     process.send_signal(signal.SIGINT)
@@ -668,7 +668,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(place, launch):
 
 
 def test_a_sweep_of_the_real_trainers(place, launch):
-    """Else the launcher and the trainers do not fit together: names, settings, exit codes or logs."""
+    """Fails if launcher and trainers do not agree on names, settings, exit codes or logs."""
     text = real_sweep(
         place,
         3,

@@ -1,4 +1,4 @@
-"""A log's header: every source file that the run used, byte for byte, and what identifies them."""
+"""Header of a log: every source file that the run used, byte for byte, and their hashes."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from runtime import log_writer, supervise
 from runtime.log_writer import BAR
 from runtime.settings import not_training
 
-# Runs a trainer, then lists the files of all modules that the process has imported by its end.
+# Run a trainer, then list the files of all modules that the process has imported.
 LISTING = """
 import json, sys
 
@@ -33,7 +33,7 @@ sys.exit(code)
 
 
 def embedded_files(log: bytes) -> tuple[dict[str, bytes], bytes]:
-    """Source files in a log's header, by name, and what follows them; by the sizes alone."""
+    """Parse a log's source files by name, and the text after them, from the stated sizes alone."""
     files, rest = {}, log
     while found := re.match(rb"# file: (.+), (\d+) bytes\n", rest):
         name, size = found[1].decode(), int(found[2])
@@ -45,7 +45,7 @@ def embedded_files(log: bytes) -> tuple[dict[str, bytes], bytes]:
 
 @pytest.fixture(scope="module", params=["dense, measured", "experts"])
 def logged(request, shards, tmp_path_factory):
-    """A short run's trainer, log and imported files of the project that hold anything."""
+    """Trainer, log and imported non-empty project files of a short run."""
     trainer, script, settings = {
         "dense, measured": (train_gpt, BASELINE, dict(MANIFOLD_EVERY=1)),
         "experts": (train_gpt_muon_ord, ORD, dict(MODEL="moe-tiny")),
@@ -65,7 +65,7 @@ def logged(request, shards, tmp_path_factory):
 
 
 def test_the_header_holds_every_file_that_the_run_imported(logged):
-    """Fails if a run cannot be rebuilt from its log: a file that is missing, or is not the one that ran."""
+    """Fails if a run cannot be rebuilt from its log: a file is missing, or is not the one that ran."""
     trainer, log, imported = logged
     files, rest = embedded_files(log)
     assert set(files) == imported and trainer.SCRIPT.name in files
@@ -75,14 +75,14 @@ def test_the_header_holds_every_file_that_the_run_imported(logged):
 
 
 def test_a_run_in_the_projects_own_folder_has_a_header_too(monkeypatch):
-    """Fails on modules of torch whose __file__ names no file, and is relative to the current folder."""
+    """Fails on modules of torch whose __file__ is a relative path that does not exist."""
     monkeypatch.chdir(ROOT)
     files, rest = embedded_files(log_writer.sources())
     assert BASELINE in files and "runtime/log_writer.py" in files and rest == b""
 
 
 def test_the_header_says_which_settings_change_no_numbers(logged):
-    """Fails if a reader of logs would have to know the settings to tell repeats from other runs."""
+    """Fails if a reader of logs would have to know the settings to recognize repeats."""
     trainer, log, _ = logged
     found = re.search(rb"^affects:(.*)$", embedded_files(log)[1], re.M)
     affects = json.loads(found[1])
@@ -92,7 +92,7 @@ def test_the_header_says_which_settings_change_no_numbers(logged):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A copy of the project's code, which --settings-json of train_gpt then takes for its own."""
+    """Copy of the project's code, which --settings-json of train_gpt then treats as its own."""
     shutil.copy(ROOT / BASELINE, tmp_path)
     for folder in ("runtime", "kernels", "data"):
         shutil.copytree(
@@ -104,7 +104,7 @@ def project(tmp_path, monkeypatch):
 
 
 def printed_hash(capsys) -> str:
-    """source_hash as --settings-json prints it."""
+    """Return the source_hash that --settings-json prints."""
     capsys.readouterr()
     assert supervise.main(train_gpt, ["--settings-json"]) == 0
     return json.loads(capsys.readouterr().out)["source_hash"]
@@ -117,7 +117,7 @@ DECIDES_NONE = ("runtime/log_writer.py", "runtime/session.py", "data/hub.py")
 
 @pytest.mark.parametrize("name", [*DECIDES_NUMBERS, *DECIDES_NONE])
 def test_source_hash_changes_with_code_that_decides_the_numbers(name, project, capsys):
-    """Fails if runs of different arithmetic count as repeats, or an edit of the log's writer parts them."""
+    """Fails if runs with different arithmetic count as repeats, or an edit of the log writer splits them."""
     before = printed_hash(capsys)
     assert re.fullmatch("[0-9a-f]{16}", before)
     with (project / name).open("a") as file:
@@ -126,7 +126,7 @@ def test_source_hash_changes_with_code_that_decides_the_numbers(name, project, c
 
 
 def test_source_hash_does_not_depend_on_the_folder(project, capsys):
-    """Fails if the same code counts as other code on another machine."""
+    """Fails if the same code has another hash on another machine."""
     done = subprocess.run(
         [sys.executable, BASELINE, "--settings-json"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""make_record: what it packs can be had again. Whole records are made in test_plot_lr_analysis."""
+"""make_record: packed files can be restored. Whole records are tested in test_plot_lr_analysis."""
 
 import lzma
 
@@ -9,7 +9,7 @@ from analysis.run_log import read_log
 
 
 def test_embedded_files_are_kept_once_and_can_be_had_again(tmp_path):
-    """Else every log of a record carries the whole source code, or a run cannot be rebuilt from its log."""
+    """Fails if every log of a record has the whole source code, or a run cannot be rebuilt from its log."""
     files = {"train_gpt.py": "import os\n\n\ndef f():\n    pass\n", "runtime/ranks.py": "x = 1\n"}
     head = "".join(f"# file: {name}, {len(text)} bytes\n{text}" for name, text in files.items())
     for number in (1, 2):

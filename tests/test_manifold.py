@@ -1,4 +1,4 @@
-"""The manifold measurement: against NumPy on known spectra, and within real runs of the trainers."""
+"""Manifold measurement: against NumPy on known spectra, and within real runs of the trainers."""
 
 import json
 import math
@@ -20,14 +20,14 @@ def orthonormal(rows, columns, seed):
 
 
 def measure(W, dW):
-    """The line's numbers of one matrix and its update."""
+    """Measure one matrix and its update; return the line's numbers."""
     (row,) = manifold.measure_matrices(*(torch.tensor(x, dtype=torch.float32)[None] for x in (W, dW)))
     return row
 
 
 def test_spectra_that_are_known():
-    """Fails if a figure is not its formula: an orthogonal matrix has all directions alike; a diagonal one is
-    its own spectrum."""
+    """Fails if a number does not follow its formula: in an orthogonal matrix all directions are equal; a
+    diagonal matrix is its own spectrum."""
     diagonal = np.linspace(4, 1, 12)
     D = np.zeros((12, 20))
     D[:, :12] = np.diag(diagonal)
@@ -44,7 +44,7 @@ def test_spectra_that_are_known():
 
 
 def test_rank_one_and_zero():
-    """Fails if something that cannot be said is rounding's noise or NaN instead of None."""
+    """Fails if an undefined value is rounding noise or NaN instead of None."""
     u, v = np.random.default_rng(0).standard_normal((2, 16))
     row = measure(np.outer(u, v), np.zeros((16, 16)))
     assert row["effective_rank"] == pytest.approx(1, abs=1e-4)
@@ -70,8 +70,8 @@ def test_alignment_equals_numpys():
 
 
 def test_chance_is_what_random_matrices_give():
-    """Fails if alignment is compared with the wrong chance. Two random frames, neither standing still; one
-    direction has a closed form; 5 of 5 is all of space."""
+    """Fails if alignment is compared with the wrong chance level. Both frames are random; one direction has a
+    closed form; 5 of 5 is the whole space."""
     for dim in (8, 40):
         found = [
             np.linalg.svd(
@@ -91,7 +91,7 @@ def test_chance_is_what_random_matrices_give():
 
 
 class Log:
-    """The part of LogWriter that the measurement needs."""
+    """Part of LogWriter that the measurement needs."""
 
     def __init__(self):
         self.events = []
@@ -104,7 +104,7 @@ class Log:
 
 
 def watched(trainer, folder, env, steps=3):
-    """The last measured update's lines, the parameters before and after it, and its raw gradients."""
+    """Lines of the last measured update, the parameters before and after it, and its raw gradients."""
     this, data = small_trainer(trainer, folder, 0, **env)
     clock, path = StopWatch(), folder / "a.manifold.jsonl"
     m = manifold.Manifold(path, steps, this.optimizer, this.ranks, clock, Log())
@@ -142,8 +142,7 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize("trainer, env", OPTIMIZERS)
 def test_update_is_after_minus_before_and_the_gradient_is_raw(trainer, env, tmp_path):
-    """Fails if the measurement is not of what the optimizer did, or clipping and momentum show in
-    grad_norm."""
+    """Fails if it does not measure the optimizer's update, or clipping or momentum affects grad_norm."""
     rows, before, after, grads = watched(trainer, tmp_path, env)
     assert {row["step"] for row in rows} == {3} and len(rows) == len(grads)
     for row in rows:
@@ -164,8 +163,8 @@ def rows_of(folder, run_id):
 
 
 def test_whole_runs(shards, tmp_path):
-    """Fails if measuring changes a digit of training, two ranks do not measure what one does, or a run that
-    goes on does not write what an undisturbed one wrote, whatever a crash left in the file."""
+    """Fails if measuring changes training in any digit, two ranks do not measure what one does, or a resumed
+    run's file differs from an undisturbed one's, whatever the crash left in it."""
     plain = train(tmp_path, shards, "plain", **SHORT)
     one = train(tmp_path, shards, "one", MANIFOLD_EVERY=2, SAVE_EVERY=4, **SHORT)
     assert one == plain and not (tmp_path / "logs" / "plain.manifold.jsonl").exists()
@@ -174,7 +173,7 @@ def test_whole_runs(shards, tmp_path):
     assert [r["step"] for r in rows_of(tmp_path, "one")] == [2] * 24 + [4] * 24 + [6] * 24
     assert log.read_text().count("\nevent:manifold ") == 3
 
-    path.write_bytes(whole[:-3000])  # killed while it wrote step 6
+    path.write_bytes(whole[:-3000])  # killed while writing step 6
     text = log.read_text()
     log.write_text(text[: text.rindex("step:6/")])
     again = base_env(shards, RUN_ID="one", RESUME="auto", MANIFOLD_EVERY=2, **SHORT)
@@ -192,7 +191,7 @@ def test_whole_runs(shards, tmp_path):
 
 
 class StopWatch:
-    """The part of the session's Clock that shows whether it runs."""
+    """Part of the session's Clock that shows whether it runs."""
 
     running = True
 
@@ -205,7 +204,7 @@ class StopWatch:
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_its_time_is_not_training_time(trainer, tmp_path):
-    """Fails if the clock runs between the first copy and the last line, or stands still in the update."""
+    """Fails if the clock runs between the first copy and the last line, or stops during the update."""
     clock, seen = StopWatch(), []
     this, data = small_trainer(trainer, tmp_path, 0)
     m = manifold.Manifold(tmp_path / "a.manifold.jsonl", 1, this.optimizer, this.ranks, clock, Log())
@@ -238,7 +237,7 @@ def test_trimmed_to_the_step_it_goes_on_from(tmp_path):
 
 
 def test_a_full_disk_leaves_no_half_measurement(tmp_path, monkeypatch):
-    """Fails if half a line stays in the file, or the run does not go on."""
+    """Fails if half a line stays in the file, or the run does not continue."""
     path, log = tmp_path / "a.manifold.jsonl", Log()
     manifold.append(path, [{"step": 1}])
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The model against a slow float64 reference, written from its formulas with loops and without torch.
+"""Model against a slow float64 reference, written from its formulas with loops and without torch.
 
 The reference takes the model's parameters by name; nothing else is shared. Gradients are compared with
 central differences of the reference's loss, each parameter in a direction of its own. The plain model and the
@@ -41,7 +41,7 @@ def ref_doc_ids(starts, T):
 
 
 def ref_attention(q, k, v, doc, window, scale):
-    """One head of one slice, query by query: q, k, v (T, D)."""
+    """Attention of one head of one slice, query by query: q, k, v (T, D)."""
     y = np.zeros_like(v)
     for i in range(len(q)):
         seen = [j for j in range(max(0, i - window), i + 1) if doc[i] == doc[j]]
@@ -52,7 +52,7 @@ def ref_attention(q, k, v, doc, window, scale):
 
 
 def ref_rotary(x, freqs):
-    """x (T, D): pair (2j, 2j+1) of the first half turned by position * freqs[j]; the second half stands."""
+    """Rotate pairs (2j, 2j+1) of the first half of x (T, D) by position * freqs[j]; keep the second half."""
     out = x.copy()
     for j, freq in enumerate(freqs):
         angle = np.arange(len(x)) * freq
@@ -67,7 +67,7 @@ def ref_freqs(head_dim):
 
 
 class Reference:
-    """The whole model for one slice of tokens."""
+    """Whole model for one slice of tokens."""
 
     def __init__(self, config, params, residual_scale=1.0, eps=0.0):
         self.c, self.p, self.residual_scale, self.eps = config, params, residual_scale, eps
@@ -80,7 +80,7 @@ class Reference:
         return self.p[f"blocks.{i}.{name}"]
 
     def heads(self, i, n, tokens, long):
-        """q, k, v of each head, (T, D) each: normed, keys offset, values with their embedding."""
+        """Return q, k, v of each head, (T, D) each: normed, keys offset, values with their embedding."""
         c, D = self.c, self.c.head_dim
         cut = lambda x, h: x[:, h * D : (h + 1) * D]
         q, k, v = (n @ (self.get(i, "attn.qkv_lambda") * self.get(i, f"attn.{x}")).T for x in "qkv")
@@ -182,7 +182,7 @@ def ref_multi_token_loss(logits, targets, weights):
 
 
 def make_batch(trainer, starts=DOCUMENTS, T=32, vocab_size=100, seed=0):
-    """One pass over random tokens: two slices, or as many as there are lists of documents."""
+    """Make a pass of random tokens: two slices, or one per list of documents."""
     rng = np.random.default_rng(seed)
     tokens = lambda: rng.integers(0, vocab_size, T)
     slices = [(tokens(), tokens(), np.diff([*s, T])) for s in starts]
@@ -191,7 +191,7 @@ def make_batch(trainer, starts=DOCUMENTS, T=32, vocab_size=100, seed=0):
 
 
 def shake(model, seed=0):
-    """Move every parameter away from where it starts, so that none hides behind a zero or a one."""
+    """Perturb every parameter, so that no initial zero or one hides an error."""
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -257,7 +257,7 @@ def forms(request):
 @pytest.mark.parametrize("windows", [WINDOWS, (5, 40)], ids=["banded", "whole"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forward_equals_the_slow_model(variant, windows, forms):
-    """Fails if any part of the forward pass is not what the table says, alone or among all the others."""
+    """Fails if any part of the forward pass differs from the table, alone or with all the others."""
     changes, tied, residual_scale = VARIANTS[variant]
     config, batch = small_config(train_gpt, **changes), make_batch(train_gpt)
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 1e-4)):
@@ -293,8 +293,8 @@ def test_forward_equals_the_slow_model(variant, windows, forms):
     indirect=["forms"],
 )
 def test_gradients_equal_differences_of_the_slow_model(variant, forms):
-    """Fails if a hand-written backward pass, the multi-token loss, tied or untied tables or any gate passes
-    on another gradient than that of the forward pass."""
+    """Fails if the gradient of a hand-written backward pass, the multi-token loss, tied or untied tables or
+    any gate is not that of the forward pass."""
     changes, tied, residual_scale = VARIANTS[variant]
     config, batch = small_config(train_gpt, **changes), make_batch(train_gpt)
     model = shake(small_model(train_gpt, residual_scale=residual_scale, **changes)).double()
@@ -314,8 +314,7 @@ def test_gradients_equal_differences_of_the_slow_model(variant, forms):
 
 
 def test_slices_of_one_pass_do_not_see_each_other():
-    """Fails if stacking slices changes their sum: a mask, a smear or an n-gram that reaches into the slice
-    before."""
+    """Fails if stacking slices changes their sum: a mask, smear or n-gram reaches into the previous slice."""
     model = shake(small_model(train_gpt)).double()
     one_by_one = []
     batch = make_batch(train_gpt)
@@ -333,7 +332,7 @@ def test_slices_of_one_pass_do_not_see_each_other():
 
 
 def naive_attention(q, k, v, doc, window, scale):
-    """(B, T, H, D) in torch float64, one query at a time; autograd gives its gradients."""
+    """Attention of (B, T, H, D) in torch float64, one query at a time; autograd gives its gradients."""
     B, T, H, _ = q.shape
     shared, rows = H // k.shape[2], []
     for b in range(B):
@@ -346,7 +345,7 @@ def naive_attention(q, k, v, doc, window, scale):
 
 
 def attention_case(paired, num_kv_heads, T=32, seed=0):
-    """q, k, v as attend() gets them (twice as long if paired), the batch, and each place's document."""
+    """Make q, k, v for attend() (twice as long if paired), the batch, and each position's document."""
     rng = np.random.default_rng(seed)
     length = 2 * T if paired else T
     q, k, v = (torch.tensor(rng.normal(0, 1.5, (2, length, h, 6))) for h in (4, num_kv_heads, num_kv_heads))
@@ -355,7 +354,7 @@ def attention_case(paired, num_kv_heads, T=32, seed=0):
 
 
 class InBlocks(torch.autograd.Function):
-    """The CPU's fast form of attention without the rest of its layer, (B, H, T, D)."""
+    """CPU's fast form of attention without the rest of its layer, (B, H, T, D)."""
 
     @staticmethod
     def forward(ctx, q, k, v, masks, scale):
@@ -372,8 +371,8 @@ class InBlocks(torch.autograd.Function):
 @pytest.mark.parametrize("paired, num_kv_heads", [(False, 4), (True, 4), (False, 2), (True, 1)])
 @pytest.mark.parametrize("block", [8, 24, 64, None])
 def test_attention_on_a_cpu_equals_a_loop(block, paired, num_kv_heads, window, monkeypatch):
-    """Fails if a query sees another document, the future, or past its window, in blocks or whole; or if the
-    gradient goes elsewhere. block: queries at a time, of the CPU's fast form; None: torch's own attention."""
+    """Fails if a query sees another document, the future, or beyond its window, in blocks or whole, or if
+    gradients are wrong. block: queries at a time in the CPU's fast form; None: torch's own attention."""
     q, k, v, batch, doc = attention_case(paired, num_kv_heads)
     docs = Documents(batch, "sdpa")
     if block is None:
@@ -395,7 +394,7 @@ def test_attention_on_a_cpu_equals_a_loop(block, paired, num_kv_heads, window, m
 @pytest.mark.filterwarnings("ignore")  # flex warns that it runs uncompiled, which is what a test wants
 @pytest.mark.parametrize("paired, num_kv_heads", [(False, 4), (True, 2)])
 def test_flex_attention_equals_a_loop(paired, num_kv_heads):
-    """Fails if the second CUDA backend masks otherwise than the first. Forward only: no backward on a CPU."""
+    """Fails if the second CUDA backend's masks differ from the first's. A CPU has no backward for it."""
     q, k, v, batch, doc = attention_case(paired, num_kv_heads)
     docs = Documents(batch, "flex")
     y = docs.attend(q.float(), k.float(), v.float(), 8, paired, 0.37)
@@ -403,7 +402,7 @@ def test_flex_attention_equals_a_loop(paired, num_kv_heads):
 
 
 def test_many_short_documents_fit():
-    """Fails if a slice of more documents than the padded number of boundaries loses some of them."""
+    """Fails if a slice with more documents than the padded number of boundaries loses some."""
     starts = [list(range(0, 64, 2)), [0]]  # 32 documents of two tokens
     q, k, v, _, _ = attention_case(False, 4, T=64)
     docs = Documents(make_batch(train_gpt, starts, 64), "sdpa")
@@ -413,8 +412,8 @@ def test_many_short_documents_fit():
 
 @pytest.mark.parametrize("forms", FORMS, indirect=True)
 def test_passes_add_up_in_the_optimizers_buffer(forms):
-    """Fails if backward puts another tensor, sparse or dense, in the place of a bucket's view: the optimizer
-    would read zeros. Or if the second pass of a step overwrites the first."""
+    """Fails if backward replaces a bucket's view by another tensor, sparse or dense, so that the optimizer
+    reads zeros; or if a step's second pass overwrites the first."""
     model = shake(small_model(train_gpt))
     buffers = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     sums = []
@@ -433,7 +432,7 @@ def test_passes_add_up_in_the_optimizers_buffer(forms):
 
 
 def test_rotary_turns_pairs_of_the_first_half():
-    """Fails if frequencies, pairing, position or the standing half differ from the formula."""
+    """Fails if frequencies, pairing, position or the unrotated half differ from the formula."""
     rotary = train_gpt.Rotary(16)
     rotary.make_tables(50)
     x = np.random.default_rng(0).normal(size=(2, 40, 3, 16)).astype(np.float32)
@@ -446,8 +445,7 @@ def test_rotary_turns_pairs_of_the_first_half():
 
 
 def test_yarn_at_each_change_of_the_long_window():
-    """Fails if frequencies or the softmax scale do not follow YaRN's formula, once or over the whole
-    schedule."""
+    """Fails if frequencies or softmax scale do not follow YaRN's formula, once or over the whole schedule."""
     rotary = train_gpt.Rotary(128)
     rotary.make_tables(100)
     freqs, scale = ref_freqs(128), 0.1
@@ -468,9 +466,9 @@ def test_yarn_at_each_change_of_the_long_window():
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
-    """Fails if YaRN is applied twice, late or where the long window stays, or embedding and head part before
-    or long after the update of their last common step, or a resumed run has another state than one that came
-    there. Thirds of four steps, then two of extension; the last tied step is round(2/3 * 12) | 1 = 9."""
+    """Fails if YaRN is applied twice, late or where the long window stays, embedding and head are untied
+    before or long after the update of their last common step, or a resumed run's state differs. Thirds of
+    four steps, then two of extension; the last tied step is round(2/3 * 12) | 1 = 9."""
     windows = ((1, 2), (1, 2), (2, 4), (2, 8))
     s, o, _ = read(
         trainer, NUM_SCHEDULED_ITERATIONS=12, NUM_EXTENSION_ITERATIONS=2, BATCH_SIZES="128,128,128,128"
@@ -497,15 +495,15 @@ def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
 
 
 def test_validations_head_runs_in_pieces_of_a_pass_of_training():
-    """Fails if PASS_TOKENS=1, one slice for each pass, cuts validation's logits into pieces of one token."""
+    """Fails if PASS_TOKENS=1, one slice per pass, cuts validation's logits into pieces of one token."""
     s, o, _ = read(train_gpt, BATCH_SIZES="128,128,256,256", PASS_TOKENS=1)
     run = train_gpt.Trainer(s, o, small_config(train_gpt), 100, lone_ranks())
     assert run.model.head_tokens == 256 // 8
 
 
 def test_untying_by_hand():
-    """Fails if the split comes before the last common update, or its state is not the head's then, or the two
-    steps after it do not add up to the first update of each alone. Of four steps, round(8/3) | 1 = 3 is the
+    """Fails if the untying comes before the last common update, its state is not the head's then, or the two
+    steps after it do not sum to the first separate update of each. Of four steps, round(8/3) | 1 = 3 is the
     last tied one; the embedding then moves at step 5. Head and embedding: rate 0.008 x 0.1, as the learning
     rate has decayed; decay 150, betas 0.5 and 0.95; the third update's bias correction."""
     steps = dict(NUM_SCHEDULED_ITERATIONS=4, NUM_EXTENSION_ITERATIONS=2)
@@ -552,8 +550,8 @@ def test_untying_by_hand():
 @pytest.mark.parametrize("rows, vocab_size", [(61, 100), (5 * 50304, 50257), (4096, 65536)])
 @pytest.mark.parametrize("num_tokens", [1, 3, 500])
 def test_ngram_rows(rows, vocab_size, num_tokens):
-    """Fails if a hash falls outside its table, takes other tokens than the last ones, or depends on how wide
-    the integers are: int32, as in the records."""
+    """Fails if a hash is outside its table, uses other tokens than the last ones, or depends on the integers'
+    width, which is int32 in the records."""
     tokens = np.random.default_rng(0).integers(0, vocab_size, (2, num_tokens)).astype(np.int32)
     tokens[0, :4] = [vocab_size - 1, 0, vocab_size - 1, vocab_size - 1][:num_tokens]
     multipliers = np.array([36313, 27191, 40693, 32467, 24281], dtype=np.int32)
@@ -568,7 +566,7 @@ def test_ngram_rows(rows, vocab_size, num_tokens):
 
 
 def float8_product(x, w, grad):
-    """(output, gradient of x, gradient of w) of the head's product in float8."""
+    """Compute (output, gradient of x, gradient of w) of the head's product in float8."""
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
     y = Float8Linear.apply(x, w, train_gpt.HEAD_SCALES)
     y.backward(grad)
@@ -589,14 +587,14 @@ def test_float8_head_is_within_float8s_error():
 
 
 def test_float8_head_reaches_as_far_as_its_scales():
-    """Fails if activations up to 100 or weights up to 1.6, which the scales are for, are clamped."""
+    """Fails if activations up to 100 or weights up to 1.6, the scales' range, are clamped."""
     x, w = torch.full((16, 32), 99.0).bfloat16(), torch.full((16, 32), -1.59).bfloat16()
     y, _, _ = float8_product(x, w, torch.zeros(16, 16).bfloat16())
     assert y.float().mean().item() == pytest.approx(-99 * 1.59 * 32, rel=0.02)
 
 
 def test_float8_head_does_not_overflow():
-    """Fails if a large activation, weight or gradient becomes inf or NaN in place of the largest float8."""
+    """Fails if a large activation, weight or gradient becomes inf or NaN instead of the largest float8."""
     big = torch.full((16, 32), 3e4).bfloat16()
     y, x_grad, w_grad = float8_product(big, -big, torch.full((16, 16), 1e6).bfloat16())
     assert all(torch.isfinite(t).all() for t in (y, x_grad, w_grad))
@@ -604,7 +602,7 @@ def test_float8_head_does_not_overflow():
 
 
 def test_float8_head_is_used_in_training_only():
-    """Fails if validation is measured in float8, or training silently is not."""
+    """Fails if validation runs in float8, or training silently does not."""
     model, exact = shake(small_model(train_gpt, float8_head=True)), small_model(train_gpt)
     model.head.data *= 0.5
     exact.load_state_dict(model.state_dict())
@@ -619,7 +617,7 @@ def test_float8_head_is_used_in_training_only():
 
 
 def test_initial_values_are_the_tables():
-    """Fails if a parameter starts with other values than the table's, or depends on more than the seed."""
+    """Fails if a parameter's initial values are not the table's, or depend on more than the seed."""
     model, again, other = (small_model(train_gpt, seed=s, width=64, vocab_size=2000) for s in (1, 1, 2))
     scalars = {
         "resid_lambda": 1.1,
@@ -651,7 +649,7 @@ def test_initial_values_are_the_tables():
 
 
 def test_different_matrices_start_differently():
-    """Fails if one random stream is drawn twice, so that q equals k or two layers are the same."""
+    """Fails if a random stream is used twice, so that q equals k or two layers are the same."""
     model = small_model(train_gpt)
     drawn = [p for n, p in model.named_parameters() if n.endswith((".q", ".k", ".v"))]
     assert len({p.flatten()[:5].detach().numpy().tobytes() for p in drawn}) == len(drawn)
@@ -672,7 +670,7 @@ def test_every_parameter_of_a_preset_has_one_role(trainer, preset):
 
 
 def test_gpt2_small_is_the_speedruns():
-    """Fails if the default model has other sizes than the table of facts."""
+    """Fails if the default model's sizes differ from the table of facts."""
     with torch.device("meta"):
         model = train_gpt.GPT(train_gpt.PRESETS["gpt2-small"][0], 50257, "sdpa")
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
@@ -692,7 +690,7 @@ def test_gpt2_small_is_the_speedruns():
 
 @pytest.mark.parametrize("vocab_size, padded", [(50257, 50304), (256, 256), (100, 128)])
 def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
-    """Fails if the head's product gets a shape that tensor cores are slow at, or loses tokens."""
+    """Fails if the head's product gets a shape that is slow on tensor cores, or loses tokens."""
     assert small_model(train_gpt, vocab_size=vocab_size).head.shape[0] == padded
 
 

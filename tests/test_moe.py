@@ -24,7 +24,7 @@ PATHS = pytest.mark.parametrize("grouped", [False, True], ids=["sorted", "groupe
 
 
 def take_path(grouped, monkeypatch):
-    """One product per expert, or torch's grouped ones as on CUDA, which it computes on a CPU in fp32."""
+    """Use one product per expert, or torch's grouped products as on CUDA, which a CPU computes in fp32."""
     monkeypatch.setattr(experts, "is_grouped", lambda x: grouped)
     return torch.float32 if grouped else torch.float64
 
@@ -38,7 +38,7 @@ def close(got, wanted, dtype):
 
 
 def naive_mixture(n_BTC, router, up, down, top_k, noise_BTE=None):
-    """(output, balance summed over slices) token by token and expert by expert, for autograd."""
+    """Compute (output, balance summed over slices) token by token and expert by expert, for autograd."""
     rows, balance = [], 0.0
     for b, slice_TC in enumerate(n_BTC):
         probabilities, sent = [], torch.zeros(len(router), dtype=n_BTC.dtype)
@@ -55,7 +55,7 @@ def naive_mixture(n_BTC, router, up, down, top_k, noise_BTE=None):
 
 
 def layer(dtype, seed=0, B=2, T=13, **changes):
-    """A MixtureOfExperts with random weights, its input, and noise."""
+    """Make a MixtureOfExperts with random weights, its input, and noise."""
     c, rng = small_config(train_gpt, **{**EXPERTS, **changes}), np.random.default_rng(seed)
     draw = lambda *shape: torch.tensor(rng.normal(size=shape), dtype=dtype)
     moe = MixtureOfExperts(c.width, c.num_experts, c.expert_hidden, c.moe_top_k).to(dtype)
@@ -68,8 +68,8 @@ def layer(dtype, seed=0, B=2, T=13, **changes):
 @PATHS
 @pytest.mark.parametrize("num_experts, top_k", [(5, 2), (8, 2), (4, 3), (3, 3), (40, 2)])
 def test_output_and_gradients_equal_a_naive_loop(num_experts, top_k, grouped, monkeypatch):
-    """Fails if a token reaches another expert, a gate or a gradient is wrong, or an expert without tokens (as
-    most of 40 are) gets something. The balance loss is part of what is differentiated."""
+    """Fails if a token reaches the wrong expert, a gate or gradient is wrong, or an expert without tokens
+    (most of 40) gets a gradient. The balance loss is differentiated, too."""
     dtype = take_path(grouped, monkeypatch)
     moe, n, noise = layer(dtype, num_experts=num_experts, moe_top_k=top_k)
     routing = Routing(noise)
@@ -87,7 +87,7 @@ def test_output_and_gradients_equal_a_naive_loop(num_experts, top_k, grouped, mo
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 def test_inductors_gradients_are_the_eager_ones():
-    """Fails if COMPILE=1 trains something else: torch 2.13's inductor lost the gates' gradient when they were
+    """Fails if COMPILE=1 changes training: torch 2.13's inductor lost the gates' gradient when they were
     topk's own values."""
     moe, n, noise = layer(torch.float32)
     direction, inputs = torch.randn_like(n), (n, *moe.parameters())
@@ -103,7 +103,7 @@ def test_inductors_gradients_are_the_eager_ones():
 
 @PATHS
 def test_all_tokens_to_the_same_experts(grouped, monkeypatch):
-    """Fails if the worst imbalance, two experts for everything, drops a token or moves the other experts."""
+    """Fails if the worst imbalance, two experts for all tokens, drops a token or moves the other experts."""
     dtype = take_path(grouped, monkeypatch)
     moe, n, _ = layer(dtype)
     noise = torch.zeros(1, 2, 13, 5, dtype=dtype)
@@ -119,8 +119,8 @@ def test_all_tokens_to_the_same_experts(grouped, monkeypatch):
 
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_rows_are_sorted_by_expert(multiple):
-    """Fails if two pairs share a row, a group holds a stranger, or a filled group is not a multiple of what
-    CUDA's kernel asks for."""
+    """Fails if two pairs share a row, a group has another expert's token, or a padded group is not a multiple
+    of what CUDA's kernel requires."""
     chosen = torch.tensor(np.random.default_rng(0).integers(0, 6, (50, 2)))
     counts = torch.bincount(chosen.flatten(), minlength=7)
     token_P, row_Mk, ends = experts.sort_by_expert(chosen, counts, multiple)
@@ -137,7 +137,7 @@ def test_rows_are_sorted_by_expert(multiple):
 
 
 def test_balance_loss_equals_numpys():
-    """E sum_i f_i P_i, slice by slice; 1 per slice for a router that knows nothing, whatever k is."""
+    """E sum_i f_i P_i per slice; 1 for an uninformed router, whatever k is."""
     moe, n, noise = layer(torch.float64)
     routing = Routing(noise)
     moe(n, 1.0, routing)
@@ -157,7 +157,7 @@ def test_balance_loss_equals_numpys():
 
 
 def moe_model(balance_weight=0.5, **changes):
-    """A GPT of small_config with experts whose second matrices are not zero."""
+    """Make a GPT of small_config with experts whose second matrices are not zero."""
     config = small_config(train_gpt, **{**EXPERTS, **changes})
     model = train_gpt.GPT(config, 100, "sdpa")
     model.balance_weight = balance_weight
@@ -171,8 +171,8 @@ def moe_model(balance_weight=0.5, **changes):
 
 
 def test_balance_is_trained_but_not_reported():
-    """Training's loss is cross-entropy + weight x tokens of a slice x balance; neither the reported
-    cross-entropy nor validation has the balance."""
+    """Training loss is cross-entropy + weight x tokens per slice x balance; the reported cross-entropy and
+    validation exclude the balance."""
     batch, ones = make_batch(train_gpt), torch.ones(1)
     with torch.no_grad():
         plain, ce = moe_model(0.0).train_loss(batch, WINDOWS, True, ones)
@@ -200,7 +200,7 @@ def test_no_token_is_dropped_and_validation_alone_is_counted():
 
 
 def tiny_trainer(trainer, shards, ranks=None, **env):
-    """A Trainer of moe-tiny and its data."""
+    """Make a Trainer of moe-tiny and its data."""
     ranks = ranks or lone_ranks()
     common = dict(
         MODEL="moe-tiny",
@@ -217,12 +217,12 @@ def tiny_trainer(trainer, shards, ranks=None, **env):
 
 
 def steps(run, data, first, last) -> list[float]:
-    """Summed cross-entropy of each of these training steps, of 2048 tokens."""
+    """Train steps of 2048 tokens; return each one's summed cross-entropy."""
     return [run.step(step, data.next(2048, None)).item() for step in range(first, last)]
 
 
 def noise_of_step(run, step, batches) -> list:
-    """Noise that each pass of a training step gets; nothing is learned."""
+    """Return the noise of each pass of a training step, without learning."""
     seen, loss = [], torch.zeros((), requires_grad=True)
 
     def train_loss(batch, windows, tied, weights, noise, prefix_weight):
@@ -235,8 +235,8 @@ def noise_of_step(run, step, batches) -> list:
 
 
 def test_noise_is_a_function_of_seed_step_and_slice(shards):
-    """Fails if ranks draw other noise for their slices than one rank does, if two steps, seeds, slices or
-    layers share theirs, or if ROUTER_NOISE is not its standard deviation."""
+    """Fails if a slice's noise depends on the number of ranks, two steps, seeds, slices or layers share
+    theirs, or ROUTER_NOISE is not its standard deviation."""
     run, data = tiny_trainer(train_gpt, shards)
     (batch,) = data.next(2048, None)
     (whole,) = noise_of_step(run, 4, [batch])
@@ -252,8 +252,8 @@ def test_noise_is_a_function_of_seed_step_and_slice(shards):
 
 
 def test_noise_and_load_of_training_and_validation(shards, monkeypatch):
-    """Fails if a training pass gets no noise, a validation pass gets some, or a validation's load is still
-    there at the next one."""
+    """Fails if a training pass gets no noise, a validation pass gets some, or a validation's load carries
+    over to the next one."""
     run, data = tiny_trainer(train_gpt, shards)
     noisy, forward = [], MixtureOfExperts.forward
 
@@ -273,8 +273,8 @@ def test_noise_and_load_of_training_and_validation(shards, monkeypatch):
 
 
 def test_zero_initialised_experts_train(shards):
-    """Fails if an expert or a router stays where it is: down starts at zero, so at first nothing but down can
-    move; after a few steps all have moved, and the loss falls."""
+    """Fails if an expert or router does not move. down starts at zero, so only down can move at first; after
+    a few steps all have moved, and the loss falls."""
     run, data = tiny_trainer(train_gpt, shards)
     before = {n: p.detach().clone() for n, p in run.model.named_parameters() if ".mlp." in n}
     assert all(not p.any() for n, p in before.items() if n.endswith("down"))
@@ -379,7 +379,7 @@ def test_each_expert_is_orthogonalised_by_itself():
     ],
 )
 def test_settings_that_do_not_fit_are_refused(trainer, env, said):
-    """Fails if a setting that does nothing, or that no mixture of experts can have, trains something."""
+    """Fails if a setting that does nothing, or that is invalid for a mixture of experts, is accepted."""
     with pytest.raises(SettingsError, match=re.escape(said)):
         read(trainer, **env)
 
@@ -397,7 +397,7 @@ def test_settings_reach_the_model():
 
 
 def test_moe_79m_is_the_experiments():
-    """Fails if the preset has other sizes than the experiment that it is named after."""
+    """Fails if the preset's sizes differ from the experiment that it is named after."""
     c = train_gpt.PRESETS["moe-79m"][0]
     with torch.device("meta"):
         model = train_gpt.GPT(c, 50257, "sdpa")
@@ -422,7 +422,7 @@ def baseline(shards, tmp_path_factory):
 
 
 def test_the_load_is_in_the_log(baseline):
-    """Fails if a layer's busiest or idlest expert has an impossible share of the tokens; even is 2 of 8."""
+    """Fails if a layer's busiest or idlest expert has an impossible share of tokens; even is 2 of 8."""
     log = read_log(baseline[0] / "logs" / "baseline.txt")[0]
     most, least = (log.columns[key].value for key in ("moe_load_max", "moe_load_min"))
     assert most.shape == least.shape == (3, 4)
@@ -430,7 +430,7 @@ def test_the_load_is_in_the_log(baseline):
 
 
 def test_two_ranks_and_the_twin_without_strength_agree(baseline, shards, tmp_path):
-    """Fails if 2 ranks are not within 2e-4 of 1, or the twin with a = 0, a rerun, prints another digit."""
+    """Fails if 2 ranks are not within 2e-4 of 1, or the twin with a = 0, a rerun, differs in any digit."""
     _, val, trained = baseline
     assert val[-1] < val[0] - 0.3
     two, _ = train(tmp_path, shards, "two", ranks=2, **RUN)
@@ -439,7 +439,7 @@ def test_two_ranks_and_the_twin_without_strength_agree(baseline, shards, tmp_pat
 
 
 def test_a_resumed_run_prints_the_same_digits(baseline, shards, tmp_path):
-    """Fails if a run of the twin that goes on from a checkpoint draws other noise than the whole run."""
+    """Fails if a resumed run of the twin draws other noise than the whole run."""
     whole = train(tmp_path, shards, "whole", ORD, SAVE_EVERY=4, **RUN)
     assert whole[0][1:] != baseline[1][1:]
     text = (tmp_path / "logs" / "whole.txt").read_text()

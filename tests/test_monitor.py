@@ -1,4 +1,4 @@
-"""monitor_runs: the table is right, plain where it must be, and cheap for a thousand logs."""
+"""monitor_runs: the table is right, plain text where needed, and cheap for a thousand logs."""
 
 import contextlib
 import fcntl
@@ -31,11 +31,11 @@ from monitor_runs import Monitor
 
 ROOT = Path(monitor_runs.__file__).parent
 STEPS = 200
-PATIENCE_S = 180  # so long a test waits for what must come
+PATIENCE_S = 180  # timeout of waits
 
 
 def write(folder, name, text, age_s=0.0):
-    """A log written to `age_s` seconds ago."""
+    """Write a log with an age of `age_s` seconds."""
     path = folder / f"{name}.txt"
     path.write_text(text)
     os.utime(path, (time.time() - age_s, time.time() - age_s))
@@ -47,12 +47,12 @@ def by_name(rows):
 
 
 def records(monitor):
-    """Record of each run, as shown."""
+    """Return the shown record of each run."""
     return {row.run.run_id: Namespace(**monitor_runs.record_of([row], False)) for row in monitor.poll()}
 
 
 def shown(monitor, width=160, height=sys.maxsize, **options):
-    """The lines of the table."""
+    """Return the lines of the table."""
     options = Namespace(**{"arms": False, "by_loss": False, "filter": "", **options})
     table = monitor_runs.display(monitor, monitor.poll(), options, width, height)
     text = io.StringIO()
@@ -66,7 +66,7 @@ def shown(monitor, width=160, height=sys.maxsize, **options):
 
 
 def test_states(tmp_path):
-    """Each state from its evidence; only silence turns a running run into a stalled one."""
+    """Fails if a state does not follow from its evidence; only silence makes a running run stalled."""
     half = {"num_steps": STEPS, "end": 100}
     write(tmp_path, "runs", make_log("runs", end_event="", **half), age_s=10)
     write(tmp_path, "stalls", make_log("stalls", end_event="", **half), age_s=1000)
@@ -80,7 +80,7 @@ def test_states(tmp_path):
     write(tmp_path, "diverges", make_log("diverges", end_event="event:diverged step:100", **half), 5000)
     write(tmp_path, "stops", make_log("stops", end_event="event:stopped", **half), 5000)
     write(tmp_path, "compiles", header("compiles", num_steps=STEPS), age_s=1000)  # compiling takes minutes
-    slow = make_log("slow", end_event="", ms=60_000.0, **half)  # a minute a step: 1000 s are no silence
+    slow = make_log("slow", end_event="", ms=60_000.0, **half)  # a minute per step: 1000 s are not silence
     write(tmp_path, "slow", slow, age_s=1000)
     monitor = Monitor(tmp_path, stalled_after=300)
     rows = monitor.poll()
@@ -94,7 +94,7 @@ def test_states(tmp_path):
         "compiles": "running",
         "slow": "running",
     }
-    # what is under way comes first, by name, so that lines stay where they are; then what ended last
+    # running runs come first, by name, so that lines stay in place; then the latest to end
     assert [row.run.run_id for row in rows[:4]] == ["compiles", "runs", "slow", "stalls"]
     text = "\n".join(shown(monitor))
     assert "seed 1 crashed: no memory: 5 GiB" in text and "seed 1 diverged: step 100" in text
@@ -102,9 +102,9 @@ def test_states(tmp_path):
 
 
 def test_numbers_of_a_run(tmp_path):
-    """Losses, speed and time left are those of the log, speed that of its last lines."""
+    """Fails if losses, speed or time left are not the log's; speed is that of its last lines."""
     text = header("run", 7, num_steps=1600) + step_lines(7, end=1000, ms=50.0)
-    # The last stage is twice as slow: the average over the run would promise too early an end.
+    # The last stage is twice as slow: the run's average speed would predict the end too early.
     text += "".join(
         f"step:{step}/1600 train_loss:3.5 train_time:{50_000 + (step - 1000) * 100}ms step_avg:50.00ms "
         f"tokens:{10_000_000 + (step - 1000) * 4096}\n"
@@ -124,7 +124,7 @@ def test_numbers_of_a_run(tmp_path):
 
 
 def test_memory_and_use_of_the_gpu_where_they_are_logged(tmp_path):
-    """Their columns are there if a run logs them, and take no room if none does."""
+    """Their columns exist if a run logs them, and take no room otherwise."""
     extra = " peak_mem_mb:33012 mfu:0.412 grad_norm:0.731"
     write(tmp_path, "old", make_log("old", num_steps=STEPS))
     names = ("peak MiB", "MFU", "grad norm")
@@ -137,7 +137,7 @@ def test_memory_and_use_of_the_gpu_where_they_are_logged(tmp_path):
 
 
 def planned(run_id, tag, seed=1, **more):
-    """A run as a manifest has it."""
+    """Make a manifest's run."""
     return Run(run_id, tag, "train_gpt.py", seed, {}, "", "", **more)
 
 
@@ -146,7 +146,7 @@ def write_manifest(folder, control, runs, versus=None, name="lr"):
 
 
 def test_difference_to_the_control(tmp_path):
-    """Taken at the same step of the same seed: else every run under way looks worse than its control."""
+    """Fails if it is not at the same step and seed: every running run would look worse than its control."""
     write(tmp_path, "c1", make_log("c1", 1, num_steps=STEPS))
     write(tmp_path, "c2", make_log("c2", 2, num_steps=STEPS))
     write(tmp_path, "t2", make_log("t2", 2, num_steps=STEPS, final=3.25, end=120, end_event=""))
@@ -177,7 +177,7 @@ def test_difference_to_the_control(tmp_path):
 
 
 def test_difference_to_an_arm_of_its_own(tmp_path):
-    """An arm's own control goes before the sweep's, whose rows keep theirs."""
+    """An arm's own control takes precedence over the sweep's, whose rows keep theirs."""
     members = [planned("c1", "base"), planned("f1", "fast"), planned("t1", "test")]
     for run in members:
         write(tmp_path, run.run_id, make_log(run.run_id, 1, num_steps=STEPS))
@@ -190,7 +190,7 @@ def test_difference_to_an_arm_of_its_own(tmp_path):
 
 
 def test_the_launcher_knows_of_killed_runs(tmp_path):
-    """A process killed by the system leaves a log that says it runs; the manifest says how it ended."""
+    """A killed process leaves a log that says it is running; the manifest says how it ended."""
     for name in ("killed", "hangs", "runs"):
         write(tmp_path, name, make_log(name, num_steps=STEPS, end=100, end_event=""))
     runs = [planned("killed", "a", state="crashed", reason="killed by signal 9")]
@@ -230,7 +230,7 @@ def test_trials_of_one_file_have_their_own_curves(tmp_path):
 
 
 def test_a_sweep_alone(tmp_path, monkeypatch, capsys):
-    """The runs that the sweep plans, also those that another launch adds; no others."""
+    """Fails unless exactly the sweep's planned runs are shown, with those that another launch adds."""
     file = make_sweep(tmp_path, "lr", {"base": (3.27, {}), "high": (3.3, {"MUON_LR": 1})}, seeds=(1, 2))
     logs = tmp_path / "logs"
     write(logs, "other", make_log("other", num_steps=STEPS))
@@ -261,7 +261,7 @@ def test_two_sweeps_with_one_tag_are_told_apart(tmp_path):
 
 
 def test_logs_alone(tmp_path):
-    """Single logs, as a shell expands logs/a*.txt; other runs of their sweep are not missing."""
+    """Single logs, as the shell expands logs/a*.txt: other runs of their sweep do not count as missing."""
     paths = [write(tmp_path, name, make_log(name, num_steps=STEPS)) for name in ("a1", "a2", "b1")]
     runs = [planned(name, name[0], int(name[1]), state="finished") for name in ("a1", "a2", "b1")]
     write_manifest(tmp_path, None, runs)
@@ -271,7 +271,7 @@ def test_logs_alone(tmp_path):
 
 
 def test_arms(tmp_path):
-    """An arm's mean is that of its finished runs; a crash would spoil it, and a run under way, too."""
+    """An arm's mean is that of its finished runs; a crashed or running run would spoil it."""
     arms = {"base": (3.27, {}), "low": (3.25, {"MUON_LR": 1}), "new": (3.3, {"MUON_LR": 2})}
     ends = {("low", 3): "crashed", ("new", 1): "running", ("new", 2): "running", ("new", 3): "planned"}
     file = make_sweep(tmp_path, "lr", arms, control="base", ends=ends)
@@ -322,7 +322,7 @@ def test_sorted_and_filtered(tmp_path):
 @pytest.mark.parametrize("width", [200, 120, 80, 60, 40])
 @pytest.mark.parametrize("height", [sys.maxsize, 24, 10])
 def test_table_fits_the_terminal(tmp_path, width, height):
-    """A line longer than the terminal wraps and breaks the table; more rows than lines scroll it away."""
+    """A line longer than the terminal wraps and breaks the table; surplus rows scroll it away."""
     for i in range(30):
         name = f"lrmul-1-1.52-1.73-1-cd0.55-spectral_lr_0.{i}-20260206-233406-seed{i}"
         write(tmp_path, name, make_log(name, i, num_steps=STEPS, end=100, end_event=""))
@@ -338,7 +338,7 @@ def test_table_fits_the_terminal(tmp_path, width, height):
 
 
 def test_tags_are_whole_in_80_columns(tmp_path):
-    """Else the one thing that tells the runs apart is cut out of their names."""
+    """Fails if the part that distinguishes the runs is cut out of their names."""
     tags = [f"spectral_lr_0.0{i}-muon_lr_0.023" for i in (1, 2)] + ["baseline"]
     arms = {tag: (3.2 + i / 10, {"MUON_LR": i}) for i, tag in enumerate(tags)}
     ends = {(tag, 2): "running" for tag in tags}
@@ -349,7 +349,7 @@ def test_tags_are_whole_in_80_columns(tmp_path):
 
 
 def test_table_of_short_names_fits_any_terminal(tmp_path):
-    """Wrong if the name's column grows after the others have been fitted."""
+    """Fails if the name column grows after the others have been fitted."""
     write(tmp_path, "a", make_log("a", 1, num_steps=STEPS, end=100, end_event=""))
     monitor = Monitor(tmp_path)
     for width in range(40, 160, 3):
@@ -374,7 +374,7 @@ def test_bar(step, steps, bar):
     ],
 )
 def test_ascii_where_the_terminal_has_no_more(tmp_path, monkeypatch, locale, is_ascii):
-    """Python writes UTF-8 in the locale C, which tmux and serial consoles then show as rubbish."""
+    """Python writes UTF-8 in the C locale, which tmux and serial consoles show as garbage."""
     for name, value in locale.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "__stdout__", io.TextIOWrapper(io.BytesIO(), "utf-8"))
@@ -390,7 +390,7 @@ def test_ascii_where_the_terminal_has_no_more(tmp_path, monkeypatch, locale, is_
 
 
 def test_json(tmp_path, capsys):
-    """One list of objects with null for what is unknown: NaN is no JSON, and breaks every other reader."""
+    """One list of objects, with null for unknown values: NaN is not JSON and breaks other readers."""
     write(tmp_path, "run", make_log("run", 3, num_steps=STEPS))
     write(tmp_path, "new", header("new", num_steps=STEPS))
     assert monitor_runs.main(["--json", "--logs", str(tmp_path)]) == 0
@@ -409,7 +409,7 @@ def test_json(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [[], ["--once"]])
 def test_plain_text_when_not_a_terminal(tmp_path, capsys, arguments):
-    """A file or a pipe gets one table, then the end, and no escape codes."""
+    """A file or pipe gets a single table without escape codes."""
     write(tmp_path, "run", make_log("run", num_steps=STEPS))
     assert monitor_runs.main(["--logs", str(tmp_path), *arguments]) == 0
     text = capsys.readouterr().out
@@ -417,7 +417,7 @@ def test_plain_text_when_not_a_terminal(tmp_path, capsys, arguments):
 
 
 def test_a_poor_terminal(tmp_path):
-    """A terminal that has no letters but ASCII: nothing fails, and nothing else is written."""
+    """An ASCII-only terminal: nothing fails, and only ASCII is written."""
     write(tmp_path, "run", make_log("run", num_steps=STEPS))
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "60"}
     command = [sys.executable, str(ROOT / "monitor_runs.py"), "--logs", str(tmp_path)]
@@ -442,7 +442,7 @@ def test_errors_speak_to_a_person(tmp_path, capsys):
 
 
 def read_terminal(descriptor, until):
-    """Text that a program writes to its terminal, until `until` is in it."""
+    """Read a program's terminal output until `until` is in it."""
     text, end = "", time.monotonic() + PATIENCE_S
     os.set_blocking(descriptor, False)
     while time.monotonic() < end and until not in text:
@@ -454,17 +454,17 @@ def read_terminal(descriptor, until):
 
 @pytest.fixture
 def terminal():
-    """Start the monitor in a terminal of 120 by 20; return its process and our end of the terminal."""
+    """Start the monitor in a 120 x 20 terminal; return its process and our end of the terminal."""
     started = []
 
     def start(*arguments, **env):
         ours, theirs = pty.openpty()
         resize(ours, 120)
         env = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **env}
-        for name in ("COLUMNS", "LINES"):  # which pytest's processes have, and rich would believe
+        for name in ("COLUMNS", "LINES"):  # set in pytest's processes; rich would trust them
             env.pop(name, None)
         command = [sys.executable, str(ROOT / "monitor_runs.py"), *map(str, arguments), "--interval", "0.1"]
-        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background may ignore it
+        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background tests may ignore it
         before = termios.tcgetattr(theirs)
         process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, preexec_fn=heed
@@ -475,7 +475,7 @@ def terminal():
     yield start
     for process, ours, theirs, before in started:
         try:
-            assert process.poll() is not None, "the test has not ended it"
+            assert process.poll() is not None, "it is still running"
             assert termios.tcgetattr(theirs) == before  # keys are echoed again
         finally:
             process.kill()
@@ -490,7 +490,7 @@ def resize(descriptor, columns):
 
 @pytest.mark.parametrize("end", ["q", signal.SIGINT, signal.SIGTERM])
 def test_live_table_follows_and_ends_cleanly(tmp_path, terminal, end):
-    """A terminal: redrawn as the log grows; the end gives it back, leaves the last table and is no error."""
+    """Terminal: redrawn as the log grows; on exit it is restored and keeps the last table, without error."""
     log = write(tmp_path, "run", make_log("run", num_steps=STEPS, end=100, end_event=""))
     process, ours = terminal(tmp_path)
     first = read_terminal(ours, "100/200")
@@ -512,7 +512,7 @@ def test_live_table_follows_and_ends_cleanly(tmp_path, terminal, end):
 
 
 def test_hostile_text_stays_text_in_the_live_table(tmp_path, terminal):
-    """A log's messages could otherwise retitle the terminal, move its cursor or choose its colours."""
+    """Otherwise a log's messages could retitle the terminal, move its cursor or set its colours."""
     attack = "\x1b[2J\x1b]0;title\x07[red]"
     end = f"event:crashed error:{json.dumps(attack)} reason:{attack}"
     write(tmp_path, "run", make_log("run", 1, {"run_id": attack}, num_steps=STEPS, end_event=end))
@@ -543,7 +543,7 @@ def test_live_table_heeds_keys_and_the_size_of_the_terminal(tmp_path, terminal):
 
 
 def test_only_what_is_new_is_read(tmp_path, monkeypatch):
-    """Else a look at a thousand logs takes as long as the first, which reads them all."""
+    """Fails if each refresh of a thousand logs takes as long as the first, which reads them all."""
     text = make_log("x", num_steps=STEPS)
     for i in range(100):
         (tmp_path / f"run{i:03}.txt").write_text(text.replace('"run_id": "x"', f'"run_id": "run{i:03}"'))
@@ -575,7 +575,7 @@ def test_only_what_is_new_is_read(tmp_path, monkeypatch):
     shown_of = monitor_runs.record_of
     monkeypatch.setattr(monitor_runs, "record_of", lambda *args: (read.append(args), shown_of(*args))[1])
     read.clear()
-    assert len(shown(monitor, 160, 20)) == 20 and len(read) < 20  # of runs that are not shown, nothing
+    assert len(shown(monitor, 160, 20)) == 20 and len(read) < 20  # logs of hidden runs are not read
     monkeypatch.setattr(Monitor, "_all_rows", lambda monitor: pytest.fail("nothing is new"))
     assert len(monitor.poll()) == 100 and not manifests
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""The commands that plot and report: they start fast, stand alone, and their errors speak to a person."""
+"""Commands that plot and report: they start fast, stand alone, and their errors are readable."""
 
 import ast
 import subprocess
@@ -17,7 +17,7 @@ import report_sweep
 
 ROOT = Path(plot_loss.__file__).parent
 COMMANDS = (plot_loss, plot_lr_analysis, plot_manifold, plot_spectral_sweep, report_sweep)
-LIGHT = {  # what is imported in this order, in one process -> what must not be loaded then
+LIGHT = {  # imported in this order, in one process -> modules that must not be loaded by then
     "analysis.run_log": {"torch", "scipy", "matplotlib", "rich"},
     "analysis.stats": {"torch", "scipy.stats", "matplotlib"},
     **{command.__name__: {"torch", "scipy.stats", "matplotlib"} for command in COMMANDS},
@@ -25,7 +25,7 @@ LIGHT = {  # what is imported in this order, in one process -> what must not be 
 
 
 def test_starting_is_light():
-    """Commands start at once over ssh: help and errors do not wait for matplotlib, torch or scipy.stats."""
+    """Commands start fast over ssh: help and errors do not wait for matplotlib, torch or scipy.stats."""
     code = "import importlib, sys\n" + "".join(
         f"importlib.import_module({name!r}); print({name!r}, *sorted({heavy!r} & set(sys.modules)))\n"
         for name, heavy in LIGHT.items()
@@ -35,7 +35,7 @@ def test_starting_is_light():
 
 
 def imports_of(path):
-    """Names of the modules that a file imports, anywhere in it."""
+    """Return the names of all modules that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -66,7 +66,7 @@ def test_help_is_the_docstring(command, capsys):
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """A folder with sweeps, logs and damaged files, to give to a command."""
+    """Folder with sweeps, logs and damaged files, as input for commands."""
     arms = spectral_arms(0, 0.1, baseline=False)
     make_sweep(tmp_path, "lr", arms, seeds=(1,), val_every=100)
     (tmp_path / "sweeps" / "new.toml").write_text("")
@@ -113,7 +113,7 @@ ERRORS += [
     ids=[f"{command.__name__}-{'-'.join(arguments)}" for command, arguments, _ in ERRORS],
 )
 def test_errors_speak_to_a_person(places, capsys, command, arguments, message):
-    """Exit status 2, one line of what is wrong and what to do, no traceback, and nothing is written."""
+    """Fails unless the exit code is 2, one line says what is wrong and what to do, and nothing is written."""
     before = sorted(places.rglob("*"))
     assert command.main(arguments) == 2
     captured = capsys.readouterr()

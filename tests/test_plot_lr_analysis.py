@@ -1,4 +1,4 @@
-"""plot_lr_analysis and make_record: labels follow their rules, luck is not called a win, bytes come back."""
+"""plot_lr_analysis and make_record: labels follow their rules, luck is not a win, records restore exactly."""
 
 import contextlib
 import csv
@@ -88,7 +88,7 @@ def test_labels_follow_their_rules(tmp_path):
 
 
 def test_a_run_that_lost_and_learnt_again_is_unstable(tmp_path):
-    """Near the limit the loss rises by nats and falls again with the cooldown: no rate to recommend."""
+    """Near the limit the loss rises by nats and falls again with the cooldown: not a rate to recommend."""
     file = make_sweep(tmp_path, "lr", arms_of({0.01: 3.4, 0.02: 3.3, 0.04: 3.35}), val_every=40)
     log = next(path for path in list_logs(tmp_path / "logs") if "lr_0.04" in path.name)
     lines = log.read_text().split("\n")
@@ -100,7 +100,7 @@ def test_a_run_that_lost_and_learnt_again_is_unstable(tmp_path):
 
 
 def test_single_runs_are_called_so(tmp_path):
-    """A single run a rate says nothing about luck: the lowest is named, and that it may be luck."""
+    """Single runs say nothing about luck: the lowest rate is named, with the remark that it may be luck."""
     analysis = analyse(tmp_path, {0.01: 3.4, 0.02: 3.3, 0.04: 3.3001}, {}, seeds=(1,))
     best = plot_lr_analysis.insights(analysis)["best_by_loss"]
     assert best["single_run"] and best["cannot_be_told_from"] is None
@@ -117,7 +117,7 @@ def test_the_best_at_the_edge_is_said(tmp_path):
 
 @pytest.mark.parametrize("luck", [0.0, 0.014])
 def test_the_true_best_is_among_the_contenders(luck):
-    """It is missed in fewer than 5% (and a margin) of 150 sweeps of 12 arms; an arm clearly worse is out."""
+    """Fails if it is missed in over 5% (plus a margin) of 150 sweeps of 12 arms, or a bad arm is included."""
     rng = np.random.default_rng(20261124)
     means = {f"a{i}": 3.3 + 0.002 * abs(i - 5) for i in range(12)} | {"far": 3.5}
     missed, far = 0, 0
@@ -132,7 +132,7 @@ def test_the_true_best_is_among_the_contenders(luck):
 
 
 def test_contenders_without_noise_or_with_failures():
-    """Failed arms cannot be best; with no spread known, only the lowest is named and df is 0."""
+    """Failed arms cannot be best; with unknown spread, only the lowest is named and df is 0."""
     found = contenders({"a": [3.0, np.nan], "b": [3.1, 3.12], "c": [3.11, 3.13], "d": [9.0, 9.1]})
     assert found.lowest == "b" and "a" not in found.names and "c" in found.names and "d" not in found.names
     single = contenders({"a": [3.0], "b": [3.0001]})
@@ -141,7 +141,7 @@ def test_contenders_without_noise_or_with_failures():
 
 
 def test_everything_is_written_and_the_same_again(tmp_path, monkeypatch, capsys):
-    """The outputs that EXPERIMENTS.md lists; tables know neither the time nor the place."""
+    """Fails if an output listed in EXPERIMENTS.md is missing, or tables depend on time or folder."""
     arms = arms_of({0.015: 3.4, 0.065: 3.3, 1.0: 6})
     make_sweep(tmp_path, "lr", arms, val_every=40, ends={("lr_1", 1): "diverged"})
     monkeypatch.chdir(tmp_path)
@@ -171,7 +171,7 @@ def test_everything_is_written_and_the_same_again(tmp_path, monkeypatch, capsys)
 
 
 def test_values_look_as_in_the_report_and_differ_from_the_best(tmp_path):
-    """A colour of the label's own would say of a rate what another picture says of an arm."""
+    """A colour per label would conflict with the arms' colours in other pictures."""
     analysis = analyse(tmp_path, ends={})
     combined, sheet = (draw(analysis) for draw in PICTURES.values())
     panels = combined.axes
@@ -189,7 +189,7 @@ def test_values_look_as_in_the_report_and_differ_from_the_best(tmp_path):
 
 
 def test_any_setting_and_what_to_choose(tmp_path, monkeypatch, capsys):
-    """Two arms of one value are not mixed: the message names the condition that tells them apart."""
+    """Two arms of one value are not mixed: the message names the condition that distinguishes them."""
     arms = {
         f"{mode}_{wd}": (3.3 + wd, {"MUON_DECAY_MODE": mode, "MUON_WEIGHT_DECAY": wd})
         for mode in ("param", "update")
@@ -213,14 +213,14 @@ def test_any_setting_and_what_to_choose(tmp_path, monkeypatch, capsys):
 
 
 def test_tied_settings_are_one(tmp_path):
-    """A sweep of MUON_LR with ADAM_LR = 0.1 x is ordered by MUON_LR: else every arm is a kind of its own."""
+    """A sweep of MUON_LR with ADAM_LR = 0.1 x is ordered by MUON_LR; else every arm is its own kind."""
     results = analyse(tmp_path, ends={}).results
     results = Results("lr", results.arms)
     assert by_value(results) == "muon_lr" and beside(results, "muon_lr") == []
 
 
 def test_smoothed_training_loss_by_hand():
-    """The mean over 2% of the run's steps, of as many steps however often they were logged."""
+    """Fails if the mean is not over 2% of the run's steps, however often they were logged."""
     step = np.arange(1, 101)
     curve = Curve(step, step.astype(float), 10.0 * step, 100.0 * step, np.full(100, np.nan))
     found = smoothed(curve)
@@ -252,7 +252,7 @@ def tools_here(monkeypatch):
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
 def test_a_record_comes_back_byte_for_byte(record, tools_here, capsys):
-    """Wrong if a tool changed what it makes of logs that are committed, or a table was edited by hand."""
+    """Fails if a tool's output for committed logs changed, or a table was edited by hand."""
     assert make_record.main([str(record), "--check"]) == 0
     out = capsys.readouterr().out
     tables = {path.relative_to(record) for path in record.rglob("*") if path.suffix in make_record.TABLES}
@@ -262,7 +262,7 @@ def test_a_record_comes_back_byte_for_byte(record, tools_here, capsys):
 
 
 def test_a_new_record_of_packed_logs(tmp_path, monkeypatch, capsys):
-    """Packed logs read as the originals do, nothing of them is lost, and a changed table is noticed."""
+    """Fails if packed logs read differently from the originals, or a changed table goes unnoticed."""
     make_sweep(tmp_path, "lr", arms_of({0.01: 3.4, 0.02: 3.3, 0.04: 3.35}), val_every=100, seeds=(1, 2))
     monkeypatch.chdir(tmp_path)
     logs = list_logs("logs")

@@ -1,4 +1,4 @@
-"""The manifold's pictures and tables, from made measurements: what is drawn, and said if none."""
+"""Manifold pictures and tables from made-up measurements: what is drawn, and the message if there is none."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def test_everything_is_drawn_and_tabled(logs, tmp_path, capsys):
 
 
 def test_gaps_stay_gaps(logs):
-    """Fails if a step that one run lacks is bridged, or takes no room."""
+    """Fails if a step that a run lacks is interpolated or left out."""
     results = read_results(logs)
     runs = plot.read_all(results)
     gapped = next(run for run in runs if run.seed == 2)
@@ -79,7 +79,7 @@ def test_gaps_stay_gaps(logs):
 
 
 def test_one_colour_scale_for_all_runs():
-    """A run of small values beside one of large ones still has shades of its own."""
+    """Small values beside a run with large ones must still have distinct shades."""
     norm = plot.colour_scale([np.linspace(0, 1, 50), np.linspace(100, 900, 50), np.array([np.nan])])
     assert len(set(norm([0.1, 0.3, 0.5, 0.7, 200, 400, 600, 800]).tolist())) == 8
     for same in (np.full(5, 3.0), np.full(5, np.nan)):
@@ -108,7 +108,7 @@ def test_the_largest_difference_of_seeds_is_found(tmp_path):
 
 
 def test_a_record_has_the_measurement(tmp_path, monkeypatch, capsys):
-    """Fails if make_record leaves it behind, or if the packed one reads otherwise than the plain one."""
+    """Fails if make_record leaves it out, or the packed file reads differently from the plain one."""
     make_sweep(tmp_path, "duel", {"muon": (3.3, {})}, seeds=(1, 2))
     monkeypatch.chdir(tmp_path)
     plain = []

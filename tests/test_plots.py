@@ -1,4 +1,4 @@
-"""plot_loss and analysis/style: what is drawn is what was logged, and a stranger could read it."""
+"""plot_loss and analysis/style: plots show what was logged, legibly."""
 
 import math
 import os
@@ -30,7 +30,7 @@ def write(folder, name, text):
 
 
 def write_arms(folder, values, seeds=(1,), spread=0.02, **kwargs):
-    """One log for each value of spectral_lr_mul and each seed."""
+    """Write a log for each value of spectral_lr_mul and each seed."""
     for i, value in enumerate(values):
         for seed in seeds:
             name, final = f"a{value}-s{seed}", 3.25 + spread * i
@@ -41,13 +41,13 @@ def write_arms(folder, values, seeds=(1,), spread=0.02, **kwargs):
 
 
 def draw(folder, x="steps", target=(3.28, "--target")):
-    """The figure of a folder of logs, and its arms."""
+    """Draw the figure of a folder of logs; return it and its arms."""
     arms, _ = group_by_arm(read_runs(folder))
     return plot_loss.figure(arms, x, target), arms
 
 
 def panel(figure, name):
-    """A panel by its name, as plot_loss.figure gives it."""
+    """Return a panel of plot_loss.figure by its name."""
     return next(ax for ax in figure.axes if ax.get_label() == name)
 
 
@@ -69,7 +69,7 @@ def close_figures():
 
 
 def test_panels_of_one_run(tmp_path):
-    """Each panel shows the logged numbers; the star stands where the target is first met."""
+    """Fails if a panel does not show the logged numbers, or the star is not where the target is first met."""
     write_arms(tmp_path / "logs", [0.1])
     figure, arms = draw(tmp_path / "logs")
     run = arms[0].runs[0]
@@ -99,7 +99,7 @@ def test_panels_of_one_run(tmp_path):
 
 
 def test_several_arms_are_compared_with_the_sweeps_control(tmp_path):
-    """Arms and control have the looks of the sweep, also where only some of its runs are drawn."""
+    """Arms and control have the sweep's looks, even if only some of its runs are drawn."""
     file = make_sweep(tmp_path, "lr", spectral_arms(0, 0.01, 0.1, 1), control="spectral_lr_0", val_every=20)
     results = read_results([file], tmp_path / "logs")
     runs = [run for arm in results.arms if arm.label != "spectral_lr_0.01" for run in arm.runs]
@@ -118,7 +118,7 @@ def test_several_arms_are_compared_with_the_sweeps_control(tmp_path):
 
 
 def test_seeds_are_pooled_with_an_interval(tmp_path):
-    """Mean and band are those of the statistics module, at every step; arms are not mixed."""
+    """Fails if mean or band differ from the statistics module's at any step, or arms are mixed."""
     write_arms(tmp_path / "logs", [0.0, 0.5], seeds=(1, 2, 3))
     figure, arms = draw(tmp_path / "logs")
     assert [len(arm.runs) for arm in arms] == [3, 3]
@@ -135,7 +135,7 @@ def test_seeds_are_pooled_with_an_interval(tmp_path):
 
 
 def test_a_single_validation_is_visible(tmp_path):
-    """Runs that validate only at the end have a line of one point."""
+    """Runs that validate only at the end have a one-point line."""
     for seed in (1, 2, 3):
         write(tmp_path / "logs", f"s{seed}", f"step:99/99 val_loss:3.{seed} train_time:9s\n")
     figure, _ = draw(tmp_path / "logs")
@@ -181,7 +181,7 @@ def test_target_is_met_when_all_runs_of_an_arm_have_met_it(tmp_path):
 
 @pytest.mark.parametrize("x", ["tokens", "time"])
 def test_other_axes(tmp_path, x):
-    """Against tokens or time, a loss stands where the log says the run was."""
+    """Against tokens or time, a loss is drawn where the log says the run was."""
     write_arms(tmp_path / "logs", [0.1])
     figure, arms = draw(tmp_path / "logs", x)
     run = arms[0].runs[0]
@@ -193,7 +193,7 @@ def test_other_axes(tmp_path, x):
 
 
 def test_schedules_that_agree_are_drawn_once(tmp_path):
-    """Twelve equal lines on top of each other would show the last run's colour alone."""
+    """Twelve equal lines on top of each other would show only the last run's colour."""
     write_arms(tmp_path / "logs", [0.0, 0.1])
     text = make_log("other", 1, {"batch_sizes": [1]}, STEPS).replace("batch_size:131072", "batch_size:65536")
     figure, _ = draw(tmp_path / "logs")
@@ -205,7 +205,7 @@ def test_schedules_that_agree_are_drawn_once(tmp_path):
 
 
 def test_public_log_without_schedules(tmp_path):
-    """Quantities that are not logged have no panel; the loss fills the page; the target is the speedrun's."""
+    """Quantities not logged have no panel, the loss fills the page, and the target is the speedrun's."""
     head = SOURCE + SEPARATOR + "\nRunning\n" + SEPARATOR + "\n"
     steps = "".join(
         f"step:{s}/500 val_loss:{4 - s / 600} train_time:{s}s step_avg:9ms\n" for s in range(0, 501, 50)
@@ -222,7 +222,7 @@ def test_public_log_without_schedules(tmp_path):
 
 
 def test_no_target_without_a_reason(tmp_path):
-    """3.28 says nothing about a run on other data."""
+    """3.28 means nothing for a run on other data."""
     runs = read_runs(write_arms(tmp_path / "logs", [0.1]))
     assert style.target_of(runs, None) is None and style.target_of(runs, 3.0) == (3.0, "--target")
     figure, _ = draw(tmp_path / "logs", target=None)
@@ -260,7 +260,7 @@ def test_nothing_overlaps(tmp_path, num_arms):
 
 
 def test_runs_that_differ_in_much_go_by_one_setting(tmp_path):
-    """A list of ten settings is no label; one tells two runs apart, and a note names the others."""
+    """Ten settings make no label; one suffices for two runs, and a note names the others."""
     for number, name in enumerate(("first", "second")):
         settings = {"muon_weight_decay": number, "residual_scale": 0.7 + number, "warmup_steps": number}
         write(tmp_path / "logs", name, make_log(name, 1, settings, STEPS))
@@ -272,7 +272,7 @@ def test_runs_that_differ_in_much_go_by_one_setting(tmp_path):
 
 
 def test_a_failed_run_does_not_flatten_the_others(tmp_path):
-    """Differences of 0.02 and of 3.7 are seen on one axis."""
+    """Fails if differences of 0.02 and of 3.7 are not both visible on one axis."""
     write_arms(tmp_path / "logs", [0.0, 0.1, 0.2])
     bad = make_log("bad", 1, {"spectral_lr_mul": 9.0}, STEPS, val_every=10, final=7.0)
     write(tmp_path / "logs", "bad", bad)
@@ -285,7 +285,7 @@ def test_a_failed_run_does_not_flatten_the_others(tmp_path):
 
 
 def test_styles_are_distinct_also_for_the_colour_blind():
-    """Arms differ in colour or marker, from the control in both; colours stay apart for every dichromat."""
+    """Arms differ in colour or marker, from the control in both; colours are distinct for every dichromat."""
     names = [f"a{number}" for number in range(19)]
     looks = looks_of(names, "a3")
     assert len({(look["color"], look["marker"]) for look in looks.values()}) == 19
@@ -341,7 +341,7 @@ def test_svg_is_the_same_each_time(tmp_path, capsys):
 
 
 def test_own_target_and_different_sources(tmp_path, capsys):
-    """The runs' own TARGET_LOSS is used if they agree; equal settings of other source code are not pooled."""
+    """The runs' own TARGET_LOSS is used if they agree; different sources are not pooled."""
     for seed, source in ((1, SOURCE), (2, SOURCE + "# edited\n")):
         text = make_log(f"s{seed}", seed, {"target_loss": 3.5}, STEPS, source=source)
         write(tmp_path / "logs", f"s{seed}", text)

@@ -1,4 +1,4 @@
-"""Ranks in processes of their own: collectives against plain sums; how ranks agree, refuse and leave."""
+"""Ranks in separate processes: collectives against plain sums; how ranks agree, refuse and leave."""
 
 import datetime
 import os
@@ -70,7 +70,7 @@ def free_port() -> int:
 
 
 def test_collectives_equal_plain_sums_and_an_error_reaches_all(tmp_path):
-    """Fails if a rank gets somebody else's shard, or does not hear that another one failed."""
+    """Fails if a rank gets another's shard, or does not learn that another one failed."""
     script = tmp_path / "collectives.py"
     script.write_text(EVERY_COLLECTIVE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
@@ -83,7 +83,7 @@ def test_collectives_equal_plain_sums_and_an_error_reaches_all(tmp_path):
 
 
 def test_an_error_of_one_rank_is_raised_on_all():
-    """Fails if the others wait in their first collective for a rank that has gone home."""
+    """Fails if the others wait in their first collective for a rank that has exited."""
     other = ["the disk of machine 2 is missing"]
     ranks = lone_ranks(world_size=2)
     ranks.all_gather_object = lambda value: [value, *other]
@@ -110,7 +110,7 @@ def test_an_error_of_one_rank_is_raised_on_all():
     ],
 )
 def test_settings_must_be_good_and_the_same_on_all_ranks(settings, said):
-    """Fails if a rank trains with other settings than the rest, or waits for one that has none.
+    """Fails if a rank trains with other settings than the rest, or waits for a rank without any.
 
     A rank's own error is raised as it is; the others hear its text.
     """
@@ -134,7 +134,7 @@ def test_settings_must_be_good_and_the_same_on_all_ranks(settings, said):
 
 
 def test_ranks_that_do_not_start_are_named():
-    """Else a start on several machines ends with the keys of a store."""
+    """Fails if a failed start on several machines only prints the keys of a store."""
     store = dist.HashStore()
     store.set_timeout(datetime.timedelta(seconds=0.1))
     store.set("settings2", "{}")
@@ -143,7 +143,7 @@ def test_ranks_that_do_not_start_are_named():
 
 
 def test_a_rank_that_waits_for_the_others_leaves_with_its_launcher(tmp_path):
-    """Fails if a rank whose torchrun was killed while the group came together waits for long."""
+    """Fails if a rank waits long after its torchrun was killed while the group was forming."""
     port = free_port()
     env = {
         **os.environ,
@@ -163,7 +163,7 @@ def test_a_rank_that_waits_for_the_others_leaves_with_its_launcher(tmp_path):
         stdout=subprocess.PIPE,
     )
     pid = int(shell.stdout.readline())
-    wait_until(lambda: answers(port))  # its store answers: it knows its parent, and waits for rank 1
+    wait_until(lambda: answers(port))  # its store answers: it has its parent's PID and waits for rank 1
     assert process_state(pid) == "alive"
     shell.kill()
     shell.wait()

@@ -1,8 +1,8 @@
-"""The parts of the later speedrun records, each alone and all together, against a slow float64 reference.
+"""Parts of the later speedrun records, each alone and all together, against a slow float64 reference.
 
-The reference goes on from test_model's: loops and numpy, from the table of facts, not from the code. It
-writes out by hand what each small network makes. Then: what starts at zero and learns, roles and rates, the
-schedule, data by stage, prefixes of tokens, the fast forms, ranks, and resuming.
+The reference extends test_model's: loops and numpy, written from the table of facts, not from the code. It
+lists by hand what each small network produces. Then: initial values, learning, roles and rates, the
+schedule, data by stage, prefixes of tokens, the fast forms, resuming, and ranks.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ from runtime.trained import load_model
 H, LAST, RECORD = 4, 5, "gpt2-small-2026-08"
 GROWN = 1.1**0.5
 
-# What a network makes, by layer, name and size, in its order.
+# Outputs of each network: (layer, name, size), in order.
 FIRST_GATES = [
     (1, "xsa", H),
     (1, "attn_gate", H),
@@ -99,7 +99,7 @@ PARTS = {
 
 
 def config(trainer=train_gpt, **changes):
-    """Six layers with every feature of the speedrun's model, as small as it gets, and these changes."""
+    """Config of six small layers with every feature of the speedrun's model, plus these changes."""
     fields = dict(
         num_layers=6,
         width=32,
@@ -127,7 +127,7 @@ def model_of(c, seed=0, trainer=train_gpt, shaken=True):
     model.rotary.make_tables(512)
     if shaken:
         shake(model)
-        with torch.no_grad():  # else the networks' numbers are so large that everything else is lost in them
+        with torch.no_grad():  # else the networks' outputs dwarf everything else
             for name, p in model.named_parameters():
                 if name.startswith(("mudd", "gate_nets")):
                     p.mul_(0.3)
@@ -145,10 +145,10 @@ def gelu(x):
 
 
 class LaterReference(Reference):
-    """The model of the later records for one slice of tokens."""
+    """Model of the later records, on one slice of tokens."""
 
     def network(self, name, table, x, scale=None):
-        """{(layer, name): (T, size)} of one small network."""
+        """Outputs of one small network, as {(layer, name): (T, size)}."""
         hidden = gelu(x @ self.p[f"{name}.hidden"].T)
         scale = self.p[f"{name}.scale"] if scale is None else scale
         values = (hidden @ self.p[f"{name}.out"].T + self.p[f"{name}.bias"]) * scale
@@ -160,7 +160,7 @@ class LaterReference(Reference):
         return found
 
     def grouped(self, i, name):
-        """The q or k of all heads, (H D, C): groups hold heads g and g + H/2."""
+        """Weight of q or k for all heads, (H D, C); groups hold heads g and g + H/2."""
         w = self.get(i, f"attn.{name}")
         if w.ndim == 2:
             return w
@@ -172,7 +172,7 @@ class LaterReference(Reference):
         return out
 
     def value_gate(self, i, n, table):
-        """(T, key heads)."""
+        """Gate of the value embedding, (T, key heads)."""
         if (i, "value_gate") in self.made:
             two = self.made[i, "value_gate"]
             return np.stack([two[:, h // (H // 2)] for h in range(H)], 1)
@@ -236,7 +236,7 @@ class LaterReference(Reference):
         return out
 
     def composition(self, q, k, v, doc):
-        """Each head's share of the mixed attention over the last positions of the document."""
+        """Addition to each head: attention mixed over heads, at the document's last positions."""
         out = [np.zeros_like(x) for x in v]
         for t in range(len(doc)):
             w1, w2 = self.made[LAST, "from"][t], self.made[LAST, "into"][t]
@@ -265,13 +265,13 @@ class LaterReference(Reference):
         return total
 
     def factor(self, i, name):
-        """A number, or (T, 1)."""
+        """Factor of a branch: a number, or (T, 1)."""
         if (i, name) in self.made:
             return self.made[i, name]
         return self.get(i, f"{name}_lambda")
 
     def tables(self):
-        """Signals that the networks make in this model."""
+        """Outputs of this model's networks."""
         kept = lambda table: [x for x in table if x[1] != "ngram" or self.c.ngram_rows]
         later = [x for x in LATER_GATES if not (self.c.mudd and x[0] == LAST and x[1] in ("x0", "ngram"))]
         later += COMPOSE if self.c.compose_tokens else []
@@ -347,7 +347,7 @@ def ref_loss(reference, model, batch, tied, prefix_weight):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_forward_equals_the_slow_model(part):
-    """Fails if a part is not what the table of facts says, alone or among all the others."""
+    """Fails if a part differs from the table of facts, alone or with all the others."""
     model, batch = model_of(config(**PARTS[part])), make_batch(train_gpt)
     reference = reference_of(model)
     prefix_weight = 0.2 if "prefix_weights" in PARTS[part] else None
@@ -364,7 +364,7 @@ def test_forward_equals_the_slow_model(part):
 
 @pytest.mark.parametrize("part", ["without networks", "all"])
 def test_gradients_equal_differences_of_the_slow_model(part):
-    """Fails if a parameter of a part has another gradient than that of the forward pass, or none."""
+    """Fails if a parameter's gradient is missing, or is not that of the forward pass."""
     model, batch = model_of(config(**PARTS[part])), make_batch(train_gpt)
     prefix_weight = 0.2 if "prefix_weights" in PARTS[part] else None
     model.train_loss(batch, WINDOWS, False, torch.tensor(WEIGHTS), None, prefix_weight)[0].backward()
@@ -375,7 +375,7 @@ def test_gradients_equal_differences_of_the_slow_model(part):
 
 
 def test_slices_of_one_pass_do_not_see_each_other():
-    """Fails if the composition of heads, or a row of signs, reaches into the slice before."""
+    """Fails if the composition of heads, or a row of signs, reads from the previous slice."""
     model, batch = model_of(config(**ALL)), make_batch(train_gpt)
     known = WINDOWS, False, torch.tensor(WEIGHTS), None, 0.2
     with torch.no_grad():
@@ -405,14 +405,14 @@ SAME_AT_START = {
 
 @pytest.mark.parametrize("part", SAME_AT_START)
 def test_a_part_that_starts_at_zero_changes_nothing_at_first(part):
-    """Fails if a part that should learn its strength has one before the first step. MUDD begins as the
-    backout of its second layer, and doubles the gate of value embeddings that are still zero."""
+    """Fails if a part whose strength is learned acts before the first step. MUDD starts as the backout of
+    its second layer; it also doubles the gate of the value embeddings, which start at zero here."""
     logits = []
     for changes in SAME_AT_START[part]:
         model = model_of(config(**{**changes, "value_std": 0.0}), shaken=False)
         batch = make_batch(train_gpt)
         with torch.no_grad():
-            for name, p in model.named_parameters():  # of the same draws, though the names differ
+            for name, p in model.named_parameters():  # the same draws for both models
                 generator = torch.Generator().manual_seed(sum(map(ord, name)))
                 drawn = name.endswith((".q", ".k", ".v", ".o", ".up", ".down", "head", "embed"))
                 if drawn:
@@ -424,7 +424,7 @@ def test_a_part_that_starts_at_zero_changes_nothing_at_first(part):
 
 
 def small_run(folder, trainer=train_gpt, seed=0, steps=12, changes=ALL, **env):
-    """(Trainer of the small model with all parts, its data) of a run on learnable text."""
+    """Return (Trainer of a small model with all parts, its data), on learnable text."""
     if not (folder / "train_0.bin").exists():
         write_shard(folder / "train_0.bin", make_text(9000, 1))
         write_shard(folder / "val_0.bin", make_text(3000, 2))
@@ -439,7 +439,7 @@ def small_run(folder, trainer=train_gpt, seed=0, steps=12, changes=ALL, **env):
 
 
 def losses_of(run, data, first, last) -> list[float]:
-    """Mean losses of these steps."""
+    """Train steps first to last - 1; return their mean losses."""
     found, size, stage = [], run.schedule.batch_tokens, run.schedule.stage
     for step in range(first, last):
         run.enter(step)
@@ -450,7 +450,7 @@ def losses_of(run, data, first, last) -> list[float]:
 
 @pytest.mark.parametrize("changes", [ALL, dict(FACTORS, xsa_layers=(1, 3, 5))], ids=["by token", "fixed"])
 def test_every_part_learns(changes, tmp_path):
-    """Fails if a parameter keeps its first value: it is off the path of the loss, or no rule moves it."""
+    """Fails if a parameter keeps its initial value: it does not reach the loss, or no rule updates it."""
     run, data = small_run(tmp_path, changes=changes)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     found = losses_of(run, data, 0, 12)
@@ -504,7 +504,7 @@ def key_of(name: str) -> str:
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_rates_and_betas_are_the_facts(trainer):
-    """Fails if a parameter of the preset, or of its parts without networks, moves at another rate."""
+    """Fails if a parameter of the preset, or of its parts without networks, has a wrong rate or betas."""
     names = {n for n, _ in preset_model(trainer).named_parameters()}
     fixed = trainer.GPT(config(trainer, **FACTORS, xsa_layers=(1,)), 100, "sdpa")
     names |= {n for n, _ in fixed.named_parameters() if n not in ("backout_lambda", "skip_gate")}
@@ -519,7 +519,7 @@ def test_rates_and_betas_are_the_facts(trainer):
 
 
 def test_the_preset_is_the_record():
-    """Fails if the preset has other sizes, layers or first values than the table of facts."""
+    """Fails if the preset's sizes, layers or initial values differ from the table of facts."""
     model = preset_model()
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     c = model.config
@@ -544,7 +544,7 @@ def test_the_preset_is_the_record():
 
 
 def test_first_values_of_the_networks():
-    """Fails if a signal starts elsewhere than in the table: at 0 if it is not named here."""
+    """Fails if a signal's initial value is not the table's; 0 unless it is listed here."""
     c = train_gpt.PRESETS[RECORD][0]
     starts = {}
     for prefix, lists in (("gate", signals.gate_signals(c)), ("mudd", signals.mudd_signals(c))):
@@ -577,8 +577,7 @@ def test_first_values_of_the_networks():
 
 
 def test_schedule_of_the_preset():
-    """Fails if the rate, the documents, the batches or the losses' weights change otherwise than in the
-    record."""
+    """Fails if the schedule of rate, document length, batches or loss weights is not the record's."""
     s, o, c = read(train_gpt, MODEL=RECORD)
     schedule = train_gpt.Schedule(s, c)
     assert (schedule.scheduled, schedule.num_steps, o.muon_beta2) == (1270, 1285, 0.9)
@@ -595,8 +594,7 @@ def test_schedule_of_the_preset():
 
 
 def test_a_part_can_be_left_out():
-    """Fails if WITHOUT leaves a part in, takes another with it that does not stand on it, or does nothing in
-    silence."""
+    """Fails if WITHOUT leaves a part in, removes one that does not depend on it, or silently does nothing."""
     full = read(train_gpt, MODEL="tiny-2026-08")[2]
     assert full.num_heads > full.qk_group  # else one group would be all heads
     for part in train_gpt.PARTS[1:]:
@@ -610,7 +608,7 @@ def test_a_part_can_be_left_out():
 
 
 def test_parts_that_stand_on_others_are_refused_alone():
-    """Fails if a config silently lacks what a part needs."""
+    """Fails if a config may silently lack what a part requires."""
     for changes in (
         dict(mudd=(1, 3)),
         dict(gate_layers=(0,)),
@@ -627,19 +625,19 @@ def test_parts_that_stand_on_others_are_refused_alone():
 def test_a_group_holds_the_heads_that_a_paired_layer_joins():
     """Fails if the rows of a group are not those of heads h and h + H/2."""
     D, C = 8, 32
-    whole = torch.arange(H * D).float().repeat_interleave(C).view(H, D, C)  # each row has its number
+    whole = torch.arange(H * D).float().repeat_interleave(C).view(H, D, C)  # row h is filled with h
     stored = torch.stack([torch.cat((whole[h], whole[h + H // 2])) for h in range(H // 2)])
     assert torch.equal(heads.in_head_order(stored, D), whole.flatten(0, 1))
     rows = torch.arange(H).view(1, 1, H, 1).expand(1, 3, H, D)
-    paired = train_gpt.pair_heads(rows)[0, :2, :, 0]  # two places a token, H/2 columns
+    paired = train_gpt.pair_heads(rows)[0, :2, :, 0]  # two positions a token, H/2 columns
     groups = torch.arange(H).view(2, -1).T  # of heads, by the formula above
     assert torch.equal(paired.T, groups)
 
 
 @pytest.mark.parametrize("env", [{}, {"ORD_MODE": "post", "SPECTRAL_OUT": "0.5"}], ids=["normuon", "post"])
 def test_groups_are_orthogonalized_each_by_itself(env):
-    """Fails if a group's momentum, polar factor or variance sees another group, or its rate is another
-    matrix's. A wide group has the rate of a square one, and its variance per column."""
+    """Fails if a group's momentum, polar factor or variance depends on another group. A wide group has the
+    rate of a square one, and variance per column."""
     trainer = ord_gpt if env else train_gpt
     o, rng = read(trainer, MODEL="gpt2-small", **env)[1], np.random.default_rng(0)
     value = rng.normal(size=(3, 8, 12)).astype(np.float32)
@@ -662,7 +660,7 @@ def test_groups_are_orthogonalized_each_by_itself(env):
 
 
 def cut_at(tokens, bounds) -> list[list[int]]:
-    """The documents of a pass."""
+    """Return the documents of a pass."""
     return [tokens[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:])]
 
 
@@ -678,7 +676,7 @@ def ends_a_slice(batches, number: int) -> bool:
 
 
 def test_documents_change_their_length_with_the_stage(tmp_path):
-    """Fails if a stage reads longer documents than it may, or the change reorders, repeats or skips one."""
+    """Fails if a stage reads longer documents than allowed, or the change reorders, repeats or skips one."""
     write_shard(tmp_path / "train_0.bin", make_text(30_000, 1, longest=150))
     write_shard(tmp_path / "val_0.bin", make_text(3000, 2))
     known = dict(DATA_PATH=tmp_path, TRAIN_FILES="train_*.bin", VAL_FILES="val_*.bin", VAL_TOKENS=2048)
@@ -703,7 +701,7 @@ def test_documents_change_their_length_with_the_stage(tmp_path):
         assert len(pieces[at]) == len(document) or ends_a_slice(batches, at)
         at += 1
     assert at == len(pieces)
-    # the same position under the later stage's limit, as a resumed run has it
+    # the same position under the later stage's limit, as in a resumed run
     again = train_gpt.TrainData(shards, s, lone_ranks())
     for now in stages[:3]:
         again.next(512, None, (now, now))
@@ -719,7 +717,7 @@ def test_documents_change_their_length_with_the_stage(tmp_path):
 
 
 def test_sign_rows_and_table():
-    """Fails if two ranks or runs have other signs, a sign is not +-1, or a row is not the formula's."""
+    """Fails if signs differ between ranks or runs, a sign is not +-1, or a row is not the formula's."""
     tokens = torch.tensor([[5, 50256, 3, 3], [0, 1, 2, 50000]], dtype=torch.int32)
     assert ngrams.sign_rows(tokens, 2, 8192).tolist() == [
         [0, (5 ^ 50256) % 8192, (50256 ^ 3) % 8192, 0],
@@ -732,7 +730,7 @@ def test_sign_rows_and_table():
 
 
 def test_prefixes_by_hand():
-    """Fails if the longest proper prefix is not found, or one that is no token."""
+    """Fails if a token's prefix is not its longest proper prefix that is a token."""
     strings = [b"a", b"b", b"ab", b"abcd", b"abd", b"abcde", b"ba", b"c"]
     assert longest_prefixes(strings).tolist() == [-1, -1, 0, 2, 2, 3, 1, -1]
     assert (prefix_tokens(256) == -1).all()
@@ -761,8 +759,7 @@ def test_prefixes_of_gpt2s_vocabulary():
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_fast_forms_cover_the_preset_or_step_aside(trainer):
-    """Fails if a form that does not know the model takes a function's place, or one that knows it stays
-    away."""
+    """Fails if a form is installed for a model that it does not cover, or left out for one that it covers."""
     for model in ("tiny-2026-08", RECORD):
         s, o, _ = read(trainer, MODEL=model)
         with fast_forms.installed(trainer, s, o) as (names, warnings):
@@ -770,8 +767,7 @@ def test_fast_forms_cover_the_preset_or_step_aside(trainer):
 
 
 def test_a_cpus_forms_compute_the_same(tmp_path):
-    """Fails if the fast MLP without its input, or what stands in attention's place, computes another model:
-    losses of three steps, which hold the gradients."""
+    """Fails if the CPU's fast forms compute another model. Losses of three steps cover the gradients."""
     plain, data = small_run(tmp_path)
     wanted = losses_of(plain, data, 0, 3)
     s, o, _ = read(train_gpt, MODEL="tiny-2026-08")
@@ -781,7 +777,7 @@ def test_a_cpus_forms_compute_the_same(tmp_path):
 
 
 def test_attentions_fast_form_refuses_another_model():
-    """Fails if it would compute a model that it does not know, were it put in place."""
+    """Fails if the form, once installed, computes a model that it does not cover."""
     s, o, _ = read(train_gpt)
     with fast_forms.installed(train_gpt, s, o) as (names, _), torch.no_grad():
         assert "Attention.forward" in names
@@ -792,8 +788,8 @@ def test_attentions_fast_form_refuses_another_model():
 
 
 def test_the_triton_heads_reference_predicts_prefixes_as_the_plain_head_does():
-    """Fails if the kernel, which offgpu/numerics.py compares with its reference, computes another loss than
-    the trainer's own: weights in another order, prefixes that are missing counted."""
+    """Fails if the kernel's reference, which offgpu/numerics.py checks it against, differs from the trainer's
+    own loss: another order of weights, or missing prefixes counted."""
     cuda = pytest.importorskip("kernels.cuda")
     model, batch = model_of(config(**ALL)), make_batch(train_gpt)
     x = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)).double()
@@ -811,9 +807,9 @@ def test_the_triton_heads_reference_predicts_prefixes_as_the_plain_head_does():
 
 
 def test_a_saved_model_continues_a_text(tmp_path):
-    """Fails if the model file lacks something of a part, its config does not come back, or a token's logits
-    depend on those after it: the logits of each beginning of a text are those of the whole text. A text of
-    one token is shorter than an n-gram and than a block of the composition."""
+    """Fails if the model file lacks a part or its config, or a token's logits depend on later tokens: the
+    logits of each prefix of a text are those of the whole text. One token is shorter than an n-gram and a
+    block of the composition."""
     c = config(**ALL)
     model = model_of(c).float()
     metadata = dict(config=dataclasses.asdict(c), vocab_size=100, residual_scale=1.0, rotary_scale=0.1)
@@ -835,8 +831,8 @@ def test_a_saved_model_continues_a_text(tmp_path):
     "trainer, env", [(train_gpt, {}), (ord_gpt, dict(ORD_MODE="post", SPECTRAL_OUT="0.5"))]
 )
 def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, tmp_path, monkeypatch):
-    """Fails if something that the parts hold is not saved, over changes of stage; the other trainer has
-    another seed's weights."""
+    """Fails if any state of the parts is not saved, across changes of stage. The restored trainer starts
+    from another seed's weights."""
     monkeypatch.chdir(tmp_path)
     one, data = small_run(tmp_path, trainer, **env)
     losses_of(one, data, 0, 6)
@@ -849,21 +845,21 @@ def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, tmp_path, monkeypa
 
 
 def test_ord_learns_with_all_parts(tmp_path):
-    """Fails if a way of ORD does not run on groups of heads, or does nothing."""
+    """Fails if an ORD mode does not run on groups of heads, or has no effect."""
     runs = {}
     for way in ({}, {"ORD_MODE": "post", "SPECTRAL_IN": "0.5"}, {"ORD_MODE": "project"}, {"ORD_MODE": "off"}):
         run, data = small_run(tmp_path, ord_gpt, **way)
         runs[str(way)] = losses_of(run, data, 0, 8)
         assert runs[str(way)][-1] < runs[str(way)][0] - 0.3
         fields = run.log_fields(7, full=True)
-        assert len(fields["spec_attn"].split(",")) == 5  # a mean over a layer's matrices, in five layers
+        assert len(fields["spec_attn"].split(",")) == 5  # one mean per layer, five layers
     assert len({tuple(found) for found in runs.values()}) == len(runs)
     run, data = small_run(tmp_path)
     assert losses_of(run, data, 0, 8) == runs[str({"ORD_MODE": "off"})]
 
 
 def test_ranks_agree(tmp_path, shards):
-    """Fails if 1, 2 and 4 ranks train another model: groups of heads, networks and tables are shared out."""
+    """Fails if 1, 2 and 4 ranks, which shard groups of heads, networks and tables, train different models."""
     known = dict(MODEL="tiny-2026-08", NUM_SCHEDULED_ITERATIONS=4, VAL_LOSS_EVERY=0, SAVE_MODEL=0)
     known |= dict(BATCH_SIZES="512,512,512,512", VAL_TOKENS=1024, VAL_BATCH_TOKENS=1024)
     found = {n: train(tmp_path, shards, f"ranks{n}", ranks=n, **known) for n in (0, 2, 4)}

@@ -1,4 +1,4 @@
-"""report_sweep, results, conclusion: the numbers are scipy's, and no more is claimed than runs allow."""
+"""report_sweep, results, conclusion: numbers equal scipy's, and claims do not exceed the evidence."""
 
 import json
 import math
@@ -26,7 +26,7 @@ SEEDS = (1, 2, 3, 4, 5)
 
 
 def report_of(paths, target=None, **kwargs):
-    """(results, rows by label, REPORT.md, summary) of a sweep, without pictures."""
+    """Report a sweep without pictures: (results, rows by label, REPORT.md, summary)."""
     results = read_results([paths] if isinstance(paths, (str, Path)) else paths, **kwargs)
     goal = choose_target(results, target)
     rows = report_sweep.rows_of(results, goal)
@@ -42,7 +42,7 @@ def sweep(tmp_path, arms, target=None, pool_sources=False, **kwargs):
 
 
 def made_up(losses, seeds=None, control=None):
-    """Results of these final losses, without logs."""
+    """Make Results from these final losses, without logs."""
     arms = []
     for name, values in losses.items():
         numbers = seeds or [None] * len(values)
@@ -60,7 +60,7 @@ def made_up(losses, seeds=None, control=None):
 
 
 def test_paired_sweep_equals_scipy(tmp_path):
-    """Same seeds in all arms: differences are paired by seed, whatever the order of the runs."""
+    """Same seeds in all arms: differences are paired by seed, in any order of the runs."""
     results, _, text, numbers = sweep(
         tmp_path, spectral_arms(0, 0.1, 0.5), target=3.28, seeds=SEEDS, control="spectral_lr_0"
     )
@@ -99,7 +99,7 @@ def test_paired_sweep_equals_scipy(tmp_path):
 
 
 def test_different_seeds_are_compared_by_welch(tmp_path):
-    """Once a run is lost the seeds are not the same: dropping its partner, too, is a choice."""
+    """Once a run is lost the seeds differ: dropping its partner as well would be a choice."""
     arms = {"a": (3.30, {"SPECTRAL_LR_MUL": 0.0}), "b": (3.27, {"SPECTRAL_LR_MUL": 0.2})}
     results, _, _, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="a", ends={("b", 3): "crashed"})
     b = next(arm for arm in numbers["arms"] if arm["arm"] == "b")["difference"]
@@ -120,7 +120,7 @@ def test_no_winner_where_there_is_no_effect(control, paired, num_arms, n):
     rng = np.random.default_rng(20260206)
     called = raw = 0
     for _ in range(1000):
-        luck = rng.normal(size=n) if paired else 0.0  # of a seed, shared by all arms
+        luck = rng.normal(size=n) if paired else 0.0  # of each seed, shared by all arms
         losses = {f"a{i}": 3.27 + 0.0013 * (luck + rng.normal(size=n)) for i in range(num_arms)}
         seeds = list(SEEDS)[:n] if paired else None
         verdict = made_up(losses, seeds, control).verdict
@@ -131,10 +131,10 @@ def test_no_winner_where_there_is_no_effect(control, paired, num_arms, n):
         )
         raw += min(pair.p for pair in others) < 0.05
     assert called / 1000 <= 0.05
-    assert raw / 1000 > 0.12  # else the study could not notice a correction that does nothing
+    assert raw / 1000 > 0.12  # else the study could not detect a useless correction
 
 
-# How often an arm is found that is worse by 1, 2 and 3 standard deviations of a run, with paired seeds.
+# Detection rate of an arm worse by 1, 2 and 3 standard deviations of a run, with paired seeds.
 POWER = [
     ("a0", 6, 5, (0.06, 0.27, 0.60)),
     ("a0", 6, 8, (0.15, 0.71, 0.98)),
@@ -158,7 +158,7 @@ def test_the_table_of_power_in_docs_is_kept(control, num_arms, n, wanted):
 
 
 def test_without_a_control_the_words_the_table_and_the_colours_agree():
-    """One picture called an arm undecided that the sentence beside it called a loser."""
+    """A picture once called an arm undecided that the sentence beside it called worse."""
     rng = np.random.default_rng(5)
     for number in range(60):
         losses = {f"a{i}": 3.27 + 0.001 * rng.normal(size=4) for i in range(4)}
@@ -178,7 +178,7 @@ def test_without_a_control_the_words_the_table_and_the_colours_agree():
 
 
 def test_an_arm_about_to_diverge_does_not_drown_the_others():
-    """A loss of 1.40 could not be told from one of 4.51: the wildest of 26 rates made the noise."""
+    """A loss of 1.40 was once tied with 4.51, because the wildest of 26 rates set the noise."""
     rng = np.random.default_rng(11)
     luck = rng.normal(size=3)
     losses = {f"a{i}": 0.1 * (luck + rng.normal(size=3)) + (3 if i > 3 else 0) for i in range(8)}
@@ -191,7 +191,7 @@ def test_an_arm_about_to_diverge_does_not_drown_the_others():
 
 
 def test_a_real_effect_is_found():
-    """An effect of 4 sd is found about as often as its power promises, and it is called by its name."""
+    """An effect of 4 sd is found about as often as its power predicts, in the right arm."""
     rng, found, false = np.random.default_rng(7), 0, 0
     size, sd = 0.0052, 0.0013
     for _ in range(300):
@@ -208,7 +208,7 @@ def test_a_real_effect_is_found():
 
 
 def test_the_sentence_says_what_the_verdict_says():
-    """No arm is called better in words that the test did not find better; 200 sweeps, half with an effect."""
+    """No arm is called better that the test did not find better, in 200 sweeps, half with an effect."""
     rng = np.random.default_rng(3)
     for number in range(200):
         losses = {f"a{i}": 3.27 + 0.001 * rng.normal(size=4) for i in range(4)}
@@ -223,7 +223,7 @@ def test_the_sentence_says_what_the_verdict_says():
 
 
 def test_more_runs_and_unseen_differences_follow_from_power(tmp_path):
-    """The number of runs said to be needed would be enough, and one run less would not."""
+    """Fails if the number of runs said to be needed is not enough, or one less would be."""
     _, rows, text, numbers = sweep(
         tmp_path, spectral_arms(0, 0.01, baseline=False), seeds=SEEDS, control="spectral_lr_0"
     )
@@ -246,7 +246,7 @@ def test_more_runs_and_unseen_differences_follow_from_power(tmp_path):
 
 
 def test_an_arm_that_loses_runs_is_not_called_better(tmp_path):
-    """The mean of the survivors flatters: an arm that diverges for one seed in five is no improvement."""
+    """The survivors' mean flatters: an arm that diverges for one seed in five is no improvement."""
     arms = {
         "base": (3.30, {"MUON_LR": 0.02}),
         "risky": (3.20, {"MUON_LR": 0.05}),
@@ -267,7 +267,7 @@ def test_an_arm_that_loses_runs_is_not_called_better(tmp_path):
 
 
 def test_arms_with_their_own_controls(tmp_path):
-    """Each is compared with its own and said so; p is corrected over all of them; --control overrides."""
+    """Each arm is compared with its own control, by name; p is corrected over all; --control overrides."""
     arms = {"slow_0": (3.30, {"MUON_LR": 0.01}), "slow_1": (3.28, {"MUON_LR": 0.01, "SPECTRAL_LR_MUL": 0.5})}
     arms |= {"fast_0": (3.20, {"MUON_LR": 0.02}), "fast_1": (3.24, {"MUON_LR": 0.02, "SPECTRAL_LR_MUL": 0.5})}
     given = {"seeds": SEEDS, "control": "slow_0", "versus": {"fast_1": "fast_0"}}
@@ -299,11 +299,11 @@ def test_nothing_is_worse_than_a_control_that_loses_runs(tmp_path):
 
 
 def test_an_unfinished_sweep_allows_no_conclusion(tmp_path):
-    """Looking after each run until p < 0.05 finds something in most sweeps."""
+    """Checking after each run until p < 0.05 finds something in most sweeps."""
     arms = spectral_arms(0, 0.1, 1)
     ends = {("spectral_lr_1", 5): "planned", ("baseline_std_0", 4): "gone", ("spectral_lr_0.1", 2): "stopped"}
     results, rows, text, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="spectral_lr_0", ends=ends)
-    assert results.verdict.worse == ("spectral_lr_1",)  # so that there was something to hold back
+    assert results.verdict.worse == ("spectral_lr_1",)  # something had to be held back
     assert conclusion(results).startswith(
         "Nothing may be concluded yet, as 3 of 20 planned runs have not ended"
     )
@@ -350,7 +350,7 @@ def test_one_single_run_among_arms(tmp_path):
 
 
 def test_arms_that_are_the_same_bit_for_bit(tmp_path):
-    """a = 0 is the baseline to the last bit: that is a fact, not a test, and no p is made up for it."""
+    """a = 0 is bit-identical to the baseline: that is a fact, not a test, and gets no p."""
     arms = {"x": (3.27, {"MUON_LR": 0.1}), "y": (3.27, {"MUON_LR": 0.2}), "z": (3.4, {"MUON_LR": 0.3})}
     _, _, _, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="x", noise=0.0)
     assert "y gave the very losses of x" in numbers["conclusion"]
@@ -360,7 +360,7 @@ def test_arms_that_are_the_same_bit_for_bit(tmp_path):
 
 
 def test_repeats_of_one_seed_count_once(tmp_path):
-    """Three runs of seed 1 differ by the machine alone; taken for three runs they would prove anything."""
+    """Three runs of seed 1 differ only by the machine; as three samples they would prove anything."""
     folder = tmp_path / "logs"
     folder.mkdir()
     finals = {0.0: [3.2741, 3.2742, 3.2743], 0.1: [3.2731, 3.2732, 3.2733]}
@@ -378,7 +378,7 @@ def test_repeats_of_one_seed_count_once(tmp_path):
 
 
 def test_other_source_code_is_kept_apart(tmp_path):
-    """An arm's runs of before and after an edit are not one sample; and code is not compared with code."""
+    """Runs from before and after an edit are not one sample, and different code is not compared."""
     arms = spectral_arms(0, 0.1, baseline=False)
     file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="spectral_lr_0")
     for log in (tmp_path / "logs").glob("*spectral_lr_0.1-*-seed[45]-*.txt"):
@@ -410,7 +410,7 @@ def test_other_data_is_kept_apart(tmp_path):
 
 
 def test_logs_that_contradict_the_plan_are_named(tmp_path):
-    """A log whose settings are not those planned, and defaults that differ between scripts, are both said."""
+    """Logs with settings other than planned, and defaults that differ between scripts, are both reported."""
     arms = spectral_arms(0, 0.1)
     file = make_sweep(tmp_path, "sweep", arms, control="spectral_lr_0")
     log = next((tmp_path / "logs").glob("*spectral_lr_0.1-*-seed2-*.txt"))
@@ -430,7 +430,7 @@ def test_logs_that_contradict_the_plan_are_named(tmp_path):
 
 
 def line_log(name, seed, settings, slope, every, total=1000):
-    """A run whose loss falls on a straight line from 5, so that where it meets a target is known exactly."""
+    """Write a run whose loss falls linearly from 5, so that it meets a target at a known place."""
     text = make_log(name, seed, settings, total, end=0, val_every=10**9).replace("event:finished\n", "")
     text = text[: text.rindex("=" * 100)] + "=" * 100 + "\n"
     for step in range(0, total + 1, every):
@@ -440,7 +440,7 @@ def line_log(name, seed, settings, slope, every, total=1000):
 
 
 def test_tokens_to_target_by_hand(tmp_path):
-    """Interpolated between validations; runs validated every 10, 50 and 250 steps get the same answer."""
+    """Interpolation must give runs validated every 10, 50 and 250 steps the same answer."""
     for every in (10, 50, 250):
         text = line_log(f"every{every}", every, {"val_loss_every": every}, 0.002, every)
         (tmp_path / f"every{every}.txt").write_text(text)
@@ -452,7 +452,7 @@ def test_tokens_to_target_by_hand(tmp_path):
         0, abs=1e-3
     )
     assert fast.minutes_to_target.mean == pytest.approx(550 * 60 / 60000)
-    assert fast.first_step_all == 750  # the first validation of all three; two of them were seen there sooner
+    assert fast.first_step_all == 750  # the first common validation; two of them were there sooner
     other = next(row for row in rows.values() if row is not fast)
     assert other.reached == 0 and math.isnan(other.x_to_target.mean) and other.first_step_all is None
     by_run = {run["run_id"]: run for run in numbers["all_runs"]}
@@ -464,7 +464,7 @@ def test_tokens_to_target_by_hand(tmp_path):
 
 @pytest.mark.parametrize("validations", [1, 2])
 def test_runs_validated_once_have_no_curves(tmp_path, validations):
-    """Else a picture shows single points as curves, and a table says that no arm was faster than another."""
+    """Fails if a picture shows single points as curves, or a table says that no arm was faster."""
     for seed in (1, 2):
         text = line_log(f"run{seed}", seed, {}, 0.001, 1000)
         first = re.search(r"^step:0/.*\n", text, re.M)[0]
@@ -476,7 +476,7 @@ def test_runs_validated_once_have_no_curves(tmp_path, validations):
 
 
 def test_a_curve_is_seen_on_the_common_grid_only():
-    """A dip between the validations of other runs would make the run that was watched closely seem faster."""
+    """A dip between other runs' validations would make a run with more validations seem faster."""
     x = np.arange(0, 101, 10.0)
     dip = np.where(x == 30, 1.0, 5 - x / 50)
     grid = common_grid([x, np.array([0.0, 50.0, 100.0])])
@@ -498,7 +498,7 @@ def test_a_curve_is_seen_on_the_common_grid_only():
     ],
 )
 def test_common_grid(positions, grid):
-    """Between neighbours on the grid, every run that still goes was validated."""
+    """Fails if a run that has not ended has no validation between two neighbours on the grid."""
     assert common_grid([np.array(p, float) for p in positions]).tolist() == grid
 
 
@@ -515,7 +515,7 @@ def test_a_mean_is_not_taken_of_the_lucky_runs(tmp_path):
 
 
 def test_the_target_if_none_is_given(tmp_path):
-    """TARGET_LOSS if some run met it, else what the control's runs all reach: 3.28 would be out of reach."""
+    """TARGET_LOSS is used if a run met it, else what all the control's runs reach; 3.28 would be too low."""
     arms = {
         "a": (4.2, {"MUON_LR": 0.1, "TARGET_LOSS": 3.28}),
         "b": (4.1, {"MUON_LR": 0.2, "TARGET_LOSS": 3.28}),
@@ -556,7 +556,7 @@ def test_public_logs_and_the_proof(tmp_path, capsys):
 
 
 def test_update_is_called_a_learning_rate(tmp_path):
-    """W -= lr (O + wd O): who reads of a win of MUON_DECAY_MODE=update must read that it is the rate's."""
+    """W -= lr (O + wd O): a win of MUON_DECAY_MODE=update must be reported as one of the learning rate."""
     arms = {"none": (4.20, {"MUON_DECAY_MODE": "none", "MUON_WEIGHT_DECAY": 0.0})}
     for mode in ("update", "both"):
         arms[f"{mode}_-0.2"] = (4.18, {"MUON_DECAY_MODE": mode, "MUON_WEIGHT_DECAY": -0.2})
@@ -631,7 +631,7 @@ def words_of(ax):
 
 @pytest.mark.parametrize("num_arms", [2, 4, 12])
 def test_the_forest_shows_the_numbers(tmp_path, close_figures, num_arms):
-    """Differences and intervals stand where the statistics say, inside the picture, in order of value."""
+    """Fails if differences or intervals are not the statistics', inside the picture, in order of value."""
     arms = {f"s_{i}": (3.27 + 0.002 * i, {"RESIDUAL_SCALE": 1 + i / 10}) for i in reversed(range(num_arms))}
     if num_arms == 12:
         arms["s_11"] = (9.0, {"RESIDUAL_SCALE": 2.1})
@@ -664,7 +664,7 @@ def test_the_forest_shows_the_numbers(tmp_path, close_figures, num_arms):
 
 
 def test_an_interval_clear_of_zero_that_holm_rejects_says_so(close_figures):
-    """Else a picture shows a finding that the sentence beside it does not allow."""
+    """Fails if a picture shows a finding that the sentence beside it denies."""
     losses = {"base": [3.0, 3.1, 3.2, 3.3], "a": [2.95, 3.02, 3.16, 3.27]}
     losses |= {f"b{i}": [3.0 + 0.01 * (-1) ** (i + j) + 0.1 * j for j in range(4)] for i in range(8)}
     results = made_up(losses, [1, 2, 3, 4], "base")
@@ -677,7 +677,7 @@ def test_an_interval_clear_of_zero_that_holm_rejects_says_so(close_figures):
 
 
 def test_losses_over_training_are_minus_the_controls(tmp_path, close_figures):
-    """Six lines on each other say nothing; their paired differences and intervals are scipy's."""
+    """Six overlapping lines show nothing; their paired differences and intervals are scipy's."""
     file = make_sweep(tmp_path, "sweep", spectral_arms(0, 0.1, 1), seeds=SEEDS, control="spectral_lr_0")
     results = read_results([file], tmp_path / "logs")
     ax = picture_of_curves(results).axes[0]
@@ -716,7 +716,7 @@ def test_among_many_arms_a_filled_point_has_an_interval_clear_of_zero(tmp_path, 
 
 @pytest.mark.parametrize("fields, unit", [({"vocab_size": 256}, "byte"), ({"vocab_size": 50257}, "token")])
 def test_the_unit_is_that_of_the_data(tmp_path, fields, unit):
-    """A loss of 1.2 nats is poor for a token and good for a byte."""
+    """A loss of 1.2 nats means different things per byte and per token."""
     log = tmp_path / "a.txt"
     log.write_text(make_log("a", 1, fields, STEPS))
     results = read_results([log])

@@ -1,4 +1,4 @@
-"""run_log: every format reads right, nothing makes it fail, and it reads only what is new."""
+"""run_log: reads every format correctly, never fails, and reads only what is new."""
 
 import json
 import lzma
@@ -34,7 +34,7 @@ def same_curve(a, b):
 
 
 def same_run(a, b):
-    """Equal in everything a reader can see."""
+    """Assert that two runs are equal in everything a reader can see."""
     same_curve(a.val, b.val)
     same_curve(a.train, b.train)
     assert (a.state, a.last_step, a.num_steps, a.run_id, a.seed, a.unread_lines) == (
@@ -52,7 +52,7 @@ def same_run(a, b):
 
 
 def test_reads_every_value_of_our_own_log():
-    """Wrong if a number lands in the wrong column, unit or step."""
+    """Fails if a number lands in the wrong column, unit or step."""
     line = (
         "step:50/1600 val_loss:4.12345 train_time:3100ms step_avg:62.00ms lr_mul:1.0000 beta1:0.5000 "
         "beta2:0.9500 batch_size:131072 tokens:6553600 val_acc:0.27110 spec_attn:[-0.0631,1e-3] "
@@ -86,7 +86,7 @@ def test_reads_every_value_of_our_own_log():
 
 
 def test_keys_in_any_order_and_unknown_keys():
-    """The seeds' logs order their keys otherwise; a key we do not know is kept, a word too."""
+    """Fails if the order of keys matters, or an unknown key or a word is lost."""
     run = only(
         "step:5/9 lr_mul:1.5 train_time:1.5s brand_new:0.25 val_loss:3.5 backend:flex step_avg:300ms\n"
     )
@@ -97,7 +97,7 @@ def test_keys_in_any_order_and_unknown_keys():
 
 
 def test_one_wrong_word_does_not_spoil_a_column():
-    """A value that is no number among a thousand that are must not take the curve away."""
+    """One bad value among a thousand numbers must not discard the curve."""
     run = only("step:1/9 lr:0.5 spec:[1,2]\nstep:2/9 lr:oops spec:[1]\nstep:3/9 lr:0.25 spec:[3,4]\n")
     np.testing.assert_array_equal(run.columns["lr"].value, [0.5, math.nan, 0.25])
     np.testing.assert_array_equal(run.columns["spec"].value, [[1, 2], [1, math.nan], [3, 4]])
@@ -112,7 +112,7 @@ def test_a_word_or_a_list_is_no_number(value):
 
 
 def test_source_lookalikes_are_not_read():
-    """Step, event and config lines inside the embedded source are text, wherever in the source they stand."""
+    """Step, event and config lines inside the embedded source are text, wherever they are."""
     run = only(make_log())
     assert run.val.loss.min() > 3 and run.state == "finished" and run.seed == 1
     assert not [event for event in run.events if event.name == "crashed"]
@@ -122,14 +122,14 @@ def test_source_lookalikes_are_not_read():
 
 @pytest.mark.parametrize("cut", [50, len(SOURCE) // 2, len(SOURCE) - 5, len(SOURCE) + 40])
 def test_source_alone_has_no_steps(cut):
-    """A log which is still writing its head, or was cut off in it, has no steps at all once it goes on."""
+    """A log cut off inside its header must show no steps from its source, even once it is continued."""
     text = header()
     parser = LogParser("x.txt")
     parser.feed(text[:cut].encode())
     parser.feed((text[cut:] + "step:1/9 train_loss:5.0 train_time:9ms\n").encode())
     run = parser.runs()[0]
     assert len(run.val) == 0 and run.train.loss.tolist() == [5.0] and run.events[0].name == "started"
-    assert len(only(SOURCE).val) == 0  # never got beyond its source
+    assert len(only(SOURCE).val) == 0  # ends with its source
     assert only(SOURCE).unread_lines > 0
 
 
@@ -145,7 +145,7 @@ def test_half_a_last_line_waits():
 
 
 def test_last_line_without_newline_counts_if_surely_whole():
-    """Editors strip the last newline: the final loss must survive that, but never in half."""
+    """Editors strip the last newline: the final loss must survive that, but never truncated."""
     lines = (
         "step:50/100 val_loss:3.31 train_time:5ms step_avg:1.00ms\nstep:100/100 val_loss:3.28 train_time:10ms"
     )
@@ -155,14 +155,14 @@ def test_last_line_without_newline_counts_if_surely_whole():
     unit_less = lines.replace(" train_time:5ms step_avg:1.00ms", " acc:0.25").replace(
         " train_time:10ms", " acc:0.2"
     )
-    assert only(unit_less).final_val_loss == 3.31  # 0.2 may be the beginning of 0.27
+    assert only(unit_less).final_val_loss == 3.31  # 0.2 may be a truncated 0.27
 
 
 @pytest.mark.parametrize("resumed_at", [1000, 1200])
 def test_resumed_steps_count_once_and_the_later_ones(resumed_at):
-    """A run that crashed at 1234 goes on from its checkpoint: steps done again replace the lost ones."""
+    """A run that crashed at 1234 resumes from its checkpoint: repeated steps replace the lost ones."""
     whole = step_lines()
-    before = step_lines(final=9.0, end=1234)  # final=9: recognizably other numbers
+    before = step_lines(final=9.0, end=1234)  # final=9: recognizably different numbers
     again = step_lines(begin=resumed_at + 1)
     text = (
         header()
@@ -181,7 +181,7 @@ def test_resumed_steps_count_once_and_the_later_ones(resumed_at):
 
 
 def test_validation_done_again_on_resuming_counts():
-    """A checkpoint of step 100 may be validated again: two losses at one step, of which the later is real."""
+    """Resuming at step 100 may validate it again: of two losses at one step, the later one counts."""
     again = "event:resumed step:100\nstep:100/1600 val_loss:3.125 train_time:1ms\n"
     run = only(header() + step_lines(end=150) + again)
     assert run.val.step.tolist() == [0, 50, 100] and run.val.loss[-1] == 3.125
@@ -190,16 +190,16 @@ def test_validation_done_again_on_resuming_counts():
 
 @pytest.mark.parametrize("events", ["event:resumed step:700", "event:started a:b\nevent:resumed step:700"])
 def test_resumed_with_a_new_head_is_one_run(events):
-    """A resumed trainer writes its source and configuration again, into the same file."""
+    """A resumed trainer appends its source and configuration to the same file again."""
     text = header() + step_lines(end=800) + header(num_steps=1600).replace("event:started", events)
-    run = only(text + step_lines(begin=700) + "event:finished\n")  # and validates again where it begins
+    run = only(text + step_lines(begin=700) + "event:finished\n")  # validates again at 700
     assert run.train.step.tolist() == list(range(1, 1601)) and run.state == "finished"
     same_curve(run.train, only(header() + step_lines()).train)
     assert run.val.loss.min() > 3 and run.unread_lines == 0
 
 
 def test_resumed_after_a_torn_line():
-    """A full disk tears a line; what the next run appends to it must not be lost nor misattributed."""
+    """A full disk tears a line; what the next run appends must be neither lost nor misattributed."""
     torn = header() + step_lines(end=100) + "step:101/1600 train_lo"
     run = only(torn + "event:resumed step:90\n" + step_lines(begin=91))
     assert run.train.step.tolist() == list(range(1, 1601)) and run.unread_lines == 1
@@ -208,7 +208,7 @@ def test_resumed_after_a_torn_line():
 
 
 def test_started_again_without_resuming_is_another_trial():
-    """Two separate trainings in one file must not be drawn as one curve."""
+    """Two separate runs in one file must not be drawn as one curve."""
     first, second = parse_log(header(seed=1) + step_lines(end=300) + make_log(seed=2), "twice.txt")
     assert first.last_step == 300 and first.seed == 1 and first.state == "stopped"
     assert len(second.train) == 1600 and second.seed == 2 and second.state == "finished"
@@ -227,7 +227,7 @@ def test_started_again_without_resuming_is_another_trial():
     ],
 )
 def test_state_comes_from_events(end, state):
-    """A crashed run called finished would enter the statistics as a result."""
+    """A crashed run reported as finished would enter the statistics as a result."""
     run = only(make_log(end_event=end))
     assert run.state == state
     if state == "crashed":
@@ -235,7 +235,7 @@ def test_state_comes_from_events(end, state):
 
 
 def test_event_fields():
-    """Values may hold blanks, colons and quotes; a warning's text must come out as it was written."""
+    """Values may contain blanks, colons and quotes; a warning's text must be read back unchanged."""
     text = 'no "fast" path: using a:b\nand c'
     log = f"event:warning text:{json.dumps(text)} step:7\n"
     log += "event:x a: b:1 c:two words d:{} e:http://h:80/p f:\n"
@@ -276,12 +276,12 @@ def test_first_at_target():
 
 
 def with_affects(text, **affects):
-    """The log with a line that says which settings affect what."""
+    """Return the log with a line that says which settings affect what."""
     return text.replace("\nevent:started", f"\naffects:{json.dumps(affects)}\nevent:started", 1)
 
 
 def test_the_log_says_what_does_not_change_the_training():
-    """Runs on two machines are repeats; a setting that the log calls training tells arms apart."""
+    """Fails if runs on two machines are different arms, or runs with different training settings are one."""
     settings = [{"kernels": "a", "new_knob": 1}, {"kernels": "b", "new_knob": 2}]
     plain = [only(make_log(f"r{i}", i, s, 100)) for i, s in enumerate(settings)]
     assert {"seed", "run_id", "kernels", "compile", "val_loss_every"} <= plain[0].not_training
@@ -302,7 +302,7 @@ def test_the_log_says_what_does_not_change_the_training():
 def test_a_damaged_affects_line_is_counted(line):
     run = only(make_log(num_steps=100).replace("\nevent:started", f"\n{line}\nevent:started", 1))
     assert run.affects == run_log.AFFECTS and run.state == "finished"
-    assert "affects" not in "".join(run.unread_examples)  # a header's odd lines are no unread steps
+    assert "affects" not in "".join(run.unread_examples)  # a bad header line is no unread step
 
 
 FILES = {"train_gpt.py": SOURCE, "runtime/ranks.py": "import os\n\n\ndef f():\n    return '=' * 100\n"}
@@ -310,7 +310,7 @@ FILES |= {"data/last.py": "import os  # no newline at the end"}
 
 
 def with_files(text, files=None):
-    """A log whose head names each source file that it embeds, and its length in bytes."""
+    """Return a log whose header gives the name and byte length of each embedded source file."""
     parts = []
     for name, source in (files or FILES).items():
         parts.append(f"# file: {name}, {len(source.encode())} bytes\n{source}")
@@ -319,7 +319,7 @@ def with_files(text, files=None):
 
 
 def test_embedded_sources_come_back_byte_for_byte(tmp_path):
-    """A run can be rebuilt from its log; the files' look-alikes of steps are no steps."""
+    """Fails if a run cannot be rebuilt from its log, or a step-like line in the files is read as a step."""
     log = tmp_path / "run.txt"
     log.write_text(with_files(make_log()))
     assert embedded_sources(log) == {name: source.encode() for name, source in FILES.items()}
@@ -368,7 +368,7 @@ nvidia-smi:
 
 @pytest.mark.parametrize("opening", ["", SEPARATOR + "\n"])
 def test_public_log_of_2024(opening):
-    """Times in ms that start over after ten steps, `step_avg:nanms`, source and nvidia-smi at the head."""
+    """Times in ms that restart after ten steps, `step_avg:nanms`, source and nvidia-smi in the header."""
     text = opening + SOURCE + SEPARATOR + "\n" + SMI + SEPARATOR + "\n"
     text += "step:0/5100 val_loss:10.82584 train_time:387ms step_avg:nanms\n"
     text += "step:10/5100 train_loss:9.2419 train_time:25859ms step_avg:nanms\n"
@@ -380,13 +380,13 @@ def test_public_log_of_2024(opening):
     assert run.val.time_ms.tolist() == [387, 264761] and run.state == "finished" and run.num_steps == 5100
     assert run.train.step.tolist() == [10, 11] and run.unread_lines == 0 and run.run_id == "some-name"
     assert np.isnan(run.columns["step_avg"].value[:3]).all() and len(run.source_hash) == 16
-    # The same training under other numbers has the same source; a changed source has another.
+    # A repeat with other timings has the same source hash; a changed source has another.
     assert only(text.replace("3.2781", "3.3")).source_hash == run.source_hash
     assert only(text.replace("import os", "import re")).source_hash != run.source_hash
 
 
 def test_public_log_in_seconds_with_seed():
-    """The optimization track's logs: seconds, other keys, the seed named in the head."""
+    """The optimization track's logs: seconds, other keys, the seed in the header."""
     text = SOURCE + SEPARATOR + "\nRunning PyTorch 2.11.0\nUsing seed=9\nUsing mu=0.95\n" + SEPARATOR + "\n"
     text += "step:125/3225 val_loss:4.62997 train_time:23.965s step_avg:191.72ms\n"
     text += "step:3225/3225 val_loss:3.27807 train_time:504.5s step_avg:159.33ms mfu:3.06%\n"
@@ -397,7 +397,7 @@ def test_public_log_in_seconds_with_seed():
 
 
 def test_several_trials_in_a_file():
-    """Each trial counts for the statistics; a final loss of the first must not vanish in the second."""
+    """Each trial counts in the statistics; the second must not hide the first one's final loss."""
     trial = "".join(f"step:{s}/200 train_time:{s}ms step_avg:1.00ms\n" for s in range(1, 200))
     texts = []
     for n, last in enumerate([3.281, 3.279, 3.277]):
@@ -421,7 +421,7 @@ def test_trials_of_final_lines_only():
 
 
 def test_validation_at_the_step_of_a_training_line_is_no_new_trial():
-    """The public logs print step 250 twice: training, then validation. And a GPU's loss comes a step late."""
+    """Public logs print step 250 twice, for training and validation; on a GPU, the loss is a step late."""
     lines = (
         "".join(f"step:{s}/9 train_time:{s}ms\n" for s in range(1, 5))
         + "step:4/9 val_loss:4.5 train_time:5ms\n"
@@ -435,7 +435,7 @@ def test_validation_at_the_step_of_a_training_line_is_no_new_trial():
 
 
 def test_llmc_log():
-    """The oldest format, in which tel is validation and trl training."""
+    """The oldest format: tel is the validation loss, trl the training loss."""
     text = "s:0 tel:11.0092\ns:0 trl:11.0091 lr:0.000001 norm:15.37\n"
     text += "".join(f"s:{s} trl:{9 - s / 100} lr:{s / 1e6:.6f} norm:1.50\n" for s in range(1, 250))
     run = only(text + "s:250 tel:6.1710\ns:250 eval:0.2911\n")
@@ -454,7 +454,7 @@ def test_windows_newlines():
 
 
 def test_what_cannot_be_read_is_counted_and_shown():
-    """A reader that drops lines in silence turns a broken log into a clean curve."""
+    """A reader that silently drops lines turns a broken log into a clean curve."""
     noise = "step:5/10 val_loss:abc:[ train_time\n  warning: something\nstep:x/10 val_loss:3\n\n"
     run = only(header() + "step:4/10 val_loss:4.0 train_time:1ms\n" + noise)
     assert run.unread_lines == 3 and run.val.step.tolist() == [4]
@@ -521,10 +521,10 @@ def test_no_bytes_make_it_crash(data):
 @settings(max_examples=600 * MORE, deadline=None, database=None)
 @given(st.lists(PIECES, max_size=60), st.lists(st.integers(0, 400), max_size=4))
 def test_no_text_makes_it_crash_and_pieces_read_as_the_whole(pieces, cuts):
-    """Shuffled parts of real logs, fed whole and in pieces: the same result, and never an exception."""
+    """Shuffled parts of real logs, whole and in pieces, must give the same result and no exception."""
     data = "".join(pieces).encode()
     check_invariants(parse_log(data, "x.txt"))
-    if b"import" in data:  # whether a text is source shows only with its last line
+    if b"import" in data:  # only the last line tells whether a text is source
         return
     whole, piecewise = LogParser("x.txt"), LogParser("x.txt")
     whole.feed(data)
@@ -555,7 +555,7 @@ NUMBER = st.one_of(
     st.booleans(),
 )
 def test_every_line_is_read_as_if_it_were_alone(keys, table, units, as_list):
-    """A line is read by the form of earlier ones: it must give what it gives by itself, bit for bit."""
+    """Lines are parsed by the form of earlier ones; the result must equal, bit for bit, each line's alone."""
     lines = []
     for step, row in enumerate(table, 1000):
         fields = [f"{key}:{number}{unit}" for key, number, unit in zip(keys, row, units, strict=False)]
@@ -595,7 +595,7 @@ HARD = [
 
 @pytest.mark.parametrize("copies", [2, 20, 200])
 def test_numbers_are_exact_however_many_lines(copies):
-    """The very same doubles as float() gives, among many lines of one form."""
+    """Fails if a number among many lines of one form is not bit-identical to float()'s."""
     lines = [f"step:{1000 + i}/9999 x:{HARD[i % len(HARD)]} y:1.5s" for i in range(copies * len(HARD))]
     column = only("\n".join(lines) + "\n").columns["x"]
     assert len(column.step) == len(lines)
@@ -615,7 +615,7 @@ BROKEN = [
 @pytest.mark.parametrize("good, bad", BROKEN)
 @pytest.mark.parametrize("copies", [6, 60])
 def test_a_broken_line_among_good_ones(good, bad, copies):
-    """Lines of the same letters whose digits stand elsewhere: numbers must not slip into the next column."""
+    """Lines with the same letters but digits elsewhere must not shift numbers into the next column."""
     lines = [f"step:{s}/99 {good}" for s in range(10, 10 + copies)]
     lines[4] = f"step:14/99 {bad}"
     run = only("\n".join(lines) + "\n")
@@ -629,7 +629,7 @@ def test_a_broken_line_among_good_ones(good, bad, copies):
 
 
 def test_keys_with_a_stray_digit_are_not_confused():
-    """`tra1in_loss` has the letters of `train_loss`: read together, its digit must not enter a number."""
+    """`tra1in_loss` has the letters of `train_loss`, but its digit must not enter a number."""
     lines = [f"step:{s}/99 train_loss:4.5 beta1:0.5 train_time:9ms" for s in range(50)]
     lines[20] = "step:20/99 tra1in_loss:4.5 beta1:0.5 train_time:9ms"
     lines[30] = "step:30/99 train_loss:4.5 beta2:0.5 train_time:9ms"
@@ -663,7 +663,7 @@ def test_read_runs_of_files_and_folders(tmp_path):
 
 
 def test_follower_reads_only_what_is_new(tmp_path, monkeypatch):
-    """Reading all of 1,000 logs every second would be the machine's main work."""
+    """Rereading 1,000 whole logs every second would keep the machine busy."""
     fed, feed = [], LogParser.feed
     monkeypatch.setattr(LogParser, "feed", lambda parser, data: (fed.append(data), feed(parser, data)))
     log = tmp_path / "run.txt"
@@ -684,7 +684,7 @@ def test_follower_reads_only_what_is_new(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", ["shorter", "longer in place", "another file"])
 def test_follower_notices_a_replaced_file(tmp_path, how):
-    """A run started again under an old name must not be glued to the old curve."""
+    """A new run under an old name must not be appended to the old curve."""
     log = tmp_path / "run.txt"
     log.write_text(make_log("run", seed=1, num_steps=200, end_event=""))
     follower = LogFollower(tmp_path)
@@ -710,7 +710,7 @@ def test_follower_survives_what_it_cannot_read(tmp_path):
 
 
 def test_follower_of_single_logs(tmp_path):
-    """A launcher follows a log before its run has made it; a monitor, those of a sweep."""
+    """A launcher follows a log that does not exist yet; a monitor follows a sweep's logs."""
     log, other = tmp_path / "run.txt", tmp_path / "other.txt"
     other.write_text(make_log("other", num_steps=100))
     follower = LogFollower(log)
@@ -723,7 +723,7 @@ def test_follower_of_single_logs(tmp_path):
 
 @pytest.mark.parametrize("size, skipped", [(len(SOURCE), True), (len(SOURCE) - 1, False), (10**8, False)])
 def test_follower_skips_the_source_code(tmp_path, monkeypatch, size, skipped):
-    """Two thirds of a short log are source code; but a size that is wrong must not hide the run."""
+    """Two thirds of a short log are source code, to be skipped; a wrong size must not hide the run."""
     fed, feed = [], LogParser.feed
     monkeypatch.setattr(LogParser, "feed", lambda parser, data: (fed.append(data), feed(parser, data)))
     log = tmp_path / "run.txt"
@@ -739,7 +739,7 @@ def test_follower_skips_the_source_code(tmp_path, monkeypatch, size, skipped):
 
 
 def test_recent_lines_are_enough_for_all_but_the_training_curve():
-    """A monitor's first look at long logs; what it leaves out must not change what it shows."""
+    """A monitor keeps only recent training lines; nothing else that it shows may change."""
     text = make_log("run", num_steps=400) + "event:resumed step:400\n"
     parser = LogParser("run.txt", recent=50)
     parser.feed(text.encode())
@@ -759,7 +759,7 @@ def test_recent_lines_are_enough_for_all_but_the_training_curve():
 
 
 def test_arms_pool_seeds_and_nothing_else():
-    """Pooling runs of different settings would average two effects; of different sources, two programs."""
+    """Pooling different settings would average two effects; different sources, two programs."""
     logs = [make_log(f"r{s}-{a}", s, {"spectral_lr_mul": a}, 100) for a in (0.0, 0.1) for s in (1, 2)]
     arms, notes = group_by_arm([only(log) for log in logs])
     assert [arm.label for arm in arms] == ["spectral_lr_mul=0", "spectral_lr_mul=0.1"] and not notes
@@ -770,7 +770,7 @@ def test_arms_pool_seeds_and_nothing_else():
     assert arm_key(recorded) == arms[0].key
     facts = only(make_log("facts", 9, {"spectral_lr_mul": 0.0, "model_facts": {"num_layers": 12}}, 100))
     assert arm_key(facts) != arms[0].key  # another model under the same settings
-    # Another script or source, though its settings are the same, is another arm.
+    # Another script or source is another arm, even with the same settings.
     baseline = only(make_log("b", 1, {"spectral_lr_mul": 0.0}, 100, script="train_gpt.py"))
     assert arm_key(baseline) != arms[0].key
     edited = only(make_log("e", 3, {"spectral_lr_mul": 0.0}, 100, source=SOURCE + "# edited\n"))
@@ -779,7 +779,7 @@ def test_arms_pool_seeds_and_nothing_else():
 
 
 def test_repeats_of_a_seed_are_named():
-    """Five runs of one seed look like five samples, but show only what rounding does."""
+    """Five runs of one seed look like five samples, but differ only by rounding."""
     runs = [only(make_log(name, seed, {}, 100)) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
     arms, notes = group_by_arm(runs)
     assert len(arms) == 1 and len(notes) == 1 and "2 runs of seed 1" in notes[0]
@@ -802,7 +802,7 @@ def big_log():
 
 
 def best_of_five(function):
-    """The shortest processor time in s, and the result."""
+    """Return the shortest CPU time in s, and the result."""
     times = []
     for _ in range(5):
         begin = time.process_time()
@@ -812,7 +812,7 @@ def best_of_five(function):
 
 
 def test_a_log_is_read_in_a_few_times_what_finding_its_numbers_takes():
-    """A log of 10 MB, 0.25 s on a quiet core. The yardstick is taken on the same machine at the same time."""
+    """A log of 10 MB takes 0.25 s on an idle core. The yardstick is measured just before, here."""
     data = big_log()
     assert len(data) > 9.9e6
     yardstick, _ = best_of_five(lambda: [re.findall(rb"[\d.]+", line) for line in data.split(b"\n")])

@@ -1,4 +1,4 @@
-"""Whole runs of the trainers in processes of their own: equal arms, equal ranks, equal reruns, exit codes."""
+"""Whole runs of the trainers in their own processes: equal arms, ranks and reruns, exit codes."""
 
 import json
 import re
@@ -19,13 +19,13 @@ from runtime.supervise import StopRequest
 
 @pytest.fixture(scope="module")
 def baseline(shards, tmp_path_factory):
-    """The run the others are compared with: (folder, validation losses, training losses)."""
+    """Reference run: (folder, validation losses, training losses)."""
     cwd = tmp_path_factory.mktemp("baseline")
     return cwd, *train(cwd, shards, "baseline")
 
 
 def test_the_model_learns(baseline):
-    """A made chain has an entropy of ln 4 a token; 14 steps must get well below the uniform ln 256."""
+    """The made-up chain has an entropy of ln 4 per token; 14 steps must get well below ln 256."""
     _, val, _ = baseline
     assert val[0] == pytest.approx(np.log(256), abs=0.2)
     assert val[-1] < val[0] - 0.5
@@ -42,14 +42,13 @@ def test_the_model_learns(baseline):
     ids=["again", "zero strength", "off", "post without SPECTRAL_OUT"],
 )
 def test_what_must_be_the_baseline_is_it_digit_for_digit(baseline, shards, tmp_path, script, settings):
-    """Fails if a rerun differs, or the control arm of every ORD experiment would differ from its treatment by
-    more than ORD."""
+    """Fails if a rerun differs, or ORD's control arm differs from the baseline."""
     _, val, trained = baseline
     assert train(tmp_path, shards, "same", script, **settings) == (val, trained)
 
 
 def test_strength_changes_the_run(baseline, shards, tmp_path):
-    """Fails if the strength did nothing: the equality above would prove nothing."""
+    """Fails if the strength has no effect, which would make the equality above meaningless."""
     _, val, _ = baseline
     assert train(tmp_path, shards, "a1", ORD, SPECTRAL_LR_MUL=1)[0][1:] != val[1:]
 
@@ -64,8 +63,7 @@ def test_another_seed_starts_from_other_weights_and_other_batches(baseline, shar
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_any_number_of_ranks_trains_the_same(baseline, shards, tmp_path, ranks):
-    """Fails if a validation loss differs by more than 2e-4: ranks share the tokens, and only round
-    differently."""
+    """Fails if a validation loss differs by more than 2e-4: ranks only round differently."""
     _, val, _ = baseline
     got, _ = train(tmp_path, shards, f"ranks{ranks}", ranks=ranks)
     assert got == pytest.approx(val, abs=2e-4)
@@ -73,7 +71,7 @@ def test_any_number_of_ranks_trains_the_same(baseline, shards, tmp_path, ranks):
 
 def test_ord_modes_agree_over_ranks(shards, tmp_path):
     """Fails if rho, its reference or its log depend on which rank holds a matrix."""
-    # at the preset's ADAM_LR clipping turns a rounding into 1e-3 within two steps; at half of it, it does not
+    # at the preset's ADAM_LR, clipping amplifies roundings to 1e-3 in two steps; at half of it, not
     settings = dict(SPECTRAL_SCALE="unit", SPECTRAL_RHO_MODE="row", GRAD_CLIP=1.0, ADAM_LR=0.008)
     one, _ = train(tmp_path, shards, "one", ORD, **settings)
     two, _ = train(tmp_path, shards, "two", ORD, ranks=2, **settings)
@@ -87,8 +85,8 @@ def test_ord_modes_agree_over_ranks(shards, tmp_path):
 
 
 def test_a_stage_begins_before_the_validation_at_its_start(shards, tmp_path, monkeypatch):
-    """Fails if a validation between two stages is made with the windows of the one that has ended. Thirds of
-    two steps; without an extension the last validation has the extension's stage, but windows of its own."""
+    """Fails if a validation between two stages uses the old stage's windows. Thirds of two steps; without an
+    extension, the last validation is of the extension's stage but has its own windows."""
     monkeypatch.chdir(tmp_path)
     env = dict(NUM_SCHEDULED_ITERATIONS=6, VAL_LOSS_EVERY=1, SAVE_MODEL=0)
     with run_here(train_gpt, base_env(shards, RUN_ID="stages", **env)) as start:
@@ -99,7 +97,7 @@ def test_a_stage_begins_before_the_validation_at_its_start(shards, tmp_path, mon
 
 
 def test_rehearsal_leaks_nothing(baseline, shards, tmp_path, monkeypatch):
-    """Fails if a rehearsal does not work on a copy: after it, every digit must be the same."""
+    """Fails if the rehearsal does not work on a copy: every later digit must be the same."""
     _, val, trained = baseline
     monkeypatch.chdir(tmp_path)
     with run_here(train_gpt, base_env(shards, RUN_ID="rehearsed")) as start:
@@ -130,7 +128,7 @@ def test_other_optimizers_train(baseline, shards, tmp_path, optimizer):
 
 
 def test_two_agents_train_together(baseline, shards, tmp_path):
-    """Fails if several machines do not train as one does: torchrun --nnodes=2, both agents here."""
+    """Fails if several machines do not train like one: torchrun --nnodes=2, both agents here."""
     _, val, _ = baseline
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -156,7 +154,7 @@ GOLDEN = {  # validation losses at steps 0, 5, 10
 def test_golden_losses(n_grams, shards, tmp_path):
     """Fails if model, data, optimizer or schedule changed. Processors differ by less than 2e-4."""
     settings, wanted = GOLDEN[n_grams]
-    then = dict(  # as it was when the losses were written down
+    then = dict(  # the settings of the golden losses
         ADAM_LR=0.008,
         MUON_LR=0.012,
         BATCH_SIZES="2048,2048,4096,4096",
@@ -168,7 +166,7 @@ def test_golden_losses(n_grams, shards, tmp_path):
 
 
 def test_bad_settings_end_the_run_before_it_starts(shards, tmp_path):
-    """Fails if there is more than an exit code of 2 and a sentence; from torchrun, rank 0 alone speaks."""
+    """Fails if there is more than exit code 2 and one sentence; under torchrun, only rank 0 prints."""
     done = run(tmp_path, BASELINE, base_env(shards, SEED="minus one"), ranks=0)
     assert done.returncode == 2
     assert "SEED='minus one'" in done.stderr and "Traceback" not in done.stderr
@@ -194,7 +192,7 @@ def test_missing_data_says_what_makes_it(tmp_path, monkeypatch, capsys):
 
 
 def test_divergence_ends_the_run_with_3(shards, tmp_path):
-    """Fails if a run that lost its numbers trains on, or does not say so."""
+    """Fails if a run with a NaN loss continues, or does not say so."""
     done = run(tmp_path, BASELINE, base_env(shards, RUN_ID="wild", ADAM_LR="1e30", MUON_LR="1e30"), ranks=0)
     assert done.returncode == 3, done.stdout + done.stderr
     assert re.search(r"^event:diverged step:\d+", (tmp_path / "logs" / "wild.txt").read_text(), re.M)
@@ -219,8 +217,8 @@ def test_the_log_holds_what_the_readers_need(baseline):
 
 
 def test_validations_say_how_large_gradient_and_memory_are(baseline):
-    """Fails if what people look for is not on the lines of validations, or the readers lose it; before the
-    first update there is no gradient. A CPU has no mfu: its rate is other work's affair."""
+    """Fails if a field is missing from validation lines, or the readers lose it. There is no gradient before
+    the first update. A CPU logs no mfu, because its peak rate depends on other load."""
     cwd, _, _ = baseline
     log = read_log(cwd / "logs" / "baseline.txt")[0]
     norm, peak = log.columns["grad_norm"], log.columns["peak_mem_mb"]
@@ -231,8 +229,8 @@ def test_validations_say_how_large_gradient_and_memory_are(baseline):
 
 
 def test_mfu_is_the_models_flop_over_what_products_would_do(shards, tmp_path, monkeypatch):
-    """Fails if MFU counts another stage's FLOP or the time of validations, or starts anew at none. A CPU logs
-    none by itself, but can be asked."""
+    """Fails if MFU counts another stage's FLOP or validation time, or does not restart at a validation. A CPU
+    logs it only on request."""
     monkeypatch.chdir(tmp_path)
     with run_here(train_gpt, base_env(shards, RUN_ID="mfu", SAVE_MODEL=0)) as start:
         made = train_gpt.Run(start, StopRequest())
@@ -279,8 +277,8 @@ sys.exit(code)
 
 @pytest.mark.parametrize("trainer", ["train_gpt", "train_gpt_simple"])
 def test_full_collections_during_training_are_short(shards, tmp_path, trainer):
-    """Fails if a full collection in the middle of a run looks at every object there is, for a tenth of a
-    second and more, while the other ranks wait. Each of a million steps may meet one."""
+    """Fails if a full garbage collection during a run visits every object, for a tenth of a second or more,
+    while the other ranks wait. Any of a million steps may meet one."""
     script = tmp_path / "watched.py"
     script.write_text(FULL_COLLECTION.format(root=str(ROOT), trainer=trainer))
     env = base_env(shards, RUN_ID="watched", NUM_SCHEDULED_ITERATIONS=9, VAL_LOSS_EVERY=0)

@@ -1,4 +1,4 @@
-"""sample.py and the model file that a run leaves: what comes out of it is what was trained."""
+"""sample.py and a run's model file: the sampled model is the trained one."""
 
 import dataclasses
 import subprocess
@@ -18,14 +18,14 @@ from runtime.trained import load_model
 
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory):
-    """The folder of a finished run, `short`."""
+    """Folder of a finished run, `short`."""
     cwd = tmp_path_factory.mktemp("sampled")
     train(cwd, shards, "short", BASELINE)
     return cwd
 
 
 def test_the_file_holds_what_was_validated(trained, shards):
-    """Fails if the file alone does not give the run's last validation loss again."""
+    """Fails if the file alone does not reproduce the run's last validation loss."""
     path = trained / "logs" / "short" / "model.safetensors"
     trained_model = load_model(path, "cpu")
     model, metadata = trained_model.model, trained_model.metadata
@@ -41,7 +41,7 @@ def test_the_file_holds_what_was_validated(trained, shards):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_next_logits_are_the_models(tied, tmp_path):
-    """Fails if sampling, which goes around GPT.val_loss, has other probabilities; every feature is on."""
+    """Fails if sampling, which bypasses GPT.val_loss, has other probabilities; every feature is on."""
     model = small_model(train_gpt, vocab_size=100)
     with torch.no_grad():
         for p in model.parameters():
@@ -76,7 +76,7 @@ def test_next_logits_are_the_models(tied, tmp_path):
 
 
 def test_a_model_whose_trainer_is_gone_names_it(tmp_path):
-    """Fails if a trainer of one's own, since deleted, is taken for another, or a file makes us import any."""
+    """Fails if a user's deleted trainer is mistaken for another, or a file can make us import any module."""
     path = tmp_path / "model.safetensors"
     for script in ("my_trainer.py", "../x.py"):
         checkpoints.save_model(path, small_model(train_gpt), {"config": {}, "script": script})
@@ -85,7 +85,7 @@ def test_a_model_whose_trainer_is_gone_names_it(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_text(trained, capsys):
-    """Fails if sampled text cannot be had again, or every seed gives the same."""
+    """Fails if sampling is not reproducible, or every seed gives the same text."""
     path = str(trained / "logs" / "short" / "model.safetensors")
 
     def ask(seed) -> str:

@@ -1,4 +1,4 @@
-"""Schedule, data and settings against numbers worked out by hand, and everything that must be refused."""
+"""Schedule, data and settings against hand-computed numbers, and everything that must be refused."""
 
 import json
 import math
@@ -47,9 +47,9 @@ ONE, TWO, THREE, EXTENSION = (
     (393216, (640, 1408), 1.73),
     (393216, (768, 1664), 1.0),
 )
-# Scheduled steps -> step -> (stage's batch, windows and multiplier; share of the cooldown done; weights of
-# further tokens; Muon's momentum). Worked out by hand: N/3 and 2N/3 rounded, the cooldown from
-# int(0.45 N) (int(0.45 * 100) is 44 in floating point), 40 steps after N.
+# Scheduled steps -> step -> (stage's batch, windows and multiplier; fraction of the cooldown done; weights of
+# further tokens; Muon's momentum). By hand: N/3 and 2N/3 rounded, the cooldown from int(0.45 N)
+# (int((1 - 0.55) * 100) is 44 in floating point), 40 steps after N.
 TABLES = {
     1560: {  # stages end at 520, 1040, 1560; 859 steps of cooldown from 701
         0: (ONE, 0, [1, 0.5, 0.25], 0.85),
@@ -96,8 +96,8 @@ TABLES = {
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("num_steps", TABLES)
 def test_every_column_of_the_schedule(num_steps, trainer):
-    """Fails if a stage begins a step early or late, or has another batch, window, multiplier or other weights
-    of further tokens; if the cooldown or the momentum of Muon is another one."""
+    """Fails if a stage begins a step early or late, or if its batch, windows, multiplier, weights of further
+    tokens, cooldown or Muon momentum are wrong."""
     s, o, config = read(trainer, MODEL="gpt2-small", NUM_SCHEDULED_ITERATIONS=num_steps)
     plan = trainer.Schedule(s, config)
     optimizer = make_optimizer(trainer, Params({}), o, plan.num_steps)
@@ -110,16 +110,15 @@ def test_every_column_of_the_schedule(num_steps, trainer):
 
 
 def test_the_whole_speedrun():
-    """Fails if a run trains on another number of tokens, about 425M, or the last validation has the windows
-    of a stage."""
+    """Fails if a run does not train on about 425M tokens, or the last validation has a stage's windows."""
     plan = schedule()
     assert plan.windows(train_gpt.NUM_STAGES) == (768, 2560)
     assert sum(plan.batch_tokens(step) for step in range(1600)) == 520 * 786432 + 40 * 393216
 
 
 def test_the_head_is_untied_after_two_thirds():
-    """Fails if the last tied step is another than round(2N/3) | 1, or an even one, on which Adam does not
-    move: 1040, 1037 (1036.67), 67 (66.67) and 600 before | 1."""
+    """Fails if the last tied step is not round(2N/3) | 1, an odd step, on which Adam moves: 1040, 1037
+    (1036.67), 67 (66.67) and 600 before | 1."""
     for num_steps, last in {1560: 1041, 1555: 1037, 100: 67, 900: 601}.items():
         assert schedule(NUM_SCHEDULED_ITERATIONS=num_steps).untie_step == last
     assert schedule("dense-88m").untie_step is None
@@ -170,15 +169,14 @@ STAGES = {100: 1.0, 600: 1.52, 701: 1.52}
     ],
 )
 def test_learning_rate_of_every_decay(kind, expected):
-    """Fails if a decay begins or ends at another step, or has another shape. 859 steps from 701 to 1560."""
+    """Fails if a decay begins or ends at the wrong step, or has the wrong shape: 859 steps, 701 to 1560."""
     plan = schedule(LR_DECAY_TYPE=kind)
     for step, value in expected.items():
         assert plan.lr_mul(step) == pytest.approx(value, rel=1e-9), step
 
 
 def test_other_cooldowns():
-    """Fails if COOLDOWN_FRAC or LR_DECAY_FINAL is not what it says: here 100 steps, the last 20 decay to
-    0.3."""
+    """Fails if COOLDOWN_FRAC or LR_DECAY_FINAL is not obeyed: of 100 steps, the last 20 decay to 0.3."""
     plan = schedule(NUM_SCHEDULED_ITERATIONS=100, COOLDOWN_FRAC=0.2, LR_DECAY_FINAL=0.3, LR_MULS="1,1,2,1")
     for step, value in {
         33: 1,
@@ -197,8 +195,8 @@ def test_other_cooldowns():
     assert schedule(COOLDOWN_FRAC=1).lr_mul(0) == 1.0
 
 
-# Scheduled steps -> (LR_DECAY_SWITCH_STEP, share of the cooldown done then, steps from there to N,
-# {step: (its stage's multiplier, share of the second decay done)}), by hand
+# Scheduled steps -> (LR_DECAY_SWITCH_STEP, fraction of the cooldown done there, steps from there to N,
+# {step: (its stage's multiplier, fraction of the second decay done)}), by hand
 SWITCHES = {
     1560: (
         900,
@@ -228,8 +226,8 @@ SWITCHES = {
 @pytest.mark.parametrize("second", ["linear", "exp", "constant"])
 @pytest.mark.parametrize("num_steps", SWITCHES)
 def test_second_decay(num_steps, second, first):
-    """Fails if the second decay does not start, in each stage, from what the first makes of that stage's
-    multiplier b at the switch, v, or does not end at b x LR_DECAY_SECOND_FINAL (or LR_DECAY_FINAL)."""
+    """Fails unless the second decay starts, in each stage, at v, where the first has brought that stage's
+    multiplier b by the switch, and ends at b x LR_DECAY_SECOND_FINAL (or LR_DECAY_FINAL)."""
     switch, done, left, steps = SWITCHES[num_steps]
     assert switch + left == num_steps
     for own, env in ((0.1, {}), (0.3, dict(LR_DECAY_SECOND_FINAL=0.3))):
@@ -244,7 +242,7 @@ def test_second_decay(num_steps, second, first):
 
 
 def test_second_final_is_lr_decay_finals_unless_set():
-    """Fails if the second decay ends at 0.1 although LR_DECAY_FINAL is another, or 0 is taken for unset."""
+    """Fails if the second decay ends at 0.1 whatever LR_DECAY_FINAL is, or 0 counts as unset."""
     env = dict(LR_DECAY_FINAL=0.2, LR_DECAY_SWITCH_STEP=1300, LR_DECAY_SECOND_TYPE="linear")
     assert schedule(**env).lr_mul(1560) == pytest.approx(0.2)
     assert schedule(**env, LR_DECAY_SECOND_FINAL="").lr_mul(1560) == pytest.approx(0.2)
@@ -262,7 +260,7 @@ def test_second_final_is_lr_decay_finals_unless_set():
     ],
 )
 def test_no_second_decay(env):
-    """Fails if a second decay needs less than a switch step after the cooldown's start, and a type."""
+    """Fails if there is a second decay without a type, or without a switch step after the cooldown starts."""
     plain, plan = schedule(), schedule(**env, LR_DECAY_SECOND_FINAL=0.7)
     assert [plan.lr_mul(i) for i in range(1600)] == [plain.lr_mul(i) for i in range(1600)]
 
@@ -279,7 +277,7 @@ def test_no_second_decay(env):
 )
 @pytest.mark.parametrize("switch", [1, 702, 1559, 1590])
 def test_learning_rates_of_zero_are_no_error(kind, env, switch):
-    """Fails if a decay that ends at 0 divides by it, which would end a run in its last steps."""
+    """Fails if a decay to 0 divides by it, which would end a run in its last steps."""
     plan = schedule(LR_DECAY_SWITCH_STEP=switch, LR_DECAY_SECOND_TYPE=kind, **env)
     for step in (0, 600, 701, 702, 1300, 1559, 1560, 1591, 1599):
         assert 0 <= plan.lr_mul(step) <= 1.73
@@ -292,8 +290,8 @@ def test_warm_up():
 
 
 def test_momentum_and_betas():
-    """Fails if momentum falls before its warm-up has ended, or Adam's betas do not rise from 0 over
-    BETA_WARMUP_STEPS, or the log shows other betas than those in force."""
+    """Fails if momentum falls before its warm-up ends, Adam's betas do not rise from 0 over
+    BETA_WARMUP_STEPS, or the log shows betas that are not in force."""
     for env, total, table in (
         ({}, 320, {0: 0.85, 150: 0.9, 299: 0.85 + 0.1 * 299 / 300, 300: 0.89, 319: 0.852}),
         (dict(MUON_WARMUP_STEPS=5), 20, {4: 0.93, 5: 0.88, 19: 0.852}),
@@ -314,8 +312,7 @@ def test_momentum_and_betas():
 
 
 def test_validation_steps():
-    """Fails if a validation is left out or made twice: every 50, every 10 in the last 100, always at the
-    end."""
+    """Fails if a validation is missing or extra: every 50 steps, every 10 in the last 100, and at the end."""
     plan = schedule()
     expected = {*range(0, 1501, 50), *range(1500, 1601, 10)}
     assert {i for i in range(1601) if plan.validates(i)} == expected
@@ -328,8 +325,7 @@ def test_validation_steps():
 
 
 def test_train_tokens_sets_the_number_of_steps():
-    """Fails if TRAIN_TOKENS gives a run of another length: the three stages take 262144 tokens per step
-    on average."""
+    """Fails if TRAIN_TOKENS gives the wrong number of steps; the stages average 262144 tokens per step."""
     plan = schedule(TRAIN_TOKENS=262144 * 900)
     assert plan.num_steps == 940
     tokens = sum(plan.batch_tokens(i) for i in range(900))
@@ -340,7 +336,7 @@ def test_train_tokens_sets_the_number_of_steps():
 
 
 class Source:
-    """A shard whose tokens tell where they stand: token t is 1 + t mod 60000, so targets can be checked."""
+    """Shard whose tokens encode their positions, so targets can be checked: token t is 1 + t mod 60000."""
 
     def __init__(self, folder, lengths, name="train_0.bin", mark=0):
         self.lengths, self.total = lengths, sum(lengths)
@@ -351,7 +347,7 @@ class Source:
         write_shard(folder / name, tokens, vocab_size=60001)
 
     def pieces(self, long_docs):
-        """{start: length} of all that may be read, with MAX_DOC_TOKENS=40."""
+        """Pieces that may be read with MAX_DOC_TOKENS=40, as {start: length}."""
         out = {}
         for start, length in zip(self.starts.tolist(), self.lengths):
             for at in range(start, start + (length if long_docs == "split" else 1), 40):
@@ -381,7 +377,7 @@ def train_data(s, rank=0, world_size=1):
 
 
 def steps_of(s, steps, rank=0, world_size=1, tokens=1024):
-    """All passes of some steps, as one rank gets them."""
+    """Return one rank's passes of the first steps."""
     data = train_data(s, rank, world_size)
     out = [data.next(tokens, tokens if i + 1 < steps else None) for i in range(steps)]
     data.prefetcher.close()
@@ -389,7 +385,7 @@ def steps_of(s, steps, rank=0, world_size=1, tokens=1024):
 
 
 def documents_of(batch):
-    """(inputs, targets) of each document of a pass."""
+    """List (inputs, targets) of each document of a pass."""
     inputs, targets = batch.inputs_BT.flatten().numpy(), batch.targets_BT.flatten().numpy()
     bounds = batch.cu_seqlens.numpy()
     return [(inputs[a:b], targets[a:b]) for a, b in zip(bounds, bounds[1:]) if b > a]
@@ -400,8 +396,8 @@ LENGTHS = [*([3, 17, 39, 40, 41, 80, 200] * 60), 25]
 
 @pytest.mark.parametrize("long_docs", ["cut", "split"])
 def test_slices_hold_whole_documents_and_true_targets(tmp_path, long_docs):
-    """Fails if a document starts inside, is cut at another length, lacks tokens though it does not end its
-    slice, crosses a slice, or is followed by anything but the shard's next token."""
+    """Fails if a document lacks its start, is cut other than at its limit or its slice's end, crosses
+    slices, or is followed by anything but the shard's next token."""
     source = Source(tmp_path, LENGTHS)
     s = data_settings(tmp_path, LONG_DOCS=long_docs)
     allowed = source.pieces(long_docs)
@@ -409,7 +405,7 @@ def test_slices_hold_whole_documents_and_true_targets(tmp_path, long_docs):
         for batch in batches:
             T, position = 128, 0
             for inputs, targets in documents_of(batch):
-                # a token tells its place, except a mark, whose target does: the next place plus 1
+                # a token gives its position; a mark's target gives the next one
                 start = int(inputs[0]) - 1 if inputs[0] else int(targets[0]) - 2
                 want = source.tokens[start : start + len(inputs) + 1]
                 assert (inputs == want[:-1] if len(want) > len(inputs) else inputs == want).all()
@@ -424,8 +420,8 @@ def test_slices_hold_whole_documents_and_true_targets(tmp_path, long_docs):
 
 @pytest.mark.parametrize("tokens", [1024, 8192])
 def test_ranks_share_the_same_batch(tmp_path, tokens):
-    """Fails if 1, 2, 4 and 8 ranks do not see the same global batch, in the same order, or a rank's slices
-    depend on how many fit one pass."""
+    """Fails if 1, 2, 4 and 8 ranks do not see the same global batch, in order, or a rank's slices depend on
+    how many fit in a pass."""
     Source(tmp_path, LENGTHS * 3)
     s = data_settings(tmp_path)
 
@@ -448,7 +444,7 @@ def test_ranks_share_the_same_batch(tmp_path, tokens):
 
 
 def test_sixteen_ranks_cut_sixteen_slices(tmp_path):
-    """Fails if more ranks than eight cannot train: each then has a slice of its own."""
+    """Fails if more than eight ranks cannot train, with one slice each."""
     Source(tmp_path, LENGTHS)
     s = data_settings(tmp_path)
     firsts = [steps_of(s, 1, rank, 16)[0] for rank in range(16)]
@@ -457,7 +453,7 @@ def test_sixteen_ranks_cut_sixteen_slices(tmp_path):
 
 
 def one_epoch(s, num_tokens=128):
-    """The first epoch's slices: (starts, lengths) each."""
+    """Return the first epoch's slices as (starts, lengths)."""
     data, slices = train_data(s), []
     while True:
         _, starts, lengths = data.plan_slice(num_tokens)
@@ -468,8 +464,8 @@ def one_epoch(s, num_tokens=128):
 
 @pytest.mark.parametrize("long_docs", ["cut", "split"])
 def test_an_epoch_loses_nothing_but_cut_ends(tmp_path, long_docs):
-    """Fails if an epoch leaves out or repeats a document or piece, other than what is left when the shard has
-    no more for a slice, or cuts one that does not end its slice; or if LONG_DOCS=split drops a token."""
+    """Fails if an epoch repeats a piece, omits more than a shard's rest too small for a slice, or cuts one
+    that does not end its slice; or if LONG_DOCS=split drops a token."""
     source = Source(tmp_path, LENGTHS)
     unread = source.pieces(long_docs)
     assert long_docs == "cut" or sum(unread.values()) == source.total
@@ -485,7 +481,7 @@ def first_inputs(s, steps=1):
 
 
 def test_seeds_differ_and_repeat(tmp_path):
-    """Fails if SEED does not reach the order of the data, or the order depends on more than the seed."""
+    """Fails if SEED does not set the data order and the initial weights, or anything else does."""
     Source(tmp_path, LENGTHS)
     batches = [first_inputs(data_settings(tmp_path, SEED=seed))[0] for seed in (0, 0, 1, 2**62)]
     assert (batches[0] == batches[1]).all()
@@ -501,7 +497,7 @@ def test_seeds_differ_and_repeat(tmp_path):
 
 
 def test_epochs_are_shuffled_anew_and_hold_the_same_documents(tmp_path):
-    """Fails if the second epoch repeats the first one's order, or some documents are never read."""
+    """Fails if the second epoch repeats the first one's order, or reads other documents."""
     Source(tmp_path, LENGTHS)
     data, orders = train_data(data_settings(tmp_path)), [[], []]
     while True:
@@ -510,12 +506,12 @@ def test_epochs_are_shuffled_anew_and_hold_the_same_documents(tmp_path):
             break
         orders[data.epoch] += starts.tolist()
     pairs = [set(zip(order, order[1:])) for order in orders]
-    assert len(pairs[0] & pairs[1]) < 0.05 * len(pairs[0])  # who follows whom
+    assert len(pairs[0] & pairs[1]) < 0.05 * len(pairs[0])  # pairs of neighbours
     assert len(set(orders[0]) & set(orders[1])) > 0.95 * len(LENGTHS)
 
 
 def test_all_shards_are_read_each_epoch(tmp_path):
-    """Fails if a shard is left out or read twice before the others, or the seed does not order the shards."""
+    """Fails if an epoch skips or repeats a shard, or the seed does not order the shards."""
     for i in range(4):
         write_shard(tmp_path / f"train_{i}.bin", make_tokens([32] * 80, seed=i))
     orders = set()
@@ -533,7 +529,7 @@ def test_all_shards_are_read_each_epoch(tmp_path):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_shard_too_small_for_a_slice_is_passed_over(tmp_path, seed):
-    """Fails if training ends in an error while one shard has enough documents, wherever the seed puts it."""
+    """Fails if training fails although one shard has enough documents, wherever the seed puts it."""
     for i in range(2):
         write_shard(tmp_path / f"train_small{i}.bin", make_tokens([30], seed=i))
     write_shard(tmp_path / "train_large.bin", make_tokens([30] * 60, seed=9))
@@ -543,8 +539,8 @@ def test_a_shard_too_small_for_a_slice_is_passed_over(tmp_path, seed):
 
 
 def test_data_that_cannot_fill_a_slice_is_refused(tmp_path):
-    """Fails if a run waits for ever for documents that do not come, or learns in its last stage that its
-    largest batch cannot be filled. Documents of 30 and 90 tokens: 70 are read of them, 120 if split."""
+    """Fails if a run waits forever for missing documents, or learns in its last stage that its largest batch
+    cannot be filled. Of documents of 30 and 90 tokens, 70 are read, or 120 if split."""
     write_shard(tmp_path / "train_0.bin", make_tokens([30, 90]))
     write_shard(tmp_path / "val_0.bin", make_tokens([30] * 60))
     with pytest.raises(DataError, match="128 tokens"):
@@ -566,12 +562,12 @@ def test_data_that_cannot_fill_a_slice_is_refused(tmp_path):
 
 
 def test_a_shard_cut_short_while_in_use_matters_when_it_is_read_again(tmp_path):
-    """Fails if a file that somebody cuts short ends the process (SIGBUS), or trains on half of it unsaid. The
-    shard after the one in use is in memory too."""
+    """Fails if truncating a file in use ends the process (SIGBUS), or half of it is trained on silently. The
+    next shard is in memory too."""
     for i in range(3):
         write_shard(tmp_path / f"train_{i}.bin", make_tokens([30] * 60, seed=i))
     whole, data = (train_data(data_settings(tmp_path)) for _ in range(2))
-    whole = [whole.make(640)[0] for _ in range(4)]  # 48 documents of a shard in two of them
+    whole = [whole.make(640)[0] for _ in range(4)]  # two batches take 48 documents of a shard
     data.ahead.coming.result()
     for path in tmp_path.glob("train_*.bin"):
         os.truncate(path, 2000)
@@ -583,8 +579,8 @@ def test_a_shard_cut_short_while_in_use_matters_when_it_is_read_again(tmp_path):
 
 
 def test_the_next_shard_is_indexed_before_it_is_needed(tmp_path):
-    """Fails if the first step after a change of shard reads and indexes all of the next one: 0.2 s for a
-    public shard, while a step of eight GPUs takes 60 ms. Nothing is read here, but ahead."""
+    """Fails if a step waits while the next shard is read and indexed: 0.2 s for a public shard, against 60 ms
+    for a step on eight GPUs. All of it must happen ahead, off the main thread."""
     for i in range(3):
         write_shard(tmp_path / f"train_{i}.bin", make_tokens([30] * 60, seed=i))
     data, told = train_data(data_settings(tmp_path)), []
@@ -603,7 +599,7 @@ def test_the_next_shard_is_indexed_before_it_is_needed(tmp_path):
 
 
 def test_a_failure_ahead_counts_only_if_it_lasts(tmp_path):
-    """Fails if a file that was away for a moment, long before it was needed, ends the run."""
+    """Fails if a file that is missing briefly, long before it is needed, ends the run."""
     for i in range(2):
         write_shard(tmp_path / f"train_{i}.bin", make_tokens([30] * 60, seed=i))
     paths = sorted(tmp_path.glob("train_*.bin"))
@@ -623,7 +619,7 @@ def test_a_failure_ahead_counts_only_if_it_lasts(tmp_path):
 
 
 def test_text_before_the_first_mark_is_not_read_in_training(tmp_path):
-    """Fails if public shards, which may begin inside a document, give a document without a mark."""
+    """Fails if a shard that begins inside a document, as public ones may, gives one without a mark."""
     tokens = np.concatenate((np.arange(1, 50), *[[50256, *range(1, 30)]] * 100)).astype(np.uint16)
     write_shard(tmp_path / "train_0.bin", tokens, vocab_size=0)
     for batch in steps_of(data_settings(tmp_path), 1)[0]:
@@ -631,7 +627,7 @@ def test_text_before_the_first_mark_is_not_read_in_training(tmp_path):
 
 
 def val_pass(tmp_path, **env):
-    """All validation passes of all ranks: {world_size: [batches of rank 0, ...]}."""
+    """Return all validation passes: {world_size: [batches of rank 0, ...]}."""
     s = data_settings(tmp_path, **env)
     shards = open_shards(s.data_path, s.val_files, "VAL_FILES")
     return {
@@ -640,9 +636,8 @@ def val_pass(tmp_path, **env):
 
 
 def test_validation_is_the_first_tokens_of_the_shards_in_slices(tmp_path):
-    """Fails if validation leaves out, repeats or reorders a token, cuts documents at MAX_DOC_TOKENS, or
-    lets one slice see the one before it. 4096 tokens in two batches of eight slices of 256, over two
-    shards."""
+    """Fails if validation omits, repeats or reorders a token, cuts documents at MAX_DOC_TOKENS, or lets a
+    slice see the previous one. 4096 tokens from two shards: two batches of eight slices of 256."""
     lengths = [5, 300, 1, 90, 700] * 3
     a, b = make_tokens(lengths, 1, mark=7), make_tokens(lengths, 2, mark=7)
     for i, tokens in enumerate((a, b)):
@@ -654,7 +649,7 @@ def test_validation_is_the_first_tokens_of_the_shards_in_slices(tmp_path):
             [row for batch in batches for row in zip(batch.inputs_BT.numpy(), batch.targets_BT.numpy())]
             for batches in ranks
         ]
-        per_batch = 8 // n  # a rank's slices of each of the two batches
+        per_batch = 8 // n  # slices per rank in each of the two batches
         ordered = [row for i in (0, 1) for rank in rows for row in rank[i * per_batch : (i + 1) * per_batch]]
         assert (np.concatenate([x for x, _ in ordered]) == stream[:-1]).all()
         assert (np.concatenate([y for _, y in ordered]) == stream[1:]).all()
@@ -701,7 +696,7 @@ def test_bad_shards_are_refused(tmp_path, name, bad, wanted, which):
 
 @pytest.mark.parametrize("size", [0, 100, 1023, 1024, 1025, 1024 + 7999, 1024 + 8001])
 def test_shards_cut_short_are_refused(tmp_path, size):
-    """Fails if a download that broke off, at any byte, is taken for data."""
+    """Fails if a download cut off at any byte is accepted."""
     whole = write_shard(tmp_path / "whole", **GOOD).read_bytes() + b"\0\0"
     (tmp_path / "train_0.bin").write_bytes(whole[:size])
     with pytest.raises(DataError, match="train_0.bin"):
@@ -709,7 +704,7 @@ def test_shards_cut_short_are_refused(tmp_path, size):
 
 
 def test_folders_and_links_to_nothing_are_refused(tmp_path):
-    """Fails if what only has a shard's name ends in a traceback."""
+    """Fails if something that is no file but has a shard's name ends in a traceback."""
     (tmp_path / "train_0.bin").mkdir()
     with pytest.raises(DataError, match="train_0.bin: no regular file"):
         train_data(data_settings(tmp_path))
@@ -718,13 +713,13 @@ def test_folders_and_links_to_nothing_are_refused(tmp_path):
     with pytest.raises(DataError, match="train_0.bin: no such file"):
         train_data(data_settings(tmp_path))
     (tmp_path / "train_0.bin").unlink()
-    os.mkfifo(tmp_path / "train_0.bin")  # to open it would wait for a writer
+    os.mkfifo(tmp_path / "train_0.bin")  # opening it would wait for a writer
     with pytest.raises(DataError, match="train_0.bin: no regular file"):
         train_data(data_settings(tmp_path))
 
 
 def test_data_that_does_not_fit_together_is_refused(tmp_path):
-    """Fails if shards of two tokenizers are mixed, or validation is shorter than it was asked to be."""
+    """Fails if shards of two tokenizers are mixed, or validation is shorter than requested."""
     write_shard(tmp_path / "train_0.bin", **GOOD)
     write_shard(tmp_path / "val_0.bin", **GOOD)
     train_gpt.open_data(data_settings(tmp_path), 1)
@@ -815,8 +810,8 @@ BAD_SETTINGS = [  # trainer (None: both), environment, what the message must say
     [(t, env, said) for only, env, said in BAD_SETTINGS for t in TRAINERS if only in (None, t)],
 )
 def test_bad_settings_are_refused_with_what_was_found_and_wanted(trainer, env, said):
-    """Fails if a setting that cannot be used trains something, or the message does not say which it is,
-    what was found and what is wanted."""
+    """Fails if an unusable setting is accepted, or the message does not name it, the value found and what is
+    wanted."""
     if trainer is ord_gpt and env == dict(OPTIMIZER="sgd"):
         env = {**env, "ORD_MODE": "off"}
     with pytest.raises(SettingsError) as error:
@@ -837,7 +832,7 @@ SILENT = [
 
 @pytest.mark.parametrize("env", SILENT, ids=str)
 def test_settings_of_another_ord_mode_are_refused(env):
-    """Fails if a setting that the chosen mode ignores is accepted: the run would not be what its log says."""
+    """Fails if a setting that the chosen mode ignores is accepted: the log would misdescribe the run."""
     with pytest.raises(SettingsError):
         read(ord_gpt, **env)
 
@@ -889,14 +884,13 @@ def test_settings_of_another_ord_mode_are_refused(env):
     ],
 )
 def test_other_programs_variables_are_left_alone(trainer, env):
-    """Fails if a variable of the shell, torchrun, SLURM or CUDA is taken for a misspelt setting."""
+    """Fails if a variable of the shell, torchrun, SLURM or CUDA counts as a misspelt setting."""
     read(trainer, **env)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_values_are_read_as_they_are_written(trainer):
-    """Fails if a value is changed on its way, a preset's default beats the environment, or a default is
-    lost."""
+    """Fails if a value is altered, a preset's default beats the environment, or a default is lost."""
     s, o, config = read(
         trainer,
         SEED=" 7 ",
@@ -925,8 +919,7 @@ def test_values_are_read_as_they_are_written(trainer):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_of_three_values_the_extension_keeps_its_own(trainer):
-    """Fails if LR_MULS or BATCH_SIZES with three values is refused, or the extension takes another value than
-    the preset's."""
+    """Fails if LR_MULS or BATCH_SIZES with three values is refused, or changes the extension's value."""
     given = dict(LR_MULS="1,2,3", BATCH_SIZES="1024,2048,1024")
     for model, extension in (("gpt2-small", 393216), ("tiny", 2048), ("dense-88m", 65536)):
         s, _, _ = read(trainer, MODEL=model, **given)
@@ -935,7 +928,7 @@ def test_of_three_values_the_extension_keeps_its_own(trainer):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_n_grams_are_the_presets_unless_set(trainer):
-    """Fails if NGRAMS or NGRAM_ROWS is lost, or one of them, left out or empty, takes the preset's away."""
+    """Fails if NGRAMS or NGRAM_ROWS is ignored, or overrides the preset when left out or empty."""
     for env, wanted in (
         ({}, ((2, 3, 4), 8192)),
         (dict(NGRAMS="", NGRAM_ROWS=""), ((2, 3, 4), 8192)),
@@ -950,7 +943,7 @@ def test_n_grams_are_the_presets_unless_set(trainer):
 
 
 def test_empty_strength_of_a_kind_is_the_common_one():
-    """Fails if SPECTRAL_LR_MUL_ATTN set to nothing, as --help offers it, is refused or read as 0."""
+    """Fails if an empty SPECTRAL_LR_MUL_ATTN, which --help offers, is refused or read as 0."""
     assert optimizer_settings(ord_gpt, SPECTRAL_LR_MUL_ATTN="").spectral_lr_mul_attn is None
     assert optimizer_settings(ord_gpt).spectral_lr_mul_mlp is None
 
@@ -997,7 +990,7 @@ ENVIRONMENTS = st.dictionaries(
 @settings(max_examples=250 * MORE, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(env=ENVIRONMENTS)
 def test_no_environment_makes_anything_but_a_settings_error(trainer, env):
-    """Fails if some text in some variable ends in a traceback, or is accepted and breaks the schedule."""
+    """Fails if any value of a variable ends in a traceback, or is accepted and breaks the schedule."""
     try:
         s, _, config = trainer.read_settings({"DEVICE": "cpu", **env})
     except SettingsError as error:
@@ -1025,7 +1018,7 @@ def test_help_explains_every_setting(trainer, capsys):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_settings_json_is_what_a_launcher_can_read(trainer, capsys):
-    """Fails if --settings-json is no JSON, lacks a setting, or offers a default that the trainer refuses."""
+    """Fails if --settings-json is not JSON, lacks a setting, or lists a default that the trainer refuses."""
     assert supervise.main(trainer, ["--settings-json"]) == 0
     out = capsys.readouterr().out
     table = json.loads(out, parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
@@ -1045,8 +1038,7 @@ def test_settings_json_is_what_a_launcher_can_read(trainer, capsys):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_refused_settings_exit_with_two(trainer, capsys, monkeypatch, tmp_path):
-    """Fails if a refusal prints a traceback, exits with another code, leaves a log, or an argument is
-    ignored."""
+    """Fails if a refusal prints a traceback, leaves a log or does not exit with 2, or ignores arguments."""
     monkeypatch.chdir(tmp_path)
     no_data = {"DEVICE": "cpu", "MODEL": "tiny", "DATA_PATH": str(tmp_path)}
     cases = (([], {"SEED": "x"}, "SEED"), (["seed=1"], {}, "seed=1"), ([], no_data, "TRAIN_FILES"))

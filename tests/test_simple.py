@@ -46,7 +46,7 @@ MODES = {
 
 
 def env_of(shards, **settings) -> dict:
-    """The environment of a short run of the track's settings on made shards."""
+    """Environment of a short run of the track's settings on made-up shards."""
     env = base_env(shards)
     for name in ("VAL_BATCH_TOKENS", "BATCH_SIZES", "MUON_WARMUP_STEPS"):
         del env[name]
@@ -61,14 +61,14 @@ def read(**env):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """MODEL=track with a small model, in a folder of its own."""
+    """MODEL=track with a small model, in its own folder."""
     monkeypatch.setitem(simple.PRESETS, "track", (SMALL, simple.TRACK_SETTINGS))
     monkeypatch.chdir(tmp_path)
 
 
 @contextlib.contextmanager
 def begun(shards, **settings):
-    """A Run in this process, resumed if the settings say so."""
+    """Make a Run in this process, resumed if the settings say so."""
     with run_here(simple, env_of(shards, **settings)) as start:
         made = simple.Run(start, StopRequest())
         if start.origin.has_checkpoint:
@@ -102,7 +102,7 @@ def test_the_defaults_are_the_tuned_baseline():
 
 @pytest.mark.parametrize("start", ["track", "sphere"])
 def test_initial_weights(start):
-    """The standard deviations of the facts, biases 0, gains 1; the loss is then ln V."""
+    """Fails unless standard deviations are the table's, biases 0, gains 1 and the initial loss ln V."""
     model = simple.GPT(simple.ModelConfig(num_layers=1), 50257, 64)
     model.init_weights(start, torch.Generator().manual_seed(1))
     factors = {"q": 1, "k": 1, "v": 1, "o": 1.25, "up": 1.5, "down": 3}
@@ -124,7 +124,7 @@ def rms(x):
 
 
 def straight_line_loss(p: dict, tokens: np.ndarray, T: int, heads: int) -> torch.Tensor:
-    """The summed loss of a batch, written from the facts alone: loops, complex numbers, explicit masks."""
+    """Summed loss of a batch, written from the facts alone: loops, complex numbers, explicit masks."""
     inputs, targets = (torch.from_numpy(x.astype(np.int64)).view(-1, T) for x in (tokens[:-1], tokens[1:]))
     x = rms(p["embed"][inputs]) * p["embed_norm.gain"]
     for i in range(SMALL.num_layers):
@@ -151,7 +151,7 @@ def straight_line_loss(p: dict, tokens: np.ndarray, T: int, heads: int) -> torch
 
 
 def straight_line_training(p: dict, batches: list, num_steps: int, T: int, heads: int) -> list[float]:
-    """Mean losses of the steps: torch's AdamW, and Muon a matrix at a time."""
+    """Train the reference: torch's AdamW, and Muon matrix by matrix. Returns the steps' mean losses."""
     matrices = {n: torch.zeros_like(x) for n, x in p.items() if "blocks" in n and n.endswith(".weight")}
     rates = {"embed": 0.7, "head": 0.004}
     groups = [{"params": [x], "lr": rates.get(n, 0.015)} for n, x in p.items() if n not in matrices]
@@ -183,7 +183,7 @@ def straight_line_training(p: dict, batches: list, num_steps: int, T: int, heads
 
 
 def test_twenty_steps_are_those_of_a_straight_line_copy(small, shards):
-    """Fails if model, loss, baseline or schedule is not what the facts say."""
+    """Fails if model, loss, baseline or schedule differs from the facts."""
     with begun(shards, RUN_ID="track") as made:
         p = {n: x.detach().clone().requires_grad_() for n, x in made.model.named_parameters()}
         stream = TokenStream(made.start.train_shards, 1024)
@@ -196,8 +196,8 @@ def test_twenty_steps_are_those_of_a_straight_line_copy(small, shards):
 
 
 def test_gradient_norm_and_flop_are_those_of_the_step(small, shards):
-    """Fails if the log's grad_norm is not the mean loss's, or MFU would count other products than the
-    model's; attention's are those of the visible pairs."""
+    """Fails if the log's grad_norm is not the mean loss's, or MFU counts other products than the model's;
+    attention's are those of the visible pairs."""
     with begun(shards, RUN_ID="gauges", NUM_SCHEDULED_ITERATIONS=2, VAL_LOSS_EVERY=1) as made:
         model, tokens = copy.deepcopy(made.model), TokenStream(made.start.train_shards, 1024).next()
         inputs, targets = (
@@ -222,7 +222,7 @@ def test_gradient_norm_and_flop_are_those_of_the_step(small, shards):
 
 
 class Tokens:
-    """A shard in memory."""
+    """Shard in memory."""
 
     def __init__(self, tokens):
         self.tokens = tokens
@@ -249,7 +249,7 @@ def test_ranks_take_their_parts_of_a_batch_in_order():
     tokens, whole = np.arange(129), []
     for rank in range(4):
         passes = cut_passes(tokens, 16, 1, lone_ranks(rank, 4))
-        assert [x.shape for x, _ in passes] == [(1, 16)] * 2  # two rows a rank, one a pass
+        assert [x.shape for x, _ in passes] == [(1, 16)] * 2  # two rows per rank, one per pass
         whole += [(x.flatten(), y.flatten()) for x, y in passes]
     inputs, targets = (torch.cat(x) for x in zip(*whole))
     assert inputs.tolist() == list(range(128)) and targets.tolist() == list(range(1, 129))
@@ -257,7 +257,7 @@ def test_ranks_take_their_parts_of_a_batch_in_order():
 
 @pytest.fixture(scope="module")
 def alone(shards, tmp_path_factory):
-    """Validation losses of one rank, and its settings: a mode with every kind of state."""
+    """Validation losses of one rank, and its settings, which use every kind of state."""
     cwd = tmp_path_factory.mktemp("alone")
     settings = dict(MODEL="tiny", NUM_SCHEDULED_ITERATIONS=4, VAL_LOSS_EVERY=2, **MODES["rows with gains"])
     settings |= dict(OPTIMIZER="normuon")
@@ -288,7 +288,7 @@ def lengths(x, mode):
 
 
 def reference(name: str, U, W, norms, lr: float, o) -> np.ndarray:
-    """One matrix at a time, in float64, from the formulas."""
+    """Reference in float64, matrix by matrix, from the formulas."""
     if name == "none":
         return W - lr * U
     if name == "sphere":
@@ -345,7 +345,7 @@ def test_the_family_is_its_formulas(name, settings, sign):
 @pytest.mark.parametrize("scale", ["raw", "unit"])
 @pytest.mark.parametrize("rho_mode", ["global", "row"])
 def test_ord_before_orthogonalization(mode, scale, rho_mode):
-    """P(G - taken) + a G_par, with the polar factor from an SVD; raw is in the twins' unit."""
+    """P(G - removed) + a G_par, with the polar factor from an SVD; raw is in the twins' unit."""
     _, o, _ = read(ORD_MODE=mode, SPECTRAL_SCALE=scale, SPECTRAL_RHO_MODE=rho_mode, SPECTRAL_LR_MUL=0.3)
     G, W = drawn((2, 5, 8), 4), drawn((2, 5, 8), 5)
     over = {"global": (-2, -1), "row": -1}[rho_mode]
@@ -388,7 +388,7 @@ def test_decay_modes(mode):
 
 @pytest.mark.parametrize("name", MODES)
 def test_every_mode_trains_projections_that_start_at_zero(name, small, shards):
-    """Fails if a matrix of norm 0 stays there, or is thrown away from it."""
+    """Fails if a matrix of norm 0 stays there, or its first step is huge."""
     settings = dict(MODES[name], RUN_ID="zero", NUM_SCHEDULED_ITERATIONS=12, VAL_LOSS_EVERY=12)
     with begun(shards, **settings) as made:
         starts = {n: p.detach().clone() for n, p in made.model.named_parameters()}
@@ -406,7 +406,7 @@ def test_every_mode_trains_projections_that_start_at_zero(name, small, shards):
 
 
 def test_no_strength_and_no_brake_are_the_baseline(small, shards):
-    """Digit for digit where the formula is the same; a control must not differ by more than its setting."""
+    """Bit-identical where the formulas agree: a control must not differ by more than its setting."""
     found = []
     free = dict(SPECTRAL_OUT=1, SPECTRAL_RESCALE=0, MUON_WEIGHT_DECAY=0.05, MUON_DECAY_MODE="param")
     settings = [{}, dict(ORD_MODE="interpolate", SPECTRAL_LR_MUL=0), dict(ORD_MODE="brake", **free)]
@@ -420,7 +420,7 @@ def test_no_strength_and_no_brake_are_the_baseline(small, shards):
 
 @pytest.mark.parametrize("name", ["brake with row floor", "rows with gains"])
 def test_a_step_compiles_once(name):
-    """Fails if a graph breaks, on a GPU the end of the run, or if a second step compiles anything anew."""
+    """Fails if a graph breaks, which would end a GPU run, or a second step compiles anything."""
     _, o, _ = read(**MODES[name])
     tokens, found = torch.arange(64).view(4, 16), []
     torch._dynamo.reset()
@@ -448,7 +448,7 @@ def test_a_step_compiles_once(name):
 
 @pytest.mark.parametrize("name", ["none", "sphere", "rows with gains"])
 def test_a_resumed_run_is_bit_identical(name, small, shards):
-    """Fails if a checkpoint lacks some state: weights and losses are compared to the last bit."""
+    """Fails if a checkpoint lacks any state: weights and losses must be bit-identical."""
     settings = dict(MODES[name], OPTIMIZER="normuon", NUM_SCHEDULED_ITERATIONS=8, VAL_LOSS_EVERY=4)
     with begun(shards, RUN_ID="whole", SAVE_EVERY=5, **settings) as whole:
         whole.train()
@@ -480,7 +480,7 @@ def test_the_tools_read_its_logs(small, shards):
 
 
 def test_the_model_file_gives_the_models_losses(shards, small):
-    """Fails if sampling and evaluation, which go around GPT.forward, have other probabilities."""
+    """Fails if sampling or evaluation, which bypass GPT.forward, has other probabilities."""
     with begun(shards, RUN_ID="saved", NUM_SCHEDULED_ITERATIONS=2, VAL_LOSS_EVERY=0, SAVE_MODEL=1) as made:
         made.train()
         assert made.session.end(2) == 0
@@ -494,7 +494,7 @@ def test_the_model_file_gives_the_models_losses(shards, small):
 
 
 def test_short_validation_shards_are_read_as_far_as_batches_go(small, shards):
-    """Else a text of one's own, with little to validate on, ends the run before it begins."""
+    """Fails if a user's own text, with little to validate on, ends the run at the start."""
     env = {name: text for name, text in env_of(shards).items() if name != "VAL_TOKENS"}
     s, _, _, notes = read_run(simple, env)
     assert s.val_tokens == 19 * 1024 and "the shards hold 20,000" in notes[0]
@@ -502,7 +502,7 @@ def test_short_validation_shards_are_read_as_far_as_batches_go(small, shards):
 
 
 def test_a_sweep_knows_what_a_run_will_have(shards, monkeypatch):
-    """Else the launcher refuses small batches, or a default of a mode that is written out is another run."""
+    """Fails if the launcher refuses small batches, or writing out a mode's default makes another run."""
     asked = {name: text for name, text in env_of(shards).items() if name in knobs(simple.SETTINGS)}
     answer = answer_for(simple, {}, [asked])[0]
     assert answer["refused"] is None and answer["data"] is None

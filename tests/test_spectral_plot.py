@@ -1,4 +1,4 @@
-"""plot_spectral_sweep: what is drawn and ranked is what was logged, and a stranger could read it."""
+"""plot_spectral_sweep: pictures and ranks show what was logged, legibly."""
 
 import csv
 import math
@@ -23,7 +23,7 @@ def close_figures():
 
 
 def draw(tmp_path, arms, control="spectral_lr_0", **kwargs):
-    """The figure of a sweep, and its results."""
+    """Draw the figure of a sweep; return it and the results."""
     kwargs = {"val_every": 20, **kwargs}
     file = make_sweep(tmp_path, "sweep", arms, control=control, **kwargs)
     results = read_results([file], tmp_path / "logs")
@@ -41,7 +41,7 @@ def texts(figure):
 
 
 def points(ax):
-    """x and y of every single mark in a panel."""
+    """Return x and y of every single mark in a panel."""
     lines = [line for line in ax.lines if len(line.get_xdata()) == 1]
     return {(round(float(line.get_xdata()[0]), 9), round(float(line.get_ydata()[0]), 9)) for line in lines}
 
@@ -52,7 +52,7 @@ def points(ax):
 
 
 def test_the_forest_shows_paired_differences_of_all_arms(tmp_path):
-    """a = 0.1 lay inside the control's grey band, though paired by seed it was worse with p < 0.0001."""
+    """a = 0.1 was once inside the control's band, though paired by seed it was worse with p < 0.0001."""
     figure, results = draw(tmp_path, spectral_arms(0, 0.01, 0.1, 1), seeds=(1, 2, 3, 4))
     forest = panel(figure, "final validation loss minus that of spectral_lr_0")
     rows = [label.get_text() for label in forest.get_yticklabels()]
@@ -69,7 +69,7 @@ def test_the_forest_shows_paired_differences_of_all_arms(tmp_path):
 
 
 def test_rho_is_signed_and_spans_magnitudes(tmp_path):
-    """|rho| would hide that it is negative; a linear axis that it falls by orders of magnitude."""
+    """|rho| would hide its negative sign; a linear axis, its fall by orders of magnitude."""
     figure, results = draw(tmp_path, spectral_arms(0.1), control=None, seeds=(1,), val_every=10)
     run = next(arm for arm in results.arms if arm.label == "spectral_lr_0.1").runs[0]
     for what, key in (("attention", "spec_attn"), ("MLP", "spec_mlp")):
@@ -83,7 +83,7 @@ def test_rho_is_signed_and_spans_magnitudes(tmp_path):
 
 
 def test_both_signs_of_rho(tmp_path):
-    """A rho that changes its sign has both halves shown on the same scale."""
+    """Fails if a rho that changes sign does not have both halves on the same scale."""
     file = make_sweep(tmp_path, "sweep", spectral_arms(0, baseline=False), seeds=(1,), val_every=20)
     log = next((tmp_path / "logs").glob("*.txt"))
     head, steps = log.read_text().rsplit("=" * 100, 1)
@@ -136,7 +136,7 @@ def test_nothing_overlaps(tmp_path, num_arms, seeds):
 
 
 def test_ranked_table(tmp_path):
-    """Rank, differences to best and to a = 0, and their p are scipy's; the control has none to itself."""
+    """Fails if ranks, differences from best and a = 0, or p are not scipy's, or the control has its own."""
     file = make_sweep(
         tmp_path, "s", spectral_arms(0, 0.01, 0.1, 0.5), control="spectral_lr_0", seeds=(1, 2, 3, 4)
     )
@@ -163,7 +163,7 @@ def test_ranked_table(tmp_path):
 
 
 def test_single_runs_are_never_best(tmp_path):
-    """The lowest of single runs was lucky as likely as good."""
+    """The lowest of single runs may be lucky rather than good."""
     file = make_sweep(tmp_path, "s", spectral_arms(0, 0.1, 0.5), control="spectral_lr_0", seeds=(1,))
     results = read_results([file], tmp_path / "logs")
     header, rows = plot_spectral_sweep.table(results)
@@ -174,7 +174,7 @@ def test_single_runs_are_never_best(tmp_path):
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
-    """Logs are grouped by settings; picture, Markdown and CSV stand side by side, with the same numbers."""
+    """Logs are grouped by settings; picture, Markdown and CSV are side by side, with the same numbers."""
     logs = tmp_path / "logs"
     logs.mkdir()
     for a in (0.0, 0.1):

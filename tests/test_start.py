@@ -1,4 +1,4 @@
-"""The commands for sweeps and records start at once, from anywhere, and stand on analysis/ alone."""
+"""Commands for sweeps and records start fast, from any folder, and import only analysis/."""
 
 import ast
 import os
@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("diff_runs", "export_runs", "launch_lr_sweep", "make_record", "monitor_runs")
-HEAVY = {"torch", "matplotlib", "scipy", "rich"}  # each takes longer to import than a command's answer may
+HEAVY = {"torch", "matplotlib", "scipy", "rich"}  # too slow to import for a quick answer
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_comes_at_once_and_from_anywhere(tmp_path, command):
-    """Else a look at the options takes seconds over ssh, or fails in another folder."""
+    """Fails if --help takes seconds over ssh, or fails in another folder."""
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['{command}.py', '--help']\n"
@@ -30,7 +30,7 @@ def test_help_comes_at_once_and_from_anywhere(tmp_path, command):
 
 
 def imported_by(path):
-    """Names of the modules that a file imports, anywhere in it."""
+    """Return the names of all modules that a file imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -42,6 +42,6 @@ def imported_by(path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_imports_go_one_way(command):
-    """Else a change to one command breaks another."""
+    """Fails if a change to one command can break another."""
     scripts = {script.stem for script in ROOT.glob("*.py")}
     assert not imported_by(ROOT / f"{command}.py") & (scripts | {"torch"})

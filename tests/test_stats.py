@@ -1,4 +1,4 @@
-"""stats: equal to scipy on known samples, and careful where nothing can be said."""
+"""stats: equal to scipy on known samples, and NaN where nothing can be concluded."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_summary_equals_scipy(n, confidence):
 
 
 def test_summary_of_few_and_failed_runs():
-    """One run has no spread to report; a diverged run is counted, never averaged."""
+    """One run has no spread; a diverged run is counted, never averaged."""
     one = stats.summarize([3.27])
     assert one.n == 1 and math.isnan(one.sd) and math.isnan(one.low) and "single run" in str(one)
     got = stats.summarize([3.27, math.nan, 3.29, math.inf])
@@ -53,7 +53,7 @@ def test_paired_equals_scipy():
 
 
 def test_compare_pairs_only_what_shares_its_seeds():
-    """Pairing by position would compare different seeds; pairing some of the runs drops others unseen."""
+    """Pairing by position would compare different seeds; pairing only some runs would silently drop some."""
     shuffled = [B[i] for i in (2, 0, 3, 1)]
     assert stats.compare(A, shuffled, SEEDS, [3, 1, 4, 2]) == stats.paired(A, B)
     assert stats.compare(A, B, SEEDS, [1, 2, 3, 5]) == stats.welch(A, B)
@@ -62,7 +62,7 @@ def test_compare_pairs_only_what_shares_its_seeds():
     assert stats.compare(A, B, [None] * 4, [None] * 4) == stats.welch(A, B)
     with pytest.raises(ValueError, match="one seed a value"):
         stats.compare(A, B, [1], SEEDS)
-    # A run that failed in one arm leaves its partner alone: not the same seeds any more.
+    # A failed run leaves its partner unpaired, so the seeds are no longer the same.
     assert stats.compare([*A[:3], math.nan], B, SEEDS, SEEDS).method == "Welch"
     both = stats.compare([*A[:3], math.nan], [*B[:3], math.inf], SEEDS, SEEDS)
     assert both.method == "paired" and both.n_arm == 3 and (both.failed_arm, both.failed_control) == (1, 1)
@@ -76,7 +76,7 @@ def test_nothing_is_claimed_from_nothing():
         stats.paired([1.0], [2.0]),
     ):
         assert math.isnan(got.p) and math.isnan(got.low) and got.difference < 0
-    equal = [0.1 + 0.2] * 3  # whose numpy standard deviation is not quite 0
+    equal = [0.1 + 0.2] * 3  # numpy's standard deviation of it is not quite 0
     assert stats.summarize(equal).sd == 0 and math.isnan(stats.target_test(equal, 0.4).p)
     assert math.isnan(stats.welch([], [1.0, 2.0]).difference)
 
@@ -105,7 +105,7 @@ def test_sqrt_n_rule(n, mean, met):
 
 
 def test_holm():
-    """Worked by hand: 0.01 * 4, 0.02 * 3, then never smaller than the one before, never above 1."""
+    """Worked by hand: 0.01 * 4, 0.02 * 3, then never less than the previous one, never above 1."""
     assert stats.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([]) == [] and stats.holm([0.03]) == [0.03]
     got = stats.holm([math.nan, 0.01, 0.02])
@@ -113,7 +113,7 @@ def test_holm():
 
 
 def test_holm_keeps_false_alarms_rare():
-    """Ten arms without any effect against one control: one "wins" in 5% of sweeps at most, not in 20%."""
+    """Ten arms without any effect against a control: one "wins" in at most 5% of sweeps, not in 20%."""
     rng = np.random.default_rng(0)
     alarms = raw = 0
     for _ in range(400):
@@ -122,7 +122,7 @@ def test_holm_keeps_false_alarms_rare():
         raw += min(p_values) < 0.05
         alarms += min(stats.holm(p_values)) < 0.05
     assert alarms / 400 <= 0.065
-    assert raw / 400 > 0.15  # so that the test would notice a correction that does nothing
+    assert raw / 400 > 0.15  # else the test could not detect a useless correction
 
 
 def test_all_pairs_at_once_equal_scipys_tukey():
@@ -155,7 +155,7 @@ def test_single_runs_and_survivors_are_not_tested_without_a_control():
 
 
 def test_power_by_simulation():
-    """The promise of `runs_needed` is kept: that many runs find the difference about as often as said."""
+    """Fails if the runs that `runs_needed` returns do not detect the difference about as often as stated."""
     rng = np.random.default_rng(1)
     for pairs in (False, True):
         n = stats.runs_needed(0.002, 0.0013, pairs=pairs)

@@ -1,4 +1,4 @@
-"""What users' machines, shells and files do to the project. Each test reports something that failed."""
+"""Users' machines, shells and files. Each test is a failure that happened once."""
 
 import json
 import os
@@ -32,7 +32,7 @@ SHORT = dict(NUM_SCHEDULED_ITERATIONS="3", VAL_LOSS_EVERY="0", DEVICE="cpu", NPR
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of the project that may write where it stands, with the environment that runs these tests."""
+    """Writable copy of the project, with the environment that runs these tests."""
     folder = tmp_path_factory.mktemp("a project [1]")
     for package in ("analysis", "kernels", "runtime"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -44,7 +44,7 @@ def project(tmp_path_factory):
 
 
 def shell(project, *command, **env):
-    """A command in the project's folder and in an environment that holds little else."""
+    """Run a command in the project's folder, with a nearly empty environment."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
     return subprocess.run(
         command,
@@ -57,11 +57,11 @@ def shell(project, *command, **env):
     )
 
 
-# ---- own text, and commands that are printed
+# ---- the user's own text, and printed commands
 
 
 def test_from_a_text_file_to_a_trained_model_and_a_sample(project, tmp_path):
-    """Fails if the one obvious command does not do it: a file of one document, smaller than VAL_TOKENS."""
+    """Fails if ./run.sh FILE does not work for a file of one document, smaller than VAL_TOKENS."""
     (tmp_path / "my text.txt").write_text(TEXT)
     done = shell(
         project, "./run.sh", str(tmp_path / "my text.txt"), RUN_ID="own", OMP_NUM_THREADS="1", **SHORT
@@ -69,17 +69,17 @@ def test_from_a_text_file_to_a_trained_model_and_a_sample(project, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (log,) = read_log(project / "logs/own.txt")
     assert log.state == "finished" and log.config["model"] == "tiny"
-    assert log.event("started").fields["threads"] == "1", "the user's OMP_NUM_THREADS counts"
+    assert log.event("started").fields["threads"] == "1", "the user's OMP_NUM_THREADS is ignored"
     assert log.config["val_tokens"] % 128 == 0 and 1024 <= log.config["val_tokens"] < 10_000
     assert "validation takes" in log.event("warning").fields["text"]
     assert (project / "logs/own.png").exists() and (project / "logs/own/model.safetensors").exists()
-    assert re.search(r"^sample \S", done.stdout, re.M), "a line of what the model writes"
+    assert re.search(r"^sample \S", done.stdout, re.M), "no sample is printed"
     again = re.search(r"(\S+python sample.py \S+) --prompt", done.stdout)[1].split()
-    assert shell(project, *again, "--tokens", "3").returncode == 0, "the printed command works"
+    assert shell(project, *again, "--tokens", "3").returncode == 0, "the printed command fails"
 
 
 def test_a_folder_with_two_parts_is_enough(project, tmp_path):
-    """Fails if DATA_PATH, as the documentation and the tokenizer print it, finds no shards."""
+    """Fails if DATA_PATH, set as the documentation and the tokenizer say, finds no shards."""
     out = tmp_path / "mine [2] *"
     for name in ("notes.md", "more.rst"):
         (tmp_path / name).write_text(TEXT[:6000] + name)
@@ -90,7 +90,7 @@ def test_a_folder_with_two_parts_is_enough(project, tmp_path):
     done = shell(project, "./run.sh", DATA_PATH=str(out), RUN_ID="folder", MODEL="tiny", **SHORT)
     shutil.copy(ROOT / "sample.py", project)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "could not be sampled" in done.stderr, "and the run is not failed by it"
+    assert "could not be sampled" in done.stderr, "the failed sample is not reported"
     config = read_log(project / "logs/folder.txt")[0].config
     assert (config["train_files"], config["val_files"]) == ("text_train_*.bin", "text_val_*.bin")
     for name in ("a_train_0.bin", "a_val_0.bin"):
@@ -100,7 +100,7 @@ def test_a_folder_with_two_parts_is_enough(project, tmp_path):
 
 
 def test_the_end_of_a_text_is_for_validation_where_documents_are_too_few(tmp_path, monkeypatch):
-    """Fails if a small text trains only by luck, or a token is on both sides or lost."""
+    """Fails if a small text trains only by luck, or a token is lost or on both sides of the split."""
     path = tmp_path / "a.txt"
     path.write_text(TEXT)
     arguments = ["x", str(path), "--bytes", "--workers", "1", "--out", str(tmp_path / "out")]
@@ -143,7 +143,7 @@ def has_requirements(folder) -> bool:
 
 
 def test_an_environment_is_asked_and_not_believed(tmp_path):
-    """Fails if a stamp vouches for a .venv whose packages, Python or versions are not there."""
+    """Fails if a stamp file is trusted although the .venv lacks packages, versions or Python."""
     for name in ("setup_env.sh", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     assert not has_requirements(tmp_path)
@@ -155,16 +155,16 @@ def test_an_environment_is_asked_and_not_believed(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
     shutil.copy(ROOT / "requirements.txt", tmp_path / "requirements.txt")
     shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv/installed-requirements.txt")
-    assert not has_requirements(tmp_path), "its Python has no torch, whatever the stamp says"
+    assert not has_requirements(tmp_path), "its Python has no torch, but the stamp is trusted"
     (tmp_path / "requirements.txt").write_text("# nothing\n")
     assert has_requirements(tmp_path)
     (tmp_path / ".venv/bin/python").unlink()
     (tmp_path / ".venv/bin/python").symlink_to("/nowhere/python3")
-    assert not has_requirements(tmp_path), "a Python that is gone"
+    assert not has_requirements(tmp_path), "its Python is gone"
 
 
 def claim(folder, **versions) -> str:
-    """A PYTHONPATH on which packages claim to be installed in these versions."""
+    """Return a PYTHONPATH on which packages claim to be installed in these versions."""
     for name, version in versions.items():
         info = folder / f"{name}-{version}.dist-info"
         info.mkdir(parents=True)
@@ -173,8 +173,8 @@ def claim(folder, **versions) -> str:
 
 
 def test_the_python_on_path_will_do_where_nothing_can_be_installed(project, tmp_path):
-    """Fails if VENV=0 makes an environment, takes a torch that is known not to work, refuses one that does,
-    or refuses to train for want of what only other commands use."""
+    """Fails if VENV=0 makes an environment, accepts a torch known not to work, refuses one that works, or
+    requires packages that training does not use."""
     here = tmp_path / "no environment"
     here.mkdir()
     for path in project.iterdir():
@@ -206,7 +206,7 @@ def test_the_python_on_path_will_do_where_nothing_can_be_installed(project, tmp_
 
 
 def test_another_torch_has_an_environment_of_its_own(tmp_path):
-    """Fails if TORCH=2.11.0 takes or changes .venv, or any triton, or if an untried torch will do."""
+    """Fails if TORCH=2.11.0 uses or changes .venv, pins no triton, or an untested version is accepted."""
     for name in ("setup_env.sh", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".venv").symlink_to(sys.prefix)
@@ -214,7 +214,7 @@ def test_another_torch_has_an_environment_of_its_own(tmp_path):
     assert {"torch==2.11.0", 'triton==3.6.0; sys_platform == "linux"'} <= set(made.stdout.splitlines())
     (tmp_path / ".venv-torch2.11.0").symlink_to(sys.prefix)
     code = 'source setup_env.sh; setup_env && echo "$python"'
-    unable = dict(PYTHON="false")  # nothing is installed
+    unable = dict(PYTHON="false")  # nothing can be installed
     assert shell(tmp_path, "bash", "-c", code, **unable).stdout == ".venv/bin/python\n"
     assert shell(tmp_path, "bash", "-c", code, TORCH="2.11.0", **unable).returncode == 2
     path = claim(tmp_path / "torch 2.11", torch="2.11.0+cpu", triton="3.6.0")
@@ -225,7 +225,7 @@ def test_another_torch_has_an_environment_of_its_own(tmp_path):
 
 
 def test_every_script_starts_from_anywhere_with_a_safe_path(tmp_path):
-    """Fails if PYTHONSAFEPATH=1, or another folder, keeps a script from finding the project."""
+    """Fails if a script cannot find the project under PYTHONSAFEPATH=1 or from another folder."""
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("benchmarks/*.py")]
     scripts = [str(p) for p in sorted(scripts) if 'if __name__ == "__main__"' in p.read_text()]
     assert len(scripts) > 15
@@ -267,7 +267,7 @@ def test_foreign_settings_of_matplotlib_do_not_matter(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare")
 def test_a_host_name_without_an_address(shards, tmp_path):
-    """Fails if torchrun asks a name service about this machine: it waits for 20 minutes."""
+    """Fails if torchrun looks this host up by name, which hangs for 20 minutes."""
     from analysis.run_environment import command_of
 
     env = base_env(shards, RUN_ID="nameless", NUM_SCHEDULED_ITERATIONS=1, VAL_LOSS_EVERY=0, SAVE_MODEL=0)
@@ -289,7 +289,7 @@ def test_a_host_name_without_an_address(shards, tmp_path):
 
 @pytest.mark.parametrize("name", ["a[1]", "b*", "~", "c?d {e}", "f g"])
 def test_a_folder_may_have_any_name(tmp_path, monkeypatch, name):
-    """Fails if the characters of a pattern, in the name of a folder, hide what is in it."""
+    """Fails if glob characters in a folder's name hide its files."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / name
     write_shard(folder_of(folder) / "x_train_0.bin", make_text(2000))
@@ -300,7 +300,7 @@ def test_a_folder_may_have_any_name(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", str(folder))
     assert shards.find_shards("~", "x_train_0.bin") == [folder / "x_train_0.bin"]
     assert shards.find_shards(str(tmp_path), "[a-f]*/x_*.bin") or name == "~", (
-        "a pattern of folders still is one"
+        "a glob over folders no longer works"
     )
 
 
@@ -313,7 +313,7 @@ def folder_of(path: Path) -> Path:
 
 
 def test_a_document_that_the_tokenizer_cannot_take_is_cut(tmp_path, monkeypatch, capsys):
-    """Fails if a panic in native code (no Exception, and not to be pickled) ends hours of work."""
+    """Fails if a panic in native code (not an Exception, and not picklable) ends hours of work."""
 
     class PanicException(BaseException):
         pass
@@ -334,7 +334,7 @@ def test_a_document_that_the_tokenizer_cannot_take_is_cut(tmp_path, monkeypatch,
 
 
 def test_a_million_blanks_and_the_real_library(monkeypatch):
-    """Fails if the panic that tiktoken raises there is not caught, or a character is lost."""
+    """Fails if tiktoken's panic on such a text is not caught, or a character is lost."""
     tiktoken = pytest.importorskip("tiktoken")
     import tiktoken_ext.openai_public as public
 
@@ -349,7 +349,7 @@ def test_a_million_blanks_and_the_real_library(monkeypatch):
 
 
 def test_what_was_tokenized_before_an_interruption_is_kept(tmp_path, monkeypatch, capsys):
-    """Fails if a killed tokenization begins anew, or its second part does not fit its first."""
+    """Fails if a killed tokenization starts over, or its second part does not continue the first."""
     path = tmp_path / "a.jsonl"
     path.write_text(
         "".join(json.dumps({"text": f"document {i} " + "x" * (i % 50)}) + "\n" for i in range(500))
@@ -372,7 +372,7 @@ def test_what_was_tokenized_before_an_interruption_is_kept(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(tokenizing, "_encode_document", stop_at_300)
         assert tokenize(tmp_path / "cut") == 130
-    assert not list((tmp_path / "cut").glob("*.bin")), "half a corpus does not pass for a whole one"
+    assert not list((tmp_path / "cut").glob("*.bin")), "half a corpus passes for a whole one"
     assert tokenize(tmp_path / "cut") == 0 and "going on after" in capsys.readouterr().out
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "cut"))
     assert one == two
@@ -389,7 +389,7 @@ def test_texts_from_windows(tmp_path, monkeypatch, encoding):
 
 
 def test_workers_are_as_many_as_the_job_has_cores(tmp_path):
-    """Fails if a job with one core of a hundred starts a hundred processes."""
+    """Fails if a job that may use one core of a hundred starts a hundred processes."""
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("no affinity on this system")
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
@@ -399,7 +399,7 @@ def test_workers_are_as_many_as_the_job_has_cores(tmp_path):
     assert done.stdout == "1\n", done.stderr
 
 
-# ---- what is shown
+# ---- untrusted text
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07 $x_1^{ $ \\frac{ [red]|<b>\u202e\udce9 ÿ"
 
@@ -413,7 +413,7 @@ def test_clean_leaves_letters_and_nothing_that_is_obeyed():
 
 @pytest.fixture
 def strange_logs(tmp_path):
-    """Logs whose names, settings and messages are somebody's attack, or somebody's typing error."""
+    """Logs whose names, settings and messages are hostile, or mistyped."""
     folder = tmp_path / "logs"
     folder.mkdir()
     settings = {"muon_lr": 0.1, "optimizer": HOSTILE.encode("utf-8", "replace").decode()}
@@ -439,7 +439,7 @@ COMMANDS = {
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_hostile_text_is_shown_and_not_obeyed(strange_logs, name, encoding):
-    """Fails if a log's text reaches the terminal raw, or is taken for a formula, markup or HTML."""
+    """Fails if a log's text reaches the terminal raw, or is interpreted as a formula, markup or HTML."""
     script, *arguments = COMMANDS[name]
     command = [sys.executable, str(ROOT / script), *arguments]
     env = {**os.environ, "PYTHONIOENCODING": encoding}
@@ -537,7 +537,7 @@ HALF = {
 
 @pytest.mark.parametrize("found", HALF)
 def test_half_a_launch_is_refused_with_the_command_that_works(found, monkeypatch, capsys, tmp_path):
-    """Fails if it hangs, trains twice, or two tasks fight for one log."""
+    """Fails if half a launch hangs, trains twice, or two tasks compete for one log."""
     monkeypatch.chdir(tmp_path)
     for name in (*ranks.TORCHRUN, "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
@@ -554,14 +554,14 @@ def test_threads_of_a_run_sleep_while_they_wait(place, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     assert environment_of(run, Slot())["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert environment_of(run, Slot())["OMP_WAIT_POLICY"] == "ACTIVE", "the user's value counts"
+    assert environment_of(run, Slot())["OMP_WAIT_POLICY"] == "ACTIVE", "the user's value is ignored"
     assert "export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}" in (ROOT / "run.sh").read_text()
 
 
 def test_launcher_and_trainer_see_the_same_gpus(monkeypatch):
-    """Fails if CUDA_VISIBLE_DEVICES alone makes the launcher plan for GPUs that the trainer does not find."""
+    """Fails if CUDA_VISIBLE_DEVICES makes the launcher plan for GPUs that do not exist."""
     if torch.cuda.is_available():
-        pytest.skip("a machine without GPUs is meant")
+        pytest.skip("needs a machine without GPUs")
     for value in ("NoDevFiles", "0,1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
         read_trainer.cache_clear()
@@ -584,7 +584,7 @@ def test_a_model_file_heeds_the_umask(tmp_path, umask):
 
 
 def test_a_plan_can_be_looked_at_on_any_machine(place, launch):
-    """Fails if a laptop cannot print the plan for eight GPUs, or a login node not write the job array."""
+    """Fails if a laptop cannot print the plan for eight GPUs, or a login node cannot write the job array."""
     done = launch(sweep_file(TWO_ARMS), "--dry-run", "--parallel", "1000")
     assert done.returncode == 0 and "before it can run: 1000 runs at a time" in done.stdout
     text = 'script = "train_gpt.py"\n[env]\nDATA_PATH = "/on/the/cluster"\nDEVICE = "cuda"\nSAVE_EVERY = 7\n'
@@ -605,7 +605,7 @@ def test_a_sweep_file_from_windows(place, encoding):
 
 
 def test_files_are_utf8_whatever_the_locale(place):
-    """Fails if an ASCII locale makes a sweep file with a ρ in it, or its report, unreadable."""
+    """Fails if a sweep file with a ρ, or its report, cannot be read under an ASCII locale."""
     Path("trial.toml").write_text("# Does ρ help?\n" + TWO_ARMS, encoding="utf-8")
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for script in ("launch_lr_sweep.py", "report_sweep.py"):
@@ -615,7 +615,7 @@ def test_files_are_utf8_whatever_the_locale(place):
 
 
 def test_public_logs_that_stop_early_can_be_counted(tmp_path):
-    """Fails if runs that were stopped on purpose hold up a proof for ever, or count unasked."""
+    """Fails if runs stopped on purpose count as missing despite --stopped-early, or count without it."""
     public = "import torch\ndef f():\n    pass\n" + "=" * 100 + "\n"
     for number in range(3):
         lines = [f"step:{i * 10}/60 val_loss:{5 - i + number / 100} train_time:{i}ms" for i in range(5)]

@@ -1,4 +1,4 @@
-"""Sweep files: what they say is what is run, and what is wrong in them is said before anything runs."""
+"""Sweep files: runs are what the file says, and errors are reported before anything runs."""
 
 import json
 import re
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_names_begin_with_the_tag_and_keep_the_seeds_form(place):
-    """Else a list that cuts names short shows twelve times lrmul-1-1.52, or two runs share a name."""
+    """Fails if a list of truncated names shows lrmul-1-1.52 twelve times, or two runs share a name."""
     runs = planned(read_sweep(sweep_file(TWO_ARMS)))[0].runs
     assert len({run.run_id for run in runs}) == 4
     for run in runs:
@@ -27,7 +27,7 @@ def test_names_begin_with_the_tag_and_keep_the_seeds_form(place):
 
 
 def test_runs_with_names_of_the_old_form_are_not_made_again(place):
-    """A sweep begun before the tag came first goes on: what is done is kept, under its name."""
+    """Fails if a sweep begun before the tag came first repeats finished runs, or renames them."""
     sweep = read_sweep(sweep_file(TWO_ARMS))
     manifest = planned(sweep)[0]
     Path("logs").mkdir(exist_ok=True)
@@ -46,7 +46,7 @@ def test_runs_with_names_of_the_old_form_are_not_made_again(place):
 
 
 def test_seeds_are_interleaved_and_arms_may_have_their_own(place):
-    """Else a machine that slows down or heats up does it to one arm alone."""
+    """Fails if a machine that slows down affects one arm only."""
     text = TWO_ARMS + '[[arms]]\ntag = "more"\nseeds = [2, 7, 9]\nSPECTRAL_LR_MUL = 0.5\n'
     runs = read_sweep(sweep_file(text), None).runs()
     assert [(run.tag[:4], run.seed) for run in runs] == [
@@ -57,7 +57,7 @@ def test_seeds_are_interleaved_and_arms_may_have_their_own(place):
 
 
 def test_an_arm_may_have_its_own_control(place):
-    """Else two forms at several rates can only be compared with one rate of one form. The grid goes along."""
+    """Fails if two forms at several rates can only be compared with one arm. The grid applies to controls."""
     text = TWO_ARMS.replace('"base"\n', '"base-cooldown_frac_0.5"\n', 1)
     text += 'versus = "base"\n[grid]\nCOOLDOWN_FRAC = [0.5, 0.7]\n'
     sweep = read_sweep(sweep_file(text), None)
@@ -75,7 +75,7 @@ def test_an_arm_may_have_its_own_control(place):
 
 
 def test_what_a_script_does_not_have_is_left_out_and_said(place):
-    """Else the baseline refuses to start, or the user believes that a setting applied to it."""
+    """Fails if the baseline refuses to start, or the user could believe that a setting applied to it."""
     text = TWO_ARMS.replace("[env]", "[env]\nSPECTRAL_LR_MUL = 0.3\nCOOLDOWN_FRAC = 0")
     sweep = read_sweep(sweep_file(text), None)
     base, ord_arm = sweep.arms
@@ -89,7 +89,7 @@ def test_what_a_script_does_not_have_is_left_out_and_said(place):
 
 
 def test_grid_multiplies_the_arms_that_leave_it_open(place):
-    """Else a control is run once for every grid value and counted as so many arms."""
+    """Fails if a control is run for every grid value and counted as that many arms."""
     text = """
 script = "ord.py"
 seeds = [1]
@@ -121,7 +121,7 @@ script = "base.py"
 
 
 def test_scale_changes_what_it_says_and_nothing_else(place):
-    """Else the tiny version is another experiment, or too long to be run."""
+    """Fails if the tiny version is another experiment, or too long to run."""
     text = (
         TWO_ARMS.replace("[env]", "[grid]\nCOOLDOWN_FRAC = [0, 0.5, 1]\n[env]\nTARGET_LOSS = 3")
         + """
@@ -223,7 +223,7 @@ BAD_SCALES = {
     + [(text, ["--scale", "tiny"], wanted) for text, wanted in BAD_SCALES.items()],
 )
 def test_a_bad_file_is_refused_before_anything_runs(place, launch, text, scale, wanted):
-    """Else a night is lost to a typing error, --scale does nothing, or the error does not tell what to do."""
+    """Fails if a typo costs a night, --scale does nothing, or the error does not say what to do."""
     Path("silent.py").write_text("import sys; sys.exit('I am no trainer')")
     done = launch(sweep_file(text), *scale)
     assert done.returncode == 2 and all(part in done.stderr for part in wanted), done.stderr
@@ -235,7 +235,7 @@ def test_a_bad_file_is_refused_before_anything_runs(place, launch, text, scale, 
 
 
 def test_a_scale_may_have_arms_of_its_own(place):
-    """Else arms that differ in a size, such as that of the batch, can only run at one scale."""
+    """Fails if arms that differ in a size, such as the batch's, can only run at one scale."""
     text = TWO_ARMS + '[[scale.tiny.arms]]\ntag = "base"\nCOOLDOWN_FRAC = 0.2\n'
     text += '[[scale.tiny.arms]]\ntag = "spectral_lr_9"\nseeds = [7]\nSPECTRAL_LR_MUL = 9\n'
     assert [arm.tag for arm in read_sweep(sweep_file(text), None).arms] == ["base", "spectral_lr_0.1"]
@@ -257,7 +257,7 @@ def test_a_scale_may_have_arms_of_its_own(place):
     ],
 )
 def test_the_environment_does_not_say_what_to_run(place, monkeypatch, name, value, wanted):
-    """Else a variable exported days ago changes every run, and no file says so."""
+    """Fails if a variable exported days ago silently changes every run."""
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=wanted):
         read_sweep(sweep_file(TWO_ARMS))
@@ -265,7 +265,7 @@ def test_the_environment_does_not_say_what_to_run(place, monkeypatch, name, valu
 
 @pytest.mark.parametrize("name, value", [("DEVICE", "cpu"), ("DATA_PATH", "/data"), ("COMPILE", "1")])
 def test_the_environment_may_say_where_to_run(place, monkeypatch, name, value):
-    """Else a sweep file must be changed on every machine."""
+    """Fails if a sweep file must be edited for every machine."""
     monkeypatch.setenv(name, value)
     sweep = read_sweep(sweep_file(TWO_ARMS))
     assert all(arm.settings[name] == value for arm in sweep.arms)
@@ -285,7 +285,7 @@ def hashes(env):
     ],
 )
 def test_hash_is_the_same_for_the_same_training(place, env):
-    """Else runs are repeated for the way a number is written, a moved folder, or what is only recorded."""
+    """Fails if runs are repeated for a number's notation, a moved folder, or a recording setting."""
     assert hashes(env) == hashes("")
 
 
@@ -293,14 +293,14 @@ def test_hash_is_the_same_for_the_same_training(place, env):
     "env", ["COOLDOWN_FRAC = 0.5500001", "BATCH_SIZES = [128, 128]", "DISABLE_FP8 = true"]
 )
 def test_hash_tells_trainings_apart(place, env):
-    """Else changed settings are skipped as done."""
+    """Fails if runs with changed settings are skipped as done."""
     plain = hashes("")
     assert plain[0] != plain[1], "two scripts are two trainings"
     assert not set(hashes(env)) & set(plain)
 
 
 def test_a_preset_counts_with_its_defaults(place, monkeypatch):
-    """Else a default that is written out is another training, or `auto` is not the preset it stands for."""
+    """Fails if writing out a default makes another run, or `auto` is not the preset it stands for."""
     assert (
         hashes('MODEL = "tiny"') == hashes('MODEL = "tiny"\nCOOLDOWN_FRAC = 0.5') == hashes('MODEL = "auto"')
     )
@@ -327,14 +327,14 @@ SWEEPS = sorted((ROOT / "sweeps").glob("*.toml"))
 
 
 def test_every_sweep_here_is_accepted_by_its_trainers(place, real_trainer, monkeypatch):
-    """Else an experiment of this project fails at its first run, or has no small version."""
+    """Fails if an experiment of this project fails at its first run, or has no small version."""
     import train_gpt_muon_ord
     import train_gpt_simple
 
     modules = {"train_gpt.py": real_trainer[0], "train_gpt_muon_ord.py": train_gpt_muon_ord}
     modules["train_gpt_simple.py"] = train_gpt_simple
 
-    def check_here(trainer, arms):  # as `--check-arms` does in a process of its own
+    def check_here(trainer, arms):  # like `--check-arms`, which has its own process
         return json.loads(
             json.dumps(checking.answer_for(modules[trainer.path.name], {"DEVICE": "cpu"}, arms))
         )

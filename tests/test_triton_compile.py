@@ -1,5 +1,5 @@
-"""Every kernel launch that the trainers make for gpt2-small, compiled for GPUs that are not here: within
-their registers and shared memory, and with the instructions that make them fast; by offgpu/launches.py."""
+"""Every kernel launch of the trainers for gpt2-small, compiled without a GPU by offgpu/launches.py: each fits
+in registers and shared memory and uses the fast instructions."""
 
 import json
 import os
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may have
-REGISTERS = 65_536  # of a multiprocessor, for all threads of its blocks
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes per block
+REGISTERS = 65_536  # per multiprocessor
 PRODUCTS = {"gram_kernel", "mlp_kernel", "mlp_hopper_kernel"}
-# sm_80 and sm_89 take sm_120's kernels, sm_100 sm_90's with instructions of its own; together a minute
+# sm_80 and sm_89 use sm_120's kernels, sm_100 sm_90's with its own instructions; together a minute
 ARCHITECTURES = [90, 120, *(pytest.param(arch, marks=pytest.mark.fake_cuda) for arch in (80, 89, 100))]
 ONLY_ON = {
     "mlp_kernel": {80, 89, 120},
@@ -30,7 +30,7 @@ MULTIPLIES = {
 
 
 def compile_launches(arch: int, *more: str):
-    """(names of all kernels, their compiled launches)"""
+    """Compile: (names of all kernels, their compiled launches)."""
     pytest.importorskip("triton", reason="triton is not installed, so KERNELS=torch is what runs here")
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     env.pop("TRITON_INTERPRET", None)
@@ -48,12 +48,12 @@ def compile_launches(arch: int, *more: str):
 
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
 def built(request):
-    """(architecture, names of all kernels, their compiled launches)"""
+    """Compile for an architecture: (it, names of all kernels, their compiled launches)."""
     return request.param, *compile_launches(request.param)
 
 
 def test_every_kernel_is_launched_by_the_trainers(built):
-    """Fails if a kernel exists that no training step reaches, or is not wired."""
+    """Fails if no training step launches some kernel."""
     arch, names, launches = built
     elsewhere = {name for name, archs in ONLY_ON.items() if arch not in archs}
     assert {x["kernel"] for x in launches} == set(names) - elsewhere
@@ -64,7 +64,7 @@ def ways(launches: list[dict], kernel: str, constant: str) -> set:
 
 
 def test_other_shapes_and_settings_are_among_them(built):
-    """Else what follows would say nothing about wide matrices, other decays or Muon without variance."""
+    """Fails if the tests below do not cover wide matrices, other decays or Muon without variance."""
     arch, _, launches = built
     other = arch == 90
     decays = {"cautious", *(("none", "param", "update", "both") if other else ())}
@@ -79,8 +79,7 @@ def test_other_shapes_and_settings_are_among_them(built):
 
 
 def test_nothing_spills(built):
-    """Fails if a kernel runs out of registers: it then keeps them in memory, silently, at many times the
-    cost."""
+    """Fails if a kernel runs out of registers, and silently spills them to memory at many times the cost."""
     check_spills(built[2])
 
 
@@ -89,13 +88,13 @@ def check_spills(launches):
 
 
 def test_no_arithmetic_reads_the_stack_pointer(built):
-    """ptxas 12.8 lost single bytes of casts to e5m2; on an H100 the head's gradient was then garbage and NaN,
-    while the PTX was right and nothing warned."""
+    """ptxas 12.8 lost single bytes of casts to e5m2. On an H100 the head's gradient was garbage and NaN,
+    though the PTX was right, without a warning."""
     assert [x for x in built[2] if x["stack_pointer_reads"]] == []
 
 
 def test_resources_fit(built):
-    """Else a launch fails on the GPU: more shared memory or registers than a block may have."""
+    """Fails if a launch needs more shared memory or registers than a block may have."""
     check_resources(built[0], built[2])
 
 
@@ -105,8 +104,8 @@ def check_resources(arch, launches):
 
 
 def test_several_blocks_of_the_loss_run_at_a_time(built):
-    """Fails if a tile of the loss's gradient is computed twice, once for each of its two layouts, as triton
-    3.6 does where it can; it then takes up to 255 registers, and one block fills a multiprocessor."""
+    """Fails if a tile of the loss's gradient is computed twice, once per layout, as triton 3.6 does if it
+    can; that takes up to 255 registers, and one block fills a multiprocessor."""
     arch, _, launches = built
     loss = [x for x in launches if x["kernel"] == "loss_backward_kernel"]
     assert len(loss) >= 3
@@ -115,8 +114,8 @@ def test_several_blocks_of_the_loss_run_at_a_time(built):
 
 
 def test_products_run_on_tensor_cores(built):
-    """Fails if a product is not made of the architecture's own instructions (wgmma on Hopper, tcgen05 on a
-    data center's Blackwell), fed by copies that overlap with them, or another kernel multiplies matrices."""
+    """Fails if a product does not use the architecture's own instructions (wgmma on Hopper, tcgen05 on data
+    center Blackwell) with overlapping copies, or another kernel multiplies matrices."""
     check_products(built[0], built[2])
 
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel against its reference: offgpu/numerics.py in a process where Triton interprets."""
+"""Every Triton kernel against its reference: runs offgpu/numerics.py in Triton's interpreter."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ CHECKS = Path(__file__).parent / "offgpu" / "numerics.py"
 
 
 def test_kernels_equal_their_references():
-    """Fails if a kernel computes something else than the plain torch beside it, or a check was skipped."""
+    """Fails if a kernel differs from its plain-torch reference, or a check was skipped."""
     pytest.importorskip("triton", reason="triton is not installed, so KERNELS=torch is what runs here")
     done = check("cpu")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -30,7 +30,7 @@ def check(device: str):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_asking_for_a_gpu_that_is_not_there_is_refused():
-    """Else the comparison would be said to have been made on a GPU."""
+    """Fails if an interpreted comparison could be reported as one on a GPU."""
     pytest.importorskip("triton")
     done = check("cuda")
     assert done.returncode != 0 and "torch finds no CUDA device" in done.stdout + done.stderr

@@ -13,7 +13,7 @@ SETTINGS = dict(NUM_SCHEDULED_ITERATIONS=3, VAL_LOSS_EVERY=2, SEED=5, SPECTRAL_L
 
 
 def test_an_unpacked_run_has_the_same_losses(shards, tmp_path, capsys):
-    """The printed command, run on the unpacked files, gives the losses of the run that was logged."""
+    """Fails if the printed command, run on the unpacked files, does not give the logged run's losses."""
     val, trained = train(tmp_path, shards, "first", ORD, **SETTINGS)
     folder = tmp_path / "rebuilt"
     assert unpack_run.main([str(tmp_path / "logs" / "first.txt"), str(folder)]) == 0

@@ -64,7 +64,7 @@ def ref_polar(G):
 
 
 def side(x):
-    """The axis over which NorMuon takes its mean square: a row's numbers if tall, a column's if wide."""
+    """Axis over which NorMuon takes its mean square: along a row if tall, along a column if wide."""
     return 1 if x.shape[0] >= x.shape[1] else 0
 
 
@@ -84,13 +84,13 @@ def ref_P(G, state, normuon=True):
 
 
 def per(x, y, rho_mode):
-    """<x, y> of the matrix, of each row or of each column."""
+    """Return <x, y> of the matrix, of each row or of each column."""
     axis = {"global": (0, 1), "row": 1, "col": 0}[rho_mode]
     return (x * y).sum(axis=axis, keepdims=True)
 
 
 def ref_ord(G, W, a, o, state):
-    """(P, radial part's contribution, post's r and s) of one matrix, from ord_update's table."""
+    """Return (P, radial part's contribution, post's r and s) of one matrix, from ord_update's table."""
     rho = per(G, W, o.spectral_rho_mode) / (per(W, W, o.spectral_rho_mode) + o.spectral_proj_eps)
     par = rho * W
     state.setdefault("rhos", []).append(np.abs(rho).mean())
@@ -114,7 +114,7 @@ def ref_ord(G, W, a, o, state):
 
 
 def ref_decay(U, W, l, lr, o):
-    """Part of the weights that decay takes off."""
+    """Return the part of the weights that decay removes."""
     wd = o.muon_weight_decay
     return {
         "cautious": l * wd * lr * W * (U * W >= 0),
@@ -126,12 +126,12 @@ def ref_decay(U, W, l, lr, o):
 
 
 def ref_momentum(step, num_steps=NUM_STEPS, warmup=300):
-    """0.85 -> 0.95 over the warm-up; after it, back over the last 50 steps."""
+    """Momentum: 0.85 -> 0.95 over the warm-up, and back over the last 50 steps."""
     return 0.85 + 0.1 * (step / warmup if step < warmup else min(1.0, (num_steps - step) / 50))
 
 
 def ref_matrix_step(name, W, grad, step, lr_mul, o, state):
-    """The matrix after one step of NorMuon, Muon, or either with ORD."""
+    """Return the matrix after one step of NorMuon, Muon, or either with ORD."""
     mu = ref_momentum(step)
     m = state["momentum"] = mu * state.get("momentum", 0.0) + (1 - mu) * grad
     G = (1 - mu) * grad + mu * m
@@ -164,7 +164,7 @@ def start_weights(seed=0, scale=0.5, shapes=SHAPES):
 
 
 def random_grads(weights, seed):
-    """Yield each step's gradients, with a part along the weights that comes, goes and changes its sign."""
+    """Yield each step's gradients, whose part along the weights comes, goes and changes sign."""
     rng = np.random.default_rng(seed + 100)
     while True:
         yield {
@@ -201,8 +201,8 @@ def compare_steps(trainer, o, steps, seed=0, weights=None, lr_mul=1.3, tolerance
 @pytest.mark.parametrize("forms", FORMS)
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 24, 10), (2, 10, 24), (1, 1, 9), (1, 9, 1), (1, 64, 96)])
 def test_polar_express_is_the_svds_polar_factor(trainer, shape, forms):
-    """Fails if the result has other singular vectors than its input (a transpose too many, an even power),
-    or singular values other than the ones that the scalar polynomials predict."""
+    """Fails if the singular vectors are not the input's (an extra transpose, an even power), or the singular
+    values are not those that the scalar polynomials predict."""
     G = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     with FORMS[forms](trainer):
         X = trainer.polar_express(torch.tensor(G), torch.float32).double().numpy()
@@ -226,10 +226,9 @@ def test_the_band_of_polar_express():
 @pytest.mark.parametrize("rows, columns", [(32, 32), (96, 24), (24, 96)])
 @pytest.mark.parametrize("condition", [1, 10, 300, 1e9])
 def test_polar_express_over_condition_numbers(condition, rows, columns, forms):
-    """Fails if small singular values do not come up as far as they should, as with a wrong first step or a
-    norm that is too large, or rounding spoils nearly singular matrices. A CPU's fast form iterates long
-    matrices on the squares of their singular values, which costs up to 6e-3; the polynomials themselves are
-    off by 0.14."""
+    """Fails if small singular values do not grow enough, as with a wrong first step or too large a norm, or
+    rounding spoils nearly singular matrices. A CPU's fast form squares the singular values of long matrices,
+    which costs up to 6e-3; the polynomials themselves are off by 0.14."""
     rng, n = np.random.default_rng(1), min(rows, columns)
     U, V = (np.linalg.qr(rng.normal(size=(size, n)))[0] for size in (rows, columns))
     S = np.geomspace(1, 1 / condition, n)
@@ -255,7 +254,7 @@ def test_polar_express_of_nothing_is_nothing(forms):
 
 
 def test_nesterov_momentum():
-    """Fails if momentum is a sum in place of a mean, or the gradient is not averaged with it once more."""
+    """Fails if momentum is a sum instead of a mean, or Nesterov's second average is missing."""
     rng = np.random.default_rng(0)
     m, momentum = np.zeros((2, 3)), torch.zeros(2, 3)
     for mu in (0.85, 0.9, 0.95):
@@ -268,8 +267,7 @@ def test_nesterov_momentum():
 
 @pytest.mark.parametrize("shape", [(9, 4), (4, 9), (6, 6)])
 def test_variance_reduction(shape):
-    """Fails if the mean square is taken along the wrong side, its memory is wrong, or the norm is not
-    kept."""
+    """Fails if the mean square is along the wrong axis, its decay is wrong, or the norm is not kept."""
     rng = np.random.default_rng(0)
     second = torch.zeros((2, shape[0], 1) if shape[0] >= shape[1] else (2, 1, shape[1]))
     states = [{}, {}]
@@ -308,14 +306,14 @@ DECAYS = [
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("mode, decay", DECAYS)
 def test_decay_modes_of_any_sign(trainer, mode, decay):
-    """Fails if a decay mode takes off something else, or a negative decay is clamped to zero."""
+    """Fails if a decay mode removes the wrong part, or a negative decay is clamped to zero."""
     extra = {} if trainer is train_gpt else {"ORD_MODE": "off"}
     o = optimizer_settings(trainer, MUON_DECAY_MODE=mode, MUON_WEIGHT_DECAY=decay, **extra)
     _, _, ref, _ = compare_steps(trainer, o, steps=4)
     without = optimizer_settings(trainer, MUON_DECAY_MODE="none", **extra)
     _, _, plain, _ = compare_steps(trainer, without, steps=4)
     difference = max(np.abs(ref[n] - plain[n]).max() for n in ref)
-    assert (difference > 1e-3) == (mode != "none" and decay != 0)  # the test can tell them apart
+    assert (difference > 1e-3) == (mode != "none" and decay != 0)  # the test can distinguish them
 
 
 ORD_ARMS = (
@@ -346,8 +344,7 @@ ORD_ARMS = (
 
 @pytest.mark.parametrize("arm", ORD_ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
 def test_steps_of_ord(arm):
-    """Fails if any ORD mode, in any combination with its settings, computes another update than its
-    formula."""
+    """Fails if any ORD mode, with any combination of its settings, does not compute its formula."""
     strong = 0.1 if "SPECTRAL_VARIANCE" in arm else 0.7
     o = optimizer_settings(ord_gpt, SPECTRAL_LR_MUL=strong, **arm)
     steps = 56 if arm.get("SPECTRAL_SCHEDULE") == "adaptive" else 5
@@ -374,8 +371,7 @@ def test_steps_of_ord_with_other_settings(extra):
 
 @pytest.mark.parametrize("mode, decay", [("both", 0.2), ("update", -0.2), ("param", 0.2), ("cautious", 30)])
 def test_decay_comes_after_the_rescaling(mode, decay):
-    """Fails if rescaling undoes the decay, or the decay's mask is taken from something other than the
-    update."""
+    """Fails if rescaling undoes the decay, or the decay's mask is not taken from the update."""
     o = optimizer_settings(
         ord_gpt,
         ORD_MODE="post",
@@ -391,7 +387,7 @@ def test_decay_comes_after_the_rescaling(mode, decay):
 
 
 def run_steps(trainer, o, weights, grads, measure=True):
-    """The weights after some steps, and the optimizer."""
+    """Run some steps; return the weights and the optimizer."""
     model = Params(weights)
     optimizer = make_optimizer(trainer, model, o)
     for step, g in enumerate(grads):
@@ -424,8 +420,7 @@ def assert_bit_equal(a, b):
     ids=lambda arm: "-".join(map(str, arm.values())),
 )
 def test_ord_of_no_strength_is_train_gpt_to_the_last_bit(arm, optimizer, decay):
-    """Fails if the control arm is not the baseline: a rounding more would make every comparison a new
-    seed."""
+    """Fails if the control arm is not bit-identical to the baseline: a rounding would act like a new seed."""
     weights = start_weights()
     grads = some_grads(weights, 6)
     shared = dict(OPTIMIZER=optimizer, MUON_DECAY_MODE=decay[0], MUON_WEIGHT_DECAY=decay[1])
@@ -456,8 +451,8 @@ def test_post_of_no_strength_with_rescaling_keeps_the_norm(rho_mode, axes):
 
 @pytest.mark.parametrize("lr_mul, sign", [(1.0, 1), (1.0, -1), (400.0, 1)])
 def test_post_rescaled_has_the_norm_that_was_asked_for(lr_mul, sign):
-    """Fails if the norm is not ||W|| (1 - lr s r), or a step that asks for more than all of it (the last
-    case) turns the matrix round in place of leaving a thousandth."""
+    """Fails if the norm is not ||W|| (1 - lr s r), or a step that would remove more than all of it (the last
+    case) reverses the matrix instead of leaving a thousandth."""
     w = start_weights(shapes={"blocks.0.attn.q": (8, 8)})
     o = optimizer_settings(
         ord_gpt,
@@ -486,8 +481,8 @@ UNIT_ARMS = [arm for arm in ORD_ARMS if arm.get("SPECTRAL_SCALE") == "unit"]
 
 @pytest.mark.parametrize("arm", UNIT_ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
 def test_unit_does_not_see_the_gradients_size(arm):
-    """Fails if a gradient 1024 times as large changes one bit of the weights. (Gradients are of norm above 32
-    here: below that, the 1e-6 that the polar factor adds to the norm is seen by fp32.)"""
+    """Fails if a gradient 1024 times as large changes any bit of the weights. (Gradient norms are above 32
+    here: below that, fp32 resolves the 1e-6 that the polar factor adds to the norm.)"""
     weights = start_weights()
     steps = 54 if arm["SPECTRAL_SCHEDULE"] == "adaptive" else 6
     grads = [{n: 64 * g for n, g in step.items()} for step in some_grads(weights, steps)]
@@ -499,7 +494,7 @@ def test_unit_does_not_see_the_gradients_size(arm):
 @pytest.mark.parametrize("size, same", [(1e-3, 1e-3), (1e3, 1e-5), (1e6, 1e-5)])
 def test_unit_at_any_size_and_raw_at_none(size, same):
     """Fails if `unit` depends on the gradient's size beyond rounding and the polar factor's 1e-6, or `raw`
-    does not (then the two settings would be one)."""
+    does not."""
     weights = start_weights()
     grads = some_grads(weights, 5)
     scaled = [{n: np.float32(size) * g for n, g in step.items()} for step in grads]
@@ -522,8 +517,8 @@ ZERO_ARMS = [*ORD_ARMS, dict(ORD_MODE="interpolate", MUON_DECAY_MODE="both", MUO
     ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "",
 )
 def test_matrices_that_start_at_zero_move(trainer, arm):
-    """Fails if a division by ||W|| = 0 or ||G|| = 0 gives a NaN, or a mode holds a zero matrix at zero. The
-    gradient is nothing at step 0, nothing in the first matrix at step 1, then constant."""
+    """Fails if a division by ||W|| = 0 or ||G|| = 0 gives a NaN, or a mode keeps a zero matrix at zero. The
+    gradient is zero at step 0, zero in the first matrix at step 1, then constant."""
     weights = {n: 0 * w for n, w in start_weights().items()}
     weights["blocks.0.attn.q"] = start_weights()["blocks.0.attn.q"]
     full = some_grads(start_weights(), 1)[0]
@@ -541,8 +536,8 @@ def test_matrices_that_start_at_zero_move(trainer, arm):
 
 @pytest.mark.parametrize("rescale", [0, 1])
 def test_a_zero_matrix_grows_in_post_until_it_has_a_size(rescale):
-    """Fails if a matrix that starts at zero stays small for ever because radial updates are taken from it:
-    under the floor, a post update of no radial part is NorMuon's."""
+    """Fails if a matrix that starts at zero stays small because its radial updates are removed: below the
+    floor, a post update without radial part is NorMuon's."""
     shapes = {"blocks.0.mlp.down": (16, 4)}
     weights = {n: np.zeros(s, np.float32) for n, s in shapes.items()}
     grads = some_grads(start_weights(shapes=shapes), 1) * 60
@@ -575,8 +570,8 @@ def six_matrices():
     ],
 )
 def test_shards_of_any_rank_equal_those_of_one_rank_and_padding_stays_zero(trainer, arm):
-    """Fails if a rank updates another's matrices or with another's rate, or the padding that makes six
-    matrices eight (four ranks) becomes anything but zero, which would leak into norms and checkpoints."""
+    """Fails if a rank updates another's matrices or uses another's rate, or the padding of six matrices to
+    eight (four ranks) becomes nonzero, which would leak into norms and checkpoints."""
     weights = start_weights(shapes=six_matrices())
     grads = some_grads(weights, 4)
     o = optimizer_settings(trainer, **arm)
@@ -598,8 +593,8 @@ def test_shards_of_any_rank_equal_those_of_one_rank_and_padding_stays_zero(train
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_shards_of_a_big_table_equal_those_of_one_rank(trainer):
-    """Fails if a rank of four updates another's part of a table, or small parameters not at all. Four ranks
-    can share 65537 numbers only with padding."""
+    """Fails if one of four ranks updates another's part of a table, or skips small parameters. 65537 entries
+    need padding on four ranks."""
     shapes = {"ngram_table": (65537, 1), "smear_gate": (12,), "blocks.0.attn.attn_gate": (2, 12)}
     weights = start_weights(shapes=shapes)
     grads = some_grads(weights, 4)
@@ -622,8 +617,7 @@ def test_shards_of_a_big_table_equal_those_of_one_rank(trainer):
 
 
 def test_masters_of_bfloat16_and_mantissa_keep_every_bit():
-    """Fails if a master loses a bit on its way through bfloat16 and int16: a sign, a carry, a special
-    value."""
+    """Fails if a master loses a bit in bfloat16 and int16: a sign, a carry, a special value."""
     special = torch.tensor(
         [
             0.0,
@@ -674,7 +668,7 @@ def test_many_steps_on_bfloat16_weights_equal_steps_on_fp32_masters(trainer, arm
     optimizers = [make_optimizer(trainer, m, o) for m in models]
     for step, grads in zip(range(60), random_grads(weights, 0)):
         for model, optimizer in zip(models, optimizers):
-            if step % 2 == 0:  # Adam adds up two steps' gradients in bfloat16, which is not the point here
+            if step % 2 == 0:  # Adam sums two steps' gradients in bfloat16, which is not tested here
                 model.add_grads({n: torch.tensor(g).bfloat16() for n, g in grads.items()})
             optimizer.step(step, 0.01, 2048, False)
     for exact, half in zip(*(optimizer.buckets for optimizer in optimizers)):
@@ -702,8 +696,8 @@ def assert_close_weights(a, b, tolerance=2e-6):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_adam_without_decay_is_torchs(trainer):
-    """Fails if bias correction or a beta differs, or Adam moves on even steps, or does not add up the
-    gradients of two steps. The skip gate: lr 0.008 x 0.05, betas 0.9 and 0.99, no decay."""
+    """Fails if bias correction or a beta is wrong, or Adam moves on even steps or does not sum two steps'
+    gradients. The skip gate: lr 0.008 x 0.05, betas 0.9 and 0.99, no decay."""
     weights = start_weights(shapes={"skip_gate": (12,)})
     grads = some_grads(weights, 20)
     model = Params(weights)
@@ -722,8 +716,8 @@ def test_adam_without_decay_is_torchs(trainer):
 @pytest.mark.parametrize("size", [1, 1e-10, 0], ids=["usual", "near eps", "unseen"])
 @pytest.mark.parametrize("warmup", [0, 15])
 def test_adam_equals_its_formula_in_float64(trainer, size, warmup):
-    """Fails if eps is added after the bias correction, as torch does, or where no gradient has come weights
-    decay, or the betas do not rise with BETA_WARMUP_STEPS. A gate and a table, of decay 1 and 5."""
+    """Fails if eps is added after the bias correction, as in torch, weights without gradient decay, or the
+    betas do not rise with BETA_WARMUP_STEPS. A gate and a table, with decay 1 and 5."""
     weights = start_weights(shapes={"blocks.0.attn.attn_gate": (4, 12), "ngram_table": (4, 3)}, scale=2)
     grads = [{n: np.float32(size) * g for n, g in step.items()} for step in some_grads(weights, 20)]
     model = Params(weights)
@@ -742,8 +736,7 @@ def test_adam_equals_its_formula_in_float64(trainer, size, warmup):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_matrices_under_adamw_are_torchs_adamw(trainer):
-    """Fails if OPTIMIZER=adamw, the arm that Muon is compared with, is not AdamW with decoupled decay every
-    step."""
+    """Fails if OPTIMIZER=adamw, Muon's control arm, is not AdamW with decoupled decay at every step."""
     extra = {} if trainer is train_gpt else {"ORD_MODE": "off"}
     o = optimizer_settings(trainer, OPTIMIZER="adamw", ADAM_MATRIX_LR=0.003, ADAM_MATRIX_DECAY=0.3, **extra)
     weights = start_weights()
@@ -778,8 +771,8 @@ def facts_of(name):
 
 
 class RefAdam:
-    """One parameter: bias-corrected Adam on odd steps, eps before the correction, strictly cautious decay
-    lr * lr * 0.005 * wd_mul; 0.5 here, where 0.005 is too little to be seen."""
+    """Adam for one parameter: bias-corrected, on odd steps, eps before the correction, strictly cautious
+    decay lr * lr * 0.005 * wd_mul; 0.5 here, as 0.005 is too small to detect."""
 
     def __init__(self, name, value):
         (self.lr, self.wd, self.b1, self.b2), self.W = facts_of(name), value
@@ -800,8 +793,8 @@ class RefAdam:
 
 
 def test_every_adam_group_of_the_model_follows_the_table():
-    """Fails if a parameter has another group's rate, decay or betas, is updated on even steps, decays where
-    it is never seen, or if untying does not hand the head's weights and Adam state to the embedding."""
+    """Fails if a parameter has another group's rate, decay or betas, is updated on even steps, or decays
+    without gradient; or if untying does not copy the head's weights and Adam state to the embedding."""
     model = small_model(train_gpt)
     rng = np.random.default_rng(0)
     for p in model.parameters():
@@ -854,8 +847,8 @@ def test_gradient_clipping_holds_the_norm_of_the_mean_loss():
 
 @pytest.mark.parametrize("trainer", [train_gpt, ord_gpt])
 def test_the_logged_norm_is_that_of_the_mean_loss(trainer):
-    """Fails if grad_norm has the loss's scale or the batch in it, leaves out what moves, counts what waits,
-    or is another one than GRAD_CLIP's; or if a step that no validation follows takes it."""
+    """Fails if grad_norm depends on the loss's scale or the batch, omits parameters that move, counts those
+    that wait, or is not GRAD_CLIP's; or if a step before no validation computes it."""
     weights = start_weights(shapes={"head": (6, 4), "blocks.0.attn.q": (8, 8), "blocks.0.mlp.up": (12, 8)})
     model = Params(weights)
     optimizer = make_optimizer(trainer, model, optimizer_settings(trainer))
@@ -884,8 +877,7 @@ def test_the_logged_norm_is_that_of_the_mean_loss(trainer):
 
 
 def test_logged_numbers_of_ord_are_those_of_the_step():
-    """Fails if the log shows |rho| for rho, mixes layers or kinds, or measures another thing than it
-    names."""
+    """Fails if the log shows |rho| for rho, mixes layers or kinds, or mislabels a measurement."""
     shapes = {
         f"blocks.{i}.{n}": s
         for i in (0, 1)
@@ -916,7 +908,7 @@ def test_logged_numbers_of_ord_are_those_of_the_step():
 
 
 def losses_of_run(trainer, folder, steps=12, **env):
-    """Validation losses of a short run in this process, the first before any step."""
+    """Return the validation losses of a short run in this process, the first before any step."""
     if not (folder / "train.bin").exists():
         write_shard(folder / "train.bin", make_text(30_000, 1))
         write_shard(folder / "val.bin", make_text(4_000, 2))
@@ -961,7 +953,7 @@ def test_runs_of_a_thousandfold_loss_agree_in_unit_and_not_in_raw(tmp_path, monk
 
 
 def test_run_of_no_strength_is_train_gpts_to_the_last_bit(tmp_path):
-    """Fails if a=0 or post (1, 1) trains anything else than the baseline, in a whole run."""
+    """Fails if a=0 or post (1, 1) differs from the baseline in a whole run."""
     base = losses_of_run(train_gpt, tmp_path)
     for arm in (dict(SPECTRAL_LR_MUL=0), dict(ORD_MODE="post"), dict(ORD_MODE="off")):
         assert (losses_of_run(ord_gpt, tmp_path, **arm) == base).all()

@@ -1,6 +1,6 @@
-"""A GPU that compiles and does not run: after install(90), every `kernel[grid](cpu_tensors)` is compiled for
-Hopper exactly as its launch would be (types, divisibility and constants specialised alike) and then not
-launched. So a test may call the project's own wrappers and read what the compiler made of each launch.
+"""Compile Triton kernels without a GPU: after install(90), every `kernel[grid](cpu_tensors)` is compiled for
+Hopper exactly as for a launch (types, divisibility and constants specialised alike), but not launched. A test
+can call the project's own wrappers and inspect the compiled kernel of each launch.
 """
 
 import re
@@ -12,13 +12,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-# bytes a block may have; nothing checks it
+# shared bytes per block; nothing here enforces it
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-MAX_REGISTERS = 65_536  # of a multiprocessor
+MAX_REGISTERS = 65_536  # per multiprocessor
 
 
 class NoLaunch:
-    """Stand-in for the C function that launches."""
+    """Stand-in for the C launch function."""
 
     launch_cooperative_grid = False
 
@@ -30,7 +30,7 @@ class NoLaunch:
 
 
 class Utils:
-    """Answers to what the compiler asks the device."""
+    """Device properties that the compiler asks for."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -74,28 +74,28 @@ def install(arch: int):
 
 
 def launches(kernel) -> list:
-    """The compiled variants of one @triton.jit function."""
+    """Compiled variants of one @triton.jit function."""
     return list(kernel.device_caches[0][0].values())
 
 
 def assembler(arch: int) -> str:
-    """Path of the ptxas that Triton takes; it has another one for Blackwell."""
+    """Path of the ptxas that Triton uses, which differs for Blackwell."""
     return (triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas).path
 
 
 def stack_pointer_reads(cubin: str) -> list[str]:
-    """Shifts, masks, selections of bytes and casts to float8 that read R1, the stack pointer.
+    """Find shifts, masks, byte selections and float8 casts that read R1, the stack pointer.
 
-    ptxas 12.8 puts R1 where it has lost a value.
+    ptxas 12.8 writes R1 where it has lost a value.
     """
-    command = [triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin]  # no flow of data: half the time
+    command = [triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin]  # no data flow: half the time
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return re.findall(r"(?:LOP3|PRMT|SHF|F2FP)\S* R\d+,.*\bR1\b.*?;", said)
 
 
 def read_resources(compiled) -> dict:
-    """Registers, spilled bytes and stack a thread, shared bytes a block, and which instructions multiply and
-    copy; from ptxas and the PTX."""
+    """Report registers, spills and stack per thread, shared bytes per block, and counts of matrix and copy
+    instructions, from ptxas and the PTX."""
     arch = compiled.metadata.target.arch
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")

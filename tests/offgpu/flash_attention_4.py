@@ -1,9 +1,8 @@
-"""FlashAttention-4 as torch calls it, compiled for a GPU that is not here: windows, documents, backward.
+"""Compile FlashAttention-4 as torch calls it, without a GPU: windows, documents, backward.
 
     python tests/offgpu/flash_attention_4.py sm_90   # sm_100; needs requirements-gpu.txt; nothing runs
 
-One line for each kind of heads; an error if this version of the package does not take or give what torch
-expects.
+Prints one line per kind of heads; fails if this version of the package does not match torch's calls.
 """
 
 import os
@@ -20,7 +19,7 @@ TOKENS, LONGEST, HEADS, WINDOW, SCALE = 1024, 800, 6, (384, 0), 0.1
 
 
 def compile_both_ways(head_dim: int, kv_heads: int):
-    """Forward and backward of one kind of heads, by torch's own calls of the package."""
+    """Compile forward and backward of one kind of heads through torch's own calls."""
     heads = (HEADS, kv_heads, kv_heads, HEADS)
     shapes = [(TOKENS, n, head_dim) for n in heads]
     q, k, v, grad = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes)

@@ -1,12 +1,12 @@
-"""Triton's interpreter, made right for bfloat16 and float8: import before any kernel is defined.
+"""Fix Triton's interpreter for bfloat16 and float8: import before any kernel is defined.
 
     TRITON_INTERPRET=1 python -c "import interpreter, kernels.cuda"
 
-The interpreter of triton 3.7 holds a bfloat16 as its bits in a uint16 and a float8 as those in a uint8, and
-hands these integers to numpy: products and sums of them are silently wrong, and casts cut digits off. Here
-every operation on such a value widens to fp32, computes, and rounds to nearest even; float8 saturates, as
-the hardware's conversion does. Not covered, because no kernel uses it: inline assembly, libdevice, atomics.
-test_triton_interpreter.py first tests this file itself. May go when the interpreter does this itself.
+The interpreter of triton 3.7 stores the bits of bfloat16 in uint16 and of float8 in uint8, and hands these
+integers to numpy: sums and products are silently wrong, and casts truncate. Here every operation on such a
+value widens to fp32, computes, and rounds to nearest even; float8 saturates, like the hardware's conversion.
+Not covered, because no kernel uses them: inline assembly, libdevice, atomics. numerics.py first tests this
+file itself. Delete it when Triton does this.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
 
 NARROW = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
-CARRIERS = {1: torch.uint8, 2: torch.uint16}  # of their bits
+CARRIERS = {1: torch.uint8, 2: torch.uint16}  # types that hold their bits
 
 
 def is_narrow(*types) -> bool:
@@ -27,7 +27,7 @@ def is_narrow(*types) -> bool:
 
 
 def widen(handle: TensorHandle) -> TensorHandle:
-    """The same numbers in fp32; other types as they are."""
+    """Return narrow numbers in fp32, other types unchanged."""
     if not is_narrow(handle.dtype):
         return handle
     raw = torch.from_numpy(np.array(handle.data, order="C"))
@@ -35,7 +35,7 @@ def widen(handle: TensorHandle) -> TensorHandle:
 
 
 def narrow(values: np.ndarray, to: tl.dtype) -> TensorHandle:
-    """Numbers in type `to`, rounded to nearest even."""
+    """Round numbers to type `to`, to nearest even."""
     if not is_narrow(to):
         return TensorHandle(values.astype(_get_np_dtype(to)), to.scalar)
     dtype = NARROW[to.scalar]
@@ -46,9 +46,9 @@ def narrow(values: np.ndarray, to: tl.dtype) -> TensorHandle:
 
 
 def mend_arithmetic(name: str, num_operands: int):
-    """Make one method of the interpreter compute in fp32; the result has the type of its first number."""
+    """Make a method of the interpreter compute in fp32; the result has the type of its first number."""
     original = getattr(InterpreterBuilder, name)
-    numbers_from = 1 if name == "ternary_op" else 0  # that is where(condition, x, y)
+    numbers_from = 1 if name == "ternary_op" else 0  # where(condition, x, y)
 
     def mended(self, *args):
         operands, rest = args[:num_operands], args[num_operands:]
@@ -82,7 +82,7 @@ original_patch = interpreter._patch_lang_tensor
 
 
 def patch_tensor(tensor, scope):
-    """A tensor of one element as an index: triton 3.6 hands numpy 2.4 an array that it does not take."""
+    """Let a one-element tensor be an index: triton 3.6 returns an array, which numpy 2.4 refuses."""
     original_patch(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 

@@ -1,16 +1,16 @@
-"""Compile the kernel launches that the trainers make, without a GPU; print what came of it.
+"""Compile the trainers' kernel launches without a GPU; print each one's resources.
 
     PYTHONPATH=.:tests python tests/offgpu/launches.py 90             # 80 (no float8), 89; JSON on stdout
     PYTHONPATH=.:tests python tests/offgpu/launches.py 90 everything  # other presets and settings; minutes
 
-The trainers' own model and optimizer call the kernels here, on CPU tensors of the presets' widths. Fewer
-layers and tokens change the grid of a launch, not its code, which depends on sizes only through their
-divisibility by 16, on strides of 1 and on the columns of a matrix (apply_kernel). No kernel runs and no
-product is computed: values mean nothing.
+The trainers' own model and optimizer call the kernels, on CPU tensors of the presets' widths. Fewer layers
+and tokens change a launch's grid, not its code, which depends only on divisibility of sizes by 16, strides
+of 1 and the columns of a matrix (apply_kernel). No kernel runs and no product is computed, so values are
+meaningless.
 
-Always: a step of gpt2-small with either twin. On sm_90 also what its defaults do not launch: the wide
-matrices of dense-88m (keys and values, 256 x 512), every MUON_DECAY_MODE, OPTIMIZER=muon. Everything: steps
-of gpt2-medium and dense-88m, the settings on all shapes of gpt2-small and dense-88m, the shapes of all
+Always: a step of gpt2-small with each twin. On sm_90 also what its defaults do not launch: the wide matrices
+of dense-88m (keys and values, 256 x 512), every MUON_DECAY_MODE, OPTIMIZER=muon. `everything` adds steps of
+gpt2-medium and dense-88m, all settings on all shapes of gpt2-small and dense-88m, and the shapes of all
 presets.
 """
 
@@ -32,11 +32,11 @@ from runtime.flops import matrix_shapes
 
 SLICES, TOKENS = 8, 32  # 16,384 to 49,152 tokens a slice in gpt2-small
 PREDICTED = (1, 2, 3)  # tokens, by stage
-DECAY_MODES = ("none", "param", "update", "both")  # beside cautious, the default
+DECAY_MODES = ("none", "param", "update", "both")  # besides cautious, the default
 
 
 class NoProducts(TorchDispatchMode):
-    """torch's matrix products return memory of the right shape: a CPU would take minutes over them."""
+    """Replace torch's matrix products by empty results of their shape; a CPU would take minutes."""
 
     PRODUCTS = {getattr(torch.ops.aten, n).default for n in ("mm", "bmm", "addmm", "baddbmm", "_scaled_mm")}
 
@@ -48,7 +48,7 @@ class NoProducts(TorchDispatchMode):
 
 
 def train_step(trainer, float8: bool, preset: str = "gpt2-small"):
-    """Forward, backward and update."""
+    """Run forward, backward and update."""
     model = trainer.GPT(helpers.shortened(preset), GPT2_VOCABULARY, "sdpa")
     model.float8_head = float8
     model.init_weights(torch.Generator().manual_seed(0))
@@ -85,7 +85,7 @@ def shapes_of(preset: str):
 
 
 def other_settings():
-    """Launch what gpt2-small's defaults do not, a few of each: one twin, and whichever shape differs."""
+    """Launch a few examples of what gpt2-small's defaults do not: other shapes and settings, on one twin."""
     tall, wide = (768, 768), (256, 512)
     muon_step(train_gpt_muon_ord, [wide])
     for mode in DECAY_MODES:
@@ -112,7 +112,7 @@ def everything(float8: bool):
 
 
 def constants(compiled) -> dict:
-    """Constants of a kernel, by name, as the launch gave them; without those that it always has."""
+    """Constants that the launch gave the kernel, by name, without block sizes."""
     source = compiled.src
     return {
         source.fn.arg_names[at]: value
@@ -124,7 +124,7 @@ def constants(compiled) -> dict:
 def main(arch: int, all_of_it: bool):
     compile_only.install(arch)
     for trainer in (train_gpt, train_gpt_muon_ord):
-        trainer.POLAR_COEFFICIENTS = trainer.POLAR_COEFFICIENTS[:1]  # all steps launch the same
+        trainer.POLAR_COEFFICIENTS = trainer.POLAR_COEFFICIENTS[:1]  # all steps launch the same kernels
     with NoProducts():
         train_step(train_gpt, float8=False)
         train_step(train_gpt_muon_ord, float8=arch >= 89)

@@ -1,14 +1,13 @@
 """Every kernel against its plain-torch reference, in Triton's interpreter or on a GPU.
 
     python tests/offgpu/numerics.py                  # interpreted, on the CPU; pytest's options may follow
-    python tests/offgpu/numerics.py --device cuda    # compiled, on the GPU that is there
+    python tests/offgpu/numerics.py --device cuda    # compiled, on this machine's GPU
 
-test_triton_interpreter.py runs this file with pytest in a process of its own: interpreter and compiler do not
-mix, so the device is chosen (NUMERICS_DEVICE) before kernels are defined. All tensors are made on it. The
-same bounds hold on both but where a comment says otherwise. All of it has passed on an H100, compiled by
-triton 3.6.
-NUMERICS_SIZES=real takes gpt2-small's shapes in place of small ones, for benchmarks/first_hour.py on a GPU;
-`first` takes the first of the small ones alone, for its dry run.
+test_triton_interpreter.py runs this file in its own process: interpreter and compiler do not mix, so the
+device (NUMERICS_DEVICE) is chosen before kernels are defined. All tensors are made on it. The same bounds
+hold on both unless a comment says otherwise. All tests passed on an H100, compiled by triton 3.6.
+NUMERICS_SIZES=real uses gpt2-small's shapes instead of small ones, for benchmarks/first_hour.py on a GPU;
+`first` uses only the first of the small ones, for its dry run.
 """
 
 # ruff: noqa: E402  the device is chosen before triton is imported
@@ -27,11 +26,11 @@ if __name__ == "__main__":
 
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", str(Path(__file__).resolve()), *rest]))
 
-# first_hour.py may be started anywhere
+# first_hour.py may run from any folder
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 DEVICE = os.environ.get("NUMERICS_DEVICE", "cpu")
 if DEVICE == "cpu":
-    import interpreter  # noqa: F401  (it must be there before kernels are defined)
+    import interpreter  # noqa: F401  (before kernels are defined)
 import helpers
 import numpy as np
 import pytest
@@ -47,7 +46,7 @@ if DEVICE == "cuda" and not torch.cuda.is_available():
     raise pytest.UsageError("--device cuda, but torch finds no CUDA device here")
 torch.set_default_device(DEVICE)
 ON_GPU = DEVICE == "cuda"
-# (architecture, shared memory) that the MLP may be told of; a GPU takes those of its own kind and before
+# (architecture, shared memory) to test the MLP with; a GPU takes those up to its own
 LIMITS = [(90, 232_448), (80, 166_912), (89, 101_376)]
 if ON_GPU:
     LIMITS = [x for x in LIMITS if x[0] <= cuda.gpu_limits()[0] and x[1] <= cuda.gpu_limits()[1]]
@@ -57,12 +56,12 @@ REAL = SIZES == "real"
 
 
 def sized(small: list, real: list) -> list:
-    """Shapes to check, by NUMERICS_SIZES."""
+    """Shapes to check under NUMERICS_SIZES."""
     return {"small": small, "first": small[:1], "real": real}[SIZES]
 
 
 SOFTCAP = (23.0, 5.0, 7.5)
-BF16_STEP = 2.0**-7  # between neighbours, relative: a sum in another order may round to the next
+BF16_STEP = 2.0**-7  # relative gap of neighbours: a sum in another order may round to the next one
 
 
 def draw(*shape, seed=0, dtype=torch.bfloat16, scale=1.0):
@@ -78,7 +77,7 @@ def draw_tokens(below, *shape, seed=0):
 def assert_close(got, want, rtol=BF16_STEP, atol=1e-6):
     """Assert equality within rtol of the value or, where terms cancel, of the root mean square of all."""
     assert got.dtype == want.dtype
-    wide = torch.float64 if got.numel() < 2**27 else torch.float32  # or nothing else would fit beside them
+    wide = torch.float64 if got.numel() < 2**27 else torch.float32  # else memory runs out
     got, want = got.to(wide), want.to(wide)
     floor = atol + 0.1 * rtol * want.square().mean().sqrt()
     wrong = (got - want).abs() > rtol * want.abs() + floor
@@ -87,8 +86,8 @@ def assert_close(got, want, rtol=BF16_STEP, atol=1e-6):
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs():
-    """New memory holds NaN (of integers, the largest), so that a place that no kernel writes is found."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # with it torch fills what torch.empty returns
+    """Fill new memory with NaN (integers: their maximum), to find elements that no kernel writes."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch.empty do so
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -111,10 +110,10 @@ def arithmetic_kernel(x, y, dots, sums, casts, N: tl.constexpr):
     tl.store(casts + at, (a * 1000).to(casts.dtype.element_ty))
 
 
-@pytest.mark.skipif(ON_GPU, reason="of the interpreter")
+@pytest.mark.skipif(ON_GPU, reason="tests the interpreter")
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_interpreter_computes_in_the_narrow_types(dtype):
-    """The stock interpreter multiplies bfloat16's bits as integers; what follows would be worth nothing."""
+    """The stock interpreter multiplies bfloat16's bits as integers, so no later test would mean anything."""
     x, y = draw(16, 16), draw(16, 16, seed=1)
     dots, sums, casts = torch.empty(16, 16), torch.empty_like(x), torch.empty(16, 16, dtype=dtype)
     arithmetic_kernel[1,](x, y, dots, sums, casts, N=16)
@@ -160,9 +159,9 @@ def test_gram_polynomial(N, size):
     "M, C, F", sized([(130, 64, 256), (1200, 64, 512), (1, 128, 256)], [(65_536, 768, 3072)])
 )
 def test_mlp(M, C, F, limits, monkeypatch):
-    """Values and all three gradients against fp32 on the same bfloat16 numbers; a few roundings between."""
+    """Output and all three gradients, within a few roundings of fp32 on the same bfloat16 numbers."""
     monkeypatch.setattr(cuda, "gpu_limits", lambda: limits)
-    if not REAL:  # so that each has several blocks
+    if not REAL:  # so that each processor has several blocks
         monkeypatch.setattr(cuda, "num_multiprocessors", lambda device: 3)
     shapes = ((M, C), (F, C), (F, C))
     inputs = [draw(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
@@ -198,8 +197,8 @@ def test_mlp_says_which_widths_it_takes():
 
 @pytest.mark.parametrize("shape", sized([(128, 128), (130, 70), (7, 300)], [(65_536, 768), (50_304, 768)]))
 def test_quantize(shape):
-    """Bit for bit; among the numbers are some beyond the clamp. A GPU's division by the scale may be off in
-    the last place of fp32, so a few numbers on the edge may fall to the neighbour, an eighth away."""
+    """Bit-identical on the CPU, clamped numbers included. A GPU's division by the scale may be off by one ulp
+    of fp32, so a few numbers at an edge may round to the neighbour, an eighth away."""
     x = draw(*shape, scale=30)
     for a, b in zip(cuda.quantize(x, 0.1), cuda.quantize_reference(x, 0.1)):
         same = a.view(torch.uint8) == b.view(torch.uint8)
@@ -227,14 +226,14 @@ def loss_case(B, T, V, K, scale=3.0):
 
 
 def with_prefixes(targets, weights, V):
-    """(weights with that of prefixes, prefixes of which some are missing)."""
+    """Return (weights, the prefixes' last; prefixes, some missing)."""
     drawn = draw_tokens(2 * V, *targets.shape, seed=7) - V
     drawn[0, 0], drawn[-1, -1] = V - 1, 0
     return torch.cat((weights, torch.tensor([0.2]))), drawn.clamp_min(-1)
 
 
 def slices(targets, prefix):
-    """(rows, targets, prefixes) of each slice. References hold ten fp32 tensors as large as the logits."""
+    """List (rows, targets, prefixes) of each slice. References hold ten fp32 tensors of the logits' size."""
     B, T = targets.shape
     own = [slice(b, b + 1) for b in range(B)]
     return [
@@ -252,7 +251,7 @@ LOGITS = [(4, 16_384, 50_304, 3), (1, 16_384, 50_304, 2), (1, 16_384, 50_304, 1)
     "B, T, V, K", sized([(2, 19, 2176, 2), (1, 5, 128, 1), (3, 7, 4099, 3), (4, 2, 50, 3)], LOGITS)
 )
 def test_softcapped_loss(B, T, V, K, prefixes):
-    """Forward against torch, backward against autograd of the same."""
+    """Forward against torch, backward against its autograd."""
     z, targets, weights = loss_case(B, T, V, K)
     weights, prefix = with_prefixes(targets, weights, V) if prefixes else (weights, None)
     factor = torch.tensor(0.25)
@@ -274,7 +273,7 @@ def test_softcapped_loss(B, T, V, K, prefixes):
 @pytest.mark.parametrize("prefixes", [False, True], ids=["", "prefixes"])
 @pytest.mark.parametrize("B, T, V, K", sized([(2, 67, 300, 2), (1, 5, 128, 1), (3, 7, 130, 3)], LOGITS))
 def test_softcapped_loss_backward_in_float8(B, T, V, K, prefixes):
-    """Neighbouring float8 numbers are a quarter apart; a value on the edge may fall to either side."""
+    """Neighbouring float8 numbers are a quarter apart; a value at an edge may round either way."""
     z, targets, weights = loss_case(B, T, V, K)
     weights, prefix = with_prefixes(targets, weights, V) if prefixes else (weights, None)
     lse, factor = cuda.softcapped_loss(z, targets, weights, *SOFTCAP, prefix)[2], torch.tensor(0.25)
@@ -319,7 +318,7 @@ def head_case(seed=0):
     "scales, error", [(None, 0.01), ((100 / 448, 6 / 448, 0.1 / 448), 0.12)], ids=["bfloat16", "float8"]
 )
 def test_head_loss(scales, error, prefixes):
-    """Values and gradients against fp32; float8 has three bits of mantissa forward and two backward."""
+    """Loss and gradients against fp32; float8 has three mantissa bits forward and two backward."""
     x, w, targets, weights = head_case()
     weights, prefix = with_prefixes(targets, weights, len(w)) if prefixes else (weights, None)
     exact = [p.detach().float().requires_grad_() for p in (x, w)]
@@ -335,7 +334,7 @@ def test_head_loss(scales, error, prefixes):
 
 
 def test_head_loss_in_float8_is_made_of_its_references():
-    """The same quantisation, products and loss step by step in plain torch give the same gradients."""
+    """Gradients equal those of the same quantisation, products and loss, step by step in plain torch."""
     x, w, targets, weights = head_case()
     scales = x_scale, w_scale, grad_scale = 100 / 448, 6 / 448, 0.1 / 448
     loss, _ = cuda.head_loss(x, w, targets, weights, SOFTCAP, scales)
@@ -358,7 +357,7 @@ def test_head_loss_in_float8_is_made_of_its_references():
 
 
 def tail_case(shape, seed=0):
-    """(grad, momentum, weight, mantissa) of N matrices; the last is zero, as the optimizer's padding is."""
+    """Draw (grad, momentum, weight, mantissa) of N matrices; the last is zero, like optimizer padding."""
     grad, momentum = draw(*shape, seed=seed), draw(*shape, seed=seed + 1, dtype=torch.float32)
     weight, mantissa = draw(*shape, seed=seed + 2, scale=0.1), draw(*shape, seed=seed + 3, scale=9e3).short()
     for x in (grad, momentum, weight, mantissa):
@@ -409,7 +408,7 @@ def test_row_scales(shape):
 @pytest.mark.parametrize("mode", ["cautious", "none", "param", "update", "both"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_apply_update(shape, mode):
-    """The fp32 masters: bits agree but where a product and a sum may be one rounding (FMA) or two."""
+    """Fails if an fp32 master differs by more than the rounding that an FMA saves."""
     N, R, K = shape
     _, _, weight, mantissa = tail_case(shape)
     U, scales = draw(*shape, seed=5), draw(*((N, R, 1) if R >= K else (N, 1, K)), dtype=torch.float32)
@@ -434,14 +433,14 @@ def test_apply_update(shape, mode):
 
 
 def head_and_mlp(mlp, x, head, targets, weights, scales):
-    """Loss and cross-entropy of x after an MLP."""
+    """Apply an MLP, then the head: (loss, cross-entropy)."""
     y = mlp(x, 1.0)
     return cuda.head_loss(y.flatten(0, 1), head, targets, weights, SOFTCAP, scales)
 
 
 @pytest.mark.parametrize("scales", [None, (100 / 448, 6 / 448, 0.1 / 448)], ids=["bfloat16", "float8"])
 def test_one_graph_holds_forward_and_backward(scales):
-    """fullgraph: dynamo traces through the autograd functions; the kernels are operations of the graph."""
+    """Fails if dynamo cannot trace the autograd functions as one graph, or the traced results differ."""
     mlp = train_gpt.MLP(helpers.small_config(train_gpt, width=64)).bfloat16()
     mlp.up.data, mlp.down.data = draw(256, 64, seed=1, scale=0.1), draw(256, 64, seed=2, scale=0.1)
     x, head = draw(2, 16, 64).requires_grad_(), draw(160, 64, seed=3, scale=0.1).requires_grad_()
@@ -463,7 +462,7 @@ def test_one_graph_holds_forward_and_backward(scales):
 
 
 def naive_attention(q, k, v, ends, window, scale):
-    """Softmax attention of (M, H, D) in fp32, a document at a time."""
+    """Softmax attention of (M, H, D) in fp32, one document at a time."""
     found = []
     for start, end in pairwise(ends):
         ours = [x[start:end].float().transpose(0, 1) for x in (q, k, v)]
@@ -477,7 +476,7 @@ def naive_attention(q, k, v, ends, window, scale):
 @pytest.mark.parametrize("window", sized([8, 24], [128, 384, 640, 896, 1408]))
 def test_attention(window, paired):
     """Output and gradients, in documents of up to 2,048 tokens, against a loop over the documents."""
-    torch.use_deterministic_algorithms(False)  # FlashAttention's backward pass would be another than a run's
+    torch.use_deterministic_algorithms(False)  # else FlashAttention's backward pass is not a run's
     M, H, D, longest = (65_536, 6, 128, 2048) if REAL else (96, 4, 16, 40)
     lengths = np.random.default_rng(0).integers(1, longest + 1, M)
     ends = np.union1d(np.minimum(np.cumsum([0, *lengths]), M), [M // 2])  # no document crosses slices
@@ -505,8 +504,8 @@ def test_attention(window, paired):
     "shape", sized([(1, 130, 130), (1, 100, 40), (2, 40, 70)], [(2, 768, 768), (2, 3072, 768)])
 )
 def test_polar_steps_give_the_polar_factor(shape):
-    """Fails if singular values are not near 1, or directions not those of an exact SVD, beyond what bfloat16
-    leaves of them."""
+    """Fails if singular values are not near 1, or directions not those of an exact SVD, within bfloat16's
+    precision."""
     U, _, Vh = torch.linalg.svd(draw(*shape, dtype=torch.float64), full_matrices=False)
     spectrum = torch.linspace(1, 0.05, U.shape[-1], dtype=torch.float64)
     X = U * spectrum @ Vh
@@ -531,7 +530,7 @@ ORD_CASES = [
 
 
 def twin_step(fused: bool, case, env, measure=True):
-    """One step of the twin on copies of a case: (masters, momentum, second moment, |rho|, stats)."""
+    """Step the twin on copies of a case: (masters, momentum, second moment, |rho|, stats)."""
     o = helpers.optimizer_settings(train_gpt_muon_ord, **env)
     step = train_gpt_muon_ord.step_ord
     if fused:
@@ -567,10 +566,10 @@ STEPS = sized([(2, 90, 48), (2, 40, 56)], SHAPES)
 @pytest.mark.parametrize("env", ORD_CASES, ids=lambda env: "-".join(env.values()) or "default")
 @pytest.mark.parametrize("shape", STEPS)
 def test_fused_step_is_the_plain_step(shape, env):
-    """Weights, states and measurements against the torch path, whose polar iterations in bfloat16 round
-    differently in places: the update agrees to 2%, everything that does not pass through it closely."""
+    """Weights, states and measurements against the torch path. Its bfloat16 polar iterations round
+    differently, so what depends on them agrees to 2%; the rest agrees closely."""
     case = tail_case(shape)
-    case[0].add_(case[2], alpha=3)  # else rho is all but zero
+    case[0].add_(case[2], alpha=3)  # else rho is almost zero
     want = twin_step(False, case, env)
     got = twin_step(True, case, env)
     before = cuda.master_reference(*case[2:])
@@ -586,7 +585,7 @@ def test_fused_step_is_the_plain_step(shape, env):
 @pytest.mark.parametrize("shape", STEPS)
 @pytest.mark.parametrize("env", [dict(SPECTRAL_LR_MUL="0"), dict(ORD_MODE="off")], ids=["a=0", "off"])
 def test_twins_with_kernels_agree_bit_for_bit(shape, env):
-    """SPECTRAL_LR_MUL=0 is NorMuon on a GPU too; and what is measured for the log changes no weight."""
+    """Fails if SPECTRAL_LR_MUL=0 is not NorMuon with kernels, or measuring for the log changes a weight."""
     case, scalar = tail_case(shape), train_gpt.scalar
     grad, momentum, weight, mantissa = copies(*case)
     N, R, K = shape
@@ -611,9 +610,9 @@ def test_twins_with_kernels_agree_bit_for_bit(shape, env):
 
 
 def model_of_every_feature(float8, dtype, backend="sdpa"):
-    """A GPT wide enough for the kernels, tables and matrices in dtype, as build_model makes it for CUDA."""
+    """GPT wide enough for the kernels, with tables and matrices in dtype, like build_model's on CUDA."""
     c = helpers.small_config(train_gpt, width=64, num_heads=4, head_dim=16, num_kv_heads=4)
-    with torch.device("cpu"):  # as the trainers draw it
+    with torch.device("cpu"):  # like the trainers
         model = train_gpt.GPT(train_gpt.ModelConfig() if REAL else c, VOCAB, backend)
         model.float8_head = float8
         model.init_weights(torch.Generator("cpu").manual_seed(0))
@@ -633,7 +632,7 @@ if REAL:
 
 
 def loss_and_grads(model):
-    """Loss, cross-entropy and gradients; those of everything small as one vector, as each alone is noise."""
+    """Return loss, cross-entropy and gradients; norms of small ones as one vector, since each is noisy."""
     tokens = draw_tokens(VOCAB, 2, ENDS[-1] // 2 + 1, seed=1)
     ends = torch.tensor(ENDS, dtype=torch.int32)
     batch = train_gpt.Batch(tokens[:, :-1].int(), tokens[:, 1:], ends, max(b - a for a, b in pairwise(ENDS)))
@@ -653,7 +652,7 @@ def loss_and_grads(model):
 
 @pytest.mark.parametrize("float8", [False, True], ids=["bfloat16", "float8"])
 def test_whole_model_with_kernels(float8):
-    """Loss and every gradient are as near to fp32's as plain torch's are in the same types."""
+    """Fails if the loss or a gradient is further from fp32's than plain torch's in the same types."""
     exact = loss_and_grads(model_of_every_feature(False, torch.float32))
     plain = loss_and_grads(model_of_every_feature(float8, torch.bfloat16))
     with helpers.triton_forms(train_gpt):

@@ -1,11 +1,11 @@
-"""A pretended H100 for a CPU build of torch: under FakeTensorMode the trainers, which then believe in a CUDA
-device, can be traced by torch.compile and compiled by inductor to sm_90 machine code. Nothing runs.
+"""Pretend that a CPU build of torch has an H100: under FakeTensorMode, torch.compile traces the trainers as
+on CUDA and inductor compiles them to sm_90 machine code. Nothing runs.
 
     import pretend_cuda   # before torch
 
-Private interfaces of torch 2.13, which requirements.txt pins. End the process with os._exit: torch's own
-shutdown would ask the device things that nobody can answer. Needs a C++ compiler; without one the process
-says SKIP and ends with 77.
+Uses private interfaces of torch 2.13, which requirements.txt pins. End the process with os._exit: torch's
+own shutdown would query the device. Needs a C++ compiler; without one the process prints SKIP and exits
+with 77.
 """
 
 # ruff: noqa: E402  torch is imported after the hooks
@@ -25,12 +25,11 @@ ARCH = 90
 
 
 class NoCompiler(RuntimeError):
-    """There is no C++ compiler, or it failed."""
+    """No C++ compiler, or it failed."""
 
 
 def build() -> Path:
-    """The hooks as a shared library, built once for each installation of torch: it names the folder of the
-    libraries that it needs, and another checkout's may be gone."""
+    """Build the hooks as a shared library, once per installation of torch, whose folder it is linked to."""
     source = HERE / "pretend_cuda.cpp"
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
     torch_version = (torch_folder / "version.py").read_bytes()
@@ -102,12 +101,12 @@ H100 = SimpleNamespace(
 
 
 def says(value):
-    """A function of its own that returns value: dynamo tells functions apart by identity."""
+    """Make a new function that returns value: dynamo tells functions apart by identity."""
     return lambda *args, **kwargs: value
 
 
 class Driver(compile_only.Driver):
-    """Triton's driver as inductor asks it, beside what a launch asks."""
+    """Triton driver with what inductor needs besides launches."""
 
     def get_device_interface(self):
         return torch.cuda
@@ -132,7 +131,7 @@ def install_driver():
 
 
 def pretend_torch_cuda():
-    """The Python side of torch.cuda, as dynamo and the trainers ask it."""
+    """Replace the Python side of torch.cuda that dynamo and the trainers use."""
     stream = SimpleNamespace(cuda_stream=0, device=torch.device("cuda:0"), stream_id=0)
     answers = dict(
         is_available=True,
@@ -155,7 +154,7 @@ def pretend_torch_cuda():
         setattr(torch.cuda, name, says(value))
     torch.cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
     torch.version.cuda = "13.0"
-    fake_tensor.init_gpu_context = says(None)  # a CUDA build allocates
+    fake_tensor.init_gpu_context = says(None)  # the original allocates on CUDA
     torch._C._cuda_getCurrentRawStream = says(0)
     for name, value in dict(
         exchange_device=0,
@@ -182,7 +181,7 @@ def pretend_inductor():
     import torch._inductor.runtime.triton_helpers as triton_helpers
     import torch._inductor.select_algorithm as select_algorithm
 
-    guards = torch._C._dynamo.guards  # generated code allocates by these
+    guards = torch._C._dynamo.guards  # generated code allocates with these
     guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="cuda"
     )
@@ -195,14 +194,14 @@ def pretend_inductor():
         for name in ("benchmark", "benchmark_gpu", "benchmark_many_gpu"):
             setattr(timer, name, says(1.0))
     inductor.use_static_cuda_launcher = inductor.joint_graph_constant_folding = False
-    inductor.compile_threads = 1  # worker processes would not pretend
+    inductor.compile_threads = 1  # worker processes would not be patched
     # no meta kernel for out=
     select_algorithm.extern_kernels._scaled_mm = lambda *args, out, **kwargs: out
 
 
 def fake_mode() -> FakeTensorMode:
-    """The mode in which everything is built and called."""
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(.., device="cuda") asks for memory of the device
+    """Return the mode in which everything is built and called."""
+    torch._C._set_only_lift_cpu_tensors(True)  # else torch.tensor(.., device="cuda") allocates on the device
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -213,8 +212,8 @@ install_driver()
 
 def on_device(trainer):
     """Make a trainer module buildable under fake_mode: parameters are moved one by one, because Module.to
-    wants to swap fake tensors, and initial values do not exist. (Hyperparameters do: a fake tensor made of
-    one number on the CPU keeps it, and generated code asks for it.)"""
+    tries to swap fake tensors, and have no initial values. Hyperparameters keep theirs, which generated code
+    reads: a fake tensor made from one number on the CPU stores it."""
 
     class OnDevice(trainer.GPT):
         def to(self, device):

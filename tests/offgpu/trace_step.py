@@ -1,18 +1,18 @@
-"""Trace, or compile for sm_90, what a train step of gpt2-small runs on a GPU; prints one line per part.
+"""Trace, or compile for sm_90, a train step of gpt2-small as on a GPU; prints one line per part.
 
     python trace_step.py stage|variants|experts|later|later-start|inductor|ord ...
 
-stage     forward and backward of the first stage through AOTAutograd, and the optimizer steps of both twins,
-          in three layers; what forward keeps for backward, and the optimizer all the time, as
-          runtime/memory.py forecasts it; the default takes the Triton forms in the model (whose text is the
-          same in both twins) and, in each twin, for the matrices' step
+stage     the first stage's forward and backward through AOTAutograd and the optimizer steps of both twins,
+          three layers; the memory that forward keeps for backward and the optimizer holds, against
+          runtime/memory.py's forecast; by default, the Triton forms are used in the model (the same source
+          in both twins) and for each twin's matrix step
 variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
 experts   a step and a validation of moe-79m, which has grouped products, and its optimizer's steps
-later     steps of the first and the last stage, and a validation, of gpt2-small-2026-08's parts in six
+later     a step of the first and the last stage, and a validation, of gpt2-small-2026-08's parts in six
           layers; later-start: the first stage alone
-inductor  the first stage's step in all layers, twin with ORD, and its validation, by inductor to sm_90
+inductor  the ORD twin's first-stage step with all layers, and its validation, compiled by inductor to sm_90
           machine code
-ord       the update of matrices in each of ORD's ways, by inductor to sm_90 machine code
+ord       the matrix update in each ORD mode, compiled by inductor to sm_90 machine code
 """
 
 import contextlib
@@ -50,7 +50,7 @@ MODES = ("stage", "variants", "experts", "later", "later-start", "inductor", "or
 
 
 def ranks(trainer):
-    """This process alone, on the pretended device."""
+    """Ranks of one process, on the pretended device."""
 
     class Alone(trainer.Ranks):
         def __init__(self):
@@ -60,8 +60,8 @@ def ranks(trainer):
 
 
 def build(trainer, backend, kernels: str = "auto", model: str = "gpt2-small"):
-    """A Trainer of this preset whose compiled parts go to `backend`. Its matrices' step is the compiled one
-    in any case: the Triton form is launched from plain Python (test_triton_compile.py has those)."""
+    """Build a Trainer of this preset that compiles with `backend`. Its matrix step is always the compiled
+    one: the Triton form is launched from plain Python (see test_triton_compile.py)."""
     pretend_cuda.on_device(trainer)
 
     def by_backend(function):
@@ -82,19 +82,17 @@ def build(trainer, backend, kernels: str = "auto", model: str = "gpt2-small"):
 
 @contextlib.contextmanager
 def model_forms(trainer, run):
-    """The trainer with this run's fast forms, which the model takes when it is traced."""
+    """Install this run's fast forms, which the model uses when it is traced."""
     with fast_forms.installed(trainer, run.s, run.optimizer.o) as (_, warnings):
         assert not warnings, warnings
         yield
 
 
 def recording(calls: Counter, kept: list):
-    """A backend as aot_eager that partitions as inductor does.
+    """Backend like aot_eager that partitions like inductor and refuses graphs that torch would not cache.
 
-    It refuses a graph whose compiled form torch would not keep for later runs.
-
-    calls: counts which Triton operations the graphs of forward and backward call. kept: gets the bytes of
-    each tensor that forward keeps for backward.
+    calls: counts the Triton operations that the graphs of forward and backward call. kept: receives the bytes
+    of each tensor that forward keeps for backward.
     """
 
     def count(graph):
@@ -126,7 +124,7 @@ def recording(calls: Counter, kept: list):
 
 
 def compare_forecast(run, tokens: int, kept: list):
-    """Fail if runtime/memory.py is more than 3% off: bytes kept a token, bytes of the optimizer's buckets."""
+    """Fail if runtime/memory.py is over 3% off: bytes kept per token, bytes of the optimizer's buckets."""
     c, fused = run.model.config, run.s.kernels == "triton"
     tensors = [
         x for b in run.optimizer.buckets for x in (b.weights, b.grads, b.mantissa, *b.state().values())
@@ -140,7 +138,7 @@ def compare_forecast(run, tokens: int, kept: list):
 
 
 def calls_wanted(num_layers: int) -> dict:
-    """Calls in a pass of training in float8: an MLP in every layer, x and the head's weights quantised."""
+    """Calls in a float8 training pass: an MLP in every layer, x and the head's weights quantised."""
     return {
         "mlp_up": num_layers,
         "mlp_up_backward": num_layers,
@@ -151,7 +149,7 @@ def calls_wanted(num_layers: int) -> dict:
 
 
 def batch(trainer, num_slices: int, slice_tokens: int, num_docs: int, longest: int):
-    """A pass of the shapes that TrainData makes."""
+    """Make a pass with the shapes of TrainData's."""
     empty = lambda *shape, dtype=torch.int32: torch.zeros(shape, dtype=dtype, device=DEVICE)
     return trainer.Batch(
         empty(num_slices, slice_tokens),
@@ -171,14 +169,14 @@ def report(name: str, since: float):
 
 
 def optimizer_steps(run):
-    """Two steps: with statistics and without, without Adam and with it."""
+    """Run two steps: with statistics and without Adam, then the reverse."""
     run.optimizer.step(0, 1.0, 131_072, measure=True)
     run.optimizer.step(1, 1.0, 131_072, measure=False)
 
 
 def stage():
-    """One step of three layers with two passes, whose numbers of documents differ; then the optimizer's other
-    forms. The baseline takes its default, the Triton forms; the other twin, whose model is the same, plain
+    """Run a step of three layers with two passes of different numbers of documents; then the optimizer's
+    other forms. The baseline uses its default, the Triton forms; the ORD twin, whose model is the same, plain
     torch."""
     for trainer, kernels in ((train_gpt, "auto"), (train_gpt_muon_ord, "torch")):
         since, calls, kept = time.perf_counter(), Counter(), []
@@ -207,7 +205,7 @@ WAYS_NOT_FUSED = {"post", "row variance"}
 
 
 def matrix_steps():
-    """Fail unless matrices take the fused step for Muon and the ways of ORD that it covers, and no other."""
+    """Fail unless the matrix step is fused for Muon and the ORD modes that it covers, and for no other."""
     for trainer, ways in ((train_gpt, {"default": {}}), (train_gpt_muon_ord, WAYS_OF_ORD)):
         run = build(trainer, "eager")
         for way, env in ways.items():
@@ -237,7 +235,7 @@ def counting_bytes(graphs: list):
 
 
 def inductor_step():
-    """The same by inductor, whose own guards must not tie the code to one number of documents either."""
+    """Do the same with inductor, whose own guards must not tie the code to one number of documents either."""
     trainer, since, moved = train_gpt_muon_ord, time.perf_counter(), []
     run = build(trainer, "inductor")
     with model_forms(trainer, run):
@@ -259,7 +257,7 @@ def inductor_step():
 
 
 def ord_updates():
-    """All matrices of gpt2-small once, with statistics; and what the Triton form compiles of its step."""
+    """Update all matrices of gpt2-small once, with statistics; also the compiled part of the Triton form."""
     trainer, since = train_gpt_muon_ord, time.perf_counter()
     run = build(trainer, "inductor")
     compiled = []
@@ -283,7 +281,7 @@ def ord_updates():
 
 
 def variants():
-    """Everything that rehearse() would compile of the model, in the schedule's order."""
+    """Trace every form of the model that rehearse() compiles, in the schedule's order."""
     since, run = time.perf_counter(), build(train_gpt, "eager")
     schedule, val_slice = run.schedule, run.s.val_batch_tokens // train_gpt.VAL_SLICES
     val = batch(train_gpt, 1, val_slice, 400, 100_000)
@@ -307,7 +305,7 @@ def variants():
 
 
 def experts(backend: str):
-    """A step and a validation of a mixture of experts: nothing may depend on where the tokens go."""
+    """Run a step and a validation of a mixture of experts: nothing may depend on the routing."""
     for trainer in (train_gpt, train_gpt_muon_ord):
         since, run = time.perf_counter(), build(trainer, backend, model="moe-79m")
         slice_tokens = run.s.batch_sizes[0] // run.s.slices
@@ -324,8 +322,7 @@ def experts(backend: str):
 
 
 def later(to_the_end: bool):
-    """The parts of the later records, at gpt2-small's width; the first stage predicts prefixes, the last does
-    not."""
+    """Run the parts of the later records at gpt2-small's width; only the first stage predicts prefixes."""
     since, calls, kept = time.perf_counter(), Counter(), []
     config, changes = train_gpt.PRESETS["gpt2-small-2026-08"]
     topology = {name: presets.TINY_LATER[name] for name in LATER_TOPOLOGY}
