@@ -93,7 +93,7 @@ class Settings(settings.RunSettings):
     # length and shape of the run; one value per stage: three scheduled thirds, then the extension
     num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
     num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
-    train_tokens: int = knob(0, "tokens of the scheduled steps; if not 0, sets their number", low=0)
+    train_tokens: int = knob(0, "tokens; if not 0, sets NUM_SCHEDULED_ITERATIONS", low=0)
     batch_sizes: tuple[int, ...] = knob((131072, 262144, 393216, 393216), "tokens per step", low=128)
     slices: int = knob(8, "slices that a batch is cut into; more of them take less memory", low=8, high=64)
     pass_tokens: int = machine_knob(0, "most tokens of a pass of several slices; 0: by memory", low=0)
@@ -136,7 +136,7 @@ class NorMuonSettings:
     adam_weight_decay: float = knob(0.005, "cautious decay; times the rate's square and role", low=0)
     adam_matrix_lr: float = knob(5e-4, "learning rate of matrices, OPTIMIZER=adamw", low=0, rare=True)
     adam_matrix_decay: float = knob(0.1, "weight decay of matrices, OPTIMIZER=adamw", low=0, rare=True)
-    grad_clip: float = knob(0.0, "largest norm of a gradient, as grad_norm in the log; 0: none", low=0)
+    grad_clip: float = knob(0.0, "clip gradients to this norm (grad_norm in the log); 0: no clipping", low=0)
 
 
 def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
@@ -557,6 +557,7 @@ class Rotary(nn.Module):
 
     def forward(self, x_BTHD: Tensor) -> Tensor:
         T, D = x_BTHD.shape[1], x_BTHD.shape[-1]
+        # of the half that stands still: 1 and 0, because slices and stacks would go through a GPU's memory
         cos, sin = F.pad(self.cos[:T], (0, D // 4), value=1.0), F.pad(self.sin[:T], (0, D // 4))
         cos = torch.stack((cos, cos), dim=-1).flatten(1).unsqueeze(1)
         sin = torch.stack((-sin, sin), dim=-1).flatten(1).unsqueeze(1)
@@ -606,8 +607,8 @@ class Attention(nn.Module):
         docs, rotary, (B, T, _) = common.docs, common.rotary, x_BTC.shape
         H, H_kv = self.num_heads, self.num_kv_heads
         n_BTC = norm(x_BTC)
-        # the factor acts on v alone, as q and k are normed; two products, because the compiler then norms and
-        # turns q and k in one pass
+        # q and k have a product of their own, so that the compiler norms and turns both in one pass; being
+        # normed, they hardly feel the factor, which the public record has on them, too
         w_qk = torch.cat([in_head_order(w, self.head_dim) for w in (self.q, self.k)]) * self.qkv_lambda
         qk = norm(F.linear(n_BTC, w_qk).view(B, T, -1, self.head_dim))
         v = F.linear(n_BTC, self.v * self.qkv_lambda).view(B, T, -1, self.head_dim)
@@ -983,7 +984,7 @@ ROLES = (  # complete and disjoint: every parameter matches exactly one
     Role("head", r"head|embed", decay_mul=150, betas=(0.5, 0.95)),
 )
 
-ADAM_EVERY = 2  # two steps' gradients add up before Adam moves; an odd last step's are not used
+ADAM_EVERY = 2  # two steps' gradients add up before Adam moves; without a second one, they are not used
 ADAM_EPS = 1e-10
 MUON_START_MOMENTUM, MUON_END_STEPS = 0.85, 50
 DOWN_LR = 2.0  # on the MLP's second matrix
@@ -1426,7 +1427,7 @@ class Optimizer:
         self.by_name = {name: b for b in self.buckets for name in b.params}
         self.set_tied(True)
         self.before_update = None  # called when all gradients of a step are reduced and none has been used
-        # of the last step measured, per token of the step, over what moved; Adam's part sums two steps
+        # norm of the mean loss's gradient in the last step measured, over what moved; Adam's sums two steps
         self.grad_norm = None
 
     def set_tied(self, tied: bool):
@@ -1476,7 +1477,7 @@ class Optimizer:
             bucket.finish()
 
     def clip(self, due: list[Bucket]):
-        """Scale the gradients so that the mean loss's has a norm of at most GRAD_CLIP."""
+        """Scale the gradients so that grad_norm is at most GRAD_CLIP."""
         factor = (self.o.grad_clip / self.grad_norm).clamp(max=1)
         for bucket in due:
             bucket.grad.mul_(factor)

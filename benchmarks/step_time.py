@@ -598,7 +598,7 @@ def run(args, env: dict) -> tuple[dict, object]:
         distinct = [r["stage"] - 1 for r in result["stages"] if "same_as" not in r]
         timed.flush()
         timed.close()
-        del timed  # free its memory; hooks and their optimizer are a cycle
+        del timed  # its memory is for the two that follow
         gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()

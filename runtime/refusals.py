@@ -44,8 +44,8 @@ def check_settings(s, env, by_stage: tuple[str, ...], num_stages: int, val_slice
         )
     refuse(
         s.val_batch_tokens % val_unit or s.val_tokens % s.val_batch_tokens,
-        f"VAL_TOKENS={s.val_tokens} must be a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens}, and that "
-        f"one of {val_slices} slices x 16 tokens",
+        f"VAL_TOKENS={s.val_tokens} must be a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens}, which must "
+        f"be a multiple of {val_unit}, {val_slices} slices x 16 tokens",
     )
     refuse(
         s.train_tokens and "NUM_SCHEDULED_ITERATIONS" in env,
