@@ -110,7 +110,10 @@ def loss_cases(c, targets_BT: torch.Tensor, V: int, K: int) -> list[Case]:
 
 
 def table_cases(c, tokens_M: torch.Tensor, V: int) -> list[Case]:
-    """Gradients of the tables: by fp32 atomics, zeroing and cast included, or with sorted rows."""
+    """Gradients of the tables: by fp32 atomics, zeroing and cast included, or with sorted rows.
+
+    Alone they take longer than in a step, where the compiler joins the atomics to other work.
+    """
     grad, cases = normal(len(tokens_M), c.width), []
     kinds = [("table of tokens", V, len(c.value_embed_layers) + 1, tokens_M)]
     if c.ngram_rows:
