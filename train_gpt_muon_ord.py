@@ -604,7 +604,8 @@ class Attention(nn.Module):
         value_BTC: the tokens' value embeddings. signals: {name: (B, T, size)}, what networks made for this
         layer.
         """
-        docs, rotary, (B, T, _) = common.docs, common.rotary, x_BTC.shape
+        docs, rotary = common.docs, common.rotary
+        B, T, _ = x_BTC.shape
         H, H_kv = self.num_heads, self.num_kv_heads
         n_BTC = norm(x_BTC)
         # q and k have a product of their own, so that the compiler norms and turns both in one pass; being
@@ -634,9 +635,7 @@ class Attention(nn.Module):
             y = y.view(B, T, 2, H, self.head_dim).flatten(2, 3)
         if self.plan.composed:
             weights = signals["compose_from"], signals["compose_into"]
-            y = y + compose_heads(
-                q, k, v, docs.doc_ids(paired=False), rotary.scale, self.compose_tokens, *weights
-            )
+            y = y + compose_heads(q, k, v, docs.doc_BT, rotary.scale, self.compose_tokens, *weights)
         if self.plan.xsa:
             alpha = signals["xsa"] if self.xsa_alpha is None else self.xsa_alpha.to(y.dtype)
             y = without_own_value(y, own_value, alpha)

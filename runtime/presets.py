@@ -73,7 +73,6 @@ TINY_LATER = dict(  # the parts of gpt2-small-2026-08 in six layers
 )
 del TINY_LATER["predict"], TINY_LATER["untie_frac"]  # ModelConfig's own, as gpt2-small
 LATER_SETTINGS = dict(cooldown_frac=0.6, lr_decay_final=0.15, muon_beta2=0.9)
-LATER_LENGTH = dict(num_scheduled_iterations=1270, num_extension_iterations=15)
 
 
 def heads(num_heads: int, num_kv_heads: int | None = None) -> dict:
@@ -95,7 +94,12 @@ PRESET_CHANGES = {
             compose_tokens=112,
             **LATER,
         ),
-        dict(LATER_SETTINGS, **LATER_LENGTH, max_doc_tokens=(896, 2048, 2048, 2048)),
+        dict(
+            LATER_SETTINGS,
+            num_scheduled_iterations=1270,
+            num_extension_iterations=15,
+            max_doc_tokens=(896, 2048, 2048, 2048),
+        ),
     ),
     "gpt2-medium": (
         dict(
