@@ -46,7 +46,7 @@ from kernels.ngrams import embed_ngrams, sign_table
 from kernels.signals import NGRAM_START, RESID_START, Mudd, TokenNet, gate_signals, signal_names
 from kernels.vectors import scalar
 from runtime import refusals, settings, supervise
-from runtime.compiling import compile_forward, not_compiled, torch_compile
+from runtime.compiling import compile_forward, compiler_for
 from runtime.flops import flop_per_token
 from runtime.memory import MOST_TOKENS, Memory
 from runtime.prefetch import Prefetcher, to_device
@@ -686,11 +686,10 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(c)
         self.branch_factors = c.branch_factors
-        starts = {} if c.branch_factors else {"resid": 1.1, "x0": 0.0, "ngram": 0.1}
-        if c.branch_factors and plan.attention:
-            starts = {"resid_attn": RESID_START, "attn": 1.0, "x0": 0.0, "ngram": NGRAM_START}
+        starts = {"resid": 1.1, "x0": 0.0, "ngram": 0.1}
         if c.branch_factors:
-            starts |= {"resid_mlp": RESID_START, "mlp": 1.0}
+            mixed = {"resid_attn": RESID_START, "attn": 1.0, "x0": 0.0, "ngram": NGRAM_START}
+            starts = (mixed if plan.attention else {}) | {"resid_mlp": RESID_START, "mlp": 1.0}
         for name, start in starts.items():
             if name not in plan.signals and (name != "ngram" or c.ngram_rows):
                 setattr(self, f"{name}_lambda", learned_scalar(start))
@@ -983,7 +982,7 @@ ROLES = (  # complete and disjoint: every parameter matches exactly one
     Role("head", r"head|embed", decay_mul=150, betas=(0.5, 0.95)),
 )
 
-ADAM_EVERY = 2  # two steps' gradients add up before Adam moves; without a second one, they are not used
+ADAM_EVERY = 2  # Adam moves at every second step, by both steps' gradients; a last one alone is dropped
 ADAM_EPS = 1e-10
 MUON_START_MOMENTUM, MUON_END_STEPS = 0.85, 50
 DOWN_LR = 2.0  # on the MLP's second matrix
@@ -1046,8 +1045,12 @@ def orthogonalize(G_NRK: Tensor, second_moment: Tensor | None, beta2: float, dty
 
 
 def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
-    """The update with its decay: of weights where the update shrinks them ("cautious", arXiv 2510.12402;
-    "strict": not where it is 0), of all weights ("param"), of the update, or of both."""
+    """The update with its decay, before the learning rate multiplies both.
+
+    cautious: of weights that the update does not let grow, U W >= 0 (arXiv 2510.12402); strict: of those that
+    it shrinks, U W > 0, so that what got no gradient keeps its weight; param: of all weights; update: of the
+    update in the weights' place; both; none.
+    """
     if mode == "none":
         return U
     if mode in ("cautious", "strict"):
@@ -1165,6 +1168,7 @@ class MatrixBucket(Bucket):
             self.run(*state, scalar(self.count), lr, decay, beta1, beta2, "param")
         else:
             lr = o.muon_lr * lr_mul
+            # cautious decay takes the rate twice, here and in the step, as in the record; the others once
             decay = o.muon_weight_decay * (lr if o.muon_decay_mode == "cautious" else 1)
             self.step(lr * self.shape_lr_N11, scalar(decay), scalar(mu), measure)
         self.gather()
@@ -1415,7 +1419,7 @@ class Optimizer:
             role = find_role(name)
             if role.rule == "matrix":
                 key = MatrixUpdate, tuple(p.shape[-2:])
-            elif p.numel() >= SMALL or role.name == "head":  # embed takes over the head's state
+            elif p.numel() >= SMALL or role.name == "head":  # untying copies head's bucket into embed's
                 key = AdamBucket, name
             else:
                 key = AdamBucket, p.dtype
@@ -1426,7 +1430,8 @@ class Optimizer:
         self.by_name = {name: b for b in self.buckets for name in b.params}
         self.set_tied(True)
         self.before_update = None  # called when all gradients of a step are reduced and none has been used
-        # norm of the mean loss's gradient in the last step measured, over what moved; Adam's sums two steps
+        # norm of the mean loss's gradient over all that moved in the last measured step: matrices and, at odd
+        # steps, the rest, whose gradients of two steps add up and are not halved
         self.grad_norm = None
 
     def set_tied(self, tied: bool):
@@ -1530,7 +1535,7 @@ class Schedule:
         thirds = [round(self.scheduled * i / (NUM_STAGES - 1)) for i in range(NUM_STAGES)]
         self.bounds = (*thirds, self.num_steps)  # stage i: from bounds[i] up to bounds[i + 1]
         self.cooldown_start = int(self.scheduled * (1 - s.cooldown_frac))
-        # the last step that trains embedding and head as one; Adam moves at odd steps
+        # the last step that trains embedding and head as one: one at which Adam moves, so an odd one
         self.untie_step = round(self.scheduled * config.untie_frac) | 1 if config.untie_frac < 1 else None
 
     def stage(self, step: int) -> int:
@@ -1584,10 +1589,6 @@ class Schedule:
         """Share of the scheduled steps from `start` on that lies before `step`."""
         return min(1.0, max(0, step - start) / max(1, self.scheduled - start))
 
-    def validates(self, step: int) -> bool:
-        """Return whether there is a validation after `step` steps."""
-        return self.s.validates(step, self.num_steps)
-
 
 # ---------------------------------------------------------------------------------------------------
 # Evaluation
@@ -1625,10 +1626,9 @@ class Trainer:
         self.memory = Memory(s, config, vocab_size, *slices, ranks)
         self.model = build_model(s, config, vocab_size, ranks.device)
         self.model.head_tokens = self.memory.head_tokens
-        self.train_loss, self.val_loss, compiler = self.model.train_loss, self.model.val_loss, not_compiled
-        if s.compile == "1":
-            compiler = torch_compile
-            self.train_loss, self.val_loss = compile_forward(self.train_loss), compile_forward(self.val_loss)
+        compiler = compiler_for(s)
+        self.train_loss = compile_forward(self.model.train_loss, compiler)
+        self.val_loss = compile_forward(self.model.val_loss, compiler)
         self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler)
         self.stage, self.tied = 0, True
         self.doc_lengths, self.flop_by_stage = None, {}  # of documents as this stage reads them, for MFU
@@ -1668,7 +1668,7 @@ class Trainer:
             loss, cross_entropy = self.train_loss(batch, *args)
             (LOSS_SCALE * loss).backward()
             loss_sum = loss_sum + cross_entropy
-        measure = measure or schedule.validates(step + 1)
+        measure = measure or self.s.validates(step + 1, schedule.num_steps)
         self.optimizer.step(step, schedule.lr_mul(step), schedule.batch_tokens(step), measure)
         if step == schedule.untie_step:
             self.untie()

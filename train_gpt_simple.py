@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kernels import vectors
 from kernels.vectors import DIMS, ROW, WHOLE, hold, inner, norm, ratio, scalar
 from runtime import settings, supervise
-from runtime.compiling import not_compiled, torch_compile
+from runtime.compiling import compiler_for
 from runtime.ranks import Ranks, find_device
 from runtime.settings import knob
 from runtime.sharding import ShardedOptimizer, StateBucket, find_role, stats_by_layer, step_adamw
@@ -456,9 +456,6 @@ class Schedule:
         frac = self.s.muon_cooldown_frac if cooldown_frac is None else cooldown_frac
         return min(1.0, (1 - step / self.num_steps) / max(frac, 1e-9))
 
-    def validates(self, step: int) -> bool:
-        return self.s.validates(step, self.num_steps)
-
 
 class Run(StreamRun):
     """One run: model, optimizer, schedule, and the step that joins them."""
@@ -473,7 +470,7 @@ class Run(StreamRun):
         model.to(ranks.device)
         if ranks.device.type == "cuda":
             model.embed.data = model.embed.data.bfloat16()
-        compiler = torch_compile if s.compile == "1" else not_compiled
+        compiler = compiler_for(s)
         optimizer, schedule = Optimizer(model, start.o, ranks, compiler), Schedule(s, start.model_config)
         super().__init__(start, stop, model, compiler(model), optimizer, schedule)
 

@@ -368,7 +368,7 @@ def whole_schedule(timed: Timed, results: list[dict]) -> dict | None:
     validations = [
         of_step[min(i, schedule.num_steps - 1)]
         for i in range(schedule.num_steps + 1)
-        if schedule.validates(i)
+        if schedule.s.validates(i, schedule.num_steps)
     ]
     train_ms = sum(by_stage[i]["ms_step"] for i in of_step)
     eval_ms = sum(by_stage[i]["evaluation_ms"] for i in validations)

@@ -68,12 +68,14 @@ def compiler_for(s):
     return torch_compile if s.compile == "1" else not_compiled
 
 
-def compile_forward(function):
-    """Compile a pass of the model, which is called as function(batch, ...).
+def compile_forward(function, compiler):
+    """Compile a pass of the model, which is called as function(batch, ...), by one of the compilers above.
 
     Only the number of documents is dynamic: it differs in every pass, and only attention's kernel reads it.
     """
-    forward = torch_compile(function)
+    if compiler is not_compiled:
+        return function
+    forward = compiler(function)
 
     def with_any_number_of_documents(batch, *args):
         torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)

@@ -123,7 +123,7 @@ class Session:
         self.clock.start()
 
     def should_validate(self, step: int) -> bool:
-        return self.trainer.schedule.validates(step) and step > self.validated_step
+        return self.s.validates(step, self.num_steps) and step > self.validated_step
 
     def note_validation(self, step: int, loss: float, accuracy: float):
         """Report a validation; call it off the clock. Raises Diverged."""

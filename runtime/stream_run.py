@@ -78,7 +78,7 @@ class StreamRun:
             if session.should_leave(step):
                 break
             session.expect_update(step + 1)
-            self.optimizer.measure = self.schedule.validates(step + 1)
+            self.optimizer.measure = self.s.validates(step + 1, self.schedule.num_steps)
             loss_sum = self.step(step, self.cut(self.data.next()))
             session.note_update(step + 1, loss_sum, self.s.batch_tokens)
         return step

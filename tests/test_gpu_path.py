@@ -15,7 +15,6 @@ import pytest
 import torch
 from helpers import (
     ROOT,
-    TRAINERS,
     WAYS_OF_ORD,
     lone_ranks,
     make_text,
@@ -101,8 +100,7 @@ def traced_only(monkeypatch):
         return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
     monkeypatch.setattr(attention.Documents, "attend", ask_longest)
-    for module in (compiling, *TRAINERS):
-        monkeypatch.setattr(module, "torch_compile", by_dynamo)
+    monkeypatch.setattr(compiling, "torch_compile", by_dynamo)
     with torch._dynamo.config.patch(recompile_limit=compiling.MAX_VARIANTS):
         yield
     torch._dynamo.reset()
@@ -158,7 +156,7 @@ def test_every_way_of_ord_is_one_graph(way, traced_only):
     """Fails if dynamo refuses an ORD mode that eager torch takes, which would end a GPU run's rehearsal."""
     trainer = train_gpt_muon_ord
     model, o = small_model(trainer), optimizer_settings(trainer, **WAYS_OF_ORD[way])
-    optimizer = trainer.Optimizer(model, o, lone_ranks(), 200, trainer.torch_compile)
+    optimizer = trainer.Optimizer(model, o, lone_ranks(), 200, compiling.torch_compile)
     matrices = [b for b in optimizer.buckets if isinstance(b, trainer.MatrixBucket)]
     before = graphs_compiled()
     with torch.no_grad():
@@ -170,7 +168,7 @@ def test_every_way_of_ord_is_one_graph(way, traced_only):
 
 def test_too_many_forms_are_an_error(traced_only):
     """Fails if the ninth form would silently run uncompiled."""
-    compiled = train_gpt.torch_compile(lambda x, n: x * n)
+    compiled = compiling.torch_compile(lambda x, n: x * n)
     error = torch._dynamo.exc.FailOnRecompileLimitHit
     with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(error, match="fullgraph"):
         for n in range(4):

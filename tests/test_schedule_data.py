@@ -315,13 +315,13 @@ def test_validation_steps():
     """Fails if a validation is missing or extra: every 50 steps, every 10 in the last 100, and at the end."""
     plan = schedule()
     expected = {*range(0, 1501, 50), *range(1500, 1601, 10)}
-    assert {i for i in range(1601) if plan.validates(i)} == expected
+    assert {i for i in range(1601) if plan.s.validates(i, 1600)} == expected
     last = schedule(VAL_LOSS_EVERY=0, VAL_LOSS_EVERY_LAST=0)
-    assert [i for i in range(1601) if last.validates(i)] == [1600]
+    assert [i for i in range(1601) if last.s.validates(i, 1600)] == [1600]
     uneven = schedule(
         NUM_SCHEDULED_ITERATIONS=33, NUM_EXTENSION_ITERATIONS=0, VAL_LOSS_EVERY=10, VAL_LOSS_LAST_STEPS=0
     )
-    assert [i for i in range(34) if uneven.validates(i)] == [0, 10, 20, 30, 33]
+    assert [i for i in range(34) if uneven.s.validates(i, 33)] == [0, 10, 20, 30, 33]
 
 
 def test_train_tokens_sets_the_number_of_steps():
@@ -1000,7 +1000,7 @@ def test_no_environment_makes_anything_but_a_settings_error(trainer, env):
     for step in {0, plan.num_steps // 3, plan.num_steps // 2, plan.num_steps - 1}:
         assert math.isfinite(plan.lr_mul(step)) and plan.batch_tokens(step) > 0
         assert len(plan.predict_weights(step)) >= 1 and plan.windows(plan.stage(step))
-        plan.validates(step)
+        s.validates(step, plan.num_steps)
 
 
 # ------------------------------------------------------------------------------------------------ help

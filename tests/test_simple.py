@@ -96,7 +96,7 @@ def test_the_defaults_are_the_tuned_baseline():
     assert schedule.num_steps == 3250 and s.target_loss == 3.28
     rates = [schedule.lr_mul(step) for step in (0, 974, 975, 2112.5, 3250)]
     assert rates == pytest.approx([1, 1, 1, 0.5, 0])
-    validations = [step for step in range(3251) if schedule.validates(step)]
+    validations = [step for step in range(3251) if s.validates(step, 3250)]
     assert validations[:3] == [0, 125, 250] and validations[-13:] == list(range(2950, 3251, 25))
 
 

@@ -40,7 +40,7 @@ import train_gpt
 import train_gpt_muon_ord
 from kernels import cuda, fast_forms
 from runtime import compiling, presets
-from runtime.compiling import graphs_compiled, torch_compile
+from runtime.compiling import graphs_compiled
 from runtime.memory import held_bytes, kept_bytes
 
 DEVICE = torch.device("cuda", 0)
@@ -67,7 +67,7 @@ def build(trainer, backend, kernels: str = "auto", model: str = "gpt2-small"):
     def by_backend(function):
         return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
-    trainer.torch_compile = compiling.torch_compile = by_backend
+    compiling.torch_compile = by_backend
     compiling.configure()
     env = {
         "MODEL": model,
@@ -211,7 +211,7 @@ def matrix_steps():
         for way, env in ways.items():
             s, o, _ = trainer.read_settings({"MODEL": "gpt2-small", **env})
             with fast_forms.installed(trainer, s, o) as (_, warnings):
-                optimizer = trainer.Optimizer(run.model, o, run.ranks, 14, torch_compile)
+                optimizer = trainer.Optimizer(run.model, o, run.ranks, 14, compiling.torch_compile)
             found = [getattr(bucket.run, "runs_eagerly", False) for bucket in optimizer.matrix_buckets]
             wanted = [way not in WAYS_NOT_FUSED] * 2  # two shapes of matrices
             assert found == wanted and not warnings, f"{trainer.__name__}, {way}: {found}, {warnings}"
@@ -265,14 +265,14 @@ def ord_updates():
     compiled = []
 
     def compiler(function):
-        compiled.append(trainer.torch_compile(function))
+        compiled.append(compiling.torch_compile(function))
         return compiled[-1]
 
     cuda.make_step_ord(trainer, compiler)
     (radial_part,) = compiled
     for name, env in WAYS_OF_ORD.items():
         o = trainer.read_settings({"MODEL": "gpt2-small", **env})[1]
-        optimizer = trainer.Optimizer(run.model, o, run.ranks, 14, trainer.torch_compile)
+        optimizer = trainer.Optimizer(run.model, o, run.ranks, 14, compiling.torch_compile)
         for bucket in optimizer.matrix_buckets:
             with torch.no_grad():
                 bucket.update(1.0, 0.95, 1.0, measure=True)
