@@ -178,7 +178,7 @@ def model_config(s: Settings, c: "ModelConfig") -> "ModelConfig":
 
 
 def resolve(s: Settings) -> Settings:
-    """Replace every 'auto', and every 0 that means 'derived', by its meaning on this machine."""
+    """Do what `resolved` does for any trainer's settings for this one's own: back ends, kernels, length."""
     cuda = s.device == "cuda"
     changes = {}
     if s.attn_backend == "auto":
@@ -447,16 +447,15 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int
     tokens = np.concatenate([shard.head(need) for shard in shards])[:need]
     num_slices = max(VAL_SLICES, ranks.world_size)
     slice_tokens = s.val_batch_tokens // num_slices
-    is_mark = tokens == shards[0].mark
-    bounds = np.union1d(np.flatnonzero(is_mark[:-1]), np.arange(0, need, slice_tokens))
-    longest = int(np.diff(bounds).max())  # of all batches, because compiled code is made for this number
+    marks = np.flatnonzero(tokens[:-1] == shards[0].mark)
+    edges = np.union1d(marks, np.arange(0, need, slice_tokens))  # of documents and slices
+    longest = int(np.diff(edges).max())  # of all batches, because compiled code is made for this number
     for batch_start in range(0, s.val_tokens, s.val_batch_tokens)[:num_batches]:
         slices = []
         for i in my_slices(num_slices, ranks):
             start = batch_start + i * slice_tokens
             end = start + slice_tokens
-            inner = np.flatnonzero(is_mark[start + 1 : end]) + 1
-            lengths = np.diff(inner, prepend=0, append=slice_tokens)
+            lengths = np.diff(edges[(edges >= start) & (edges <= end)])
             slices.append((tokens[start:end], tokens[start + 1 : end + 1], lengths))
         yield from stack_slices(slices, ranks.device, longest)
 
@@ -580,7 +579,11 @@ class Common(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal self-attention within documents and a window; q and k normed, heads gated by their input."""
+    """Causal self-attention within documents and a window; q and k normed, heads gated by their input.
+
+    A signal, which a network makes by token, stands in for the parameter of that name. A layer that has
+    neither lacks the part.
+    """
 
     def __init__(self, c: ModelConfig, plan: LayerPlan):
         super().__init__()
@@ -732,12 +735,20 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The speedrun's GPT. Knows nothing of ranks or optimizers."""
 
-    def __init__(self, c: ModelConfig, vocab_size: int, backend: str, residual_scale: float = 1.0):
+    def __init__(
+        self,
+        c: ModelConfig,
+        vocab_size: int,
+        backend: str,
+        residual_scale: float = 1.0,
+        float8_head: bool = False,
+        balance_weight: float = 0.0,
+    ):
         super().__init__()
         self.config, self.plans = c, layer_plans(c)
         self.backend, self.residual_scale = backend, residual_scale
-        self.float8_head, self.balance_weight = False, 0.0
-        self.head_tokens = MOST_TOKENS  # of which validation makes the logits at once
+        self.float8_head, self.balance_weight = float8_head, balance_weight
+        self.head_tokens = MOST_TOKENS  # of which validation makes the logits at once; a Trainer knows better
         if c.num_experts:  # tokens that validation sent to each expert of each layer
             load = torch.zeros(c.num_layers, c.num_experts, dtype=torch.int64)
             self.register_buffer("expert_load_LE", load, persistent=False)
@@ -760,8 +771,6 @@ class GPT(nn.Module):
         gates = zip(c.gate_layers, gate_signals(c))
         self.gate_nets = nn.ModuleDict({str(i): TokenNet(c.width, s, learn_scale=True) for i, s in gates})
         self.mudd = Mudd(c) if c.mudd else None
-        later = {*(c.skip or ())[:1], *(c.mudd or ()), c.backout, c.attn_source}
-        self.kept_layers = later - {None}  # whose outputs later layers read
         if c.ngram_signs:
             self.register_buffer("ngram_signs", sign_table(c.ngram_signs, c.width), persistent=False)
         if c.predicts_prefixes:  # each token's prefix, -1 where it has none
@@ -808,31 +817,29 @@ class GPT(nn.Module):
             signs = self.ngram_signs if c.ngram_signs else None
             ngram = embed_ngrams(tokens_BT, self.ngram_table, c.ngrams, signs)
         values = {int(i): F.embedding(tokens_BT, table) for i, table in self.value_embeds.items()}
-        kept, made = {}, {}  # outputs of layers that later ones read, by layer; the networks' signals
+        outputs, made = {}, {}  # of each layer, -1: what the first one reads; of the gate networks
         for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
             if i in c.gate_layers:
                 made.update(self.gate_nets[str(i)](x))
-            signals = {name: made[i, name] for name in plan.signals if (i, name) in made}
-            added_x0, added_ngram = x0, ngram
-            if i == 0 and c.branch_factors:
+            signals = {name: made[i, name] for name in plan.signals if (i, name) in made}  # MUDD's come below
+            mix_x0, mix_ngram = x0, ngram
+            if i == 0 and c.branch_factors:  # here the n-grams join before attention, not after it
                 if ngram is not None:
                     x = x + block.factor("ngram", signals) * ngram
-                kept[-1], added_ngram = x, None  # layer -1, for MUDD
+                outputs[-1], mix_ngram = x, None
             if c.skip and i == c.skip[1]:
                 gate = signals["skip"] if "skip" in signals else self.gate_of_skip(x0)
-                x = x + torch.sigmoid(self.skip_lambda) * gate * kept[c.skip[0]]
+                x = x + torch.sigmoid(self.skip_lambda) * gate * outputs[c.skip[0]]
             if c.mudd and i == c.num_layers - 1:
-                kept[i - 1], added_x0 = x, kept[-1]
-                x, made_last = self.mudd.enter(x, kept)
+                x, made_last = self.mudd.enter(x, outputs)
                 signals |= made_last
-            source = kept.get(c.attn_source)
-            x = block(x, added_x0, added_ngram, values.get(i), source, signals, common)
-            if i in self.kept_layers:
-                kept[i] = x
+                mix_x0 = outputs[-1]  # in place of the bare embedding
+            source = outputs.get(c.attn_source)
+            x = outputs[i] = block(x, mix_x0, mix_ngram, values.get(i), source, signals, common)
         if c.mudd:
-            x = self.mudd.leave(x, kept, values[c.value_embed_layers[0]])
+            x = self.mudd.leave(x, outputs, values[c.value_embed_layers[0]])
         if c.backout is not None:
-            x = x - self.backout_lambda * kept[c.backout]
+            x = x - self.backout_lambda * outputs[c.backout]
         return norm(x)
 
     def gate_of_skip(self, x0: Tensor) -> Tensor:
@@ -893,8 +900,8 @@ class GPT(nn.Module):
 
 def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch.device) -> GPT:
     """A freshly initialised model; on CUDA matrices and tables are bfloat16, scalars and routers fp32."""
-    model = GPT(config, vocab_size, s.attn_backend, s.residual_scale)
-    model.float8_head, model.balance_weight = not s.disable_fp8, s.moe_balance_weight
+    scale, float8_head = s.residual_scale, not s.disable_fp8
+    model = GPT(config, vocab_size, s.attn_backend, scale, float8_head, s.moe_balance_weight)
     seed = np.random.SeedSequence([s.seed, INIT_STREAM]).generate_state(1, np.uint64)[0]
     model.init_weights(torch.Generator().manual_seed(int(seed) >> 1))  # torch takes 63 bits
     if config.predicts_prefixes:
@@ -1091,7 +1098,7 @@ class AdamBucket(Bucket):
     def __init__(self, params: dict, ranks: Ranks, o: "OptimizerSettings", compiler):
         super().__init__(params, ranks, unit=1, every=ADAM_EVERY)
         self.o, self.run = o, compiler(step_adam)
-        self.m, self.v = (torch.zeros_like(self.mine, dtype=torch.float32) for _ in range(2))
+        self.state = {key: torch.zeros_like(self.mine, dtype=torch.float32) for key in ("m", "v")}
         roles = [find_role(name) for name in params]
         self.role_lr_mul = self.per_number([r.lr_mul for r in roles])
         bases = [getattr(o, r.lr_setting) for r in roles]
@@ -1106,18 +1113,15 @@ class AdamBucket(Bucket):
         parts = [torch.full((p.numel(),), float(x)) for p, x in zip(self.params.values(), values)]
         return torch.cat(parts).to(self.mine.device)
 
-    def state(self) -> dict[str, Tensor]:
-        return {"m": self.m, "v": self.v}
-
     def update(self, lr_mul: float, mu: float, beta_frac: float, measure: bool):
         """Move this rank's part; begin to gather. Adam uses neither mu nor measure."""
         self.work.wait()
         self.count += 1
         lr = self.base_lr * lr_mul * self.role_lr_mul
         decay = self.o.adam_weight_decay * lr * self.role_decay_mul  # and lr once more, in step_adam
-        state = self.mine, self.mantissa, self.grad, self.m, self.v
+        tensors = self.mine, self.mantissa, self.grad, *self.state.values()
         beta1, beta2 = (beta_frac * beta for beta in self.betas)
-        self.run(*state, scalar(self.count), lr, decay, beta1, beta2, "strict")
+        self.run(*tensors, scalar(self.count), lr, decay, beta1, beta2, "strict")
         self.gather()
 
 
@@ -1138,13 +1142,11 @@ class MatrixBucket(Bucket):
         first = ranks.rank * num_mine
         self.all_names = [part for name, p in params.items() for part in matrix_names(name, p)]
         self.names = self.all_names[first : first + num_mine]  # padding, at the end, has no name
-        self.momentum = torch.zeros_like(self.mine, dtype=torch.float32)  # AdamW's m, too
         self.rows_or_columns = (num_mine, R, 1) if R >= K else (num_mine, 1, K)
-        self.second_moment = None
-        if o.optimizer == "adamw":
-            self.second_moment = torch.zeros_like(self.momentum)
-        elif o.optimizer == "normuon":
-            self.second_moment = torch.zeros(self.rows_or_columns, device=self.mine.device)
+        self.state = {"momentum": torch.zeros_like(self.mine, dtype=torch.float32)}  # AdamW's m, too
+        if o.optimizer != "muon":
+            shape = self.rows_or_columns if o.optimizer == "normuon" else self.mine.shape
+            self.state["second_moment"] = torch.zeros(shape, device=self.mine.device)
         self.shape_lr_N11 = self.per_matrix(
             lambda name: max(1, R / K) ** 0.5 * (DOWN_LR if ".down" in name else 1)
         )
@@ -1155,9 +1157,10 @@ class MatrixBucket(Bucket):
         values = [value(name) for name in self.names] + [0.0] * (len(self.mine) - len(self.names))
         return torch.tensor(values, device=self.mine.device).view(-1, 1, 1)
 
-    def state(self) -> dict[str, Tensor]:
-        found = {"momentum": self.momentum, "second_moment": self.second_moment}
-        return {key: value for key, value in found.items() if value is not None}
+    def tensors(self) -> tuple:
+        """What the update rules change in place, and the gradient."""
+        moments = self.state["momentum"], self.state.get("second_moment")
+        return self.mine, self.mantissa, self.grad, *moments
 
     def update(self, lr_mul: float, mu: float, beta_frac: float, measure: bool):
         """Move this rank's matrices; begin to gather. measure: take the statistics that the log wants."""
@@ -1167,8 +1170,7 @@ class MatrixBucket(Bucket):
         if o.optimizer == "adamw":
             lr, decay = scalar(o.adam_matrix_lr * lr_mul), scalar(o.adam_matrix_decay)
             beta1, beta2 = (scalar(beta_frac * b) for b in find_role(next(iter(self.params))).betas)
-            state = self.mine, self.mantissa, self.grad, self.momentum, self.second_moment
-            self.run(*state, scalar(self.count), lr, decay, beta1, beta2, "param")
+            self.run(*self.tensors(), scalar(self.count), lr, decay, beta1, beta2, "param")
         else:
             lr = o.muon_lr * lr_mul
             # cautious decay takes the rate twice, here and in the step, as in the record; the others once
@@ -1178,8 +1180,7 @@ class MatrixBucket(Bucket):
 
     def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
         """Apply the update rule."""
-        state = self.mine, self.mantissa, self.grad, self.momentum, self.second_moment
-        self.run(*state, lr_N11, decay, mu, self.o)
+        self.run(*self.tensors(), lr_N11, decay, mu, self.o)
 
 
 def matrix_names(name: str, p: Tensor) -> list[str]:
@@ -1428,8 +1429,8 @@ class Trainer:
 
     def __init__(self, s: Settings, o: OptimizerSettings, config: ModelConfig, vocab_size: int, ranks: Ranks):
         self.s, self.ranks, self.schedule = s, ranks, Schedule(s, config)
-        slices = count_slices(s, ranks.world_size), max(VAL_SLICES, ranks.world_size)
-        self.memory = Memory(s, config, vocab_size, *slices, ranks)
+        num_slices, val_slices = count_slices(s, ranks.world_size), max(VAL_SLICES, ranks.world_size)
+        self.memory = Memory(s, config, vocab_size, num_slices, val_slices, ranks)
         self.model = build_model(s, config, vocab_size, ranks.device)
         self.model.head_tokens = self.memory.head_tokens
         compiler = compiler_for(s)
@@ -1460,18 +1461,18 @@ class Trainer:
 
         measure: take the optimizer's statistics too, even if the next line of the log does not want them.
         """
-        schedule, c, loss_sum = self.schedule, self.model.config, 0
+        schedule, c, loss_sum, noise = self.schedule, self.model.config, 0, None
         weights = to_device(schedule.predict_weights(step), self.ranks.device)
-        slices = iter(my_slices(count_slices(self.s, self.ranks.world_size), self.ranks))
-        windows, noise = schedule.windows(self.stage), None
+        windows, prefix_weight = schedule.windows(self.stage), schedule.prefix_weight(step)
+        first = my_slices(count_slices(self.s, self.ranks.world_size), self.ranks).start
         for batch in batches:
             self.ranks.beat()
             if c.num_experts and self.s.router_noise:
                 (B, T), L, E = batch.inputs_BT.shape, c.num_layers, c.num_experts
-                noise = draw_noise(self.s.seed, step, [next(slices) for _ in range(B)], (L, T, E))
+                noise = draw_noise(self.s.seed, step, range(first, first + B), (L, T, E))
                 noise = to_device(self.s.router_noise * noise, self.ranks.device)
-            args = windows, self.tied, weights, noise, schedule.prefix_weight(step)
-            loss, cross_entropy = self.train_loss(batch, *args)
+                first += B
+            loss, cross_entropy = self.train_loss(batch, windows, self.tied, weights, noise, prefix_weight)
             (LOSS_SCALE * loss).backward()
             loss_sum = loss_sum + cross_entropy
         measure = measure or self.s.validates(step + 1, schedule.num_steps)
@@ -1507,7 +1508,7 @@ class Trainer:
 
     def go_to(self, step: int):
         """Restore what follows from `step`: stage, windows, tying. The optimizer has its own state."""
-        for earlier in range(step):
+        for earlier in range(step):  # all of them: YaRN extends the windows one by one
             self.enter(earlier)
         untie_step = self.schedule.untie_step
         self.tied = untie_step is None or step <= untie_step

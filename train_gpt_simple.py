@@ -418,19 +418,19 @@ class Optimizer(ShardedOptimizer):
         self.dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32  # of Newton-Schulz
         for b in self.buckets:
             if b.stacked:
-                b.tensors, b.lr = start_state(b.mine, o), o.muon_lr
+                b.state, b.lr = start_state(b.mine, o), o.muon_lr
             else:
-                b.tensors = {key: torch.zeros_like(b.mine, dtype=torch.float32) for key in ("m", "v")}
+                b.state = {key: torch.zeros_like(b.mine, dtype=torch.float32) for key in ("m", "v")}
                 b.lr = getattr(o, f"adam_{b.role}_lr")
 
     def update(self, b: StateBucket, lr_mul: float, muon_lr_mul: float):
         """Move this rank's part of a bucket."""
         if b.stacked:
             rates = scalar(b.lr * muon_lr_mul), scalar(self.o.spectral_gain_lr * lr_mul)
-            args = b.mine, b.grad, b.tensors, scalar(b.count), *rates, self.dtype, self.o
+            args = b.mine, b.grad, b.state, scalar(b.count), *rates, self.dtype, self.o
             b.stats = self.step_matrices(*args)
         else:
-            args = b.mine, b.mantissa, b.grad, b.tensors, scalar(b.count), scalar(b.lr * lr_mul)
+            args = b.mine, b.mantissa, b.grad, b.state, scalar(b.count), scalar(b.lr * lr_mul)
             self.step_adam(*args, ADAM_DECAY, ADAM_BETAS, ADAM_EPS)
 
     def log_fields(self, full: bool) -> dict:

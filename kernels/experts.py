@@ -57,7 +57,7 @@ class MixtureOfExperts(nn.Module):
         return y_MC.view_as(n_BTC)
 
 
-def draw_noise(seed: int, step: int, slices: list[int], shape: tuple[int, int, int]) -> Tensor:
+def draw_noise(seed: int, step: int, slices: range, shape: tuple[int, int, int]) -> Tensor:
     """Normal noise for the router logits of a pass, (L, B, T, E) for shape (L, T, E).
 
     Each step and slice of the global batch has a stream of its own: the ranks agree, and a resumed run needs

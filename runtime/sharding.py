@@ -37,8 +37,7 @@ class Bucket:
     """Parameters in one flat buffer; they and their gradients become views of it.
 
     A sharded buffer is padded so that every rank owns an equal part: gradients arrive by reduce(), new
-    weights leave by gather(). Derived classes hold the optimizer's state and update `mine` from `grad`, this
-    rank's parts.
+    weights leave by gather(). Derived classes fill `state` and update `mine` from `grad`, this rank's parts.
     """
 
     def __init__(self, params: dict[str, nn.Parameter], ranks: Ranks, unit: int, every: int):
@@ -60,10 +59,8 @@ class Bucket:
             start = end
         self.mine, self.grad = self.part(self.weights), self.part(self.grads)
         self.mantissa = torch.zeros_like(self.mine, dtype=torch.int16) if like.dtype.itemsize == 2 else None
-
-    def state(self) -> dict[str, Tensor]:
-        """This rank's part of all that the next updates depend on, beside weights and count."""
-        raise NotImplementedError
+        # this rank's part of all else that the next updates depend on, beside the count
+        self.state: dict[str, Tensor] = {}
 
     def part(self, full: Tensor) -> Tensor:
         """The part of a full-size tensor that this rank updates."""
@@ -108,7 +105,7 @@ class Bucket:
         """
         self.work.wait()
         out = {}
-        for key, mine in {"master": read_master(self.mine, self.mantissa), **self.state()}.items():
+        for key, mine in {"master": read_master(self.mine, self.mantissa), **self.state}.items():
             full = self.ranks.gather_shards(mine.flatten()) if self.sharded else mine.flatten()
             if self.ranks.rank == 0:
                 for name, values in zip(self.params, full.split(self.split_sizes(len(full)))):
@@ -117,7 +114,7 @@ class Bucket:
 
     def check(self, saved: dict[str, dict[str, Tensor]]):
         """Raise ValueError if these states of a checkpoint cannot be restored."""
-        for key, mine in {"master": self.mine, **self.state()}.items():
+        for key, mine in {"master": self.mine, **self.state}.items():
             for name, wanted in zip(self.params, self.split_sizes(self.full_numel(mine))):
                 found = saved[name].get(key)
                 if not isinstance(found, Tensor) or found.dtype != torch.float32 or found.numel() != wanted:
@@ -125,7 +122,7 @@ class Bucket:
 
     def restore(self, saved: dict[str, dict[str, Tensor]] | None):
         """Restore what export() gave. saved: on rank 0, which sends the others their parts."""
-        for key, mine in {"master": self.mine, **self.state()}.items():
+        for key, mine in {"master": self.mine, **self.state}.items():
             full = torch.zeros(self.full_numel(mine), device=mine.device)
             if saved is not None:
                 found = torch.cat([saved[name][key].flatten() for name in self.params])
@@ -141,7 +138,7 @@ class Bucket:
 
     def copy_from(self, other: "Bucket"):
         """Take over the weights and state of a bucket of the same shape."""
-        pairs = [(self.weights, other.weights), *zip(self.state().values(), other.state().values())]
+        pairs = [(self.weights, other.weights), *zip(self.state.values(), other.state.values())]
         if self.mantissa is not None:
             pairs.append((self.mantissa, other.mantissa))
         for mine, theirs in pairs:
@@ -164,7 +161,7 @@ def step_adamw(weight, mantissa, grad, state: dict, count, lr, decay: float, bet
 
 
 class StateBucket(Bucket):
-    """A bucket whose state is the dict `tensors`, all fp32, which whoever made the bucket fills.
+    """A bucket whose state, all fp32, is filled by whoever made the bucket.
 
     stacked: matrices of one shape; `mine` and `grad` are then (N, rows, columns).
     """
@@ -172,15 +169,12 @@ class StateBucket(Bucket):
     def __init__(self, role: str, params: dict[str, nn.Parameter], ranks: Ranks, stacked: bool):
         shape = next(iter(params.values())).shape
         super().__init__(params, ranks, unit=shape.numel() if stacked else 1, every=1)
-        self.role, self.stacked, self.tensors, self.stats = role, stacked, {}, None
+        self.role, self.stacked, self.stats = role, stacked, None
         self.all_names = self.names = list(params)
         if stacked:
             self.mine, self.grad = self.mine.view(-1, *shape), self.grad.view(-1, *shape)
             first = ranks.rank * len(self.mine)
             self.names = self.names[first : first + len(self.mine)]  # padding, at the end, has no name
-
-    def state(self) -> dict[str, Tensor]:
-        return self.tensors
 
 
 # ---------------------------------------------------------------------------------------------------

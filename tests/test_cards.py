@@ -132,7 +132,7 @@ def test_held_memory_is_that_of_the_buckets():
     s, o, config = read(train_gpt)
     model = train_gpt.build_model(s, config, 256, torch.device("cpu"))
     buckets = make_optimizer(train_gpt, model, o).buckets
-    held = sum(x.numel() for b in buckets for x in (b.weights, b.grads, *b.state().values()))
+    held = sum(x.numel() for b in buckets for x in (b.weights, b.grads, *b.state.values()))
     weights = sum(p.numel() for p in model.parameters())
     counted = memory.held_bytes(config, 256, 1) / 2  # weight 2, gradient 2, low half 2, states 4 or 8 bytes
     # in fp32: weight 4, gradient 4, states 4 or 8

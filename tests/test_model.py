@@ -518,7 +518,7 @@ def test_untying_by_hand():
 
     def state(name):
         b = buckets[name]
-        return [x.double().numpy().copy() for x in (b.mine, b.m, b.v)]
+        return [x.double().numpy().copy() for x in (b.mine, *b.state.values())]
 
     run.optimizer.before_update = keep
     for step in range(4):

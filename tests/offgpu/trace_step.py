@@ -126,9 +126,7 @@ def recording(calls: Counter, kept: list):
 def compare_forecast(run, tokens: int, kept: list):
     """Fail if runtime/memory.py is over 3% off: bytes kept per token, bytes of the optimizer's buckets."""
     c, fused = run.model.config, run.s.kernels == "triton"
-    tensors = [
-        x for b in run.optimizer.buckets for x in (b.weights, b.grads, b.mantissa, *b.state().values())
-    ]
+    tensors = [x for b in run.optimizer.buckets for x in (b.weights, b.grads, b.mantissa, *b.state.values())]
     held = sum(x.numel() * x.element_size() for x in tensors if x is not None)
     for found, counted in (
         (sum(kept) / tokens, kept_bytes(c, VOCAB, fused)),
@@ -278,7 +276,7 @@ def ord_updates():
                 bucket.update(1.0, 0.95, 1.0, measure=True)
                 if cuda.covers_ord(o, None):
                     sums = torch.zeros(len(bucket.names), 3, device=DEVICE)
-                    radial_part(sums, bucket.a_N11, bucket.rho_sum / 40, trainer.scalar(1), o)
+                    radial_part(sums, bucket.a_N11, bucket.state["rho_sum"] / 40, trainer.scalar(1), o)
         report(name, since)
 
 
