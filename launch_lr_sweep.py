@@ -12,7 +12,7 @@ A sweep file names a trainer, seeds and what varies:
     seeds = [1, 2, 3]
     control = "a_0-muon_lr_0.023"         # optional: the arm (tag, then grid values) to compare others with
     diverged_above = 12.0                 # optional: stop a run whose loss exceeds this after step 0
-    [env]                                 # settings common to all arms whose script has them
+    [env]                                 # settings common to all arms in which they do something
     NUM_SCHEDULED_ITERATIONS = 1560
     [grid]                                # optional: all combinations, times the arms
     MUON_LR = [0.021, 0.023]

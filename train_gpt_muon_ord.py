@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.prefixes import prefix_tokens
-from data.shards import Ahead, DataError, Shard, open_pair
+from data.shards import Ahead, DataError, Shard, check_validation, open_pair
 from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing, draw_noise, load_fields
 from kernels.float8 import Float8Linear
@@ -112,9 +112,20 @@ class Settings(settings.RunSettings):
     cooldown_frac: float = knob(0.55, "share of the scheduled steps that the decay takes", low=0, high=1)
     lr_decay_type: str = knob("linear", "shape of the decay", choices=DECAYS)
     lr_decay_final: float = knob(0.1, "multiplier at the decay's end; exp: times the stage's", low=0)
-    lr_decay_switch_step: int = knob(0, "first step of a second decay, within the first; 0: none", low=0)
-    lr_decay_second_type: str = knob(None, "shape of the second decay; empty: none", choices=SECOND_DECAYS)
-    lr_decay_second_final: float = knob(None, "its end, times the stage's; empty: LR_DECAY_FINAL", low=0)
+    lr_decay_second_type: str = knob(None, "shape of a second decay; empty: none", choices=SECOND_DECAYS)
+    lr_decay_switch_step: int = knob(
+        0, "first step of it, within the first; 0: none", low=0, only=("lr_decay_second_type", SECOND_DECAYS)
+    )
+    lr_decay_second_final: float = knob(
+        None,
+        "its end, times the stage's; empty: LR_DECAY_FINAL",
+        low=0,
+        only=("lr_decay_second_type", SECOND_DECAYS),
+    )
+
+
+muon_knob = functools.partial(knob, only=("optimizer", ("normuon", "muon")))
+adamw_knob = functools.partial(knob, only=("optimizer", ("adamw",)))
 
 
 @dataclass(frozen=True)
@@ -122,20 +133,26 @@ class NorMuonSettings:
     """The optimizer's settings."""
 
     optimizer: str = knob("normuon", "for matrices; muon: no variance reduction", choices=OPTIMIZERS)
-    muon_lr: float = knob(
+    muon_lr: float = muon_knob(
         0.023, "Muon's rate; times sqrt(max(1, rows/columns)), and 2 for the MLP's second matrix", low=0
     )
-    muon_momentum: float = knob(0.95, "momentum after its warm-up from 0.85", low=0, high=0.9999)
-    muon_warmup_steps: int = knob(300, "steps of the momentum's warm-up", low=0)
-    muon_beta2: float = knob(0.95, "NorMuon's memory of squared updates, per step", low=0, high=0.9999)
+    muon_momentum: float = muon_knob(0.95, "momentum after its warm-up from 0.85", low=0, high=0.9999)
+    muon_warmup_steps: int = muon_knob(300, "steps of the momentum's warm-up", low=0)
+    muon_beta2: float = knob(
+        0.95,
+        "memory of squared updates, per step",
+        low=0,
+        high=0.9999,
+        only=("optimizer", ("normuon",)),
+    )
     beta_warmup_steps: int = knob(0, "steps in which Adam's betas rise from 0; 0: none", low=0)
-    muon_weight_decay: float = knob(1.2, "decay of matrices: W -= lr * d * W, d times lr if cautious")
-    muon_decay_mode: str = knob("cautious", "which weights, or the update, decay", choices=DECAY_MODES)
+    muon_weight_decay: float = muon_knob(1.2, "decay of matrices: W -= lr * d * W, d times lr if cautious")
+    muon_decay_mode: str = muon_knob("cautious", "which weights, or the update, decay", choices=DECAY_MODES)
     adam_lr: float = knob(0.008, "Adam's base rate; roles multiply it by up to 75", low=0)
     router_lr: float = knob(0.001, "learning rate of the experts' routers, in ADAM_LR's place", low=0)
     adam_weight_decay: float = knob(0.005, "cautious decay; times the rate's square and role", low=0)
-    adam_matrix_lr: float = knob(5e-4, "learning rate of matrices, OPTIMIZER=adamw", low=0, rare=True)
-    adam_matrix_decay: float = knob(0.1, "weight decay of matrices, OPTIMIZER=adamw", low=0, rare=True)
+    adam_matrix_lr: float = adamw_knob(5e-4, "learning rate of matrices", low=0, rare=True)
+    adam_matrix_decay: float = adamw_knob(0.1, "weight decay of matrices", low=0, rare=True)
     grad_clip: float = knob(0.0, "clip gradients to this norm (grad_norm in the log); 0: no clipping", low=0)
 
 
@@ -144,8 +161,7 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     device = find_device(env)
     model = settings.choose_model(env, PRESETS, "gpt2-small" if device == "cuda" else "tiny")
     config, changes = PRESETS[model]
-    defaults = {**changes, **OPTIMIZER_PRESETS.get(model, {})}
-    s, o = settings.read(SETTINGS, env, defaults, SCRIPT.name)
+    s, o = settings.read(SETTINGS, env, changes, SCRIPT.name)
     by_stage = {name: getattr(s, name) for name in BY_STAGE}
     if len(s.max_doc_tokens) == 1:
         by_stage["max_doc_tokens"] *= NUM_STAGES
@@ -195,7 +211,7 @@ def resolve(s: Settings) -> Settings:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Presets
+# Presets: what they consist of. PRESETS itself comes after the optimizer, whose defaults it may change.
 # ---------------------------------------------------------------------------------------------------
 
 NUM_STAGES = 4  # three scheduled, and the extension
@@ -281,21 +297,6 @@ def layer_plans(c: ModelConfig) -> list[LayerPlan]:
         )
         for i, signals in enumerate(signal_names(c))
     ]
-
-
-# MODEL -> (ModelConfig, defaults of settings that the preset changes)
-PRESETS = {name: (ModelConfig(**fields), changes) for name, (fields, changes) in PRESET_CHANGES.items()}
-
-
-def presets() -> dict[str, tuple[str, dict]]:
-    """{name: (description, {setting: default that the preset changes})}."""
-    described = {}
-    for name, (c, changes) in PRESETS.items():
-        text = f"{c.num_layers} layers of width {c.width}, {c.num_heads} heads"
-        if c.num_experts:
-            text += f", {c.num_experts} experts of {c.expert_hidden}"
-        described[name] = text, {**changes, **OPTIMIZER_PRESETS.get(name, {})}
-    return described
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -460,34 +461,11 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int
 def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
     """Training and validation shards, checked against each other and against what the run needs."""
     train, val = open_pair(s.data_path, s.train_files, s.val_files)
-    have = sum(len(v.tokens) for v in val)
-    for v in val:
-        v.head(s.val_tokens + 1)  # read now: a file cut short later would end the process with SIGBUS
-    if have < s.val_tokens + 1:
-        raise DataError(
-            f"VAL_TOKENS={s.val_tokens}, but the validation shards hold {have}, one of them only a target; "
-            f"set it to a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens} below that"
-        )
-    num_slices = count_slices(s, world_size)
-    cut = [(t, num_slices) for t in s.batch_sizes] + [(s.val_batch_tokens, max(VAL_SLICES, world_size))]
-    if any(n % world_size or tokens % n for tokens, n in cut):
-        raise SettingsError(
-            f"{world_size} ranks do not divide {num_slices} slices, or the slices do not divide "
-            f"BATCH_SIZES={settings.as_text(s.batch_sizes)} or VAL_BATCH_TOKENS={s.val_batch_tokens}; "
-            "use 1, 2, 4, 8 ranks, or batches that divide"
-        )
-    if PRESETS[s.model][0].predicts_prefixes and s.without != "prefix_weights":
+    check_validation(val, s.val_tokens, "VAL_BATCH_TOKENS", s.val_batch_tokens)
+    slices = count_slices(s, world_size), max(VAL_SLICES, world_size)
+    refusals.check_slices(s, train, *slices, world_size)
+    if model_config(s, PRESETS[s.model][0]).predicts_prefixes:
         prefix_tokens(train[0].vocab_size)  # refuses what it does not know, before anything starts
-    shortest = min(s.max_doc_tokens)
-    lengths = (shard.documents(shard.tokens, shortest, s.long_docs == "split")[1] for shard in train)
-    readable = max(int(x.sum()) for x in lengths)  # tokens that training reads of a shard
-    largest = max(s.batch_sizes) // num_slices
-    if largest > readable:
-        raise DataError(
-            f"BATCH_SIZES={settings.as_text(s.batch_sizes)}: the largest has slices of {largest} tokens, but "
-            f"no training shard has more than {readable} in documents up to MAX_DOC_TOKENS="
-            f"{shortest}; use larger shards or smaller batches"
-        )
     return train, val
 
 
@@ -1155,7 +1133,7 @@ class MatrixBucket(Bucket):
         return torch.tensor(values, device=self.mine.device).view(-1, 1, 1)
 
     def tensors(self) -> tuple:
-        """What the update rules change in place, and the gradient."""
+        """Tensors of an update: those that it changes in place, and the gradient."""
         moments = self.state["momentum"], self.state.get("second_moment")
         return self.mine, self.mantissa, self.grad, *moments
 
@@ -1197,6 +1175,11 @@ def check_decay(o: "OptimizerSettings"):
 # >>> optimizer
 # Muon + ORD: orthogonal-radial decomposition of the gradient of each matrix
 
+ORD_MODES = ("interpolate", "project", "post", "off")
+# settings of what happens before orthogonalization, and after it
+before_knob = functools.partial(knob, only=("ord_mode", ("interpolate", "project")))
+post_knob = functools.partial(knob, only=("ord_mode", ("post",)))
+
 
 @dataclass(frozen=True)
 class OptimizerSettings(NorMuonSettings):
@@ -1206,38 +1189,37 @@ class OptimizerSettings(NorMuonSettings):
         "interpolate",
         "interpolate: P(G - a G_par) + a G_par; project: P(G_perp) + a G_par; post: scale the radial part; "
         "off: P(G)",
-        choices=("interpolate", "project", "post", "off"),
+        choices=ORD_MODES,
     )
-    spectral_lr_mul: float = knob(0.1, "a, the strength of the radial part G_par in the update")
-    spectral_lr_mul_attn: float = knob(None, "a of attention's matrices; empty: SPECTRAL_LR_MUL")
-    spectral_lr_mul_mlp: float = knob(None, "a of the MLP's matrices; empty: SPECTRAL_LR_MUL")
-    spectral_proj_eps: float = knob(1e-8, "added to ||W||^2 in rho", above=0)
+    spectral_lr_mul: float = before_knob(0.1, "a, the strength of the radial part G_par in the update")
+    spectral_lr_mul_attn: float = before_knob(None, "a of attention's matrices; empty: SPECTRAL_LR_MUL")
+    spectral_lr_mul_mlp: float = before_knob(None, "a of the MLP's matrices; empty: SPECTRAL_LR_MUL")
+    spectral_proj_eps: float = before_knob(1e-8, "added to ||W||^2 in rho", above=0)
     spectral_rho_mode: str = knob(
-        "global", "one rho per matrix, row or col", choices=("global", "row", "col")
+        "global",
+        "one rho per matrix, row or col",
+        choices=("global", "row", "col"),
+        only=("ord_mode", ORD_MODES[:-1]),
     )
-    spectral_scale: str = knob(
+    spectral_scale: str = before_knob(
         "raw",
         "raw: a G_par as it is, linear in the gradient's size; unit: G_par times ||P|| / ||G_perp||",
         choices=("raw", "unit"),
     )
-    spectral_schedule: str = knob(
+    spectral_schedule: str = before_knob(
         "constant",
         "adaptive: a times |rho| / its mean over steps 10-50, at most a",
         choices=("constant", "adaptive"),
     )
-    spectral_variance: bool = knob(False, "divide G_par by the root of its running mean square")
-    spectral_out: float = knob(1.0, "ORD_MODE=post: factor on a radial part that points outward")
-    spectral_in: float = knob(1.0, "ORD_MODE=post: factor on a radial part that points inward")
-    spectral_rescale: bool = knob(False, "ORD_MODE=post: give W exactly the norm its radial part asks for")
+    spectral_variance: bool = before_knob(False, "divide G_par by the root of its running mean square")
+    spectral_out: float = post_knob(1.0, "factor on a radial part that points outward")
+    spectral_in: float = post_knob(1.0, "factor on a radial part that points inward")
+    spectral_rescale: bool = post_knob(False, "give W exactly the norm its radial part asks for")
 
 
 # 0.1 costs tiny and tiny-wide 0.025 and 0.011 nats: records/2026-11-25_spectral_fine_tiny and
 # ..._spectral_medium_tiny
 OPTIMIZER_PRESETS = dict.fromkeys(("tiny", "tiny-wide", "tiny-2026-08"), {"spectral_lr_mul": 0.01})
-MODES_OF = {  # settings that do something in some modes only
-    **dict.fromkeys(("spectral_out", "spectral_in", "spectral_rescale"), ("post",)),
-    **dict.fromkeys(("spectral_scale", "spectral_schedule", "spectral_variance"), ("interpolate", "project")),
-}
 RHO_DIMS = {"global": (-2, -1), "row": (-1,), "col": (-2,)}
 RHO_START, RHO_END = 10, 50  # steps over which the adaptive schedule takes its reference
 RESCALE_FLOOR = 0.25  # half of INIT_GAIN: a matrix of a smaller root mean square must grow first
@@ -1247,13 +1229,12 @@ MATRIX_STATS = ("spec", "cos_gw", "cos_uw", "w_norm", "u_over_w", "radial_over_p
 
 
 def check_optimizer_settings(o: OptimizerSettings):
-    """Refuse settings that contradict each other, or that do nothing with the others."""
+    """Refuse settings that contradict each other."""
     check_decay(o)
     if o.spectral_variance and o.spectral_scale == "unit":
         raise SettingsError("SPECTRAL_VARIANCE=1 replaces SPECTRAL_SCALE=unit; set one of them")
     if o.optimizer == "adamw" and o.ord_mode != "off":
         raise SettingsError(f"ORD_MODE={o.ord_mode} is for Muon; with OPTIMIZER=adamw set ORD_MODE=off")
-    settings.refuse_idle(o, o.ord_mode, MODES_OF, idle={})
 
 
 def inner(x: Tensor, y: Tensor, dims=(-2, -1)) -> Tensor:
@@ -1400,6 +1381,10 @@ MatrixUpdate = OrdBucket
 
 # <<< optimizer
 SETTINGS = (Settings, OptimizerSettings)
+PRESETS = {  # MODEL -> (ModelConfig, defaults of settings that the preset changes)
+    name: (ModelConfig(**fields), {**changes, **OPTIMIZER_PRESETS.get(name, {})})
+    for name, (fields, changes) in PRESET_CHANGES.items()
+}
 
 
 class Optimizer:

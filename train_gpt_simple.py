@@ -58,6 +58,10 @@ ORD_DEFAULTS = {  # of each mode, instead of the defaults below
 }
 ORD_MODES = ("none", "interpolate", "project", "brake", "sphere", "floor", "rows")
 DECAY_MODES = ("param", "cautious", "update", "both", "none")
+# modes in which a setting does something
+RADIAL, BRAKE = ("ord_mode", ("interpolate", "project")), ("ord_mode", ("brake",))
+RHO, FLOOR = ("ord_mode", ("interpolate", "project", "brake")), ("ord_mode", ("floor", "brake"))
+DECAYING = ("ord_mode", ("none", "interpolate", "project", "brake", "floor"))
 
 
 @dataclass(frozen=True)
@@ -80,33 +84,31 @@ class OptimizerSettings:
     optimizer: str = knob("muon", "normuon: with variance reduction", choices=("muon", "normuon"))
     muon_lr: float = knob(0.025, "rate of matrices, times sqrt(max(1, rows/columns))", low=0)
     muon_momentum: float = knob(0.95, "momentum, Nesterov's", low=0, high=0.9999)
-    muon_weight_decay: float = knob(0.05, "decay d of matrices: W -= lr d W", low=-1, high=1)
+    muon_weight_decay: float = knob(
+        0.05, "decay d of matrices: W -= lr d W; the other modes hold norms", low=-1, high=1, only=DECAYING
+    )
     muon_decay_mode: str = knob("param", "what decays: W, W where U W > 0, U, W + U", choices=DECAY_MODES)
     adam_embed_lr: float = knob(0.7, "Adam's rate of the embedding", low=0)
     adam_head_lr: float = knob(0.004, "Adam's rate of the head", low=0)
     adam_scalar_lr: float = knob(0.015, "Adam's rate of gains and biases", low=0)
     ord_mode: str = knob("none", "the radial part, or the norm: see FAMILY", choices=ORD_MODES)
-    spectral_lr_mul: float = knob(0.1, "interpolate, project: a, the strength of G_par")
-    spectral_proj_eps: float = knob(1e-8, "interpolate, project: added to ||W||^2 in rho", above=0)
-    spectral_scale: str = knob("raw", "interpolate, project: unit of G_par", choices=("raw", "unit"))
-    spectral_rho_mode: str = knob("global", "one rho per matrix, row or col", choices=tuple(DIMS))
-    spectral_out: float = knob(1.0, "brake: factor on a radial part that points outward")
-    spectral_in: float = knob(1.0, "brake: factor on a radial part that points inward")
-    spectral_rescale: bool = knob(False, "brake: give W exactly the norm its radial part asks for")
-    spectral_floor: float = knob(0.0, "floor, brake: least ||U|| / ||W||; 0: none", low=0)
-    spectral_floor_mode: str = knob("global", "that of a matrix, or of each row", choices=("global", "row"))
-    spectral_gain_lr: float = knob(0.0, "rows: Adam's rate of the row norms; 0: held", low=0)
+    spectral_lr_mul: float = knob(0.1, "a, the strength of G_par", only=RADIAL)
+    spectral_proj_eps: float = knob(1e-8, "added to ||W||^2 in rho", above=0, only=RADIAL)
+    spectral_scale: str = knob("raw", "unit of G_par", choices=("raw", "unit"), only=RADIAL)
+    spectral_rho_mode: str = knob("global", "one rho per matrix, row or col", choices=tuple(DIMS), only=RHO)
+    spectral_out: float = knob(1.0, "factor on a radial part that points outward", only=BRAKE)
+    spectral_in: float = knob(1.0, "factor on a radial part that points inward", only=BRAKE)
+    spectral_rescale: bool = knob(False, "give W exactly the norm its radial part asks for", only=BRAKE)
+    spectral_floor: float = knob(0.0, "least ||U|| / ||W||; 0: none", low=0, only=FLOOR)
+    spectral_floor_mode: str = knob(
+        "global", "that of a matrix, or of each row", choices=("global", "row"), only=FLOOR
+    )
+    spectral_gain_lr: float = knob(
+        0.0, "Adam's rate of the row norms; 0: held", low=0, only=("ord_mode", ("rows",))
+    )
 
 
 SETTINGS = (Settings, OptimizerSettings)
-MODES_OF = {  # settings that do something in some modes only
-    **dict.fromkeys(("spectral_lr_mul", "spectral_proj_eps", "spectral_scale"), ("interpolate", "project")),
-    **dict.fromkeys(("spectral_out", "spectral_in", "spectral_rescale"), ("brake",)),
-    **dict.fromkeys(("spectral_floor", "spectral_floor_mode"), ("floor", "brake")),
-    "spectral_rho_mode": ("interpolate", "project", "brake"),
-    "spectral_gain_lr": ("rows",),
-    "muon_weight_decay": ("none", "interpolate", "project", "brake", "floor"),  # the others hold norms
-}
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,6 @@ PRESETS = {  # MODEL -> (ModelConfig, defaults of settings that the preset chang
 }
 
 
-def presets() -> dict[str, tuple[str, dict]]:
-    """{name: (description, {setting: default that the preset changes})}."""
-    return settings.describe_presets(PRESETS, "{0.num_layers} layers of width {0.width}, {0.num_heads} heads")
-
-
 def read_settings(env) -> tuple[Settings, OptimizerSettings, ModelConfig]:
     """The settings of the environment over the preset's and the mode's; SettingsError names what is wrong."""
     device = find_device(env)
@@ -139,7 +136,6 @@ def read_settings(env) -> tuple[Settings, OptimizerSettings, ModelConfig]:
     config, changes = PRESETS[model]
     mode_defaults = ORD_DEFAULTS.get(env.get("ORD_MODE"), {})
     s, o = settings.read(SETTINGS, env, {**changes, **mode_defaults}, SCRIPT.name)
-    settings.refuse_idle(o, o.ord_mode, MODES_OF, idle={"muon_weight_decay": 0})
     if s.muon_cooldown_frac is None:
         s = replace(s, muon_cooldown_frac=s.cooldown_frac)
     return s.resolved(model, device, SCRIPT), o, config

@@ -243,11 +243,16 @@ def expand(document: dict) -> tuple[list["Draft"], list[str]]:
             raise unknown_setting(name, "[env], [grid] or [scale]", trainers)
     drafts = []
     for arm, script in zip(tables, scripts):
-        drafts += draft_arms(arm, script, common, grid, arm.get("seeds", document.get("seeds", [0])))
-        lacking = [name for name in (*common, *grid) if name not in trainers[script].settings]
-        if lacking:
-            who = arm.get("tag", script)
-            notes.append(f"left out for {who}, as {script} has no such settings: {', '.join(lacking)}")
+        ours = draft_arms(arm, script, common, grid, arm.get("seeds", document.get("seeds", [0])))
+        drafts += ours
+        who, known = arm.get("tag", script), trainers[script].settings
+        lacking = [name for name in (*common, *grid) if not any(name in draft.settings for draft in ours)]
+        for names, why in (
+            ([name for name in lacking if name not in known], f"{script} has no such settings"),
+            ([name for name in lacking if name in known], "they do nothing with its other settings"),
+        ):
+            if names:
+                notes.append(f"left out for {who}, as {why}: {', '.join(names)}")
     return drafts, notes
 
 
@@ -305,7 +310,10 @@ class Draft:
 
 
 def draft_arms(arm: dict, script: str, common: dict, grid: dict, seeds: list[int]) -> list[Draft]:
-    """Multiply an arm by [grid], for settings that its script knows and that it does not set itself."""
+    """Multiply an arm by [grid], for settings that its script knows and that it does not set itself.
+
+    Of the common settings it takes those that do something with its own.
+    """
     trainer = read_trainer(script)
     own = {name: value for name, value in arm.items() if name not in ARM_KEYS}
     where = f"arm {arm.get('tag')!r}"
@@ -320,6 +328,9 @@ def draft_arms(arm: dict, script: str, common: dict, grid: dict, seeds: list[int
         for table, place in ((shared, "[env]"), (dict(zip(axes, combination)), "[grid]"), (own, where)):
             settings |= table
             places |= dict.fromkeys(table, place)
+        for name in set(shared) - set(own):
+            if trainer.is_idle(name, settings):
+                del settings[name]
         for name in settings:
             if name in LAUNCHER_SETS:
                 raise ValueError(f"{name} in {places[name]}: {LAUNCHER_SETS[name]}")

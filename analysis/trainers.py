@@ -60,6 +60,11 @@ class TrainerInfo:
         changed = self.presets.get(values.get("MODEL"), {}) | self.modes.get(values.get("ORD_MODE"), {})
         return values | {name: value for name, value in changed.items() if name not in settings}
 
+    def is_idle(self, name: str, settings: dict) -> bool:
+        """Return whether a setting does nothing with the others of a run."""
+        other, wanted = self.settings[name].get("only") or (None, ())
+        return other is not None and self.resolve(settings)[other.upper()] not in wanted
+
     def without_machine(self, settings: dict) -> dict:
         """Return the settings without those that affect only the machine."""
         kept = {name for name, spec in self.settings.items() if spec["affects"] != "machine"}

@@ -50,7 +50,6 @@ from runtime.compiling import choose_allocator, compiler_for  # noqa: E402
 from runtime.flops import forward_flop  # noqa: E402
 from runtime.gauges import Timer, matmul_flops, peak_memory_mib  # noqa: E402
 from runtime.ranks import Ranks  # noqa: E402
-from runtime.session import RecordedEvent  # noqa: E402
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
 WARM_PAIRS = 2
@@ -203,8 +202,8 @@ class Timed:
     def flush(self):
         """Read the loss summed over the ranks, on a GPU a step late, as in a run."""
         if self.pending:
-            (total, mark), self.pending = self.pending, None
-            mark.wait()
+            (total, wait), self.pending = self.pending, None
+            wait()
             total.item()
 
     def step(self):
@@ -217,10 +216,12 @@ class Timed:
         total = self.trainer.step(step, batches)
         self.flush()
         work = self.ranks.all_reduce(total)
+        wait = work.wait
         if self.clock.cuda:  # copy now; later it would queue behind the next step
             work.wait()
-            total, work = total.to("cpu", non_blocking=True), RecordedEvent()
-        self.pending = total, work
+            total = total.to("cpu", non_blocking=True)
+            wait = torch.cuda.current_stream().record_event().synchronize
+        self.pending = total, wait
         if not self.clock.cuda:
             self.flush()
 

@@ -354,11 +354,18 @@ def check_stream(train: list[Shard], val: list[Shard], batch_tokens: int, val_to
             f"BATCH_TOKENS={batch_tokens}, but the largest training shard has {longest} tokens, one of them "
             "only a target; use larger shards or a smaller batch"
         )
-    have = sum(len(shard.head(val_tokens + 1)) for shard in val)  # read now: a file may be cut short later
+    check_validation(val, val_tokens, "BATCH_TOKENS", batch_tokens)
+
+
+def check_validation(val: list[Shard], val_tokens: int, unit_name: str, unit: int):
+    """Raise DataError unless the shards hold val_tokens tokens, which are a multiple of a setting's value."""
+    have = sum(len(shard.tokens) for shard in val)
+    for shard in val:
+        shard.head(val_tokens + 1)  # read now: a file cut short later would end the process with SIGBUS
     if have < val_tokens + 1:
         raise DataError(
             f"VAL_TOKENS={val_tokens}, but the validation shards hold {have}, one of them only a target; "
-            f"set it to a multiple of BATCH_TOKENS={batch_tokens} below that"
+            f"set it to a multiple of {unit_name}={unit} below that"
         )
 
 

@@ -1,6 +1,6 @@
 """Count the FLOP and the parameters of a preset, for the logs' MFU, the forecast of memory, and benchmarks.
 
-Every count is a function of a trainer's ModelConfig, the vocabulary and the document lengths. Needs no torch.
+Every count is a function of a trainer's ModelConfig, the vocabulary and the document lengths.
 A FLOP is a multiplication or an addition, so a product of (M, K) and (K, N) is 2 M K N. The backward pass
 counts twice the forward pass: one product for the gradient of each factor. tests/test_benchmarks.py checks
 this against torch's own counter on the real model. Not counted: flash attention's recomputation of the
@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kernels.signals import HIDDEN, gate_signals, mudd_signals
+
 VOCAB_MULTIPLE = 128  # as in the trainers
 GATE_CHANNELS = 12
-TOKEN_NET_HIDDEN = 64  # as in kernels/signals.py
 POLAR_STEPS = 5
 
 
@@ -94,7 +95,7 @@ def forward_flop(c, lengths, vocab: int, windows: tuple[int, int] | None = None)
         head=2 * padded_vocab(vocab) * c.width,
         attention=4 * c.head_dim * keys_per_token(c, lengths, windows or c.windows[0]),
         gates=2 * GATE_CHANNELS * gates,
-        networks=2 * TOKEN_NET_HIDDEN * sum(c.width + n for n in network_outputs(c)),
+        networks=2 * HIDDEN * sum(c.width + n for n in network_outputs(c)),
         composition=composition_flop(c, visible_keys(lengths, c.compose_tokens - 1))
         if c.compose_tokens
         else 0,
@@ -102,19 +103,8 @@ def forward_flop(c, lengths, vocab: int, windows: tuple[int, int] | None = None)
 
 
 def network_outputs(c) -> list[int]:
-    """Numbers for each token that each of a model's small networks makes (kernels/signals.py)."""
-    H, last, counts = c.num_heads, c.num_layers - 1, []
-    injected = 1 + bool(c.ngram_rows)  # factors of a layer: x0's and the n-gram embedding's
-    for first, end in zip(c.gate_layers, (*c.gate_layers[1:], c.num_layers)):
-        layers = set(range(first, end)) - set(c.no_attention)
-        mixing = layers - {last} if c.mudd else layers
-        n = H * len(layers & set(c.xsa_layers)) + injected * len(mixing)
-        n += H * len(layers & set(c.long_layers)) if c.attn_gate else 0
-        n += 1 if c.skip and first <= c.skip[1] < end else 0
-        counts.append(n + (2 * H if c.compose_tokens and first <= last < end else 0))
-    if c.mudd:  # 3 into the values, 3 into the stream, 2 value gates, 4 factors, and those of x0 and n-grams
-        counts += [12 + injected, 5]
-    return counts
+    """Numbers for each token that each of a model's small networks makes."""
+    return [sum(s.size for s in signals) for signals in (*gate_signals(c), *mudd_signals(c))]
 
 
 def composition_flop(c, keys: float) -> float:

@@ -13,7 +13,8 @@ import math
 
 import torch
 
-from runtime.flops import TOKEN_NET_HIDDEN, matrix_shapes, network_outputs, padded_vocab, table_sizes
+from kernels.signals import HIDDEN
+from runtime.flops import matrix_shapes, network_outputs, padded_vocab, table_sizes
 from runtime.ranks import Ranks
 
 GIB = 1 << 30
@@ -67,7 +68,7 @@ def kept_by_later_parts(c) -> float:
     kept = MUDD_WIDTHS * c.width * bool(c.mudd) + c.num_heads * c.head_dim * len(c.xsa_layers)
     if c.compose_tokens:  # probabilities in fp32 over two blocks of keys, and the heads' shares
         kept += 2 * c.num_heads * 2 * c.compose_tokens + c.num_heads * c.head_dim
-    return kept + 2 * TOKEN_NET_HIDDEN * len(network_outputs(c))
+    return kept + 2 * HIDDEN * len(network_outputs(c))
 
 
 def usable_bytes(device_bytes: float) -> float:

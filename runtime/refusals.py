@@ -1,10 +1,11 @@
-"""Combinations of the twins' settings that no single setting's limits can refuse.
+"""Combinations of the twins' settings, and data for them, that no single setting's limits can refuse.
 
-Each check raises SettingsError: what was found, what was wanted, what to do.
+Each check raises SettingsError, or DataError for data: what was found, what was wanted, what to do.
 """
 
 import importlib.util
 
+from data.shards import DataError
 from runtime.ranks import is_amd
 from runtime.settings import SettingsError, as_text, knobs
 
@@ -52,6 +53,29 @@ def check_settings(s, env, by_stage: tuple[str, ...], num_stages: int, val_slice
         "TRAIN_TOKENS and NUM_SCHEDULED_ITERATIONS both set the run's length; unset one",
     )
     check_machine(s)
+
+
+def check_slices(s, train: list, num_slices: int, val_slices: int, world_size: int):
+    """Check that the ranks share the slices of batches evenly, and that training shards fill the largest.
+
+    Raises SettingsError or DataError. num_slices, val_slices: of batches of training and of validation.
+    """
+    cut = [(t, num_slices) for t in s.batch_sizes] + [(s.val_batch_tokens, val_slices)]
+    refuse(
+        any(n % world_size or tokens % n for tokens, n in cut),
+        f"{world_size} ranks do not divide {num_slices} slices, or the slices do not divide "
+        f"BATCH_SIZES={as_text(s.batch_sizes)} or VAL_BATCH_TOKENS={s.val_batch_tokens}; "
+        "use 1, 2, 4, 8 ranks, or batches that divide",
+    )
+    shortest, largest = min(s.max_doc_tokens), max(s.batch_sizes) // num_slices
+    lengths = (shard.documents(shard.tokens, shortest, s.long_docs == "split")[1] for shard in train)
+    readable = max(int(x.sum()) for x in lengths)  # tokens that training reads of a shard
+    if largest > readable:
+        raise DataError(
+            f"BATCH_SIZES={as_text(s.batch_sizes)}: the largest has slices of {largest} tokens, but no "
+            f"training shard has more than {readable} in documents up to MAX_DOC_TOKENS={shortest}; use "
+            "larger shards or smaller batches"
+        )
 
 
 def check_machine(s):

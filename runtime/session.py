@@ -49,17 +49,6 @@ class Clock:
             torch.cuda.synchronize()
 
 
-class RecordedEvent:
-    """Everything that a CUDA device had been given up to now, as something to wait for."""
-
-    def __init__(self):
-        self.event = torch.cuda.Event()
-        self.event.record()
-
-    def wait(self):
-        self.event.synchronize()
-
-
 class Session:
     """One run, from its first step or a checkpoint to its last log line.
 
@@ -179,10 +168,12 @@ class Session:
         loss_sum = loss_sum.float()
         sums = torch.stack((loss_sum, torch.full_like(loss_sum, float(bool(self.stop.reason)))))
         work = self.ranks.all_reduce(sums)
+        wait = work.wait
         if sums.is_cuda:  # copied now: a copy asked for later would queue behind the next update
             work.wait()
-            sums, work = sums.to("cpu", non_blocking=True), RecordedEvent()
-        self.pending = (step, sums, work, batch_tokens, self.tokens, self.clock.ms())
+            sums = sums.to("cpu", non_blocking=True)
+            wait = torch.cuda.current_stream().record_event().synchronize
+        self.pending = (step, sums, wait, batch_tokens, self.tokens, self.clock.ms())
         if self.ranks.device.type == "cpu":
             self.flush()
         self.note_compilation(step)
@@ -204,9 +195,9 @@ class Session:
         """Write the pending train_loss line, waiting for it. Raises Diverged."""
         if self.pending is None:
             return
-        step, sums, work, batch_tokens, tokens, ms = self.pending
+        step, sums, wait, batch_tokens, tokens, ms = self.pending
         self.pending = None
-        work.wait()
+        wait()
         loss_sum, stops = sums.tolist()
         self.stop_agreed = self.stop_agreed or stops > 0
         loss = loss_sum / batch_tokens

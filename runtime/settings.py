@@ -32,18 +32,20 @@ class SettingsError(ValueError):
     """Settings that cannot be used: what was found, what was wanted, what to do. Exit code 2."""
 
 
-def knob(default, help: str, *, affects: str = "training", rare: bool = False, **limits):
+def knob(default, help: str, *, affects: str = "training", rare: bool = False, only=None, **limits):
     """Define one setting.
 
     affects: what a change of the setting changes. "training": the numbers of a run. "recording": what is
         written down. "machine": where and how it runs. Resuming, grouping runs into arms and skipping
         finished runs all go by this mark.
     rare: listed last in --help.
+    only: (another setting, its values with which this one does something); with others it is refused, unless
+        it has its default.
     limits: low and high (inclusive), above (exclusive), choices.
     """
     assert affects in ("training", "recording", "machine"), affects
     return dataclasses.field(
-        default=default, metadata={"help": help, "affects": affects, "rare": rare, **limits}
+        default=default, metadata={"help": help, "affects": affects, "rare": rare, "only": only, **limits}
     )
 
 
@@ -126,22 +128,12 @@ def choose_model(env: Mapping[str, str], presets: dict, default: str) -> str:
     return default if model == "auto" else model
 
 
-def describe_presets(presets: dict[str, tuple], text: str) -> dict[str, tuple[str, dict]]:
-    """{name: (description, {setting: default that the preset changes})}. text: a format for the config."""
-    return {name: (text.format(config), changes) for name, (config, changes) in presets.items()}
-
-
-def refuse_idle(o, mode: str, modes_of: dict[str, tuple], idle: dict):
-    """Raise SettingsError for a setting that does nothing in this ORD_MODE and is not at its idle value.
-
-    modes_of: {setting: the modes that use it}. idle: values other than the setting's default.
-    """
-    for name, modes in modes_of.items():
-        value = getattr(o, name)
-        if mode not in modes and value != idle.get(name, getattr(type(o), name)):
-            raise SettingsError(
-                f"{name.upper()}={value} does nothing with ORD_MODE={mode}; it is for {' and '.join(modes)}"
-            )
+def describe(config) -> str:
+    """A preset's ModelConfig in words."""
+    text = f"{config.num_layers} layers of width {config.width}, {config.num_heads} heads"
+    if getattr(config, "num_experts", 0):
+        text += f", {config.num_experts} experts of {config.expert_hidden}"
+    return text
 
 
 def knobs(classes) -> dict[str, dataclasses.Field]:
@@ -160,12 +152,18 @@ def not_training(classes) -> dict[str, list[str]]:
 def read(classes, env: Mapping[str, str], defaults: dict, script: str) -> list:
     """One instance of each class: the environment over `defaults` over the fields' own defaults.
 
-    Raises SettingsError for a wrong value, and for a variable that looks like a misspelt setting.
+    Raises SettingsError for a wrong value, for one that does nothing with the others, and for a variable that
+    looks like a misspelt setting.
     """
     fields = knobs(classes)
     refuse_lookalikes(env, list(fields), script)
-    values = {f.name: defaults.get(f.name, f.default) for f in fields.values()}
-    values |= {f.name: parse_value(name, env[name], f) for name, f in fields.items() if name in env}
+    start = {f.name: defaults.get(f.name, f.default) for f in fields.values()}
+    values = start | {f.name: parse_value(name, env[name], f) for name, f in fields.items() if name in env}
+    for name, f in fields.items():
+        other, wanted = f.metadata["only"] or (f.name, (values[f.name],))
+        if values[other] not in wanted and values[f.name] != start[f.name]:
+            this, other = f"{name}={as_text(values[f.name])}", f"{other.upper()}={as_text(values[other])}"
+            raise SettingsError(f"{this} does nothing with {other}; it is for {' and '.join(wanted)}")
     return [c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in classes]
 
 
@@ -266,10 +264,10 @@ def as_text(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def help_text(description: str, classes, presets: dict[str, tuple[str, dict]], footer: str) -> str:
+def help_text(description: str, classes, presets: dict[str, tuple], footer: str) -> str:
     """--help: every setting with its default, limits and meaning; rare ones last; then the presets.
 
-    presets: {name: (description, {setting: default that the preset changes})}.
+    presets: {name: (ModelConfig, {setting: default that the preset changes})}.
     """
     lines = [description.strip(), "\nEvery setting with its default, what it may be, and what it does:\n"]
     fields = knobs(classes)
@@ -277,8 +275,8 @@ def help_text(description: str, classes, presets: dict[str, tuple[str, dict]], f
     lines.append("\nRarely needed:\n")
     lines += [line for name, f in fields.items() if f.metadata["rare"] for line in help_lines(name, f)]
     lines += [f"\n{footer}", "\nPresets (MODEL) and the defaults they change:\n"]
-    for name, (text, defaults) in presets.items():
-        lines.append(f"  {name}: {text}")
+    for name, (config, defaults) in presets.items():
+        lines.append(f"  {name}: {describe(config)}")
         lines += [f"      {key.upper()}={as_text(value)}" for key, value in defaults.items()]
     return "\n".join(lines)
 
@@ -287,6 +285,9 @@ def help_lines(name: str, field: dataclasses.Field) -> list[str]:
     """One setting in --help."""
     affects = field.metadata["affects"]
     note = {"training": "", "recording": "; recording only", "machine": "; this machine only"}[affects]
+    if field.metadata["only"]:
+        other, wanted = field.metadata["only"]
+        note += f"; with {other.upper()}={' or '.join(wanted)}"
     return [
         f"  {name}={as_text(field.default)}  ({allowed_values(field)}{note})",
         f"      {field.metadata['help']}",
@@ -296,7 +297,7 @@ def help_lines(name: str, field: dataclasses.Field) -> list[str]:
 def settings_json(
     script: str,
     classes,
-    presets: dict[str, tuple[str, dict]],
+    presets: dict[str, tuple],
     modes: dict[str, dict],
     source_hash: str,
     num_gpus: int,

@@ -3,7 +3,7 @@
 A trainer is a module that offers:
     SCRIPT                               its path
     SETTINGS                             the dataclasses of its settings
-    presets()                            -> {name: (description, {setting: default that the preset changes})};
+    PRESETS                              {name: (model config, {setting: default that the preset changes})};
                                          the first is MODEL=auto on a GPU
     ORD_DEFAULTS                         if it has one: {ORD_MODE: {setting: default that the mode changes}}
     read_settings(env)                   -> (settings, optimizer settings, model config); raises SettingsError
@@ -12,7 +12,6 @@ A trainer is a module that offers:
     ModelConfig                          the model config's dataclass
     Schedule(settings, model config)     with .num_steps
     rehearse(start, stop)                compiles what the run will need
-    PRESETS                              {name: (model config, ...)}, which fast forms ask
     Run(start, stop)                     with .session, and train() -> the step that it reached
 """
 
@@ -236,10 +235,10 @@ def main(module, argv: list[str], env=os.environ) -> int:
     """Exit code: 0 trained or stopped, 1 crashed or could not write, 2 refused, 3 diverged."""
     name = module.SCRIPT.name
     if "--help" in argv or "-h" in argv:
-        show(help_text(module.__doc__, module.SETTINGS, module.presets(), CACHE_HELP))
+        show(help_text(module.__doc__, module.SETTINGS, module.PRESETS, CACHE_HELP))
         return 0
     if "--settings-json" in argv:
-        described = module.presets(), getattr(module, "ORD_DEFAULTS", {}), source_hash(module.SCRIPT)
+        described = module.PRESETS, getattr(module, "ORD_DEFAULTS", {}), source_hash(module.SCRIPT)
         print(settings_json(name, module.SETTINGS, *described, torch.cuda.device_count()))
         return 0
     try:

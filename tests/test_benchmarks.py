@@ -168,7 +168,7 @@ def test_parameters_of_every_preset_are_those_of_its_model(preset):
     assert flops.num_matrix_params(config) == matrices
     networks = sum(n for name, n in found.items() if name.startswith(("mudd", "gate_nets")))
     outputs = flops.network_outputs(config)
-    width = flops.TOKEN_NET_HIDDEN
+    width = flops.HIDDEN
     assert networks == sum(width * config.width + n * (width + 1) for n in outputs) + len(config.gate_layers)
     assert sum(found.values()) - matrices - sum(tables.values()) - networks < 2e4  # gates and scalars
 

@@ -22,7 +22,7 @@ ON = {"MLP_GATE": "1", "LAYER_LR_MULS": "1,0.5,0.5,2"}
 
 def test_the_settings_page_is_what_help_prints():
     trainer = train_gpt_muon_ord
-    text = help_text(trainer.__doc__, trainer.SETTINGS, trainer.presets(), CACHE_HELP)
+    text = help_text(trainer.__doc__, trainer.SETTINGS, trainer.PRESETS, CACHE_HELP)
     (shown,) = re.findall(r"^```text\n(.*?)\n```$", (ROOT / "docs/settings.md").read_text(), re.S | re.M)
     assert shown == text, "write docs/settings.md again; it says how"
 

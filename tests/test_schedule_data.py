@@ -230,9 +230,9 @@ def test_second_decay(num_steps, second, first):
     multiplier b by the switch, and ends at b x LR_DECAY_SECOND_FINAL (or LR_DECAY_FINAL)."""
     switch, done, left, steps = SWITCHES[num_steps]
     assert switch + left == num_steps
-    for own, env in ((0.1, {}), (0.3, dict(LR_DECAY_SECOND_FINAL=0.3))):
-        env = dict(env, NUM_SCHEDULED_ITERATIONS=num_steps, LR_DECAY_TYPE=first)
-        plan = schedule(LR_DECAY_SWITCH_STEP=switch, LR_DECAY_SECOND_TYPE=second, **env)
+    env = dict(NUM_SCHEDULED_ITERATIONS=num_steps, LR_DECAY_TYPE=first)
+    for own, final in ((0.1, {}), (0.3, dict(LR_DECAY_SECOND_FINAL=0.3))):
+        plan = schedule(LR_DECAY_SWITCH_STEP=switch, LR_DECAY_SECOND_TYPE=second, **final, **env)
         assert plan.lr_mul(switch - 1) == schedule(**env).lr_mul(switch - 1)
         for step, (b, t2) in steps.items():
             v = b * (1 - done) + 0.1 * done if first == "linear" else b * 0.1**done
@@ -252,15 +252,13 @@ def test_second_final_is_lr_decay_finals_unless_set():
 @pytest.mark.parametrize(
     "env",
     [
-        dict(LR_DECAY_SWITCH_STEP=1300),  # no second type
-        dict(LR_DECAY_SWITCH_STEP=1300, LR_DECAY_SECOND_TYPE=""),
         dict(LR_DECAY_SWITCH_STEP=0, LR_DECAY_SECOND_TYPE="linear"),
         dict(LR_DECAY_SECOND_TYPE="linear"),
         dict(LR_DECAY_SWITCH_STEP=701, LR_DECAY_SECOND_TYPE="exp"),  # where the cooldown starts
     ],
 )
 def test_no_second_decay(env):
-    """Fails if there is a second decay without a type, or without a switch step after the cooldown starts."""
+    """Fails if there is a second decay without a switch step after the cooldown starts."""
     plain, plan = schedule(), schedule(**env, LR_DECAY_SECOND_FINAL=0.7)
     assert [plan.lr_mul(i) for i in range(1600)] == [plain.lr_mul(i) for i in range(1600)]
 
