@@ -1,4 +1,4 @@
-"""Fast forms for a GPU, in Triton: each kernel beside the plain torch that defines it.
+"""Fast forms for a GPU, in Triton. tests/offgpu/kernel_references.py has each in plain torch.
 
     KERNELS=auto python train_gpt.py     # these on CUDA from sm_80 on, where triton is installed
     KERNELS=torch python train_gpt.py    # plain torch everywhere
@@ -117,10 +117,6 @@ def _(X_NRK):
     return X_NRK.new_empty(N, R, R)
 
 
-def gram_reference(X_NRK: Tensor) -> Tensor:
-    return (X_NRK.float() @ X_NRK.float().mT).to(X_NRK.dtype)
-
-
 @torch.library.custom_op(f"{NAMESPACE}::gram_polynomial", mutates_args=())
 def gram_polynomial(A_NRR: Tensor, b: float, c: float) -> Tensor:
     """b A + c A A of symmetric matrices, (N, R, R), mirrored from its lower half. One step of Polar Express
@@ -131,11 +127,6 @@ def gram_polynomial(A_NRR: Tensor, b: float, c: float) -> Tensor:
 @gram_polynomial.register_fake
 def _(A_NRR, b, c):
     return torch.empty_like(A_NRR)
-
-
-def gram_polynomial_reference(A_NRR: Tensor, b: float, c: float) -> Tensor:
-    A = A_NRR.float()
-    return (b * A + c * A @ A).to(A_NRR.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -327,10 +318,6 @@ def mlp(x_BTC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
     return FusedMLP.apply(x_BTC.flatten(0, -2), up_FC, down_FC).view(x_BTC.shape)
 
 
-def mlp_reference(x_BTC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
-    return (x_BTC @ up_FC.T).relu().square() @ down_FC
-
-
 # ---------------------------------------------------------------------------------------------------
 # Float8
 # ---------------------------------------------------------------------------------------------------
@@ -382,12 +369,6 @@ def quantize(x_RC: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 def _(x_RC, scale):
     R, C = x_RC.shape
     return tuple(x_RC.new_empty(s, dtype=torch.float8_e4m3fn) for s in ((R, C), (C, R)))
-
-
-def quantize_reference(x_RC: Tensor, scale: float, dtype=torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
-    limit = torch.finfo(dtype).max
-    x8 = (x_RC.float() / scale).clamp(-limit, limit).to(dtype)
-    return x8, x8.T.contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -575,22 +556,6 @@ def _(z_MV, targets_BT, weights, gain, shift, width, prefixes_BT=None):
     return tuple(z_MV.new_empty(z_MV.shape[0], dtype=torch.float32) for _ in range(3))
 
 
-def softcapped_loss_reference(z_MV, targets_BT, weights, gain, shift, width, prefixes_BT=None):
-    logits = gain * torch.sigmoid((z_MV.float() + shift) / width)
-    T, lse = targets_BT.shape[1], logits.logsumexp(-1)
-    losses, entropies = torch.zeros_like(lse), []
-    for k in range(num_next(weights, prefixes_BT)):
-        has = torch.arange(len(lse), device=lse.device) % T < T - k
-        target = targets_BT.flatten().roll(-k)
-        entropies.append(lse - logits.gather(-1, target[:, None]).squeeze(-1))
-        losses = losses + torch.where(has, weights[k] * entropies[k], 0.0)
-    if prefixes_BT is not None:
-        prefix = prefixes_BT.flatten()
-        entropy = lse - logits.gather(-1, prefix.clamp_min(0)[:, None]).squeeze(-1)
-        losses = losses + torch.where(prefix >= 0, weights[-1] * entropy, 0.0)
-    return losses, entropies[0], lse
-
-
 def launch_loss_backward(z, lse, targets_BT, prefixes_BT, weights, grad, outs, softcap, scale):
     z, (M, V) = z.contiguous(), z.shape
     grid = triton.cdiv(V, TILE["BLOCK_C"]), triton.cdiv(M, TILE["BLOCK_R"])
@@ -668,25 +633,6 @@ def _(z_MV, lse_M, targets_BT, weights, grad, gain, shift, width, scale, prefixe
     return tuple(z_MV.new_empty(s, dtype=torch.float8_e5m2) for s in ((M, V), (V, M)))
 
 
-def softcapped_loss_backward_reference(
-    z_MV, lse_M, targets_BT, weights, grad, gain, shift, width, prefixes_BT=None
-):
-    """The gradient by the formula, fp32; tests compare it with autograd of softcapped_loss_reference."""
-    T, M = targets_BT.shape[1], z_MV.shape[0]
-    s = torch.sigmoid((z_MV.float() + shift) / width)
-    probability = (gain * s - lse_M[:, None]).exp()
-    total = torch.zeros_like(s)
-    for k in range(num_next(weights, prefixes_BT)):
-        has = torch.arange(M, device=s.device) % T < T - k
-        one_hot = torch.nn.functional.one_hot(targets_BT.flatten().roll(-k), s.shape[1])
-        total += weights[k] * has[:, None] * (probability - one_hot)
-    if prefixes_BT is not None:
-        prefix = prefixes_BT.flatten()
-        one_hot = torch.nn.functional.one_hot(prefix.clamp_min(0), s.shape[1])
-        total += weights[-1] * (prefix >= 0)[:, None] * (probability - one_hot)
-    return total * s * (1 - s) * (grad * gain / width)
-
-
 class FusedHeadLoss(torch.autograd.Function):
     """See head_loss. The plain cross-entropy has no gradient."""
 
@@ -727,12 +673,6 @@ def head_loss(
     e4m3) and of the gradient (e5m2), the speedrun's idea of 2025-01; None: bfloat16 throughout. prefixes_BT:
     one more target of each row, -1 for none, whose weight is the last."""
     return FusedHeadLoss.apply(x_MC, w_VC, targets_BT, weights, softcap, scales, prefixes_BT)
-
-
-def head_loss_reference(x_MC, w_VC, targets_BT, weights, softcap, prefixes_BT=None):
-    known = x_MC @ w_VC.T, targets_BT, weights
-    losses, entropies, _ = softcapped_loss_reference(*known, *softcap, prefixes_BT)
-    return losses.sum(), entropies.sum().detach()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -788,21 +728,6 @@ def momentum_sums(
     return sums.sum(1)
 
 
-def momentum_sums_reference(grad, momentum, weight, mantissa, mu):
-    G = nesterov_reference(grad, momentum, mu)
-    W = master_reference(weight, mantissa)
-    return torch.stack([(x * y).sum((-2, -1)) for x, y in ((G, G), (G, W), (W, W))], -1)
-
-
-def nesterov_reference(grad: Tensor, momentum: Tensor, mu: float) -> Tensor:
-    momentum.lerp_(grad.float(), 1 - mu)
-    return grad.float().lerp(momentum, mu)
-
-
-def master_reference(weight: Tensor, mantissa: Tensor) -> Tensor:
-    return ((weight.view(torch.int16).int() << 16) | (mantissa.int() & 0xFFFF)).view(torch.float32)
-
-
 def bits(weight: Tensor) -> Tensor:
     assert weight.dtype == torch.bfloat16, f"the fused Muon step wants bfloat16 weights, not {weight.dtype}"
     return weight.view(torch.int16)
@@ -853,13 +778,6 @@ def polar_input(
     return out
 
 
-def polar_input_reference(grad, momentum, weight, mantissa, removed_N, scale_N, mu):
-    G = grad.float().lerp(momentum, mu)
-    if removed_N is not None:
-        G = G - removed_N[:, None, None] * master_reference(weight, mantissa)
-    return (G * scale_N[:, None, None]).to(grad.dtype)
-
-
 @triton.jit
 def row_scales_kernel(
     u, moment, scales, sums, R, K, u_n, u_r, u_k, rest, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
@@ -902,16 +820,6 @@ def row_scales(U_NRK: Tensor, second_moment: Tensor, beta2: float) -> tuple[Tens
     before, after = sums.sum(1).unbind(-1)
     scales *= (before / after.clamp_min(1e-30)).sqrt()[:, None, None]
     return scales, before * K
-
-
-def row_scales_reference(U_NRK, second_moment, beta2):
-    U = U_NRK.float()
-    mean_square = U.square().mean(-1 if U.size(-2) >= U.size(-1) else -2, keepdim=True)
-    second_moment.lerp_(mean_square, 1 - beta2)
-    scale = second_moment.clamp_min(1e-10).rsqrt()
-    reduced = U * scale
-    size = lambda x: x.square().sum((-2, -1), keepdim=True).sqrt()
-    return scale * size(U) / size(reduced).clamp_min(1e-15), U.square().sum((-2, -1))
 
 
 @triton.jit
@@ -1001,18 +909,6 @@ def apply_update(
         enable_fp_fusion=False,  # else each variant (MEASURE, ORD) would round differently
     )
     return sums.sum(1) if measure else None
-
-
-def apply_update_reference(weight, mantissa, U_NRK, scales, added_N, lr_N, decay, mode):
-    W, P = master_reference(weight, mantissa), U_NRK.float()
-    P = P if scales is None else P * scales
-    U = P if added_N is None else P + added_N[:, None, None] * W
-    sums = torch.stack([(x * y).sum((-2, -1)) for x, y in ((U, W), (U, U), (P, P))], -1)
-    decays = {"none": 0 * W, "cautious": W * (U * W >= 0), "param": W, "update": U, "both": W + U}
-    value = (W - lr_N[:, None, None] * (U + decay * decays[mode])).view(torch.int32)
-    mantissa.copy_(value.short())
-    weight.view(torch.int16).copy_((value >> 16).short())
-    return sums
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -48,9 +48,9 @@ import os, sys
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]
 import interpreter
-from kernels import cuda
-right = cuda.gram_reference
-cuda.gram_reference = lambda X: 1.05 * right(X)
+import kernel_references
+right = kernel_references.gram
+kernel_references.gram = lambda X: 1.05 * right(X)
 import first_hour
 sys.exit(first_hour.main(sys.argv[1:]))
 """

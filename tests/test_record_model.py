@@ -789,22 +789,6 @@ def test_attentions_fast_form_refuses_another_model():
                 model.train_loss(make_batch(train_gpt), WINDOWS, True, torch.tensor(WEIGHTS))
 
 
-def test_the_triton_heads_reference_predicts_prefixes_as_the_plain_head_does():
-    """Fails if the kernel's reference, which offgpu/numerics.py checks it against, differs from the trainer's
-    own loss: another order of weights, or missing prefixes counted."""
-    cuda = pytest.importorskip("kernels.cuda")
-    model, batch = model_of(config(**ALL)), make_batch(train_gpt)
-    x = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)).double()
-    prefixes = model.prefixes_V[batch.targets_BT]
-    assert 0 < (prefixes >= 0).sum() < prefixes.numel()
-    weights = torch.tensor([*WEIGHTS, 0.3])
-    with torch.no_grad():
-        wanted = model.head_loss(x, batch.targets_BT, weights[:-1], prefixes, 0.3)
-        known = x.flatten(0, 1), model.head, batch.targets_BT, weights, train_gpt.SOFTCAP
-        found = cuda.head_loss_reference(*known, prefixes)
-    assert [x.item() for x in found] == pytest.approx([x.item() for x in wanted], rel=1e-6)
-
-
 # ---------------------------------------------------------------------------------- sampling, resuming, ranks
 
 

@@ -32,6 +32,7 @@ DEVICE = os.environ.get("NUMERICS_DEVICE", "cpu")
 if DEVICE == "cpu":
     import interpreter  # noqa: F401  (before kernels are defined)
 import helpers
+import kernel_references as references
 import numpy as np
 import pytest
 import torch
@@ -41,6 +42,7 @@ import triton.language as tl
 import train_gpt
 import train_gpt_muon_ord
 from kernels import attention, cuda, float8
+from runtime.sharding import read_master
 
 if DEVICE == "cuda" and not torch.cuda.is_available():
     raise pytest.UsageError("--device cuda, but torch finds no CUDA device here")
@@ -60,7 +62,7 @@ def sized(small: list, real: list) -> list:
     return {"small": small, "first": small[:1], "real": real}[SIZES]
 
 
-SOFTCAP = (23.0, 5.0, 7.5)
+SOFTCAP = train_gpt.SOFTCAP
 BF16_STEP = 2.0**-7  # relative gap of neighbours: a sum in another order may round to the next one
 
 
@@ -134,19 +136,19 @@ GRAMS = sized([(3, 40, 72), (1, 130, 70), (2, 257, 33)], [(40, 768, 768), (22, 7
 def test_gram(shape, turned):
     X = draw(*shape)
     X = X.mT.contiguous().mT if turned else X
-    assert_close(cuda.gram(X), cuda.gram_reference(X))
+    assert_close(cuda.gram(X), references.gram(X))
 
 
 def test_gram_reads_any_strides():
     X = draw(2, 60, 300)[:, ::2, 7:150]
-    assert_close(cuda.gram(X), cuda.gram_reference(X))
+    assert_close(cuda.gram(X), references.gram(X))
 
 
 @pytest.mark.parametrize("N, size", sized([(2, 24), (2, 200), (2, 300)], [(40, 768)]))
 def test_gram_polynomial(N, size):
-    A = cuda.gram_reference(draw(N, size, 64, scale=0.1))
+    A = references.gram(draw(N, size, 64, scale=0.1))
     got = cuda.gram_polynomial(A, -2.5, 0.5)
-    assert_close(got, cuda.gram_polynomial_reference(A, -2.5, 0.5))
+    assert_close(got, references.gram_polynomial(A, -2.5, 0.5))
     off_diagonal_blocks = got[:, :128, 128:]
     assert torch.equal(off_diagonal_blocks, got.mT[:, :128, 128:]), "mirrored, so equal to the last bit"
 
@@ -166,7 +168,7 @@ def test_mlp(M, C, F, limits, monkeypatch):
     shapes = ((M, C), (F, C), (F, C))
     inputs = [draw(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
     exact = [x.detach().float().requires_grad_() for x in inputs]
-    got, want = cuda.mlp(*inputs), cuda.mlp_reference(*exact)
+    got, want = cuda.mlp(*inputs), references.mlp(*exact)
     grad = draw(M, C, seed=9)
     got.backward(grad)
     want.backward(grad.float())
@@ -200,7 +202,7 @@ def test_quantize(shape):
     """Bit-identical on the CPU, clamped numbers included. A GPU's division by the scale may be off by one ulp
     of fp32, so a few numbers at an edge may round to the neighbour, an eighth away."""
     x = draw(*shape, scale=30)
-    for a, b in zip(cuda.quantize(x, 0.1), cuda.quantize_reference(x, 0.1)):
+    for a, b in zip(cuda.quantize(x, 0.1), references.quantize(x, 0.1)):
         same = a.view(torch.uint8) == b.view(torch.uint8)
         if ON_GPU:
             assert same.float().mean() > 0.999
@@ -259,14 +261,14 @@ def test_softcapped_loss(B, T, V, K, prefixes):
     grad = cuda.softcapped_loss_backward(z, got[2], targets, weights, factor, *SOFTCAP, prefix)
     for rows, own, own_prefix in slices(targets, prefix):
         exact = z[rows].float().requires_grad_()
-        want = cuda.softcapped_loss_reference(exact, own, weights, *SOFTCAP, own_prefix)
+        want = references.softcapped_loss(exact, own, weights, *SOFTCAP, own_prefix)
         for a, b in zip(got, want):
             assert_close(a[rows], b.detach(), rtol=1e-5, atol=1e-5)
         (factor * want[0].sum()).backward()
         known = z[rows], want[2].detach(), own, weights, factor
         del want
         assert_close(grad[rows], exact.grad.bfloat16(), rtol=2 * BF16_STEP)
-        formula = cuda.softcapped_loss_backward_reference(*known, *SOFTCAP, own_prefix)
+        formula = references.softcapped_loss_backward(*known, *SOFTCAP, own_prefix)
         assert_close(formula, exact.grad, rtol=1e-4)
 
 
@@ -282,8 +284,8 @@ def test_softcapped_loss_backward_in_float8(B, T, V, K, prefixes):
     assert torch.equal(turned.view(torch.uint8), got.view(torch.uint8).T)
     for rows, own, own_prefix in slices(targets, prefix):
         known = z[rows], lse[rows], own, weights, factor
-        want = cuda.softcapped_loss_backward_reference(*known, *SOFTCAP, own_prefix)
-        want, _ = cuda.quantize_reference(want, 1e-4, torch.float8_e5m2)
+        want = references.softcapped_loss_backward(*known, *SOFTCAP, own_prefix)
+        want, _ = references.quantize(want, 1e-4, torch.float8_e5m2)
         assert (got[rows].float() == want.float()).float().mean() > 0.999
         assert_close(got[rows].float(), want.float(), rtol=0.26)
 
@@ -318,12 +320,15 @@ def head_case(seed=0):
     "scales, error", [(None, 0.01), ((100 / 448, 6 / 448, 0.1 / 448), 0.12)], ids=["bfloat16", "float8"]
 )
 def test_head_loss(scales, error, prefixes):
-    """Loss and gradients against fp32; float8 has three mantissa bits forward and two backward."""
+    """Loss and gradients against the trainer's in fp32. float8 has 3 mantissa bits forward, 2 backward."""
     x, w, targets, weights = head_case()
     weights, prefix = with_prefixes(targets, weights, len(w)) if prefixes else (weights, None)
     exact = [p.detach().float().requires_grad_() for p in (x, w)]
     loss, entropy = cuda.head_loss(x, w, targets, weights, SOFTCAP, scales, prefix)
-    want, want_entropy = cuda.head_loss_reference(*exact, targets, weights, SOFTCAP, prefix)
+    logits = train_gpt.softcap(exact[0] @ exact[1].T).view(*targets.shape, -1)
+    want, want_entropy = train_gpt.multi_token_loss(logits, targets, weights[:2])
+    if prefixes:
+        want = want + weights[2] * train_gpt.prefix_loss(logits, prefix)
     (0.25 * loss).backward()
     (0.25 * want).backward()
     assert not entropy.requires_grad
@@ -339,12 +344,12 @@ def test_head_loss_in_float8_is_made_of_its_references():
     scales = x_scale, w_scale, grad_scale = 100 / 448, 6 / 448, 0.1 / 448
     loss, _ = cuda.head_loss(x, w, targets, weights, SOFTCAP, scales)
     loss.backward()
-    x8, x_t = cuda.quantize_reference(x.detach(), x_scale)
-    w8, w_t = cuda.quantize_reference(w.detach(), w_scale)
+    x8, x_t = references.quantize(x.detach(), x_scale)
+    w8, w_t = references.quantize(w.detach(), w_scale)
     z = float8.product(x8, w8.T, x_scale, w_scale, fast=True)
-    losses, _, lse = cuda.softcapped_loss_reference(z, targets, weights, *SOFTCAP)
-    grad_z = cuda.softcapped_loss_backward_reference(z, lse, targets, weights, torch.tensor(1.0), *SOFTCAP)
-    g, g_t = cuda.quantize_reference(grad_z, grad_scale, torch.float8_e5m2)
+    losses, _, lse = references.softcapped_loss(z, targets, weights, *SOFTCAP)
+    grad_z = references.softcapped_loss_backward(z, lse, targets, weights, torch.tensor(1.0), *SOFTCAP)
+    g, g_t = references.quantize(grad_z, grad_scale, torch.float8_e5m2)
     assert loss.item() == pytest.approx(losses.sum().item(), rel=1e-5)
     for got, want in (
         (x.grad, float8.product(g, w_t.T, grad_scale, w_scale)),
@@ -376,7 +381,7 @@ SHAPES = sized([(3, 96, 70), (2, 48, 80), (2, 130, 130)], [(40, 768, 768), (22, 
 def test_momentum_sums_and_polar_input(shape):
     grad, momentum, weight, mantissa = tail_case(shape)
     theirs = momentum.clone()
-    want = cuda.momentum_sums_reference(grad, theirs, weight, mantissa, 0.9)
+    want = references.momentum_sums(grad, theirs, weight, mantissa, 0.9)
     plain_momentum = momentum.clone()
     plain = cuda.momentum_sums(grad, plain_momentum, weight, mantissa, 0.9, ord=False)
     got = cuda.momentum_sums(grad, momentum, weight, mantissa, 0.9, ord=True)
@@ -386,7 +391,7 @@ def test_momentum_sums_and_polar_input(shape):
     removed, scale = draw(shape[0], dtype=torch.float32), draw(shape[0], seed=1, dtype=torch.float32)
     for part in (removed, None):
         state = (grad, momentum, weight, mantissa, part, scale, 0.9)
-        assert_close(cuda.polar_input(*state), cuda.polar_input_reference(*state))
+        assert_close(cuda.polar_input(*state), references.polar_input(*state))
     nothing = cuda.polar_input(grad, momentum, weight, mantissa, torch.zeros(shape[0]), scale, 0.9)
     assert torch.equal(nothing, cuda.polar_input(grad, momentum, weight, mantissa, None, scale, 0.9))
 
@@ -397,7 +402,7 @@ def test_row_scales(shape):
     U = draw(*shape)
     moment = draw(*((N, R, 1) if R >= K else (N, 1, K)), dtype=torch.float32).square()
     theirs = moment.clone()
-    want, want_norms = cuda.row_scales_reference(U, theirs, 0.95)
+    want, want_norms = references.row_scales(U, theirs, 0.95)
     got, norms = cuda.row_scales(U, moment, 0.95)
     assert_close(moment, theirs, rtol=1e-5)
     assert_close(got, want, rtol=1e-5)
@@ -415,9 +420,9 @@ def test_apply_update(shape, mode):
     added, lr = draw(N, dtype=torch.float32), draw(N, seed=1, dtype=torch.float32, scale=0.1)
     for parts in ((scales, added), (scales, None), (None, None)):
         mine, theirs = copies(weight, mantissa), copies(weight, mantissa)
-        want = cuda.apply_update_reference(*theirs, U, *parts, lr, 0.03, mode)
+        want = references.apply_update(*theirs, U, *parts, lr, 0.03, mode)
         got = cuda.apply_update(*mine, U, *parts, lr, 0.03, mode, measure=True)
-        assert_close(cuda.master_reference(*mine), cuda.master_reference(*theirs), rtol=1e-6)
+        assert_close(read_master(*mine), read_master(*theirs), rtol=1e-6)
         assert_close(got, want, rtol=1e-4, atol=1e-4)
         again = copies(weight, mantissa)
         assert cuda.apply_update(*again, U, *parts, lr, 0.03, mode) is None
@@ -557,7 +562,7 @@ def twin_step(fused: bool, case, env, measure=True):
         o,
         measure,
     )
-    return cuda.master_reference(weight, mantissa), momentum, moment, rho, stats
+    return read_master(weight, mantissa), momentum, moment, rho, stats
 
 
 STEPS = sized([(2, 90, 48), (2, 40, 56)], SHAPES)
@@ -572,7 +577,7 @@ def test_fused_step_is_the_plain_step(shape, env):
     case[0].add_(case[2], alpha=3)  # else rho is almost zero
     want = twin_step(False, case, env)
     got = twin_step(True, case, env)
-    before = cuda.master_reference(*case[2:])
+    before = read_master(*case[2:])
     moved = [x[0] - before for x in (got, want)]
     assert (moved[0] - moved[1]).norm() / moved[1].norm() < 0.02
     assert_close(got[1], want[1], rtol=1e-6)
@@ -605,7 +610,7 @@ def test_twins_with_kernels_agree_bit_for_bit(shape, env):
     )
     for measure in (True, False):
         twin = twin_step(True, case, env, measure)
-        for a, b in zip(twin, (cuda.master_reference(weight, mantissa), momentum, moment)):
+        for a, b in zip(twin, (read_master(weight, mantissa), momentum, moment)):
             assert torch.equal(a, b)
 
 
