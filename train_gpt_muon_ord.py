@@ -1411,8 +1411,7 @@ class Optimizer:
         self.by_name = {name: b for b in self.buckets for name in b.params}
         self.set_tied(True)
         self.before_update = None  # called when all gradients of a step are reduced and none has been used
-        # norm of the mean loss's gradient over all that moved in the last measured step: matrices and, at odd
-        # steps, the rest, whose gradients of two steps add up and are not halved
+        # of the mean loss's gradient over what moved in the last measured step; at even steps matrices alone
         self.grad_norm = None
 
     def set_tied(self, tied: bool):

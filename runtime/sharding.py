@@ -74,10 +74,10 @@ class Bucket:
             self.work = self.ranks.all_reduce(self.grads)
 
     def square_norm(self) -> Tensor:
-        """Square norm of this rank's part of the gradient; an unsharded one counts on rank 0 alone."""
+        """Square norm of this rank's part of a step's mean gradient; unsharded, it counts on rank 0 alone."""
         self.work.wait()
         if self.sharded or self.ranks.rank == 0:
-            return self.grad.float().square().sum()
+            return self.grad.float().square().sum() / self.every**2
         return self.grad.new_zeros((), dtype=torch.float32)
 
     def gather(self):
@@ -147,7 +147,7 @@ class Bucket:
 
 
 def gradient_norm(buckets: list[Bucket], ranks: Ranks) -> Tensor:
-    """Norm of all that these buckets' reduced gradients hold, 0-d. A collective."""
+    """Norm of these buckets' reduced gradients together, means over their steps; 0-d. A collective."""
     total = torch.stack([b.square_norm() for b in buckets]).sum()
     ranks.all_reduce(total).wait()
     return total.sqrt()
