@@ -1256,7 +1256,7 @@ def radial_strength(rho, a_N11: Tensor, rho_0: Tensor, settled: Tensor, o: Optim
 
 
 def radial_factor(G, W, rho, P, radial_moment, o: OptimizerSettings) -> Tensor:
-    """The factor that makes W to G_par, in the unit of SPECTRAL_SCALE or SPECTRAL_VARIANCE; raw: rho."""
+    """The factor f with f W = G_par, in the unit of SPECTRAL_SCALE or SPECTRAL_VARIANCE; raw: f = rho."""
     if o.spectral_variance:
         par = rho * W
         mean_square = par.square().mean(-1 if par.size(-2) >= par.size(-1) else -2, keepdim=True)
@@ -1347,6 +1347,7 @@ def step_ord(
     stats = ord_stats(G, W, U, factor * W, P, rho) if measure else None
     if o.spectral_rescale:
         new = rescaled(torch.addcmul(W, U, lr_N11, value=-1), W, lr_N11 * shrink, dims)
+        # the decay alone: before the norm is set, it would be undone
         new = new - lr_N11 * (with_decay(U, new, decay, o.muon_decay_mode) - U)
     else:
         new = W.addcmul_(with_decay(U, W, decay, o.muon_decay_mode), lr_N11, value=-1)

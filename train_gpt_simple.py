@@ -74,7 +74,7 @@ class Settings(settings.RunSettings):
     cooldown_frac: float = knob(0.7, "share of the steps over which rates fall to 0", low=0, high=1)
     muon_cooldown_frac: float = knob(None, "the same for MUON_LR; empty: COOLDOWN_FRAC", low=0, high=1)
     start: str = knob("track", "initial weights; sphere: no matrix at 0", choices=tuple(STARTS))
-    kernels, attn_backend = "torch", "sdpa"  # no settings: no function has a fast form
+    kernels, attn_backend = "torch", "sdpa"  # without annotations no settings: nothing here has a fast form
 
 
 @dataclass(frozen=True)

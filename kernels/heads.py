@@ -66,26 +66,26 @@ def compose_heads(q, k, v, doc_BT, scale: float, reach: int, from_BTH: Tensor, i
     sum, times `into_BTH`. Each block of `reach` queries sees its own keys and those of the block before.
     """
     T, pad = q.shape[1], -q.shape[1] % reach
-    q, doc = in_blocks(q, reach, pad), in_blocks(doc_BT, reach, pad, fill=-1)
-    k, v = (with_block_before(in_blocks(x, reach, pad)) for x in (k, v))
+    q, doc = token_blocks(q, reach, pad), token_blocks(doc_BT, reach, pad, fill=-1)
+    k, v = (behind_the_block_before(token_blocks(x, reach, pad)) for x in (k, v))
     scores = torch.einsum("bnihd,bnjhd->bnhij", q, k) * scale
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     ago = torch.arange(reach, device=q.device)[:, None] + reach - torch.arange(2 * reach, device=q.device)
-    same = doc[..., None] == with_block_before(doc, fill=-2)[..., None, :]
+    same = doc[..., None] == behind_the_block_before(doc, fill=-2)[..., None, :]
     seen = ((ago >= 0) & (ago < reach) & same).unsqueeze(2)
     p = scores.masked_fill(~seen, -math.inf).softmax(-1)
     weights = F.rms_norm(from_BTH.to(p.dtype), (from_BTH.shape[-1],), eps=COMPOSE_EPS)
-    mixture = torch.einsum("bnih,bnhij->bnij", in_blocks(weights, reach, pad), p).to(v.dtype)
+    mixture = torch.einsum("bnih,bnhij->bnij", token_blocks(weights, reach, pad), p).to(v.dtype)
     y = torch.einsum("bnij,bnjhd->bnihd", mixture, v).flatten(1, 2)[:, :T]
     return into_BTH.unsqueeze(-1) * y
 
 
-def in_blocks(x: Tensor, block: int, pad: int, fill: int = 0) -> Tensor:
+def token_blocks(x: Tensor, block: int, pad: int, fill: int = 0) -> Tensor:
     """(B, n, block, ...) of (B, T, ...), T lengthened by `pad`."""
     return F.pad(x, (*(0, 0) * (x.ndim - 2), 0, pad), value=fill).unflatten(1, (-1, block))
 
 
-def with_block_before(x: Tensor, fill: int = 0) -> Tensor:
-    """Each block of in_blocks behind the one before it; `fill` before the first."""
+def behind_the_block_before(x: Tensor, fill: int = 0) -> Tensor:
+    """Each block of token_blocks behind the one before it; `fill` before the first."""
     before = F.pad(x, (*(0, 0) * (x.ndim - 2), 1, 0), value=fill)[:, :-1]
     return torch.cat((before, x), dim=2)

@@ -90,7 +90,10 @@ class Bucket:
         self.grads.zero_()
 
     def split_sizes(self, numel: int) -> list[int]:
-        """Split a state's numbers by parameter, in order; the last size is the padding's."""
+        """Split a state's numbers by parameter, in order; the last size is the padding's.
+
+        A state may have fewer numbers than the weights, such as one per row; the shares are the same.
+        """
         sizes = [p.numel() * numel // len(self.weights) for p in self.params.values()]
         return [*sizes, numel - sum(sizes)]
 
