@@ -34,7 +34,7 @@ WAYS_OF_ORD = {
     "row variance": {"SPECTRAL_RHO_MODE": "row", "SPECTRAL_VARIANCE": "1"},
     "off": {"ORD_MODE": "off"},
 }
-HEADER = [20240520, 1]  # magic and version of a shard
+MAGIC, VERSION = 20240520, 1  # of a shard
 
 
 def read(trainer, **env):
@@ -47,10 +47,10 @@ def optimizer_settings(trainer, **env):
     return read(trainer, **{"MODEL": "gpt2-small", **env})[1]
 
 
-def write_shard(path, tokens, vocab_size=BYTES_VOCAB, magic=HEADER[0], version=HEADER[1], count=None):
-    """Write a shard file, with errors on request. vocab_size 0 is a public GPT-2 shard."""
+def write_shard(path, tokens, vocab_size=BYTES_VOCAB, magic=MAGIC):
+    """Write a shard file. vocab_size 0 is a public GPT-2 shard."""
     header = np.zeros(256, dtype="<i4")
-    header[:4] = magic, version, len(tokens) if count is None else count, vocab_size
+    header[:4] = magic, VERSION, len(tokens), vocab_size
     path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
     return path
 

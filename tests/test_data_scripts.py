@@ -131,13 +131,16 @@ def test_corrupted_shards_are_refused_with_the_reason(tmp_path, content, message
 def test_folders_pipes_and_missing_files_are_refused(tmp_path):
     """Fails if reading waits forever on a pipe, or ends in a traceback."""
     os.mkfifo(tmp_path / "pipe.bin")
+    (tmp_path / "link.bin").symlink_to(tmp_path / "none.bin")
     for name, message in (
         (".", "no regular file; a token shard is wanted"),
         ("pipe.bin", "no regular file; a token shard is wanted"),
         ("none.bin", "no such file"),
+        ("link.bin", "no such file"),
     ):
-        with pytest.raises(shards.DataError, match=message):
-            shards.check_shard(tmp_path / name)
+        for reader in (shards.check_shard, shards.open_shard):
+            with pytest.raises(shards.DataError, match=message):
+                reader(tmp_path / name)
 
 
 @FUZZ

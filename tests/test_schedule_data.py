@@ -669,53 +669,13 @@ def test_validation_is_the_first_tokens_of_the_shards_in_slices(tmp_path):
 GOOD = dict(tokens=make_tokens([100] * 40))
 
 
-@pytest.mark.parametrize(
-    "name, bad, wanted",
-    [
-        ("magic", dict(magic=20240521), "20240520"),
-        ("version", dict(version=2), "version 2"),
-        ("count too large", dict(count=4001), "4,001"),
-        ("count too small", dict(count=3999), "3,999"),
-        ("count negative", dict(count=-1), "-1"),
-        ("empty", dict(tokens=[]), "0 tokens"),
-        ("token beyond", dict(vocab_size=200), "vocabulary of 200"),
-        ("token beyond GPT-2's", dict(vocab_size=0, tokens=np.array([50256, 1, 50257])), "50257"),
-        ("vocabulary too large", dict(vocab_size=70_000), "70000"),
-        ("vocabulary negative", dict(vocab_size=-3), "-3"),
-    ],
-)
 @pytest.mark.parametrize("which", ["train", "val"])
-def test_bad_shards_are_refused(tmp_path, name, bad, wanted, which):
-    """Fails if a damaged or foreign file is trained on. The message names the file and what was found."""
+def test_bad_shards_are_refused(tmp_path, which):
+    """Fails if a foreign file is trained on or validated with. test_data_scripts has every kind of damage."""
     for kind in ("train", "val"):
-        write_shard(tmp_path / f"{kind}_0.bin", **{**GOOD, **(bad if kind == which else {})})
-    with pytest.raises(DataError) as error:
+        write_shard(tmp_path / f"{kind}_0.bin", **GOOD, **(dict(magic=20240521) if kind == which else {}))
+    with pytest.raises(DataError, match=f"{which}_0.bin: .*20240520"):
         train_gpt.open_data(data_settings(tmp_path), 1)
-    assert wanted in str(error.value) and f"{which}_0.bin" in str(error.value)
-
-
-@pytest.mark.parametrize("size", [0, 100, 1023, 1024, 1025, 1024 + 7999, 1024 + 8001])
-def test_shards_cut_short_are_refused(tmp_path, size):
-    """Fails if a download cut off at any byte is accepted."""
-    whole = write_shard(tmp_path / "whole", **GOOD).read_bytes() + b"\0\0"
-    (tmp_path / "train_0.bin").write_bytes(whole[:size])
-    with pytest.raises(DataError, match="train_0.bin"):
-        train_data(data_settings(tmp_path))
-
-
-def test_folders_and_links_to_nothing_are_refused(tmp_path):
-    """Fails if something that is no file but has a shard's name ends in a traceback."""
-    (tmp_path / "train_0.bin").mkdir()
-    with pytest.raises(DataError, match="train_0.bin: no regular file"):
-        train_data(data_settings(tmp_path))
-    (tmp_path / "train_0.bin").rmdir()
-    (tmp_path / "train_0.bin").symlink_to(tmp_path / "gone")
-    with pytest.raises(DataError, match="train_0.bin: no such file"):
-        train_data(data_settings(tmp_path))
-    (tmp_path / "train_0.bin").unlink()
-    os.mkfifo(tmp_path / "train_0.bin")  # opening it would wait for a writer
-    with pytest.raises(DataError, match="train_0.bin: no regular file"):
-        train_data(data_settings(tmp_path))
 
 
 def test_data_that_does_not_fit_together_is_refused(tmp_path):
@@ -732,7 +692,7 @@ def test_data_that_does_not_fit_together_is_refused(tmp_path):
         train_gpt.open_data(data_settings(tmp_path), 1)
     with pytest.raises(DataError, match="300.*256"):
         train_gpt.open_data(data_settings(tmp_path, TRAIN_FILES="train_1.bin"), 1)
-    with pytest.raises(DataError, match="TRAIN_FILES='none.bin'"):
+    with pytest.raises(DataError, match="TRAIN_FILES='none.bin'.*data/README.md"):
         train_gpt.open_data(data_settings(tmp_path, TRAIN_FILES="none.bin"), 1)
     write_shard(tmp_path / "gpt2_0.bin", np.arange(2000), vocab_size=0)
     with pytest.raises(DataError, match="no document mark .token 50256"):
