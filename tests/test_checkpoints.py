@@ -67,11 +67,11 @@ def small_session(run, data, run_id="mine"):
 
 
 def steps(run, data, first, last) -> list[float]:
-    """Train these steps; return their losses."""
+    """Train steps first to last - 1; return their mean losses."""
     out, size = [], run.schedule.batch_tokens
     for step in range(first, last):
         run.enter(step)
-        out.append(run.step(step, data.next(size(step), size(step + 1))).item())
+        out.append(run.step(step, data.next(size(step), size(step + 1))).item() / size(step))
     return out
 
 
