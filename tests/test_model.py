@@ -313,21 +313,6 @@ def test_gradients_equal_differences_of_the_slow_model(variant, forms):
         assert (grads[name].numpy() * direction).sum() == pytest.approx(slope, rel=1e-4, abs=2e-5), name
 
 
-def test_slices_of_one_pass_do_not_see_each_other():
-    """Fails if stacking slices changes their sum: a mask, smear or n-gram reaches into the previous slice."""
-    model = shake(small_model(train_gpt)).double()
-    one_by_one = []
-    batch = make_batch(train_gpt)
-    with torch.no_grad():
-        together = model.train_loss(batch, WINDOWS, False, torch.tensor(WEIGHTS))[0].item()
-        for i, starts in enumerate(DOCUMENTS):
-            inputs, targets = batch.inputs_BT[i].numpy(), batch.targets_BT[i].numpy()
-            only = (inputs, targets, np.diff([*starts, 32]))
-            (alone,) = train_gpt.stack_slices([only], torch.device("cpu"), 32)
-            one_by_one.append(model.train_loss(alone, WINDOWS, False, torch.tensor(WEIGHTS))[0].item())
-    assert together == pytest.approx(sum(one_by_one), rel=1e-6)
-
-
 # ------------------------------------------------------------------------------------------------ attention
 
 
@@ -429,19 +414,6 @@ def test_passes_add_up_in_the_optimizers_buffer(forms):
 
 
 # ------------------------------------------------------------------------------------------------ rotary
-
-
-def test_rotary_turns_pairs_of_the_first_half():
-    """Fails if frequencies, pairing, position or the unrotated half differ from the formula."""
-    rotary = train_gpt.Rotary(16)
-    rotary.make_tables(50)
-    x = np.random.default_rng(0).normal(size=(2, 40, 3, 16)).astype(np.float32)
-    got = rotary(torch.tensor(x)).numpy()
-    for b in range(2):
-        for h in range(3):
-            expected = ref_rotary(x[b, :, h].astype(np.float64), ref_freqs(16))
-            np.testing.assert_allclose(got[b, :, h], expected, atol=2e-5)
-    assert (got[..., 8:] == x[..., 8:]).all() and rotary.scale == 0.1
 
 
 def test_yarn_at_each_change_of_the_long_window():

@@ -374,20 +374,6 @@ def test_gradients_equal_differences_of_the_slow_model(part):
         assert (grads[name].numpy() * direction).sum() == pytest.approx(slope, rel=1e-4, abs=1e-4), name
 
 
-def test_slices_of_one_pass_do_not_see_each_other():
-    """Fails if the composition of heads, or a row of signs, reads from the previous slice."""
-    model, batch = model_of(config(**ALL)), make_batch(train_gpt)
-    known = WINDOWS, False, torch.tensor(WEIGHTS), None, 0.2
-    with torch.no_grad():
-        together = model.train_loss(batch, *known)[0].item()
-        alone = 0.0
-        for i, starts in enumerate(DOCUMENTS):
-            only = batch.inputs_BT[i].numpy(), batch.targets_BT[i].numpy(), np.diff([*starts, 32])
-            (one,) = train_gpt.stack_slices([only], torch.device("cpu"), 32)
-            alone += model.train_loss(one, *known)[0].item()
-    assert together == pytest.approx(alone, rel=1e-6)
-
-
 # ------------------------------------------------------------------------------------------------ start
 
 
