@@ -87,6 +87,7 @@ def test_experts_and_their_spectra_survive_kills(undisturbed_experts, shards, tm
     assert job.end() == 0, job.out.read_text()[-3000:]
     resumed = [re.search(r"step:(\d+)", event)[1] for event in events(job.log, "resumed")]
     assert resumed == ["4", "6"] and lines(job.log) == lines(undisturbed_experts)
+    assert read_log(job.log)[-1].columns["spec_mlp"].value.shape[-1] == 4  # a mean per layer
     spectra = [log.with_suffix(".manifold.jsonl").read_text() for log in (job.log, undisturbed_experts)]
     assert spectra[0] == spectra[1] and spectra[0].count("\n") > 10
 
