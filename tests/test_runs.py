@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from helpers import BASELINE, ORD, ROOT, base_env, losses, run, train
-from jobs import refusal, run_here
+from jobs import run_here
 
 import train_gpt
 from analysis.run_log import read_log
@@ -163,32 +163,6 @@ def test_golden_losses(n_grams, shards, tmp_path):
     )
     val, _ = train(tmp_path, shards, "golden", NUM_SCHEDULED_ITERATIONS=10, SEED=42, **then, **settings)
     assert val == pytest.approx(wanted, abs=2e-4)
-
-
-def test_bad_settings_end_the_run_before_it_starts(shards, tmp_path):
-    """Fails if there is more than exit code 2 and one sentence; under torchrun, only rank 0 prints."""
-    done = run(tmp_path, BASELINE, base_env(shards, SEED="minus one"), ranks=0)
-    assert done.returncode == 2
-    assert "SEED='minus one'" in done.stderr and "Traceback" not in done.stderr
-    torchrun = ("--standalone",)
-    done = run(tmp_path, BASELINE, base_env(shards, SPECTRAL_LR_MUL="0.1"), 2, torchrun)
-    assert done.returncode == 1  # torchrun turns any failure into 1
-    assert done.stderr.count("SPECTRAL_LR_MUL is not a setting of train_gpt.py") == 1
-    assert not (tmp_path / "logs").exists()
-
-
-def test_a_log_is_never_overwritten(baseline, shards, monkeypatch, capsys):
-    cwd, _, _ = baseline
-    before = (cwd / "logs" / "baseline.txt").read_bytes()
-    monkeypatch.chdir(cwd)
-    assert "never overwritten" in refusal(train_gpt, base_env(shards, RUN_ID="baseline"), capsys)
-    assert (cwd / "logs" / "baseline.txt").read_bytes() == before
-
-
-def test_missing_data_says_what_makes_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    said = refusal(train_gpt, base_env(tmp_path), capsys)
-    assert "made_train_*.bin" in said and "data/README.md" in said
 
 
 def test_divergence_ends_the_run_with_3(shards, tmp_path):
