@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    TRAINERS,
     Params,
     lone_ranks,
     make_optimizer,
@@ -448,65 +447,10 @@ def test_every_part_learns(changes, tmp_path):
 # ------------------------------------------------------------------------------------- roles, sizes, schedule
 
 
-def preset_model(trainer=train_gpt):
-    with torch.device("meta"):
-        return trainer.GPT(trainer.PRESETS[RECORD][0], 50257, "sdpa")
-
-
-RATES = {  # name's end: (factor on Adam's rate, on its decay, betas)
-    "attn_lambda": (1, 0, (0.9, 0.95)),
-    "mlp_lambda": (1, 0, (0.9, 0.95)),
-    "resid_attn_lambda": (5, 0, (0.9, 0.95)),
-    "resid_mlp_lambda": (5, 0, (0.9, 0.95)),
-    "qkv_lambda": (5, 0, (0.9, 0.99)),
-    "o_lambda": (5, 0, (0.9, 0.99)),
-    "skip_lambda": (5, 0, (0.9, 0.99)),
-    "smear_lambda": (5, 0, (0.9, 0.99)),
-    "ngram_lambda": (5, 0, (0.9, 0.99)),
-    "x0_lambda": (5, 0, (0.65, 0.95)),
-    "xsa_alpha": (1, 0, (0.9, 0.95)),
-    "value_gate": (1, 1, (0.9, 0.99)),
-    "smear_gate": (0.01, 0, (0.9, 0.99)),
-    "ngram_table": (75, 5, (0.75, 0.95)),
-    "value_embeds": (75, 5, (0.75, 0.95)),
-    "mudd hidden": (0.25, 1, (0.9, 0.99)),
-    "mudd out": (0.25, 1, (0.9, 0.99)),
-    "mudd bias": (0.25, 0, (0.9, 0.99)),
-    "gate_nets hidden": (0.1, 1, (0.9, 0.99)),
-    "gate_nets out": (0.1, 1, (0.9, 0.99)),
-    "gate_nets bias": (0.1, 0, (0.9, 0.99)),
-    "gate_nets scale": (0.1, 0, (0.9, 0.99)),
-    "head": (1, 150, (0.5, 0.95)),
-    "embed": (1, 150, (0.5, 0.95)),
-}
-
-
-def key_of(name: str) -> str:
-    parts = name.split(".")
-    if parts[0] in ("mudd", "gate_nets"):
-        return f"{parts[0]} {parts[-1]}"
-    return parts[0] if parts[0] == "value_embeds" else parts[-1]
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_rates_and_betas_are_the_facts(trainer):
-    """Fails if a parameter of the preset, or of its parts without networks, has a wrong rate or betas."""
-    names = {n for n, _ in preset_model(trainer).named_parameters()}
-    fixed = trainer.GPT(config(trainer, **FACTORS, xsa_layers=(1,)), 100, "sdpa")
-    names |= {n for n, _ in fixed.named_parameters() if n not in ("backout_lambda", "skip_gate")}
-    seen = set()
-    for name in names:
-        role, key = trainer.find_role(name), key_of(name)
-        if role.rule == "matrix" or key == "attn_gate":
-            continue
-        assert (role.lr_mul, role.decay_mul, role.betas) == RATES[key], name
-        seen.add(key)
-    assert seen == set(RATES)
-
-
 def test_the_preset_is_the_record():
     """Fails if the preset's sizes, layers or initial values differ from the table of facts."""
-    model = preset_model()
+    with torch.device("meta"):
+        model = train_gpt.GPT(train_gpt.PRESETS[RECORD][0], 50257, "sdpa")
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     c = model.config
     assert sum(s == (3, 256, 768) for s in shapes.values()) == 20  # 60 matrices of q and k
@@ -743,12 +687,11 @@ def test_prefixes_of_gpt2s_vocabulary():
 # ------------------------------------------------------------------------------------------------ fast forms
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_fast_forms_cover_the_preset_or_step_aside(trainer):
+def test_fast_forms_cover_the_preset_or_step_aside():
     """Fails if a form is installed for a model that it does not cover, or left out for one that it covers."""
     for model in ("tiny-2026-08", RECORD):
-        s, o, _ = read(trainer, MODEL=model)
-        with fast_forms.installed(trainer, s, o) as (names, warnings):
+        s, o, _ = read(train_gpt, MODEL=model)
+        with fast_forms.installed(train_gpt, s, o) as (names, warnings):
             assert names == ["MLP.forward", "polar_express"] and not warnings
 
 

@@ -19,6 +19,7 @@ from helpers import (
     lone_ranks,
     make_optimizer,
     optimizer_settings,
+    small_config,
     small_model,
 )
 from test_checkpoints import STEPS, small_trainer, steps
@@ -303,6 +304,9 @@ def test_steps_of_ord(arm):
     compare_steps(ord_gpt, o, steps, tolerance=tolerance)
 
 
+RESCALED = dict(ORD_MODE="post", SPECTRAL_RESCALE=1, SPECTRAL_OUT=0.5)
+
+
 @pytest.mark.parametrize(
     "extra",
     [
@@ -312,26 +316,17 @@ def test_steps_of_ord(arm):
         dict(SPECTRAL_LR_MUL=-0.3),
         dict(SPECTRAL_PROJ_EPS=5),
         dict(MUON_DECAY_MODE="param", MUON_WEIGHT_DECAY=0.1),
+        dict(RESCALED, MUON_DECAY_MODE="both", MUON_WEIGHT_DECAY=0.2),
+        dict(RESCALED, MUON_DECAY_MODE="update", MUON_WEIGHT_DECAY=-0.2),
+        dict(RESCALED, MUON_DECAY_MODE="param", MUON_WEIGHT_DECAY=0.2),
+        dict(RESCALED, MUON_DECAY_MODE="cautious", MUON_WEIGHT_DECAY=30),
     ],
+    ids=str,
 )
 def test_steps_of_ord_with_other_settings(extra):
     """Fails if ORD ignores a setting: its own strengths for attention and MLP, eps, a negative a, decay,
-    Muon."""
+    Muon; if rescaling undoes the decay, or the decay's mask is not taken from the update."""
     compare_steps(ord_gpt, optimizer_settings(ord_gpt, **{"SPECTRAL_LR_MUL": 0.7, **extra}), steps=4)
-
-
-@pytest.mark.parametrize("mode, decay", [("both", 0.2), ("update", -0.2), ("param", 0.2), ("cautious", 30)])
-def test_decay_comes_after_the_rescaling(mode, decay):
-    """Fails if rescaling undoes the decay, or the decay's mask is not taken from the update."""
-    o = optimizer_settings(
-        ord_gpt,
-        ORD_MODE="post",
-        SPECTRAL_RESCALE=1,
-        SPECTRAL_OUT=0.5,
-        MUON_DECAY_MODE=mode,
-        MUON_WEIGHT_DECAY=decay,
-    )
-    compare_steps(ord_gpt, o, steps=4)
 
 
 # ------------------------------------------------------------------------------------------------ identities
@@ -522,18 +517,17 @@ def test_shards_of_any_rank_equal_those_of_one_rank_and_padding_stays_zero(train
         )
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_shards_of_a_big_table_equal_those_of_one_rank(trainer):
+def test_shards_of_a_big_table_equal_those_of_one_rank():
     """Fails if one of four ranks updates another's part of a table, or skips small parameters. 65537 entries
     need padding on four ranks."""
     shapes = {"ngram_table": (65537, 1), "smear_gate": (12,), "blocks.0.attn.attn_gate": (2, 12)}
     weights = start_weights(shapes=shapes)
     grads = some_grads(weights, 4)
-    o = optimizer_settings(trainer)
-    whole, _ = run_steps(trainer, o, weights, grads)
+    o = optimizer_settings(train_gpt)
+    whole, _ = run_steps(train_gpt, o, weights, grads)
     for rank in range(4):
         model = Params(weights)
-        optimizer = make_optimizer(trainer, model, o, ranks=lone_ranks(rank, 4))
+        optimizer = make_optimizer(train_gpt, model, o, ranks=lone_ranks(rank, 4))
         for step, g in enumerate(grads):
             model.add_grads(g)
             optimizer.step(step, 1.3, 2048, False)
@@ -625,17 +619,16 @@ def assert_close_weights(a, b, tolerance=2e-6):
         torch.testing.assert_close(x, b[name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("size", [1, 1e-10, 0], ids=["usual", "near eps", "unseen"])
 @pytest.mark.parametrize("warmup", [0, 15])
-def test_adam_equals_its_formula_in_float64(trainer, size, warmup):
+def test_adam_equals_its_formula_in_float64(size, warmup):
     """Fails if eps is added after the bias correction, as in torch, weights without gradient decay, or the
     betas do not rise with BETA_WARMUP_STEPS. A gate and a table, with decay 1 and 5."""
     weights = start_weights(shapes={"blocks.0.attn.attn_gate": (4, 12), "ngram_table": (4, 3)}, scale=2)
     grads = [{n: np.float32(size) * g for n, g in step.items()} for step in some_grads(weights, 20)]
     model = Params(weights)
-    o = optimizer_settings(trainer, ADAM_WEIGHT_DECAY=0.5, BETA_WARMUP_STEPS=warmup)
-    optimizer = make_optimizer(trainer, model, o)
+    o = optimizer_settings(train_gpt, ADAM_WEIGHT_DECAY=0.5, BETA_WARMUP_STEPS=warmup)
+    optimizer = make_optimizer(train_gpt, model, o)
     refs = {n: RefAdam(n, w.astype(float)) for n, w in weights.items()}
     for step, g in enumerate(grads):
         model.add_grads(g)
@@ -658,29 +651,52 @@ def test_matrices_under_adamw_are_torchs_adamw(trainer):
     assert_close_weights(after, torch_adamw(weights, grads, 1.3 * 0.003, (0.9, 0.95), 0.3))
 
 
-# lr x, decay x, betas
-FACTS = {
-    "scalars": (5, 0, 0.9, 0.99),
-    "x0": (5, 0, 0.65, 0.95),
-    "tables": (75, 5, 0.75, 0.95),
+FACTS = {  # last words of Adam's parameters -> lr x, decay x, betas
+    "resid_lambda ngram_lambda qkv_lambda o_lambda": (5, 0, 0.9, 0.99),
+    "smear_lambda skip_lambda backout_lambda": (5, 0, 0.9, 0.99),
+    "x0_lambda": (5, 0, 0.65, 0.95),
+    "resid_attn_lambda resid_mlp_lambda": (5, 0, 0.9, 0.95),
+    "attn_lambda mlp_lambda xsa_alpha": (1, 0, 0.9, 0.95),
+    "mudd.hidden mudd.out": (0.25, 1, 0.9, 0.99),
+    "mudd.bias": (0.25, 0, 0.9, 0.99),
+    "gate_nets.hidden gate_nets.out": (0.1, 1, 0.9, 0.99),
+    "gate_nets.bias gate_nets.scale": (0.1, 0, 0.9, 0.99),
+    "ngram_table value_embeds": (75, 5, 0.75, 0.95),
     "smear_gate": (0.01, 0, 0.9, 0.99),
     "skip_gate": (0.05, 0, 0.9, 0.99),
-    "gates": (1, 1, 0.9, 0.99),
-    "head": (1, 150, 0.5, 0.95),
+    "attn_gate value_gate": (1, 1, 0.9, 0.99),
+    "router": (1, 0, 0.9, 0.99),
+    "head embed": (1, 150, 0.5, 0.95),
 }
+BY_KEY = {key: facts for keys, facts in FACTS.items() for key in keys.split()}
 
 
-def facts_of(name):
-    last = name.split(".")[-1]
-    if last in ("smear_gate", "skip_gate"):
-        return FACTS[last]
-    if last.endswith("_gate"):
-        return FACTS["gates"]
-    if last == "x0_lambda":
-        return FACTS["x0"]
-    if last.endswith("_lambda"):
-        return FACTS["scalars"]
-    return FACTS["head" if last in ("head", "embed") else "tables"]
+def key_of(name):
+    """Return a parameter's key in BY_KEY: the last part of its name, with the first for networks."""
+    parts = name.split(".")
+    if parts[0] in ("mudd", "gate_nets"):
+        return f"{parts[0]}.{parts[-1]}"
+    return "value_embeds" if parts[0] == "value_embeds" else parts[-1]
+
+
+def test_every_parameter_of_a_preset_follows_one_rule_of_the_table():
+    """Fails if a parameter is updated by no rule or by two, or its rate, decay or betas are wrong. Branch
+    factors that no network makes are in no preset."""
+    configs = [config for config, _ in train_gpt.PRESETS.values()]
+    configs.append(small_config(train_gpt, branch_factors=True, xsa_layers=(1,)))
+    seen = set()
+    for config in configs:
+        with torch.device("meta"):
+            model = train_gpt.GPT(config, 50257, "sdpa")
+        for name, p in model.named_parameters():
+            role = train_gpt.find_role(name)  # asserts that it is one
+            assert (role.rule == "matrix") == name.endswith(MATRIX_NAMES), name
+            if role.rule == "matrix":
+                assert p.ndim >= 2, name
+            else:
+                assert (role.lr_mul, role.decay_mul, *role.betas) == BY_KEY[key_of(name)], name
+                seen.add(key_of(name))
+    assert seen == set(BY_KEY)
 
 
 class RefAdam:
@@ -688,7 +704,7 @@ class RefAdam:
     decay lr * lr * 0.005 * wd_mul; 0.5 here, as 0.005 is too small to detect."""
 
     def __init__(self, name, value):
-        (self.lr, self.wd, self.b1, self.b2), self.W = facts_of(name), value
+        (self.lr, self.wd, self.b1, self.b2), self.W = BY_KEY[key_of(name)], value
         self.m = self.v = self.grad = 0.0
         self.n, self.active = 0, name != "embed"
 
@@ -715,7 +731,7 @@ def test_every_adam_group_of_the_model_follows_the_table():
     names = [n for n, p in model.named_parameters() if not n.endswith(MATRIX_NAMES)]
     refs = {n: RefAdam(n, dict(model.named_parameters())[n].detach().double().numpy().copy()) for n in names}
     optimizer = make_optimizer(train_gpt, model, optimizer_settings(train_gpt, ADAM_WEIGHT_DECAY=0.5), 99)
-    assert {facts_of(n) for n in names} == set(FACTS.values())  # no group is missing from the model
+    assert len({BY_KEY[key_of(n)] for n in names}) == 7  # the speedrun's groups
     params = dict(model.named_parameters())
     for step, lr_mul in enumerate((1.0, 1.5, 0.5, 1.0, 2.0, 1.0, 0.7, 1.2)):
         if step == 6:
@@ -758,13 +774,12 @@ def test_gradient_clipping_holds_the_norm_of_the_mean_loss():
             np.testing.assert_allclose(seen, np.abs(grads[name]) * min(1, clip / size), rtol=1e-4)
 
 
-@pytest.mark.parametrize("trainer", [train_gpt, ord_gpt])
-def test_the_logged_norm_is_that_of_the_mean_loss(trainer):
+def test_the_logged_norm_is_that_of_the_mean_loss():
     """Fails if grad_norm depends on the loss's scale or the batch, omits parameters that move, counts those
     that wait, or is not GRAD_CLIP's; or if a step before no validation computes it."""
     weights = start_weights(shapes={"head": (6, 4), "blocks.0.attn.q": (8, 8), "blocks.0.mlp.up": (12, 8)})
     model = Params(weights)
-    optimizer = make_optimizer(trainer, model, optimizer_settings(trainer))
+    optimizer = make_optimizer(train_gpt, model, optimizer_settings(train_gpt))
     grads = some_grads(weights, 2)
 
     def norm(parts) -> float:
