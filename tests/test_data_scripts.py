@@ -682,46 +682,25 @@ def test_a_damaged_download_is_refused_and_removed(tmp_path, run, fake_hub, cont
     assert download(run, tmp_path, 2)[0] == 0
 
 
-def failures():
+def test_each_failure_of_a_download_has_its_own_message(tmp_path, run, fake_hub):
     from huggingface_hub import errors
 
     kind = errors.RepositoryNotFoundError
     unknown = kind.__new__(kind)  # its constructor needs a server's reply
-    return {
-        "offline": (errors.LocalEntryNotFoundError("x"), "is this machine online?"),
-        "refused": (ConnectionRefusedError(errno.ECONNREFUSED, "x"), "is this machine online?"),
-        "slow": (TimeoutError("x"), "is this machine online?"),
-        "offline on purpose": (errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE is set"),
-        "no such file": (errors.EntryNotFoundError("x"), "no such file on the hub: some_val_000000.bin"),
-        "no such repository": (unknown, "no public data set someone/some-gpt2"),
-        "disk full": (OSError(errno.ENOSPC, "x"), "the disk is full"),
-        "disk full by another name": (
-            RuntimeError("IO Error: No space left on device (os error 28)"),
-            "disk is full",
-        ),
-        "anything else": (RuntimeError("strange\nand long"), "failed (RuntimeError: strange)"),
-    }
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "offline",
-        "refused",
-        "slow",
-        "offline on purpose",
-        "no such file",
-        "no such repository",
-        "disk full",
-        "disk full by another name",
-        "anything else",
-    ],
-)
-def test_each_failure_of_a_download_has_its_own_message(tmp_path, run, fake_hub, kind):
-    error, message = failures()[kind]
-    fake_hub[1]["some_val_000000.bin"] = error
-    status, _, err = download(run, tmp_path, 1)
-    assert status == 1 and message in err and err.count("\n") == 1
+    for error, message in (
+        (errors.LocalEntryNotFoundError("x"), "is this machine online?"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "x"), "is this machine online?"),
+        (TimeoutError("x"), "is this machine online?"),
+        (errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE is set"),
+        (errors.EntryNotFoundError("x"), "no such file on the hub: some_val_000000.bin"),
+        (unknown, "no public data set someone/some-gpt2"),
+        (OSError(errno.ENOSPC, "x"), "the disk is full"),
+        (RuntimeError("IO Error: No space left on device (os error 28)"), "disk is full"),
+        (RuntimeError("strange\nand long"), "failed (RuntimeError: strange)"),
+    ):
+        fake_hub[1]["some_val_000000.bin"] = error
+        status, _, err = download(run, tmp_path, 1)
+        assert status == 1 and message in err and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("count", ["0", "10", "-1"])
