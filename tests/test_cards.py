@@ -14,26 +14,12 @@ from jobs import events, lines, run_here
 
 import train_gpt
 from runtime import checking, memory, toolchain
-from runtime.memory import GIB, Memory, OutOfMemory
+from runtime.memory import Memory, OutOfMemory
 from runtime.settings import SettingsError
 from runtime.supervise import StopRequest
 
 VOCAB = 50257
 CARDS = {"RTX 4090": 23.5, "H100": 79.1, "H200": 139.8}  # GiB, as torch reports them
-
-
-@pytest.fixture
-def on_gpu(monkeypatch):
-    """Function that makes torch claim a GPU of some capability and memory."""
-
-    def pretend(*capability, gib=80.0):
-        properties = SimpleNamespace(total_memory=int(gib * GIB))
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
-
-    return pretend
 
 
 def forecast(world_size=1, **env) -> Memory:
