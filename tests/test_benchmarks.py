@@ -458,7 +458,7 @@ def test_scaling_model_refuses(arguments, message, capsys):
 
 
 @pytest.fixture
-def tiny_env(tmp_path, monkeypatch):
+def tiny_env(tmp_path):
     """The tiny preset with steps of 256 tokens on made shards; stage 2 differs."""
     write_shard(tmp_path / "made_train_0.bin", make_tokens([60, 200, 90] * 80))
     write_shard(tmp_path / "made_val_0.bin", make_tokens([100] * 40))

