@@ -2,23 +2,31 @@
 full disks, vanished data, two runs of one name. tests/README.md has the table of faults and outcomes."""
 
 import os
-import pickle
 import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import soak
 import torch
 from forked import PATIENCE_S
-from helpers import BASELINE, ORD, ROOT, base_env, command, losses, make_text, run, train, write_shard
+from helpers import (
+    BASELINE,
+    ORD,
+    ROOT,
+    base_env,
+    command,
+    losses,
+    make_text,
+    run,
+    run_two_agents,
+    train,
+    write_shard,
+)
 from jobs import Job, events, lines, refusal
 from safetensors.numpy import load_file
 
@@ -342,7 +350,6 @@ class Runs:
 def test_a_strangers_checkpoint_runs_no_code(refused_resume, tmp_path):
     bad, trap = tmp_path / "stranger.pt", tmp_path / "code_was_run"
     torch.save({"format": FORMAT, "config": Runs(trap)}, bad)
-    assert pickle.dumps(Runs(trap))  # it can be pickled, so it is in the file
     assert "is no checkpoint" in refused_resume(RESUME=str(bad)) and not trap.exists()
 
 
@@ -388,16 +395,8 @@ def test_more_ranks_than_divide_the_batch(shards, tmp_path):
 def test_machines_with_different_or_bad_settings_are_refused_together(shards, tmp_path, name, values, said):
     """Fails if agents with different seeds train nonsense, or a bad value on one leaves the other waiting.
     Both say why."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-
-    def agent(node):
-        extra = ("--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}")
-        return run(tmp_path, BASELINE, base_env(shards, RUN_ID="nodes", **{name: values[node]}), 1, extra)
-
-    with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(agent, (0, 1)))
+    envs = [base_env(shards, RUN_ID="nodes", **{name: value}) for value in values]
+    done = run_two_agents(tmp_path, envs)
     assert [d.returncode for d in done] == [1, 1]
     for node in done:
         assert node.stderr.count(said) == 1 and "Traceback" not in node.stderr.partition("torch/distr")[0]
@@ -687,12 +686,3 @@ def test_two_runs_in_one_folder_and_one_name_twice(shards, tmp_path):
     first.process.send_signal(signal.SIGTERM)
     first.go_on()
     assert first.end() == 0
-
-
-@pytest.mark.parametrize("script", [BASELINE, ORD])
-def test_the_soaks_copy_of_the_project_starts(tmp_path, script):
-    """Fails if the soak, which no other test runs, would end before its first fault."""
-    soak.copy_project(tmp_path)
-    argv = [sys.executable, script, "--settings-json"]
-    done = subprocess.run(argv, cwd=tmp_path, env=base_env(tmp_path), capture_output=True)
-    assert done.returncode == 0, done.stderr

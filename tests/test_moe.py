@@ -5,7 +5,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import ORD, TRAINERS, lone_ranks, make_optimizer, optimizer_settings, read, small_config, train
+from helpers import (
+    ORD,
+    TRAINERS,
+    base_env,
+    lone_ranks,
+    make_optimizer,
+    optimizer_settings,
+    read,
+    small_config,
+    train,
+    train_steps,
+    trainer_on,
+)
 from test_model import WINDOWS, make_batch
 
 import train_gpt
@@ -180,26 +192,10 @@ def test_no_token_is_dropped_and_validation_alone_is_counted():
     assert load.sum(1).tolist() == [2 * 3 * batch.inputs_BT.numel()] * 4 and load.shape == (4, 5)
 
 
-def tiny_trainer(trainer, shards, ranks=None, **env):
-    """Make a Trainer of moe-tiny and its data."""
-    ranks = ranks or lone_ranks()
-    common = dict(
-        MODEL="moe-tiny",
-        DATA_PATH=shards,
-        TRAIN_FILES="made_train_*.bin",
-        VAL_TOKENS=16384,
-        VAL_FILES="made_val_*.bin",
-        VAL_BATCH_TOKENS=8192,
-        NUM_SCHEDULED_ITERATIONS=12,
-    )
-    s, o, config = read(trainer, **common, **env)
-    run = trainer.Trainer(s, o, config, 256, ranks)
-    return run, trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
-
-
-def steps(run, data, first, last) -> list[float]:
-    """Train steps of 2048 tokens; return each one's summed cross-entropy."""
-    return [run.step(step, data.next(2048, None)).item() for step in range(first, last)]
+def tiny_trainer(shards, ranks=None, **env):
+    """Make a Trainer of moe-tiny and its data, 2,048 tokens a step."""
+    own = dict(MODEL="moe-tiny", BATCH_SIZES="2048,2048,2048,2048", NUM_SCHEDULED_ITERATIONS=12)
+    return trainer_on(train_gpt, ranks=ranks, **base_env(shards, **own, **env))
 
 
 def noise_of_step(run, step, batches) -> list:
@@ -218,14 +214,14 @@ def noise_of_step(run, step, batches) -> list:
 def test_noise_is_a_function_of_seed_step_and_slice(shards):
     """Fails if a slice's noise depends on the number of ranks, two steps, seeds, slices or layers share
     theirs, or ROUTER_NOISE is not its standard deviation."""
-    run, data = tiny_trainer(train_gpt, shards)
+    run, data = tiny_trainer(shards)
     (batch,) = data.next(2048, None)
     (whole,) = noise_of_step(run, 4, [batch])
     assert whole.shape == (4, 8, 256, 8) and whole.std().item() == pytest.approx(0.1, rel=0.02)
-    second, _ = tiny_trainer(train_gpt, shards, ranks=lone_ranks(1, 2))
+    second, _ = tiny_trainer(shards, ranks=lone_ranks(1, 2))
     parts = [batch._replace(inputs_BT=batch.inputs_BT[i : i + 2]) for i in (4, 6)]
     assert torch.equal(torch.cat(noise_of_step(second, 4, parts), 1), whole[:, 4:])
-    other_seed, off = (tiny_trainer(train_gpt, shards, **x)[0] for x in ({"SEED": 1}, {"ROUTER_NOISE": 0}))
+    other_seed, off = (tiny_trainer(shards, **x)[0] for x in ({"SEED": 1}, {"ROUTER_NOISE": 0}))
     others = [noise_of_step(r, step, [batch])[0][0, 0] for r, step in ((run, 5), (other_seed, 4))]
     flat = torch.stack([x.flatten() for x in (*whole[:, 0], *whole[:, 1], *others)])
     assert torch.corrcoef(flat).fill_diagonal_(0).abs().max() < 0.12
@@ -235,7 +231,7 @@ def test_noise_is_a_function_of_seed_step_and_slice(shards):
 def test_noise_and_load_of_training_and_validation(shards, monkeypatch):
     """Fails if a training pass gets no noise, a validation pass gets some, or a validation's load carries
     over to the next one."""
-    run, data = tiny_trainer(train_gpt, shards)
+    run, data = tiny_trainer(shards)
     noisy, forward = [], MixtureOfExperts.forward
 
     def spy(self, n_BTC, out_scale, routing):
@@ -243,7 +239,7 @@ def test_noise_and_load_of_training_and_validation(shards, monkeypatch):
         return forward(self, n_BTC, out_scale, routing)
 
     monkeypatch.setattr(MixtureOfExperts, "forward", spy)
-    steps(run, data, 0, 1)
+    train_steps(run, data, 0, 1)
     assert set(noisy) == {True}
     noisy.clear()
     batches = train_gpt.val_batches(train_gpt.open_data(run.s, 1)[1], run.s, run.ranks)
@@ -256,10 +252,10 @@ def test_noise_and_load_of_training_and_validation(shards, monkeypatch):
 def test_zero_initialised_experts_train(shards):
     """Fails if an expert or router does not move. down starts at zero, so only down can move at first; after
     a few steps all have moved, and the loss falls."""
-    run, data = tiny_trainer(train_gpt, shards)
+    run, data = tiny_trainer(shards)
     before = {n: p.detach().clone() for n, p in run.model.named_parameters() if ".mlp." in n}
     assert all(not p.any() for n, p in before.items() if n.endswith("down"))
-    losses = steps(run, data, 0, 6)
+    losses = train_steps(run, data, 0, 6)
     for name, p in run.model.named_parameters():
         if ".mlp." in name:
             assert (p != before[name]).flatten(1).any(1).all(), name

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch.distributed as dist
-from forked import PATIENCE_S
+from forked import PATIENCE_S, free_port
 from helpers import ROOT
 
 from runtime.ranks import agree_on_settings
@@ -60,12 +60,6 @@ except ValueError as error:
         file.write(str(error))
 ranks.close()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
 
 
 def test_collectives_equal_plain_sums_and_an_error_reaches_all(tmp_path):

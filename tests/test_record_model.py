@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    SMALL_WINDOWS,
     Params,
     lone_ranks,
     make_optimizer,
     make_text,
     read,
     slopes,
+    small_trainer,
     train,
+    train_steps,
     write_shard,
 )
 from test_checkpoints import small_session
@@ -408,29 +411,11 @@ def test_a_part_that_starts_at_zero_changes_nothing_at_first(part):
     torch.testing.assert_close(logits[0], logits[1].view_as(logits[0]), rtol=1e-6, atol=1e-6)
 
 
-def small_run(folder, trainer=train_gpt, seed=0, steps=12, changes=ALL, **env):
+def small_run(folder, trainer=train_gpt, seed=0, changes=ALL, **env):
     """Return (Trainer of a small model with all parts, its data), on learnable text."""
-    if not (folder / "train_0.bin").exists():
-        write_shard(folder / "train_0.bin", make_text(9000, 1))
-        write_shard(folder / "val_0.bin", make_text(3000, 2))
-    fixed = dict(
-        DATA_PATH=folder, TRAIN_FILES="train_*.bin", VAL_FILES="val_*.bin", BATCH_SIZES="256,256,512,512"
-    )
-    fixed |= dict(VAL_TOKENS=2048, VAL_BATCH_TOKENS=1024, NUM_SCHEDULED_ITERATIONS=steps, LONG_DOCS="cut")
-    s, o, _ = read(trainer, SEED=seed, MAX_DOC_TOKENS="24,32,32,64", MUON_BETA2=0.9, **fixed, **env)
-    ranks = lone_ranks()
-    c = config(trainer, **{**changes, "windows": ((1, 1), (1, 2), (2, 3), (2, 3))})
-    return trainer.Trainer(s, o, c, 256, ranks), trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
-
-
-def losses_of(run, data, first, last) -> list[float]:
-    """Train steps first to last - 1; return their mean losses."""
-    found, size, stage = [], run.schedule.batch_tokens, run.schedule.stage
-    for step in range(first, last):
-        run.enter(step)
-        batches = data.next(size(step), size(step + 1), (stage(step), stage(step + 1)))
-        found.append(run.step(step, batches).item() / size(step))
-    return found
+    c = config(trainer, **changes, windows=SMALL_WINDOWS)
+    own = dict(MAX_DOC_TOKENS="24,32,32,64", LONG_DOCS="cut", MUON_BETA2=0.9)
+    return small_trainer(trainer, folder, seed, c, **own, **env)
 
 
 @pytest.mark.parametrize("changes", [ALL, dict(FACTORS, xsa_layers=(1, 3, 5))], ids=["by token", "fixed"])
@@ -438,7 +423,7 @@ def test_every_part_learns(changes, tmp_path):
     """Fails if a parameter keeps its initial value: it does not reach the loss, or no rule updates it."""
     run, data = small_run(tmp_path, changes=changes)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    found = losses_of(run, data, 0, 12)
+    found = train_steps(run, data, 0, 12)
     assert found[-1] < found[0] - 0.5
     still = [name for name, p in run.model.named_parameters() if torch.equal(p, before[name])]
     assert not still
@@ -698,11 +683,11 @@ def test_fast_forms_cover_the_preset_or_step_aside():
 def test_a_cpus_forms_compute_the_same(tmp_path):
     """Fails if the CPU's fast forms compute another model. Losses of three steps cover the gradients."""
     plain, data = small_run(tmp_path)
-    wanted = losses_of(plain, data, 0, 3)
+    wanted = train_steps(plain, data, 0, 3)
     s, o, _ = read(train_gpt, MODEL="tiny-2026-08")
     with fast_forms.installed(train_gpt, s, o):
         fast, data = small_run(tmp_path)
-        assert losses_of(fast, data, 0, 3) == pytest.approx(wanted, rel=2e-5)
+        assert train_steps(fast, data, 0, 3) == pytest.approx(wanted, rel=2e-5)
 
 
 def test_attentions_fast_form_refuses_another_model():
@@ -764,13 +749,13 @@ def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, tmp_path, monkeypa
     from another seed's weights."""
     monkeypatch.chdir(tmp_path)
     one, data = small_run(tmp_path, trainer, **env)
-    losses_of(one, data, 0, 6)
+    train_steps(one, data, 0, 6)
     assert small_session(one, data).save(6)
-    wanted = losses_of(one, data, 6, 12)
+    wanted = train_steps(one, data, 6, 12)
     other, data = small_run(tmp_path, trainer, seed=1, **env)
     data.seed = 0
     small_session(other, data).resume(checkpoints.read(tmp_path / "logs" / "mine" / "step_00000006.pt"))
-    assert losses_of(other, data, 6, 12) == wanted
+    assert train_steps(other, data, 6, 12) == wanted
 
 
 def test_ord_learns_with_all_parts(tmp_path):
@@ -778,13 +763,13 @@ def test_ord_learns_with_all_parts(tmp_path):
     runs = {}
     for way in ({}, {"ORD_MODE": "post", "SPECTRAL_IN": "0.5"}, {"ORD_MODE": "project"}, {"ORD_MODE": "off"}):
         run, data = small_run(tmp_path, ord_gpt, **way)
-        runs[str(way)] = losses_of(run, data, 0, 8)
+        runs[str(way)] = train_steps(run, data, 0, 8)
         assert runs[str(way)][-1] < runs[str(way)][0] - 0.3
         fields = run.log_fields(7, full=True)
         assert len(fields["spec_attn"].split(",")) == 5  # one mean per layer, five layers
     assert len({tuple(found) for found in runs.values()}) == len(runs)
     run, data = small_run(tmp_path)
-    assert losses_of(run, data, 0, 8) == runs[str({"ORD_MODE": "off"})]
+    assert train_steps(run, data, 0, 8) == runs[str({"ORD_MODE": "off"})]
 
 
 def test_ranks_agree(tmp_path, shards):

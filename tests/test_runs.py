@@ -2,12 +2,10 @@
 
 import json
 import re
-import socket
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import BASELINE, ORD, ROOT, base_env, losses, run, train
+from helpers import BASELINE, ORD, ROOT, base_env, losses, run, run_two_agents, train
 from jobs import run_here
 
 import train_gpt
@@ -121,16 +119,7 @@ def test_other_optimizers_train(baseline, shards, tmp_path, optimizer):
 def test_two_agents_train_together(baseline, shards, tmp_path):
     """Fails if several machines do not train like one: torchrun --nnodes=2, both agents here."""
     _, val, _ = baseline
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-
-    def agent(node):
-        extra = ("--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}")
-        return run(tmp_path, BASELINE, base_env(shards, RUN_ID="nodes"), 1, extra)
-
-    with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(agent, (0, 1)))
+    done = run_two_agents(tmp_path, 2 * [base_env(shards, RUN_ID="nodes")])
     assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
     assert losses(tmp_path, "nodes") == pytest.approx(val, abs=2e-4)
 

@@ -14,6 +14,7 @@ import torch
 from helpers import (
     FORMS,
     MATRIX_NAMES,
+    SMALL_STEPS,
     TRAINERS,
     Params,
     lone_ranks,
@@ -21,8 +22,9 @@ from helpers import (
     optimizer_settings,
     small_config,
     small_model,
+    small_trainer,
+    train_steps,
 )
-from test_checkpoints import STEPS, small_trainer, steps
 
 import train_gpt
 import train_gpt_muon_ord as ord_gpt
@@ -840,8 +842,8 @@ def test_runs_of_a_thousandfold_loss_agree_in_unit_and_not_in_raw(tmp_path, monk
     does."""
 
     def losses(scale):
-        run, data = small_trainer(ord_gpt, tmp_path, 0, SPECTRAL_SCALE=scale, SPECTRAL_LR_MUL=0.1)
-        return np.array(steps(run, data, 0, STEPS))
+        run, data = small_trainer(ord_gpt, tmp_path, SPECTRAL_SCALE=scale, SPECTRAL_LR_MUL=0.1)
+        return np.array(train_steps(run, data, 0, SMALL_STEPS))
 
     usual = {scale: losses(scale) for scale in ("unit", "raw")}
     monkeypatch.setattr(ord_gpt, "LOSS_SCALE", 1000 * ord_gpt.LOSS_SCALE)
