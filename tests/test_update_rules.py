@@ -306,18 +306,19 @@ def test_steps_of_ord(arm):
     compare_steps(ord_gpt, o, steps, tolerance=tolerance)
 
 
+RADIAL = dict(SPECTRAL_LR_MUL=0.7)
 RESCALED = dict(ORD_MODE="post", SPECTRAL_RESCALE=1, SPECTRAL_OUT=0.5)
 
 
 @pytest.mark.parametrize(
     "extra",
     [
-        dict(OPTIMIZER="muon"),
-        dict(SPECTRAL_LR_MUL_ATTN=0.05, SPECTRAL_LR_MUL_MLP=0.4),
-        dict(SPECTRAL_LR_MUL_MLP=0),
+        dict(RADIAL, OPTIMIZER="muon"),
+        dict(RADIAL, SPECTRAL_LR_MUL_ATTN=0.05, SPECTRAL_LR_MUL_MLP=0.4),
+        dict(RADIAL, SPECTRAL_LR_MUL_MLP=0),
         dict(SPECTRAL_LR_MUL=-0.3),
-        dict(SPECTRAL_PROJ_EPS=5),
-        dict(MUON_DECAY_MODE="param", MUON_WEIGHT_DECAY=0.1),
+        dict(RADIAL, SPECTRAL_PROJ_EPS=5),
+        dict(RADIAL, MUON_DECAY_MODE="param", MUON_WEIGHT_DECAY=0.1),
         dict(RESCALED, MUON_DECAY_MODE="both", MUON_WEIGHT_DECAY=0.2),
         dict(RESCALED, MUON_DECAY_MODE="update", MUON_WEIGHT_DECAY=-0.2),
         dict(RESCALED, MUON_DECAY_MODE="param", MUON_WEIGHT_DECAY=0.2),
@@ -328,7 +329,7 @@ RESCALED = dict(ORD_MODE="post", SPECTRAL_RESCALE=1, SPECTRAL_OUT=0.5)
 def test_steps_of_ord_with_other_settings(extra):
     """Fails if ORD ignores a setting: its own strengths for attention and MLP, eps, a negative a, decay,
     Muon; if rescaling undoes the decay, or the decay's mask is not taken from the update."""
-    compare_steps(ord_gpt, optimizer_settings(ord_gpt, **{"SPECTRAL_LR_MUL": 0.7, **extra}), steps=4)
+    compare_steps(ord_gpt, optimizer_settings(ord_gpt, **extra), steps=4)
 
 
 # ------------------------------------------------------------------------------------------------ identities
