@@ -40,6 +40,25 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture
+def on_gpu(monkeypatch):
+    """Function that makes torch claim a GPU of some capability and memory."""
+    import torch
+
+    from kernels import attention
+
+    def pretend(*capability, gib=80.0):
+        properties = SimpleNamespace(total_memory=int(gib * 2**30))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+
+    attention.activate.cache_clear()
+    yield pretend
+    attention.activate.cache_clear()
+
+
+@pytest.fixture
 def place(tmp_path, monkeypatch):
     """Folder with two stand-ins that differ like the twins, and a clean environment."""
     from launches import STAND_IN, alive

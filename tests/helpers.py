@@ -5,13 +5,15 @@ import contextlib
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from forked import PATIENCE_S, run_forked
+from forked import PATIENCE_S, free_port, run_forked
 from torch import nn
 
 import train_gpt
@@ -34,7 +36,7 @@ WAYS_OF_ORD = {
     "row variance": {"SPECTRAL_RHO_MODE": "row", "SPECTRAL_VARIANCE": "1"},
     "off": {"ORD_MODE": "off"},
 }
-HEADER = [20240520, 1]  # magic and version of a shard
+MAGIC, VERSION = 20240520, 1  # of a shard
 
 
 def read(trainer, **env):
@@ -47,10 +49,10 @@ def optimizer_settings(trainer, **env):
     return read(trainer, **{"MODEL": "gpt2-small", **env})[1]
 
 
-def write_shard(path, tokens, vocab_size=BYTES_VOCAB, magic=HEADER[0], version=HEADER[1], count=None):
-    """Write a shard file, with errors on request. vocab_size 0 is a public GPT-2 shard."""
+def write_shard(path, tokens, vocab_size=BYTES_VOCAB, magic=MAGIC):
+    """Write a shard file. vocab_size 0 is a public GPT-2 shard."""
     header = np.zeros(256, dtype="<i4")
-    header[:4] = magic, version, len(tokens) if count is None else count, vocab_size
+    header[:4] = magic, VERSION, len(tokens), vocab_size
     path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
     return path
 
@@ -140,6 +142,27 @@ def train(cwd, shards, run_id, script=BASELINE, ranks=0, **settings) -> tuple[li
     assert done.returncode == 0, done.stdout + done.stderr
     assert "event:finished" in (cwd / "logs" / f"{run_id}.txt").read_text()
     return losses(cwd, run_id), losses(cwd, run_id, "train_loss")
+
+
+def run_two_agents(cwd: Path, envs: list[dict]) -> list[subprocess.CompletedProcess]:
+    """Run the baseline on two torchrun agents, as on two machines with a rank each; envs: one for each."""
+    address = ("--master-addr=127.0.0.1", f"--master-port={free_port()}")
+
+    def agent(node):
+        return run(cwd, BASELINE, envs[node], 1, ("--nnodes=2", f"--node-rank={node}", *address))
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(agent, (0, 1)))
+
+
+def copy_project(folder: Path):
+    """Copy the trainers and what they import, so that edits to one do not affect the other."""
+    for script in (BASELINE, ORD):
+        shutil.copy(ROOT / script, folder)
+    for package in ("data", "kernels", "runtime"):
+        (folder / package).mkdir()
+        for path in (ROOT / package).glob("*.py"):
+            shutil.copy(path, folder / package)
 
 
 def slopes(values: dict[str, np.ndarray], loss, size: float):
@@ -240,6 +263,40 @@ def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_sca
 def make_optimizer(trainer, model, o, num_steps=200, ranks=None):
     """Make an uncompiled Optimizer, by default for one rank. 200 steps, the last 50 of which differ."""
     return trainer.Optimizer(model, o, ranks or lone_ranks(), num_steps, not_compiled)
+
+
+def trainer_on(trainer, config=None, ranks=None, **env):
+    """Make (Trainer, its data) in this process: of the settings' preset, or of this config."""
+    s, o, preset = read(trainer, **env)
+    ranks = ranks or lone_ranks()
+    made = trainer.Trainer(s, o, config or preset, BYTES_VOCAB, ranks)
+    return made, trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
+
+
+SMALL_STEPS = 12  # of a small_trainer: stages of four, the head untied at step 9
+SMALL_WINDOWS = ((1, 1), (1, 2), (2, 3), (2, 3))
+
+
+def small_trainer(trainer, folder, seed=0, config=None, **env):
+    """Make (Trainer, its data) of this config, by default one with every feature, on text in this folder."""
+    if not (folder / "train_0.bin").exists():
+        write_shard(folder / "train_0.bin", make_text(9000, 1))
+        write_shard(folder / "val_0.bin", make_text(3000, 2))
+    text = dict(DATA_PATH=folder, TRAIN_FILES="train_*.bin", VAL_FILES="val_*.bin", MAX_DOC_TOKENS=64)
+    sizes = dict(BATCH_SIZES="256,256,512,512", VAL_TOKENS=2048, VAL_BATCH_TOKENS=1024)
+    common = dict(text, **sizes, NUM_SCHEDULED_ITERATIONS=SMALL_STEPS, SEED=seed)
+    config = config or small_config(trainer, windows=SMALL_WINDOWS)
+    return trainer_on(trainer, config, **{**common, **env})
+
+
+def train_steps(run, data, first, last) -> list[float]:
+    """Train steps first to last - 1; return their mean losses."""
+    found, size, stage = [], run.schedule.batch_tokens, run.schedule.stage
+    for step in range(first, last):
+        run.enter(step)
+        batches = data.next(size(step), size(step + 1), (stage(step), stage(step + 1)))
+        found.append(run.step(step, batches).item() / size(step))
+    return found
 
 
 @contextlib.contextmanager

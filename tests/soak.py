@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from helpers import BASELINE, ORD, ROOT, base_env, command, make_text, write_shard  # noqa: E402, path first
+from helpers import BASELINE, ORD, base_env, command, copy_project, make_text, write_shard  # noqa: E402, path first
 from jobs import Job, events, lines  # noqa: E402
 
 from runtime.supervise import process_state  # noqa: E402
@@ -198,16 +198,6 @@ def damage(job: Job, change):
     found = sorted((job.log.parent / job.run_id).glob("step_*.pt"))
     if len(found) > 1:
         found[-1].write_bytes(change(found[-1].read_bytes()))
-
-
-def copy_project(cwd: Path):
-    """Copy the trainers and what they import, so that edits to the tree do not affect the runs."""
-    for script in (BASELINE, ORD):
-        shutil.copy(ROOT / script, cwd / script)
-    for folder in ("data", "kernels", "runtime"):
-        (cwd / folder).mkdir()
-        for path in (ROOT / folder).glob("*.py"):
-            shutil.copy(path, cwd / folder)
 
 
 def start(cwd: Path, arm: str, run_id: str, ranks: int, **settings) -> Job:

@@ -228,24 +228,10 @@ def step(ranks, machine=MACHINE, tied=False, **changes):
     return scaling_model.step_seconds(c, machine, 393_216, c.windows[2], ranks, tied, **changes)
 
 
-def test_one_gpu_sends_nothing_and_its_time_is_the_sum_of_its_work():
-    parts = step(1)
-    assert parts["communication"] == 0
-    tokens = 393_216
-    assert parts["matmul"] == pytest.approx(6 * tokens * 75_497_472 / 683e12)
-    assert parts["elementwise"] == pytest.approx(tokens * 11 * 768 * 2 * 71 / 3.02e12)
-    table = (
-        50_304 * 768
-    )  # the head, the embedding, five value tables; the n-gram table is five times as large
-    assert parts["tables"] == pytest.approx(8 * 10 * 11 * table / 3.02e12)  # eight passes; not the head
-    assert parts["adds"] == pytest.approx(8 * 6 * (75_497_472 + 12 * table) / 3.02e12)
-    tied = step(1, tied=True)
-    assert tied["tables"] == parts["tables"]  # the head is the embedding
-    assert parts["adds"] - tied["adds"] == pytest.approx(8 * 6 * table / 3.02e12)
-
-
 def test_more_gpus_do_not_add_work_and_do_not_send_less():
     runs = [step(r) for r in (1, 2, 4, 8, 16, 32, 64)]
+    assert runs[0]["communication"] == 0
+    assert step(1, tied=True)["adds"] < runs[0]["adds"]  # a tied head's gradient is the embedding's
     for a, b in zip(runs, runs[1:]):
         for part in ("matmul", "head", "elementwise", "logits"):
             assert b[part] == pytest.approx(a[part] / 2)
@@ -472,7 +458,7 @@ def test_scaling_model_refuses(arguments, message, capsys):
 
 
 @pytest.fixture
-def tiny_env(tmp_path, monkeypatch):
+def tiny_env(tmp_path):
     """The tiny preset with steps of 256 tokens on made shards; stage 2 differs."""
     write_shard(tmp_path / "made_train_0.bin", make_tokens([60, 200, 90] * 80))
     write_shard(tmp_path / "made_val_0.bin", make_tokens([100] * 40))

@@ -1,11 +1,10 @@
 """Pages of docs/ stay true: the settings page equals --help, and the worked ideas apply and train."""
 
 import re
-import shutil
 import subprocess
 
 import pytest
-from helpers import BASELINE, ROOT, base_env, losses, run
+from helpers import BASELINE, ROOT, base_env, copy_project, losses, run
 
 import train_gpt_muon_ord
 from runtime.compiling import CACHE_HELP
@@ -30,11 +29,7 @@ def test_the_settings_page_is_what_help_prints():
 @pytest.mark.parametrize("setting", ON)
 def test_a_worked_idea_applies_and_trains(setting, shards, tmp_path):
     """Applied to a copy, an idea must change nothing while it is off, and the losses when it is on."""
-    for package in ("runtime", "kernels", "data"):
-        shutil.copytree(
-            ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("embedded", "*.bin")
-        )
-    shutil.copy(ROOT / BASELINE, tmp_path)
+    copy_project(tmp_path)
     settings = dict(NUM_SCHEDULED_ITERATIONS=3, VAL_LOSS_EVERY=0, SAVE_MODEL=0)
 
     def trained(run_id: str, **more) -> list[float]:

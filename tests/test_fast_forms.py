@@ -3,12 +3,22 @@ that function has been edited, so that an edited trainer trains what it says."""
 
 import importlib.util
 import re
-import shutil
 import sys
 
 import pytest
 import torch
-from helpers import BASELINE, ROOT, TRAINERS, base_env, lone_ranks, losses, read, run
+from helpers import (
+    BASELINE,
+    ROOT,
+    TRAINERS,
+    base_env,
+    copy_project,
+    losses,
+    read,
+    run,
+    train_steps,
+    trainer_on,
+)
 from test_model import shake
 
 import train_gpt
@@ -22,11 +32,7 @@ NUM_STEPS = 3
 
 def tiny_trainer(trainer, shards):
     """Make (Trainer of the tiny preset, its data) with the settings of a short run."""
-    env = base_env(shards, NUM_SCHEDULED_ITERATIONS=NUM_STEPS)
-    s, o, config = trainer.read_settings(env)
-    ranks = lone_ranks()
-    made = trainer.Trainer(s, o, config, 256, ranks)
-    return made, trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
+    return trainer_on(trainer, **base_env(shards, NUM_SCHEDULED_ITERATIONS=NUM_STEPS))
 
 
 # ------------------------------------------------------------------------------------------------ the same
@@ -218,21 +224,12 @@ def test_comments_docstrings_and_layout_may_change_freely(load):
 
 def plain_losses(trainer, shards) -> list[float]:
     """Return the training losses of a short run in this process, without a fast form."""
-    made, data = tiny_trainer(trainer, shards)
-    found = []
-    for step in range(NUM_STEPS):
-        made.enter(step)
-        tokens = made.schedule.batch_tokens(step)
-        found.append(made.step(step, data.next(tokens, None)).item() / tokens)
-    return found
+    return train_steps(*tiny_trainer(trainer, shards), 0, NUM_STEPS)
 
 
 def test_a_run_of_an_edited_trainer_trains_the_edit_and_says_so(tmp_path, shards, load):
     """Fails if a trainer with another activation trains the old one, or does not report that it is slower."""
-    for package in ("runtime", "kernels", "data"):
-        shutil.copytree(
-            ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("embedded", "*.bin")
-        )
+    copy_project(tmp_path)
     script = tmp_path / BASELINE
     script.write_text(edited(*GELU))
     done = run(

@@ -53,35 +53,28 @@ def test_the_step_is_one_graph_forward_and_backward_and_takes_the_kernels(tmp_pa
     }
 
 
-@pytest.mark.fake_cuda
-def test_a_mixture_of_experts_is_one_graph(tmp_path):
-    """Fails if routing-dependent shapes, host reads, or operands that torch's grouped products refuse would
-    stop moe-79m on a GPU. Four graphs: a training pass, a validation pass, and Muon's step for two shapes of
-    matrices. Only with --fake-cuda; test_moe.py compiles the CPU's."""
-    graphs = new_graphs(trace("experts", tmp_path, 900))
-    assert graphs == {
+TRACED = {
+    "experts": {  # a training pass, a validation pass, and Muon's step for two shapes of matrices
         "train_gpt experts": 4,
         "train_gpt optimizer": 2,  # Adam's, of the head and of everything small
         "train_gpt_muon_ord experts": 4,
         "train_gpt_muon_ord optimizer": 4,
-    }
+    },
+    "later": {"first stage": 4, "last stage": 1, "validation": 1},
+    "variants": {"variants": 11},
+}
 
 
 @pytest.mark.fake_cuda
-def test_the_later_records_parts_are_one_graph(tmp_path):
-    """Fails if a graph break in a network, mask or sign table would stop gpt2-small-2026-08 on a GPU. The
-    process itself asserts which passes use the Triton forms. Only with --fake-cuda; the first test traces
-    the first stage."""
-    graphs = new_graphs(trace("later", tmp_path, 900))
-    assert graphs == {"first stage": 4, "last stage": 1, "validation": 1}
-
-
-@pytest.mark.fake_cuda
-def test_every_stage_and_validation_is_one_graph(tmp_path):
-    """Fails if dynamo's recompile limit would end a run. Five trained forms (three stages, untied, extension)
-    and a validation of each, the last with its own windows, exceed the default limit of eight. Only with
-    --fake-cuda; test_gpu_path.py counts the same on a small model."""
-    assert trace("variants", tmp_path, 900) == {"variants": 11}
+@pytest.mark.parametrize("mode", TRACED)
+def test_no_part_breaks_its_graph(mode, tmp_path):
+    """Fails if a run on a GPU would stop. experts: at routing-dependent shapes, host reads, or operands that
+    torch's grouped products refuse, in moe-79m. later: at a graph break in a network, mask or sign table of
+    gpt2-small-2026-08; the process asserts which passes use the Triton forms. variants: at dynamo's recompile
+    limit of eight, which five trained forms (three stages, untied, extension) and a validation of each, the
+    last with its own windows, exceed. Only with --fake-cuda: test_moe.py, the first test and test_gpu_path.py
+    have less of each."""
+    assert new_graphs(trace(mode, tmp_path, 900)) == TRACED[mode]
 
 
 @pytest.mark.fake_cuda

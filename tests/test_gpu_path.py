@@ -200,20 +200,6 @@ def test_prefetched_batches_come_in_order_and_errors_reach_the_caller():
     prefetcher.close()
 
 
-@pytest.fixture
-def on_gpu(monkeypatch):
-    """Function that makes torch claim a GPU of some capability."""
-
-    def pretend(*capability):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-
-    attention.activate.cache_clear()
-    yield pretend
-    attention.activate.cache_clear()
-
-
 @pytest.mark.parametrize("capability,float8", [((8, 0), False), ((8, 9), True), ((9, 0), True)])
 def test_float8_needs_sm_89(on_gpu, capability, float8):
     """Fails if an A100 would crash in its first head product, or an H100 would use the slow one."""

@@ -13,35 +13,37 @@ import train_gpt
 from runtime.settings import SettingsError
 
 
-def settings_on_cuda(trainer, monkeypatch, capability, installed=True, **env):
-    """Resolve the settings as on a machine with one such GPU; nothing is put on a device."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
-    return trainer.read_settings({"MODEL": "tiny", **env})[0]
+@pytest.fixture
+def settings_on(on_gpu, monkeypatch):
+    """Function that resolves the settings as on a machine with one such GPU, with triton or without."""
+
+    def resolve(*capability, installed=True, **env):
+        on_gpu(*capability)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+        return train_gpt.read_settings({"MODEL": "tiny", **env})[0]
+
+    return resolve
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_auto_is_the_devices_own(trainer, monkeypatch):
+def test_auto_is_the_devices_own(settings_on):
     """Fails if a device with fast forms trains without them, or another device tries them."""
-    assert read(trainer)[0].kernels == "cpu"
-    assert read(trainer, COMPILE=1)[0].kernels == read(trainer, KERNELS="torch")[0].kernels == "torch"
-    assert settings_on_cuda(trainer, monkeypatch, (9, 0)).kernels == "triton"
-    assert settings_on_cuda(trainer, monkeypatch, (8, 0)).kernels == "triton"
-    assert settings_on_cuda(trainer, monkeypatch, (7, 5)).kernels == "torch"
-    assert settings_on_cuda(trainer, monkeypatch, (9, 0), installed=False).kernels == "torch"
-    assert settings_on_cuda(trainer, monkeypatch, (9, 0), KERNELS="torch").kernels == "torch"
+    assert read(train_gpt)[0].kernels == "cpu"
+    assert read(train_gpt, COMPILE=1)[0].kernels == read(train_gpt, KERNELS="torch")[0].kernels == "torch"
+    assert settings_on(9, 0).kernels == "triton"
+    assert settings_on(8, 0).kernels == "triton"
+    assert settings_on(7, 5).kernels == "torch"
+    assert settings_on(9, 0, installed=False).kernels == "torch"
+    assert settings_on(9, 0, KERNELS="torch").kernels == "torch"
 
 
-def test_kernels_asked_for_and_not_to_be_had_are_refused(monkeypatch):
+def test_kernels_asked_for_and_not_to_be_had_are_refused(settings_on):
     """Fails if there is a silent fallback: users who set KERNELS=triton would report wrong timings."""
     with pytest.raises(SettingsError, match="KERNELS=triton, but no NVIDIA GPU"):
         read(train_gpt, KERNELS="triton")
     with pytest.raises(SettingsError, match="KERNELS=triton, but triton is not installed"):
-        settings_on_cuda(train_gpt, monkeypatch, (9, 0), installed=False, KERNELS="triton")
+        settings_on(9, 0, installed=False, KERNELS="triton")
     with pytest.raises(SettingsError, match="KERNELS=cpu is for DEVICE=cpu and COMPILE=0"):
-        settings_on_cuda(train_gpt, monkeypatch, (9, 0), KERNELS="cpu")
+        settings_on(9, 0, KERNELS="cpu")
     with pytest.raises(SettingsError, match="KERNELS=cpu is for DEVICE=cpu and COMPILE=0"):
         read(train_gpt, KERNELS="cpu", COMPILE=1)
 

@@ -2,13 +2,12 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import BASELINE, ORD, ROOT, base_env
+from helpers import BASELINE, ORD, ROOT, base_env, copy_project
 
 import train_gpt
 import train_gpt_muon_ord
@@ -93,11 +92,7 @@ def test_the_header_says_which_settings_change_no_numbers(logged):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """Copy of the project's code, which --settings-json of train_gpt then treats as its own."""
-    shutil.copy(ROOT / BASELINE, tmp_path)
-    for folder in ("runtime", "kernels", "data"):
-        shutil.copytree(
-            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.bin", "__pycache__")
-        )
+    copy_project(tmp_path)
     monkeypatch.setattr(log_writer, "ROOT", tmp_path)
     monkeypatch.setattr(train_gpt, "SCRIPT", tmp_path / BASELINE)
     return tmp_path

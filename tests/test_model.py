@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FORMS, MATRIX_NAMES, TRAINERS, lone_ranks, read, slopes, small_config, small_model
+from helpers import FORMS, MATRIX_NAMES, lone_ranks, read, slopes, small_config, small_model
 
 import train_gpt
 from kernels import cpu
@@ -313,21 +313,6 @@ def test_gradients_equal_differences_of_the_slow_model(variant, forms):
         assert (grads[name].numpy() * direction).sum() == pytest.approx(slope, rel=1e-4, abs=2e-5), name
 
 
-def test_slices_of_one_pass_do_not_see_each_other():
-    """Fails if stacking slices changes their sum: a mask, smear or n-gram reaches into the previous slice."""
-    model = shake(small_model(train_gpt)).double()
-    one_by_one = []
-    batch = make_batch(train_gpt)
-    with torch.no_grad():
-        together = model.train_loss(batch, WINDOWS, False, torch.tensor(WEIGHTS))[0].item()
-        for i, starts in enumerate(DOCUMENTS):
-            inputs, targets = batch.inputs_BT[i].numpy(), batch.targets_BT[i].numpy()
-            only = (inputs, targets, np.diff([*starts, 32]))
-            (alone,) = train_gpt.stack_slices([only], torch.device("cpu"), 32)
-            one_by_one.append(model.train_loss(alone, WINDOWS, False, torch.tensor(WEIGHTS))[0].item())
-    assert together == pytest.approx(sum(one_by_one), rel=1e-6)
-
-
 # ------------------------------------------------------------------------------------------------ attention
 
 
@@ -431,19 +416,6 @@ def test_passes_add_up_in_the_optimizers_buffer(forms):
 # ------------------------------------------------------------------------------------------------ rotary
 
 
-def test_rotary_turns_pairs_of_the_first_half():
-    """Fails if frequencies, pairing, position or the unrotated half differ from the formula."""
-    rotary = train_gpt.Rotary(16)
-    rotary.make_tables(50)
-    x = np.random.default_rng(0).normal(size=(2, 40, 3, 16)).astype(np.float32)
-    got = rotary(torch.tensor(x)).numpy()
-    for b in range(2):
-        for h in range(3):
-            expected = ref_rotary(x[b, :, h].astype(np.float64), ref_freqs(16))
-            np.testing.assert_allclose(got[b, :, h], expected, atol=2e-5)
-    assert (got[..., 8:] == x[..., 8:]).all() and rotary.scale == 0.1
-
-
 def test_yarn_at_each_change_of_the_long_window():
     """Fails if frequencies or softmax scale do not follow YaRN's formula, once or over the whole schedule."""
     rotary = train_gpt.Rotary(128)
@@ -464,20 +436,18 @@ def test_yarn_at_each_change_of_the_long_window():
     assert freqs[0] == 1 and freqs[-1] < 0.24 / 1024  # fast ones kept, slow ones by the ratio 384/1664
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
+def test_the_run_changes_windows_and_ties_at_their_steps():
     """Fails if YaRN is applied twice, late or where the long window stays, embedding and head are untied
     before or long after the update of their last common step, or a resumed run's state differs. Thirds of
     four steps, then two of extension; the last tied step is round(2/3 * 12) | 1 = 9."""
     windows = ((1, 2), (1, 2), (2, 4), (2, 8))
-    s, o, _ = read(
-        trainer, NUM_SCHEDULED_ITERATIONS=12, NUM_EXTENSION_ITERATIONS=2, BATCH_SIZES="128,128,128,128"
-    )
+    steps = dict(NUM_SCHEDULED_ITERATIONS=12, NUM_EXTENSION_ITERATIONS=2)
+    s, o, _ = read(train_gpt, BATCH_SIZES="128,128,128,128", **steps)
 
     def new():
-        return trainer.Trainer(s, o, small_config(trainer, windows=windows), 100, lone_ranks())
+        return train_gpt.Trainer(s, o, small_config(train_gpt, windows=windows), 100, lone_ranks())
 
-    run, batch = new(), make_batch(trainer)
+    run, batch = new(), make_batch(train_gpt)
     for step in range(15):  # the last for the last validation
         resumed = new()
         resumed.go_to(step)
@@ -485,9 +455,8 @@ def test_the_run_changes_windows_and_ties_at_their_steps(trainer):
             trained.enter(step)
             doublings = (step >= 8) + (step >= 12)
             assert trained.model.rotary.scale == pytest.approx(0.1 * (1 + 0.2 * math.log(2)) ** doublings)
-            assert trained.schedule.windows(trained.stage) == tuple(
-                8 * w for w in windows[min(step, 13) // 4]
-            )
+            wanted = tuple(8 * w for w in windows[min(step, 13) // 4])
+            assert trained.schedule.windows(trained.stage) == wanted
             assert trained.tied == (step <= 9)
             assert trained.optimizer.by_name["embed"].active == (step > 9)
         if step < 14:
@@ -655,20 +624,6 @@ def test_different_matrices_start_differently():
     assert len({p.flatten()[:5].detach().numpy().tobytes() for p in drawn}) == len(drawn)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("preset", train_gpt.PRESETS)
-def test_every_parameter_of_a_preset_has_one_role(trainer, preset):
-    """Fails if a preset has a parameter that no rule updates, or two do."""
-    config = trainer.PRESETS[preset][0]
-    with torch.device("meta"):
-        model = trainer.GPT(config, 50257, "sdpa")
-    for name, p in model.named_parameters():
-        role = trainer.find_role(name)
-        assert sum(bool(trainer.re.fullmatch(r.pattern, name)) for r in trainer.ROLES) == 1
-        assert (role.rule == "matrix") == name.endswith(MATRIX_NAMES), name
-        assert p.ndim >= 2 or role.rule != "matrix"
-
-
 def test_gpt2_small_is_the_speedruns():
     """Fails if the default model's sizes differ from the table of facts."""
     with torch.device("meta"):
@@ -699,7 +654,7 @@ import resource, sys, torch
 from runtime.compiling import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
-for _ in range(40):
+for _ in range(15):
     begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     x = torch.empty(1 << 23).fill_(1)
     y = x + 1
@@ -721,5 +676,5 @@ def test_freed_memory_is_used_again():
             text=True,
             check=True,
         )
-        last[word] = sum(map(int, done.stdout.split()[20:]))
+        last[word] = sum(map(int, done.stdout.split()[-5:]))
     assert last["keep"] < last["leave"] / 3, last

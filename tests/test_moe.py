@@ -1,12 +1,23 @@
 """Mixture of experts: against naive loops, its balance and noise, and whole runs of the moe-tiny preset."""
 
-import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from helpers import ORD, TRAINERS, lone_ranks, make_optimizer, optimizer_settings, read, small_config, train
+from helpers import (
+    ORD,
+    TRAINERS,
+    base_env,
+    lone_ranks,
+    make_optimizer,
+    optimizer_settings,
+    read,
+    small_config,
+    train,
+    train_steps,
+    trainer_on,
+)
 from test_model import WINDOWS, make_batch
 
 import train_gpt
@@ -17,7 +28,6 @@ from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing
 from runtime import flops
 from runtime.compiling import graphs_compiled, not_compiled, torch_compile
-from runtime.settings import SettingsError
 
 EXPERTS = dict(num_experts=5, moe_top_k=2, expert_hidden=24)
 PATHS = pytest.mark.parametrize("grouped", [False, True], ids=["sorted", "grouped"])
@@ -136,23 +146,6 @@ def test_rows_are_sorted_by_expert(multiple):
         assert (sizes % 8 == 0).all() and sizes.min() == 8 and ends[-1] < len(token_P)
 
 
-def test_balance_loss_equals_numpys():
-    """E sum_i f_i P_i per slice; 1 for an uninformed router, whatever k is."""
-    moe, n, noise = layer(torch.float64)
-    routing = Routing(noise)
-    moe(n, 1.0, routing)
-    logits = (n @ moe.router.T).detach().numpy() + noise[0].numpy()
-    P = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    chosen = np.argsort(-logits, -1)[..., :2]
-    f = np.stack([np.bincount(x.ravel(), minlength=5) / x.size for x in chosen])
-    assert routing.balance[0].item() == pytest.approx((5 * f * P.mean(1)).sum(), rel=1e-12)
-    with torch.no_grad():
-        moe.router.zero_()
-    know_nothing = Routing()
-    moe(n, 1.0, know_nothing)
-    assert know_nothing.balance[0].item() == pytest.approx(2)
-
-
 # ------------------------------------------------------------------------------------------------ the model
 
 
@@ -199,26 +192,10 @@ def test_no_token_is_dropped_and_validation_alone_is_counted():
     assert load.sum(1).tolist() == [2 * 3 * batch.inputs_BT.numel()] * 4 and load.shape == (4, 5)
 
 
-def tiny_trainer(trainer, shards, ranks=None, **env):
-    """Make a Trainer of moe-tiny and its data."""
-    ranks = ranks or lone_ranks()
-    common = dict(
-        MODEL="moe-tiny",
-        DATA_PATH=shards,
-        TRAIN_FILES="made_train_*.bin",
-        VAL_TOKENS=16384,
-        VAL_FILES="made_val_*.bin",
-        VAL_BATCH_TOKENS=8192,
-        NUM_SCHEDULED_ITERATIONS=12,
-    )
-    s, o, config = read(trainer, **common, **env)
-    run = trainer.Trainer(s, o, config, 256, ranks)
-    return run, trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
-
-
-def steps(run, data, first, last) -> list[float]:
-    """Train steps of 2048 tokens; return each one's summed cross-entropy."""
-    return [run.step(step, data.next(2048, None)).item() for step in range(first, last)]
+def tiny_trainer(shards, ranks=None, **env):
+    """Make a Trainer of moe-tiny and its data, 2,048 tokens a step."""
+    own = dict(MODEL="moe-tiny", BATCH_SIZES="2048,2048,2048,2048", NUM_SCHEDULED_ITERATIONS=12)
+    return trainer_on(train_gpt, ranks=ranks, **base_env(shards, **own, **env))
 
 
 def noise_of_step(run, step, batches) -> list:
@@ -237,14 +214,14 @@ def noise_of_step(run, step, batches) -> list:
 def test_noise_is_a_function_of_seed_step_and_slice(shards):
     """Fails if a slice's noise depends on the number of ranks, two steps, seeds, slices or layers share
     theirs, or ROUTER_NOISE is not its standard deviation."""
-    run, data = tiny_trainer(train_gpt, shards)
+    run, data = tiny_trainer(shards)
     (batch,) = data.next(2048, None)
     (whole,) = noise_of_step(run, 4, [batch])
     assert whole.shape == (4, 8, 256, 8) and whole.std().item() == pytest.approx(0.1, rel=0.02)
-    second, _ = tiny_trainer(train_gpt, shards, ranks=lone_ranks(1, 2))
+    second, _ = tiny_trainer(shards, ranks=lone_ranks(1, 2))
     parts = [batch._replace(inputs_BT=batch.inputs_BT[i : i + 2]) for i in (4, 6)]
     assert torch.equal(torch.cat(noise_of_step(second, 4, parts), 1), whole[:, 4:])
-    other_seed, off = (tiny_trainer(train_gpt, shards, **x)[0] for x in ({"SEED": 1}, {"ROUTER_NOISE": 0}))
+    other_seed, off = (tiny_trainer(shards, **x)[0] for x in ({"SEED": 1}, {"ROUTER_NOISE": 0}))
     others = [noise_of_step(r, step, [batch])[0][0, 0] for r, step in ((run, 5), (other_seed, 4))]
     flat = torch.stack([x.flatten() for x in (*whole[:, 0], *whole[:, 1], *others)])
     assert torch.corrcoef(flat).fill_diagonal_(0).abs().max() < 0.12
@@ -254,7 +231,7 @@ def test_noise_is_a_function_of_seed_step_and_slice(shards):
 def test_noise_and_load_of_training_and_validation(shards, monkeypatch):
     """Fails if a training pass gets no noise, a validation pass gets some, or a validation's load carries
     over to the next one."""
-    run, data = tiny_trainer(train_gpt, shards)
+    run, data = tiny_trainer(shards)
     noisy, forward = [], MixtureOfExperts.forward
 
     def spy(self, n_BTC, out_scale, routing):
@@ -262,7 +239,7 @@ def test_noise_and_load_of_training_and_validation(shards, monkeypatch):
         return forward(self, n_BTC, out_scale, routing)
 
     monkeypatch.setattr(MixtureOfExperts, "forward", spy)
-    steps(run, data, 0, 1)
+    train_steps(run, data, 0, 1)
     assert set(noisy) == {True}
     noisy.clear()
     batches = train_gpt.val_batches(train_gpt.open_data(run.s, 1)[1], run.s, run.ranks)
@@ -275,10 +252,10 @@ def test_noise_and_load_of_training_and_validation(shards, monkeypatch):
 def test_zero_initialised_experts_train(shards):
     """Fails if an expert or router does not move. down starts at zero, so only down can move at first; after
     a few steps all have moved, and the loss falls."""
-    run, data = tiny_trainer(train_gpt, shards)
+    run, data = tiny_trainer(shards)
     before = {n: p.detach().clone() for n, p in run.model.named_parameters() if ".mlp." in n}
     assert all(not p.any() for n, p in before.items() if n.endswith("down"))
-    losses = steps(run, data, 0, 6)
+    losses = train_steps(run, data, 0, 6)
     for name, p in run.model.named_parameters():
         if ".mlp." in name:
             assert (p != before[name]).flatten(1).any(1).all(), name
@@ -362,28 +339,6 @@ def test_each_expert_is_orthogonalised_by_itself():
 # ------------------------------------------------------------------------------------------------ settings
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize(
-    "env, said",
-    [
-        (dict(MODEL="tiny", NUM_EXPERTS=4), "NUM_EXPERTS=4 does nothing with MODEL=tiny"),
-        (dict(MODEL="tiny", MOE_TOP_K=3), "for moe-79m and moe-tiny"),
-        (dict(MODEL="tiny", ROUTER_NOISE=0), "ROUTER_NOISE=0.0"),
-        (dict(MODEL="tiny", ROUTER_LR=0.1), "ROUTER_LR=0.1"),
-        (dict(MODEL="gpt2-small", MOE_BALANCE_WEIGHT=1), "MOE_BALANCE_WEIGHT=1.0"),
-        (dict(MODEL="moe-tiny", MOE_TOP_K=1), "MOE_TOP_K='1': wanted int, at least 2"),
-        (dict(MODEL="moe-tiny", MOE_TOP_K=9), "MOE_TOP_K=9 of NUM_EXPERTS=8"),
-        (dict(MODEL="moe-tiny", NUM_EXPERTS=0), "at least 2 experts"),
-        (dict(MODEL="moe-tiny", ROUTER_NOISE=-1), "ROUTER_NOISE='-1': wanted finite float, at least 0"),
-        (dict(MODEL="moe-tiny", MOE_TOPK=2), "the nearest is MOE_TOP_K"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(trainer, env, said):
-    """Fails if a setting that does nothing, or that is invalid for a mixture of experts, is accepted."""
-    with pytest.raises(SettingsError, match=re.escape(said)):
-        read(trainer, **env)
-
-
 def test_settings_reach_the_model():
     """Fails if a setting of the experts, or a preset's own number of them, is lost."""
     s, o, config = read(
@@ -436,14 +391,3 @@ def test_two_ranks_and_the_twin_without_strength_agree(baseline, shards, tmp_pat
     two, _ = train(tmp_path, shards, "two", ranks=2, **RUN)
     assert two == pytest.approx(val, abs=2e-4)
     assert train(tmp_path, shards, "a0", ORD, SPECTRAL_LR_MUL=0, **RUN) == (val, trained)
-
-
-def test_a_resumed_run_prints_the_same_digits(baseline, shards, tmp_path):
-    """Fails if a resumed run of the twin draws other noise than the whole run."""
-    whole = train(tmp_path, shards, "whole", ORD, SAVE_EVERY=4, **RUN)
-    assert whole[0][1:] != baseline[1][1:]
-    text = (tmp_path / "logs" / "whole.txt").read_text()
-    assert re.search(r"^step:6/6 .* spec_mlp:\[(-?[\d.e-]+,){3}-?[\d.e-]+\]", text, re.M)
-    saved = tmp_path / "logs" / "whole" / "step_00000004.pt"
-    resumed = train(tmp_path, shards, "resumed", ORD, RESUME=saved, **RUN)
-    assert resumed == (whole[0][2:], whole[1][4:])

@@ -10,10 +10,9 @@ import time
 
 import pytest
 import torch.distributed as dist
-from forked import PATIENCE_S
-from helpers import ROOT, lone_ranks
+from forked import PATIENCE_S, free_port
+from helpers import ROOT
 
-import train_gpt
 from runtime.ranks import agree_on_settings
 from runtime.settings import SettingsError
 from runtime.supervise import process_state
@@ -63,12 +62,6 @@ ranks.close()
 """
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
 def test_collectives_equal_plain_sums_and_an_error_reaches_all(tmp_path):
     """Fails if a rank gets another's shard, or does not learn that another one failed."""
     script = tmp_path / "collectives.py"
@@ -80,23 +73,6 @@ def test_collectives_equal_plain_sums_and_an_error_reaches_all(tmp_path):
     said = {path.name: path.read_text() for path in tmp_path.glob("rank*")}
     own = "a.bin cannot be used: No such file"
     assert said == {"rank0": f"rank 1: {own}", "rank1": own, "rank2": f"rank 1: {own}"}
-
-
-def test_an_error_of_one_rank_is_raised_on_all():
-    """Fails if the others wait in their first collective for a rank that has exited."""
-    other = ["the disk of machine 2 is missing"]
-    ranks = lone_ranks(world_size=2)
-    ranks.all_gather_object = lambda value: [value, *other]
-    with pytest.raises(ValueError, match="rank 1: the disk of machine 2 is missing"):
-        ranks.run_on_all(lambda: 5)
-    other[0] = None
-    assert ranks.run_on_all(lambda: 5) == 5
-
-    def fails():
-        raise train_gpt.DataError("mine")
-
-    with pytest.raises(train_gpt.DataError, match="mine"):
-        ranks.run_on_all(fails)
 
 
 @pytest.mark.parametrize(

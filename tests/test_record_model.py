@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    TRAINERS,
+    SMALL_WINDOWS,
     Params,
     lone_ranks,
     make_optimizer,
     make_text,
     read,
     slopes,
+    small_trainer,
     train,
+    train_steps,
     write_shard,
 )
 from test_checkpoints import small_session
@@ -374,20 +376,6 @@ def test_gradients_equal_differences_of_the_slow_model(part):
         assert (grads[name].numpy() * direction).sum() == pytest.approx(slope, rel=1e-4, abs=1e-4), name
 
 
-def test_slices_of_one_pass_do_not_see_each_other():
-    """Fails if the composition of heads, or a row of signs, reads from the previous slice."""
-    model, batch = model_of(config(**ALL)), make_batch(train_gpt)
-    known = WINDOWS, False, torch.tensor(WEIGHTS), None, 0.2
-    with torch.no_grad():
-        together = model.train_loss(batch, *known)[0].item()
-        alone = 0.0
-        for i, starts in enumerate(DOCUMENTS):
-            only = batch.inputs_BT[i].numpy(), batch.targets_BT[i].numpy(), np.diff([*starts, 32])
-            (one,) = train_gpt.stack_slices([only], torch.device("cpu"), 32)
-            alone += model.train_loss(one, *known)[0].item()
-    assert together == pytest.approx(alone, rel=1e-6)
-
-
 # ------------------------------------------------------------------------------------------------ start
 
 
@@ -423,29 +411,11 @@ def test_a_part_that_starts_at_zero_changes_nothing_at_first(part):
     torch.testing.assert_close(logits[0], logits[1].view_as(logits[0]), rtol=1e-6, atol=1e-6)
 
 
-def small_run(folder, trainer=train_gpt, seed=0, steps=12, changes=ALL, **env):
+def small_run(folder, trainer=train_gpt, seed=0, changes=ALL, **env):
     """Return (Trainer of a small model with all parts, its data), on learnable text."""
-    if not (folder / "train_0.bin").exists():
-        write_shard(folder / "train_0.bin", make_text(9000, 1))
-        write_shard(folder / "val_0.bin", make_text(3000, 2))
-    fixed = dict(
-        DATA_PATH=folder, TRAIN_FILES="train_*.bin", VAL_FILES="val_*.bin", BATCH_SIZES="256,256,512,512"
-    )
-    fixed |= dict(VAL_TOKENS=2048, VAL_BATCH_TOKENS=1024, NUM_SCHEDULED_ITERATIONS=steps, LONG_DOCS="cut")
-    s, o, _ = read(trainer, SEED=seed, MAX_DOC_TOKENS="24,32,32,64", MUON_BETA2=0.9, **fixed, **env)
-    ranks = lone_ranks()
-    c = config(trainer, **{**changes, "windows": ((1, 1), (1, 2), (2, 3), (2, 3))})
-    return trainer.Trainer(s, o, c, 256, ranks), trainer.TrainData(trainer.open_data(s, 1)[0], s, ranks)
-
-
-def losses_of(run, data, first, last) -> list[float]:
-    """Train steps first to last - 1; return their mean losses."""
-    found, size, stage = [], run.schedule.batch_tokens, run.schedule.stage
-    for step in range(first, last):
-        run.enter(step)
-        batches = data.next(size(step), size(step + 1), (stage(step), stage(step + 1)))
-        found.append(run.step(step, batches).item() / size(step))
-    return found
+    c = config(trainer, **changes, windows=SMALL_WINDOWS)
+    own = dict(MAX_DOC_TOKENS="24,32,32,64", LONG_DOCS="cut", MUON_BETA2=0.9)
+    return small_trainer(trainer, folder, seed, c, **own, **env)
 
 
 @pytest.mark.parametrize("changes", [ALL, dict(FACTORS, xsa_layers=(1, 3, 5))], ids=["by token", "fixed"])
@@ -453,7 +423,7 @@ def test_every_part_learns(changes, tmp_path):
     """Fails if a parameter keeps its initial value: it does not reach the loss, or no rule updates it."""
     run, data = small_run(tmp_path, changes=changes)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    found = losses_of(run, data, 0, 12)
+    found = train_steps(run, data, 0, 12)
     assert found[-1] < found[0] - 0.5
     still = [name for name, p in run.model.named_parameters() if torch.equal(p, before[name])]
     assert not still
@@ -462,65 +432,10 @@ def test_every_part_learns(changes, tmp_path):
 # ------------------------------------------------------------------------------------- roles, sizes, schedule
 
 
-def preset_model(trainer=train_gpt):
-    with torch.device("meta"):
-        return trainer.GPT(trainer.PRESETS[RECORD][0], 50257, "sdpa")
-
-
-RATES = {  # name's end: (factor on Adam's rate, on its decay, betas)
-    "attn_lambda": (1, 0, (0.9, 0.95)),
-    "mlp_lambda": (1, 0, (0.9, 0.95)),
-    "resid_attn_lambda": (5, 0, (0.9, 0.95)),
-    "resid_mlp_lambda": (5, 0, (0.9, 0.95)),
-    "qkv_lambda": (5, 0, (0.9, 0.99)),
-    "o_lambda": (5, 0, (0.9, 0.99)),
-    "skip_lambda": (5, 0, (0.9, 0.99)),
-    "smear_lambda": (5, 0, (0.9, 0.99)),
-    "ngram_lambda": (5, 0, (0.9, 0.99)),
-    "x0_lambda": (5, 0, (0.65, 0.95)),
-    "xsa_alpha": (1, 0, (0.9, 0.95)),
-    "value_gate": (1, 1, (0.9, 0.99)),
-    "smear_gate": (0.01, 0, (0.9, 0.99)),
-    "ngram_table": (75, 5, (0.75, 0.95)),
-    "value_embeds": (75, 5, (0.75, 0.95)),
-    "mudd hidden": (0.25, 1, (0.9, 0.99)),
-    "mudd out": (0.25, 1, (0.9, 0.99)),
-    "mudd bias": (0.25, 0, (0.9, 0.99)),
-    "gate_nets hidden": (0.1, 1, (0.9, 0.99)),
-    "gate_nets out": (0.1, 1, (0.9, 0.99)),
-    "gate_nets bias": (0.1, 0, (0.9, 0.99)),
-    "gate_nets scale": (0.1, 0, (0.9, 0.99)),
-    "head": (1, 150, (0.5, 0.95)),
-    "embed": (1, 150, (0.5, 0.95)),
-}
-
-
-def key_of(name: str) -> str:
-    parts = name.split(".")
-    if parts[0] in ("mudd", "gate_nets"):
-        return f"{parts[0]} {parts[-1]}"
-    return parts[0] if parts[0] == "value_embeds" else parts[-1]
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_rates_and_betas_are_the_facts(trainer):
-    """Fails if a parameter of the preset, or of its parts without networks, has a wrong rate or betas."""
-    names = {n for n, _ in preset_model(trainer).named_parameters()}
-    fixed = trainer.GPT(config(trainer, **FACTORS, xsa_layers=(1,)), 100, "sdpa")
-    names |= {n for n, _ in fixed.named_parameters() if n not in ("backout_lambda", "skip_gate")}
-    seen = set()
-    for name in names:
-        role, key = trainer.find_role(name), key_of(name)
-        if role.rule == "matrix" or key == "attn_gate":
-            continue
-        assert (role.lr_mul, role.decay_mul, role.betas) == RATES[key], name
-        seen.add(key)
-    assert seen == set(RATES)
-
-
 def test_the_preset_is_the_record():
     """Fails if the preset's sizes, layers or initial values differ from the table of facts."""
-    model = preset_model()
+    with torch.device("meta"):
+        model = train_gpt.GPT(train_gpt.PRESETS[RECORD][0], 50257, "sdpa")
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     c = model.config
     assert sum(s == (3, 256, 768) for s in shapes.values()) == 20  # 60 matrices of q and k
@@ -759,23 +674,22 @@ def test_prefixes_of_gpt2s_vocabulary():
 # ------------------------------------------------------------------------------------------------ fast forms
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_fast_forms_cover_the_preset_or_step_aside(trainer):
+def test_fast_forms_cover_the_preset_or_step_aside():
     """Fails if a form is installed for a model that it does not cover, or left out for one that it covers."""
     for model in ("tiny-2026-08", RECORD):
-        s, o, _ = read(trainer, MODEL=model)
-        with fast_forms.installed(trainer, s, o) as (names, warnings):
+        s, o, _ = read(train_gpt, MODEL=model)
+        with fast_forms.installed(train_gpt, s, o) as (names, warnings):
             assert names == ["MLP.forward", "polar_express"] and not warnings
 
 
 def test_a_cpus_forms_compute_the_same(tmp_path):
     """Fails if the CPU's fast forms compute another model. Losses of three steps cover the gradients."""
     plain, data = small_run(tmp_path)
-    wanted = losses_of(plain, data, 0, 3)
+    wanted = train_steps(plain, data, 0, 3)
     s, o, _ = read(train_gpt, MODEL="tiny-2026-08")
     with fast_forms.installed(train_gpt, s, o):
         fast, data = small_run(tmp_path)
-        assert losses_of(fast, data, 0, 3) == pytest.approx(wanted, rel=2e-5)
+        assert train_steps(fast, data, 0, 3) == pytest.approx(wanted, rel=2e-5)
 
 
 def test_attentions_fast_form_refuses_another_model():
@@ -821,13 +735,13 @@ def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, tmp_path, monkeypa
     from another seed's weights."""
     monkeypatch.chdir(tmp_path)
     one, data = small_run(tmp_path, trainer, **env)
-    losses_of(one, data, 0, 6)
+    train_steps(one, data, 0, 6)
     assert small_session(one, data).save(6)
-    wanted = losses_of(one, data, 6, 12)
+    wanted = train_steps(one, data, 6, 12)
     other, data = small_run(tmp_path, trainer, seed=1, **env)
     data.seed = 0
     small_session(other, data).resume(checkpoints.read(tmp_path / "logs" / "mine" / "step_00000006.pt"))
-    assert losses_of(other, data, 6, 12) == wanted
+    assert train_steps(other, data, 6, 12) == wanted
 
 
 def test_ord_learns_with_all_parts(tmp_path):
@@ -835,13 +749,13 @@ def test_ord_learns_with_all_parts(tmp_path):
     runs = {}
     for way in ({}, {"ORD_MODE": "post", "SPECTRAL_IN": "0.5"}, {"ORD_MODE": "project"}, {"ORD_MODE": "off"}):
         run, data = small_run(tmp_path, ord_gpt, **way)
-        runs[str(way)] = losses_of(run, data, 0, 8)
+        runs[str(way)] = train_steps(run, data, 0, 8)
         assert runs[str(way)][-1] < runs[str(way)][0] - 0.3
         fields = run.log_fields(7, full=True)
         assert len(fields["spec_attn"].split(",")) == 5  # one mean per layer, five layers
     assert len({tuple(found) for found in runs.values()}) == len(runs)
     run, data = small_run(tmp_path)
-    assert losses_of(run, data, 0, 8) == runs[str({"ORD_MODE": "off"})]
+    assert train_steps(run, data, 0, 8) == runs[str({"ORD_MODE": "off"})]
 
 
 def test_ranks_agree(tmp_path, shards):

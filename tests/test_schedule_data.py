@@ -93,14 +93,13 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("num_steps", TABLES)
-def test_every_column_of_the_schedule(num_steps, trainer):
+def test_every_column_of_the_schedule(num_steps):
     """Fails if a stage begins a step early or late, or if its batch, windows, multiplier, weights of further
     tokens, cooldown or Muon momentum are wrong."""
-    s, o, config = read(trainer, MODEL="gpt2-small", NUM_SCHEDULED_ITERATIONS=num_steps)
-    plan = trainer.Schedule(s, config)
-    optimizer = make_optimizer(trainer, Params({}), o, plan.num_steps)
+    s, o, config = read(train_gpt, MODEL="gpt2-small", NUM_SCHEDULED_ITERATIONS=num_steps)
+    plan = train_gpt.Schedule(s, config)
+    optimizer = make_optimizer(train_gpt, Params({}), o, plan.num_steps)
     assert plan.num_steps == num_steps + 40
     for step, ((batch, windows, peak), done, weights, momentum) in TABLES[num_steps].items():
         assert (plan.batch_tokens(step), plan.windows(plan.stage(step))) == (batch, windows), step
@@ -195,13 +194,12 @@ def test_other_cooldowns():
     assert schedule(COOLDOWN_FRAC=1).lr_mul(0) == 1.0
 
 
-# Scheduled steps -> (LR_DECAY_SWITCH_STEP, fraction of the cooldown done there, steps from there to N,
-# {step: (its stage's multiplier, fraction of the second decay done)}), by hand
+# Scheduled steps -> (LR_DECAY_SWITCH_STEP, fraction of the cooldown done there,
+# {step: (its stage's multiplier, fraction of the second decay done)}), by hand: 660, 355 and 40 steps of it
 SWITCHES = {
     1560: (
         900,
         199 / 859,
-        660,
         {
             900: (1.52, 0),
             1039: (1.52, 139 / 660),
@@ -212,11 +210,10 @@ SWITCHES = {
             1599: (1.0, 1),
         },
     ),
-    1555: (1200, 501 / 856, 355, {1200: (1.73, 0), 1271: (1.73, 0.2), 1554: (1.73, 354 / 355), 1555: (1, 1)}),
+    1555: (1200, 501 / 856, {1200: (1.73, 0), 1271: (1.73, 0.2), 1554: (1.73, 354 / 355), 1555: (1, 1)}),
     100: (
         60,
         16 / 56,
-        40,
         {60: (1.52, 0), 66: (1.52, 0.15), 67: (1.73, 0.175), 80: (1.73, 0.5), 100: (1, 1), 139: (1, 1)},
     ),
 }
@@ -228,8 +225,7 @@ SWITCHES = {
 def test_second_decay(num_steps, second, first):
     """Fails unless the second decay starts, in each stage, at v, where the first has brought that stage's
     multiplier b by the switch, and ends at b x LR_DECAY_SECOND_FINAL (or LR_DECAY_FINAL)."""
-    switch, done, left, steps = SWITCHES[num_steps]
-    assert switch + left == num_steps
+    switch, done, steps = SWITCHES[num_steps]
     env = dict(NUM_SCHEDULED_ITERATIONS=num_steps, LR_DECAY_TYPE=first)
     for own, final in ((0.1, {}), (0.3, dict(LR_DECAY_SECOND_FINAL=0.3))):
         plan = schedule(LR_DECAY_SWITCH_STEP=switch, LR_DECAY_SECOND_TYPE=second, **final, **env)
@@ -667,53 +663,13 @@ def test_validation_is_the_first_tokens_of_the_shards_in_slices(tmp_path):
 GOOD = dict(tokens=make_tokens([100] * 40))
 
 
-@pytest.mark.parametrize(
-    "name, bad, wanted",
-    [
-        ("magic", dict(magic=20240521), "20240520"),
-        ("version", dict(version=2), "version 2"),
-        ("count too large", dict(count=4001), "4,001"),
-        ("count too small", dict(count=3999), "3,999"),
-        ("count negative", dict(count=-1), "-1"),
-        ("empty", dict(tokens=[]), "0 tokens"),
-        ("token beyond", dict(vocab_size=200), "vocabulary of 200"),
-        ("token beyond GPT-2's", dict(vocab_size=0, tokens=np.array([50256, 1, 50257])), "50257"),
-        ("vocabulary too large", dict(vocab_size=70_000), "70000"),
-        ("vocabulary negative", dict(vocab_size=-3), "-3"),
-    ],
-)
 @pytest.mark.parametrize("which", ["train", "val"])
-def test_bad_shards_are_refused(tmp_path, name, bad, wanted, which):
-    """Fails if a damaged or foreign file is trained on. The message names the file and what was found."""
+def test_bad_shards_are_refused(tmp_path, which):
+    """Fails if a foreign file is trained on or validated with. test_data_scripts has every kind of damage."""
     for kind in ("train", "val"):
-        write_shard(tmp_path / f"{kind}_0.bin", **{**GOOD, **(bad if kind == which else {})})
-    with pytest.raises(DataError) as error:
+        write_shard(tmp_path / f"{kind}_0.bin", **GOOD, **(dict(magic=20240521) if kind == which else {}))
+    with pytest.raises(DataError, match=f"{which}_0.bin: .*20240520"):
         train_gpt.open_data(data_settings(tmp_path), 1)
-    assert wanted in str(error.value) and f"{which}_0.bin" in str(error.value)
-
-
-@pytest.mark.parametrize("size", [0, 100, 1023, 1024, 1025, 1024 + 7999, 1024 + 8001])
-def test_shards_cut_short_are_refused(tmp_path, size):
-    """Fails if a download cut off at any byte is accepted."""
-    whole = write_shard(tmp_path / "whole", **GOOD).read_bytes() + b"\0\0"
-    (tmp_path / "train_0.bin").write_bytes(whole[:size])
-    with pytest.raises(DataError, match="train_0.bin"):
-        train_data(data_settings(tmp_path))
-
-
-def test_folders_and_links_to_nothing_are_refused(tmp_path):
-    """Fails if something that is no file but has a shard's name ends in a traceback."""
-    (tmp_path / "train_0.bin").mkdir()
-    with pytest.raises(DataError, match="train_0.bin: no regular file"):
-        train_data(data_settings(tmp_path))
-    (tmp_path / "train_0.bin").rmdir()
-    (tmp_path / "train_0.bin").symlink_to(tmp_path / "gone")
-    with pytest.raises(DataError, match="train_0.bin: no such file"):
-        train_data(data_settings(tmp_path))
-    (tmp_path / "train_0.bin").unlink()
-    os.mkfifo(tmp_path / "train_0.bin")  # opening it would wait for a writer
-    with pytest.raises(DataError, match="train_0.bin: no regular file"):
-        train_data(data_settings(tmp_path))
 
 
 def test_data_that_does_not_fit_together_is_refused(tmp_path):
@@ -730,7 +686,7 @@ def test_data_that_does_not_fit_together_is_refused(tmp_path):
         train_gpt.open_data(data_settings(tmp_path), 1)
     with pytest.raises(DataError, match="300.*256"):
         train_gpt.open_data(data_settings(tmp_path, TRAIN_FILES="train_1.bin"), 1)
-    with pytest.raises(DataError, match="TRAIN_FILES='none.bin'"):
+    with pytest.raises(DataError, match="TRAIN_FILES='none.bin'.*data/README.md"):
         train_gpt.open_data(data_settings(tmp_path, TRAIN_FILES="none.bin"), 1)
     write_shard(tmp_path / "gpt2_0.bin", np.arange(2000), vocab_size=0)
     with pytest.raises(DataError, match="no document mark .token 50256"):
@@ -740,157 +696,115 @@ def test_data_that_does_not_fit_together_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------ settings
 
 
-BAD_SETTINGS = [  # trainer (None: both), environment, what the message must say
-    (None, dict(SEED="x"), ["SEED", "'x'", "int"]),
-    (None, dict(SEED="-1"), ["SEED", "-1", "at least 0"]),
-    (None, dict(SEED="1.5"), ["SEED", "1.5", "int"]),
-    (None, dict(SEED=""), ["SEED", "int"]),
-    (None, dict(SEED=str(10**400)), ["SEED", "at most"]),
-    (None, dict(MUON_LR="nan"), ["MUON_LR", "nan", "finite"]),
-    (None, dict(MUON_LR="inf"), ["MUON_LR", "finite"]),
-    (None, dict(MUON_LR="-0.1"), ["MUON_LR", "-0.1", "at least 0"]),
-    (None, dict(COOLDOWN_FRAC="1.01"), ["COOLDOWN_FRAC", "1.01", "at most 1"]),
-    (None, dict(TARGET_LOSS="0"), ["TARGET_LOSS", "above 0"]),
-    (None, dict(DISABLE_FP8="maybe"), ["DISABLE_FP8", "maybe", "0 or 1"]),
-    (None, dict(LR_DECAY_TYPE="Linear"), ["LR_DECAY_TYPE", "Linear", "cosine"]),
-    (None, dict(OPTIMIZER="sgd"), ["OPTIMIZER", "sgd", "normuon"]),
-    (None, dict(MODEL="huge"), ["MODEL", "huge", "gpt2-small"]),
-    (None, dict(DEVICE="tpu"), ["DEVICE", "tpu", "cpu"]),
-    (None, dict(BATCH_SIZES="1024,1024"), ["BATCH_SIZES", "2 values", "3 or 4"]),
-    (None, dict(LR_MULS="1,1,1,1,1"), ["LR_MULS", "5 values", "3 or 4"]),
-    (None, dict(LR_DECAY_SECOND_TYPE="cosine"), ["LR_DECAY_SECOND_TYPE", "cosine", "linear"]),
-    (None, dict(LR_DECAY_SWITCH_STEP="-1"), ["LR_DECAY_SWITCH_STEP", "-1", "at least 0"]),
-    (None, dict(LR_MULS="1,,1,1"), ["LR_MULS", "float"]),
-    (None, dict(LR_MULS="1,nan,1,1"), ["LR_MULS", "finite"]),
-    (None, dict(BATCH_SIZES="1024,262145,1024,1024"), ["BATCH_SIZES", "262145", "262144", "262272"]),
-    (None, dict(VAL_TOKENS="262145"), ["VAL_TOKENS", "262145", "multiple"]),
-    (None, dict(VAL_BATCH_TOKENS="1025", VAL_TOKENS="2050"), ["VAL_BATCH_TOKENS", "1025", "multiple"]),
-    (None, dict(TRAIN_TOKENS="100000", NUM_SCHEDULED_ITERATIONS="5"), ["TRAIN_TOKENS", "NUM_SCHEDULED"]),
-    (None, dict(RUN_ID="a/b"), ["RUN_ID", "a/b", "letters"]),
-    (None, dict(RUN_ID="x" * 300), ["RUN_ID"]),
-    (None, dict(ATTN_BACKEND="varlen"), ["ATTN_BACKEND", "varlen", "sdpa"]),
-    (None, dict(ATTN_BACKEND="flash"), ["ATTN_BACKEND", "flash", "sdpa"]),
-    (None, dict(MUON_DECAY_MODE="param"), ["MUON_WEIGHT_DECAY", "1.2", "param"]),
-    (None, dict(MUON_DECAY_MODE="both", MUON_WEIGHT_DECAY="-2"), ["MUON_WEIGHT_DECAY", "-2", "both"]),
-    (None, dict(NGRAMS="2,6"), ["NGRAMS", "2,6", "at most 5"]),
-    (None, dict(NGRAM_ROWS="-1"), ["NGRAM_ROWS"]),
-    (None, dict(NGRAM_ROWS="1"), ["NGRAM_ROWS=1", "2 and more"]),
-    (None, dict(NGRAMS="2,3", NGRAM_ROWS="0"), ["NGRAMS=2,3", "does nothing", "NGRAM_ROWS"]),
-    (None, dict(NGRAMS="2", MODEL="dense-88m"), ["NGRAMS=2", "does nothing", "NGRAM_ROWS"]),
+BAD_SETTINGS = [  # environment, what the message must say
+    (dict(SEED="x"), ["SEED", "'x'", "int"]),
+    (dict(SEED="-1"), ["SEED", "-1", "at least 0"]),
+    (dict(SEED="1.5"), ["SEED", "1.5", "int"]),
+    (dict(SEED=""), ["SEED", "int"]),
+    (dict(SEED=str(10**400)), ["SEED", "at most"]),
+    (dict(MUON_LR="nan"), ["MUON_LR", "nan", "finite"]),
+    (dict(MUON_LR="inf"), ["MUON_LR", "finite"]),
+    (dict(MUON_LR="-0.1"), ["MUON_LR", "-0.1", "at least 0"]),
+    (dict(COOLDOWN_FRAC="1.01"), ["COOLDOWN_FRAC", "1.01", "at most 1"]),
+    (dict(TARGET_LOSS="0"), ["TARGET_LOSS", "above 0"]),
+    (dict(DISABLE_FP8="maybe"), ["DISABLE_FP8", "maybe", "0 or 1"]),
+    (dict(LR_DECAY_TYPE="Linear"), ["LR_DECAY_TYPE", "Linear", "cosine"]),
+    (dict(OPTIMIZER="sgd"), ["OPTIMIZER", "sgd", "normuon"]),
+    (dict(MODEL="huge"), ["MODEL", "huge", "gpt2-small"]),
+    (dict(DEVICE="tpu"), ["DEVICE", "tpu", "cpu"]),
+    (dict(BATCH_SIZES="1024,1024"), ["BATCH_SIZES", "2 values", "3 or 4"]),
+    (dict(LR_MULS="1,1,1,1,1"), ["LR_MULS", "5 values", "3 or 4"]),
+    (dict(LR_DECAY_SECOND_TYPE="cosine"), ["LR_DECAY_SECOND_TYPE", "cosine", "linear"]),
+    (dict(LR_DECAY_SWITCH_STEP="-1"), ["LR_DECAY_SWITCH_STEP", "-1", "at least 0"]),
+    (dict(LR_MULS="1,,1,1"), ["LR_MULS", "float"]),
+    (dict(LR_MULS="1,nan,1,1"), ["LR_MULS", "finite"]),
+    (dict(BATCH_SIZES="1024,262145,1024,1024"), ["BATCH_SIZES", "262145", "262144", "262272"]),
+    (dict(VAL_TOKENS="262145"), ["VAL_TOKENS", "262145", "multiple"]),
+    (dict(VAL_BATCH_TOKENS="1025", VAL_TOKENS="2050"), ["VAL_BATCH_TOKENS", "1025", "multiple"]),
+    (dict(TRAIN_TOKENS="100000", NUM_SCHEDULED_ITERATIONS="5"), ["TRAIN_TOKENS", "NUM_SCHEDULED"]),
+    (dict(RUN_ID="a/b"), ["RUN_ID", "a/b", "letters"]),
+    (dict(RUN_ID="x" * 300), ["RUN_ID"]),
+    (dict(ATTN_BACKEND="varlen"), ["ATTN_BACKEND", "varlen", "sdpa"]),
+    (dict(ATTN_BACKEND="flash"), ["ATTN_BACKEND", "flash", "sdpa"]),
+    (dict(MUON_DECAY_MODE="param"), ["MUON_WEIGHT_DECAY", "1.2", "param"]),
+    (dict(MUON_DECAY_MODE="both", MUON_WEIGHT_DECAY="-2"), ["MUON_WEIGHT_DECAY", "-2", "both"]),
+    (dict(NGRAMS="2,6"), ["NGRAMS", "2,6", "at most 5"]),
+    (dict(NGRAM_ROWS="-1"), ["NGRAM_ROWS"]),
+    (dict(NGRAM_ROWS="1"), ["NGRAM_ROWS=1", "2 and more"]),
+    (dict(NGRAMS="2,3", NGRAM_ROWS="0"), ["NGRAMS=2,3", "does nothing", "NGRAM_ROWS"]),
+    (dict(NGRAMS="2", MODEL="dense-88m"), ["NGRAMS=2", "does nothing", "NGRAM_ROWS"]),
+    (dict(SLICES=12), ["not a multiple of 12 slices"]),
+    (dict(SLICES=4), ["SLICES", "at least 8"]),
+    (dict(SLICES=128), ["SLICES", "at most 64"]),
     # look-alikes
-    (None, dict(SPECTRAL_LR_MULL="1"), ["SPECTRAL_LR_MULL", "not a setting", "nearest"]),
-    (ord_gpt, dict(SPECTRAL_LR_MULL="1"), ["SPECTRAL_LR_MULL", "SPECTRAL_LR_MUL"]),
-    (train_gpt, dict(SPECTRAL_LR_MUL="0"), ["SPECTRAL_LR_MUL", "train_gpt.py"]),
-    (train_gpt, dict(ORD_MODE="off"), ["ORD_MODE", "train_gpt.py"]),
-    (None, dict(MUON_BETA="1"), ["MUON_BETA", "nearest"]),
-    (None, dict(BATCHSIZES="1"), ["BATCHSIZES", "BATCH_SIZES"]),
-    (None, dict(COOLDOWN_FRCA="1"), ["COOLDOWN_FRAC"]),
-    (None, dict(VAL_LOSS_EVERY_STEPS="1"), ["VAL_LOSS_EVERY"]),
-    (None, dict(TARGET_LOS="3"), ["TARGET_LOSS"]),
-    (None, dict(SEEED="3"), ["SEEED", "nearest is SEED"]),
-    (None, dict(seed="3"), ["nearest is SEED"]),
-    (None, dict(LR_MUL="2"), ["nearest is LR_MULS"]),
-    (None, dict(RUNID="x"), ["nearest is RUN_ID"]),
-    (None, dict(muon_lr="2"), ["nearest is MUON_LR"]),
-    (None, dict(Modell="x"), ["nearest is MODEL"]),
-    # ORD
-    (ord_gpt, dict(ORD_MODE="on"), ["ORD_MODE", "on", "interpolate"]),
-    (ord_gpt, dict(SPECTRAL_PROJ_EPS="0"), ["SPECTRAL_PROJ_EPS", "above 0"]),
-    (ord_gpt, dict(SPECTRAL_LR_MUL="NaN"), ["SPECTRAL_LR_MUL", "finite"]),
-    (ord_gpt, dict(SPECTRAL_VARIANCE="1", SPECTRAL_SCALE="unit"), ["SPECTRAL_VARIANCE", "SPECTRAL_SCALE"]),
-    (ord_gpt, dict(OPTIMIZER="adamw"), ["ORD_MODE", "adamw", "off"]),
-    (ord_gpt, dict(SPECTRAL_RESCALE="1"), ["SPECTRAL_RESCALE", "post", "interpolate"]),
+    (dict(SPECTRAL_LR_MULL="1"), ["SPECTRAL_LR_MULL", "not a setting", "nearest"]),
+    (dict(SPECTRAL_LR_MUL="0"), ["SPECTRAL_LR_MUL", "train_gpt.py"]),
+    (dict(ORD_MODE="off"), ["ORD_MODE", "train_gpt.py"]),
+    (dict(MUON_BETA="1"), ["MUON_BETA", "nearest"]),
+    (dict(BATCHSIZES="1"), ["BATCHSIZES", "BATCH_SIZES"]),
+    (dict(COOLDOWN_FRCA="1"), ["COOLDOWN_FRAC"]),
+    (dict(VAL_LOSS_EVERY_STEPS="1"), ["VAL_LOSS_EVERY"]),
+    (dict(TARGET_LOS="3"), ["TARGET_LOSS"]),
+    (dict(SEEED="3"), ["SEEED", "nearest is SEED"]),
+    (dict(seed="3"), ["nearest is SEED"]),
+    (dict(LR_MUL="2"), ["nearest is LR_MULS"]),
+    (dict(RUNID="x"), ["nearest is RUN_ID"]),
+    (dict(muon_lr="2"), ["nearest is MUON_LR"]),
+    (dict(Modell="x"), ["nearest is MODEL"]),
+    # a mixture of experts
+    (dict(NUM_EXPERTS=4), ["NUM_EXPERTS=4 does nothing with MODEL=tiny"]),
+    (dict(MOE_TOP_K=3), ["for moe-79m and moe-tiny"]),
+    (dict(ROUTER_NOISE=0), ["ROUTER_NOISE=0.0"]),
+    (dict(ROUTER_LR=0.1), ["ROUTER_LR=0.1"]),
+    (dict(MODEL="gpt2-small", MOE_BALANCE_WEIGHT=1), ["MOE_BALANCE_WEIGHT=1.0"]),
+    (dict(MODEL="moe-tiny", MOE_TOP_K=1), ["MOE_TOP_K='1': wanted int, at least 2"]),
+    (dict(MODEL="moe-tiny", MOE_TOP_K=9), ["MOE_TOP_K=9 of NUM_EXPERTS=8"]),
+    (dict(MODEL="moe-tiny", NUM_EXPERTS=0), ["at least 2 experts"]),
+    (dict(MODEL="moe-tiny", ROUTER_NOISE=-1), ["ROUTER_NOISE='-1': wanted finite float, at least 0"]),
+    (dict(MODEL="moe-tiny", MOE_TOPK=2), ["the nearest is MOE_TOP_K"]),
 ]
+BAD_ORD_SETTINGS = [
+    (dict(SPECTRAL_LR_MULL="1"), ["SPECTRAL_LR_MULL", "SPECTRAL_LR_MUL"]),
+    (dict(ORD_MODE="on"), ["ORD_MODE", "on", "interpolate"]),
+    (dict(SPECTRAL_PROJ_EPS="0"), ["SPECTRAL_PROJ_EPS", "above 0"]),
+    (dict(SPECTRAL_LR_MUL="NaN"), ["SPECTRAL_LR_MUL", "finite"]),
+    (dict(SPECTRAL_VARIANCE="1", SPECTRAL_SCALE="unit"), ["SPECTRAL_VARIANCE", "SPECTRAL_SCALE"]),
+    (dict(OPTIMIZER="adamw"), ["ORD_MODE", "adamw", "off"]),
+    (dict(SPECTRAL_RESCALE="1"), ["SPECTRAL_RESCALE", "post", "interpolate"]),
+    # settings of another ORD_MODE: the log would misdescribe the run
+    (dict(SPECTRAL_OUT="0.5"), ["SPECTRAL_OUT", "post", "interpolate"]),
+    (dict(SPECTRAL_IN="0"), ["SPECTRAL_IN", "post", "interpolate"]),
+    (dict(ORD_MODE="post", SPECTRAL_SCALE="unit"), ["SPECTRAL_SCALE", "post"]),
+    (dict(ORD_MODE="post", SPECTRAL_VARIANCE="1"), ["SPECTRAL_VARIANCE", "post"]),
+    (dict(ORD_MODE="off", SPECTRAL_OUT="0"), ["SPECTRAL_OUT", "off"]),
+    (dict(ORD_MODE="off", SPECTRAL_SCHEDULE="adaptive"), ["SPECTRAL_SCHEDULE", "off"]),
+]
+BAD = [(train_gpt, *row) for row in BAD_SETTINGS] + [(ord_gpt, *row) for row in BAD_ORD_SETTINGS]
 
 
-@pytest.mark.parametrize(
-    "trainer, env, said",
-    [(t, env, said) for only, env, said in BAD_SETTINGS for t in TRAINERS if only in (None, t)],
-)
+@pytest.mark.parametrize("trainer, env, said", BAD)
 def test_bad_settings_are_refused_with_what_was_found_and_wanted(trainer, env, said):
     """Fails if an unusable setting is accepted, or the message does not name it, the value found and what is
     wanted."""
-    if trainer is ord_gpt and env == dict(OPTIMIZER="sgd"):
-        env = {**env, "ORD_MODE": "off"}
     with pytest.raises(SettingsError) as error:
         read(trainer, **env)
     for words in said:
         assert words in str(error.value)
 
 
-SILENT = [
-    dict(SPECTRAL_OUT="0.5"),
-    dict(SPECTRAL_IN="0"),
-    dict(ORD_MODE="post", SPECTRAL_SCALE="unit"),
-    dict(ORD_MODE="post", SPECTRAL_VARIANCE="1"),
-    dict(ORD_MODE="off", SPECTRAL_OUT="0"),
-    dict(ORD_MODE="off", SPECTRAL_SCHEDULE="adaptive"),
-]
-
-
-@pytest.mark.parametrize("env", SILENT, ids=str)
-def test_settings_of_another_ord_mode_are_refused(env):
-    """Fails if a setting that the chosen mode ignores is accepted: the log would misdescribe the run."""
-    with pytest.raises(SettingsError):
-        read(ord_gpt, **env)
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize(
-    "env",
-    [
-        dict(
-            PATH="/bin",
-            HOME="/",
-            LANG="C",
-            TERM="xterm",
-            SHELL="sh",
-            USER="me",
-            HOSTNAME="host",
-            LOGNAME="me",
-        ),
-        dict(
-            RANK="0",
-            WORLD_SIZE="8",
-            LOCAL_RANK="0",
-            LOCAL_WORLD_SIZE="8",
-            MASTER_ADDR="a",
-            MASTER_PORT="1",
-            GROUP_RANK="0",
-            ROLE_RANK="0",
-            ROLE_NAME="default",
-            TORCHELASTIC_RUN_ID="none",
-            OMP_NUM_THREADS="1",
-        ),
-        dict(
-            CUDA_VISIBLE_DEVICES="0",
-            NCCL_DEBUG="INFO",
-            SLURM_JOB_ID="1",
-            TORCH_LOGS="",
-            HF_HOME="x",
-            SCRIPT="train_gpt.py",
-            COMPILER="gcc",
-            MODELS="x",
-            DEVICES="0",
-            SEEDS="3",
-            OUT="x",
-            MODE="x",
-            SPEED="9",
-            http_proxy="x",
-            no_proxy="y",
-        ),
-    ],
-)
-def test_other_programs_variables_are_left_alone(trainer, env):
+def test_other_programs_variables_are_left_alone():
     """Fails if a variable of the shell, torchrun, SLURM or CUDA counts as a misspelt setting."""
-    read(trainer, **env)
+    names = """PATH HOME LANG TERM SHELL USER HOSTNAME LOGNAME RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+        MASTER_ADDR MASTER_PORT GROUP_RANK ROLE_RANK ROLE_NAME TORCHELASTIC_RUN_ID OMP_NUM_THREADS OUT MODE
+        CUDA_VISIBLE_DEVICES NCCL_DEBUG SLURM_JOB_ID TORCH_LOGS HF_HOME SCRIPT COMPILER MODELS DEVICES SEEDS
+        SPEED http_proxy no_proxy"""
+    read(train_gpt, **dict.fromkeys(names.split(), "1"))
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_values_are_read_as_they_are_written(trainer):
+def test_values_are_read_as_they_are_written():
     """Fails if a value is altered, a preset's default beats the environment, or a default is lost."""
     s, o, config = read(
-        trainer,
+        train_gpt,
         SEED=" 7 ",
         LR_MULS="[1, 2,3.5 ,4]",
         BATCH_SIZES="(1024,2048,1024,128)",
@@ -901,12 +815,12 @@ def test_values_are_read_as_they_are_written(trainer):
     )
     assert (s.seed, s.lr_muls, s.batch_sizes) == (7, (1.0, 2.0, 3.5, 4.0), (1024, 2048, 1024, 128))
     assert (o.muon_lr, s.disable_fp8, s.val_loss_every, s.run_id) == (0.001, True, 3, "a-b_c=1,2+3.txt")
-    s, o, config = trainer.read_settings({"DEVICE": "cpu"})
-    assert s.model == "tiny" and config == trainer.PRESETS["tiny"][0] and s.attn_backend == "sdpa"
+    s, o, config = train_gpt.read_settings({"DEVICE": "cpu"})
+    assert s.model == "tiny" and config == train_gpt.PRESETS["tiny"][0] and s.attn_backend == "sdpa"
     assert s.compile == "0" and s.device == "cpu" and s.run_id
-    for name, value in trainer.PRESETS["tiny"][1].items():
+    for name, value in train_gpt.PRESETS["tiny"][1].items():
         assert getattr(s, name, getattr(o, name, None)) == value
-    s, o, _ = read(trainer, MODEL="gpt2-small")
+    s, o, _ = read(train_gpt, MODEL="gpt2-small")
     assert (o.muon_lr, o.adam_lr, o.muon_weight_decay) == (0.023, 0.008, 1.2)
     assert (o.muon_warmup_steps, o.beta_warmup_steps) == (300, 0)
     assert (o.muon_momentum, o.adam_weight_decay, o.muon_decay_mode) == (0.95, 0.005, "cautious")
@@ -915,17 +829,15 @@ def test_values_are_read_as_they_are_written(trainer):
     assert (s.lr_muls, s.cooldown_frac, s.lr_decay_final) == ((1, 1.52, 1.73, 1), 0.55, 0.1)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_of_three_values_the_extension_keeps_its_own(trainer):
+def test_of_three_values_the_extension_keeps_its_own():
     """Fails if LR_MULS or BATCH_SIZES with three values is refused, or changes the extension's value."""
     given = dict(LR_MULS="1,2,3", BATCH_SIZES="1024,2048,1024")
     for model, extension in (("gpt2-small", 393216), ("tiny", 2048), ("dense-88m", 65536)):
-        s, _, _ = read(trainer, MODEL=model, **given)
+        s, _, _ = read(train_gpt, MODEL=model, **given)
         assert (s.lr_muls, s.batch_sizes) == ((1, 2, 3, 1), (1024, 2048, 1024, extension))
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_n_grams_are_the_presets_unless_set(trainer):
+def test_n_grams_are_the_presets_unless_set():
     """Fails if NGRAMS or NGRAM_ROWS is ignored, or overrides the preset when left out or empty."""
     for env, wanted in (
         ({}, ((2, 3, 4), 8192)),
@@ -936,7 +848,7 @@ def test_n_grams_are_the_presets_unless_set(trainer):
         (dict(MODEL="dense-88m", NGRAM_ROWS="64", NGRAMS="3,2"), ((3, 2), 64)),
         (dict(MODEL="gpt2-small"), ((2,), 5 * 50304)),
     ):
-        config = read(trainer, **env)[2]
+        config = read(train_gpt, **env)[2]
         assert (config.ngrams, config.ngram_rows) == wanted
 
 
@@ -946,7 +858,7 @@ def test_empty_strength_of_a_kind_is_the_common_one():
     assert optimizer_settings(ord_gpt).spectral_lr_mul_mlp is None
 
 
-NAMES = sorted({name for t in TRAINERS for name in knobs(t.SETTINGS)})
+NAMES = sorted(knobs(ord_gpt.SETTINGS))  # the baseline's and more
 VALUES = st.one_of(
     st.text(max_size=12),
     st.integers().map(str),
@@ -984,17 +896,16 @@ ENVIRONMENTS = st.dictionaries(
 )
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
 @settings(max_examples=250 * MORE, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(env=ENVIRONMENTS)
-def test_no_environment_makes_anything_but_a_settings_error(trainer, env):
+def test_no_environment_makes_anything_but_a_settings_error(env):
     """Fails if any value of a variable ends in a traceback, or is accepted and breaks the schedule."""
     try:
-        s, _, config = trainer.read_settings({"DEVICE": "cpu", **env})
+        s, _, config = ord_gpt.read_settings({"DEVICE": "cpu", **env})
     except SettingsError as error:
         assert any(name in str(error) for name in (*env, "VAL_TOKENS")), error
         return
-    plan = trainer.Schedule(s, config)
+    plan = ord_gpt.Schedule(s, config)
     for step in {0, plan.num_steps // 3, plan.num_steps // 2, plan.num_steps - 1}:
         assert math.isfinite(plan.lr_mul(step)) and plan.batch_tokens(step) > 0
         assert len(plan.predict_weights(step)) >= 1 and plan.windows(plan.stage(step))
@@ -1004,14 +915,13 @@ def test_no_environment_makes_anything_but_a_settings_error(trainer, env):
 # ------------------------------------------------------------------------------------------------ help
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_help_explains_every_setting(trainer, capsys):
+def test_help_explains_every_setting(capsys):
     """Fails if a setting has no line in --help, or --help trains."""
-    assert supervise.main(trainer, ["--help"]) == 0
+    assert supervise.main(ord_gpt, ["--help"]) == 0
     text = capsys.readouterr().out
-    for name in knobs(trainer.SETTINGS):
+    for name in knobs(ord_gpt.SETTINGS):
         assert re.search(rf"^ +{name}=.*\(.+\)\n +\S", text, re.M), name
-    assert all(preset in text for preset in trainer.PRESETS)
+    assert all(preset in text for preset in ord_gpt.PRESETS)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -1034,15 +944,14 @@ def test_settings_json_is_what_a_launcher_can_read(trainer, capsys):
         read(trainer, **{"MODEL": "gpt2-small", name: text})
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_refused_settings_exit_with_two(trainer, capsys, monkeypatch, tmp_path):
+def test_refused_settings_exit_with_two(capsys, monkeypatch, tmp_path):
     """Fails if a refusal prints a traceback, leaves a log or does not exit with 2, or ignores arguments."""
     monkeypatch.chdir(tmp_path)
     no_data = {"DEVICE": "cpu", "MODEL": "tiny", "DATA_PATH": str(tmp_path)}
     cases = (([], {"SEED": "x"}, "SEED"), (["seed=1"], {}, "seed=1"), ([], no_data, "TRAIN_FILES"))
     for argv, env, said in cases:
-        assert supervise.main(trainer, argv, env) == 2
+        assert supervise.main(train_gpt, argv, env) == 2
         captured = capsys.readouterr()
-        assert said in captured.err and captured.err.startswith(trainer.SCRIPT.name) and not captured.out
+        assert said in captured.err and captured.err.startswith(train_gpt.SCRIPT.name) and not captured.out
         assert captured.err.count("\n") == 1
     assert not list(tmp_path.rglob("*.txt"))
