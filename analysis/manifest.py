@@ -44,7 +44,6 @@ class Run:
     ended: str | None = None
     reason: str = ""
     host: str = ""
-    diverged_above: float | None = None  # the threshold at which the launcher stopped it
 
     @property
     def key(self) -> tuple:
