@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
-from analysis.conclusion import UPDATE_ONLY, conclusion
+from analysis.conclusion import conclusion
 from analysis.files import write_atomically
 from analysis.intervals import MIN_INTERVAL
 from analysis.reaching import SMOOTH, Reach, Target, all_at_target, choose_target, in_tokens, reaches
@@ -279,24 +279,6 @@ def proof_section(results: Results, rows: Sequence[Row], target: Target) -> str:
     )
 
 
-def update_section(results: Results) -> str:
-    """An explanation of MUON_DECAY_MODE=update, if the sweep has it."""
-    arms = [arm for arm in results.arms if arm.settings.get("muon_decay_mode") in ("update", "both")]
-    if not any(arm.settings["muon_decay_mode"] == "update" for arm in arms):
-        return ""
-    cells = []
-    for arm in arms:
-        mode, wd = arm.settings["muon_decay_mode"], float(arm.settings.get("muon_weight_decay", 0))
-        decay = wd / (1 + wd) if mode == "both" and wd != -1 else 0.0
-        cells.append([arm.label, mode, f"{wd:g}", f"{1 + wd:g}", f"{decay:.4g}" if decay else "none"])
-    header = ["arm", "mode", "wd", "learning rate x", "decay of W beside it"]
-    return (
-        f"## What `update` is\n\n{UPDATE_ONLY}: with D = wd O, the step W -= lr (O + D) is W -= lr (1 + wd) "
-        "O. A win there is a win of the learning rate. `both` is that rate with a decay of wd / (1 + wd).\n\n"
-        + format_markdown(header, cells)
-    )
-
-
 def audit_section(results: Results) -> str:
     """The runs that were planned, and those that finished, failed or are missing."""
     states = Counter(attempt.state for attempt in results.attempts)
@@ -350,10 +332,10 @@ def report(results: Results, rows: Sequence[Row], target: Target, pictures: Sequ
         parts.append(proof_section(results, rows, target))
     if target.proof or results.has_curves:
         parts.append(target_section(results, rows, target))
-    parts += [update_section(results), audit_section(results)]
+    parts.append(audit_section(results))
     if results.planned:
         parts.append(f"Written by `python report_sweep.py sweeps/{results.name}.toml`.")
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -551,25 +551,8 @@ def test_public_logs_and_the_proof(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
-# Learning rate in disguise
+# ORD in a sweep
 # ------------------------------------------------------------------------------------------------
-
-
-def test_update_is_called_a_learning_rate(tmp_path):
-    """W -= lr (O + wd O): a win of MUON_DECAY_MODE=update must be reported as one of the learning rate."""
-    arms = {"none": (4.20, {"MUON_DECAY_MODE": "none", "MUON_WEIGHT_DECAY": 0.0})}
-    for mode in ("update", "both"):
-        arms[f"{mode}_-0.2"] = (4.18, {"MUON_DECAY_MODE": mode, "MUON_WEIGHT_DECAY": -0.2})
-    _, _, text, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="none")
-    assert "only a learning-rate change, lr (1 + wd)" in numbers["conclusion"]
-    assert "update_-0.2" in numbers["better"] and "| update_-0.2 | update | -0.2 | 0.8 | none |" in text
-    assert "| both_-0.2 | both | -0.2 | 0.8 | -0.25 |" in text
-    lr, wd, weight, update = 0.02, -0.2, 3.0, 0.7  # the table's numbers give the very step
-    assert weight - lr * (update + wd * (weight + update)) == pytest.approx(
-        weight - lr * 0.8 * (update + -0.25 * weight)
-    )
-    plain = {name: arm for name, arm in arms.items() if not name.startswith("update")}
-    assert "learning-rate" not in sweep(tmp_path / "plain", plain, control="none")[2]
 
 
 def test_strength_is_a_where_there_is_one():
