@@ -32,6 +32,7 @@ from analysis.read_results import read_results
 from analysis.results import Attempt, Results, SweepArm
 from analysis.run_log import format_value
 from analysis.stats import (
+    ALPHA,
     SPEEDRUN_P,
     SQRT_N_MARGIN,
     Summary,
@@ -89,11 +90,12 @@ def rows_of(results: Results, target: Target) -> list[Row]:
         found = [place for place in found if place]
         ended = arm.count("done") + arm.count("failed")
         whole = len(found) == ended  # a mean of those that reached it would be that of the lucky ones
+        pair, _ = results.comparison(arm.label)
         row = Row(
             arm=arm,
             result=results.summary(arm),
             verdict=results.call(arm.label),
-            more_runs=more_runs(results, arm.label),
+            more_runs=results.verdict.more_runs(pair) if pair else None,
             x_to_target=summarize([place.x for place in found] if whole else []),
             minutes_to_target=summarize([place.minutes for place in found] if whole else []),
             reached=len(found),
@@ -105,12 +107,6 @@ def rows_of(results: Results, target: Target) -> list[Row]:
     for row, p in zip(tested, holm([row.test.p for row in tested]), strict=True):
         row.test_p_holm = p
     return rows
-
-
-def more_runs(results: Results, name: str) -> int | None:
-    """Further runs per arm that would settle the difference, at the level that one pair has to meet."""
-    pair, _ = results.comparison(name)
-    return results.verdict.more_runs(pair) if pair else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -183,7 +179,7 @@ def table_notes(results: Results) -> str:
     if not verdict.num_comparisons:
         return f"{what} Nothing can be tested: no two arms have two runs each."
     ending = (
-        f"where nothing differs, an arm is called better or worse in at most {verdict.alpha:.0%} of such "
+        f"where nothing differs, an arm is called better or worse in at most {ALPHA:.0%} of such "
         "sweeps. {} More runs: how many more an arm would find a true difference of this size with 80% "
         "chance."
     )
@@ -356,7 +352,7 @@ def summary(results: Results, rows: Sequence[Row], target: Target) -> dict:
         "reference": results.reference,
         "better": list(verdict.better) if not results.count("missing") else [],
         "worse": list(verdict.worse) if not results.count("missing") else [],
-        "alpha": verdict.alpha,
+        "alpha": ALPHA,
         "num_comparisons": verdict.num_comparisons,
         "target": {
             "loss": target.loss,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from analysis.results import Results
-from analysis.stats import Comparison, Verdict
+from analysis.stats import ALPHA, Comparison, Verdict
 from analysis.tables import format_p
 
 MAX_NAMED = 4  # arms named in a sentence, before "and 3 more"
@@ -85,7 +85,7 @@ def _with_control(results: Results) -> tuple[list[str], list[str]]:
     undecided = [
         name
         for name, p in verdict.p_control.items()
-        if not math.isnan(p) and name not in verdict.better + verdict.worse and not (p < verdict.alpha)
+        if not math.isnan(p) and name not in verdict.better + verdict.worse and not (p < ALPHA)
     ]
     for control, group in _by_control(verdict, undecided):
         unseen = _unseen([verdict.versus_control[name] for name in group], verdict)
@@ -96,10 +96,10 @@ def _with_control(results: Results) -> tuple[list[str], list[str]]:
     if len(verdict.better) > 1:
         first = min(verdict.better, key=lambda name: verdict.summaries[name].mean)
         others = [name for name in verdict.better if name != first]
-        if not (first == verdict.best and all(verdict.p_best[name] < verdict.alpha for name in others)):
+        if not (first == verdict.best and all(verdict.p_best[name] < ALPHA for name in others)):
             may_not.append(f"that {first} is better than {_names(others)}")
     for name, p in verdict.p_control.items():
-        if p < verdict.alpha and name not in verdict.better + verdict.worse:
+        if p < ALPHA and name not in verdict.better + verdict.worse:
             word = "better" if verdict.versus_control[name].difference < 0 else "worse"
             loser = name if word == "better" else verdict.controls[name]
             may_not.append(f"that {name} is {word} ({_lost(verdict, loser)})")

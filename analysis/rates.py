@@ -16,7 +16,7 @@ import numpy as np
 
 from analysis.results import Attempt, Results, SweepArm, loss_of, samples_of
 from analysis.run_log import format_value
-from analysis.stats import Contenders, Summary, contenders, summarize
+from analysis.stats import CONFIDENCE, Contenders, Summary, contenders, summarize
 
 RATES = ("muon_lr", "adam_lr", "router_lr")  # preferred, if no setting is named
 GOOD = 0.98  # fraction of the best's fall that a good value reaches
@@ -24,7 +24,7 @@ LOST = 0.05  # fraction of the fall that an unstable run lost again on the way
 SPREAD = 5.0  # an unstable value's runs differ by this many times the noise, and by 1 - GOOD of the fall
 TOP = 0.2
 RULES = {
-    "optimal": f"good, and it cannot be told from the best value ({1 - 0.05:.0%} confidence)",
+    "optimal": f"good, and it cannot be told from the best value ({CONFIDENCE:.0%} confidence)",
     "good": f"its mean loss fell by at least {GOOD:.0%} of the fall",
     "too low": "not good, and lower than the best value",
     "declining": "not good, and higher than the best value",
