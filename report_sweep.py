@@ -114,30 +114,19 @@ def rows_of(results: Results, target: Target) -> list[Row]:
 # ------------------------------------------------------------------------------------------------
 
 
-def value_columns(results: Results) -> list[str]:
-    """The settings that get a column, in lower case."""
-    varied = results.varied()
-    return varied if len(varied) <= MAX_COLUMNS else []
-
-
-def value_cells(arm: SweepArm, names: Sequence[str]) -> list[str]:
-    return [format_value(arm.settings[name]) if name in arm.settings else "-" for name in names]
-
-
-def p_name(results: Results) -> str:
-    return "p (Holm)" if results.control else "p (Tukey)"
-
-
 def main_table(results: Results, rows: Sequence[Row]) -> str:
-    names = value_columns(results)
+    varied = results.varied()
+    names = varied if len(varied) <= MAX_COLUMNS else []
     header = ["arm", *[name.upper() for name in names], "n", "mean", "95% interval", "sd"]
     if results.versus:
         header.append("control")
-    header += ["difference", "95% interval", p_name(results), "effect", "test", "more runs", "remark"]
+    p_name = "p (Holm)" if results.control else "p (Tukey)"
+    header += ["difference", "95% interval", p_name, "effect", "test", "more runs", "remark"]
     cells = []
     for row in rows:
         result, (pair, p) = row.result, results.comparison(row.arm.label)
-        line = [row.arm.label, *value_cells(row.arm, names), result.n, format_loss(result.mean)]
+        values = [format_value(row.arm.settings.get(name, "-")) for name in names]
+        line = [row.arm.label, *values, result.n, format_loss(result.mean)]
         line += [format_interval(result.low, result.high, signed=False), format_loss(result.sd)]
         if results.versus:
             line.append(results.verdict.controls.get(row.arm.label, "-"))
@@ -147,15 +136,10 @@ def main_table(results: Results, rows: Sequence[Row]) -> str:
             tested = not math.isnan(pair.p)
             line += [format_difference(pair.difference), format_interval(pair.low, pair.high), format_p(p)]
             line += [f"{pair.effect_size:+.2f}" if tested else "-", pair.method if tested else "-"]
-            line += [more_text(row, tested)]
+            more = "> 10000" if row.more_runs is None else str(row.more_runs)
+            line.append(more if tested and row.verdict == "undecided" else "-")
         cells.append([*line, remark(row, results)])
     return format_markdown(header, cells)
-
-
-def more_text(row: Row, tested: bool) -> str:
-    if not tested or row.verdict != "undecided":
-        return "-"
-    return "> 10000" if row.more_runs is None else str(row.more_runs)
 
 
 def remark(row: Row, results: Results) -> str:
