@@ -416,15 +416,6 @@ def test_plain_text_when_not_a_terminal(tmp_path, capsys, arguments):
     assert "\x1b" not in text and "run  " in text and "finished" in text
 
 
-def test_a_poor_terminal(tmp_path):
-    """An ASCII-only terminal: nothing fails, and only ASCII is written."""
-    write(tmp_path, "run", make_log("run", num_steps=STEPS))
-    env = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "60"}
-    command = [sys.executable, str(ROOT / "monitor_runs.py"), "--logs", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, env=env)
-    assert done.returncode == 0 and done.stdout.isascii() and b"val loss" in done.stdout and not done.stderr
-
-
 def test_errors_speak_to_a_person(tmp_path, capsys):
     assert monitor_runs.main(["--logs", str(tmp_path / "nowhere")]) == 2
     assert "nowhere; name a folder of logs, logs, or a sweep's file" in capsys.readouterr().err

@@ -601,20 +601,12 @@ def test_the_same_logs_give_the_same_bytes(tmp_path, monkeypatch, capsys):
     assert "logs/lr/REPORT.md" in capsys.readouterr().out
 
 
-@pytest.fixture
-def close_figures():
-    yield
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
-
-
 def words_of(ax):
     return [text.get_text() for text in ax.texts]
 
 
 @pytest.mark.parametrize("num_arms", [2, 4, 12])
-def test_the_forest_shows_the_numbers(tmp_path, close_figures, num_arms):
+def test_the_forest_shows_the_numbers(tmp_path, num_arms):
     """Fails if differences or intervals are not the statistics', inside the picture, in plan order."""
     arms = {f"s_{i}": (3.27 + 0.002 * i, {"RESIDUAL_SCALE": 1 + i / 10}) for i in reversed(range(num_arms))}
     if num_arms == 12:
@@ -654,7 +646,7 @@ def test_arms_of_bare_logs_are_in_order_of_their_numbers():
     assert [arm.label for arm in found] == ["base", "lr_2e-05", "lr_0.5", "lr_2", "lr_10"]
 
 
-def test_an_interval_clear_of_zero_that_holm_rejects_says_so(close_figures):
+def test_an_interval_clear_of_zero_that_holm_rejects_says_so():
     """Fails if a picture shows a finding that the sentence beside it denies."""
     losses = {"base": [3.0, 3.1, 3.2, 3.3], "a": [2.95, 3.02, 3.16, 3.27]}
     losses |= {f"b{i}": [3.0 + 0.01 * (-1) ** (i + j) + 0.1 * j for j in range(4)] for i in range(8)}
@@ -667,7 +659,7 @@ def test_an_interval_clear_of_zero_that_holm_rejects_says_so(close_figures):
     assert set(VERDICTS.values()).isdisjoint({results.looks["base"]["color"]})
 
 
-def test_losses_over_training_are_minus_the_controls(tmp_path, close_figures):
+def test_losses_over_training_are_minus_the_controls(tmp_path):
     """Six overlapping lines show nothing; their paired differences and intervals are scipy's."""
     file = make_sweep(tmp_path, "sweep", spectral_arms(0, 0.1, 1), seeds=SEEDS, control="spectral_lr_0")
     results = read_results([file], tmp_path / "logs")
@@ -689,7 +681,7 @@ def test_losses_over_training_are_minus_the_controls(tmp_path, close_figures):
     assert {"baseline_std_0", "spectral_lr_0", "spectral_lr_0.1", "spectral_lr_1"} == set(words_of(ax))
 
 
-def test_among_many_arms_a_filled_point_has_an_interval_clear_of_zero(tmp_path, close_figures):
+def test_among_many_arms_a_filled_point_has_an_interval_clear_of_zero(tmp_path):
     """Bands of fifteen arms hide each other; without any, luck looks like an effect."""
     arms = {f"s_{i}": (3.27 + 0.0006 * i, {"RESIDUAL_SCALE": 1 + i / 10}) for i in range(8)}
     file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="s_0", val_every=50)
