@@ -186,11 +186,11 @@ def scores_of(found: dict, library_version: str) -> dict[str, dict]:
 def evaluate_model(args: argparse.Namespace) -> None:
     """Score the model, print the scores and write them beside it."""
     names = [name for name in args.tasks.split(",") if name]
-    if not names or min(args.max_tokens, args.batch_tokens) < 2 or (args.limit or 1) < 1:
+    if not names or args.max_tokens < 2 or (args.limit or 1) < 1:
         raise ValueError("wanted --tasks NAME,NAME, --limit of at least 1, and 2 or more tokens")
     check_device(args.device)
     library = import_optional("lm_eval", LIBRARY)
-    scorer = Scorer(load_model(args.model, args.device), args.max_tokens, args.batch_tokens)
+    scorer = Scorer(load_model(args.model, args.device), args.max_tokens)
     with contextlib.redirect_stderr(sys.__stderr__):  # the libraries' bars move their cursor
         found = library.simple_evaluate(
             make_adapter(scorer),
@@ -227,9 +227,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--fewshot", type=int, help="examples before each item (the task's own number)")
     parser.add_argument("--limit", type=int, help="items of each task (all)")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help=f"of an input ({MAX_TOKENS})")
-    parser.add_argument(
-        "--batch-tokens", type=int, default=BATCH_TOKENS, help=f"of a forward pass ({BATCH_TOKENS})"
-    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (cpu)")
     return command_line.run(evaluate_model, parser, argv)
 

@@ -11,7 +11,6 @@ A sweep file names a trainer, seeds and what varies:
     script = "train_gpt_muon_ord.py"      # relative to where you are, else beside this file
     seeds = [1, 2, 3]
     control = "a_0-muon_lr_0.023"         # optional: the arm (tag, then grid values) to compare others with
-    diverged_above = 12.0                 # optional: stop a run whose loss exceeds this after step 0
     [env]                                 # settings common to all arms in which they do something
     NUM_SCHEDULED_ITERATIONS = 1560
     [grid]                                # optional: all combinations, times the arms
@@ -33,11 +32,12 @@ A sweep file names a trainer, seeds and what varies:
 The trainer itself checks the settings of every arm before anything runs. Settings come from the
 file, never from the environment, except those that say where to run (DATA_PATH, DEVICE and the like).
 Seeds are interleaved across arms. `logs/SWEEP.sweep.json`, the manifest, says what is planned and done;
-`logs/RUN_ID.out` has a run's console output. Launching again runs only what is missing: a run counts as done
-if it finished or diverged with the same seed, source code and settings. Settings that change only what is
-recorded do not count, but are named. A run that the trainer refuses to begin is the last one that is started.
-Ctrl-C stops all runs. Exit code: 0 all runs finished, 1 some did not,
-2 refused, 128 + n after signal n.
+`logs/RUN_ID.out` has a run's console output. `monitor_runs.py SWEEP.toml` shows the runs under way. The
+setting DIVERGED_ABOVE ends a run of higher loss as diverged. Launching again runs only what is missing: a run
+counts as done if it finished or diverged with the same seed, source code and settings. Settings that change
+only what is recorded do not count, but are named. A run that the trainer refuses to begin is the last one
+that is started. Ctrl-C stops all runs. Exit code: 0 all runs finished, 1 some did not, 2 refused, 128 + n
+after signal n.
 """
 
 import argparse
@@ -52,7 +52,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +72,6 @@ from analysis.run_environment import (
     warm_marker,
 )
 from analysis.run_log import LogFollower, RunLog, format_value
-from analysis.shown import clean
 from analysis.style import format_time
 from analysis.sweep_files import Sweep, read_sweep
 from analysis.sweep_plan import end_log, how_it_ended, open_manifest, plan, recorded_otherwise, settle
@@ -88,44 +87,30 @@ CORES_PER_GPU = 4  # asked of SLURM: for the rank, its threads and the compiler'
 # ------------------------------------------------------------------------------------------------
 
 
-class RunFollower:
-    """Follows the log of one run, which need not exist yet."""
-
-    def __init__(self, path: str):
-        self.path, self.follower = Path(path), LogFollower(path)
-        self.last_growth = time.monotonic()
-
-    def poll(self) -> bool:
-        """Read what is new; return whether there was any."""
-        grown = bool(self.follower.poll())
-        if grown:
-            self.last_growth = time.monotonic()
-        return grown
-
-    @property
-    def run(self) -> RunLog | None:
-        """Content of the log so far; None before it exists."""
-        log = self.follower.logs.get(self.path)
-        return log.runs[-1] if log and log.runs else None
-
-    def highest_loss(self) -> float:
-        """Return the highest loss logged after step 0, -inf if none."""
-        curves = (self.run.train, self.run.val) if self.run else ()
-        highest = [float(curve.loss[curve.step > 0].max(initial=-math.inf)) for curve in curves]
-        return max(highest, default=-math.inf)
-
-
 @dataclass
 class Job:
-    """A run under way."""
+    """A run under way, and its log, which need not exist yet."""
 
     run: Run
     process: subprocess.Popen
     slot: Slot
-    log: RunFollower
     marker: Path | None  # see warm_marker
     cold: bool  # nothing else starts until it has compiled
-    begin: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self):
+        self.follower = LogFollower(self.run.log)
+        self.begin = self.last_growth = time.monotonic()
+
+    def read_log(self) -> None:
+        """Read what is new in the log."""
+        if self.follower.poll():
+            self.last_growth = time.monotonic()
+
+    @property
+    def log(self) -> RunLog | None:
+        """Content of the log so far; None before it exists."""
+        followed = self.follower.logs.get(Path(self.run.log))
+        return followed.runs[-1] if followed and followed.runs else None
 
     def roots(self) -> list[int]:
         """Return the process that was started for the run, while it lives."""
@@ -146,15 +131,13 @@ class Launcher:
         slots: Sequence[Slot],
         nproc: int,
         hang_s: float,
-        diverged_above: float | None,
     ):
-        self.manifest, self.nproc, self.hang_s, self.diverged_above = manifest, nproc, hang_s, diverged_above
+        self.manifest, self.nproc, self.hang_s = manifest, nproc, hang_s
         self.todo, self.free = list(todo), list(slots)
         self.num_todo, self.num_slots = len(self.todo), len(slots)
         self.jobs: list[Job] = []
         self.seconds: list[float] = []  # of the runs that finished
         self.signal = 0
-        self.display = Display(self)
 
     def run_all(self) -> None:
         """Make all runs; end early on a signal."""
@@ -164,11 +147,9 @@ class Launcher:
                     self.start(self.todo.pop(0))
                 for job in list(self.jobs):
                     self.look_after(job)
-                self.display.update()
                 time.sleep(POLL_S)
         finally:  # also after an error of our own, nothing is left behind
             self.stop_all()
-            self.display.close()
 
     def start(self, index: int) -> None:
         """Start a run on a free slot."""
@@ -182,28 +163,23 @@ class Launcher:
         except (OSError, subprocess.SubprocessError) as error:
             run.state, run.ended, run.reason = "crashed", now(), f"it could not be started: {error}"
             self.free.append(slot)
-            self.display.ended(run, math.nan, 0.0)
+            self.say_end(run, math.nan, 0.0)
             return
         cold = marker is not None and not marker.exists()
-        self.jobs.append(Job(run, process, slot, RunFollower(run.log), marker, cold))
-        self.display.started(self.jobs[-1])
+        self.jobs.append(Job(run, process, slot, marker, cold))
+        self.say_start(self.jobs[-1])
 
     def look_after(self, job: Job) -> None:
-        """Read what a run has logged, and act if it has ended, diverged or hangs."""
-        grown = job.log.poll()
-        if job.cold and job.log.run and job.log.run.last_step > 0:
+        """Read what a run has logged, and act if it has ended or hangs."""
+        job.read_log()
+        if job.cold and job.log and job.log.last_step > 0:
             job.cold = False
             with contextlib.suppress(OSError):  # then the next launch waits once more
                 job.marker.parent.mkdir(parents=True, exist_ok=True)
                 job.marker.touch()
-        limit = self.diverged_above
-        loss = job.log.highest_loss() if grown else -math.inf
         if job.process.poll() is not None:
             self.finish(job)
-        elif limit is not None and loss > limit:
-            job.run.diverged_above = limit
-            self.finish(job, "diverged", f"a loss of {loss:.4g}, above diverged_above = {limit:g}")
-        elif self.hang_s and time.monotonic() - job.log.last_growth > self.hang_s:
+        elif self.hang_s and time.monotonic() - job.last_growth > self.hang_s:
             self.finish(job, "hung", f"no new log line for {self.hang_s / 60:g} minutes")
 
     def finish(self, job: Job, state: str = "", reason: str = "") -> None:
@@ -211,11 +187,11 @@ class Launcher:
         run = job.run
         left = job.find()
         if left and not stop_processes(job.find):
-            self.display.say(f"{run.run_id}: process {min(left)} cannot be killed")
+            say(f"{run.run_id}: process {min(left)} cannot be killed")
         run.exit_code, run.ended = job.process.poll(), now()
         reap_orphans()
-        job.log.poll()
-        log = job.log.run
+        job.read_log()
+        log = job.log
         if not state or (log and log.state == "finished"):
             state, reason = how_it_ended(run, log)
         run.state, run.reason = state, reason
@@ -224,21 +200,21 @@ class Launcher:
         try:
             end_log(run)
         except OSError as error:
-            self.display.say(f"{run.log}: {error}")
+            say(f"{run.log}: {error}")
         self.save()
-        if state == "refused" and self.todo:  # the others would be refused, too
-            self.display.say(f"{len(self.todo)} run(s) not started: the trainer refused this one")
-            self.todo.clear()
         seconds = time.monotonic() - job.begin
         if state == "finished":
             self.seconds.append(seconds)
-        self.display.ended(run, log.final_val_loss if log else math.nan, seconds)
+        self.say_end(run, log.final_val_loss if log else math.nan, seconds)
+        if state == "refused" and self.todo:  # the others would be refused, too
+            say(f"{len(self.todo)} run(s) not started: the trainer refused this one")
+            self.todo.clear()
 
     def stop_all(self) -> None:
         """Stop every run that is still running, and every orphan that nothing ties to a run."""
         name = signal.Signals(self.signal).name if self.signal else "an error of the launcher"
         if self.jobs:
-            self.display.say(f"stopping {len(self.jobs)} run(s)")
+            say(f"stopping {len(self.jobs)} run(s)")
             jobs, run_ids = list(self.jobs), {job.run.run_id for job in self.jobs}
             # all at once, so that the time of grace passes once
             stop_processes(lambda: processes_of(run_ids, [pid for job in jobs for pid in job.roots()]))
@@ -251,7 +227,25 @@ class Launcher:
         try:
             self.manifest.save()
         except OSError as error:  # the logs say how runs ended, and the next launch reads them
-            self.display.say(f"warning: {self.manifest.path} could not be written: {error}")
+            say(f"warning: {self.manifest.path} could not be written: {error}")
+
+    def say_start(self, job: Job) -> None:
+        """Print that a run has started, and where."""
+        where = f" on GPU {','.join(job.slot.gpus)}" if job.slot.gpus else ""
+        alone = "  (alone until it has compiled)" if job.cold and self.num_slots > 1 else ""
+        number, run = self.num_todo - len(self.todo), job.run
+        say(f"[{number}/{self.num_todo}] {run.tag} seed {run.seed}{where} -> {run.log}{alone}")
+
+    def say_end(self, run: Run, loss: float, seconds: float) -> None:
+        """Print how a run ended, how many have ended, and the time left."""
+        text = f"    {run.tag} seed {run.seed}: {run.state} after {format_time(1000 * seconds)}"
+        if math.isfinite(loss):
+            text += f", validation loss {loss:.4f}"
+        text += f"; {self.num_todo - len(self.todo) - len(self.jobs)} of {self.num_todo} ended"
+        left = self.seconds_left()
+        if left > 0 and not self.signal:
+            text += f", about {format_time(1000 * left)} left"
+        say(f"{text} - {run.reason}" if run.reason else text)
 
     def seconds_left(self) -> float:
         """Return how long the rest will take by the runs finished in this launch; NaN if there are none."""
@@ -265,84 +259,6 @@ class Launcher:
 # ------------------------------------------------------------------------------------------------
 # What the user sees
 # ------------------------------------------------------------------------------------------------
-
-
-class Display:
-    """A line when a run starts or ends; on a terminal also a live table of those that run."""
-
-    def __init__(self, launcher: Launcher):
-        self.launcher, self.live, self.shown = launcher, None, 0.0
-        if sys.stdout.isatty():
-            from rich.live import Live  # slow to import, and not needed elsewhere
-
-            # we refresh it ourselves: threads and preexec_fn do not mix
-            self.live = Live(auto_refresh=False, transient=True, redirect_stdout=False)
-            self.live.start()
-
-    def say(self, text: str) -> None:
-        """Print a line, above the table if there is one."""
-        if self.live:
-            with contextlib.suppress(OSError):  # the terminal has gone
-                self.live.console.print(clean(text), markup=False, highlight=False, soft_wrap=True)
-        else:
-            say(text)
-
-    def started(self, job: Job) -> None:
-        """Say that a run has started."""
-        number = self.launcher.num_todo - len(self.launcher.todo)
-        alone = "  (alone until it has compiled)" if job.cold and self.launcher.num_slots > 1 else ""
-        run = job.run
-        self.say(f"[{number}/{self.launcher.num_todo}] {run.tag} seed {run.seed} -> {run.log}{alone}")
-
-    def ended(self, run: Run, loss: float, seconds: float) -> None:
-        """Say how a run ended."""
-        text = f"    {run.tag} seed {run.seed}: {run.state} after {format_time(1000 * seconds)}"
-        if math.isfinite(loss):
-            text += f", validation loss {loss:.4f}"
-        if run.reason:
-            text += f" - {run.reason}"
-        self.say(text)
-
-    def update(self) -> None:
-        """Draw the table again, at most once a second."""
-        if not self.live or time.monotonic() - self.shown < 1:
-            return
-        from rich.table import Table
-
-        self.shown = time.monotonic()
-        launcher, table = self.launcher, Table(box=None, pad_edge=False)
-        for column in ("running", "seed", "step", "loss", "time", "on"):
-            table.add_column(column)
-        for job in launcher.jobs:
-            table.add_row(*self.cells(job))
-        left = 1000 * launcher.seconds_left()
-        time_left = f", about {format_time(left)} left" if math.isfinite(left) else ""
-        table.caption = f"{len(launcher.todo)} to come{time_left}"
-        with contextlib.suppress(OSError):
-            self.live.update(table, refresh=True)
-
-    def cells(self, job: Job) -> list[str]:
-        """Return a run's row of the table."""
-        step, loss, log = "starting", "", job.log.run
-        if log:
-            step = f"{max(0, log.last_step)}/{log.num_steps or '?'}"
-            losses = [curve.loss[-1] for curve in (log.train, log.val) if len(curve)]
-            loss = f"{losses[0]:.4f}" if losses else ""
-        where = "GPU " + ",".join(job.slot.gpus) if job.slot.gpus else "CPU"
-        return [
-            job.run.tag,
-            str(job.run.seed),
-            step,
-            loss,
-            format_time(1000 * (self.shown - job.begin)),
-            where,
-        ]
-
-    def close(self) -> None:
-        """Give the terminal back."""
-        if self.live:
-            with contextlib.suppress(OSError):
-                self.live.stop()
 
 
 def print_plan(sweep: Sweep, manifest: Manifest, why: dict[int, str], slots: list[Slot], nproc: int) -> None:
@@ -601,7 +517,7 @@ def main(argv: list[str]) -> int:
             path = write_slurm(sweep, [manifest.runs[i] for i in why], nproc, args.parallel)
             say(f"wrote {path}; submit it with: sbatch {path}")
             return 0
-        launcher = Launcher(manifest, why, slots, nproc, args.hang_minutes * 60, sweep.diverged_above)
+        launcher = Launcher(manifest, why, slots, nproc, args.hang_minutes * 60)
         with signals_to(launcher):
             adopt_orphans()
             launcher.run_all()

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line
 from analysis.arms import group_by_arm
-from analysis.manifest import LOGS, Manifest, ManifestFolder, find_manifest
+from analysis.manifest import LOGS, Manifest, find_manifest, manifests_in
 from analysis.run_log import OPENERS, LogFollower, RunLog
 from analysis.shown import clean
 from analysis.style import format_time, shorten_apart
@@ -204,16 +204,18 @@ class Monitor:
         self.name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} paths"
         self.sweep = find_manifest(sweeps[0], logs) if sweeps else None  # its manifest, which may come later
         places = [self.sweep] if sweeps else paths
-        folders = {path.parent if path.suffix in (".json", ".txt") else path for path in places}
-        self.folders = [ManifestFolder(folder) for folder in sorted(folders)]
+        self.folders = {path.parent if path.suffix in (".json", ".txt") else path for path in places}
         self.follower = LogFollower(*paths, recent=RECENT_LINES)  # a sweep's paths come with its manifest
         self.stalled_after, self.control = stalled_after, control
         self.manifests: list[Manifest] = []
+        self.errors: list[str] = []  # of manifests
         self._rows: list[Row] = []
 
     def poll(self) -> list[Row]:
         """Return the runs as of now: those under way first, then those whose logs were written to last."""
-        manifests = [manifest for folder in self.folders for manifest in folder.poll()]
+        found = [manifests_in(folder) for folder in sorted(self.folders)]
+        manifests = [manifest for readable, _ in found for manifest in readable]
+        self.errors = [error for _, errors in found for error in errors]
         if self.sweep:
             manifests = [manifest for manifest in manifests if manifest.path == self.sweep]
             run_ids = [run.run_id for manifest in manifests for run in manifest.runs]
@@ -279,7 +281,7 @@ class Monitor:
                 notes.append(f"sweep {manifest.sweep}: {waiting} of {total} runs have not started")
         if self.sweep and not self.manifests:
             notes.append(f"there is no {self.sweep} yet: launch the sweep")
-        return notes + [error for folder in self.folders for error in folder.errors]
+        return notes + self.errors
 
 
 def place_of(row: Row) -> tuple:

@@ -40,6 +40,7 @@ from analysis.rates import (
 )
 from analysis.read_results import read_results
 from analysis.run_log import format_value
+from analysis.stats import ALPHA
 from analysis.tables import (
     as_csv,
     as_json,
@@ -277,7 +278,7 @@ def insights(analysis: Analysis) -> dict:
             "sd_of_a_run": analysis.by_loss.sd,
             "degrees_of_freedom": analysis.by_loss.df,
             "without_what_a_seed_shares": analysis.by_loss.paired and analysis.noise_known,
-            "alpha": analysis.by_loss.alpha,
+            "alpha": ALPHA,
         },
         "start_loss": analysis.start,
         "fall": analysis.fall,

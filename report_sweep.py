@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
-from analysis.conclusion import UPDATE_ONLY, conclusion
+from analysis.conclusion import conclusion
 from analysis.files import write_atomically
 from analysis.intervals import MIN_INTERVAL
 from analysis.reaching import SMOOTH, Reach, Target, all_at_target, choose_target, in_tokens, reaches
@@ -32,6 +32,7 @@ from analysis.read_results import read_results
 from analysis.results import Attempt, Results, SweepArm
 from analysis.run_log import format_value
 from analysis.stats import (
+    ALPHA,
     SPEEDRUN_P,
     SQRT_N_MARGIN,
     Summary,
@@ -89,11 +90,12 @@ def rows_of(results: Results, target: Target) -> list[Row]:
         found = [place for place in found if place]
         ended = arm.count("done") + arm.count("failed")
         whole = len(found) == ended  # a mean of those that reached it would be that of the lucky ones
+        pair, _ = results.comparison(arm.label)
         row = Row(
             arm=arm,
             result=results.summary(arm),
             verdict=results.call(arm.label),
-            more_runs=more_runs(results, arm.label),
+            more_runs=results.verdict.more_runs(pair) if pair else None,
             x_to_target=summarize([place.x for place in found] if whole else []),
             minutes_to_target=summarize([place.minutes for place in found] if whole else []),
             reached=len(found),
@@ -107,41 +109,24 @@ def rows_of(results: Results, target: Target) -> list[Row]:
     return rows
 
 
-def more_runs(results: Results, name: str) -> int | None:
-    """Further runs per arm that would settle the difference, at the level that one pair has to meet."""
-    pair, _ = results.comparison(name)
-    return results.verdict.more_runs(pair) if pair else None
-
-
 # ------------------------------------------------------------------------------------------------
 # The report
 # ------------------------------------------------------------------------------------------------
 
 
-def value_columns(results: Results) -> list[str]:
-    """The settings that get a column, in lower case."""
-    varied = results.varied()
-    return varied if len(varied) <= MAX_COLUMNS else []
-
-
-def value_cells(arm: SweepArm, names: Sequence[str]) -> list[str]:
-    return [format_value(arm.settings[name]) if name in arm.settings else "-" for name in names]
-
-
-def p_name(results: Results) -> str:
-    return "p (Holm)" if results.control else "p (Tukey)"
-
-
 def main_table(results: Results, rows: Sequence[Row]) -> str:
-    names = value_columns(results)
+    varied = results.varied()
+    names = varied if len(varied) <= MAX_COLUMNS else []
     header = ["arm", *[name.upper() for name in names], "n", "mean", "95% interval", "sd"]
     if results.versus:
         header.append("control")
-    header += ["difference", "95% interval", p_name(results), "effect", "test", "more runs", "remark"]
+    p_name = "p (Holm)" if results.control else "p (Tukey)"
+    header += ["difference", "95% interval", p_name, "effect", "test", "more runs", "remark"]
     cells = []
     for row in rows:
         result, (pair, p) = row.result, results.comparison(row.arm.label)
-        line = [row.arm.label, *value_cells(row.arm, names), result.n, format_loss(result.mean)]
+        values = [format_value(row.arm.settings.get(name, "-")) for name in names]
+        line = [row.arm.label, *values, result.n, format_loss(result.mean)]
         line += [format_interval(result.low, result.high, signed=False), format_loss(result.sd)]
         if results.versus:
             line.append(results.verdict.controls.get(row.arm.label, "-"))
@@ -151,15 +136,10 @@ def main_table(results: Results, rows: Sequence[Row]) -> str:
             tested = not math.isnan(pair.p)
             line += [format_difference(pair.difference), format_interval(pair.low, pair.high), format_p(p)]
             line += [f"{pair.effect_size:+.2f}" if tested else "-", pair.method if tested else "-"]
-            line += [more_text(row, tested)]
+            more = "> 10000" if row.more_runs is None else str(row.more_runs)
+            line.append(more if tested and row.verdict == "undecided" else "-")
         cells.append([*line, remark(row, results)])
     return format_markdown(header, cells)
-
-
-def more_text(row: Row, tested: bool) -> str:
-    if not tested or row.verdict != "undecided":
-        return "-"
-    return "> 10000" if row.more_runs is None else str(row.more_runs)
 
 
 def remark(row: Row, results: Results) -> str:
@@ -183,7 +163,7 @@ def table_notes(results: Results) -> str:
     if not verdict.num_comparisons:
         return f"{what} Nothing can be tested: no two arms have two runs each."
     ending = (
-        f"where nothing differs, an arm is called better or worse in at most {verdict.alpha:.0%} of such "
+        f"where nothing differs, an arm is called better or worse in at most {ALPHA:.0%} of such "
         "sweeps. {} More runs: how many more an arm would find a true difference of this size with 80% "
         "chance."
     )
@@ -279,24 +259,6 @@ def proof_section(results: Results, rows: Sequence[Row], target: Target) -> str:
     )
 
 
-def update_section(results: Results) -> str:
-    """An explanation of MUON_DECAY_MODE=update, if the sweep has it."""
-    arms = [arm for arm in results.arms if arm.settings.get("muon_decay_mode") in ("update", "both")]
-    if not any(arm.settings["muon_decay_mode"] == "update" for arm in arms):
-        return ""
-    cells = []
-    for arm in arms:
-        mode, wd = arm.settings["muon_decay_mode"], float(arm.settings.get("muon_weight_decay", 0))
-        decay = wd / (1 + wd) if mode == "both" and wd != -1 else 0.0
-        cells.append([arm.label, mode, f"{wd:g}", f"{1 + wd:g}", f"{decay:.4g}" if decay else "none"])
-    header = ["arm", "mode", "wd", "learning rate x", "decay of W beside it"]
-    return (
-        f"## What `update` is\n\n{UPDATE_ONLY}: with D = wd O, the step W -= lr (O + D) is W -= lr (1 + wd) "
-        "O. A win there is a win of the learning rate. `both` is that rate with a decay of wd / (1 + wd).\n\n"
-        + format_markdown(header, cells)
-    )
-
-
 def audit_section(results: Results) -> str:
     """The runs that were planned, and those that finished, failed or are missing."""
     states = Counter(attempt.state for attempt in results.attempts)
@@ -350,10 +312,10 @@ def report(results: Results, rows: Sequence[Row], target: Target, pictures: Sequ
         parts.append(proof_section(results, rows, target))
     if target.proof or results.has_curves:
         parts.append(target_section(results, rows, target))
-    parts += [update_section(results), audit_section(results)]
+    parts.append(audit_section(results))
     if results.planned:
         parts.append(f"Written by `python report_sweep.py sweeps/{results.name}.toml`.")
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -374,7 +336,7 @@ def summary(results: Results, rows: Sequence[Row], target: Target) -> dict:
         "reference": results.reference,
         "better": list(verdict.better) if not results.count("missing") else [],
         "worse": list(verdict.worse) if not results.count("missing") else [],
-        "alpha": verdict.alpha,
+        "alpha": ALPHA,
         "num_comparisons": verdict.num_comparisons,
         "target": {
             "loss": target.loss,

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis.command_line import make_parser, run
 from analysis.run_log import RunLog, embedded_sources, read_log
+from analysis.trainers import env_text
 
 # in the log's config, but derived, or the business of that one run
 DERIVED = {"model_config", "vocab_size", "mark", "num_slices", "train_data", "val_data"}
@@ -35,19 +36,12 @@ def write_sources(sources: dict[str, bytes], folder: Path):
             (path.parent / "__init__.py").touch()  # a log does not hold empty files
 
 
-def as_text(value) -> str:
-    """A setting's value as its environment variable is written."""
-    if isinstance(value, bool):
-        return str(int(value))
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def command(run: RunLog, folder: Path) -> str:
     """Shell command that repeats the run in `folder`, with its ranks and all settings but the machine's."""
     skipped = DERIVED | NOT_REPEATED | set(run.affects["machine"])
     settings = {k.upper(): v for k, v in run.config.items() if k not in skipped and v not in (None, "")}
     settings["DATA_PATH"] = run.config["data_path"]
-    words = [f"{name}={shlex.quote(as_text(value))}" for name, value in settings.items()]
+    words = [f"{name}={shlex.quote(env_text(value))}" for name, value in settings.items()]
     num_ranks = int(run.started["world_size"])
     launcher = "python" if num_ranks == 1 else f"torchrun --standalone --nproc-per-node={num_ranks}"
     return " ".join(["cd", shlex.quote(str(folder)), "&&", *words, launcher, run.started["script"]])

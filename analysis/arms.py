@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from analysis.manifest import ManifestFolder
+from analysis.manifest import manifests_in
 from analysis.run_log import RunLog, format_value
 
 DATA = ("train_data", "val_data")  # fields of event:started
@@ -106,7 +106,7 @@ def one_arm_a_run(arms: Iterable[Arm]) -> list[Arm]:
 def tags_beside(runs: Iterable[RunLog]) -> dict[str, str]:
     """Return the runs' tags by name, from the manifests beside their logs."""
     folders = {run.path.parent for run in runs if run.path}
-    manifests = [manifest for folder in sorted(folders) for manifest in ManifestFolder(folder).poll()]
+    manifests = [manifest for folder in sorted(folders) for manifest in manifests_in(folder)[0]]
     return {run.run_id: run.tag for manifest in manifests for run in manifest.runs}
 
 

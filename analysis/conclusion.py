@@ -10,11 +10,10 @@ import math
 from collections.abc import Sequence
 
 from analysis.results import Results
-from analysis.stats import Comparison, Verdict
+from analysis.stats import ALPHA, Comparison, Verdict
 from analysis.tables import format_p
 
 MAX_NAMED = 4  # arms named in a sentence, before "and 3 more"
-UPDATE_ONLY = "MUON_DECAY_MODE=update is only a learning-rate change, lr (1 + wd), and no decay"
 
 
 def _names(names: Sequence[str]) -> str:
@@ -37,10 +36,8 @@ def conclusion(results: Results) -> str:
     """Say in a sentence what may be concluded from the final losses, and what may not."""
     verdict, missing, done = results.verdict, results.count("missing"), results.count("done")
     total = len(results.attempts)
-    update = any(arm.settings.get("muon_decay_mode") == "update" for arm in results.arms)
-    ending = f"; {UPDATE_ONLY}." if update else "."
     if not done:
-        return f"Nothing may be concluded: none of {total} runs has finished{ending}"
+        return f"Nothing may be concluded: none of {total} runs has finished."
     lowest = verdict.best or verdict.lowest
     if missing:
         runs = f"{'planned ' if results.planned else ''}runs {'has' if missing == 1 else 'have'}"
@@ -49,15 +46,15 @@ def conclusion(results: Results) -> str:
             so_far = f"; so far the lowest mean is that of {lowest} ({verdict.summaries[lowest]})"
         return (
             f"Nothing may be concluded yet, as {missing} of {total} {runs} not ended, and who tests until "
-            f"something is found will find something{so_far}{ending}"
+            f"something is found will find something{so_far}."
         )
     if len(verdict.summaries) == 1:
         found = verdict.summaries[lowest]
-        return f"There is nothing to compare {lowest} with, whose final loss is {found}{ending}"
+        return f"There is nothing to compare {lowest} with, whose final loss is {found}."
     if all(summary.n <= 1 for summary in verdict.summaries.values()):
         return (
             "No difference may be concluded, as every arm is a single run, and how much repeats of one arm "
-            f"differ is not known; the lowest loss is that of {lowest}, {verdict.summaries[lowest]}{ending}"
+            f"differ is not known; the lowest loss is that of {lowest}, {verdict.summaries[lowest]}."
         )
     may, may_not = _with_control(results) if verdict.control else _without_control(results)
     parts = [f"it may be concluded that {', and that '.join(may)}"] if may else []
@@ -71,7 +68,7 @@ def conclusion(results: Results) -> str:
     if untested := _untested(results):
         parts.append(f"nothing may be concluded from {', nor from '.join(untested)}")
     text = "; ".join(parts)
-    return text[0].upper() + text[1:] + ending
+    return text[0].upper() + text[1:] + "."
 
 
 def _with_control(results: Results) -> tuple[list[str], list[str]]:
@@ -88,7 +85,7 @@ def _with_control(results: Results) -> tuple[list[str], list[str]]:
     undecided = [
         name
         for name, p in verdict.p_control.items()
-        if not math.isnan(p) and name not in verdict.better + verdict.worse and not (p < verdict.alpha)
+        if not math.isnan(p) and name not in verdict.better + verdict.worse and not (p < ALPHA)
     ]
     for control, group in _by_control(verdict, undecided):
         unseen = _unseen([verdict.versus_control[name] for name in group], verdict)
@@ -99,10 +96,10 @@ def _with_control(results: Results) -> tuple[list[str], list[str]]:
     if len(verdict.better) > 1:
         first = min(verdict.better, key=lambda name: verdict.summaries[name].mean)
         others = [name for name in verdict.better if name != first]
-        if not (first == verdict.best and all(verdict.p_best[name] < verdict.alpha for name in others)):
+        if not (first == verdict.best and all(verdict.p_best[name] < ALPHA for name in others)):
             may_not.append(f"that {first} is better than {_names(others)}")
     for name, p in verdict.p_control.items():
-        if p < verdict.alpha and name not in verdict.better + verdict.worse:
+        if p < ALPHA and name not in verdict.better + verdict.worse:
             word = "better" if verdict.versus_control[name].difference < 0 else "worse"
             loser = name if word == "better" else verdict.controls[name]
             may_not.append(f"that {name} is {word} ({_lost(verdict, loser)})")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from analysis.devices import Slot, device_name, usable_cores
-from analysis.manifest import LOGS, ManifestFolder, Run
+from analysis.manifest import LOGS, Run, manifests_in
 from analysis.run_log import list_logs, read_log
 from analysis.style import format_time
 from analysis.trainers import read_trainer
@@ -57,7 +57,8 @@ def read_history(slot: Slot, nproc: int) -> list[Past]:
         if nproc == 1:  # several ranks set it themselves
             threads = os.environ.get("OMP_NUM_THREADS", threads)
         machine["threads"] = threads
-    walls = {run.run_id: run.wall_s for manifest in ManifestFolder(LOGS).poll() for run in manifest.runs}
+    manifests, _ = manifests_in(LOGS)
+    walls = {run.run_id: run.wall_s for manifest in manifests for run in manifest.runs}
     logs = list_logs(LOGS) if LOGS.is_dir() else []
     history = []
     for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)[:HISTORY_LOGS]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from analysis import style
 from analysis.arms import Arm
-from analysis.manifest import Manifest, ManifestFolder
+from analysis.manifest import Manifest, manifests_in
 
 MARKERS = ["s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p"]
 CONTROL = {"color": "#000000", "marker": "o"}  # no other arm has either
@@ -40,7 +40,7 @@ def sweep_beside(arms: Iterable[Arm]) -> Manifest | None:
     arms = list(arms)
     runs = [run for arm in arms for run in arm.runs]
     for folder in sorted({run.path.parent for run in runs if run.path}):
-        for manifest in ManifestFolder(folder).poll():
+        for manifest in manifests_in(folder)[0]:
             tags = {run.run_id: run.tag for run in manifest.runs}
             if all(tags.get(run.name) == arm.label for arm in arms for run in arm.runs):
                 return manifest

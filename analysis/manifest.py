@@ -4,8 +4,7 @@ manifest = read_manifest(manifest_path("spectral_lr"))
 manifest.runs                        # the current plan, with the state of each run
 manifest.earlier                     # attempts that are no longer part of the plan
 manifest.control_of("a_1")           # tag of the arm to compare that arm with, or None
-folder = ManifestFolder("logs")
-folder.poll()                        # all manifests there; what has changed is read again
+manifests, errors = manifests_in(Path("logs"))
 """
 
 import dataclasses
@@ -44,7 +43,6 @@ class Run:
     ended: str | None = None
     reason: str = ""
     host: str = ""
-    diverged_above: float | None = None  # the threshold at which the launcher stopped it
 
     @property
     def key(self) -> tuple:
@@ -95,16 +93,8 @@ class Manifest:
 
     def save(self) -> None:
         """Write the manifest atomically."""
-        data = {
-            "sweep": self.sweep,
-            "file": self.file,
-            "scale": self.scale,
-            "control": self.control,
-            "versus": self.versus,
-            "created": self.created,
-            "runs": [dataclasses.asdict(run) for run in self.runs],
-            "earlier": [dataclasses.asdict(run) for run in self.earlier],
-        }
+        data = {"sweep": self.sweep, **dataclasses.asdict(self)}
+        del data["path"]
         write_atomically(self.path, json.dumps(data, indent=1) + "\n")
 
 
@@ -151,24 +141,12 @@ def read_manifest(path: Path) -> Manifest:
         raise ValueError(f"{path} is not a sweep's manifest: {error}") from None
 
 
-class ManifestFolder:
-    """Manifests in a folder, each reread only when its file has changed."""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.errors: list[str] = []
-        self._read: dict[Path, tuple[int, Manifest]] = {}
-
-    def poll(self) -> list[Manifest]:
-        """Return all readable manifests, sorted by name; `errors` says what is wrong with the others."""
-        before, self._read, self.errors = self._read, {}, []
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-            try:
-                written = path.stat().st_mtime_ns
-                if path in before and before[path][0] == written:
-                    self._read[path] = before[path]
-                else:
-                    self._read[path] = (written, read_manifest(path))
-            except (OSError, ValueError) as error:
-                self.errors.append(str(error))
-        return [manifest for _, manifest in self._read.values()]
+def manifests_in(folder: Path) -> tuple[list[Manifest], list[str]]:
+    """Return all readable manifests in a folder, sorted by name, and what is wrong with the others."""
+    manifests, errors = [], []
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            manifests.append(read_manifest(path))
+        except (OSError, ValueError) as error:
+            errors.append(str(error))
+    return manifests, errors

@@ -11,10 +11,8 @@ import math
 from collections.abc import Callable
 from itertools import groupby
 
-import numpy as np
-
 from analysis import style
-from analysis.curves import FINISHED, Axis, draw_lines, line_of, lines_of
+from analysis.curves import FINISHED, Axis, draw_lines, line_of, lines_of, loss_limits
 from analysis.intervals import KEY, MIN_INTERVAL, draw_mean
 from analysis.rates import Analysis, Rate, accuracy_of
 from analysis.results import Attempt, loss_of
@@ -142,7 +140,8 @@ def picture_of_curves(analysis: Analysis):
     for place, ax in list(enumerate(panels.flat))[len(analysis.rates) :]:
         ax.remove()
         panels.flat[place - columns].tick_params(labelbottom=True)
-    low, high = curve_limits(analysis, axis)
+    lines = [line for run in analysis.results.runs if (line := line_of(run, "val_loss", axis))]
+    low, high = loss_limits([line.since(axis.begin) for line in lines])
     style.scale_losses(panels[0, 0], low, high)
     panels[0, 0].set_ylim(low, high)
     style.scale_positive(panels[0, 0], axis.begin, axis.end)
@@ -164,19 +163,6 @@ def draw_rate(ax, rate: Rate, axis: Axis, colour: str) -> None:
     mean = f"{rate.loss.mean:.3f}" if rate.loss.n else "-"
     ax.set_title(f"{format_value(rate.value)}: {rate.label}, {mean}", fontsize=9, fontweight="normal")
     ax.tick_params(labelsize=8)
-
-
-def curve_limits(analysis: Analysis, axis: Axis) -> tuple[float, float]:
-    """Loss limits for all curves from the first validation on, at most the first loss."""
-    lines = [line for run in analysis.results.runs if (line := line_of(run, "val_loss", axis))]
-    losses = np.concatenate([line.y[line.x >= axis.begin] for line in lines] or [np.zeros(0)])
-    losses = losses[np.isfinite(losses)]
-    if not len(losses):
-        return 0.0, 1.0
-    low, high = float(losses.min()), float(losses.max())
-    high = min(high, analysis.start) if math.isfinite(analysis.start) else high
-    margin = 0.06 * (high - low) or 0.1
-    return low - margin, high + margin
 
 
 PICTURES = {"combined_lr_analysis": picture_combined, "all_lr_loss_vs_steps": picture_of_curves}

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from analysis.by_value import beside, by_value, numbers_that_vary
 from analysis.results import Attempt, Results, SweepArm, loss_of, samples_of
 from analysis.run_log import format_value
-from analysis.stats import Contenders, Summary, contenders, summarize
+from analysis.stats import CONFIDENCE, Contenders, Summary, contenders, summarize
 
 RATES = ("muon_lr", "adam_lr", "router_lr")  # preferred, if no setting is named
 GOOD = 0.98  # fraction of the best's fall that a good value reaches
@@ -25,7 +24,7 @@ LOST = 0.05  # fraction of the fall that an unstable run lost again on the way
 SPREAD = 5.0  # an unstable value's runs differ by this many times the noise, and by 1 - GOOD of the fall
 TOP = 0.2
 RULES = {
-    "optimal": f"good, and it cannot be told from the best value ({1 - 0.05:.0%} confidence)",
+    "optimal": f"good, and it cannot be told from the best value ({CONFIDENCE:.0%} confidence)",
     "good": f"its mean loss fell by at least {GOOD:.0%} of the fall",
     "too low": "not good, and lower than the best value",
     "declining": "not good, and higher than the best value",
@@ -197,6 +196,24 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+def numbers_that_vary(results: Results) -> list[str]:
+    """Return the settings that vary and whose values are all numbers, in lower case."""
+
+    def is_number(value: object) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    return [
+        name
+        for name in results.varied()
+        if all(is_number(arm.settings[name]) for arm in results.arms if name in arm.settings)
+    ]
+
+
+def beside(results: Results, name: str) -> list[str]:
+    """Return the other settings that vary and are not tied to this one."""
+    return [other for other in results.varied() if other not in (name, *results.tied(name))]
+
+
 def choose_setting(results: Results, asked: str | None) -> str:
     """Choose the setting, in lower case: as asked, else a learning rate, else the number that varies most."""
     varied = numbers_that_vary(results)
@@ -210,7 +227,8 @@ def choose_setting(results: Results, asked: str | None) -> str:
             return name
     if not varied:
         raise ValueError(f"no setting that is a number varies in {results.name}: there is nothing to compare")
-    return by_value(results) or varied[0]
+    values = {name: {a.settings[name] for a in results.arms if name in a.settings} for name in varied}
+    return max(varied, key=lambda name: (len(values[name]), name))
 
 
 MEASURES: dict[str, Callable[[Attempt], float]] = {
@@ -224,7 +242,6 @@ def analyse(results: Results, asked: str | None = None, conditions: Sequence[str
     """Analyse a sweep. Raises ValueError if no such setting varies, or several arms share a value."""
     results = select(results, conditions)
     setting = choose_setting(results, asked)
-    results.by = setting
     arms = [arm for arm in results.arms if setting in arm.settings and not arm.foreign]
     notes = [
         f"{arm.label} is left out: {arm.foreign or f'it has no {setting.upper()}'}"

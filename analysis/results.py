@@ -117,7 +117,6 @@ class Results:
     question: str = ""
     earlier: list[Attempt] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    by: str | None = None  # the setting, in lower case, to order arms by, if one was asked for
     versus: dict[str, str] = field(default_factory=dict)  # an arm's label -> its own control's
     looks: dict[str, dict] = field(default_factory=dict)  # an arm's label -> its colour and marker
 

@@ -13,13 +13,18 @@ tests compare the two.
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
 import scipy
 
+ALPHA = 0.05  # chance of any false claim in a sweep
+CONFIDENCE = 1 - ALPHA  # of intervals
+POWER = 0.8  # chance of finding a true difference, where numbers of runs are given
+MAX_RUNS = 10000  # more is "no number of runs"
 SPEEDRUN_P = 0.01  # the speedrun accepts a record if p < 0.01 that the mean loss is at or below the target
 # The optimization track's rule: about three standard errors, for its known sd of 0.0013.
 SQRT_N_MARGIN = 0.004
@@ -108,13 +113,13 @@ def _sd(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) if (values != values[0]).any() else 0.0
 
 
-def summarize(values: Sequence[float], confidence: float = 0.95) -> Summary:
+def summarize(values: Sequence[float]) -> Summary:
     """Mean, sd (n - 1) and Student's interval of the mean."""
     finite, failed = _split(values)
     n, sd = len(finite), _sd(finite)
     mean = float(finite.mean()) if n else math.nan
-    half = scipy.special.stdtrit(n - 1, 0.5 + confidence / 2) * sd / math.sqrt(n) if n > 1 else math.nan
-    return Summary(n, mean, sd, mean - half, mean + half, confidence, failed)
+    half = scipy.special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2) * sd / math.sqrt(n) if n > 1 else math.nan
+    return Summary(n, mean, sd, mean - half, mean + half, CONFIDENCE, failed)
 
 
 def compare(
@@ -122,7 +127,6 @@ def compare(
     control: Sequence[float],
     arm_seeds: Sequence[Hashable] | None = None,
     control_seeds: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
 ) -> Comparison:
     """Use a paired t test if both arms have finite values for the same seeds, each once; else Welch's."""
     arm, control = list(arm), list(control)
@@ -138,31 +142,20 @@ def compare(
         }
         distinct = len(by_seed) == len(_split(arm)[0]) and len(other) == len(_split(control)[0])
         if distinct and None not in by_seed and set(by_seed) == set(other) and len(by_seed) > 1:
-            failed = len(arm) - len(by_seed), len(control) - len(other)
-            pairs = [by_seed[seed] - other[seed] for seed in by_seed]
-            return _paired(np.array(pairs), confidence, *failed)
-    return welch(arm, control, confidence)
+            pairs = np.array([by_seed[seed] - other[seed] for seed in by_seed])
+            return _paired(pairs, len(arm) - len(by_seed), len(control) - len(other))
+    return welch(arm, control)
 
 
-def paired(arm: Sequence[float], control: Sequence[float], confidence: float = 0.95) -> Comparison:
-    """Student's t test of differences; `arm[i]` and `control[i]` share a seed, and all are finite."""
-    arm, control = np.asarray(arm, dtype=float), np.asarray(control, dtype=float)
-    if arm.shape != control.shape or not np.isfinite(arm - control).all():
-        raise ValueError(
-            f"pairs are needed, of finite values: there are {len(arm)} and {len(control)} values"
-        )
-    return _paired(arm - control, confidence)
-
-
-def _paired(pairs: np.ndarray, confidence: float, failed_arm: int = 0, failed_control: int = 0) -> Comparison:
-    n, sd = len(pairs), _sd(pairs)
-    mean = float(pairs.mean()) if n else math.nan
-    low, high, p = _t_test(mean, sd / math.sqrt(n) if n else math.nan, n - 1, confidence)
+def _paired(pairs: np.ndarray, failed_arm: int, failed_control: int) -> Comparison:
+    """Student's t test of at least two differences."""
+    n, mean, sd = len(pairs), float(pairs.mean()), _sd(pairs)
+    low, high, p = _t_test(mean, sd / math.sqrt(n), n - 1)
     effect = mean / sd if sd else math.nan
-    return Comparison("paired", n, n, mean, low, high, p, effect, sd, confidence, failed_arm, failed_control)
+    return Comparison("paired", n, n, mean, low, high, p, effect, sd, CONFIDENCE, failed_arm, failed_control)
 
 
-def welch(arm: Sequence[float], control: Sequence[float], confidence: float = 0.95) -> Comparison:
+def welch(arm: Sequence[float], control: Sequence[float]) -> Comparison:
     """Welch's t test, for unequal spreads. The effect size divides by the pooled standard deviation."""
     (a, failed_a), (b, failed_b) = _split(arm), _split(control)
     difference = float(a.mean() - b.mean()) if len(a) and len(b) else math.nan
@@ -172,20 +165,19 @@ def welch(arm: Sequence[float], control: Sequence[float], confidence: float = 0.
         va, vb = _sd(a) ** 2 / len(a), _sd(b) ** 2 / len(b)
         spread = (va + vb) ** 2
         df = spread / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1)) if spread else math.nan
-        low, high, p = _t_test(difference, math.sqrt(va + vb), df, confidence)
+        low, high, p = _t_test(difference, math.sqrt(va + vb), df)
         squares = _sd(a) ** 2 * (len(a) - 1) + _sd(b) ** 2 * (len(b) - 1)
         sd = math.sqrt(squares / (len(a) + len(b) - 2))
         effect = difference / sd if sd else math.nan
-    return Comparison(
-        "Welch", len(a), len(b), difference, low, high, p, effect, sd, confidence, failed_a, failed_b
-    )
+    ends, counts = (low, high), (len(a), len(b))
+    return Comparison("Welch", *counts, difference, *ends, p, effect, sd, CONFIDENCE, failed_a, failed_b)
 
 
-def _t_test(difference: float, error: float, df: float, confidence: float) -> tuple[float, float, float]:
+def _t_test(difference: float, error: float, df: float) -> tuple[float, float, float]:
     """Interval and two-sided p of a difference with a standard error; NaN if that is 0 or unknown."""
     if not error > 0 or not df > 0:
         return math.nan, math.nan, math.nan
-    half = scipy.special.stdtrit(df, 0.5 + confidence / 2) * error
+    half = scipy.special.stdtrit(df, 0.5 + CONFIDENCE / 2) * error
     p = 2 * scipy.special.stdtr(df, -abs(difference) / error)
     return float(difference - half), float(difference + half), float(p)
 
@@ -229,7 +221,6 @@ class Contenders:
     sd: float
     df: int
     paired: bool
-    alpha: float
 
     @property
     def lowest(self) -> str | None:
@@ -244,7 +235,7 @@ class Contenders:
     def names(self) -> tuple[str, ...]:
         """Arms statistically tied with the best, sorted by mean.
 
-        The truly best arm is among them in at least 1 - alpha of sweeps. If the spread is unknown, they are
+        The truly best arm is among them in at least 95% of sweeps. If the spread is unknown, they are
         only the lowest mean.
         """
         if not self.df:
@@ -259,7 +250,7 @@ class Contenders:
     @cached_property
     def limit(self) -> float:
         """Number of standard errors by which two arms must differ."""
-        return _tukey_limit(len(self.means), self.df, self.alpha) if self.df else math.nan
+        return _tukey_limit(len(self.means), self.df) if self.df else math.nan
 
     @property
     def level(self) -> float:
@@ -287,26 +278,24 @@ class Contenders:
             sd = math.hypot(self.noise[a], self.noise[b]) / math.sqrt(2)
         effect = difference / sd if sd else math.nan
         ends, counts = (difference - half, difference + half), (self.counts[a], self.counts[b])
-        return Comparison("Tukey", *counts, difference, *ends, p, effect, sd, 1 - self.alpha)
+        return Comparison("Tukey", *counts, difference, *ends, p, effect, sd, CONFIDENCE)
 
 
 @lru_cache
-def _tukey_limit(num_arms: int, df: int, alpha: float) -> float:
+def _tukey_limit(num_arms: int, df: int) -> float:
     """Standard errors of a difference. scipy.stats is imported only when needed, because it loads slowly."""
     from scipy.stats import studentized_range
 
-    return float(studentized_range.ppf(1 - alpha, num_arms, df)) / math.sqrt(2)
+    return float(studentized_range.ppf(CONFIDENCE, num_arms, df)) / math.sqrt(2)
 
 
 def contenders(
-    losses: Mapping[str, Sequence[float]],
-    seeds: Mapping[str, Sequence[Hashable]] | None = None,
-    alpha: float = 0.05,
+    losses: Mapping[str, Sequence[float]], seeds: Mapping[str, Sequence[Hashable]] | None = None
 ) -> Contenders:
     """Compare all arms with each other, for a sweep without a control: the rule for "tied with the best".
 
     Tukey's honestly significant differences (see scipy.stats.tukey_hsd) keep the chance of any false claim at
-    alpha, whichever arm looks best. A few runs say little about an arm's noise, so noise is pooled, but only
+    ALPHA, whichever arm looks best. A few runs say little about an arm's noise, so noise is pooled, but only
     over the better half of the arms: one that is about to diverge would drown all others. (In a normal
     sample, mean and spread are independent.) If all arms have the same seeds, the effect of the seed is
     removed. An arm whose own runs vary more keeps its own noise. Arms with failed runs are left out; an arm
@@ -333,7 +322,7 @@ def contenders(
         sd, df = math.nan, 0
     own = {name: _sd(left[name]) for name in several}
     noise = {name: max(sd, own.get(name, 0.0)) for name in order} if df else {}
-    return Contenders(means, counts, noise, sd, df, matrix is not None, alpha)
+    return Contenders(means, counts, noise, sd, df, matrix is not None)
 
 
 @dataclass(frozen=True)
@@ -343,7 +332,7 @@ class Verdict:
     `better` and `worse` are all that may be claimed, by one rule per sweep. With a control, each arm is
     compared with its control, and p is corrected by Holm's method. Without one, all pairs are compared by
     Tukey's (see `contenders`); `worse` are the arms worse than `best`, and `best` is `better` if no arm is
-    tied with it. If nothing differs, the chance of any claim is at most `alpha`, however many arms there are.
+    tied with it. If nothing differs, the chance of any claim is at most ALPHA, however many arms there are.
     """
 
     control: str | None
@@ -357,7 +346,6 @@ class Verdict:
     better: tuple[str, ...]
     worse: tuple[str, ...]
     num_comparisons: int  # pairs that claims are drawn from
-    alpha: float
 
     @cached_property
     def versus_best(self) -> dict[str, Comparison]:
@@ -372,7 +360,7 @@ class Verdict:
         arm, other, no = self.summaries[name], self.summaries[first], math.nan
         counts, failed = (arm.n, other.n), (arm.failed, other.failed)
         difference = arm.mean - other.mean
-        return Comparison("Tukey", *counts, difference, no, no, no, no, no, 1 - self.alpha, *failed)
+        return Comparison("Tukey", *counts, difference, no, no, no, no, no, CONFIDENCE, *failed)
 
     def _testable(self, name: str) -> bool:
         return self.ties.counts.get(name, 0) > 1
@@ -384,16 +372,21 @@ class Verdict:
     def detectable(self, pair: Comparison) -> float:
         """Smallest true difference that such a comparison detects with 80% power."""
         n = min(pair.n_arm, pair.n_control)
-        return detectable(pair.sd, n, self.level, pairs=pair.method == "paired", pooled=self._pooled(pair))
+        return detectable(pair.sd, n, self.level, pair.method == "paired", self._pooled(pair))
 
     def more_runs(self, pair: Comparison) -> int | None:
-        """Number of further runs per arm that would settle this difference."""
-        return more_runs_needed(pair, self.level, pooled=self._pooled(pair))
+        """Number of further runs per arm that would settle a difference of this size; 0 if there are enough.
+
+        None if no number would: no difference, unknown spread, or more than MAX_RUNS.
+        """
+        pairs = pair.method == "paired"
+        n = runs_needed(pair.difference, pair.sd, self.level, pairs, self._pooled(pair))
+        return None if n is None else max(0, n - min(pair.n_arm, pair.n_control))
 
     @property
     def level(self) -> float:
         """Level that one comparison has to meet: the strictest of Holm's, or Tukey's."""
-        return self.ties.level if self.control is None else self.alpha / max(1, self.num_comparisons)
+        return self.ties.level if self.control is None else ALPHA / max(1, self.num_comparisons)
 
     def _pooled(self, pair: Comparison) -> float:
         """Number of arms whose runs estimate the noise."""
@@ -406,8 +399,6 @@ def judge(
     seeds: Mapping[str, Sequence[Hashable]] | None = None,
     control: str | None = None,
     versus: Mapping[str, str] | None = None,
-    alpha: float = 0.05,
-    confidence: float = 0.95,
 ) -> Verdict:
     """Compare arms with the control, with Holm's correction; without one, with each other (`contenders`).
 
@@ -417,7 +408,7 @@ def judge(
     versus = dict(versus or {})
     _check_controls(losses, control, versus)
     seeds = seeds or {}
-    summaries = {name: summarize(values, confidence) for name, values in losses.items()}
+    summaries = {name: summarize(values) for name, values in losses.items()}
     means = {name: found.mean for name, found in summaries.items() if found.n}
     sound = [name for name in means if summaries[name].n >= 2 and not summaries[name].failed]
     best = min(sound, key=means.get, default=None)
@@ -425,13 +416,13 @@ def judge(
     controls = {name: versus.get(name, control) for name in losses}
     controls = {name: other for name, other in controls.items() if other not in (None, name)}
     versus_control = {
-        name: compare(losses[name], losses[other], seeds.get(name), seeds.get(other), confidence)
+        name: compare(losses[name], losses[other], seeds.get(name), seeds.get(other))
         for name, other in controls.items()
     }
     p_control = dict(zip(versus_control, holm([pair.p for pair in versus_control.values()]), strict=True))
-    ties = contenders(losses, seeds, alpha)
+    ties = contenders(losses, seeds)
     if control is not None:
-        better, worse = _claims(versus_control, p_control, alpha)
+        better, worse = _claims(versus_control, p_control)
         num_tested = sum(not math.isnan(p) for p in p_control.values())
     else:
         better, worse = _claims_without_control(ties, sound, best == lowest)
@@ -448,7 +439,6 @@ def judge(
         better=better,
         worse=worse,
         num_comparisons=num_tested,
-        alpha=alpha,
     )
 
 
@@ -469,9 +459,9 @@ def _check_controls(losses: Mapping, control: str | None, versus: Mapping[str, s
         raise ValueError(f"{', '.join(versus)}: controls of their own, but the other arms have none")
 
 
-def _claims(versus: Mapping[str, Comparison], p: Mapping[str, float], alpha: float) -> tuple[tuple, tuple]:
+def _claims(versus: Mapping[str, Comparison], p: Mapping[str, float]) -> tuple[tuple, tuple]:
     """Return the arms that are better and those that are worse than their control."""
-    found = {name: pair for name, pair in versus.items() if p[name] < alpha}
+    found = {name: pair for name, pair in versus.items() if p[name] < ALPHA}
     better = tuple(name for name, pair in found.items() if pair.difference < 0 and not pair.failed_arm)
     worse = tuple(name for name, pair in found.items() if pair.difference > 0 and not pair.failed_control)
     return better, worse
@@ -490,7 +480,7 @@ def _by_seed(losses, seeds: Mapping, names: Sequence[str]) -> dict[str, np.ndarr
 
 
 def power(
-    difference: float, sd: float, n: int, alpha: float = 0.05, pairs: bool = False, pooled: float = 2
+    difference: float, sd: float, n: int, alpha: float = ALPHA, pairs: bool = False, pooled: float = 2
 ) -> float:
     """Power of a two-sided t test of n runs per arm (n pairs) for this difference.
 
@@ -507,60 +497,36 @@ def power(
 
 
 def runs_needed(
-    difference: float,
-    sd: float,
-    alpha: float = 0.05,
-    chance: float = 0.8,
-    pairs: bool = False,
-    limit: int = 10000,
-    pooled: float = 2,
+    difference: float, sd: float, alpha: float = ALPHA, pairs: bool = False, pooled: float = 2
 ) -> int | None:
-    """Runs per arm (pairs) that detect a difference of this size with this power; None: over `limit`."""
+    """Runs per arm (pairs) that detect a difference of this size with 80% power; None: over MAX_RUNS."""
     if not sd > 0 or not abs(difference) > 0:
         return None
-    return _smallest(lambda n: power(difference, sd, n, alpha, pairs, pooled) >= chance, limit)
+    return _smallest(lambda n: power(difference, sd, n, alpha, pairs, pooled) >= POWER)
 
 
-def more_runs_needed(
-    comparison: Comparison, alpha: float = 0.05, chance: float = 0.8, pooled: float = 2
-) -> int | None:
-    """Number of further runs per arm that would settle a difference of this size; 0 if there are enough.
-
-    None if no number would: no difference, unknown spread, or more than 10,000 runs.
-    """
-    pairs = comparison.method == "paired"
-    n = runs_needed(comparison.difference, comparison.sd, alpha, chance, pairs, pooled=pooled)
-    return None if n is None else max(0, n - min(comparison.n_arm, comparison.n_control))
-
-
-def detectable(
-    sd: float, n: int, alpha: float = 0.05, chance: float = 0.8, pairs: bool = False, pooled: float = 2
-) -> float:
-    """Smallest true difference that n runs per arm (n pairs) detect with this power; NaN if unknown."""
+def detectable(sd: float, n: int, alpha: float = ALPHA, pairs: bool = False, pooled: float = 2) -> float:
+    """Smallest true difference that n runs per arm (n pairs) detect with 80% power; NaN if unknown."""
     if n < 2 or not sd > 0:
         return math.nan
     low, high = 0.0, sd
-    while power(high, sd, n, alpha, pairs, pooled) < chance:
+    while power(high, sd, n, alpha, pairs, pooled) < POWER:
         high *= 2
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if power(middle, sd, n, alpha, pairs, pooled) >= chance else (middle, high)
+        low, high = (low, middle) if power(middle, sd, n, alpha, pairs, pooled) >= POWER else (middle, high)
     return high
 
 
-def runs_needed_for_target(mean: float, sd: float, target: float, p: float = SPEEDRUN_P) -> int | None:
-    """Number of runs with which this mean and sd prove a mean below `target` at `p`; None if it is not."""
+def runs_needed_for_target(mean: float, sd: float, target: float) -> int | None:
+    """Number of runs with which this mean and sd prove a mean below `target`; None if it is not."""
     if not mean < target or not sd > 0:
         return None
-    return _smallest(lambda n: scipy.special.stdtr(n - 1, (mean - target) * math.sqrt(n) / sd) < p, 10000)
+    return _smallest(lambda n: scipy.special.stdtr(n - 1, (mean - target) * math.sqrt(n) / sd) < SPEEDRUN_P)
 
 
-def _smallest(enough, limit: int) -> int | None:
-    """Smallest n from 2 to `limit` that is enough, by bisection, as more runs are never worse."""
-    if not enough(limit):
-        return None
-    low, high = 1, limit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+def _smallest(enough: Callable[[int], bool]) -> int | None:
+    """Smallest number of runs, from 2 to MAX_RUNS, that is enough; more runs are never worse."""
+    numbers = range(2, MAX_RUNS + 1)
+    place = bisect_left(numbers, True, key=enough)
+    return numbers[place] if place < len(numbers) else None

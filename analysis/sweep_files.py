@@ -20,7 +20,7 @@ from analysis.manifest import Run
 from analysis.run_log import format_value
 from analysis.trainers import TrainerInfo, env_text, read_trainer
 
-TOP_LEVEL = ("script", "seeds", "control", "diverged_above", "env", "grid", "arms", "scale")
+TOP_LEVEL = ("script", "seeds", "control", "env", "grid", "arms", "scale")
 ARM_KEYS = ("tag", "script", "seeds", "versus")
 SCALE_KEYS = ("seeds", "arms", "grid")
 NAME = re.compile(r"[\w.=,+-]+", re.ASCII)  # names of sweeps and arms, which name files
@@ -58,7 +58,6 @@ class Sweep:
     file: str
     scale: str | None
     control: str | None
-    diverged_above: float | None
     arms: list[PlannedArm]
     notes: list[str] = field(default_factory=list)
 
@@ -99,7 +98,7 @@ def read_sweep(
     if control is not None and control not in tags:
         raise ValueError(f"control = {control!r} is none of the arms: {', '.join(tags)}")
     check_versus(arms, control)
-    sweep = Sweep(path.stem, file, scale, control, document.get("diverged_above"), arms, notes)
+    sweep = Sweep(path.stem, file, scale, control, arms, notes)
     for run in sweep.runs():
         run_name(run, "YYYYmmdd-HHMMSS")  # raises ValueError if the name is too long
     return sweep
@@ -112,7 +111,7 @@ def read_sweep(
 
 def check_shape(document: dict) -> None:
     """Refuse unknown keys and values of the wrong type."""
-    kinds = {"script": str, "seeds": list, "control": str, "diverged_above": (int, float), "arms": list}
+    kinds = {"script": str, "seeds": list, "control": str, "arms": list}
     check_keys(document, TOP_LEVEL, "at the top of the file")
     for key, value in document.items():
         if not isinstance(value, kinds.get(key, dict)) or isinstance(value, bool):

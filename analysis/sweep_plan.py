@@ -36,7 +36,7 @@ def plan(sweep: Sweep, manifest: Manifest) -> dict[int, str]:
     A finished run with the same training settings, seed and source is kept, whatever its scale.
     """
     old = [*manifest.earlier, *manifest.runs]
-    done = {run.key: run for run in old if is_done(run, sweep.diverged_above)}
+    done = {run.key: run for run in old if is_done(run)}
     attempts = {(run.tag, run.seed): run for run in old if run.state != "planned"}
     runs, why = [], {}
     for run in sweep.runs():
@@ -65,10 +65,8 @@ def plan(sweep: Sweep, manifest: Manifest) -> dict[int, str]:
     return why
 
 
-def is_done(run: Run, diverged_above: float | None) -> bool:
+def is_done(run: Run) -> bool:
     """Return whether a run need not be repeated. A crash may be the machine's fault; divergence is not."""
-    if run.state == "diverged" and run.diverged_above not in (None, diverged_above):
-        return False  # it was stopped at another threshold
     return run.state == "running" or (run.state in ("finished", "diverged") and Path(run.log).exists())
 
 
@@ -81,7 +79,7 @@ def reason_to_run(run: Run, before: Run | None) -> str:
     if before.source_hash != run.source_hash:
         return "source changed"
     if before.state in ("finished", "diverged"):
-        return "threshold changed" if Path(before.log).exists() else "log is gone"
+        return "log is gone"
     return f"{before.state} before"
 
 

@@ -46,9 +46,6 @@ def main() -> None:
     parser.add_argument(
         "--shards", type=int, metavar="N", help="stop after N shards, validation included (default: all)"
     )
-    parser.add_argument(
-        "--keep-parquet", action="store_true", help="keep each parquet file after tokenizing it"
-    )
     add_options(parser)
     args = parser.parse_args()
     check_options(args)
@@ -112,8 +109,7 @@ def tokenized_rows(
             if found.note:
                 progress.note(found.note)
             yield name, row, found.tokens
-        if not args.keep_parquet:
-            path.unlink()
+        path.unlink()
 
 
 def load_state(folder: Path, choices: dict) -> dict:

@@ -79,6 +79,15 @@ def header(
     )
 
 
+def with_files(text, files):
+    """Return a log whose header gives the name and byte length of each embedded source file."""
+    parts = []
+    for name, source in files.items():
+        parts.append(f"# file: {name}, {len(source.encode())} bytes\n{source}")
+        parts.append("" if source.endswith("\n") else "\n")
+    return "".join(parts) + text[text.index(SEPARATOR) :]
+
+
 def hash_of(source):
     return f"{len(source):08x}{sum(source.encode()):08x}"
 

@@ -129,7 +129,7 @@ def after_step(step, behaviour, log):
         if "torn" in behaviour:
             log.write("step:3/4 trai")
         raise RuntimeError("out of memory")
-    if "hang" in behaviour or behaviour == "spike":
+    if "hang" in behaviour:
         time.sleep(60)
     if behaviour == "gate":
         wait_until(Path("go").exists)
@@ -157,7 +157,7 @@ def main():
         wait_until(two_have_started)
     for step in range(1, steps + 1):
         time.sleep(pause)
-        loss = 99.0 if behaviour == "spike" and step == 2 else 5.0 / step + int(env["SEED"]) / 1000
+        loss = 5.0 / step + int(env["SEED"]) / 1000
         if log:
             log.write(f"step:{step}/{steps} train_loss:{loss:.5f} train_time:{step}ms step_avg:1.00ms\n")
         after_step(step, behaviour, log)

@@ -5,16 +5,11 @@ import sys
 
 import pytest
 from helpers import ROOT
-from logs_for_tests import SEPARATOR, make_log
+from logs_for_tests import SEPARATOR, make_log, with_files
 
 import diff_runs
 
 FILES = {"train_gpt.py": "import os\n\n\ndef f():\n    return 1\n", "runtime/ranks.py": "x = 1\n"}
-
-
-def with_sources(text: str, files: dict[str, str]) -> str:
-    head = "".join(f"# file: {name}, {len(code)} bytes\n{code}" for name, code in files.items())
-    return head + text[text.index(SEPARATOR) :]
 
 
 @pytest.fixture
@@ -33,10 +28,10 @@ def compared(tmp_path, capsys):
 
 def test_everything_that_differs_is_named_and_nothing_else(compared):
     """Otherwise a difference in loss is attributed to the wrong cause."""
-    a = with_sources(make_log("a", 1, {"muon_lr": 0.02, "val_loss_every": 50}, 200), FILES)
+    a = with_files(make_log("a", 1, {"muon_lr": 0.02, "val_loss_every": 50}, 200), FILES)
     edited = {**FILES, "train_gpt.py": FILES["train_gpt.py"].replace("return 1", "return 2")}
     changes = {"muon_lr": 0.04, "val_loss_every": 25, "router_lr": 0.1}
-    b = with_sources(make_log("b", 1, changes, 200, final=3.2, val_every=25), edited)
+    b = with_files(make_log("b", 1, changes, 200, final=3.2, val_every=25), edited)
     b = b.replace("torch:2.13.0+cu130", "torch:2.12.0").replace("100000000/132f", "100000000/9999")
     code, found = compared(a, b)
     assert code == 0

@@ -14,17 +14,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from logs_for_tests import SEPARATOR, with_files
 from sweeps_for_tests import STEPS, make_sweep
 
 import make_record
 import plot_lr_analysis
-from analysis.by_value import beside, by_value
 from analysis.rate_pictures import PICTURES
 from analysis.rates import analyse as analyse_results
 from analysis.reaching import smoothed
 from analysis.read_results import read_results
-from analysis.results import Results
-from analysis.run_log import Curve, format_value, list_logs, read_log, read_runs
+from analysis.run_log import Curve, format_value, list_logs, read_log, read_runs, read_with_sources
 from analysis.stats import contenders
 from analysis.tables import as_json
 
@@ -32,14 +31,6 @@ ROOT = Path(plot_lr_analysis.__file__).parent
 LOSSES = {0.001: 6.0, 0.01: 4.0, 0.03: 3.3, 0.05: 3.3005, 0.08: 3.4, 0.2: 5.0, 0.5: 6.0, 0.8: 7.0, 1.0: 8.0}
 ENDS = {("lr_0.5", 2): "diverged", **{("lr_1", seed): "diverged" for seed in (1, 2, 3)}}
 ENDS |= {("lr_0.8", seed): "crashed" for seed in (1, 2, 3)}
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
 
 
 def arms_of(losses, **more):
@@ -213,10 +204,9 @@ def test_any_setting_and_what_to_choose(tmp_path, monkeypatch, capsys):
 
 
 def test_tied_settings_are_one(tmp_path):
-    """A sweep of MUON_LR with ADAM_LR = 0.1 x is ordered by MUON_LR; else every arm is its own kind."""
-    results = analyse(tmp_path, ends={}).results
-    results = Results("lr", results.arms)
-    assert by_value(results) == "muon_lr" and beside(results, "muon_lr") == []
+    """Fails if a sweep of MUON_LR with ADAM_LR = 0.1 x says that its values differ also in ADAM_LR."""
+    analysis = analyse(tmp_path, ends={})
+    assert analysis.setting == "muon_lr" and not any("differ also" in note for note in analysis.notes)
 
 
 def test_smoothed_training_loss_by_hand():
@@ -266,13 +256,12 @@ def test_a_new_record_of_packed_logs(tmp_path, monkeypatch, capsys):
     make_sweep(tmp_path, "lr", arms_of({0.01: 3.4, 0.02: 3.3, 0.04: 3.35}), val_every=100, seeds=(1, 2))
     monkeypatch.chdir(tmp_path)
     logs = list_logs("logs")
-    source = logs[0].read_text().partition("\n" + "=" * 100)[0]
-    for (
-        log
-    ) in logs:  # one log whose source is what its hash says, as the trainers' are; the others stay whole
-        if log is logs[0]:
-            old = read_log(log)[0].source_hash
-            log.write_text(log.read_text().replace(old, hashlib.sha256(source.encode()).hexdigest()[:16]))
+    # a log whose source is what its hash says, one that names its files, and others, which stay whole
+    text = logs[0].read_text()
+    source, old = text.partition("\n" + SEPARATOR)[0], read_log(logs[0])[0].source_hash
+    logs[0].write_text(text.replace(old, hashlib.sha256(source.encode()).hexdigest()[:16]))
+    files = {"train_gpt.py": "import os\n\n\ndef f():\n    pass\n", "runtime/ranks.py": "x = 1\n"}
+    logs[1].write_text(with_files(logs[1].read_text(), files))
     new = ["records/x", "--new", "sweeps/lr.toml", "--also", "plot_lr_analysis.py"]
     assert make_record.main(new) == 0
     record = Path("records/x")
@@ -282,11 +271,11 @@ def test_a_new_record_of_packed_logs(tmp_path, monkeypatch, capsys):
         np.testing.assert_array_equal(before.val.loss, after.val.loss)
         assert (before.run_id, before.config, before.events) == (after.run_id, after.config, after.events)
         assert (before.source_hash, after.unread_lines) == (after.source_hash, 0)
-    (kept,) = (record / "logs" / "sources").iterdir()
-    stripped = lzma.decompress(packed[0].read_bytes()).decode()
-    assert len(stripped) < logs[0].stat().st_size
-    whole = lzma.decompress(kept.read_bytes()).decode() + stripped[stripped.index("\n" + "=" * 100) :]
-    assert whole == logs[0].read_text() and lzma.decompress(packed[1].read_bytes()) == logs[1].read_bytes()
+    assert len(list((record / "logs" / "sources").iterdir())) == 2
+    for before, after in zip(logs, packed, strict=True):
+        stripped = lzma.decompress(after.read_bytes())
+        assert (len(stripped) < before.stat().st_size) == (before in logs[:2])
+        assert read_with_sources(after) == before.read_bytes()
     assert (record / "results.md").exists() and (record / "REPORT.md").exists()
     shutil.rmtree("logs")
     table = record / "results.csv"

@@ -55,14 +55,6 @@ def texts(figure):
     return [text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text"))]
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
-
-
 # ------------------------------------------------------------------------------------------------
 # What is drawn
 # ------------------------------------------------------------------------------------------------

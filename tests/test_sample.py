@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import BASELINE, ROOT, base_env, losses, make_tokens, run, small_config, small_model, train
+from helpers import BASELINE, ROOT, base_env, losses, make_tokens, small_config, small_model, train
 
 import sample
 import train_gpt
@@ -109,9 +109,3 @@ def test_what_is_no_model_is_refused(tmp_path, capsys, content):
         path.write_bytes(content)
     assert sample.main([str(path)]) == 2
     assert "wanted a model.safetensors" in capsys.readouterr().err
-
-
-def test_no_model_is_written_where_none_is_wanted(shards, tmp_path):
-    env = base_env(shards, RUN_ID="none", SAVE_MODEL=0, NUM_SCHEDULED_ITERATIONS=1)
-    assert run(tmp_path, BASELINE, env, ranks=0).returncode == 0
-    assert not (tmp_path / "logs" / "none").exists()
