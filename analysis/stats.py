@@ -491,9 +491,8 @@ def power(
     df = n - 1 if pairs else pooled * (n - 1)
     shift = abs(difference) / sd * math.sqrt(n if pairs else n / 2)
     limit = scipy.special.stdtrit(df, 1 - alpha / 2)
-    found = 1 - scipy.special.nctdtr(df, shift, limit) + scipy.special.nctdtr(df, shift, -limit)
-    # scipy's noncentral t fails for large shifts, where the normal distribution is as good.
-    return float(found if np.isfinite(found) else scipy.special.ndtr(shift - limit))
+    below = np.nan_to_num(scipy.special.nctdtr(df, shift, [-limit, limit]))  # scipy: NaN where it is nearly 0
+    return float(below[0] + 1 - below[1])
 
 
 def runs_needed(

@@ -156,6 +156,14 @@ def test_power_by_simulation():
         assert too_few < 0.8 <= enough
 
 
+def test_power_of_a_large_difference():
+    """Fails if power is too high where scipy gives NaN for the other side's tail, which is nearly empty."""
+    drawn = np.random.default_rng(2).normal(3.6, 1, (20_000, 4))
+    found = (scipy_stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.01).mean()  # 0.775
+    assert abs(found - stats.power(3.6, 1, 4, alpha=0.01, pairs=True)) < 0.01
+    assert stats.power(1e6, 1, 20_000, pairs=True) == 1
+
+
 def test_more_runs():
     sure = stats.judge({"a": [1.0, 1.1, 0.9, 1.0] * 3, "b": [9.0, 9.1, 8.9, 9.0] * 3}, control="b")
     assert sure.more_runs(sure.versus_control["a"]) == 0
