@@ -429,13 +429,13 @@ class TrainData:
         slices = [self.read_slice(*plans[i]) for i in self.mine]
         return stack_slices(slices, self.device, min(self.longest, slice_tokens), self.pass_tokens)
 
-    def next(self, batch_tokens: int, then: int | None, stages: tuple[int, int] = (0, 0)) -> list[Batch]:
-        """This rank's passes of this step; those of the step after it, of size `then`, are read meanwhile."""
-        coming = self.coming or self.prefetcher.start(self.make, batch_tokens, stages[0])
+    def next(self, now: tuple[int, int], then: tuple[int, int] | None = None) -> list[Batch]:
+        """This rank's passes of a step of (tokens, stage); those of the step after it are read meanwhile."""
+        coming = self.coming or self.prefetcher.start(self.make, *now)
         batches = self.prefetcher.take(coming)
         self.position = self.epoch, self.place, self.cursor
         self.doc_lengths = self.lengths  # of this shard: the thread below may go on to the next one
-        self.coming = self.prefetcher.start(self.make, then, stages[1]) if then else None
+        self.coming = self.prefetcher.start(self.make, *then) if then else None
         return batches
 
 
@@ -1332,6 +1332,10 @@ class Schedule:
     def batch_tokens(self, step: int) -> int:
         return self.s.batch_sizes[self.stage(step)]
 
+    def batch(self, step: int) -> tuple[int, int]:
+        """(tokens, stage) of a step, as TrainData.next takes them."""
+        return self.batch_tokens(step), self.stage(step)
+
     def windows(self, stage: int) -> tuple[int, int]:
         """(short, long) in tokens; stage NUM_STAGES is the last validation."""
         blocks = (*self.config.windows, self.config.final_windows)[stage]
@@ -1519,8 +1523,7 @@ def rehearse(start, stop):
         with trainer.memory.explained():
             run.validate(step, num_batches=1)
             if step < last:
-                batches = data.next(schedule.batch_tokens(step), None, (trainer.stage, 0))
-                trainer.step(step, batches, measure=step == 0)
+                trainer.step(step, data.next(schedule.batch(step)), measure=step == 0)
     data.prefetcher.close()
     del trainer, data, run
     gc.collect()
@@ -1564,13 +1567,11 @@ class Run:
             if session.should_leave(step):
                 break
             session.expect_update(step + 1)
-            batch_tokens = schedule.batch_tokens(step)
-            stages = trainer.stage, schedule.stage(step + 1)
-            batches = self.data.next(batch_tokens, schedule.batch_tokens(step + 1), stages)
+            batches = self.data.next(schedule.batch(step), schedule.batch(step + 1))
             trainer.doc_lengths = self.data.doc_lengths
             with trainer.memory.explained():
                 loss_sum = trainer.step(step, batches)
-            session.note_update(step + 1, loss_sum, batch_tokens)
+            session.note_update(step + 1, loss_sum, schedule.batch_tokens(step))
         return step
 
 

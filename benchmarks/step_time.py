@@ -210,8 +210,7 @@ class Timed:
         length = len(self.steps) - len(self.steps) % 2 or 1  # repeated steps keep their parity
         step = self.steps[self.at % length]
         self.at += 1
-        tokens, stage = self.schedule.batch_tokens(step), self.schedule.stage(step)
-        batches = self.next_batches(tokens, tokens, (stage, stage))
+        batches = self.next_batches(self.schedule.batch(step), self.schedule.batch(step))
         self.seen.append([batch.cu_seqlens for batch in batches])
         total = self.trainer.step(step, batches)
         self.flush()

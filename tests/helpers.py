@@ -291,11 +291,11 @@ def small_trainer(trainer, folder, seed=0, config=None, **env):
 
 def train_steps(run, data, first, last) -> list[float]:
     """Train steps first to last - 1; return their mean losses."""
-    found, size, stage = [], run.schedule.batch_tokens, run.schedule.stage
+    found, schedule = [], run.schedule
     for step in range(first, last):
         run.enter(step)
-        batches = data.next(size(step), size(step + 1), (stage(step), stage(step + 1)))
-        found.append(run.step(step, batches).item() / size(step))
+        batches = data.next(schedule.batch(step), schedule.batch(step + 1))
+        found.append(run.step(step, batches).item() / schedule.batch_tokens(step))
     return found
 
 

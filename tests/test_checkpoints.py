@@ -338,7 +338,7 @@ def test_any_file_is_a_shard_or_a_data_error(header, tokens, cut, tmp_path):
     )
     try:
         shards, _ = train_gpt.open_data(s, 1)
-        train_gpt.TrainData(shards, s, lone_ranks()).next(256, None)
+        train_gpt.TrainData(shards, s, lone_ranks()).next((256, 0))
     except (DataError, SettingsError) as error:
         assert ".bin" in str(error) or "shard" in str(error)
 

@@ -50,8 +50,8 @@ def two_steps(shards) -> tuple[float, dict, dict]:
             grads.update({name: p.grad.clone() for name, p in params.items()})
 
     made.optimizer.before_update = keep_first
-    loss = made.step(0, data.next(512, None)).item()
-    made.step(1, data.next(512, None))
+    loss = made.step(0, data.next((512, 0))).item()
+    made.step(1, data.next((512, 0)))
     return loss, grads, {name: p.detach() - start[name] for name, p in params.items()}
 
 

@@ -511,7 +511,7 @@ def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only):
         run = trainer.Trainer(s, o, config, 256, start.ranks)
         data = trainer.TrainData(start.train_shards, s, start.ranks)
         for step in (0, 1):
-            run.step(step, data.next(512, None), measure=step == 0)
+            run.step(step, data.next((512, 0)), measure=step == 0)
         data.prefetcher.close()
         return graphs_compiled() - before
 

@@ -110,7 +110,7 @@ def watched(trainer, folder, env, steps=3):
     m = manifold.Manifold(path, steps, this.optimizer, this.ranks, clock, Log())
     for step in range(steps):
         this.enter(step)
-        batches = data.next(this.schedule.batch_tokens(step), this.schedule.batch_tokens(step + 1))
+        batches = data.next(this.schedule.batch(step), this.schedule.batch(step + 1))
         before = {name: p.detach().clone() for name, p in this.model.named_parameters()}
         grads = []
         for batch in batches:  # the same forward and backward, by autograd alone
@@ -220,7 +220,7 @@ def test_its_time_is_not_training_time(trainer, tmp_path):
         return [value]
 
     this.optimizer.before_update = before_update
-    this.step(0, data.next(this.schedule.batch_tokens(0), None))
+    this.step(0, data.next(this.schedule.batch(0)))
     this.ranks.beat, this.ranks.all_gather_object = lambda: seen.append(clock.running), gather
     m.measure(1, 0)
     assert len(seen) > 2 and not any(seen) and clock.running and m.ms > 0

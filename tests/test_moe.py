@@ -215,7 +215,7 @@ def test_noise_is_a_function_of_seed_step_and_slice(shards):
     """Fails if a slice's noise depends on the number of ranks, two steps, seeds, slices or layers share
     theirs, or ROUTER_NOISE is not its standard deviation."""
     run, data = tiny_trainer(shards)
-    (batch,) = data.next(2048, None)
+    (batch,) = data.next((2048, 0))
     (whole,) = noise_of_step(run, 4, [batch])
     assert whole.shape == (4, 8, 256, 8) and whole.std().item() == pytest.approx(0.1, rel=0.02)
     second, _ = tiny_trainer(shards, ranks=lone_ranks(1, 2))

@@ -602,7 +602,7 @@ def test_documents_change_their_length_with_the_stage(tmp_path):
     shards = train_gpt.open_data(s, 1)[0]
     data = train_gpt.TrainData(shards, s, lone_ranks())
     stages = [0, 0, 0, 1, 1, 1]
-    batches = [data.next(512, 512, (now, then))[0] for now, then in zip(stages, [*stages[1:], 1])]
+    batches = [data.next((512, now), (512, then))[0] for now, then in zip(stages, [*stages[1:], 1])]
     longest = [int(batch.cu_seqlens.diff().max()) for batch in batches]
     assert [batch.max_doc_tokens for batch in batches] == [40, 40, 40, 64, 64, 64]  # a slice has 64 tokens
     assert max(longest[:3]) == 40 and max(longest[3:]) > 40
@@ -621,10 +621,10 @@ def test_documents_change_their_length_with_the_stage(tmp_path):
     # the same position under the later stage's limit, as in a resumed run
     again = train_gpt.TrainData(shards, s, lone_ranks())
     for now in stages[:3]:
-        again.next(512, None, (now, now))
+        again.next((512, now))
     resumed = train_gpt.TrainData(shards, s, lone_ranks())
     resumed.seek(again.position)
-    assert torch.equal(resumed.next(512, None, (1, 1))[0].inputs_BT, batches[3].inputs_BT)
+    assert torch.equal(resumed.next((512, 1))[0].inputs_BT, batches[3].inputs_BT)
     for wrong, said in (("40,100", "2 values"), ("8", "MAX_DOC_TOKENS")):
         with pytest.raises(SettingsError, match=said):
             read(train_gpt, MAX_DOC_TOKENS=wrong, **known)

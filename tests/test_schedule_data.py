@@ -373,7 +373,7 @@ def train_data(s, rank=0, world_size=1):
 def steps_of(s, steps, rank=0, world_size=1, tokens=1024):
     """Return one rank's passes of the first steps."""
     data = train_data(s, rank, world_size)
-    out = [data.next(tokens, tokens if i + 1 < steps else None) for i in range(steps)]
+    out = [data.next((tokens, 0), (tokens, 0) if i + 1 < steps else None) for i in range(steps)]
     data.prefetcher.close()
     return out
 
