@@ -162,8 +162,10 @@ def read(classes, env: Mapping[str, str], defaults: dict, script: str) -> list:
     for name, f in fields.items():
         other, wanted = f.metadata["only"] or (f.name, (values[f.name],))
         if values[other] not in wanted and values[f.name] != start[f.name]:
-            this, other = f"{name}={as_text(values[f.name])}", f"{other.upper()}={as_text(values[other])}"
-            raise SettingsError(f"{this} does nothing with {other}; it is for {' and '.join(wanted)}")
+            value, having = as_text(values[f.name]), as_text(values[other]) or "''"
+            raise SettingsError(
+                f"{name}={value} does nothing with {other.upper()}={having}; it is for {' or '.join(wanted)}"
+            )
     return [c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in classes]
 
 

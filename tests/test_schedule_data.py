@@ -736,6 +736,11 @@ BAD_SETTINGS = [  # environment, what the message must say
     (dict(SLICES=12), ["not a multiple of 12 slices"]),
     (dict(SLICES=4), ["SLICES", "at least 8"]),
     (dict(SLICES=128), ["SLICES", "at most 64"]),
+    # settings that do nothing with the others
+    (dict(OPTIMIZER="adamw", MUON_LR="0.1"), ["MUON_LR=0.1 does nothing with OPTIMIZER=adamw"]),
+    (dict(ADAM_MATRIX_LR="0.1"), ["ADAM_MATRIX_LR=0.1", "OPTIMIZER=normuon", "for adamw"]),
+    (dict(OPTIMIZER="muon", MUON_BETA2="0.9"), ["MUON_BETA2=0.9", "OPTIMIZER=muon", "for normuon"]),
+    (dict(LR_DECAY_SWITCH_STEP="900"), ["LR_DECAY_SWITCH_STEP=900", "LR_DECAY_SECOND_TYPE=''", "linear"]),
     # look-alikes
     (dict(SPECTRAL_LR_MULL="1"), ["SPECTRAL_LR_MULL", "not a setting", "nearest"]),
     (dict(SPECTRAL_LR_MUL="0"), ["SPECTRAL_LR_MUL", "train_gpt.py"]),
@@ -774,9 +779,14 @@ BAD_ORD_SETTINGS = [
     # settings of another ORD_MODE: the log would misdescribe the run
     (dict(SPECTRAL_OUT="0.5"), ["SPECTRAL_OUT", "post", "interpolate"]),
     (dict(SPECTRAL_IN="0"), ["SPECTRAL_IN", "post", "interpolate"]),
+    (
+        dict(ORD_MODE="post", SPECTRAL_LR_MUL="0.2"),
+        ["SPECTRAL_LR_MUL=0.2", "post", "interpolate or project"],
+    ),
     (dict(ORD_MODE="post", SPECTRAL_SCALE="unit"), ["SPECTRAL_SCALE", "post"]),
     (dict(ORD_MODE="post", SPECTRAL_VARIANCE="1"), ["SPECTRAL_VARIANCE", "post"]),
     (dict(ORD_MODE="off", SPECTRAL_OUT="0"), ["SPECTRAL_OUT", "off"]),
+    (dict(ORD_MODE="off", SPECTRAL_RHO_MODE="row"), ["SPECTRAL_RHO_MODE", "off"]),
     (dict(ORD_MODE="off", SPECTRAL_SCHEDULE="adaptive"), ["SPECTRAL_SCHEDULE", "off"]),
 ]
 BAD = [(train_gpt, *row) for row in BAD_SETTINGS] + [(ord_gpt, *row) for row in BAD_ORD_SETTINGS]
