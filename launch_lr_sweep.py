@@ -11,7 +11,7 @@ A sweep file names a trainer, seeds and what varies:
     script = "train_gpt_muon_ord.py"      # relative to where you are, else beside this file
     seeds = [1, 2, 3]
     control = "a_0-muon_lr_0.023"         # optional: the arm (tag, then grid values) to compare others with
-    [env]                                 # settings common to all arms in which they do something
+    [env]                                 # settings common to all arms in which they do anything
     NUM_SCHEDULED_ITERATIONS = 1560
     [grid]                                # optional: all combinations, times the arms
     MUON_LR = [0.021, 0.023]
@@ -32,8 +32,8 @@ A sweep file names a trainer, seeds and what varies:
 The trainer itself checks the settings of every arm before anything runs. Settings come from the
 file, never from the environment, except those that say where to run (DATA_PATH, DEVICE and the like).
 Seeds are interleaved across arms. `logs/SWEEP.sweep.json`, the manifest, says what is planned and done;
-`logs/RUN_ID.out` has a run's console output. `monitor_runs.py SWEEP.toml` shows the runs under way. The
-setting DIVERGED_ABOVE ends a run of higher loss as diverged. Launching again runs only what is missing: a run
+`logs/RUN_ID.out` has a run's console output. `monitor_runs.py SWEEP.toml` shows the runs under way. A
+run whose loss exceeds DIVERGED_ABOVE ends as diverged. Launching again runs only what is missing: a run
 counts as done if it finished or diverged with the same seed, source code and settings. Settings that change
 only what is recorded do not count, but are named. A run that the trainer refuses to begin is the last one
 that is started. Ctrl-C stops all runs. Exit code: 0 all runs finished, 1 some did not, 2 refused, 128 + n

@@ -5,7 +5,7 @@
     python plot_spectral_sweep.py logs/a.txt logs/b.txt --control spectral_lr_mul=0
 
 Panels: the final loss minus the control's, paired by seed, with its 95% interval and the verdict, arms in
-order of a = SPECTRAL_LR_MUL; the same over training; the mean over layers of rho = <G,W> / ||W||^2 of
+the order of the plan; the same over training; the mean over layers of rho = <G,W> / ||W||^2 of
 attention and of MLP matrices, with its sign. Runs that differ only in their seed are one arm. The ranked
 table, with differences to the best arm and to the control (a = 0 unless the sweep or --control names
 another), is printed and saved as .md and .csv beside logs/spectral_sweep_{n}runs_{YYYYmmdd-HHMMSS}.png.

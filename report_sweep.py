@@ -33,6 +33,7 @@ from analysis.results import Attempt, Results, SweepArm
 from analysis.run_log import format_value
 from analysis.stats import (
     ALPHA,
+    MAX_RUNS,
     SPEEDRUN_P,
     SQRT_N_MARGIN,
     Summary,
@@ -136,7 +137,7 @@ def main_table(results: Results, rows: Sequence[Row]) -> str:
             tested = not math.isnan(pair.p)
             line += [format_difference(pair.difference), format_interval(pair.low, pair.high), format_p(p)]
             line += [f"{pair.effect_size:+.2f}" if tested else "-", pair.method if tested else "-"]
-            more = "> 10000" if row.more_runs is None else str(row.more_runs)
+            more = f"> {MAX_RUNS}" if row.more_runs is None else str(row.more_runs)
             line.append(more if tested and row.verdict == "undecided" else "-")
         cells.append([*line, remark(row, results)])
     return format_markdown(header, cells)

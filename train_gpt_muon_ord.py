@@ -114,11 +114,14 @@ class Settings(settings.RunSettings):
     lr_decay_final: float = knob(0.1, "multiplier at the decay's end; exp: times the stage's", low=0)
     lr_decay_second_type: str = knob(None, "shape of a second decay; empty: none", choices=SECOND_DECAYS)
     lr_decay_switch_step: int = knob(
-        0, "first step of it, within the first; 0: none", low=0, only=("lr_decay_second_type", SECOND_DECAYS)
+        0,
+        "first step of the second decay, during the first; 0: none",
+        low=0,
+        only=("lr_decay_second_type", SECOND_DECAYS),
     )
     lr_decay_second_final: float = knob(
         None,
-        "its end, times the stage's; empty: LR_DECAY_FINAL",
+        "the second decay's end, times the stage's multiplier; empty: LR_DECAY_FINAL",
         low=0,
         only=("lr_decay_second_type", SECOND_DECAYS),
     )
@@ -138,13 +141,7 @@ class NorMuonSettings:
     )
     muon_momentum: float = muon_knob(0.95, "momentum after its warm-up from 0.85", low=0, high=0.9999)
     muon_warmup_steps: int = muon_knob(300, "steps of the momentum's warm-up", low=0)
-    muon_beta2: float = knob(
-        0.95,
-        "memory of squared updates, per step",
-        low=0,
-        high=0.9999,
-        only=("optimizer", ("normuon",)),
-    )
+    muon_beta2: float = muon_knob(0.95, "memory of squared updates, per step", low=0, high=0.9999)
     beta_warmup_steps: int = knob(0, "steps in which Adam's betas rise from 0; 0: none", low=0)
     muon_weight_decay: float = muon_knob(1.2, "decay of matrices: W -= lr * d * W, d times lr if cautious")
     muon_decay_mode: str = muon_knob("cautious", "which weights, or the update, decay", choices=DECAY_MODES)
@@ -191,7 +188,7 @@ def model_config(s: Settings, c: "ModelConfig") -> "ModelConfig":
 
 
 def resolve(s: Settings) -> Settings:
-    """Do what `resolved` does for any trainer's settings for this one's own: back ends, kernels, length."""
+    """Replace 'auto' and derived values in this trainer's own settings: back ends, kernels, run length."""
     cuda = s.device == "cuda"
     changes = {}
     if s.attn_backend == "auto":
@@ -723,7 +720,7 @@ class GPT(nn.Module):
         self.config, self.plans = c, layer_plans(c)
         self.backend, self.residual_scale = backend, residual_scale
         self.float8_head, self.balance_weight = float8_head, balance_weight
-        self.head_tokens = MOST_TOKENS  # of which validation makes the logits at once; a Trainer knows better
+        self.head_tokens = MOST_TOKENS  # whose logits validation makes at once; a Trainer sets what fits
         if c.num_experts:  # tokens that validation sent to each expert of each layer
             load = torch.zeros(c.num_layers, c.num_experts, dtype=torch.int64)
             self.register_buffer("expert_load_LE", load, persistent=False)
@@ -792,7 +789,8 @@ class GPT(nn.Module):
             signs = self.ngram_signs if c.ngram_signs else None
             ngram = embed_ngrams(tokens_BT, self.ngram_table, c.ngrams, signs)
         values = {int(i): F.embedding(tokens_BT, table) for i, table in self.value_embeds.items()}
-        outputs, made = {}, {}  # of each layer, -1: what the first one reads; of the gate networks
+        outputs = {}  # of each layer; -1: what layer 0 reads
+        made = {}  # the gate networks' signals, by (layer, name)
         for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
             if i in c.gate_layers:
                 made.update(self.gate_nets[str(i)](x))
@@ -967,7 +965,7 @@ ROLES = (  # complete and disjoint: every parameter matches exactly one
     Role("head", r"head|embed", decay_mul=150, betas=(0.5, 0.95)),
 )
 
-ADAM_EVERY = 2  # Adam moves at every second step, by both steps' gradients; a last one alone is dropped
+ADAM_EVERY = 2  # Adam moves every second step, on the sum of both gradients; an odd last step's is not used
 ADAM_EPS = 1e-10
 MUON_START_MOMENTUM, MUON_END_STEPS = 0.85, 50
 DOWN_LR = 2.0  # on the MLP's second matrix
@@ -1034,7 +1032,7 @@ def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
 
     cautious: of weights that the update does not let grow, U W >= 0 (arXiv 2510.12402); strict: of those that
     it shrinks, U W > 0, so that what got no gradient keeps its weight; param: of all weights; update: of the
-    update in the weights' place; both; none.
+    update instead of the weights; both; none.
     """
     if mode == "none":
         return U
@@ -1199,7 +1197,7 @@ class OptimizerSettings(NorMuonSettings):
         "global",
         "one rho per matrix, row or col",
         choices=("global", "row", "col"),
-        only=("ord_mode", ORD_MODES[:-1]),
+        only=("ord_mode", ("interpolate", "project", "post")),
     )
     spectral_scale: str = before_knob(
         "raw",
@@ -1412,7 +1410,7 @@ class Optimizer:
         self.by_name = {name: b for b in self.buckets for name in b.params}
         self.set_tied(True)
         self.before_update = None  # called when all gradients of a step are reduced and none has been used
-        # of the mean loss's gradient over what moved in the last measured step; at even steps matrices alone
+        # of the last measured step: norm of the mean loss's gradient, over the parameters that it moved
         self.grad_norm = None
 
     def set_tied(self, tied: bool):
@@ -1642,14 +1640,14 @@ class Trainer:
         schedule, c, loss_sum, noise = self.schedule, self.model.config, 0, None
         weights = to_device(schedule.predict_weights(step), self.ranks.device)
         windows, prefix_weight = schedule.windows(self.stage), schedule.prefix_weight(step)
-        first = my_slices(count_slices(self.s, self.ranks.world_size), self.ranks).start
+        next_slice = my_slices(count_slices(self.s, self.ranks.world_size), self.ranks).start
         for batch in batches:
             self.ranks.beat()
             if c.num_experts and self.s.router_noise:
                 (B, T), L, E = batch.inputs_BT.shape, c.num_layers, c.num_experts
-                noise = draw_noise(self.s.seed, step, range(first, first + B), (L, T, E))
+                noise = draw_noise(self.s.seed, step, range(next_slice, next_slice + B), (L, T, E))
                 noise = to_device(self.s.router_noise * noise, self.ranks.device)
-                first += B
+                next_slice += B
             loss, cross_entropy = self.train_loss(batch, windows, self.tied, weights, noise, prefix_weight)
             (LOSS_SCALE * loss).backward()
             loss_sum = loss_sum + cross_entropy

@@ -74,7 +74,7 @@ class Settings(settings.RunSettings):
     cooldown_frac: float = knob(0.7, "share of the steps over which rates fall to 0", low=0, high=1)
     muon_cooldown_frac: float = knob(None, "the same for MUON_LR; empty: COOLDOWN_FRAC", low=0, high=1)
     start: str = knob("track", "initial weights; sphere: no matrix at 0", choices=tuple(STARTS))
-    kernels, attn_backend = "torch", "sdpa"  # without annotations no settings: nothing here has a fast form
+    kernels, attn_backend = "torch", "sdpa"  # no annotation, so not settings: nothing has a fast form
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ class OptimizerSettings:
     muon_weight_decay: float = knob(
         0.05, "decay d of matrices: W -= lr d W; the other modes hold norms", low=-1, high=1, only=DECAYING
     )
-    muon_decay_mode: str = knob("param", "what decays: W, W where U W > 0, U, W + U", choices=DECAY_MODES)
+    muon_decay_mode: str = knob(
+        "param", "what decays: W, W where U W > 0, U, W + U", choices=DECAY_MODES, only=DECAYING
+    )
     adam_embed_lr: float = knob(0.7, "Adam's rate of the embedding", low=0)
     adam_head_lr: float = knob(0.004, "Adam's rate of the head", low=0)
     adam_scalar_lr: float = knob(0.015, "Adam's rate of gains and biases", low=0)

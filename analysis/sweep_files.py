@@ -245,13 +245,18 @@ def expand(document: dict) -> tuple[list["Draft"], list[str]]:
         ours = draft_arms(arm, script, common, grid, arm.get("seeds", document.get("seeds", [0])))
         drafts += ours
         who, known = arm.get("tag", script), trainers[script].settings
-        lacking = [name for name in (*common, *grid) if not any(name in draft.settings for draft in ours)]
+        lacking = [name for name in (*common, *grid) if not all(name in draft.settings for draft in ours)]
         for names, why in (
-            ([name for name in lacking if name not in known], f"{script} has no such settings"),
-            ([name for name in lacking if name in known], "they do nothing with its other settings"),
+            ([name for name in lacking if name not in known], f"as {script} has no such settings"),
+            ([name for name in lacking if name in known], "where they do nothing with its other settings"),
         ):
             if names:
-                notes.append(f"left out for {who}, as {why}: {', '.join(names)}")
+                notes.append(f"left out for {who}, {why}: {', '.join(names)}")
+    for name in document.get("env", {}):
+        if not any(name in draft.settings for draft in drafts):
+            raise ValueError(
+                f"{name} in [env] or [scale] does nothing in any arm; --help says with what it does"
+            )
     return drafts, notes
 
 
@@ -329,7 +334,7 @@ def draft_arms(arm: dict, script: str, common: dict, grid: dict, seeds: list[int
             places |= dict.fromkeys(table, place)
         for name in set(shared) - set(own):
             if trainer.is_idle(name, settings):
-                del settings[name]
+                del settings[name], places[name]
         for name in settings:
             if name in LAUNCHER_SETS:
                 raise ValueError(f"{name} in {places[name]}: {LAUNCHER_SETS[name]}")

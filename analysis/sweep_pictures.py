@@ -35,7 +35,7 @@ def in_order(results: Results) -> list[SweepArm]:
         return results.arms
 
     def words_and_numbers(arm: SweepArm) -> list:
-        parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", arm.label)
+        parts = re.split(r"((?:(?<![\w.])-)?\d+(?:\.\d+)?(?:e-?\d+)?)", arm.label)
         return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
     return sorted(results.arms, key=words_and_numbers)

@@ -358,7 +358,10 @@ def check_stream(train: list[Shard], val: list[Shard], batch_tokens: int, val_to
 
 
 def check_validation(val: list[Shard], val_tokens: int, unit_name: str, unit: int):
-    """Raise DataError unless the shards hold val_tokens tokens, which are a multiple of a setting's value."""
+    """Raise DataError unless the shards hold val_tokens tokens and the last one's target.
+
+    unit_name, unit: the setting that val_tokens is a multiple of, and its value, for the message.
+    """
     have = sum(len(shard.tokens) for shard in val)
     for shard in val:
         shard.head(val_tokens + 1)  # read now: a file cut short later would end the process with SIGBUS

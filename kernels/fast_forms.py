@@ -109,7 +109,7 @@ def installed(module, s, o, compiler=lambda function: function):
     """
     names, warnings, originals = [], [], []
     wanted = [form for form in forms_for(s.kernels) if form.covers(o, module.PRESETS[s.model][0])]
-    # all before the first is replaced: one form's parts may be another form's function
+    # all are checked before one is replaced: a function may be part of another form
     fits = [fingerprint(module, (form.name, *form.repeats)) == form.fingerprint for form in wanted]
     try:
         for form, form_fits in zip(wanted, fits):

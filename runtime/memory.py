@@ -95,7 +95,7 @@ class Memory:
         tables = table_sizes(c, vocab_size)
         matrices = sum(n * rows * columns for (rows, columns), n in matrix_shapes(c).items())
         self.gradients = 2 * (matrices + sum(tables.values())) + 4 * max(tables.values())
-        # a pass of validation keeps a few layers' outputs, and its logits in pieces
+        # compiled, a pass of validation keeps a few layers' outputs, and its logits in pieces
         hidden = 4 * c.width * (1 if s.kernels == "triton" else 2)
         self.val_tokens = s.val_batch_tokens // val_slices
         self.per_val_token = 2 * (7 * c.width + hidden)

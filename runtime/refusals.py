@@ -1,4 +1,4 @@
-"""Combinations of the twins' settings, and data for them, that no single setting's limits can refuse.
+"""Checks of the twins' settings against each other, the machine and the data.
 
 Each check raises SettingsError, or DataError for data: what was found, what was wanted, what to do.
 """
@@ -58,7 +58,7 @@ def check_settings(s, env, by_stage: tuple[str, ...], num_stages: int, val_slice
 def check_slices(s, train: list, num_slices: int, val_slices: int, world_size: int):
     """Check that the ranks share the slices of batches evenly, and that training shards fill the largest.
 
-    Raises SettingsError or DataError. num_slices, val_slices: of batches of training and of validation.
+    Raises SettingsError or DataError. num_slices, val_slices: slices of a training and a validation batch.
     """
     cut = [(t, num_slices) for t in s.batch_sizes] + [(s.val_batch_tokens, val_slices)]
     refuse(

@@ -160,11 +160,13 @@ def read(classes, env: Mapping[str, str], defaults: dict, script: str) -> list:
     start = {f.name: defaults.get(f.name, f.default) for f in fields.values()}
     values = start | {f.name: parse_value(name, env[name], f) for name, f in fields.items() if name in env}
     for name, f in fields.items():
-        other, wanted = f.metadata["only"] or (f.name, (values[f.name],))
+        if f.metadata["only"] is None:
+            continue
+        other, wanted = f.metadata["only"]
         if values[other] not in wanted and values[f.name] != start[f.name]:
             value, having = as_text(values[f.name]), as_text(values[other]) or "''"
             raise SettingsError(
-                f"{name}={value} does nothing with {other.upper()}={having}; it is for {' or '.join(wanted)}"
+                f"{name}={value} does nothing with {other.upper()}={having}; it needs {' or '.join(wanted)}"
             )
     return [c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in classes]
 

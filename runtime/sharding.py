@@ -59,7 +59,7 @@ class Bucket:
             start = end
         self.mine, self.grad = self.part(self.weights), self.part(self.grads)
         self.mantissa = torch.zeros_like(self.mine, dtype=torch.int16) if like.dtype.itemsize == 2 else None
-        # this rank's part of all else that the next updates depend on, beside the count
+        # this rank's part of what updates depend on, besides weights and count
         self.state: dict[str, Tensor] = {}
 
     def part(self, full: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Bucket:
             self.work = self.ranks.all_reduce(self.grads)
 
     def square_norm(self) -> Tensor:
-        """Square norm of this rank's part of a step's mean gradient; unsharded, it counts on rank 0 alone."""
+        """Square norm of this rank's part of the gradient, a mean over steps; if unsharded, rank 0's only."""
         self.work.wait()
         if self.sharded or self.ranks.rank == 0:
             return self.grad.float().square().sum() / self.every**2

@@ -105,9 +105,10 @@ def base_env(shards: Path, **settings) -> dict:
         VAL_LOSS_EVERY="5",
         NUM_SCHEDULED_ITERATIONS="14",
         BATCH_SIZES="512,512,1024,1024",
-        MUON_WARMUP_STEPS="5",
         OMP_NUM_THREADS="1",
     )
+    if settings.get("OPTIMIZER") != "adamw":
+        env["MUON_WARMUP_STEPS"] = "5"
     env.update({k: str(v) for k, v in settings.items()})
     return env
 

@@ -1,6 +1,7 @@
 """Faults of rented machines, injected into real runs: killed and hung ranks, signals, damaged checkpoints,
 full disks, vanished data, two runs of one name. tests/README.md has the table of faults and outcomes."""
 
+import importlib
 import os
 import re
 import resource
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import soak
 import torch
 from forked import PATIENCE_S
 from helpers import (
@@ -686,3 +688,10 @@ def test_two_runs_in_one_folder_and_one_name_twice(shards, tmp_path):
     first.process.send_signal(signal.SIGTERM)
     first.go_on()
     assert first.end() == 0
+
+
+def test_the_soaks_runs_are_accepted(shards):
+    """Fails if tests/soak.py, which no test runs, would end at its first run."""
+    for script, own, _ in soak.ARMS.values():
+        env = base_env(shards, RUN_ID="x", **soak.COMMON, **own)
+        importlib.import_module(Path(script).stem).read_settings(env)

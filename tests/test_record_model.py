@@ -560,9 +560,8 @@ def test_groups_are_orthogonalized_each_by_itself(env):
     apart = Params({f"blocks.{i}.attn.q": value[i] for i in range(3)})
     optimizers = [make_optimizer(trainer, model, o) for model in (together, apart)]
     (bucket,) = optimizers[0].matrix_buckets
-    assert bucket.state["second_moment"].shape == (3, 1, 12) and bucket.shape_lr_N11.unique().tolist() == [
-        1.0
-    ]
+    assert bucket.state["second_moment"].shape == (3, 1, 12)
+    assert bucket.shape_lr_N11.unique().tolist() == [1.0]
     for step in range(3):
         grads = rng.normal(size=value.shape).astype(np.float32)
         together.add_grads({"blocks.0.attn.q": grads})

@@ -108,10 +108,12 @@ def test_rehearsal_leaks_nothing(baseline, shards, tmp_path, monkeypatch):
     assert (losses(tmp_path, "rehearsed"), losses(tmp_path, "rehearsed", "train_loss")) == (val, trained)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_other_optimizers_train(baseline, shards, tmp_path, optimizer):
+@pytest.mark.parametrize(
+    "own", [dict(OPTIMIZER="muon"), dict(OPTIMIZER="adamw", ADAM_MATRIX_LR=0.003)], ids=str
+)
+def test_other_optimizers_train(baseline, shards, tmp_path, own):
     _, val, _ = baseline
-    got, _ = train(tmp_path, shards, optimizer, OPTIMIZER=optimizer, ADAM_MATRIX_LR=0.003)
+    got, _ = train(tmp_path, shards, own["OPTIMIZER"], **own)
     assert got[0] == val[0]
     assert got[-1] < got[0] - 0.3
 

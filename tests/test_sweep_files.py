@@ -1,5 +1,6 @@
 """Sweep files: runs are what the file says, and errors are reported before anything runs."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -315,23 +316,35 @@ def test_a_preset_counts_with_its_defaults(place, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 
 SWEEPS = sorted((ROOT / "sweeps").glob("*.toml"))
+SCRIPTS = ("train_gpt", "train_gpt_muon_ord", "train_gpt_simple")
 
 
-def test_every_sweep_here_is_accepted_by_its_trainers(place, monkeypatch):
-    """Fails if an experiment of this project fails at its first run, or has no small version."""
-    import train_gpt
-    import train_gpt_muon_ord
-    import train_gpt_simple
+@pytest.fixture
+def modules(monkeypatch) -> dict:
+    """The project's trainers, which answer for arms in this process, unlike `--check-arms`."""
+    modules = {f"{name}.py": importlib.import_module(name) for name in SCRIPTS}
 
-    modules = {"train_gpt.py": train_gpt, "train_gpt_muon_ord.py": train_gpt_muon_ord}
-    modules["train_gpt_simple.py"] = train_gpt_simple
-
-    def check_here(trainer, arms):  # like `--check-arms`, which has its own process
+    def check_here(trainer, arms):
         return json.loads(
             json.dumps(checking.answer_for(modules[trainer.path.name], {"DEVICE": "cpu"}, arms))
         )
 
     monkeypatch.setattr(TrainerInfo, "check", check_here)
+    return modules
+
+
+def test_common_settings_that_do_nothing(place, modules):
+    """Fails if one that does nothing in any arm is dropped without a word, or an arm that goes without one is
+    refused by a traceback."""
+    text = 'script = "train_gpt.py"\n[env]\nMUON_LR = 0.1\n[[arms]]\ntag = "a"\nOPTIMIZER = "adamw"\n'
+    with pytest.raises(ValueError, match="MUON_LR in .env. or .scale. does nothing in any arm"):
+        read_sweep(sweep_file(text), None)
+    with pytest.raises(ValueError, match="ADAM_MATRIX_LR='-1' in arm 'a'"):
+        read_sweep(sweep_file(text + 'ADAM_MATRIX_LR = -1\n[[arms]]\ntag = "b"\n'), None)
+
+
+def test_every_sweep_here_is_accepted_by_its_trainers(place, modules):
+    """Fails if an experiment of this project fails at its first run, or has no small version."""
     assert {"smoke", "spectral_lr", "muon_decay", "residual_scale"} <= {path.stem for path in SWEEPS}
     for path in SWEEPS:
         for scale in (None, "tiny"):

@@ -205,7 +205,7 @@ def test_the_band_of_polar_express():
 
 
 @pytest.mark.parametrize("forms", FORMS)
-@pytest.mark.parametrize("rows, columns", [(32, 32), (96, 24), (24, 96), (64, 96), (9, 1)])
+@pytest.mark.parametrize("rows, columns", [(32, 32), (96, 24), (24, 96), (64, 96), (9, 1), (1, 9)])
 @pytest.mark.parametrize("condition", [1, 10, 300, 1e9])
 def test_polar_express_over_condition_numbers(condition, rows, columns, forms):
     """Fails if the singular vectors are not the input's (an extra transpose, an even power), small singular
