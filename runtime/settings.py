@@ -291,7 +291,7 @@ def help_lines(name: str, field: dataclasses.Field) -> list[str]:
     note = {"training": "", "recording": "; recording only", "machine": "; this machine only"}[affects]
     if field.metadata["only"]:
         other, wanted = field.metadata["only"]
-        note += f"; with {other.upper()}={' or '.join(wanted)}"
+        note += f"; only with {other.upper()}={' or '.join(wanted)}"
     return [
         f"  {name}={as_text(field.default)}  ({allowed_values(field)}{note})",
         f"      {field.metadata['help']}",
