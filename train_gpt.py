@@ -75,6 +75,10 @@ LONG_DOCS, DECAY_MODES = ("cut", "split"), ("cautious", "none", "param", "update
 PARTS = ("", "qk_group", "value_std", "value_gate_reads_table", "ngram_signs", "attn_source", "mudd")
 PARTS += ("xsa_layers", "gate_layers", "compose_tokens", "prefix_weights")  # fields of ModelConfig
 BY_STAGE = ("batch_sizes", "lr_muls", "max_doc_tokens")  # settings with one value per stage
+# settings that need a value of another: a second decay, Muon, AdamW
+second_knob = functools.partial(knob, only=("lr_decay_second_type", SECOND_DECAYS))
+muon_knob = functools.partial(knob, only=("optimizer", ("normuon", "muon")))
+adamw_knob = functools.partial(knob, only=("optimizer", ("adamw",)))
 
 
 @dataclass(frozen=True)
@@ -116,22 +120,12 @@ class Settings(settings.RunSettings):
     lr_decay_type: str = knob("linear", "shape of the decay", choices=DECAYS)
     lr_decay_final: float = knob(0.1, "multiplier at the decay's end; exp: times the stage's", low=0)
     lr_decay_second_type: str = knob(None, "shape of a second decay; empty: none", choices=SECOND_DECAYS)
-    lr_decay_switch_step: int = knob(
-        0,
-        "first step of the second decay, during the first; 0: none",
-        low=0,
-        only=("lr_decay_second_type", SECOND_DECAYS),
+    lr_decay_switch_step: int = second_knob(
+        0, "first step of the second decay, during the first; 0: none", low=0
     )
-    lr_decay_second_final: float = knob(
-        None,
-        "the second decay's end, times the stage's multiplier; empty: LR_DECAY_FINAL",
-        low=0,
-        only=("lr_decay_second_type", SECOND_DECAYS),
+    lr_decay_second_final: float = second_knob(
+        None, "the second decay's end, times the stage's multiplier; empty: LR_DECAY_FINAL", low=0
     )
-
-
-muon_knob = functools.partial(knob, only=("optimizer", ("normuon", "muon")))
-adamw_knob = functools.partial(knob, only=("optimizer", ("adamw",)))
 
 
 @dataclass(frozen=True)
@@ -462,8 +456,8 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
     """Training and validation shards, checked against each other and against what the run needs."""
     train, val = open_pair(s.data_path, s.train_files, s.val_files)
     check_validation(val, s.val_tokens, "VAL_BATCH_TOKENS", s.val_batch_tokens)
-    slices = count_slices(s, world_size), max(VAL_SLICES, world_size)
-    refusals.check_slices(s, train, *slices, world_size)
+    num_slices, val_slices = count_slices(s, world_size), max(VAL_SLICES, world_size)
+    refusals.check_slices(s, train, num_slices, val_slices, world_size)
     if model_config(s, PRESETS[s.model][0]).predicts_prefixes:
         prefix_tokens(train[0].vocab_size)  # refuses what it does not know, before anything starts
     return train, val

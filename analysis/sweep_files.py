@@ -332,9 +332,9 @@ def draft_arms(arm: dict, script: str, common: dict, grid: dict, seeds: list[int
         for table, place in ((shared, "[env]"), (dict(zip(axes, combination)), "[grid]"), (own, where)):
             settings |= table
             places |= dict.fromkeys(table, place)
-        for name in set(shared) - set(own):
-            if trainer.is_idle(name, settings):
-                del settings[name], places[name]
+        idle = [name for name in shared if name not in own and trainer.is_idle(name, settings)]
+        for name in idle:
+            del settings[name], places[name]
         for name in settings:
             if name in LAUNCHER_SETS:
                 raise ValueError(f"{name} in {places[name]}: {LAUNCHER_SETS[name]}")

@@ -50,6 +50,7 @@ from runtime.compiling import choose_allocator, compiler_for  # noqa: E402
 from runtime.flops import forward_flop  # noqa: E402
 from runtime.gauges import Timer, matmul_flops, peak_memory_mib  # noqa: E402
 from runtime.ranks import Ranks  # noqa: E402
+from runtime.session import to_host  # noqa: E402
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
 WARM_PAIRS = 2
@@ -214,13 +215,7 @@ class Timed:
         self.seen.append([batch.cu_seqlens for batch in batches])
         total = self.trainer.step(step, batches)
         self.flush()
-        work = self.ranks.all_reduce(total)
-        wait = work.wait
-        if self.clock.cuda:  # copy now; later it would queue behind the next step
-            work.wait()
-            total = total.to("cpu", non_blocking=True)
-            wait = torch.cuda.current_stream().record_event().synchronize
-        self.pending = total, wait
+        self.pending = to_host(total, self.ranks.all_reduce(total))
         if not self.clock.cuda:
             self.flush()
 

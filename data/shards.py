@@ -362,9 +362,8 @@ def check_validation(val: list[Shard], val_tokens: int, unit_name: str, unit: in
 
     unit_name, unit: the setting that val_tokens is a multiple of, and its value, for the message.
     """
-    have = sum(len(shard.tokens) for shard in val)
-    for shard in val:
-        shard.head(val_tokens + 1)  # read now: a file cut short later would end the process with SIGBUS
+    # read now: a file cut short later would end the process with SIGBUS
+    have = sum(len(shard.head(val_tokens + 1)) for shard in val)
     if have < val_tokens + 1:
         raise DataError(
             f"VAL_TOKENS={val_tokens}, but the validation shards hold {have}, one of them only a target; "

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,6 +48,15 @@ class Clock:
     def sync(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def to_host(x: Tensor, work) -> tuple[Tensor, Callable]:
+    """(x on the host, what to call before reading it). work: the collective under way that makes x."""
+    if not x.is_cuda:
+        return x, work.wait
+    work.wait()
+    x = x.to("cpu", non_blocking=True)  # now: a copy asked for later would queue behind the next update
+    return x, torch.cuda.current_stream().record_event().synchronize
 
 
 class Session:
@@ -167,12 +177,7 @@ class Session:
         self.flush()
         loss_sum = loss_sum.float()
         sums = torch.stack((loss_sum, torch.full_like(loss_sum, float(bool(self.stop.reason)))))
-        work = self.ranks.all_reduce(sums)
-        wait = work.wait
-        if sums.is_cuda:  # copied now: a copy asked for later would queue behind the next update
-            work.wait()
-            sums = sums.to("cpu", non_blocking=True)
-            wait = torch.cuda.current_stream().record_event().synchronize
+        sums, wait = to_host(sums, self.ranks.all_reduce(sums))
         self.pending = (step, sums, wait, batch_tokens, self.tokens, self.clock.ms())
         if self.ranks.device.type == "cpu":
             self.flush()

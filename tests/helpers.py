@@ -254,8 +254,7 @@ def shortened(preset: str):
 
 def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_scale=1.0, **changes):
     """Make a GPT of small_config with freshly drawn weights."""
-    model = trainer.GPT(small_config(trainer, **changes), vocab_size, "sdpa", residual_scale)
-    model.float8_head = float8_head
+    model = trainer.GPT(small_config(trainer, **changes), vocab_size, "sdpa", residual_scale, float8_head)
     model.init_weights(torch.Generator().manual_seed(seed))
     model.rotary.make_tables(512)
     return model
