@@ -256,6 +256,7 @@ class ModelConfig:
         later = self.mudd or self.gate_layers or self.attn_source is not None
         assert self.branch_factors or not later, "mudd, gate_layers and attn_source require branch_factors"
         assert self.gate_layers or not self.compose_tokens, "compose_tokens requires gate_layers"
+        assert not set(self.long_layers) & set(self.paired_layers), "paired layers require the short window"
         assert self.gate_layers[:1] in ((), (0,)), "layers before the first gate network would have no gates"
 
     @property
@@ -584,9 +585,12 @@ class Attention(nn.Module):
         H, H_kv = self.num_heads, self.num_kv_heads
         n_BTC = norm(x_BTC)
         # q and k have a product of their own, so that the compiler norms and turns both in one pass; being
-        # normed, they hardly feel the factor, which the public record has on them, too
-        w_qk = torch.cat([in_head_order(w, self.head_dim) for w in (self.q, self.k)]) * self.qkv_lambda
-        qk = norm(F.linear(n_BTC, w_qk).view(B, T, -1, self.head_dim))
+        # normed, they hardly feel the factor, which the public record has on them, too. In a paired layer
+        # each token has the first halves of both, then the second: two positions, without moving anything
+        parts = 2 if self.plan.paired else 1
+        halves = zip(*(in_head_order(w, self.head_dim).chunk(parts) for w in (self.q, self.k)))
+        w_qk = torch.cat([w for q_and_k in halves for w in q_and_k]) * self.qkv_lambda
+        qk = norm(F.linear(n_BTC, w_qk).unflatten(-1, (parts, -1, self.head_dim)).flatten(1, 2))
         v = F.linear(n_BTC, self.v * self.qkv_lambda).view(B, T, -1, self.head_dim)
         gate_in = n_BTC[..., :GATE_CHANNELS]
         if value_BTC is not None:
@@ -594,16 +598,12 @@ class Attention(nn.Module):
         if "value" in signals:
             v = v + signals["value"].view_as(v)
         own_value = v
-        if self.plan.long_window:
-            qk = torch.cat((qk[:, :, :H], offset_keys(qk[:, :, H:])), dim=2)
         if self.plan.paired:
-            if H == H_kv:  # not taken apart and joined: a permutation fuses with what follows
-                qk = pair_heads(qk, groups=2)
-            else:
-                qk = torch.cat([pair_heads(x) for x in qk.split((H, H_kv), dim=2)], dim=2)
             v = pair_heads(v)
             H, H_kv = H // 2, H_kv // 2
         q, k = rotary(qk).split((H, H_kv), dim=2)
+        if self.plan.long_window:
+            k = offset_keys(k)
         window = common.windows[int(self.plan.long_window)]
         y = docs.attend(q, k, v, window, self.plan.paired, rotary.scale)
         if self.plan.paired:

@@ -41,7 +41,7 @@ CPU_FORMS = (
         "Attention.forward",
         cpu.make_attention_forward,
         ATTENTION_PARTS,
-        "1cefe5782015",
+        "619d48333e9f",
         cpu.covers_attention,
     ),
     FastForm("MLP.forward", cpu.make_mlp_forward, ("MLP.__init__", "norm"), "e176c8d517db"),

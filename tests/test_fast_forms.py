@@ -189,7 +189,7 @@ def load(tmp_path, monkeypatch):
             "F.layer_norm(x, (x.size(-1),))",
             {"MLP.forward", "Attention.forward"},
         ),
-        ("qk = pair_heads(qk, groups=2)", "qk = pair_heads(qk, groups=1)", {"Attention.forward"}),
+        ("v = pair_heads(v)", "v = pair_heads(v) + 0", {"Attention.forward"}),
         ("        A = X @ X.mT\n", "        A = X @ X.mT + 0\n", {"polar_express"}),
         (NEXT, "polar_express = nn.Identity()\n\n\n" + NEXT, {"polar_express"}),
         (

@@ -529,6 +529,7 @@ def test_parts_that_stand_on_others_are_refused_alone():
         dict(gate_layers=(0,)),
         dict(attn_source=3),
         dict(FACTORS, compose_tokens=7),
+        dict(long_layers=(1,), paired_layers=(0, 1)),
     ):
         with pytest.raises(AssertionError, match="require"):
             config(**changes)
