@@ -1285,10 +1285,7 @@ class Optimizer:
         if not full:
             return fields
         norm = {} if self.grad_norm is None else {"grad_norm": f"{float(self.grad_norm):.6g}"}
-        stats = {}
-        if MATRIX_STATS and any(b.count for b in self.matrix_buckets):
-            stats = stats_by_layer(MATRIX_STATS, self.matrix_buckets, self.ranks)
-        return {**fields, **norm, **stats}
+        return {**fields, **norm, **stats_by_layer(MATRIX_STATS, self.matrix_buckets, self.ranks)}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1370,8 +1367,10 @@ class Schedule:
         return interpolate(s.lr_decay_second_type, reached, peak * final, done)
 
     def share_done(self, step: int, start: int) -> float:
-        """Share of the scheduled steps from `start` on that lies before `step`."""
-        return min(1.0, max(0, step - start) / max(1, self.scheduled - start))
+        """Share of the scheduled steps from `start` on that lies before `step`; 1 in the extension."""
+        if step >= self.scheduled:
+            return 1.0
+        return max(0, step - start) / max(1, self.scheduled - start)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1407,7 +1406,7 @@ class Trainer:
     def __init__(self, s: Settings, o: OptimizerSettings, config: ModelConfig, vocab_size: int, ranks: Ranks):
         self.s, self.ranks, self.schedule = s, ranks, Schedule(s, config)
         num_slices, val_slices = count_slices(s, ranks.world_size), max(VAL_SLICES, ranks.world_size)
-        self.memory = Memory(s, config, vocab_size, num_slices, val_slices, ranks)
+        self.memory = Memory(s, o, config, vocab_size, num_slices, val_slices, ranks)
         self.model = build_model(s, config, vocab_size, ranks.device)
         self.model.head_tokens = self.memory.head_tokens
         compiler = compiler_for(s)

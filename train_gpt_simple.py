@@ -434,7 +434,7 @@ class Optimizer(ShardedOptimizer):
     def log_fields(self, full: bool) -> dict:
         """Fields of the step line; with `full`, STATS by layer. A collective then."""
         betas = dict(beta1=ADAM_BETAS[0], beta2=ADAM_BETAS[1], muon_momentum=self.o.muon_momentum)
-        stats = stats_by_layer(STATS, self.stacks, self.ranks) if full and self.buckets[0].count else {}
+        stats = stats_by_layer(STATS, self.stacks, self.ranks) if full else {}
         return {key: f"{value:.4f}" for key, value in betas.items()} | stats
 
 

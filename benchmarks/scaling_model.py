@@ -51,7 +51,14 @@ from runtime.flops import (  # noqa: E402
     table_sizes,
 )
 from runtime.memory import GIB, MOST_TOKENS, SLICES, Memory, usable_bytes  # noqa: E402
-from train_gpt import ADAM_EVERY, PRESETS, VAL_SLICES, Settings, count_slices  # noqa: E402
+from train_gpt import (  # noqa: E402
+    ADAM_EVERY,
+    PRESETS,
+    VAL_SLICES,
+    NorMuonSettings,
+    Settings,
+    count_slices,
+)
 
 VOCAB = 50257
 NUM_SLICES = SLICES[0]  # the default
@@ -329,7 +336,7 @@ def forecast_gib(p: Preset, ranks: int, shard_over: int) -> float:
     """Forecast a rank's memory as the trainer does, with the largest passes that still help."""
     slices = count_slices(p.settings, ranks), max(VAL_SLICES, ranks)
     sharing = SimpleNamespace(world_size=shard_over, device=torch.device("cpu"))
-    memory = Memory(p.settings, p.config, VOCAB, *slices, sharing)
+    memory = Memory(p.settings, NorMuonSettings(), p.config, VOCAB, *slices, sharing)
     return max(memory.wanted(memory.largest_pass()), memory.validation()) / GIB
 
 

@@ -12,7 +12,7 @@ Each line describes the update that completes `step` (W before it, dW = W after 
     update_entropy ... update_gap       the same of dW
     weight_norm update_norm             Frobenius
     grad_norm                           of the raw gradient as it reaches the optimizer, before clipping and
-        momentum: of 2 x the loss summed over a slice's tokens, the mean over 8 slices, on any number of ranks
+        momentum, on any number of ranks: of the loss summed over the batch's tokens, times 2/8 in the twins
     left_alignment right_alignment      mean singular value of U_W[:, :5]^T U_dW[:, :5], and of V's; 1: the
         same space. update_alignment = left_alignment
     left_chance right_chance            the same for random spaces of these sizes

@@ -29,14 +29,17 @@ class OutOfMemory(RuntimeError):
     """Device memory ran out; the message says which setting should help. Exit code 1."""
 
 
-def held_bytes(c, vocab_size: int, world_size: int) -> float:
-    """Weights, gradients and the optimizer's state of one rank, with bfloat16 weights."""
+def held_bytes(c, vocab_size: int, world_size: int, adamw: bool = False) -> float:
+    """Weights, gradients and the optimizer's state of one rank, with bfloat16 weights.
+
+    adamw: whether it trains the matrices, too.
+    """
     tables = sum(table_sizes(c, vocab_size).values())
     matrices = sum(
         -(-n // world_size) * world_size * rows * columns for (rows, columns), n in matrix_shapes(c).items()
     )
     # the low halves of fp32 masters; Adam's m and v, Muon's momentum
-    state = (2 + 8) * tables + (2 + 4) * matrices
+    state = (2 + 8) * tables + (2 + (8 if adamw else 4)) * matrices
     return (2 + 2) * (tables + matrices) + state / world_size
 
 
@@ -83,12 +86,12 @@ class Memory:
     for which there is no forecast; passes are then as large as helps.
     """
 
-    def __init__(self, s, c, vocab_size: int, num_slices: int, val_slices: int, ranks: Ranks):
-        """s, c: the twins' settings and model config. num_slices, val_slices: of batches of both kinds."""
+    def __init__(self, s, o, c, vocab_size: int, num_slices: int, val_slices: int, ranks: Ranks):
+        """s, o, c: the twins' settings and model config. num_slices, val_slices: of batches of both kinds."""
         self.s, self.c, self.world_size = s, c, ranks.world_size
         self.slice_tokens = [batch // num_slices for batch in s.batch_sizes]  # by stage
         self.slices_per_rank = num_slices // ranks.world_size
-        self.held = held_bytes(c, vocab_size, ranks.world_size)
+        self.held = held_bytes(c, vocab_size, ranks.world_size, adamw=o.optimizer == "adamw")
         # the logits' gradient takes as much as they do: in float8 it is written by rows and by columns
         self.per_token = kept_bytes(c, vocab_size, s.kernels == "triton") + 2 * padded_vocab(vocab_size)
         # what a pass's gradients take until they are added to those before, one table in fp32 too
@@ -97,7 +100,9 @@ class Memory:
         self.gradients = 2 * (matrices + sum(tables.values())) + 4 * max(tables.values())
         # compiled, a pass of validation keeps a few layers' outputs, and its logits in pieces
         hidden = 4 * c.width * (1 if s.kernels == "triton" else 2)
-        self.val_tokens = s.val_batch_tokens // val_slices
+        slice_tokens = s.val_batch_tokens // val_slices
+        stacked = min(val_slices // ranks.world_size, MOST_TOKENS // slice_tokens)
+        self.val_tokens = slice_tokens * max(1, stacked)  # of a pass
         self.per_val_token = 2 * (7 * c.width + hidden)
         self.logits = 4 * padded_vocab(vocab_size)
         self.device_bytes = self.usable = math.inf

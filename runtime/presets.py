@@ -6,9 +6,10 @@ that of August 2026 (docs/differences.md).
 
 from runtime.settings import EMBEDDED
 
-PLAIN = dict(  # a model without the speedrun's additions
+PLAIN = dict(  # of the speedrun's additions, only the learned factors of stream and branches are left
     windows=((4, 4),) * 4,
     final_windows=(4, 4),
+    long_layers=(),
     paired_layers=(),
     value_embed_layers=(),
     skip=None,
@@ -130,7 +131,7 @@ PRESET_CHANGES = {
         dict(target_loss=2.7, num_scheduled_iterations=12000),
     ),
     "dense-88m": (
-        dict(num_layers=22, width=512, head_dim=64, **heads(8, 4), long_layers=tuple(range(22)), **PLAIN),
+        dict(num_layers=22, width=512, head_dim=64, **heads(8, 4), **PLAIN),
         dict(
             PLAIN_SETTINGS,
             batch_sizes=(65_536,) * 4,
@@ -146,7 +147,6 @@ PRESET_CHANGES = {
             width=384,
             head_dim=48,
             **heads(8),
-            long_layers=tuple(range(6)),
             num_experts=8,
             expert_hidden=1536,
             **PLAIN,

@@ -217,12 +217,14 @@ def stats_by_layer(keys: Sequence[str], stacks: list, ranks: Ranks) -> dict[str,
     """Fields {key_part: "[layer 0, ...]"}, means over the matrices of a layer's part. A collective.
 
     keys: the columns of a stack's `stats`, which has a row for each of its `names`, the matrices that this
-    rank owns, or is None. all_names: the matrices of all ranks, blocks.LAYER.PART.REST.
+    rank owns, or is None on all ranks if the last step did not measure. all_names: the matrices of all ranks,
+    blocks.LAYER.PART.REST.
     """
+    stacks = [b for b in stacks if b.stats is not None]
     names = [name for b in stacks for name in b.all_names]
     table = torch.zeros(len(names), len(keys), device=ranks.device)
     for b in stacks:
-        for name, row in zip(b.names, b.stats if b.stats is not None else ()):
+        for name, row in zip(b.names, b.stats):
             table[names.index(name)] = row
     ranks.all_reduce(table).wait()
     layers = {}

@@ -238,7 +238,7 @@ def shortened(preset: str):
     """Cut the preset's config to three layers (the speedrun's: one without attention) and few n-gram rows."""
     config, _ = train_gpt.PRESETS[preset]
     if not config.skip:
-        return dataclasses.replace(config, num_layers=3, long_layers=(0, 1, 2))
+        return dataclasses.replace(config, num_layers=3)
     return dataclasses.replace(
         config,
         num_layers=3,

@@ -24,9 +24,9 @@ CARDS = {"RTX 4090": 23.5, "H100": 79.1, "H200": 139.8}  # GiB, as torch reports
 
 def forecast(world_size=1, **env) -> Memory:
     """Forecast a run with these settings on the GPU that torch claims to have."""
-    s, _, config = train_gpt.read_settings({name: str(value) for name, value in env.items()})
+    s, o, config = train_gpt.read_settings({name: str(value) for name, value in env.items()})
     ranks = SimpleNamespace(world_size=world_size, device=torch.device("cuda"))
-    return Memory(s, config, VOCAB, train_gpt.count_slices(s, world_size), 8, ranks)
+    return Memory(s, o, config, VOCAB, train_gpt.count_slices(s, world_size), 8, ranks)
 
 
 # ------------------------------------------------------------------------------------------------- memory
@@ -56,6 +56,16 @@ def test_gpt2_small_on_24_gigabytes(on_gpu):
     assert fits.wanted(fits.largest_pass()) <= fits.usable
     assert 393_216 // slices <= fits.largest_pass() <= fits.pass_tokens
     assert forecast(SLICES=64).fitting_slices() is None
+
+
+def test_the_forecast_counts_slices_of_validation_that_are_stacked(on_gpu):
+    """Fails if short slices of validation count one by one, although one pass takes several."""
+    on_gpu(9, 0, gib=CARDS["H100"])
+    assert [forecast(VAL_BATCH_TOKENS=8 * n).val_tokens for n in (8192, 32_768, 262_144)] == [
+        65_536,
+        65_536,
+        262_144,
+    ]
 
 
 def test_a_forecast_that_does_not_fit_is_a_warning_with_the_value_that_does(on_gpu):
@@ -112,15 +122,18 @@ def test_a_run_that_ends_for_want_of_memory_says_what_helps(part, on_gpu, shards
     assert len(events(tmp_path / "logs/large.txt", "memory")) == (1 if part == "rehearsal" else 0)
 
 
-def test_held_memory_is_that_of_the_buckets():
+@pytest.mark.parametrize("optimizer", ["normuon", "adamw"])
+def test_held_memory_is_that_of_the_buckets(optimizer):
     """Fails if the forecast omits a parameter or state of the trainer's own optimizer, whose weights are fp32
     here, without separate low halves."""
-    s, o, config = read(train_gpt)
+    s, o, config = read(train_gpt, OPTIMIZER=optimizer)
     model = train_gpt.build_model(s, config, 256, torch.device("cpu"))
     buckets = make_optimizer(train_gpt, model, o).buckets
     held = sum(x.numel() for b in buckets for x in (b.weights, b.grads, *b.state.values()))
     weights = sum(p.numel() for p in model.parameters())
-    counted = memory.held_bytes(config, 256, 1) / 2  # weight 2, gradient 2, low half 2, states 4 or 8 bytes
+    counted = (
+        memory.held_bytes(config, 256, 1, optimizer == "adamw") / 2
+    )  # weight 2, gradient 2, low half 2, states 4 or 8 bytes
     # in fp32: weight 4, gradient 4, states 4 or 8
     assert 4 * held == pytest.approx(2 * counted + 2 * weights, rel=0.02)
 

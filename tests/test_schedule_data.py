@@ -190,7 +190,7 @@ def test_other_cooldowns():
     }.items():
         assert plan.lr_mul(step) == pytest.approx(value), step
     plan = schedule(COOLDOWN_FRAC=0)
-    assert [plan.lr_mul(i) for i in (0, 800, 1559)] == [1.0, 1.52, 1.73]
+    assert [plan.lr_mul(i) for i in (0, 800, 1559, 1560, 1599)] == [1.0, 1.52, 1.73, 0.1, 0.1]
     assert schedule(COOLDOWN_FRAC=1).lr_mul(0) == 1.0
 
 

@@ -809,6 +809,17 @@ def test_the_logged_norm_is_that_of_the_mean_loss():
 # ------------------------------------------------------------------------------------------- log and runs
 
 
+@pytest.mark.parametrize("env, measured", [(dict(OPTIMIZER="adamw", ORD_MODE="off"), True), ({}, False)])
+def test_statistics_that_the_last_step_did_not_take_are_not_logged(env, measured):
+    """Fails if AdamW, or a run resumed at a validation, logs zeros in place of statistics."""
+    weights = start_weights(shapes={"blocks.0.attn.q": (8, 8), "blocks.0.mlp.up": (12, 8)})
+    model = Params(weights)
+    optimizer = make_optimizer(ord_gpt, model, optimizer_settings(ord_gpt, **env))
+    model.add_grads(some_grads(weights, 1)[0])
+    optimizer.step(0, 1.0, 4096, measured)
+    assert set(optimizer.log_fields(0, full=True)) <= {"beta1", "beta2", "muon_momentum", "grad_norm"}
+
+
 def test_logged_numbers_of_ord_are_those_of_the_step():
     """Fails if the log shows |rho| for rho, mixes layers or kinds, or mislabels a measurement."""
     shapes = {
