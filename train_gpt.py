@@ -120,12 +120,15 @@ class Settings(settings.RunSettings):
     lr_decay_type: str = knob("linear", "shape of the decay", choices=DECAYS)
     lr_decay_final: float = knob(0.1, "multiplier at the decay's end; exp: times the stage's", low=0)
     lr_decay_second_type: str = knob(None, "shape of a second decay; empty: none", choices=SECOND_DECAYS)
-    lr_decay_switch_step: int = second_knob(
-        0, "first step of the second decay, during the first; 0: none", low=0
-    )
+    lr_decay_switch_step: int = second_knob(0, "first step of the second decay, during the first", low=0)
     lr_decay_second_final: float = second_knob(
         None, "the second decay's end, times the stage's multiplier; empty: LR_DECAY_FINAL", low=0
     )
+
+    @property
+    def cooldown_start(self) -> int:
+        """First step of the learning rate's decay."""
+        return int(self.num_scheduled_iterations * (1 - self.cooldown_frac))
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,9 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     refusals.check_settings(s, env, BY_STAGE, NUM_STAGES, VAL_SLICES)
     refusals.check_model(s, o, config, PRESETS)
     check_optimizer_settings(o)
-    return resolve(s), o, model_config(s, config)
+    s = resolve(s)
+    refusals.check_decays(s)
+    return s, o, model_config(s, config)
 
 
 def model_config(s: Settings, c: "ModelConfig") -> "ModelConfig":
@@ -1311,7 +1316,6 @@ class Schedule:
         self.num_steps = self.scheduled + s.num_extension_iterations
         thirds = [round(self.scheduled * i / (NUM_STAGES - 1)) for i in range(NUM_STAGES)]
         self.bounds = (*thirds, self.num_steps)  # stage i: from bounds[i] up to bounds[i + 1]
-        self.cooldown_start = int(self.scheduled * (1 - s.cooldown_frac))
         # the last step that trains embedding and head as one: one at which Adam moves, so an odd one
         self.untie_step = round(self.scheduled * config.untie_frac) | 1 if config.untie_frac < 1 else None
 
@@ -1350,14 +1354,14 @@ class Schedule:
         """Factor on all learning rates."""
         s, peak = self.s, self.s.lr_muls[self.stage(step)]
         warm = min(1.0, (step + 1) / s.warmup_steps) if s.warmup_steps else 1.0
-        second = s.lr_decay_second_type and self.cooldown_start < s.lr_decay_switch_step <= step
+        second = s.lr_decay_second_type and s.lr_decay_switch_step <= step
         return warm * (self.second_decay(step, peak) if second else self.first_decay(step, peak))
 
     def first_decay(self, step: int, peak: float) -> float:
         """Multiplier of the first decay: linear and cosine end at LR_DECAY_FINAL, exp at that times peak."""
         shape, final = self.s.lr_decay_type, self.s.lr_decay_final
         end = peak * final if shape == "exp" else final
-        return interpolate(shape, peak, end, self.share_done(step, self.cooldown_start))
+        return interpolate(shape, peak, end, self.share_done(step, self.s.cooldown_start))
 
     def second_decay(self, step: int, peak: float) -> float:
         """Go on from what the first decay would have made of this stage's peak by LR_DECAY_SWITCH_STEP."""

@@ -36,7 +36,7 @@ def read_run(module, env) -> tuple:
     """(settings, optimizer's settings, model config, notes for the log); SettingsError says what is wrong."""
     s, o, config = module.read_settings(env)
     check_compilers(s)
-    s, notes = find_data(s, env, module.count_slices(s, 1) * 16)
+    s, notes = find_data(s, env, 16 * getattr(module, "VAL_SLICES", 1))
     if s.device == "cuda" and is_amd():
         notes = (*notes, AMD_NOTE)
     return s, o, config, notes

@@ -209,6 +209,7 @@ def find_origin(s, classes, config: dict, run_id: str) -> Origin:
 
 def last_checkpoint(s, same: "SameTraining") -> Origin:
     """RESUME=auto: the newest checkpoint that can be read; without any, the run from its start."""
+    same.require(s.log, logged_config(s.log))
     last, damaged = last_event(s.log), []
     lost_model = s.save_model and checkpoints_in(s.folder) and not (s.folder / MODEL_FILE).exists()
     if last == "finished" and not lost_model:
@@ -229,7 +230,6 @@ def last_checkpoint(s, same: "SameTraining") -> Origin:
             f"{s.folder} has no checkpoint that can be read: {found}. Remove the folder and {s.log} to begin "
             "the run anew"
         )
-    same.require(s.log, logged_config(s.log))
     return Origin(s.run_id, has_begun(s.log))
 
 
@@ -290,5 +290,7 @@ def set_aside(origin: Origin, folder: Path):
         return
     for path in checkpoints_in(folder):
         if path > folder / f"step_{origin.contents['step']:08d}.pt":
+            kind = ".damaged" if path in dict(origin.damaged) else ".superseded"
+            earlier = len(list(folder.glob(f"{path.stem}{kind}*")))  # of an earlier resumption
             with contextlib.suppress(OSError):
-                path.rename(path.with_suffix(".damaged" if path in dict(origin.damaged) else ".superseded"))
+                path.rename(path.with_suffix(f"{kind}{earlier or ''}"))

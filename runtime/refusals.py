@@ -55,6 +55,26 @@ def check_settings(s, env, by_stage: tuple[str, ...], num_stages: int, val_slice
     check_machine(s)
 
 
+def check_decays(s):
+    """Check the learning rate's one or two decays. s: settings that know the run's length."""
+    second_final = s.lr_decay_final if s.lr_decay_second_final is None else s.lr_decay_second_final
+    for which, shape, final in (
+        ("", s.lr_decay_type, s.lr_decay_final),
+        ("SECOND_", s.lr_decay_second_type, second_final),
+    ):
+        refuse(
+            shape == "exp" and not final,
+            f"LR_DECAY_{which}TYPE=exp to LR_DECAY_{which}FINAL=0 would be 0 from its first step on; use a "
+            "final value above 0, or linear",
+        )
+    start, end = s.cooldown_start, s.num_scheduled_iterations
+    refuse(
+        s.lr_decay_second_type and not start < s.lr_decay_switch_step < end,
+        f"LR_DECAY_SWITCH_STEP={s.lr_decay_switch_step}: wanted a step between {start}, where the first "
+        f"decay starts, and {end}, where it ends; or leave LR_DECAY_SECOND_TYPE empty",
+    )
+
+
 def check_slices(s, train: list, num_slices: int, val_slices: int, world_size: int):
     """Check that the ranks share the slices of batches evenly, and that training shards fill the largest.
 

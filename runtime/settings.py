@@ -86,7 +86,9 @@ class RunSettings:
     save_every: int = recording_knob(0, "steps between checkpoints; 0: only when stopped", low=0)
     resume: str = recording_knob("", "auto: from RUN_ID's last checkpoint, if any; or a checkpoint's path")
     save_model: bool = recording_knob(True, "write logs/RUN_ID/model.safetensors at the end")
-    dist_timeout: float = machine_knob(900.0, "seconds without progress that end a rank", low=5, rare=True)
+    dist_timeout: float = machine_knob(
+        900.0, "seconds without progress that end a rank", low=5, high=1e6, rare=True
+    )
 
     @property
     def log(self) -> Path:
@@ -99,10 +101,10 @@ class RunSettings:
 
     def resolved(self, model: str, device: str, script: Path):
         """These settings with every 'auto', and an empty RUN_ID, replaced by its meaning on this machine."""
-        if self.run_id and not is_file_name(self.run_id):
+        if self.run_id and (not is_file_name(self.run_id) or self.run_id.endswith(".txt")):
             raise SettingsError(
                 f"RUN_ID={self.run_id!r}: wanted a file name of at most 200 letters, digits and . _ - = , + "
-                "that begins with a letter or digit"
+                "that begins with a letter or digit, without the .txt of its log"
             )
         compile, run_id = self.compile, self.run_id
         if compile == "auto":

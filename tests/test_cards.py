@@ -141,6 +141,15 @@ def test_held_memory_is_that_of_the_buckets(optimizer):
 # ------------------------------------------------------------------------------------------------- slices
 
 
+def test_slices_do_not_decide_what_is_validated(shards):
+    """Fails if, of too few tokens for VAL_TOKENS, an arm with more SLICES validates on fewer."""
+    env = dict(
+        DATA_PATH=str(shards), TRAIN_FILES="made_train_*.bin", VAL_FILES="made_val_*.bin", MODEL="tiny"
+    )
+    found = {checking.read_run(train_gpt, {**env, "SLICES": n})[0].val_tokens for n in ("8", "16", "64")}
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("slices", [8, 16, 64])
 def test_slices_cut_the_same_number_of_tokens(shards, slices):
     """Fails if SLICES changes how many tokens a step has, or does not reach the data."""

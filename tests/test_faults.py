@@ -34,7 +34,7 @@ from safetensors.numpy import load_file
 
 import train_gpt
 from analysis.run_log import read_log
-from runtime.checkpoints import FORMAT
+from runtime.checkpoints import FORMAT, Origin, set_aside
 from runtime.log_writer import BAR, LogWriter, sources
 from runtime.settings import SettingsError
 
@@ -208,6 +208,8 @@ def test_a_finished_run_is_left_alone(shards, tmp_path):
     env = base_env(shards, RUN_ID="over", NUM_SCHEDULED_ITERATIONS=2, RESUME="auto")
     done = run(tmp_path, BASELINE, env, ranks=0)
     assert done.returncode == 0 and "nothing to do" in done.stdout
+    other = run(tmp_path, BASELINE, {**env, "SEED": "7"}, ranks=0)
+    assert other.returncode == 2 and "SEED was 0, now 7" in other.stderr, "it passes for a run of seed 7"
     assert (tmp_path / "logs" / "over.txt").read_bytes() == before
 
 
@@ -292,6 +294,10 @@ def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(copy_of_saved, 
     assert done.returncode == 0, done.stderr
     names = sorted(p.name for p in folder.glob("step_*"))
     assert names == ["step_00000008.superseded", "step_00000010.pt", "step_00000012.pt"]
+    for path in (folder / "step_00000004.pt", folder / "step_00000008.pt"):
+        path.touch()
+    set_aside(Origin("saved", True, "", {"step": 4}), folder)
+    assert (folder / "step_00000008.superseded1").exists(), "the first one was overwritten"
 
 
 @pytest.mark.parametrize("part", [0, 4, 5000, None])

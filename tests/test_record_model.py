@@ -497,7 +497,7 @@ def test_schedule_of_the_preset():
     schedule = train_gpt.Schedule(s, c)
     assert (schedule.scheduled, schedule.num_steps, o.muon_beta2) == (1270, 1285, 0.9)
     assert s.max_doc_tokens == (896, 2048, 2048, 2048)
-    assert schedule.cooldown_start == 508
+    assert schedule.s.cooldown_start == 508
     done = (1000 - 508) / (1270 - 508)
     assert schedule.lr_mul(100) == 1.0 and schedule.lr_mul(500) == 1.52
     assert schedule.lr_mul(1000) == pytest.approx(1.73 * (1 - done) + 0.15 * done)
@@ -748,7 +748,7 @@ def test_ord_learns_with_all_parts(tmp_path):
     """Fails if an ORD mode does not run on groups of heads, or has no effect."""
     runs = {}
     for way in ({}, {"ORD_MODE": "post", "SPECTRAL_IN": "0.5"}, {"ORD_MODE": "project"}, {"ORD_MODE": "off"}):
-        run, data = small_run(tmp_path, ord_gpt, **way)
+        run, data = small_run(tmp_path, ord_gpt, VAL_LOSS_EVERY=8, **way)
         runs[str(way)] = train_steps(run, data, 0, 8)
         assert runs[str(way)][-1] < runs[str(way)][0] - 0.3
         fields = run.log_fields(7, full=True)

@@ -245,31 +245,31 @@ def test_second_final_is_lr_decay_finals_unless_set():
     assert schedule(**env, LR_DECAY_SECOND_FINAL=0).lr_mul(1560) == 0
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        dict(LR_DECAY_SWITCH_STEP=0, LR_DECAY_SECOND_TYPE="linear"),
-        dict(LR_DECAY_SECOND_TYPE="linear"),
-        dict(LR_DECAY_SWITCH_STEP=701, LR_DECAY_SECOND_TYPE="exp"),  # where the cooldown starts
-    ],
-)
-def test_no_second_decay(env):
-    """Fails if there is a second decay without a switch step after the cooldown starts."""
-    plain, plan = schedule(), schedule(**env, LR_DECAY_SECOND_FINAL=0.7)
-    assert [plan.lr_mul(i) for i in range(1600)] == [plain.lr_mul(i) for i in range(1600)]
+@pytest.mark.parametrize("switch", ["", 701, 1560])
+def test_a_second_decay_outside_the_first_is_refused(switch):
+    """Fails if a second decay that would never be, or that would replace the first, is silently ignored."""
+    env = dict(LR_DECAY_SWITCH_STEP=switch) if switch else {}
+    with pytest.raises(SettingsError, match=f"LR_DECAY_SWITCH_STEP={switch or 0}: wanted .* 701, .* 1560"):
+        schedule(LR_DECAY_SECOND_TYPE="linear", **env)
 
 
-@pytest.mark.parametrize("kind", ["linear", "exp", "constant"])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_exponential_decay_to_zero_is_refused(first):
+    """Fails if a run may begin whose learning rate is 0 from the decay's first step on."""
+    second = dict(LR_DECAY_SECOND_TYPE="exp", LR_DECAY_SECOND_FINAL=0, LR_DECAY_SWITCH_STEP=900)
+    with pytest.raises(SettingsError, match="TYPE=exp to .*FINAL=0"):
+        schedule(**(dict(LR_DECAY_TYPE="exp", LR_DECAY_FINAL=0) if first else second))
+
+
 @pytest.mark.parametrize(
-    "env",
+    "kind, env",
     [
-        dict(LR_DECAY_FINAL=0),
-        dict(LR_MULS="0,0,0,0"),
-        dict(LR_DECAY_SECOND_FINAL=0),
-        dict(LR_DECAY_FINAL=0, LR_DECAY_TYPE="exp"),
+        ("linear", dict(LR_DECAY_FINAL=0)),
+        ("constant", dict(LR_DECAY_SECOND_FINAL=0)),
+        ("exp", dict(LR_MULS="0,0,0,0")),
     ],
 )
-@pytest.mark.parametrize("switch", [1, 702, 1559, 1590])
+@pytest.mark.parametrize("switch", [702, 1559])
 def test_learning_rates_of_zero_are_no_error(kind, env, switch):
     """Fails if a decay to 0 divides by it, which would end a run in its last steps."""
     plan = schedule(LR_DECAY_SWITCH_STEP=switch, LR_DECAY_SECOND_TYPE=kind, **env)
@@ -724,6 +724,7 @@ BAD_SETTINGS = [  # environment, what the message must say
     (dict(TRAIN_TOKENS="100000", NUM_SCHEDULED_ITERATIONS="5"), ["TRAIN_TOKENS", "NUM_SCHEDULED"]),
     (dict(RUN_ID="a/b"), ["RUN_ID", "a/b", "letters"]),
     (dict(RUN_ID="x" * 300), ["RUN_ID"]),
+    (dict(RUN_ID="mine.txt"), ["RUN_ID", "without the .txt"]),
     (dict(ATTN_BACKEND="varlen"), ["ATTN_BACKEND", "varlen", "sdpa"]),
     (dict(ATTN_BACKEND="flash"), ["ATTN_BACKEND", "flash", "sdpa"]),
     (dict(MUON_DECAY_MODE="param"), ["MUON_WEIGHT_DECAY", "1.2", "param"]),
@@ -820,10 +821,10 @@ def test_values_are_read_as_they_are_written():
         MUON_LR="1e-3",
         DISABLE_FP8="true",
         VAL_LOSS_EVERY="3",
-        RUN_ID="a-b_c=1,2+3.txt",
+        RUN_ID="a-b_c=1,2+3.x",
     )
     assert (s.seed, s.lr_muls, s.batch_sizes) == (7, (1.0, 2.0, 3.5, 4.0), (1024, 2048, 1024, 128))
-    assert (o.muon_lr, s.disable_fp8, s.val_loss_every, s.run_id) == (0.001, True, 3, "a-b_c=1,2+3.txt")
+    assert (o.muon_lr, s.disable_fp8, s.val_loss_every, s.run_id) == (0.001, True, 3, "a-b_c=1,2+3.x")
     s, o, config = train_gpt.read_settings({"DEVICE": "cpu"})
     assert s.model == "tiny" and config == train_gpt.PRESETS["tiny"][0] and s.attn_backend == "sdpa"
     assert s.compile == "0" and s.device == "cpu" and s.run_id
