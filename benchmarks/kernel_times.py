@@ -169,15 +169,21 @@ def polar_cases(shapes: dict) -> list[Case]:
     for (R, K), N in shapes.items():
         X = normal(N, R, K) / (R * K) ** 0.5
         name, short, tall = f"{N} x {R} x {K}", min(R, K), R > K
-        A = cuda.gram(X.mT if tall else X)
+        left, right = (X.mT, X) if tall else (X, X.mT)
+        A = left @ right
         flop = 2 * N * short * R * K
 
-        X_XT = functools.partial(cuda.gram, X.mT if tall else X)
+        X_XT = functools.partial(torch.bmm, left, right)
         last = functools.partial(torch.baddbmm, X, *((X, A) if tall else (A, X)))
         whole = functools.partial(cuda.polar_steps, X, train_gpt.POLAR_COEFFICIENTS)
         cases += [
             Case(f"{name}, X X^T", 0, X_XT, flop),
-            Case(f"{name}, b A + c A A", 0, lambda A=A: cuda.gram_polynomial(A, -2.0, 0.5), 2 * N * short**3),
+            Case(
+                f"{name}, b A + c A A",
+                0,
+                lambda A=A: torch.baddbmm(A, A, A, beta=-2.0, alpha=0.5),
+                2 * N * short**3,
+            ),
             Case(f"{name}, a X + B X", 0, last, flop),
             Case(f"{name}, all five iterations", 1, whole, 5 * (2 * flop + 2 * N * short**3)),
         ]

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes per block
 REGISTERS = 65_536  # per multiprocessor
-PRODUCTS = {"gram_kernel", "mlp_kernel", "mlp_hopper_kernel"}
+PRODUCTS = {"mlp_kernel", "mlp_hopper_kernel"}
 # sm_80 and sm_89 use sm_120's kernels, sm_100 sm_90's with its own instructions; together a minute
 ARCHITECTURES = [90, 120, *(pytest.param(arch, marks=pytest.mark.fake_cuda) for arch in (80, 89, 100))]
 ONLY_ON = {

@@ -8,15 +8,6 @@ from runtime.sharding import read_master
 from train_gpt import nesterov
 
 
-def gram(X_NRK: Tensor) -> Tensor:
-    return (X_NRK.float() @ X_NRK.float().mT).to(X_NRK.dtype)
-
-
-def gram_polynomial(A_NRR: Tensor, b: float, c: float) -> Tensor:
-    A = A_NRR.float()
-    return (b * A + c * A @ A).to(A_NRR.dtype)
-
-
 def mlp(x_BTC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
     return (x_BTC @ up_FC.T).relu().square() @ down_FC
 

@@ -125,34 +125,6 @@ def test_interpreter_computes_in_the_narrow_types(dtype):
     assert torch.equal(casts.float(), (x * 1000).float().clamp(-limit, limit).to(dtype).float())
 
 
-# symmetric products
-
-
-GRAMS = sized([(3, 40, 72), (1, 130, 70), (2, 257, 33)], [(40, 768, 768), (22, 768, 3072)])
-
-
-@pytest.mark.parametrize("shape", GRAMS)
-@pytest.mark.parametrize("turned", [False, True], ids=["X X^T", "X^T X"])
-def test_gram(shape, turned):
-    X = draw(*shape)
-    X = X.mT.contiguous().mT if turned else X
-    assert_close(cuda.gram(X), references.gram(X))
-
-
-def test_gram_reads_any_strides():
-    X = draw(2, 60, 300)[:, ::2, 7:150]
-    assert_close(cuda.gram(X), references.gram(X))
-
-
-@pytest.mark.parametrize("N, size", sized([(2, 24), (2, 200), (2, 300)], [(40, 768)]))
-def test_gram_polynomial(N, size):
-    A = references.gram(draw(N, size, 64, scale=0.1))
-    got = cuda.gram_polynomial(A, -2.5, 0.5)
-    assert_close(got, references.gram_polynomial(A, -2.5, 0.5))
-    off_diagonal_blocks = got[:, :128, 128:]
-    assert torch.equal(off_diagonal_blocks, got.mT[:, :128, 128:]), "mirrored, so equal to the last bit"
-
-
 # the MLP
 
 
