@@ -28,6 +28,7 @@ MAX_RUNS = 10000  # more is "no number of runs"
 SPEEDRUN_P = 0.01  # the speedrun accepts a record if p < 0.01 that the mean loss is at or below the target
 # The optimization track's rule: about three standard errors, for its known sd of 0.0013.
 SQRT_N_MARGIN = 0.004
+ROUNDING = 1e-12  # a spread below this fraction of the losses is only their rounding
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,13 @@ def _split(values: Sequence[float]) -> tuple[np.ndarray, int]:
 
 
 def _sd(values: np.ndarray) -> float:
-    """Standard deviation (n - 1); exactly 0 for equal values, despite rounding of their mean."""
-    if len(values) < 2:
-        return math.nan
-    return float(values.std(ddof=1)) if (values != values[0]).any() else 0.0
+    """Standard deviation (n - 1); exactly 0 for equal values, despite rounding."""
+    return _unless_rounding(float(values.std(ddof=1)), values) if len(values) > 1 else math.nan
+
+
+def _unless_rounding(sd: float, losses: Sequence[float]) -> float:
+    """Return a standard deviation, or 0 if the rounding of these losses explains it."""
+    return sd if sd > ROUNDING * np.max(np.abs(losses)) else 0.0
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -142,14 +146,16 @@ def compare(
         }
         distinct = len(by_seed) == len(_split(arm)[0]) and len(other) == len(_split(control)[0])
         if distinct and None not in by_seed and set(by_seed) == set(other) and len(by_seed) > 1:
-            pairs = np.array([by_seed[seed] - other[seed] for seed in by_seed])
+            pairs = np.array([(by_seed[seed], other[seed]) for seed in by_seed])
             return _paired(pairs, len(arm) - len(by_seed), len(control) - len(other))
     return welch(arm, control)
 
 
 def _paired(pairs: np.ndarray, failed_arm: int, failed_control: int) -> Comparison:
-    """Student's t test of at least two differences."""
-    n, mean, sd = len(pairs), float(pairs.mean()), _sd(pairs)
+    """Student's t test of the differences of at least two pairs of losses, one a row."""
+    differences = pairs[:, 0] - pairs[:, 1]
+    n, mean = len(pairs), float(differences.mean())
+    sd = _unless_rounding(float(differences.std(ddof=1)), pairs)
     low, high, p = _t_test(mean, sd / math.sqrt(n), n - 1)
     effect = mean / sd if sd else math.nan
     return Comparison("paired", n, n, mean, low, high, p, effect, sd, CONFIDENCE, failed_arm, failed_control)
@@ -317,8 +323,8 @@ def contenders(
         matrix, left = None, finite
         df = sum(counts[name] - 1 for name in pool)
     squares = sum(((left[name] - left[name].mean()) ** 2).sum() for name in pool)
-    sd = math.sqrt(squares / df) if df else math.nan
-    if not sd > 1e-12 * max(map(abs, means.values()), default=1) or len(order) < 2:
+    sd = _unless_rounding(math.sqrt(squares / df), list(means.values())) if df else 0.0
+    if not sd or len(order) < 2:
         sd, df = math.nan, 0
     own = {name: _sd(left[name]) for name in several}
     noise = {name: max(sd, own.get(name, 0.0)) for name in order} if df else {}

@@ -68,11 +68,17 @@ def test_compare_pairs_only_what_shares_its_seeds():
 
 
 def test_nothing_is_claimed_from_nothing():
-    """No p value from one run, nor from repeats of one deterministic run."""
+    """No p value from one run, from repeats of one deterministic run, nor from rounding.
+
+    Differences that are all -0.0001 to the last digit vary by 1e-16 in floating point: once p < 0.0001.
+    """
+    control = [2.13421, 2.11873, 2.15002]
+    arm = [2.13411, 2.11863, 2.14992]
     for got in (
         stats.welch([1.0], [2.0, 3.0]),
         stats.welch([1.0, 1.0], [2.0, 2.0]),
         stats.compare([1.0, 1.0], [2.0, 2.0], [1, 2], [1, 2]),
+        stats.compare(arm, control, [1, 2, 3], [1, 2, 3]),
     ):
         assert math.isnan(got.p) and math.isnan(got.low) and got.difference < 0
     equal = [0.1 + 0.2] * 3  # numpy's standard deviation of it is not quite 0
