@@ -72,6 +72,13 @@ def edge_of(rate: Rate, analysis: Analysis) -> str | None:
     return "lowest" if rate is analysis.rates[0] else "highest"
 
 
+def untested_values(analysis: Analysis, by: str) -> list[Rate]:
+    """Values that single or failed runs leave untested; none if the noise is unknown."""
+    found = analysis.contenders(by)
+    tested = {*found.names, *(name for name, count in found.counts.items() if count > 1)}
+    return [rate for rate in analysis.rates if found.df and rate.name not in tested]
+
+
 def best_sentence(analysis: Analysis, by: str) -> str:
     best, near = analysis.best(by), analysis.near_best(by)
     if best is None:
@@ -85,13 +92,15 @@ def best_sentence(analysis: Analysis, by: str) -> str:
     else:
         interval = format_interval(factor * summary.low, factor * summary.high, signed=False)
         text += f", 95% interval {interval}, sd {factor * summary.sd:.4f}, n = {summary.n})"
-    others = [rate for rate in near if rate is not best]
+    others, untested = [rate for rate in near if rate is not best], untested_values(analysis, by)
     if not analysis.contenders(by).df:
         text += "; how much runs differ by luck is unknown, so that none may be called better than another"
     elif others:
         text += f"; it cannot be told from {name_values(others)}"
-    else:
-        text += "; every other value is worse"
+    elif len(untested) < len(analysis.rates) - 1:
+        text += f"; every other value{' tested' if untested else ''} is worse"
+    if untested:
+        text += f"; not tested (single or failed runs): {name_values(untested)}"
     edge = edge_of(best, analysis)
     return text + (f"; it is the {edge} value tried, so that a better one may lie beyond" if edge else "")
 

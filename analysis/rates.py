@@ -52,15 +52,17 @@ def minutes_of(attempt: Attempt) -> float:
 
 
 def start_of(attempt: Attempt) -> float:
-    """Loss at the first validation, before the first step if that was measured."""
-    losses = attempt.log.val.loss if attempt.log else np.zeros(0)
-    return float(losses[0]) if len(losses) else math.nan
+    """First loss logged: in validation, or in training if the first validation came later."""
+    curves = [attempt.log.val, attempt.log.train] if attempt.log else []
+    first = min(filter(len, curves), key=lambda curve: curve.step[0], default=None)
+    return float(first.loss[0]) if first else math.nan
 
 
 def diverged(attempt: Attempt) -> bool:
     """True if it was stopped as diverged, has a non-finite loss, or ended no lower than it began."""
     if attempt.outcome == "done":
-        return attempt.log is not None and len(attempt.log.val) > 1 and attempt.loss >= start_of(attempt)
+        several = attempt.log is not None and len(attempt.log.val) + len(attempt.log.train) > 1
+        return several and attempt.loss >= start_of(attempt)
     return attempt.state in ("diverged", "finished")
 
 
@@ -86,7 +88,7 @@ class Rate:
     accuracy: Summary
     minutes: Summary
     label: str = ""
-    sure: bool | None = None  # whether noise could not move it across the limit of "good"; None: unknown
+    sure: bool | None = None  # whether noise could not move it across the limit of "good"; None: not tested
 
     @property
     def name(self) -> str:
@@ -288,7 +290,7 @@ def check_one_arm_a_value(results: Results, setting: str) -> None:
 
 
 def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
-    """Return the label by RULES, and whether being good, or not, is certain (None: noise unknown)."""
+    """Return the label by RULES, and whether being good, or not, is certain (None: not tested)."""
     done = [a for a in rate.arm.attempts if a.outcome == "done"]
     learnt = [attempt for attempt in done if not diverged(attempt)]
     best, fall = analysis.best(), analysis.fall
@@ -298,9 +300,8 @@ def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
         return "unstable", None
     short = rate.loss.mean - best.loss.mean
     limit = (1 - GOOD) * fall
-    sure = None
-    if analysis.noise_known:
-        width = analysis.by_loss.half_width(rate.name, best.name)
+    sure, width = None, analysis.by_loss.half_width(rate.name, best.name)
+    if math.isfinite(width):
         sure = rate is best or abs(short - limit) > width
     if not short <= limit:
         return ("too low" if rate.value < best.value else "declining"), sure

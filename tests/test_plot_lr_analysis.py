@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import lzma
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,16 +15,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from logs_for_tests import SEPARATOR, with_files
+from logs_for_tests import SEPARATOR, make_log, with_files
 from sweeps_for_tests import STEPS, make_sweep
 
 import make_record
 import plot_lr_analysis
 from analysis.rate_pictures import PICTURES
 from analysis.rates import analyse as analyse_results
+from analysis.rates import diverged, start_of
 from analysis.reaching import smoothed
 from analysis.read_results import read_results
-from analysis.run_log import Curve, format_value, list_logs, read_log, read_runs, read_with_sources
+from analysis.results import Attempt
+from analysis.run_log import Curve, format_value, list_logs, parse_log, read_log, read_runs, read_with_sources
 from analysis.stats import contenders
 from analysis.tables import as_json
 
@@ -88,6 +91,25 @@ def test_a_run_that_lost_and_learnt_again_is_unstable(tmp_path):
     log.write_text("\n".join(lines))
     analysis = analyse_results(read_results([file], tmp_path / "logs"))
     assert [rate.label for rate in analysis.rates] == ["good", "optimal", "unstable"]
+
+
+@pytest.mark.parametrize("loss, is_lost", [(3.3, False), (12.0, True)])
+def test_a_run_first_validated_late_began_where_its_training_began(loss, is_lost):
+    """With VAL_LOSS_EVERY=0, a run whose last validations are level would count as diverged."""
+    text = make_log(num_steps=STEPS, val_every=STEPS, last=20)
+    (run,) = parse_log(re.sub(r"^step:0/.*\n", "", text, flags=re.M))
+    assert run.val.step.tolist() == [STEPS - 10, STEPS] and run.train.step[0] == 1
+    attempt = Attempt("x", 1, "finished", loss, log=run)
+    assert start_of(attempt) == run.train.loss[0] and diverged(attempt) == is_lost
+
+
+def test_a_value_with_a_failed_run_is_not_tested(tmp_path):
+    """Fails if the best is said to beat survivors with a lower mean, or these to be near a limit."""
+    losses, ends = {0.01: 3.4, 0.02: 3.3, 0.04: 3.2}, {("lr_0.04", 2): "crashed"}
+    analysis = analyse(tmp_path, losses, ends)
+    text = plot_lr_analysis.markdown(analysis)
+    assert "every other value tested is worse; not tested (single or failed runs): 0.04" in text
+    assert analysis.rates[2].sure is None and "near the limit" not in text
 
 
 def test_single_runs_are_called_so(tmp_path):
