@@ -120,7 +120,8 @@ def _without_control(results: Results) -> tuple[list[str], list[str]]:
     nearest = min(verdict.worse, key=lambda name: verdict.summaries[name].mean, default=None)
     found = _evidence(verdict.versus_best[nearest], verdict.p_best[nearest]) if nearest else ""
     if verdict.better:
-        may = [f"{best} is better than every other arm (than {nearest}, the next, by {found})", *may]
+        every = "every other arm tested" if _untested(results) else "every other arm"
+        may = [f"{best} is better than {every} (than {nearest}, the next, by {found})", *may]
         return may, may_not
     if nearest:
         by = f"by {found}" if len(verdict.worse) == 1 else f"{nearest}, the nearest, by {found}"

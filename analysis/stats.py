@@ -337,8 +337,8 @@ class Verdict:
 
     `better` and `worse` are all that may be claimed, by one rule per sweep. With a control, each arm is
     compared with its control, and p is corrected by Holm's method. Without one, all pairs are compared by
-    Tukey's (see `contenders`); `worse` are the arms worse than `best`, and `best` is `better` if no arm is
-    tied with it. If nothing differs, the chance of any claim is at most ALPHA, however many arms there are.
+    Tukey's (see `contenders`); `worse` are the arms worse than `best`, and `best` is `better` if no arm is,
+    or may be, tied with it. If nothing differs, the chance of any claim is at most ALPHA, however many arms there are.
     """
 
     control: str | None
@@ -431,7 +431,7 @@ def judge(
         better, worse = _claims(versus_control, p_control)
         num_tested = sum(not math.isnan(p) for p in p_control.values())
     else:
-        better, worse = _claims_without_control(ties, sound, best == lowest)
+        better, worse = _claims_without_control(ties, sound, summaries)
         num_tested = len(sound) * (len(sound) - 1) // 2 if ties.df else 0
     return Verdict(
         control=control,
@@ -448,13 +448,21 @@ def judge(
     )
 
 
-def _claims_without_control(ties: Contenders, sound: Sequence[str], is_lowest: bool) -> tuple[tuple, tuple]:
-    """Return the best arm, if none is tied with it or lower, and the arms worse than the best."""
+def _claims_without_control(
+    ties: Contenders, sound: Sequence[str], summaries: Mapping[str, Summary]
+) -> tuple[tuple, tuple]:
+    """Return the best arm, if none is tied with it or may be, and the arms worse than the best.
+
+    An arm that is not tested may be tied unless its mean is so high that a single run would be found worse.
+    """
     if not ties.df:
         return (), ()
     tied = [name for name in ties.names if name in sound]
     worse = tuple(name for name in sound if name not in tied)
-    return (tuple(tied) if len(tied) == 1 and worse and is_lowest else ()), worse
+    best = summaries[tied[0]]
+    clear = best.mean + ties.limit * max(ties.sd, best.sd) * math.sqrt(1 + 1 / best.n)
+    may_be_tied = any(found.mean <= clear for name, found in summaries.items() if name not in sound)
+    return (tuple(tied) if len(tied) == 1 and worse and not may_be_tied else ()), worse
 
 
 def _check_controls(losses: Mapping, control: str | None, versus: Mapping[str, str]) -> None:

@@ -350,6 +350,16 @@ def test_one_single_run_among_arms(tmp_path):
     assert numbers["worse"] == ["spectral_lr_1"]
 
 
+@pytest.mark.parametrize("runs", [[3.2735], [3.272, 3.272, math.nan], [3.9], [3.9, 3.9, math.nan]])
+def test_an_arm_that_is_not_tested_may_be_as_good_as_the_best(runs):
+    """Fails if an arm is called better than every other although one of a like mean was not tested."""
+    results = made_up({"a": [3.27, 3.271, 3.272], "b": [3.3, 3.301, 3.302], "few": runs})
+    text, is_near = conclusion(results), runs[0] < 3.3
+    assert ("no arm may be called the best" in text) == (results.call("a") == "undecided") == is_near
+    assert ("a is better than every other arm tested" in text) == (not is_near)
+    assert results.call("b") == "worse" and "nothing may be concluded from few" in text
+
+
 def test_arms_that_are_the_same_bit_for_bit(tmp_path):
     """a = 0 is bit-identical to the baseline: that is a fact, not a test, and gets no p."""
     arms = {"x": (3.27, {"MUON_LR": 0.1}), "y": (3.27, {"MUON_LR": 0.2}), "z": (3.4, {"MUON_LR": 0.3})}
