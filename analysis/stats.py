@@ -338,7 +338,8 @@ class Verdict:
     `better` and `worse` are all that may be claimed, by one rule per sweep. With a control, each arm is
     compared with its control, and p is corrected by Holm's method. Without one, all pairs are compared by
     Tukey's (see `contenders`); `worse` are the arms worse than `best`, and `best` is `better` if no arm is,
-    or may be, tied with it. If nothing differs, the chance of any claim is at most ALPHA, however many arms there are.
+    or may be, tied with it. If nothing differs, the chance of any claim is at most ALPHA, however many arms
+    there are.
     """
 
     control: str | None
