@@ -36,13 +36,14 @@ def conclusion(results: Results) -> str:
     """Say in a sentence what may be concluded from the final losses, and what may not."""
     verdict, missing, done = results.verdict, results.count("missing"), results.count("done")
     total = len(results.attempts)
-    if not done:
-        return f"Nothing may be concluded: none of {total} runs has finished."
     lowest = verdict.best or verdict.lowest
+    if not lowest:
+        which = "no run that can be compared" if done else f"none of {total} runs"
+        return f"Nothing may be concluded: {which} has finished."
     if missing:
         runs = f"{'planned ' if results.planned else ''}runs {'has' if missing == 1 else 'have'}"
         so_far = ""
-        if lowest and len(verdict.summaries) > 1:
+        if len(verdict.summaries) > 1:
             so_far = f"; so far the lowest mean is that of {lowest} ({verdict.summaries[lowest]})"
         return (
             f"Nothing may be concluded yet, as {missing} of {total} {runs} not ended, and who tests until "

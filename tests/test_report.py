@@ -411,6 +411,19 @@ def test_other_source_code_is_kept_apart(tmp_path):
     assert "runs of 2 different source codes were pooled, as --pool-sources asked" in text
 
 
+@pytest.mark.parametrize("others", [{}, {"c": (3.2, {"MUON_LR": 0.3})}])
+def test_only_runs_that_are_not_compared_have_finished(tmp_path, others):
+    """Fails if there is no report where all comparable runs diverged, as no arm has the lowest mean."""
+    arms = {
+        "a": (3.2, {"MUON_LR": 0.1}),
+        **others,
+        "b": (3.3, {"MUON_LR": 0.2, "source": SOURCE + "# new\n"}),
+    }
+    ends = {(tag, seed): "diverged" for tag in ("a", *others) for seed in SEEDS}
+    text = sweep(tmp_path, arms, seeds=SEEDS, control="a", ends=ends)[2]
+    assert "**Nothing may be concluded: no run that can be compared has finished.**" in text
+
+
 def test_other_data_is_kept_apart(tmp_path):
     arms = {"a": (3.3, {"MUON_LR": 0.1}), "b": (3.2, {"MUON_LR": 0.2})}
     file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="a")
