@@ -322,6 +322,7 @@ class _Trial:
     """Run whose log is being read."""
 
     config: dict
+    header: dict = field(default_factory=dict)  # "source" and "seed" of a log without configuration
     lines: dict[Form, list[StepLine]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     num_steps: int = -1  # from its last step line
@@ -422,8 +423,7 @@ class LogParser:
         self._recent = recent
         self._partial = b""  # a line whose end is still missing
         self._held = b""  # source code whose closing separator is still missing
-        self._source = b""
-        self._header_seed: int | None = None
+        self._header: dict = {}  # of the next trial
         self._line_number = 0
         self._forms: dict[bytes, Form] = {}  # a line without its numerals -> the form of the last such line
         self._reset()
@@ -431,7 +431,7 @@ class LogParser:
     def _reset(self) -> None:
         self._config: dict = {}
         self._affects: dict[str, list[str]] = {}
-        self._trials = [_Trial({})]
+        self._trials = [_Trial({}, self._header)]
         self._restart_at: int | None = None  # events from here on belong to the next trial, if one begins
         self._resumed_unknown = False  # the run was resumed, but the log does not say at which step
         self._chunk = _Chunk()
@@ -473,7 +473,7 @@ class LogParser:
         begin = _source_begin(text)
         self._read_lines(text if begin < 0 else text[:begin])
         if begin >= 0 and closed:
-            self._source = text[begin:]
+            self._read_header({"source": text[begin:]})
         elif begin >= 0:
             self._held = text[begin:]
         if closed:
@@ -484,9 +484,15 @@ class LogParser:
         if self._chunk.has_steps:
             self._unread += self._chunk.unread
         else:  # a header, with versions, nvidia-smi and the like, which need not be readable
-            seed = re.search(rb"^(?:Using )?seed[:=] ?(\d{1,12})$", text, re.MULTILINE)
-            self._header_seed = int(seed[1]) if seed else self._header_seed
+            if seed := re.search(rb"^(?:Using )?seed[:=] ?(\d{1,12})$", text, re.MULTILINE):
+                self._read_header({**self._header, "seed": int(seed[1])})
         self._chunk = _Chunk()
+
+    def _read_header(self, header: dict) -> None:
+        """Keep a header for the next trial; it is also the last one's, if that has no step yet."""
+        self._header = header
+        if self._trials[-1].last_step < 0:
+            self._trials[-1].header = header
 
     def _read_lines(self, text: bytes) -> None:
         """Read whole lines that are not source.
@@ -557,7 +563,7 @@ class LogParser:
         trial.add(form, StepLine(number, step, texts))
 
     def _open_trial(self) -> _Trial:
-        old, new = self._trials[-1], _Trial(self._config)
+        old, new = self._trials[-1], _Trial(self._config, self._header)
         if self._restart_at is not None:
             old.events, new.events = old.events[: self._restart_at], old.events[self._restart_at :]
             self._restart_at = None
@@ -611,9 +617,9 @@ class LogParser:
         stem = log_stem(self.path) if self.path else ""
         run_id = str(config.get("run_id") or clean(stem))
         source_hash = str(config.get("source_hash") or started.get("source_hash") or "")
-        if not source_hash and self._source:
-            source_hash = hashlib.sha256(self._source).hexdigest()[:16]
-        seed = config.get("seed", started.get("seed", self._header_seed))
+        if not source_hash and "source" in trial.header:
+            source_hash = hashlib.sha256(trial.header["source"]).hexdigest()[:16]
+        seed = config.get("seed", started.get("seed", trial.header.get("seed")))
         unread = self._unread + self._chunk.unread
         return RunLog(
             path=self.path,

@@ -404,6 +404,19 @@ def test_several_trials_in_a_file():
     assert [len(run.val) for run in runs] == [3, 3, 3] and len({run.run_id for run in runs}) == 3
 
 
+def test_trials_of_appended_logs_have_their_own_headers():
+    """Fails if the first trial gets the source and seed of the last: arms would be pooled, or exchanged."""
+    sources = [SOURCE, SOURCE + "x = 2\n"]
+    logs = [
+        f"{source}{SEPARATOR}\nseed: {seed}\n{SEPARATOR}\nstep:9/9 val_loss:3.{seed} train_time:9ms\n"
+        for seed, source in enumerate(sources, 1)
+    ]
+    alone = [only(text) for text in logs]
+    for run, wanted in zip(parse_log("".join(logs)), alone, strict=True):
+        assert (run.seed, run.source_hash) == (wanted.seed, wanted.source_hash)
+    assert [run.seed for run in alone] == [1, 2] and len({run.source_hash for run in alone}) == 2
+
+
 def test_trials_of_final_lines_only():
     runs = parse_log("".join(f"step:1750/1750 val_loss:{v} train_time:9s\n" for v in (3.27, 3.28, 3.26)))
     assert [run.final_val_loss for run in runs] == [3.27, 3.28, 3.26]
