@@ -50,7 +50,7 @@ from analysis.curves import (
 )
 from analysis.looks import looks_of, sweep_beside
 from analysis.run_log import RunLog, newest_log, read_runs
-from analysis.stats import summarize
+from analysis.stats import mean_by_seed, summarize
 from analysis.tables import format_loss, format_number, format_table
 
 SCHEDULES = {  # by panel: its title, and the name in the legend of each logged key
@@ -69,10 +69,16 @@ RHO_TITLE = "mean ρ = ⟨G,W⟩ / ‖W‖²"
 # ------------------------------------------------------------------------------------------------
 
 
+def finished_runs(arm: Arm) -> list[RunLog]:
+    return [run for run in arm.runs if run.state in FINISHED and math.isfinite(run.final_val_loss)]
+
+
 def final_losses(arm: Arm) -> list[float]:
-    """Final losses of an arm's ended runs, NaN for those that failed; runs under way are left out."""
-    ended = [run for run in arm.runs if run.state in (*FINISHED, "crashed", "diverged")]
-    return [run.final_val_loss if run.state in FINISHED else math.nan for run in ended]
+    """Final losses of an arm's finished seeds, NaN for each failed run; runs under way are left out."""
+    done = finished_runs(arm)
+    ended = sum(run.state in (*FINISHED, "crashed", "diverged") for run in arm.runs)
+    losses, _ = mean_by_seed([run.final_val_loss for run in done], [run.seed for run in done])
+    return losses + [math.nan] * (ended - len(done))
 
 
 def legend_label(arm: Arm, name: str = "") -> str:
@@ -83,7 +89,7 @@ def legend_label(arm: Arm, name: str = "") -> str:
         state = "" if run.state in FINISHED else f", {run.state} at step {run.last_step}"
         return f"{name}: {format_loss(run.final_val_loss)}{state}"
     result = summarize(final_losses(arm))
-    unfinished = len(arm.runs) - result.n
+    unfinished = len(arm.runs) - len(finished_runs(arm))
     return result_label(name, result, [f"{unfinished} unfinished"] if unfinished else [])
 
 

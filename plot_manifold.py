@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from analysis import command_line, style
 from analysis.curves import Axis, draw_since, panel_loss
 from analysis.files import write_atomically
+from analysis.rates import accuracy_of
 from analysis.read_results import read_results
 from analysis.results import Results
 from analysis.run_log import RunLog, find_log, log_stem, read_unpacked
@@ -353,8 +354,7 @@ def final_table(results: Results) -> tuple[list[str], list[list]]:
     rows = []
     for arm in results.arms:
         done = [run for run in arm.runs if run.state == "finished" and len(run.val)]
-        loss = summarize([run.final_val_loss for run in done])
-        acc = summarize([float(run.val.acc[-1]) for run in done])
+        loss, acc = summarize(arm.values()), summarize(arm.values(accuracy_of))
         each = " ".join(f"{run.final_val_loss:.4f}" for run in done)
         seeds = " ".join(str(run.seed) for run in done)
         rows.append(

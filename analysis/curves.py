@@ -24,7 +24,7 @@ from analysis import style
 from analysis.arms import Arm
 from analysis.intervals import MIN_INTERVAL, ends_of
 from analysis.run_log import RunLog
-from analysis.stats import Summary, compare, summarize
+from analysis.stats import Summary, compare, mean_by_seed, summarize
 from analysis.tables import format_loss
 
 X_LABELS = {"steps": "step", "tokens": "training tokens", "time": "training time"}
@@ -134,10 +134,10 @@ def line_of(run: RunLog, key: str, axis: Axis) -> Line | None:
 def lines_of(arm: Arm, key: str, axis: Axis) -> tuple[Line | None, list[Line]]:
     """Return an arm's line (None if nothing is logged), and lines of single runs to draw thinly.
 
-    An arm's line is that of its only run, or the mean of its finished runs.
+    An arm's line is that of its only run, or the mean of its finished seeds.
     """
-    found = [(run, line_of(run, key, axis)) for run in arm.runs]
-    found = [(run, line) for run, line in found if line]
+    found = [(run, line) for run in arm.runs if (line := line_of(run, key, axis))]
+    found.sort(key=lambda item: item[0].state not in FINISHED)  # the first may be the main line
     finished = [line for run, line in found if run.state in FINISHED]
     common = reduce(np.intersect1d, [line.step for line in finished]) if len(finished) > 1 else []
     if not len(common):
@@ -145,10 +145,11 @@ def lines_of(arm: Arm, key: str, axis: Axis) -> tuple[Line | None, list[Line]]:
         return (lines[0], lines[1:]) if lines else (None, [])
     at = [np.searchsorted(line.step, common) for line in finished]
     x = np.mean([line.x[i] for line, i in zip(finished, at, strict=True)], axis=0)
-    y = np.array([line.y[i] for line, i in zip(finished, at, strict=True)])
+    losses = [line.y[i] for line, i in zip(finished, at, strict=True)]
+    y = np.array(mean_by_seed(losses, [run.seed for run, _ in found[: len(finished)]])[0])
     thin = [line for run, line in found if run.state not in FINISHED]
-    if len(y) < MIN_INTERVAL:  # two runs: show both
-        return Line(common, x, y.mean(0)), [Line(common, x, y[0]), Line(common, x, y[1]), *thin]
+    if len(y) < MIN_INTERVAL:  # two seeds: show both
+        return Line(common, x, y.mean(0)), [*(Line(common, x, each) for each in y), *thin]
     summaries = [summarize(column) for column in y.T]
     low, high = np.array([[s.low, s.high] for s in summaries]).T
     return Line(common, x, y.mean(0), low, high), thin
@@ -337,16 +338,20 @@ def difference_of(arm: Arm, control: Arm, axis: Axis) -> Line | None:
     common = common[common > 0]  # before the first step only the seeds differ
     if not len(common):
         return None
-    seeds = [[run.seed for run, _ in side] for side in (ours, theirs)]
-    losses = [
-        np.stack([line.y[np.searchsorted(line.x, common)] for _, line in side]) for side in (ours, theirs)
-    ]
-    pairs = [compare(a, b, *seeds) for a, b in zip(losses[0].T, losses[1].T, strict=True)]
+    (a, a_seeds), (b, b_seeds) = (_losses_by_seed(side, common) for side in (ours, theirs))
+    pairs = [compare(x, y, a_seeds, b_seeds) for x, y in zip(a, b, strict=True)]
     line = Line(ours[0][1].step, common, np.array([pair.difference for pair in pairs]))
     last = pairs[-1]
     if ends_of(last.low, last.high, min(last.n_arm, last.n_control)):
         line.low, line.high = np.array([[pair.low, pair.high] for pair in pairs]).T
     return line
+
+
+def _losses_by_seed(measured: Sequence[tuple[RunLog, Line]], x: np.ndarray) -> tuple[np.ndarray, list]:
+    """Return losses at these places on the axis, a column a seed, and the seeds."""
+    losses = [line.y[np.searchsorted(line.x, x)] for _, line in measured]
+    means, seeds = mean_by_seed(losses, [run.seed for run, _ in measured])
+    return np.transpose(means), seeds
 
 
 def _measured(arm: Arm, axis: Axis) -> list[tuple[RunLog, Line]]:

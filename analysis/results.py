@@ -16,7 +16,7 @@ from pathlib import Path
 
 from analysis.arms import Arm
 from analysis.run_log import RunLog, not_training
-from analysis.stats import Comparison, Summary, Verdict, judge, summarize
+from analysis.stats import Comparison, Summary, Verdict, judge, mean_by_seed, summarize
 
 FAILED = ("crashed", "diverged", "hung")  # these count as runs; other unfinished runs are missing
 
@@ -63,18 +63,10 @@ class SweepArm(Arm):
     foreign: str = ""
 
     def samples(self, measure: Callable[[Attempt], float] = loss_of) -> tuple[list[float], list[int | None]]:
-        """Return losses (or another measure) and seeds: one per finished seed, NaN per failed run.
-
-        Repeats of a seed differ only by the machine and are averaged. Unknown seeds count as different ones.
-        """
-        by_seed: dict = {}
-        for number, attempt in enumerate(self.attempts):
-            if attempt.outcome == "done":
-                key = ("run", number) if attempt.seed is None else attempt.seed
-                by_seed.setdefault(key, []).append(measure(attempt))
-        losses = [math.fsum(values) / len(values) for values in by_seed.values()]
-        seeds = [None if isinstance(key, tuple) else key for key in by_seed]
+        """Return losses (or another measure) and seeds: one per finished seed, NaN per failed run."""
+        done = [attempt for attempt in self.attempts if attempt.outcome == "done"]
         failed = [attempt for attempt in self.attempts if attempt.outcome == "failed"]
+        losses, seeds = mean_by_seed([measure(a) for a in done], [a.seed for a in done])
         return losses + [math.nan] * len(failed), seeds + [attempt.seed for attempt in failed]
 
     def values(self, measure: Callable[[Attempt], float] = loss_of) -> list[float]:

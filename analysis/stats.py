@@ -117,6 +117,18 @@ def _unless_rounding(sd: float, losses: Sequence[float]) -> float:
     return sd if sd > ROUNDING * np.max(np.abs(losses)) else 0.0
 
 
+def mean_by_seed(values: Sequence, seeds: Sequence[Hashable]) -> tuple[list, list]:
+    """Average the values (numbers or arrays) of each seed; return the means and their seeds.
+
+    Repeats of a seed differ only by the machine and are no sample. Unknown seeds (None) count as different.
+    """
+    by_seed: dict = {}
+    for number, (value, seed) in enumerate(zip(values, seeds, strict=True)):
+        by_seed.setdefault(("run", number) if seed is None else seed, []).append(value)
+    means = [sum(group) / len(group) for group in by_seed.values()]
+    return means, [None if isinstance(key, tuple) else key for key in by_seed]
+
+
 def summarize(values: Sequence[float]) -> Summary:
     """Mean, sd (n - 1) and Student's interval of the mean."""
     finite, failed = _split(values)

@@ -135,6 +135,32 @@ def test_a_single_validation_is_visible(tmp_path):
     assert sorted(line.get_ydata()[0] for line in points) == [3.1, 3.2, 3.3]
 
 
+def test_repeats_of_a_seed_are_one_curve(tmp_path):
+    """Four runs of each of two seeds would give legend and curves the narrow interval of eight samples."""
+    for number in range(4):
+        for seed in (1, 2):
+            for value in (0.0, 0.1):
+                text = make_log("r", seed, {"spectral_lr_mul": value}, STEPS, final=3.2 + number / 1e4)
+                write(tmp_path / "logs", f"a{value}-s{seed}-{number}", text)
+    _, arms = draw(tmp_path / "logs")
+    axis = curves.Axis("steps", [])
+    line, thin = curves.lines_of(arms[0], "val_loss", axis)
+    assert line.low is None and len(thin) == 2
+    assert curves.difference_of(arms[1], arms[0], axis).low is None
+    assert summarize(plot_loss.final_losses(arms[0])).n == 2 and "n=2)" in plot_loss.legend_label(arms[0])
+
+
+def test_the_main_line_is_of_a_finished_run(tmp_path):
+    """A first run that diverged would be the arm's thick line."""
+    for seed, end in ((1, 100), (2, None)):
+        last = "event:diverged" if end else "event:finished"
+        text = make_log(f"s{seed}", seed, {}, STEPS, last, val_every=10, end=end)
+        write(tmp_path / "logs", f"s{seed}", text)
+    _, arms = draw(tmp_path / "logs")
+    line, thin = curves.lines_of(arms[0], "val_loss", curves.Axis("steps", []))
+    assert line.x[-1] == STEPS and [other.x[-1] for other in thin] == [100]
+
+
 def test_two_seeds_are_both_shown(tmp_path):
     """The 95% interval of two runs is 13 sd wide on either side: the runs themselves say more."""
     write_arms(tmp_path / "logs", [0.1], seeds=(1, 2))
