@@ -1,9 +1,10 @@
-"""Predict how long planned runs take from earlier runs of the same model, batch sizes and machine."""
+"""Predict how long planned runs take from earlier runs of the same script, model, batch sizes and machine."""
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from analysis.devices import Slot, device_name, usable_cores
 from analysis.manifest import LOGS, Run, manifests_in
@@ -12,16 +13,22 @@ from analysis.style import format_time
 from analysis.trainers import read_trainer
 
 HISTORY_LOGS = 100  # number of newest logs to read
+SHAPE = ("model", "batch_sizes", "batch_tokens", "row_tokens")  # settings that determine the time of a step
 
 
 @dataclass(frozen=True)
 class Past:
-    """A finished run: its model and batch sizes, seconds per step, and seconds spent outside the steps."""
+    """A finished run: its shape, seconds per step, and seconds spent outside the steps."""
 
     run_id: str
-    shape: tuple  # model and batch sizes, which determine the time of a step
+    shape: tuple
     step_s: float
     other_s: float  # start, compiling, validation
+
+
+def shape_of(script: str, settings: Mapping[str, object]) -> tuple:
+    """Return what determines the time of a step: script, model and batch sizes."""
+    return Path(script).name, *map(settings.get, SHAPE)
 
 
 def expected_time(runs: Sequence[Run], slots: Sequence[Slot], nproc: int) -> str:
@@ -30,10 +37,10 @@ def expected_time(runs: Sequence[Run], slots: Sequence[Slot], nproc: int) -> str
     total, used = 0.0, set()
     for run in runs:
         settings = read_trainer(run.script).resolve(run.settings)
-        shape = (settings.get("MODEL"), settings.get("BATCH_SIZES"))
+        shape = shape_of(run.script, {name.lower(): value for name, value in settings.items()})
         fits = [past for past in history if past.shape == shape]
         if not fits:
-            return "expected time unknown: no finished log of this model, batch sizes and device yet"
+            return "expected time unknown: no finished log of this script, model, batch sizes and device yet"
         total += sum(past.step_s * num_steps(settings) + past.other_s for past in fits) / len(fits)
         used.update(past.run_id for past in fits)
     each, rounds = 1000 * total / len(runs), math.ceil(len(runs) / len(slots))
@@ -67,8 +74,8 @@ def read_history(slot: Slot, nproc: int) -> list[Past]:
         if log.state != "finished" or not started or log.last_step < 1 or not math.isfinite(train_s):
             continue
         if all(started.get(name) == value for name, value in machine.items()):
-            shape = (log.config.get("model"), log.config.get("batch_sizes"))
             wall_s = walls.get(log.run_id, math.nan)
             other_s = max(0.0, wall_s - train_s) if math.isfinite(wall_s) else 0.0
+            shape = shape_of(log.script, log.config)
             history.append(Past(log.run_id, shape, train_s / log.last_step, other_s))
     return history

@@ -143,13 +143,14 @@ def test_dry_run_says_all_and_writes_nothing(place, launch):
 
 
 def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
-    """Fails if the plan predicts a GPU's time for a laptop, or another batch size's."""
+    """Fails if the plan predicts a GPU's time for a laptop, or another script's or batch size's."""
     Path("logs").mkdir()
     monkeypatch.setattr(expected_time, "device_name", lambda gpu: "laptop")
     monkeypatch.setattr(devices, "usable_cores", lambda: (0, 1))
     monkeypatch.setattr(expected_time, "usable_cores", lambda: (0, 1))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    sweep = read_sweep(sweep_file(TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'MODEL = "tiny"')))
+    text = TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'MODEL = "tiny"')
+    sweep = read_sweep(sweep_file(text.replace('script = "base.py"', "SPECTRAL_LR_MUL = 0.2")))
     slots, nproc = devices.share_out(1, 0, ())
 
     def said():
@@ -157,16 +158,17 @@ def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
 
     assert "unknown" in said()
 
-    def log(name, ms, device="laptop", threads=2, batch=128, end="event:finished"):
-        text = make_log(
-            name, settings={"model": "tiny", "batch_sizes": [batch]}, num_steps=100, ms=ms, end_event=end
-        )
-        started = f"event:started device:{device} world_size:1 threads:{threads}"
+    def log(name, ms, device="laptop", threads=2, end="event:finished", script="ord.py", **more):
+        settings = {"model": "tiny", "batch_sizes": [128], **more}
+        text = make_log(name, settings=settings, num_steps=100, ms=ms, end_event=end)
+        started = f"event:started script:{script} device:{device} world_size:1 threads:{threads}"
         Path(f"logs/{name}.txt").write_text(re.sub("^event:started .*", started, text, flags=re.M))
 
     log("other-device", 9e6, device="H100")
     log("other-threads", 9e6, threads=1)
-    log("other-batch", 9e6, batch=256)
+    log("other-batch", 9e6, batch_sizes=[256])
+    log("other-batch-tokens", 9e6, batch_tokens=256)
+    log("other-script", 9e6, script="base.py")
     log("unfinished", 9e6, end="")
     assert "unknown" in said()
     log("one", 10_000)
