@@ -169,15 +169,18 @@ def _contradictions(attempt: Attempt, record: Run) -> Iterable[str]:
 
 
 def _resolve_settings(arms: Sequence[SweepArm]) -> None:
-    """Complete each arm's settings with defaults from its logs, or from other arms of its script."""
+    """Complete each arm's settings with those of its logs, or with what no arm of its script sets."""
     shared: dict[str, dict] = {}
+    asked: dict[str, set] = {}
     for arm in arms:
+        asked.setdefault(arm.script, set()).update(arm.settings)
         logged = next((run.settings for run in arm.runs if run.config), {})
         if logged:
             shared.setdefault(arm.script, logged)
             arm.settings = {**arm.settings, **logged}
     for arm in arms:
-        arm.settings = {**shared.get(arm.script, {}), **arm.settings}
+        unset = {k: v for k, v in shared.get(arm.script, {}).items() if k not in asked[arm.script]}
+        arm.settings = {**unset, **arm.settings}
 
 
 def _question(file: Path) -> str:
@@ -204,12 +207,12 @@ def _read_logs(paths: Sequence[Path], pool_sources: bool, stopped_early: bool) -
     early = [run for run in runs if _ends_early(run)]
     if early and stopped_early:
         notes.append(
-            f"{len(early)} public logs end before their last step, and count as --stopped-early asked"
+            f"{len(early)} public runs end before their last step, and count as --stopped-early asked"
         )
         runs = [replace(run, state="finished") if _ends_early(run) else run for run in runs]
     elif early:
         notes.append(
-            f"{len(early)} public logs end in a validation before their last step; if they were stopped on "
+            f"{len(early)} public runs end in a validation before their last step; if they were stopped on "
             "purpose, --stopped-early counts them"
         )
     if pool_sources:
@@ -230,7 +233,7 @@ def _read_logs(paths: Sequence[Path], pool_sources: bool, stopped_early: bool) -
 
 def _ends_early(run: RunLog) -> bool:
     """Return whether a public log, which has no events, ends in a validation before its last step."""
-    is_public = not run.config and run.state == "running"
+    is_public = not run.config and run.state in ("running", "stopped")  # stopped: another trial follows
     return is_public and run.last_step > 0 and len(run.val) > 0 and run.val.step[-1] == run.last_step
 
 

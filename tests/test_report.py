@@ -448,6 +448,14 @@ def test_logs_that_contradict_the_plan_are_named(tmp_path):
     assert "settings that the sweep does not set: MUON_WEIGHT_DECAY (0.7, 1.2)" in text
 
 
+def test_an_arm_without_logs_has_no_setting_that_others_set(tmp_path):
+    """Fails if an arm that has not run is shown with the learning rate of an arm that sets its own."""
+    arms = {"fast": (3.2, {"MUON_LR": 0.05}), "slow": (3.2, {"MUON_LR": 0.01}), "base": (3.3, {})}
+    results, _, text, _ = sweep(tmp_path, arms, seeds=(1,), ends={("base", 1): "planned"})
+    base = results.arms[2].settings
+    assert "muon_lr" not in base and base["cooldown_frac"] == 0.55 and "| base | - | 0 |" in text
+
+
 # ------------------------------------------------------------------------------------------------
 # The target
 # ------------------------------------------------------------------------------------------------
