@@ -162,7 +162,9 @@ def table_notes(results: Results) -> str:
         f" The difference is to {'the control' if results.versus else results.reference}: negative is better."
     )
     if not verdict.num_comparisons:
-        return f"{what} Nothing can be tested: no two arms have two runs each."
+        several = sum(summary.n > 1 for summary in verdict.summaries.values()) > 1
+        why = "the arms to compare have single runs, failed runs or no spread"
+        return f"{what} Nothing can be tested: {why if several else 'no two arms have two runs each'}."
     ending = (
         f"where nothing differs, an arm is called better or worse in at most {ALPHA:.0%} of such "
         "sweeps. {} More runs: how many more an arm would find a true difference of this size with 80% "

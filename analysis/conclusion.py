@@ -178,7 +178,7 @@ def _untested(results: Results) -> list[str]:
     if lossy:
         parts.append(f"{_names(lossy)} ({'some of its' if len(lossy) == 1 else 'some of their'} runs failed)")
     if flat:
-        parts.append(f"{_names(flat)} (whose runs do not vary)")
+        parts.append(f"{_names(flat)} (runs or differences do not vary)")
     foreign = [arm.label for arm in results.arms if arm.foreign]
     if foreign:
         parts.append(f"{_names(foreign)} (other source code or data)")

@@ -370,6 +370,16 @@ def test_arms_that_are_the_same_bit_for_bit(tmp_path):
     assert by_name["y"]["more_runs"] is None
 
 
+@pytest.mark.parametrize("control", ["x", None])
+def test_the_reason_why_nothing_can_be_tested(control):
+    """Fails if arms of two runs each are said to have fewer, where it is the spread that is lacking."""
+    several = made_up({"x": [3.27, 3.27], "y": [3.28, 3.28]}, control=control)
+    assert "failed runs or no spread" in report_sweep.table_notes(several)
+    assert "from y (runs or differences do not vary)" in conclusion(several)
+    single = made_up({"x": [3.27, 3.28], "y": [3.28]}, control=control)
+    assert "no two arms have two runs each" in report_sweep.table_notes(single)
+
+
 def test_repeats_of_one_seed_count_once(tmp_path):
     """Three runs of seed 1 differ only by the machine; as three samples they would prove anything."""
     folder = tmp_path / "logs"
