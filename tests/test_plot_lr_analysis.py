@@ -95,7 +95,7 @@ def test_a_run_that_lost_and_learnt_again_is_unstable(tmp_path):
 
 @pytest.mark.parametrize("loss, is_lost", [(3.3, False), (12.0, True)])
 def test_a_run_first_validated_late_began_where_its_training_began(loss, is_lost):
-    """With VAL_LOSS_EVERY=0, a run whose last validations are level would count as diverged."""
+    """A run whose last validations are level would count as diverged with VAL_LOSS_EVERY=0."""
     text = make_log(num_steps=STEPS, val_every=STEPS, last=20)
     (run,) = parse_log(re.sub(r"^step:0/.*\n", "", text, flags=re.M))
     assert run.val.step.tolist() == [STEPS - 10, STEPS] and run.train.step[0] == 1
