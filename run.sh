@@ -8,13 +8,14 @@
 #   RUN_ID=mine RESUME=auto ./run.sh         resume a run that was stopped
 #   VENV=0 ./run.sh                          with the `python` on PATH, where nothing can be installed
 set -euo pipefail
+unset CDPATH  # with it, cd prints where it went
 texts=()
 for text in "$@"; do
   [ -f "$text" ] || {
     echo "$text: no such file; run.sh takes text files, settings are variables: MODEL=tiny ./run.sh" >&2
     exit 2
   }
-  texts+=("$(cd "$(dirname "$text")" && pwd)/$(basename "$text")")
+  texts+=("$(cd -- "$(dirname -- "$text")" && pwd)/$(basename -- "$text")")
 done
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ -n "${RESUME:-}" ] && [ -z "${RUN_ID:-}" ]; then

@@ -134,6 +134,16 @@ def test_a_text_that_is_not_there_is_named(project):
     assert done.returncode == 2 and "MODEL=tiny: no such file" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["sub/a.TXT", "-dash.txt"])
+def test_a_text_is_found_under_any_name(project, name):
+    """Fails if a name that begins with a dash, or an exported CDPATH, ends run.sh before the text is read."""
+    path = project / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(" ")
+    done = shell(project, "./run.sh", name, CDPATH=".")
+    assert done.returncode == 2 and done.stderr.endswith("the files hold no text\n"), done.stderr
+
+
 # ---- the environment
 
 
