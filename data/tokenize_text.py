@@ -80,7 +80,11 @@ def main() -> None:
     if not re.fullmatch(r"[\w.-]+", args.name) or re.search(r"_(train|val)(_|$)", args.name):
         raise ValueError(f"--name {args.name!r}: letters, digits and _ . - only, and neither _train nor _val")
     with Tokenizer(args.as_bytes, args.workers) as tokenizer:
-        make_room(args.out, args.name, args.force)
+        old = old_shards(args.out, args.name)
+        if old and not args.force:
+            raise ValueError(
+                f"{old[0]} already exists ({len(old)} shards): --force replaces them; another --out keeps both"
+            )
         write_split(args, tokenizer)
 
 
@@ -96,15 +100,9 @@ def check_inputs(paths: list[Path]) -> None:
             )
 
 
-def make_room(folder: Path, name: str, force: bool) -> None:
-    """Refuse or delete old shards of this name, which would be trained on together with the new ones."""
-    old = find_shards(str(folder), f"{name}_train_*.bin") + find_shards(str(folder), f"{name}_val_*.bin")
-    if old and not force:
-        raise ValueError(
-            f"{old[0]} already exists ({len(old)} shards): --force replaces them; another --out keeps both"
-        )
-    for path in old:
-        path.unlink()
+def old_shards(folder: Path, name: str) -> list[Path]:
+    """Return the shards of this name, which would be trained on together with the new ones."""
+    return find_shards(str(folder), f"{name}_train_*.bin") + find_shards(str(folder), f"{name}_val_*.bin")
 
 
 class Unfinished:
@@ -159,9 +157,11 @@ class Unfinished:
         return min(self.state["train"][0], self.state["val"][0])
 
     def finish(self) -> list[Path]:
-        """Move all shards to their folder; return their paths."""
+        """Move all shards to their folder, in place of older ones; return their paths."""
         for writer in self.parts.values():
             writer.flush()
+        for path in old_shards(self.args.out, self.args.name):
+            path.unlink()
         moved = []
         for path in self.parts["val"].written + self.parts["train"].written:
             moved.append(path.replace(self.args.out / path.name))

@@ -534,10 +534,15 @@ def test_suggested_fractions_work(tmp_path, run):
 
 
 def test_old_shards_are_neither_mixed_in_nor_overwritten_unasked(tmp_path, run, texts):
+    """Fails if --force is not needed to replace shards, leaves old ones, or deletes them for a text that is
+    then refused."""
     assert tokenize(run, texts[0], tmp_path / "out", "--val-frac", 0.2, "--shard-tokens", 2000)[0] == 0
     many = parts(tmp_path / "out")[0]
     status, _, err = tokenize(run, texts[0][:1], tmp_path / "out", "--val-frac", 0.2)
     assert status == 2 and "--force replaces" in err and parts(tmp_path / "out")[0] == many
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    status, _, err = tokenize(run, [tmp_path / "latin1.txt"], tmp_path / "out", "--force")
+    assert status == 2 and "not UTF-8" in err and parts(tmp_path / "out")[0] == many
     assert tokenize(run, texts[0][:1], tmp_path / "out", "--val-frac", 0.2, "--force")[0] == 0
     assert len(parts(tmp_path / "out")[0]) == 1 < len(many)
 
