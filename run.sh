@@ -29,8 +29,13 @@ script=${SCRIPT:-train_gpt_muon_ord.py}
 [ -f "$script" ] || { echo "SCRIPT=$script: no such file; try train_gpt_muon_ord.py or train_gpt.py" >&2; exit 2; }
 
 if [ ${#texts[@]} -gt 0 ]; then
+  if [ -z "${RESUME:-}" ] && grep -aqs '^event:started ' "logs/${RUN_ID:-}.txt"; then  # before its data are replaced
+    echo "logs/$RUN_ID.txt exists already; choose another RUN_ID, or RESUME=auto to go on with that run" >&2
+    exit 2
+  fi
   # a small model on bytes, unless MODEL names another; long documents are split, not cut
-  export MODEL=${MODEL:-tiny} DATA_PATH=${DATA_PATH:-data/own} LONG_DOCS=${LONG_DOCS:-split}
+  [ "${MODEL:-auto}" != auto ] || MODEL=tiny
+  export MODEL DATA_PATH=${DATA_PATH:-data/own} LONG_DOCS=${LONG_DOCS:-split}
   vocabulary=()
   case $MODEL in tiny* | moe-tiny) vocabulary=(--bytes) ;; esac
   $python data/tokenize_text.py "${texts[@]}" --out "$DATA_PATH" --force ${vocabulary[@]+"${vocabulary[@]}"}

@@ -134,6 +134,27 @@ def test_a_text_that_is_not_there_is_named(project):
     assert done.returncode == 2 and "MODEL=tiny: no such file" in done.stderr
 
 
+def test_data_of_a_run_that_has_a_log_are_not_replaced(project, tmp_path):
+    """Fails if `RUN_ID=mine ./run.sh other.txt` tokenizes the other text over mine's and is refused only then,
+    or if MODEL=auto asks for GPT-2's vocabulary."""
+    for name, text in (("mine", TEXT), ("other", TEXT[::-1])):
+        (tmp_path / f"{name}.txt").write_text(text)
+    out = tmp_path / "own"
+
+    def start(name, **env):
+        env |= dict(DATA_PATH=str(out), MODEL="auto", **SHORT)
+        return shell(project, "./run.sh", str(tmp_path / f"{name}.txt"), **env)
+
+    assert start("mine", MUON_LR="abc").returncode == 2  # tokenized, but not trained
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert shards.check_shard(out / "text_train_000001.bin").vocabulary == 256
+    (project / "logs").mkdir(exist_ok=True)
+    (project / "logs/mine.txt").write_text(make_log("mine"))
+    done = start("other", RUN_ID="mine")
+    assert done.returncode == 2 and "logs/mine.txt exists already" in done.stderr, done.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 @pytest.mark.parametrize("name", ["sub/a.TXT", "-dash.txt"])
 def test_a_text_is_found_under_any_name(project, name):
     """Fails if a name that begins with a dash, or an exported CDPATH, ends run.sh before the text is read."""
