@@ -83,7 +83,8 @@ def main() -> None:
         old = old_shards(args.out, args.name)
         if old and not args.force:
             raise ValueError(
-                f"{old[0]} already exists ({len(old)} shards): --force replaces them; another --out keeps both"
+                f"{old[0]} already exists ({len(old)} shards): --force replaces them; another --out keeps "
+                "both"
             )
         write_split(args, tokenizer)
 

@@ -72,6 +72,7 @@ class Job:
 
     pause_at: number of updates after which every rank stops (SIGSTOP): first, after torchrun's first restart,
     and so on; see wait_until_paused() and go_on().
+    argv: command to run instead of the script.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Job:
         extra: tuple = (),
         setup=None,
         pause_at: tuple[int, ...] = (),
+        argv: list[str] | None = None,
     ):
         self.log = cwd / "logs" / f"{env['RUN_ID']}.txt"
         self.run_id, self.out, self.num_ranks = env["RUN_ID"], cwd / f"{env['RUN_ID']}.out", max(1, ranks)
@@ -93,7 +95,7 @@ class Job:
         self.pause_at = pause_at
         with self.out.open("a") as out:
             self.process = subprocess.Popen(
-                command(script, ranks, extra),
+                argv or command(script, ranks, extra),
                 cwd=cwd,
                 env=env,
                 stdout=out,

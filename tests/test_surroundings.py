@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import BASELINE, ROOT, base_env, make_text, run, write_shard
-from launches import TWO_ARMS, sweep_file
+from jobs import Job
+from launches import TWO_ARMS, alive, sweep_file
 from logs_for_tests import make_log
 
 import train_gpt
@@ -113,6 +115,31 @@ def test_the_end_of_a_text_is_for_validation_where_documents_are_too_few(tmp_pat
     assert bytes([*train[1:], *val[1:]]).decode() == TEXT
 
 
+@pytest.mark.parametrize(
+    "number, ranks, to_group",
+    [
+        (signal.SIGTERM, 1, False),
+        (signal.SIGHUP, 1, False),
+        (signal.SIGTERM, 2, True),
+        (signal.SIGINT, 2, True),
+    ],
+)
+def test_a_signal_to_run_sh_stops_the_run(project, tmp_path, number, ranks, to_group):
+    """Fails if torchrun trains on without run.sh, or a stopped run is not saved, does not exit with 0 or ends
+    in a traceback. A terminal's Ctrl-C goes to the process group."""
+    name = f"{number.name}{ranks}{to_group}"
+    made = [write_shard(tmp_path / f"made_{part}_0.bin", make_text(20_000)) for part in ("train", "val")]
+    env = base_env(made[0].parent, RUN_ID=name, NUM_SCHEDULED_ITERATIONS=400, NPROC_PER_NODE=ranks)
+    job = Job(project, "./run.sh", env, argv=["./run.sh"])
+    job.wait_for(r"^step:2/")
+    (os.killpg if to_group else os.kill)(job.process.pid, number)
+    assert job.end() == 0, job.out.read_text()
+    assert "Traceback" not in job.out.read_text() and "stopped; " in job.out.read_text()
+    assert not alive(project), "torchrun or a rank is left"
+    assert read_log(job.log)[-1].state == "stopped"
+    assert list((project / "logs" / name).glob("step_*.pt")) and not job.log.with_suffix(".png").exists()
+
+
 # ---- refusals
 
 
@@ -135,7 +162,7 @@ def test_a_text_that_is_not_there_is_named(project):
 
 
 def test_data_of_a_run_that_has_a_log_are_not_replaced(project, tmp_path):
-    """Fails if `RUN_ID=mine ./run.sh other.txt` tokenizes the other text over mine's and is refused only then,
+    """Fails if `RUN_ID=mine ./run.sh other.txt` is refused only when the other text has replaced the data,
     or if MODEL=auto asks for GPT-2's vocabulary."""
     for name, text in (("mine", TEXT), ("other", TEXT[::-1])):
         (tmp_path / f"{name}.txt").write_text(text)
