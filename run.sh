@@ -51,36 +51,22 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 # 20 steps of tiny in one process on two cores with a load of 11 took 8 s, with threads that spin 15 s per step
 [ "$NPROC_PER_NODE" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-torchrun='
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.run import main
-try:
-    main()
-except SignalException as stopped:  # the ranks have saved and ended; no traceback
-    raise SystemExit(128 + stopped.sigval)
-'
-# In a process group of its own, so that Ctrl-C, too, reaches torchrun once and from here.
+# in a process group of its own: a signal, Ctrl-C too, reaches the ranks once, from here, and torchrun not at all
 set -m
 # by address, because this machine's name may not resolve to one
-$python -c "$torchrun" --standalone --local-addr=127.0.0.1 \
+$python -m torch.distributed.run --standalone --local-addr=127.0.0.1 \
   --nproc-per-node="$NPROC_PER_NODE" --max-restarts="${MAX_RESTARTS:-0}" "$script" &
-child=$! asked='' code=0
+torchrun=$! stopped='' code=0
 set +m
-trap 'asked=1; kill -TERM $child 2>/dev/null || true' INT TERM HUP
-wait $child || code=$?
-while kill -0 $child 2>/dev/null; do  # a signal ends the wait, not torchrun
+trap 'stopped=1; pkill -TERM -P $torchrun || kill -TERM $torchrun || true' INT TERM HUP
+wait $torchrun || code=$?
+while kill -0 $torchrun 2>/dev/null; do  # a signal ends the wait, not torchrun
   code=0
-  wait $child || code=$?
+  wait $torchrun || code=$?
 done
-trap - INT TERM HUP
-if [ -n "$asked" ]; then  # torchrun's code does not tell whether the ranks saved; the log's last events do
-  case $(grep -as '^event:' "logs/$RUN_ID.txt" | tail -n 2) in
-    *event:finished*) exit 0 ;;
-    *event:save_failed*) exit 1 ;;
-    *event:stopped*)
-      printf '\nstopped; the same settings with RUN_ID=%s RESUME=auto resume the run\n' "$RUN_ID" || true
-      exit 0 ;;
-  esac
+if [ -n "$stopped" ]; then
+  echo "stopped; the same settings with RUN_ID=$RUN_ID RESUME=auto resume the run" || true  # the terminal may be gone
+  exit $code
 fi
 [ $code = 0 ] || exit $code
 $python plot_loss.py "logs/$RUN_ID.txt" --out "logs/$RUN_ID.png" ||
