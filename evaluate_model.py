@@ -186,7 +186,7 @@ def scores_of(found: dict, library_version: str) -> dict[str, dict]:
 def evaluate_model(args: argparse.Namespace) -> None:
     """Score the model, print the scores and write them beside it."""
     names = [name for name in args.tasks.split(",") if name]
-    if not names or args.max_tokens < 2 or (args.limit or 1) < 1:
+    if not names or args.max_tokens < 2 or (args.limit is not None and args.limit < 1):
         raise ValueError("wanted --tasks NAME,NAME, --limit of at least 1, and 2 or more tokens")
     check_device(args.device)
     library = import_optional("lm_eval", LIBRARY)

@@ -76,13 +76,14 @@ def write_sample(args: argparse.Namespace) -> None:
     trained = load_model(args.model, args.device)
     encode, decode = text_codec(trained.vocab_size)
     prompt = read_prompt(args.prompt)
-    new = []
+    new, shown = [], ""
     print(prompt, end="", flush=True)
     for token in sample(trained, encode(prompt), args.tokens, args.temperature, args.top_k, args.seed):
-        shown, new = decode(new), [*new, token]
+        new.append(token)
         whole = decode(new)
         if not whole.endswith("\ufffd"):  # wait for the rest of a multi-byte character
-            print(whole[len(shown.rstrip("\ufffd")) :], end="", flush=True)
+            print(whole[len(shown) :], end="", flush=True)
+            shown = whole
     print()
 
 

@@ -64,6 +64,7 @@ def make_shards(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     # Saved beside the shards: resuming with other choices would mix two corpora.
     choices = {"sample": args.sample, "shard_tokens": args.shard_tokens, "vocabulary": tokenizer.vocabulary}
     state = load_state(args.out, choices)
+    save_state(args.out, choices, state)  # from here on, the shards are known to be ours
     writer = ShardWriter(
         lambda number: shard_path(args.out, number), tokenizer.vocabulary, args.shard_tokens, state["shards"]
     )
@@ -132,6 +133,7 @@ def load_state(folder: Path, choices: dict) -> dict:
 
 
 def save_state(folder: Path, choices: dict, state: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{PROGRESS_NAME}.tmp"
     temporary.write_text(json.dumps({"choices": choices, "state": state}), encoding="utf-8")
     temporary.replace(folder / PROGRESS_NAME)

@@ -6,7 +6,7 @@
     DATA_PATH=data/mine ./run.sh
 
 Writes DIR/NAME_val_000000.bin ... and DIR/NAME_train_000001.bin ...: the mark of each document, then its
-tokens. A document is a text file, in pieces of at most a million characters (or the text between two
+tokens. A document is a text file, in pieces of at most 100,000 characters (or the text between two
 separator lines), a line of a .jsonl file, or a row of a .parquet file. Documents keep the order given.
 Shuffle them first if that order is not random, because a short training run sees only the beginning.
 
@@ -29,13 +29,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under PYTHONSAFEPATH=1
 
-from data.shards import find_shards, read_shard, run_script
+from data.shards import check_shard, find_shards, read_shard, run_script
 from data.tokenizing import Document, Progress, ShardWriter, Tokenizer, add_options, check_options
 
 PLAIN = (".txt", ".md", ".rst")
 SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 PARQUET_ROWS = 1000  # rows per read
-PIECE_CHARACTERS = 1_000_000  # of a text file without separators; training cuts documents much shorter
+PIECE_CHARACTERS = 100_000  # of a text file without separators; training cuts documents much shorter
+FIRST_NUMBER = {"train": 1, "val": 0}  # of a part's shards
 LEAST_TOKENS = 1025  # the trainers validate on 1,024 at least, and the last is only a target
 SMALL_BYTES = 100_000_000  # a corpus below this gives a tenth to validation, else it would be noise
 
@@ -123,10 +124,14 @@ class Unfinished:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             saved = json.loads(self.state_path.read_text(encoding="utf-8"))
             if saved["choices"] == self.choices:
+                for (
+                    part,
+                    first,
+                ) in FIRST_NUMBER.items():  # a ValueError if one is missing or damaged: begin anew
+                    for number in range(first, first + saved["state"][part][1]):
+                        check_shard(self.path_of(part, number))
                 self.state = saved["state"]
-        self.parts = {
-            part: self.writer(part, first, vocabulary) for part, first in (("train", 1), ("val", 0))
-        }
+        self.parts = {part: self.writer(part, first, vocabulary) for part, first in FIRST_NUMBER.items()}
 
     def writer(self, part: str, first: int, vocabulary: int) -> ShardWriter:
         """Return a writer that goes on after a part's finished shards."""
@@ -285,14 +290,17 @@ def first_bad_line(path: Path) -> int:
 
 def read_plain(path: Path, separator: str | None) -> Iterator[Document]:
     lines, first, size = [], 1, 0
+    longest = PIECE_CHARACTERS if separator is None else sys.maxsize
     for number, line in read_lines(path):
         at_separator = separator is not None and line.strip() == separator.strip()
-        if at_separator or (separator is None and size and size + len(line) > PIECE_CHARACTERS):
-            yield Document("".join(lines), f"{path}, line {first}")
-            lines, first, size = [], number + at_separator, 0
-        if not at_separator:
-            lines.append(line)
-            size += len(line)
+        for start in range(0, len(line), longest):  # of one piece, but for very long lines
+            piece = line[start : start + longest]
+            if at_separator or (size and size + len(piece) > longest):
+                yield Document("".join(lines), f"{path}, line {first}")
+                lines, first, size = [], number + at_separator, 0
+            if not at_separator:
+                lines.append(piece)
+                size += len(piece)
     yield Document("".join(lines), f"{path}, line {first}")
 
 
@@ -303,7 +311,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[Document]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{place}: want an object with the field {field!r}, found {type(row).__name__}")
@@ -333,7 +341,7 @@ def read_parquet(path: Path, field: str, first_row: int = 0) -> Iterator[Documen
                     place = f"{path}, row {number}"
                     yield Document(as_text(text, place, field), place)
                 row += batch.num_rows
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path}: damaged near row {row:,} ({error})") from None
 
 

@@ -459,12 +459,47 @@ def test_blank_lines_can_separate(tmp_path, run):
     assert documents_of(parts(tmp_path, "whole")[0]) == [path.read_bytes()]
 
 
+def test_a_text_of_one_line_is_cut(tmp_path, run, monkeypatch):
+    """Fails if a text without line ends is one document, of which training would see only the beginning."""
+    monkeypatch.setattr(tokenize_text, "PIECE_CHARACTERS", 10)
+    path = tmp_path / "a.txt"
+    path.write_text("0123456789" * 2 + "ab")
+    assert run(tokenize_text.main, path, "--out", tmp_path, "--bytes", "--val-frac", 0)[0] == 0
+    assert documents_of(parts(tmp_path)[0]) == [b"0123456789", b"0123456789", b"ab"]
+
+
+def test_a_stop_while_shards_are_moved_does_not_block_the_next_run(tmp_path, run, texts, monkeypatch):
+    """Fails if shards that were moved already are missed for ever."""
+    arguments = tmp_path / "out", "--val-frac", 0.3, "--shard-tokens", 900
+    assert tokenize(run, texts[0], *arguments)[0] == 0
+    wanted = [documents_of(paths) for paths in parts(tmp_path / "out")]
+
+    moved, original = [], Path.replace
+
+    def replace(path, target):
+        if target.suffix == ".bin":
+            moved.append(target)
+            if len(moved) == 3:
+                raise KeyboardInterrupt
+        return original(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        patch.setattr(sys, "argv", ["script.py"])
+        with contextlib.suppress(KeyboardInterrupt):
+            tokenize(run, texts[0], *arguments, "--force")
+    status, _, said = tokenize(run, texts[0], *arguments, "--force")
+    assert status == 0, said
+    assert [documents_of(paths) for paths in parts(tmp_path / "out")] == wanted
+
+
 LINE = b'{"text": "a fine document"}\n'
 MISTAKES = {
     "no file": ("a.txt", None, [], "no such file"),
     "unknown kind": ("a.doc", b"x", [], "must end in .txt, .md, .rst, .jsonl, .parquet"),
     "not UTF-8": ("a.txt", b"one\ntwo\ncaf\xe9", [], "a.txt, line 3: not UTF-8 (found byte 0xe9)"),
     "not JSON": ("a.jsonl", LINE * 2 + b"{oops\n", [], "line 3: not JSON"),
+    "a number that is too long": ("a.jsonl", LINE + b"9" * 5000, [], "line 2: not JSON"),
     "not an object": (
         "a.jsonl",
         LINE + b'["text"]\n',

@@ -96,6 +96,20 @@ def test_the_same_seed_gives_the_same_text(trained, capsys):
     assert first == ask("3") and first.startswith("import") and first != ask("4")
 
 
+def test_tokens_that_end_within_a_character_lose_nothing(trained, capsys, monkeypatch):
+    """Fails if text before a character that needs two tokens, such as GPT-2's space before a quotation mark,
+    is not printed."""
+    parts = [b"He said", b" \xe2\x80", b"\x9cyes", b" ", b"\xe6\x97", b"\xa5"]
+
+    def decode(tokens):
+        return b"".join(parts[token] for token in tokens).decode(errors="replace")
+
+    monkeypatch.setattr(sample, "text_codec", lambda vocab_size: (lambda text: [], decode))
+    monkeypatch.setattr(sample, "sample", lambda *args: iter(range(len(parts))))
+    assert sample.main([str(trained / "logs" / "short" / "model.safetensors")]) == 0
+    assert capsys.readouterr().out == "He said \u201cyes \u65e5\n"
+
+
 def test_a_wrong_argument_ends_the_command_with_2(trained):
     argv = [sys.executable, str(ROOT / "sample.py"), "logs/short/model.safetensors", "--tokens", "0"]
     done = subprocess.run(argv, cwd=trained, capture_output=True, text=True)
