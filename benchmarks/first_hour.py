@@ -246,25 +246,28 @@ class Stages:
         self.env, self.count, self.timed, self.stage = env, count, None, None
 
     def at(self, stage: int):
+        """Enter the stage and run its first two steps, which compile: a continued call skips compile()."""
         import step_time
 
-        self.timed = self.timed or step_time.build(ORD, self.env)
         if self.stage != stage:
+            start = time.perf_counter()
+            self.timed = self.timed or step_time.build(ORD, self.env)
             self.timed.enter(stage)
+            built = time.perf_counter()
+            self.timed.pair(recorded=False)
+            self.timed.flush()
+            self.timed.clock.sync()
+            self.seconds = built - start, time.perf_counter() - built
             self.stage = stage
         return self.timed
 
     def compile(self, stage: int) -> list[dict]:
-        """Run the first two steps."""
-        start, before = time.perf_counter(), graphs_compiled()
-        timed = self.at(stage)
-        built = time.perf_counter()
-        timed.pair(recorded=False)
-        timed.clock.sync()
-        end, names, warnings = time.perf_counter(), timed.fast_names, timed.fast_warnings
+        """Report what at() has built and compiled."""
+        before, timed = graphs_compiled(), self.at(stage)
+        (built, first), names, warnings = self.seconds, timed.fast_names, timed.fast_warnings
         return [
-            row("the trainer is built", built - start, "s"),
-            row("first two steps", end - built, "s", note=cache_use()),
+            row("the trainer is built", built, "s"),
+            row("first two steps", first, "s", note=cache_use()),
             row("graphs", graphs_compiled() - before, ""),
             row("fast forms", len(names), "", note=", ".join([*names, *warnings]), ok=not warnings),
         ]
@@ -302,6 +305,7 @@ class Stages:
         cuda, kernels = timed.clock.cuda, []
         with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA][: int(cuda)]]) as found:
             timed.pair(recorded=False)
+            timed.flush()
             timed.clock.sync()
         for event in found.key_averages():
             us = event.self_device_time_total if cuda else event.self_cpu_time_total
@@ -328,7 +332,6 @@ class Stages:
         import step_time
 
         if self.timed:
-            self.timed.flush()
             self.timed.close()
         self.timed = self.stage = None
         gc.collect()

@@ -32,6 +32,7 @@ import dataclasses
 import gc
 import importlib
 import json
+import math
 import os
 import platform
 import sys
@@ -201,11 +202,15 @@ class Timed:
         self.data.coming = None  # prefetched at the previous stage's batch size
 
     def flush(self):
-        """Read the loss summed over the ranks, on a GPU a step late, as in a run."""
+        """Read the loss summed over the ranks, on a GPU a step late, as in a run.
+
+        RuntimeError if it is not finite: steps with NaN weights are faster.
+        """
         if self.pending:
             (total, wait), self.pending = self.pending, None
             wait()
-            total.item()
+            if not math.isfinite(total.item()):
+                raise RuntimeError(f"the loss is {total.item()}, and steps without numbers prove nothing")
 
     def step(self):
         length = len(self.steps) - len(self.steps) % 2 or 1  # repeated steps keep their parity
@@ -305,6 +310,7 @@ def measure_stage(timed: Timed, stage: int, steps: int, evaluate: bool = True) -
             timed.pair(recorded=True)
             spent = timed.parts.spent(timed.parts.take())
             parts_ms.append({name: ms / 2 for name, ms in spent.items()})
+    timed.flush()
     ms = np.array([clock.ms(*marks) / 2 for marks in whole])
     parts = {name: float(np.median([p[name] for p in parts_ms])) for name in PARTS}
     step, schedule = timed.steps[0], timed.schedule
@@ -429,6 +435,8 @@ def compare_twins(twins: list[Timed], stage: int, pairs: int) -> dict:
         for which in ((0, 1), (1, 0))[i % 2]:
             whole[which].append(twins[which].pair(recorded=True))
             inside[which].append(twins[which].parts.take())
+    for twin in twins:
+        twin.flush()
     clock.sync()
     base, ord_ = (np.array([clock.ms(*marks) / 2 for marks in arm]) for arm in whole)
     base_optimizer, ord_optimizer = (
@@ -567,6 +575,10 @@ def choose_stages(timed: Timed, text: str | None) -> list[int]:
 
 def run(args, env: dict) -> tuple[dict, object]:
     """Return the result for --json, and the process's Ranks."""
+    if args.ord < 0:
+        raise ValueError(f"--ord {args.ord}: wanted a number of pairs")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: its folder does not exist")
     choose_allocator()  # as in a run
     timed = build(Path(args.script).stem, env)
     ranks = timed.ranks
@@ -591,7 +603,6 @@ def run(args, env: dict) -> tuple[dict, object]:
     result["ord"] = []
     if args.ord:
         distinct = [r["stage"] - 1 for r in result["stages"] if "same_as" not in r]
-        timed.flush()
         timed.close()
         del timed  # its memory is for the two that follow
         gc.collect()

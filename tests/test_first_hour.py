@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +108,20 @@ def test_part_c_times_stages_2_and_3(scratch):
     for stage, tokens in ((2, 256_000), (3, 384_000)):
         step = values(steps[f"steps, stage {stage}"])
         assert step["tokens/s"] == pytest.approx(tokens / step["step"])
+
+
+def test_a_stage_is_entered_with_warm_steps():
+    """Fails if a continued call, which skips compile(), compiles while it times or profiles."""
+    calls = []
+
+    def note(name):
+        return lambda *args, **kwargs: calls.append(name)
+
+    stages = first_hour.Stages({}, 2)
+    clock = SimpleNamespace(sync=note("sync"))
+    stages.timed = SimpleNamespace(enter=note("enter"), pair=note("pair"), flush=note("flush"), clock=clock)
+    assert stages.at(0) is stages.at(0) is stages.timed
+    assert calls == ["enter", "pair", "flush", "sync"]
 
 
 def test_part_d_trains_resumes_and_samples(scratch):
