@@ -79,9 +79,14 @@ def draw_documents(count: int, vocabulary: int, mean: int, seed: int) -> np.ndar
     return tokens
 
 
+def scratch(dry: bool) -> Path:
+    """Folder for what is no result; a real call must not meet a dry one's runs or compile cache."""
+    return SCRATCH / ("dry" if dry else "real")
+
+
 def prepare_shards(tokens: Path | None, dry: bool) -> Path:
     """Return a folder with the given shards, unpacked, or with drawn ones."""
-    folder = SCRATCH / ("given" if tokens else "drawn")
+    folder = scratch(dry) / ("given" if tokens else "drawn")
     folder.mkdir(parents=True, exist_ok=True)
     if tokens is None:
         vocabulary, mean, *sizes = (256, 60, 500, 200) if dry else (50_257, 700, 30_000, 2000)
@@ -204,7 +209,9 @@ def time_part(lab, part: str, stage: int) -> list[dict]:
     for case, ms in found:
         rate = f"{case.flop / ms / 1e9:,.1f} TFLOP/s" if case.flop else f"{case.bytes / ms / 1e6:,.0f} GB/s"
         rows.append(row(case.name, ms, note=rate if case.flop or case.bytes else ""))
-    whole = [row("a step", step_ms, beside=predict(lab().s.model, stage).get(part))] if step_ms else []
+    predicted = predict(lab().s.model, stage)
+    predicted.pop("updates")  # with Adam and the zeroing of tables; measured are matrices only
+    whole = [row("a step", step_ms, beside=predicted.get(part))] if step_ms else []
     return [*whole, *rows]
 
 
@@ -369,10 +376,11 @@ def part_c(report: Report, env: dict, dry: bool):
 
 
 class RealRun:
-    """Runs of the trainer itself, each in its own process, in a scratch folder."""
+    """Runs of the trainer itself, each in its own process, in a scratch folder for each --out."""
 
     def __init__(self, report: Report, env: dict, dry: bool):
-        self.report, self.logs = report, SCRATCH / "run/logs"
+        self.report = report
+        self.logs = scratch(dry).joinpath("run", *report.out.parts[1:], "logs")
         steps, extension, save = (14, 2, 12) if dry else (280, 20, 200)
         self.env = env | dict(NUM_SCHEDULED_ITERATIONS=str(steps), NUM_EXTENSION_ITERATIONS=str(extension))
         self.env |= dict(SAVE_EVERY=str(save), VAL_LOSS_EVERY=str(steps // 4), VAL_LOSS_LAST_STEPS="0")
@@ -388,7 +396,7 @@ class RealRun:
             done = self.report.call([sys.executable, str(ROOT / f"{ORD}.py")], env, self.logs.parent)
         finally:
             if log.exists():
-                shutil.copy(log, self.report.out / "d_log.txt")
+                shutil.copy(log, self.report.out / f"d_{run_id}.txt")
         if done.returncode and "OutOfMemory" in done.stdout:
             raise torch.OutOfMemoryError(done.stdout[-1000:])
         if done.returncode:
@@ -417,10 +425,15 @@ class RealRun:
         ]
 
     def resumed(self) -> list[dict]:
-        """Repeat the last steps from the checkpoint, under another name; check for the same loss."""
-        saved = min((self.logs / RUN).glob("step_*.pt"))
+        """Repeat the last steps from a checkpoint, under another name; check for the same loss.
+
+        Take the newest at which the run itself was not resumed; else the comparison proves nothing.
+        """
+        whole = read_log(self.logs / f"{RUN}.txt")[0]
+        used = [Path(e.fields["path"]).name for e in whole.events if e.name == "resumed"]
+        saved = max((self.logs / RUN).glob("step_*.pt"), key=lambda path: (path.name not in used, path))
         run, rows = self.train(f"{RUN}-resumed", str(saved))
-        found, wanted = run.val.loss[-1], read_log(self.logs / f"{RUN}.txt")[0].val.loss[-1]
+        found, wanted = run.val.loss[-1], whole.val.loss[-1]
         same = any(e.name == "resumed" for e in run.events) and abs(found - wanted) < RESUMED_WITHIN
         return [*rows, row("last validation loss", found, "", wanted, ok=bool(same))]
 
@@ -438,8 +451,11 @@ class RealRun:
 def part_d(report: Report, env: dict, dry: bool):
     run = RealRun(report, env, dry)
     report.step("train", run.whole)
-    report.step("resume", run.resumed)
-    report.step("sample", run.sample)
+    for name, action in (("resume", run.resumed), ("sample", run.sample)):
+        if report.steps["train"].get("rows"):  # it trained to the end, even if a check failed
+            report.step(name, action)
+        else:
+            report.record(name, status="left out")
 
 
 PARTS = {"a": part_a, "b": part_b, "c": part_c, "d": part_d}
@@ -459,7 +475,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    given, dry, cache = args.given or args.out, args.dry_run, SCRATCH / "cache"
+    given, dry, cache = args.given or args.out, args.dry_run, scratch(args.dry_run) / "cache"
     os.environ |= {f"{name}_CACHE_DIR": str(cache / name) for name in ("TORCHINDUCTOR", "TRITON")}
     if dry:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": str(int(args.part == "a"))}

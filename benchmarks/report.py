@@ -5,11 +5,15 @@ carry to another machine.
 """
 
 import contextlib
+import ctypes
+import functools
 import gc
 import io
 import json
 import lzma
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -24,6 +28,7 @@ PIECE_BYTES, MAX_PIECES = 2**24, 3
 STEPS_OF_COMPILER = (".ttir", ".ttgir", ".llir", ".ptx", ".source")  # Triton loads a kernel without them
 PACKING = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": 2**26}]  # kernels are in it twice, far apart
 SAVE_S, STOP_S = 40, 40  # reserved for packing the cache, and before that for training to save and stop
+PR_SET_PDEATHSIG = 1  # Linux's prctl option
 DONE = ("ok", "failed", "out of memory", "missing")
 MAX_ROWS = 14  # per step, in the table
 
@@ -72,10 +77,11 @@ class Report:
     def step(self, name: str, run):
         """Run a step and record its rows, unless an earlier call did or time is up. run: () -> rows."""
         before = self.steps.get(name, {})
-        attempts, status = before.get("attempts", 0), before.get("status")
+        status = before.get("status")
+        attempts = before.get("attempts", 0) if status == "running" else 0  # that ended the process
         if status in DONE:
             return
-        if status == "running" and attempts > 1:
+        if attempts > 1:
             self.record(name, status="failed", error="it ended the process twice")
         elif self.seconds_left() < 0:
             self.record(name, status="left out")
@@ -125,6 +131,9 @@ class Report:
     def call(self, command: list[str], env: dict, folder: Path) -> subprocess.CompletedProcess:
         """Run a command. When time is up it gets SIGTERM, at which a trainer saves and stops."""
         pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if sys.platform == "linux":  # a trainer that outlives this process would lock its log
+            kill_with_parent = ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL
+            pipes["preexec_fn"] = functools.partial(*kill_with_parent)
         self.child = subprocess.Popen(command, env=env, cwd=folder, **pipes)
         try:
             said, _ = self.child.communicate(timeout=max(1, self.seconds_left()))
@@ -138,14 +147,18 @@ class Report:
         """End the process in time, even if its main thread is blocked."""
         if self.finished.wait(max(0, self.end - time.monotonic())):
             return
-        with self.lock:
-            for name in [name for name, step in self.steps.items() if step["status"] == "running"]:
-                self.record(name, status="cut off")
-            code = self.finish()
-        if self.child:
-            self.child.kill()
-        sys.stdout.flush()
-        os._exit(code)
+        try:
+            with self.lock:
+                for name in [name for name, step in self.steps.items() if step["status"] == "running"]:
+                    self.record(name, status="cut off")
+                self.finish()
+            sys.stdout.flush()
+        except Exception:  # such as a full disk
+            traceback.print_exc()
+        finally:
+            if self.child:
+                self.child.kill()
+            os._exit(1 if self.code is None else self.code)
 
     def finish(self) -> int:
         """Print the table and pack the cache. Returns the exit code: 1 if a step failed."""
@@ -154,7 +167,10 @@ class Report:
                 self.code = int(any(step["status"] == "failed" for step in self.steps.values()))
                 self.write()
                 self.print_table()
-                pack(self.cache, self.out)
+                try:
+                    pack(self.cache, self.out)
+                except OSError as error:
+                    print(f"the compile cache is not packed: {error}")
         self.finished.set()
         return self.code
 
@@ -178,7 +194,8 @@ class Report:
 
 def pack(folder: Path, out: Path, piece: int = PIECE_BYTES):
     """Pack a folder into out/cache.tar.xz.0, .1, ...; write nothing if that takes too many files."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = os.walk(folder)  # unlike rglob, it goes on where a folder has just vanished
+    files = sorted(Path(parent) / name for parent, _, names in found for name in names)
     if not files:
         return
     data = io.BytesIO()
@@ -190,16 +207,24 @@ def pack(folder: Path, out: Path, piece: int = PIECE_BYTES):
     pieces = [packed[i : i + piece] for i in range(0, len(packed), piece)]
     print(f"compile cache: {len(packed):,} bytes packed, {len(pieces)} file(s) of at most {MAX_PIECES}")
     if len(pieces) <= MAX_PIECES:
+        for i, part in enumerate(pieces):
+            (out / f"cache.new.{i}").write_bytes(part)
         for old in out.glob("cache.tar.xz.*"):
             old.unlink()
-        for i, part in enumerate(pieces):
-            (out / f"cache.tar.xz.{i}").write_bytes(part)
+        for i in range(len(pieces)):
+            (out / f"cache.new.{i}").replace(out / f"cache.tar.xz.{i}")
 
 
 def unpack(given: Path, folder: Path):
-    """Unpack an earlier call's cache into the folder, unless it exists."""
-    pieces = sorted(given.glob("cache.tar.xz.*"))
-    if pieces and not folder.is_dir():
+    """Unpack an earlier call's cache into the folder, unless it exists; go on without a damaged one."""
+    pieces, new = sorted(given.glob("cache.tar.xz.*")), folder.with_suffix(".new")
+    if not pieces or folder.is_dir():
+        return
+    shutil.rmtree(new, ignore_errors=True)
+    try:
         data = io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))
         with tarfile.open(fileobj=data, mode="r:xz") as archive:
-            archive.extractall(folder, filter="data")
+            archive.extractall(new, filter="data")
+        new.replace(folder)
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
+        print(f"all is compiled anew, because the cache in {given} cannot be unpacked: {error}")

@@ -210,7 +210,7 @@ class Timed:
             (total, wait), self.pending = self.pending, None
             wait()
             if not math.isfinite(total.item()):
-                raise RuntimeError(f"the loss is {total.item()}, and steps without numbers prove nothing")
+                raise RuntimeError(f"the loss is {total.item()}, so the steps' times mean nothing")
 
     def step(self):
         length = len(self.steps) - len(self.steps) % 2 or 1  # repeated steps keep their parity

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import first_hour  # noqa: E402
 import report  # noqa: E402
 from report import Report, row  # noqa: E402
+
+from runtime.supervise import process_state  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------
 # The parts
@@ -77,7 +80,8 @@ def test_part_a_checks_and_times_all_kernels_and_names_the_wrong_one(tmp_path):
     assert len(timed) == len(first_hour.TIMED) + 2  # attention in three stages
     assert all(r["value"] > 0 for name in timed for r in steps[name]["rows"])
     sums = [r for name in timed for r in steps[name]["rows"] if r["what"] == "a step"]
-    assert len(sums) == 10 and sum(r["beside"] is not None for r in sums) == 9  # gates have no prediction
+    predicted = [r for r in sums if r["beside"] is not None]
+    assert len(sums) == 10 and len(predicted) == 8  # not gates, nor updates, which would be Adam's, too
     assert "FAILED" in done.stdout and f"{len(steps) - 3} ok, 3 failed" in done.stdout
 
 
@@ -132,7 +136,52 @@ def test_part_d_trains_resumes_and_samples(scratch):
     assert train["last validation loss"] < train["first validation loss"] - 0.1
     assert resumed["last validation loss"] == pytest.approx(train["last validation loss"], abs=1e-4)
     assert "The history of" in steps["sample"]["rows"][0]["note"]
-    assert "event:finished" in (scratch / "out/d_log.txt").read_text()
+    for name in ("first-hour", "first-hour-resumed"):
+        log = (scratch / f"out/d_{name}.txt").read_text()
+        assert "event:finished" in log and ("event:resumed" in log) == name.endswith("resumed")
+    assert not first_hour.scratch(dry=False).exists(), "a real call would meet a dry one's runs or cache"
+
+
+LOG = """
+step:0/20 val_loss:5.0 train_time:0ms
+event:checkpoint step:{kept} path:logs/first-hour/step_{kept:08d}.pt
+event:resumed step:{stop} path:logs/first-hour/step_{stop:08d}.pt
+step:20/20 val_loss:3.0 train_time:9ms
+"""
+
+
+@pytest.mark.parametrize("stop, kept, wanted", ((4, 12, 12), (14, 12, 12), (12, 12, 12)))
+def test_a_run_is_resumed_where_it_had_not_stopped(stop, kept, wanted, scratch, make_report, monkeypatch):
+    """Fails if both runs go on from one checkpoint, which says nothing about resuming.
+
+    Or if all is trained again from an early stop, because nothing else is left.
+    """
+    run = first_hour.RealRun(make_report(), {}, dry=True)
+    (run.logs / first_hour.RUN).mkdir()
+    (run.logs / f"{first_hour.RUN}.txt").write_text(LOG.format(stop=stop, kept=kept))
+    for step in (stop, kept):
+        (run.logs / first_hour.RUN / f"step_{step:08d}.pt").touch()
+    begun = []
+    monkeypatch.setattr(run, "train", lambda run_id, resume: begun.append(resume) or (None, []))
+    with pytest.raises(AttributeError):
+        run.resumed()
+    assert Path(begun[0]).name == f"step_{wanted:08d}.pt"
+
+
+@pytest.mark.parametrize("end, then", ((report.CutOff("time"), "left out"), (None, "ok")))
+def test_only_a_trained_model_is_resumed_and_sampled(end, then, scratch, make_report, tmp_path, monkeypatch):
+    """Fails if steps that need the trained model fail for good before there is one."""
+
+    def whole(self):
+        if end:
+            raise end
+        return [row("finished", ok=False)]  # a failed check, but a trained model
+
+    monkeypatch.setattr(first_hour.RealRun, "whole", whole)
+    for name in ("resumed", "sample"):
+        monkeypatch.setattr(first_hour.RealRun, name, lambda self: [])
+    first_hour.part_d(make_report(), {}, dry=True)
+    assert statuses(tmp_path) == dict(train="cut off" if end else "failed", resume=then, sample=then)
 
 
 def test_given_shards_are_unpacked(scratch):
@@ -250,6 +299,60 @@ found.step("second", lambda: os.kill(os.getpid(), signal.SIGKILL))
         found.record("third", status="running", attempts=2)  # as if it had crashed two processes
 
 
+def test_a_step_that_was_cut_off_may_still_crash_once(make_report, tmp_path):
+    """Fails if a clean end counts as a crash: one more, and the step is given up for good."""
+    found = make_report()
+    found.step("train", fail_with(report.CutOff("time")))
+    code = """
+found = report.Report("p", folder, folder, 1e5, folder / "cache")
+found.step("train", lambda: os.kill(os.getpid(), signal.SIGKILL))
+"""
+    assert in_a_process(tmp_path, code) == -9
+    make_report().step("train", lambda: None)
+    assert statuses(tmp_path) == {"train": "ok"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_command_ends_with_the_process(tmp_path):
+    """Fails if a trainer outlives a killed call: the next one is refused the log that it holds."""
+    code = """
+found = report.Report("p", folder, folder, 1e5, folder / "cache")
+child = '''
+import os, time
+with open("pid", "w") as file:
+    file.write(str(os.getpid()))
+os.kill(os.getppid(), 9)
+time.sleep(30)
+'''
+found.call([sys.executable, "-c", child], dict(os.environ), folder)
+"""
+    assert in_a_process(tmp_path, code) == -9
+    child, polls = int((tmp_path / "pid").read_text()), 0
+    while process_state(child) != "gone" and polls < 100:
+        time.sleep(0.1)
+        polls += 1
+    assert polls < 100
+
+
+@pytest.mark.parametrize("error", (FileNotFoundError, RuntimeError))
+def test_a_step_that_hangs_ends_with_the_clock_even_without_a_cache(error, tmp_path):
+    """Fails if packing, while a compiler renames its folders or on a full disk, keeps the process alive."""
+    code = """
+def pack(*_):
+    raise ERROR
+def hang():
+    found.end = 0
+    threading.Thread(target=found.watch).start()
+    threading.Event().wait(20)
+    note("late")
+report.pack = pack
+found = report.Report("p", folder, folder, 1e5, folder / "cache")
+found.step("hangs", hang)
+"""
+    assert in_a_process(tmp_path, code.replace("ERROR", error.__name__)) == 0
+    assert statuses(tmp_path) == dict(hangs="cut off") and not (tmp_path / "ran.txt").exists()
+
+
 def test_a_step_that_hangs_ends_with_the_clock(tmp_path):
     """Fails if results or cache are lost when the main thread never returns."""
     (tmp_path / "cache").mkdir()
@@ -321,5 +424,9 @@ def test_a_cache_is_packed_in_pieces_and_unpacked_in_its_place(tmp_path):
     (place / "inductor/ab/0.so").write_bytes(b"newer")
     report.unpack(out, place)
     assert (place / "inductor/ab/0.so").read_bytes() == b"newer"
+    (out / "cache.tar.xz.1").write_bytes(b"damaged")
+    report.unpack(out, tmp_path / "cold")
+    assert not (tmp_path / "cold").exists(), "a damaged cache ends no call and leaves no half"
+    report.pack(cache, out, piece=4096)
     report.pack(cache, out, piece=1024)
     assert [path.stat().st_size for path in sorted(out.iterdir())] == sizes, "too many: the last ones stay"
