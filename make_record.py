@@ -18,8 +18,8 @@ The source code at the head of logs is kept only once, in logs/sources/HASH.txt.
 completed with the sweep's file and with `--out .` where it lacks them. --new never overwrites anything.
 
 --check changes nothing. It exits with 1 if a table (.md .json .csv) is not, byte for byte, what the commands
-make of the logs. The bytes of pictures change with matplotlib's version and the fonts of a machine, so
-differences in them are reported but are no failure.
+make of the logs, and with 2 if the source code of a log was changed. The bytes of pictures change with
+matplotlib's version and the fonts of a machine, so differences in them are reported but are no failure.
 """
 
 import argparse
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from analysis.command_line import complain, make_parser
 from analysis.files import read_text, write_atomically
 from analysis.manifest import Run, manifest_path, read_manifest
-from analysis.run_log import SEPARATOR_WIDTH, find_log, log_stem, read_log, read_unpacked
+from analysis.run_log import SEPARATOR_WIDTH, find_log, log_stem, read_log, read_unpacked, read_with_sources
 from analysis.shown import console
 
 HERE = Path(__file__).resolve().parent
@@ -93,7 +93,12 @@ def times(folder: Path) -> dict[Path, int]:
 
 
 def check(record: Path) -> dict[Path, str]:
-    """Make everything in a copy; for each file, return "the same", "differs" or "not in the record"."""
+    """Make everything in a copy; for each file, return "the same", "differs" or "not in the record".
+
+    OSError if a log's source code is missing or was changed.
+    """
+    for log in record.glob("logs/*.txt*"):
+        read_with_sources(log)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / record.resolve().name
         shutil.copytree(record, copy)

@@ -258,11 +258,20 @@ def embedded_sources(path: str | Path) -> dict[str, bytes]:
 
 
 def read_with_sources(path: Path) -> bytes:
-    """Read a log's bytes, decompressed, and restore source code that a record keeps beside its logs."""
+    """Read a log's bytes, decompressed, and restore source code that a record keeps beside its logs.
+
+    Raises OSError if that source code is missing, or is not what its name, the start of its SHA-256, says.
+    """
     data = read_unpacked(path)
-    if moved := _SOURCES_MOVED.match(data):
-        data = read_unpacked(path.parent / moved[1].decode()) + b"\n" + data[moved.end() :]
-    return data
+    moved = _SOURCES_MOVED.match(data)
+    if not moved:
+        return data
+    kept = path.parent / moved[1].decode()
+    source = read_unpacked(kept)
+    found, wanted = hashlib.sha256(source).hexdigest()[:16], log_stem(kept)
+    if found != wanted:
+        raise OSError(f"{kept} was changed: its SHA-256 starts with {found}, not {wanted} as in its name")
+    return source + b"\n" + data[moved.end() :]
 
 
 def log_stem(path: Path) -> str:

@@ -274,7 +274,7 @@ def test_a_record_comes_back_byte_for_byte(record, tools_here, capsys):
 
 
 def test_a_new_record_of_packed_logs(tmp_path, monkeypatch, capsys):
-    """Fails if packed logs read differently from the originals, or a changed table goes unnoticed."""
+    """Fails if packed logs read differently from plain ones, or a changed table or source goes unnoticed."""
     make_sweep(tmp_path, "lr", arms_of({0.01: 3.4, 0.02: 3.3, 0.04: 3.35}), val_every=100, seeds=(1, 2))
     monkeypatch.chdir(tmp_path)
     logs = list_logs("logs")
@@ -300,6 +300,12 @@ def test_a_new_record_of_packed_logs(tmp_path, monkeypatch, capsys):
         assert read_with_sources(after) == before.read_bytes()
     assert (record / "results.md").exists() and (record / "REPORT.md").exists()
     shutil.rmtree("logs")
+    kept = next((record / "logs" / "sources").iterdir())
+    source = lzma.decompress(kept.read_bytes())
+    kept.write_bytes(lzma.compress(source.replace(b"def", b"fed", 1)))
+    assert make_record.main(["records/x", "--check"]) == 2
+    assert f"{kept.name} was changed" in capsys.readouterr().err
+    kept.write_bytes(lzma.compress(source))
     table = record / "results.csv"
     table.write_text(table.read_text().replace("good", "best"))
     assert make_record.main(["records/x", "--check"]) == 1
