@@ -34,6 +34,7 @@ import tty
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,6 +187,15 @@ def last_words(run: RunLog) -> str:
     return ", ".join(value if name in prose else f"{name} {value}" for name, value in fields)
 
 
+def began_after(run: RunLog, ended: str | None) -> bool:
+    """Return whether a run was started or resumed, by hand, after its launcher saw it end."""
+    times = [event.fields.get("time", "") for event in run.events if event.name in ("started", "resumed")]
+    try:
+        return datetime.fromisoformat(times[-1]) > datetime.fromisoformat(ended)
+    except (IndexError, TypeError, ValueError):  # one of the times is not known
+        return False
+
+
 # ------------------------------------------------------------------------------------------------
 # Logs and sweeps
 # ------------------------------------------------------------------------------------------------
@@ -241,7 +251,8 @@ class Monitor:
                 if plan:
                     row.sweep, row.tag = manifest.sweep, plan.tag
                     row.control_tag = manifest.control_of(plan.tag)
-                if plan and row.state == "running" and plan.state in LAUNCHER_STATES:
+                unended = plan and row.state == "running" and not began_after(run, plan.ended)
+                if unended and plan.state in LAUNCHER_STATES:
                     row.state = LAUNCHER_STATES[plan.state]
                     row.message = plan.reason or f"launcher: {plan.state}"
                 by_arm.setdefault((row.sweep, row.tag), []).append(run)

@@ -207,6 +207,15 @@ def test_the_launcher_knows_of_killed_runs(tmp_path):
     assert "a seed 1 crashed: killed by signal 9" in text and "a seed 1 crashed: launcher: hung" in text
 
 
+@pytest.mark.parametrize("time, state", [("13:00:01+0100", "running"), ("11:59:59+0000", "stopped")])
+def test_a_run_of_a_stopped_sweep_that_is_resumed_is_running(tmp_path, time, state):
+    """Fails if the manifest's old state hides a run resumed by hand, or a later end is overlooked."""
+    event = f"event:stopped\nevent:resumed step:100/{STEPS} path:x time:2026-02-06T{time}"
+    write(tmp_path, "a", make_log("a", num_steps=STEPS, end=100, end_event=event))
+    write_manifest(tmp_path, None, [planned("a", "a", state="stopped", ended="2026-02-06T12:00:00+00:00")])
+    assert records(Monitor(tmp_path))["a"].state == state
+
+
 def test_garbage_and_empty_logs_are_rows(tmp_path):
     (tmp_path / "garbage.txt").write_bytes(bytes(range(256)) * 20 + b"\n")
     (tmp_path / "empty.txt").write_text("")
