@@ -14,8 +14,9 @@ record.toml. Its `commands` are tools of this project, called in that folder, wh
 
 --new copies a sweep's file, manifest and logs from logs/ into a new record, writes its record.toml, and calls
 the commands. Logs, and RUN_ID.manifold.jsonl beside them, are compressed (.xz, which every tool here reads).
-The source code at the head of logs is kept only once, in logs/sources/HASH.txt.xz. --also adds a command,
-completed with the sweep's file and with `--out .` where it lacks them. --new never overwrites anything.
+The source code at the head of logs is kept only once, in logs/sources/HASH.txt.xz. --also adds a command;
+that of a tool which reads a sweep may leave out the sweep's file and --out. --new never overwrites anything,
+and leaves no folder behind if a command fails.
 
 --check changes nothing. It exits with 1 if a table (.md .json .csv) is not, byte for byte, what the commands
 make of the logs, and with 2 if the source code of a log was changed. The bytes of pictures change with
@@ -46,6 +47,13 @@ from analysis.shown import console
 HERE = Path(__file__).resolve().parent
 RECIPE = "record.toml"
 TABLES = (".md", ".json", ".csv")  # what must be the same byte for byte
+# Where the tools that read a sweep write to in a record, unless --also says.
+OUT = {
+    "report_sweep.py": ".",
+    "plot_lr_analysis.py": ".",
+    "plot_manifold.py": ".",
+    "plot_spectral_sweep.py": "spectral_sweep.png",
+}
 HEAD = "The source code that stood here is in sources/{}.txt.xz, without its last line break."
 
 
@@ -67,10 +75,18 @@ def read_commands(record: Path) -> list[list[str]]:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     if not isinstance(commands, list) or not commands or not all(isinstance(c, str) for c in commands):
         raise ValueError(f'{path}: wanted commands = ["report_sweep.py SWEEP.toml --out .", ...]')
-    words = [shlex.split(command) for command in commands]
-    for word, *_ in words:
-        if Path(word).name != word or not word.endswith(".py") or not (HERE / word).is_file():
-            raise ValueError(f"{path}: {word} is none of the tools beside {Path(__file__).name}")
+    return [split(command, path) for command in commands]
+
+
+def split(command: str, place: object) -> list[str]:
+    """Split a command into words; ValueError, naming its place, unless it calls a tool of this project."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:  # an unbalanced quote
+        raise ValueError(f"{place}: {command}: {error}") from None
+    tool = words[0] if words else "''"
+    if Path(tool).name != tool or not tool.endswith(".py") or not (HERE / tool).is_file():
+        raise ValueError(f"{place}: {tool} is none of the tools beside {Path(__file__).name}")
     return words
 
 
@@ -117,29 +133,35 @@ def check(record: Path) -> dict[Path, str]:
 # ------------------------------------------------------------------------------------------------
 
 
-def start(record: Path, sweep: Path, logs: Path, also: Sequence[str]) -> list[str]:
-    """Copy a sweep's file, manifest and logs, and write the recipe; return remarks for the user."""
+def start(record: Path, sweep: Path, logs: Path, also: Sequence[str]) -> list[Path]:
+    """Make a record of a sweep, or nothing if that fails; return the files that the commands wrote."""
     path = manifest_path(sweep.stem, logs)
+    commands = [complete(command, sweep.name) for command in ("report_sweep.py", *also)]
     if record.exists():
         raise ValueError(f"{record} exists already; without --new its tables and pictures are made again")
     if not sweep.is_file() or not path.is_file():
         raise ValueError(f"a record is made of {sweep} and {path}: launch the sweep first")
-    manifest, remarks = read_manifest(path), []
+    manifest = read_manifest(path)
     unended = sum(run.state in ("planned", "running", "submitted") for run in manifest.runs)
     if unended:
-        remarks.append(f"{unended} of {len(manifest.runs)} runs have not ended; the record will say so")
-    (record / "logs" / "sources").mkdir(parents=True)
-    shutil.copyfile(sweep, record / sweep.name)
-    shutil.copyfile(path, record / "logs" / path.name)
-    for run in [*manifest.runs, *manifest.earlier]:
-        pack_run(run, logs, record / "logs")
+        print(f"note: {unended} of {len(manifest.runs)} runs have not ended; the record will say so")
     if b'"/' in path.read_bytes():
-        remarks.append(f"{path.name} and the logs name folders of this machine, as in DATA_PATH")
-    commands = [f"report_sweep.py {sweep.name} --out .", *(complete(c, sweep.name) for c in also)]
-    lines = [f"    {json.dumps(command)}," for command in commands]
-    comment = f"# `python make_record.py records/{record.resolve().name}` makes all this again but README.md"
-    write_atomically(record / RECIPE, "\n".join([comment, "commands = [", *lines, "]", ""]))
-    return remarks
+        print(f"note: {path.name} and the logs name folders of this machine, as in DATA_PATH")
+    (record / "logs" / "sources").mkdir(parents=True)
+    try:
+        shutil.copyfile(sweep, record / sweep.name)
+        shutil.copyfile(path, record / "logs" / path.name)
+        for run in [*manifest.runs, *manifest.earlier]:
+            pack_run(run, logs, record / "logs")
+        lines = [f"    {json.dumps(command)}," for command in commands]
+        comment = (
+            f"# `python make_record.py records/{record.resolve().name}` makes all this again but README.md"
+        )
+        write_atomically(record / RECIPE, "\n".join([comment, "commands = [", *lines, "]", ""]))
+        return make(record)
+    except BaseException:  # Ctrl-C, too
+        shutil.rmtree(record)
+        raise
 
 
 def pack_run(run: Run, logs: Path, folder: Path) -> None:
@@ -154,12 +176,12 @@ def pack_run(run: Run, logs: Path, folder: Path) -> None:
 
 
 def complete(command: str, sweep: str) -> str:
-    """Return a command with the sweep's file and a place to write to."""
-    tool, *arguments = shlex.split(command)
-    if not any(word.endswith(".toml") for word in arguments):
+    """Return a command; that of a tool which reads a sweep, with the sweep's file and --out."""
+    tool, *arguments = split(command, "--also")
+    if tool in OUT and not any(word.endswith(".toml") for word in arguments):
         arguments.insert(0, sweep)
-    if "--out" not in arguments:
-        arguments += ["--out", "."]
+    if tool in OUT and not any(word.startswith("--out") for word in arguments):
+        arguments += ["--out", OUT[tool]]
     return shlex.join([tool, *arguments])
 
 
@@ -232,12 +254,13 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError("--check is of a record that exists, --new of one that does not")
         if options.also and not options.new:
             raise ValueError(f"--also goes with --new; later, add commands to {options.record / RECIPE}")
-        if options.new:
-            for remark in start(options.record, options.new, options.logs, options.also):
-                print(f"note: {remark}")
         if options.check:
             return report_check(options.record)
-        for path in make(options.record):
+        if options.new:
+            made = start(options.record, options.new, options.logs, options.also)
+        else:
+            made = make(options.record)
+        for path in made:
             print(options.record / path)
         readme = options.record / "README.md"
         if not readme.exists():

@@ -313,6 +313,26 @@ def test_a_new_record_of_packed_logs(tmp_path, monkeypatch, capsys):
     assert make_record.main(["records/x", "--new", "sweeps/lr.toml"]) == 2
 
 
+def test_also_is_completed_for_tools_that_read_a_sweep():
+    """Fails if a command is given a sweep that its tool does not take, or a second --out."""
+    for command, wanted in {
+        "plot_lr_analysis.py": "plot_lr_analysis.py lr.toml --out .",
+        "plot_spectral_sweep.py --out=a.png": "plot_spectral_sweep.py lr.toml --out=a.png",
+        "plot_loss.py logs --out loss.png": "plot_loss.py logs --out loss.png",
+        "export_runs.py logs --to csv": "export_runs.py logs --to csv",
+    }.items():
+        assert make_record.complete(command, "lr.toml") == wanted
+
+
+@pytest.mark.parametrize("also", ["export_runs.py none --to csv", "plot_loss.py 'lr", "rm -r .", ""])
+def test_a_record_that_fails_leaves_no_folder(tmp_path, monkeypatch, tools_here, capsys, also):
+    """Fails if `--new`, called again with the mistake mended, says that the record exists already."""
+    make_sweep(tmp_path, "lr", arms_of({0.01: 3.4, 0.02: 3.3}), val_every=100, seeds=(1, 2))
+    monkeypatch.chdir(tmp_path)
+    assert make_record.main(["records/x", "--new", "sweeps/lr.toml", "--also", also]) == 2
+    assert capsys.readouterr().err and not Path("records/x").exists()
+
+
 @pytest.mark.parametrize(
     "recipe, message",
     [
