@@ -99,13 +99,13 @@ class RunNames:
         self._name_of: dict[Path, str] = {}
 
     def __getitem__(self, run: RunLog) -> str:
-        path = Path(run.path)
+        path = Path(run.path).resolve()  # one name, however the log was given
         if path not in self._name_of:
             name = clean(log_stem(path))
             for folder in (path.parent, *path.parent.parents):
                 if name not in self._path_of:
                     break
-                name = f"{clean(folder.resolve().name)}.{name}"
+                name = f"{clean(folder.name)}.{name}"
             self._path_of[name], self._name_of[path] = path, name
         return self._name_of[path] + (f"#{run.trial + 1}" if run.trial else "")
 

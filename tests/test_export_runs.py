@@ -106,6 +106,13 @@ def test_names_are_file_names_and_different(tmp_path):
     assert [names[run] for run in runs] == ["a", "two.a"] == [names[run] for run in runs]
 
 
+def test_a_log_given_twice_is_exported_once(logs, tmp_path, monkeypatch):
+    """Fails if a folder given relative and absolute, as `logs $PWD/logs`, has each run twice."""
+    monkeypatch.chdir(tmp_path)
+    assert export_runs.main(["logs", str(logs), "--to", "csv", "--out", "tables"]) == 0
+    assert [row["run"] for row in read_table(Path("tables/settings.csv"))] == ["a", "b"]
+
+
 def test_what_is_missing_is_said(logs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert export_runs.main([str(tmp_path / "empty"), "--to", "csv"]) == 2
