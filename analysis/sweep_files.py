@@ -137,7 +137,7 @@ def has_own_arms(scale: dict) -> bool:
 
 
 def check_arms(arms: list, place: str) -> None:
-    """Refuse arms without a tag or with unknown keys."""
+    """Refuse arms without a tag, with unknown keys, or whose script is no name."""
     for number, arm in enumerate(arms, 1):
         if not isinstance(arm, dict):
             raise ValueError(
@@ -147,6 +147,8 @@ def check_arms(arms: list, place: str) -> None:
         check_keys(arm, ARM_KEYS, where, settings=True)
         check_seeds(arm.get("seeds", [0]), where)
         check_name("tag", arm.get("tag"), where)
+        if not isinstance(arm.get("script", ""), str):
+            raise ValueError(f'script = {arm["script"]!r} in {where}: wanted a trainer, as "train_gpt.py"')
         if "versus" in arm:
             check_name("versus", arm["versus"], where)
 
@@ -206,7 +208,7 @@ def apply_scale(document: dict, name: str) -> None:
             arm.pop("seeds", None)
     if "arms" in scale:
         kept, tags = scale.pop("arms"), [arm["tag"] for arm in document.get("arms", [])]
-        if not isinstance(kept, list) or not kept or not set(kept) <= set(tags):
+        if not isinstance(kept, list) or not kept or not all(tag in tags for tag in kept):
             raise ValueError(
                 f"arms = {kept!r} in [scale.{name}]: wanted a list of tags out of {', '.join(tags)}"
             )
