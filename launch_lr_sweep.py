@@ -118,7 +118,7 @@ class Job:
 
     def find(self) -> set[int]:
         """Return all living processes of the run."""
-        return processes_of({self.run.run_id}, self.roots())
+        return processes_of([self.run.console], self.roots())
 
 
 class Launcher:
@@ -215,9 +215,9 @@ class Launcher:
         name = signal.Signals(self.signal).name if self.signal else "an error of the launcher"
         if self.jobs:
             say(f"stopping {len(self.jobs)} run(s)")
-            jobs, run_ids = list(self.jobs), {job.run.run_id for job in self.jobs}
+            jobs, consoles = list(self.jobs), [job.run.console for job in self.jobs]
             # all at once, so that the time of grace passes once
-            stop_processes(lambda: processes_of(run_ids, [pid for job in jobs for pid in job.roots()]))
+            stop_processes(lambda: processes_of(consoles, [pid for job in jobs for pid in job.roots()]))
             for job in jobs:
                 self.finish(job, "stopped", f"stopped by {name}")
         stop_processes(lambda: processes_of(set(), [os.getpid()]))

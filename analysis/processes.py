@@ -1,12 +1,14 @@
 """Start, find and stop the processes of a sweep's runs.
 
 torchrun starts its workers in their own sessions, and a killed process leaves orphans. Hence a run's
-processes are all descendants of the one started for it, and all with its RUN_ID in their environment; on
-Linux this process also adopts every orphan (see `adopt_orphans`).
+processes are all descendants of the one started for it, and all with its console in the variable MARK of
+their environment; on Linux this process also adopts every orphan (see `adopt_orphans`). A RUN_ID does not
+count: a run resumed by hand has it, too.
 """
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
@@ -19,6 +21,7 @@ import psutil
 
 GRACE_S = 30.0  # between SIGTERM and SIGKILL, for a run to finish its step and save
 GIVE_UP_S = 70.0  # then stop trying: a process in uninterruptible sleep cannot be killed
+MARK = "LAUNCHER_CONSOLE"
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # Linux's prctl options
 ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
@@ -36,7 +39,7 @@ def start_process(
     with console.open("a") as file:
         process = subprocess.Popen(
             command,
-            env=env,
+            env={**env, MARK: str(console.resolve())},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -60,13 +63,14 @@ def _child_setup(cores: tuple[int, ...]) -> Callable[[], None]:
     return setup
 
 
-def processes_of(run_ids: set[str], roots: Iterable[int] = ()) -> set[int]:
-    """Return the living processes with one of these RUN_IDs, `roots`, and all their descendants.
+def processes_of(consoles: Iterable[Path], roots: Iterable[int] = ()) -> set[int]:
+    """Return the living processes started with one of these consoles, `roots`, and all their descendants.
 
     This process is never among them.
     """
+    marks = {str(console.resolve()) for console in consoles}
     table = {process.pid: process.info for process in psutil.process_iter(["ppid", "status", "environ"])}
-    found = {pid for pid, info in table.items() if (info["environ"] or {}).get("RUN_ID") in run_ids}
+    found = {pid for pid, info in table.items() if (info["environ"] or {}).get(MARK) in marks}
     found.update(roots)
     children: dict[int, list[int]] = {}
     for pid, info in table.items():
@@ -98,6 +102,18 @@ def stop_processes(find: Callable[[], set[int]]) -> bool:
         time.sleep(0.05)
     reap_orphans()
     return True
+
+
+def is_being_written(log: Path) -> bool:
+    """Return whether a process holds the lock that a trainer has on its log while it runs."""
+    try:
+        with log.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no log, or a file system without locks
+        return False
+    return False
 
 
 def adopt_orphans() -> None:

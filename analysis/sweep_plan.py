@@ -9,7 +9,7 @@ from pathlib import Path
 
 from analysis.command_line import say
 from analysis.manifest import LOGS, Manifest, Run, manifest_path, now, read_manifest
-from analysis.processes import processes_of, stop_processes
+from analysis.processes import is_being_written, processes_of, stop_processes
 from analysis.run_environment import given_settings
 from analysis.run_log import RunLog, format_value, read_log
 from analysis.sweep_files import Sweep, run_name
@@ -127,14 +127,17 @@ def settle(run: Run, hang_minutes: float, act: bool) -> None:
 
     With `act`, stop what is left of it and end its log; else only look.
     """
-    if run.state not in ("running", "submitted"):
-        return
     here, log = run.host == platform.node(), Path(run.log)
-    if here and processes_of({run.run_id}):
+    if run.state == "running" and here and processes_of([run.console]):
         if not act:
             return
         say(f"stopping {run.run_id}, left over from a launcher that was killed")
-        stop_processes(lambda: processes_of({run.run_id}))
+        stop_processes(lambda: processes_of([run.console]))
+    if run.state != "planned" and is_being_written(log):  # it was resumed by hand, or runs elsewhere
+        run.state = "running"
+        return
+    if run.state not in ("running", "submitted"):
+        return
     if not log.exists():
         run.state = "planned" if run.state == "submitted" else "stopped"
         run.reason = "it wrote no log"

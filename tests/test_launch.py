@@ -437,6 +437,32 @@ def test_what_outlives_a_killed_launcher_is_stopped_by_the_next(place, launch, m
     assert not alive(place) and set(states().values()) == {"finished"}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_only_its_own_processes_are_stopped(place, number):
+    """Fails if a launch stops a run that was resumed by hand, or whatever else has its RUN_ID."""
+    process = launch_process(sweep_file(HANGING.replace("[1, 2]", "[1]")), grace=0.3)
+    wait_for(lambda: len(starts("stepped")) == 1)
+    process.send_signal(number)
+    process.communicate(timeout=PATIENCE_S)
+    wait_for(lambda: not alive(place))
+    run = manifest()["runs"][0]
+    code = "import fcntl, sys, time; log = open(sys.argv[1], 'a'); fcntl.flock(log, fcntl.LOCK_EX); "
+    code += "print('locked', flush=True); time.sleep(60)"
+    by_hand = subprocess.Popen(
+        [sys.executable, "-c", code, run["log"]],
+        env={**os.environ, "RUN_ID": run["run_id"]},
+        stdout=subprocess.PIPE,
+    )
+    by_hand.stdout.readline()
+    Path("healed").touch()
+    _, output = launched("trial.toml")
+    assert f"running already, not started again: {run['run_id']}" in output
+    assert by_hand.poll() is None and list(states().values()) == ["running", "finished"]
+    assert "reason:its launcher" not in Path(run["log"]).read_text()
+    by_hand.kill()
+    by_hand.communicate()
+
+
 def test_a_run_that_finished_after_its_launcher_died_counts(place, launch):
     """Fails if eight GPUs repeat an hour of finished work."""
     text = 'script = "base.py"\nseeds = [1]\n[env]\nBEHAVIOUR = "stubborn"\nSTEP_SECONDS = 0.1\n'
