@@ -314,7 +314,7 @@ def say_result(manifest: Manifest, signal_number: int) -> int:
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     say(f"{manifest.sweep}: {counts}")
     for run in manifest.runs:
-        if run.state not in ("finished", "planned", "running"):
+        if run.state not in ("finished", "planned", "submitted", "running"):
             say(f"  {run.state}: {run.tag} seed {run.seed} - {run.reason} ({run.console})")
     if any(state not in ("finished", "diverged") for state in states):
         say("launch again to run what is missing")

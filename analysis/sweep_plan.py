@@ -47,20 +47,24 @@ def plan(sweep: Sweep, manifest: Manifest) -> dict[int, str]:
             why[len(runs)] = reason_to_run(run, attempts.get((run.tag, run.seed)))
         runs.append(same or run)
     stamp = free_stamp([runs[i] for i in why])
-    resumed = set()
+    taken_over = set()
     for i in why:
         before = attempts.get((runs[i].tag, runs[i].seed))
-        if before and before.key == runs[i].key and left_a_checkpoint(before):
+        same = before and before.key == runs[i].key
+        if same and (before.state == "submitted" or left_a_checkpoint(before)):
             runs[i].run_id, runs[i].log = before.run_id, before.log
-            resumed.add(id(before))
-            why[i] += ", goes on from its checkpoint"
+            taken_over.add(id(before))
+            if (
+                before.state == "submitted"
+            ):  # its job may still start: it goes on with this run, or is refused
+                runs[i].state = "submitted"
+            else:
+                why[i] += ", goes on from its checkpoint"
         else:
             runs[i].run_id = run_name(runs[i], stamp)
             runs[i].log = str(LOGS / f"{runs[i].run_id}.txt")
-    kept = {id(run) for run in runs} | resumed
-    manifest.earlier = [
-        run for run in old if id(run) not in kept and run.state not in ("planned", "submitted")
-    ]
+    kept = {id(run) for run in runs} | taken_over
+    manifest.earlier = [run for run in old if id(run) not in kept and run.state != "planned"]
     manifest.runs = runs
     return why
 
@@ -139,8 +143,8 @@ def settle(run: Run, hang_minutes: float, act: bool) -> None:
     if run.state not in ("running", "submitted"):
         return
     if not log.exists():
-        run.state = "planned" if run.state == "submitted" else "stopped"
-        run.reason = "it wrote no log"
+        if run.state == "running":
+            run.state, run.reason = "stopped", "it wrote no log"
         return
     found, written = read_log(log)[-1], log.stat().st_mtime
     state = found.state

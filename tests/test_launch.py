@@ -88,7 +88,7 @@ def wait_for(condition):
     history=st.lists(
         st.tuples(
             st.integers(0, 3),  # which run
-            st.sampled_from(["finished", "diverged", "crashed", "hung", "stopped", "planned"]),
+            st.sampled_from(["finished", "diverged", "crashed", "hung", "stopped", "submitted", "planned"]),
             st.booleans(),  # is its log still there
             st.sampled_from(["same", "settings", "source"]),
             st.booleans(),  # in `earlier` rather than `runs`
@@ -561,7 +561,7 @@ def test_torchrun_workers_are_stopped_and_parallel_ones_do_not_meet(place):
 
 
 def test_slurm_array_runs_what_the_launcher_would(place, launch):
-    """Fails if a cluster trains something else, or the next launch repeats it."""
+    """Fails if a cluster trains something else, or the next launch repeats or forgets it."""
     text = TWO_ARMS.replace("LR_MULS = [1, 1.52]", """DATA_PATH = "a b'c $HOME" """)
     done = launch(sweep_file(text), "--slurm", "--parallel", "3")
     assert done.returncode == 0 and "sbatch logs/trial.slurm.sh" in done.stdout and not starts()
@@ -573,6 +573,9 @@ def test_slurm_array_runs_what_the_launcher_would(place, launch):
         env = {**os.environ, "SLURM_ARRAY_TASK_ID": str(number), "COOLDOWN_FRAC": "0.1", "RANK": "1"}
         return subprocess.run(["bash", "logs/trial.slurm.sh"], env=env, capture_output=True, text=True)
 
+    first = manifest()["runs"]
+    assert launch("trial.toml", "--slurm").returncode == 0
+    assert manifest()["runs"] == first, "the jobs of the first launch are still queued"
     for number in (0, 1, 2):
         assert task(number).returncode == 0
     assert task(4).returncode == 2
