@@ -74,7 +74,15 @@ from analysis.run_environment import (
 from analysis.run_log import LogFollower, RunLog, format_value
 from analysis.style import format_time
 from analysis.sweep_files import Sweep, read_sweep
-from analysis.sweep_plan import end_log, how_it_ended, open_manifest, plan, recorded_otherwise, settle
+from analysis.sweep_plan import (
+    end_log,
+    how_it_ended,
+    open_manifest,
+    plan,
+    recorded_otherwise,
+    settle,
+    sizes,
+)
 from analysis.trainers import TORCHRUN_SETS, env_text, read_trainer
 
 POLL_S = 0.2
@@ -96,6 +104,7 @@ class Job:
     slot: Slot
     marker: Path | None  # see warm_marker
     cold: bool  # nothing else starts until it has compiled
+    before: list[int]  # sizes of the log and the console before it
 
     def __post_init__(self):
         self.follower = LogFollower(self.run.log)
@@ -155,7 +164,7 @@ class Launcher:
         """Start a run on a free slot."""
         run, slot = self.manifest.runs[index], self.free.pop(0)
         run.state, run.started, run.host = "running", now(), platform.node()
-        marker = warm_marker(run, self.nproc, slot)
+        marker, before = warm_marker(run, self.nproc, slot), sizes(run)
         try:
             self.save()  # before it starts: a launcher killed here is known to have wanted it
             command = command_of(read_trainer(run.script).path, self.nproc)
@@ -166,7 +175,7 @@ class Launcher:
             self.say_end(run, math.nan, 0.0)
             return
         cold = marker is not None and not marker.exists()
-        self.jobs.append(Job(run, process, slot, marker, cold))
+        self.jobs.append(Job(run, process, slot, marker, cold, before))
         self.say_start(self.jobs[-1])
 
     def look_after(self, job: Job) -> None:
@@ -193,7 +202,7 @@ class Launcher:
         job.read_log()
         log = job.log
         if not state or (log and log.state == "finished"):
-            state, reason = how_it_ended(run, log)
+            state, reason = how_it_ended(run, log, job.before)
         run.state, run.reason = state, reason
         self.jobs.remove(job)
         self.free.append(job.slot)

@@ -1,6 +1,7 @@
 """Plan of a sweep: the runs still to be made, and the fate of those started before."""
 
 import platform
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ def free_stamp(runs: Sequence[Run]) -> str:
 def left_a_checkpoint(run: Run) -> bool:
     """Return whether the trainer can resume this attempt where it stopped or crashed."""
     log = Path(run.log)
-    ended_early = run.state in ("stopped", "crashed", "hung")
+    ended_early = run.state in ("stopped", "crashed", "hung", "refused")
     return ended_early and log.exists() and any(log.with_suffix("").glob("step_*.pt"))
 
 
@@ -174,36 +175,38 @@ def end_log(run: Run) -> None:
             file.write(line)
 
 
-def how_it_ended(run: Run, log: RunLog | None) -> tuple[str, str]:
-    """Return state and reason, preferably from the log: torchrun turns every nonzero exit code into 1."""
+def sizes(run: Run) -> list[int]:
+    """Return the sizes of a run's log and console, 0 if absent. See `how_it_ended`."""
+    return [path.stat().st_size if path.exists() else 0 for path in (Path(run.log), run.console)]
+
+
+def how_it_ended(run: Run, log: RunLog | None, before: Sequence[int]) -> tuple[str, str]:
+    """Return state and reason, preferably from the log: torchrun turns every nonzero exit code into 1.
+
+    `before`: `sizes` before this attempt, which has not made what was there.
+    """
     if log and log.state == "finished":
         return "finished", ""
+    logged, console = map(text_after, (Path(run.log), run.console), before)
+    if not re.search("^event:(started|resumed) ", logged, re.M):
+        log = None
     if run.exit_code == 3 or (log and log.state == "diverged"):
         return "diverged", "the loss is not a number, or above DIVERGED_ABOVE"
-    if not log and (run.exit_code == 2 or own_words(run)):  # torchrun turns 2 into 1
-        return "refused", last_words(run, log)[:300]
+    lines = console.strip().splitlines()
+    refusal = [] if log else [line for line in lines if line.startswith(f"{Path(run.script).name}: ")]
+    last_words = (refusal or lines or [""])[-1]
+    if refusal or (not log and run.exit_code == 2):  # torchrun turns 2 into 1
+        return "refused", last_words[:300]
     if run.exit_code is not None and run.exit_code < 0:
         return "crashed", f"killed by signal {-run.exit_code} ({signal.strsignal(-run.exit_code)})"
-    return "crashed", f"exit code {run.exit_code}: {last_words(run, log)[:300]}"
+    if log and log.state == "crashed":  # not one that it resumed after
+        last_words = log.event("crashed").fields.get("error", "")
+    return "crashed", f"exit code {run.exit_code}: {last_words[:300]}"
 
 
-def last_words(run: Run, log: RunLog | None) -> str:
-    """Return the error in the log, else the last line on the console."""
-    crash = log.event("crashed") if log and log.state == "crashed" else None  # not one that it resumed after
-    if crash:
-        return crash.fields.get("error", "")
-    lines = (own_words(run) if not log else []) or console_lines(run)
-    return lines[-1] if lines else ""
-
-
-def own_words(run: Run) -> list[str]:
-    """Return the console lines that begin with the trainer's name, which say why it refused to run."""
-    return [line for line in console_lines(run) if line.startswith(f"{Path(run.script).name}: ")]
-
-
-def console_lines(run: Run) -> list[str]:
-    """Return the lines of a run's console output."""
+def text_after(path: Path, offset: int) -> str:
+    """Return what a file has from `offset` on; nothing if it cannot be read."""
     try:
-        return run.console.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return path.read_bytes()[offset:].decode(errors="replace")
     except OSError:
-        return []
+        return ""

@@ -145,7 +145,7 @@ def main():
         behaviour, pause = "good", 0.0
     if "stubborn" in behaviour:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if behaviour == "refuse":
+    if behaviour == "refuse" or Path("refusing").exists():
         print(f"{Path(sys.argv[0]).name}: BATCH_SIZES stage 2 = 7 is not a multiple of 8", file=sys.stderr)
         sys.exit(2)
     if "family" in behaviour:

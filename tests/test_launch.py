@@ -278,6 +278,23 @@ def test_a_refused_run_is_the_last_one(place, launch):
     assert launch("trial.toml").returncode == 0 and len(starts()) == 3
 
 
+def test_a_refused_resume_is_the_last_one(place, launch):
+    """Fails if a crashed run whose resume is refused is reported as crashing again, without the reason."""
+    text = 'script = "base.py"\nseeds = [1, 2]\n[env]\nBEHAVIOUR = "crash"\n'
+    launch(sweep_file(text))
+    first = manifest()["runs"]
+    for run in first:
+        folder = Path(run["log"]).with_suffix("")
+        folder.mkdir()
+        (folder / "step_2.pt").touch()
+    Path("refusing").touch()
+    done = launch("trial.toml")
+    assert done.returncode == 2 and "1 run(s) not started" in done.stdout, done.stdout
+    run = manifest()["runs"][0]
+    assert run["run_id"] == first[0]["run_id"] and run["state"] == "refused"
+    assert "multiple of 8" in run["reason"]
+
+
 def test_a_hung_run_is_stopped_and_tried_again(place, launch, monkeypatch):
     """Fails if a run that hangs blocks its GPU until somebody looks."""
     look_after = launcher.Launcher.look_after
