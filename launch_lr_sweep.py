@@ -72,6 +72,7 @@ from analysis.run_environment import (
     warm_marker,
 )
 from analysis.run_log import LogFollower, RunLog, format_value
+from analysis.shown import console
 from analysis.style import format_time
 from analysis.sweep_files import Sweep, read_sweep
 from analysis.sweep_plan import (
@@ -172,6 +173,7 @@ class Launcher:
         except (OSError, subprocess.SubprocessError) as error:
             run.state, run.ended, run.reason = "crashed", now(), f"it could not be started: {error}"
             self.free.append(slot)
+            self.save()
             self.say_end(run, math.nan, 0.0)
             return
         cold = marker is not None and not marker.exists()
@@ -510,7 +512,7 @@ def prepare(args: argparse.Namespace, held: contextlib.ExitStack) -> Prepared:
 def main(argv: list[str]) -> int:
     """Plan, then run; return the exit code."""
     args = parse_args(argv)
-    with contextlib.ExitStack() as held:
+    with console(), contextlib.ExitStack() as held:
         try:
             sweep, manifest, why, slots, nproc, missing = prepare(args, held)
         except (ValueError, OSError) as error:

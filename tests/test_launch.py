@@ -24,7 +24,7 @@ from launches import STAND_IN, TWO_ARMS, alive, planned, sweep_file
 from logs_for_tests import make_log
 
 import launch_lr_sweep as launcher
-from analysis import devices, expected_time, files, processes
+from analysis import devices, expected_time, files, processes, sweep_plan
 from analysis.manifest import Manifest, Run, manifest_path
 from analysis.run_log import read_log
 from analysis.sweep_files import read_sweep
@@ -140,6 +140,14 @@ def test_dry_run_says_all_and_writes_nothing(place, launch):
         "unknown",
     ):
         assert part in done.stdout, done.stdout
+
+
+def test_a_console_that_lacks_a_character_shows_a_mark(place):
+    """Fails if the launcher crashes on a name that the terminal cannot show."""
+    Path("a→b").mkdir()
+    sweep = sweep_file(TWO_ARMS, "a→b/trial")
+    code, output = launched(sweep, "--dry-run", env={"PYTHONIOENCODING": "latin-1"})
+    assert code == 0 and "a?b/trial.toml" in output, output
 
 
 def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
@@ -276,6 +284,18 @@ def test_a_refused_run_is_the_last_one(place, launch):
     Path("healed").touch()
     sweep_file(text.replace("refuse", "good"))
     assert launch("trial.toml").returncode == 0 and len(starts()) == 3
+
+
+def test_a_run_that_cannot_be_started_is_recorded(place, launch, monkeypatch):
+    """Fails if the manifest calls a run that never started running."""
+
+    def no_memory(*args):
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(launcher, "start_process", no_memory)
+    done = launch(sweep_file('script = "base.py"\nseeds = [1]\n'))
+    assert done.returncode == 1 and states() == {("all", 1): "crashed"}, done.stdout
+    assert "Cannot allocate memory" in manifest()["runs"][0]["reason"]
 
 
 def test_a_refused_resume_is_the_last_one(place, launch):
@@ -577,7 +597,7 @@ def test_torchrun_workers_are_stopped_and_parallel_ones_do_not_meet(place):
     assert states() == {("base", 1): "finished", ("spectral_lr_0.1", 1): "stopped"}
 
 
-def test_slurm_array_runs_what_the_launcher_would(place, launch):
+def test_slurm_array_runs_what_the_launcher_would(place, launch, monkeypatch):
     """Fails if a cluster trains something else, or the next launch repeats or forgets it."""
     text = TWO_ARMS.replace("LR_MULS = [1, 1.52]", """DATA_PATH = "a b'c $HOME" """)
     done = launch(sweep_file(text), "--slurm", "--parallel", "3")
@@ -591,6 +611,7 @@ def test_slurm_array_runs_what_the_launcher_would(place, launch):
         return subprocess.run(["bash", "logs/trial.slurm.sh"], env=env, capture_output=True, text=True)
 
     first = manifest()["runs"]
+    monkeypatch.setattr(sweep_plan, "free_stamp", lambda runs: "later")
     assert launch("trial.toml", "--slurm").returncode == 0
     assert manifest()["runs"] == first, "the jobs of the first launch are still queued"
     for number in (0, 1, 2):
