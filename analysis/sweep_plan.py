@@ -196,7 +196,7 @@ def how_it_ended(run: Run, log: RunLog | None, before: Sequence[int]) -> tuple[s
     refusal = [] if log else [line for line in lines if line.startswith(f"{Path(run.script).name}: ")]
     last_words = (refusal or lines or [""])[-1]
     if refusal or (not log and run.exit_code == 2):  # torchrun turns 2 into 1
-        return "refused", last_words[:300]
+        return "refused", last_words[:1000]  # its end says what to do
     if run.exit_code is not None and run.exit_code < 0:
         return "crashed", f"killed by signal {-run.exit_code} ({signal.strsignal(-run.exit_code)})"
     if log and log.state == "crashed":  # not one that it resumed after
