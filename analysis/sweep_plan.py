@@ -55,9 +55,8 @@ def plan(sweep: Sweep, manifest: Manifest) -> dict[int, str]:
         if same and (before.state == "submitted" or left_a_checkpoint(before)):
             runs[i].run_id, runs[i].log = before.run_id, before.log
             taken_over.add(id(before))
-            if (
-                before.state == "submitted"
-            ):  # its job may still start: it goes on with this run, or is refused
+            if before.state == "submitted":
+                # its job may still start; it then goes on with this run, or is refused
                 runs[i].state = "submitted"
             else:
                 why[i] += ", goes on from its checkpoint"
