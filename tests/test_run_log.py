@@ -1,5 +1,6 @@
 """run_log: reads every format correctly, never fails, and reads only what is new."""
 
+import hashlib
 import json
 import lzma
 import math
@@ -320,10 +321,11 @@ def test_embedded_sources_come_back_byte_for_byte(tmp_path):
     packed.write_bytes(lzma.compress(log.read_bytes()))
     assert embedded_sources(packed) == embedded_sources(log)
     head, _, rest = log.read_bytes().partition(b"\n" + SEPARATOR.encode())
+    name = f"sources/{hashlib.sha256(head).hexdigest()[:16]}.txt.xz"
     (tmp_path / "sources").mkdir()
-    (tmp_path / "sources" / "0123.txt.xz").write_bytes(lzma.compress(head))
-    moved = b"The source code that stood here is in sources/0123.txt.xz, without its last line break."
-    (tmp_path / "moved.txt").write_bytes(moved + b"\n" + SEPARATOR.encode() + rest)
+    (tmp_path / name).write_bytes(lzma.compress(head))
+    moved = f"The source code that stood here is in {name}, without its last line break.\n{SEPARATOR}"
+    (tmp_path / "moved.txt").write_bytes(moved.encode() + rest)
     assert embedded_sources(tmp_path / "moved.txt") == embedded_sources(log)
 
 
