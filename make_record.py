@@ -15,7 +15,7 @@ record.toml. Its `commands` are tools of this project, called in that folder, wh
 --new copies a sweep's file, manifest and logs from logs/ into a new record, writes its record.toml, and calls
 the commands. Logs, and RUN_ID.manifold.jsonl beside them, are compressed (.xz, which every tool here reads).
 The source code at the head of logs is kept only once, in logs/sources/HASH.txt.xz. --also adds a command;
-that of a tool which reads a sweep may leave out the sweep's file and --out. --new never overwrites anything,
+for a tool that reads a sweep, the sweep's file and --out may be left out. --new never overwrites anything,
 and leaves no folder behind if a command fails.
 
 --check changes nothing. It exits with 1 if a table (.md .json .csv) is not, byte for byte, what the commands

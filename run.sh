@@ -51,20 +51,32 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 # 20 steps of tiny in one process on two cores with a load of 11 took 8 s, with threads that spin 15 s per step
 [ "$NPROC_PER_NODE" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-# in a process group of its own: a signal, Ctrl-C too, reaches the ranks once, from here, and torchrun not at all
-set -m
+# a signal goes to torchrun alone, from here: it passes it on to the ranks, and restarts none that dies of it
+torchrun='
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.run import main
+try:
+    main()
+except SignalException as stopped:  # the ranks have ended; no traceback
+    raise SystemExit(128 + stopped.sigval)
+'
+set -m  # in a process group of its own, which Ctrl-C does not reach
 # by address, because this machine's name may not resolve to one
-$python -m torch.distributed.run --standalone --local-addr=127.0.0.1 \
+$python -c "$torchrun" --standalone --local-addr=127.0.0.1 \
   --nproc-per-node="$NPROC_PER_NODE" --max-restarts="${MAX_RESTARTS:-0}" "$script" &
-torchrun=$! stopped='' code=0
+pid=$! stopped='' code=0
 set +m
-trap 'stopped=1; pkill -TERM -P $torchrun || kill -TERM $torchrun || true' INT TERM HUP
-wait $torchrun || code=$?
-while kill -0 $torchrun 2>/dev/null; do  # a signal ends the wait, not torchrun
+trap 'stopped=1; kill -TERM $pid 2>/dev/null || true' INT TERM HUP
+wait $pid || code=$?
+while kill -0 $pid 2>/dev/null; do  # a signal ends the wait, not torchrun
   code=0
-  wait $torchrun || code=$?
+  wait $pid || code=$?
 done
-if [ -n "$stopped" ]; then
+if [ -n "$stopped" ]; then  # the log's last events tell, unlike torchrun's code, whether the ranks saved
+  case $(grep -as '^event:' "logs/$RUN_ID.txt" | tail -n 2) in
+    *event:save_failed*) exit 1 ;;
+    *event:stopped*) code=0 ;;
+  esac
   echo "stopped; the same settings with RUN_ID=$RUN_ID RESUME=auto resume the run" || true  # the terminal may be gone
   exit $code
 fi

@@ -588,7 +588,7 @@ class Attention(nn.Module):
         n_BTC = norm(x_BTC)
         # q and k have a product of their own, so that the compiler norms and turns both in one pass; being
         # normed, they hardly feel the factor, which the public record has on them, too. In a paired layer
-        # each token has the first halves of both, then the second: two positions, without moving anything
+        # the first halves of q's and k's heads come first, so that a token's two positions are a view
         parts = 2 if self.plan.paired else 1
         halves = zip(*(in_head_order(w, self.head_dim).chunk(parts) for w in (self.q, self.k)))
         w_qk = torch.cat([w for q_and_k in halves for w in q_and_k]) * self.qkv_lambda

@@ -1,9 +1,9 @@
 """Start, find and stop the processes of a sweep's runs.
 
 torchrun starts its workers in their own sessions, and a killed process leaves orphans. Hence a run's
-processes are all descendants of the one started for it, and all with its console in the variable MARK of
-their environment; on Linux this process also adopts every orphan (see `adopt_orphans`). A RUN_ID does not
-count: a run resumed by hand has it, too.
+processes are all descendants of the one started for it, and all whose environment variable MARK names its
+console file; on Linux this process also adopts every orphan (see `adopt_orphans`). RUN_ID would not do: a run
+resumed by hand has it, too.
 """
 
 import contextlib

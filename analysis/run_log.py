@@ -260,7 +260,7 @@ def embedded_sources(path: str | Path) -> dict[str, bytes]:
 def read_with_sources(path: Path) -> bytes:
     """Read a log's bytes, decompressed, and restore source code that a record keeps beside its logs.
 
-    Raises OSError if that source code is missing, or is not what its name, the start of its SHA-256, says.
+    Raises OSError if that source code is missing or does not match its name, the start of its SHA-256.
     """
     data = read_unpacked(path)
     moved = _SOURCES_MOVED.match(data)

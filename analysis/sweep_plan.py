@@ -51,8 +51,8 @@ def plan(sweep: Sweep, manifest: Manifest) -> dict[int, str]:
     taken_over = set()
     for i in why:
         before = attempts.get((runs[i].tag, runs[i].seed))
-        same = before and before.key == runs[i].key
-        if same and (before.state == "submitted" or left_a_checkpoint(before)):
+        unchanged = before and before.key == runs[i].key
+        if unchanged and (before.state == "submitted" or left_a_checkpoint(before)):
             runs[i].run_id, runs[i].log = before.run_id, before.log
             taken_over.add(id(before))
             if before.state == "submitted":
@@ -127,7 +127,7 @@ def recorded_otherwise(planned: Sequence[Run], done: Sequence[Run]) -> list[str]
 
 
 def settle(run: Run, hang_minutes: float, act: bool) -> None:
-    """Determine the fate of a run that the manifest lists as running or submitted.
+    """Determine the fate of a run that was started or submitted; one whose log is being written is running.
 
     With `act`, stop what is left of it and end its log; else only look.
     """
@@ -182,7 +182,7 @@ def sizes(run: Run) -> list[int]:
 def how_it_ended(run: Run, log: RunLog | None, before: Sequence[int]) -> tuple[str, str]:
     """Return state and reason, preferably from the log: torchrun turns every nonzero exit code into 1.
 
-    `before`: `sizes` before this attempt, which has not made what was there.
+    `before`: `sizes` before this attempt; what the files held then is an earlier attempt's.
     """
     if log and log.state == "finished":
         return "finished", ""

@@ -227,4 +227,4 @@ def unpack(given: Path, folder: Path):
             archive.extractall(new, filter="data")
         new.replace(folder)
     except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
-        print(f"all is compiled anew, because the cache in {given} cannot be unpacked: {error}")
+        print(f"compiling everything anew: the cache in {given} cannot be unpacked: {error}")

@@ -124,10 +124,8 @@ class Unfinished:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             saved = json.loads(self.state_path.read_text(encoding="utf-8"))
             if saved["choices"] == self.choices:
-                for (
-                    part,
-                    first,
-                ) in FIRST_NUMBER.items():  # a ValueError if one is missing or damaged: begin anew
+                # a missing or damaged shard is a ValueError: begin anew
+                for part, first in FIRST_NUMBER.items():
                     for number in range(first, first + saved["state"][part][1]):
                         check_shard(self.path_of(part, number))
                 self.state = saved["state"]

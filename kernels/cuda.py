@@ -845,7 +845,7 @@ def make_head_loss(module, compiler):
 def polar_steps(X_NRK: Tensor, coefficients) -> Tensor:
     """Polar Express on matrices of norm 1; a tall one is multiplied from the right, not turned.
 
-    Kernels for half of the two symmetric products saved 0.3% of a step at most (docs/gpus.md).
+    Triton kernels for half of each symmetric product saved at most 0.3% of a step (docs/gpus.md).
     """
     X, tall = X_NRK, X_NRK.size(-2) > X_NRK.size(-1)
     for a, b, c in coefficients:

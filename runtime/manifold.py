@@ -11,8 +11,9 @@ Each line describes the update that completes `step` (W before it, dW = W after 
         p = s / sum s; exp(H); ||W||_F^2 / s_1^2; s_1; s_1 / s_2
     update_entropy ... update_gap       the same of dW
     weight_norm update_norm             Frobenius
-    grad_norm                           of the raw gradient as it reaches the optimizer, before clipping and
-        momentum, on any number of ranks: of the loss summed over the batch's tokens, times 2/8 in the twins
+    grad_norm                           of the raw gradient that reaches the optimizer, before clipping and
+        momentum, whatever the number of ranks: of the loss summed over the batch's tokens, in the twins times
+        2/8
     left_alignment right_alignment      mean singular value of U_W[:, :5]^T U_dW[:, :5], and of V's; 1: the
         same space. update_alignment = left_alignment
     left_chance right_chance            the same for random spaces of these sizes

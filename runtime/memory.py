@@ -32,7 +32,7 @@ class OutOfMemory(RuntimeError):
 def held_bytes(c, vocab_size: int, world_size: int, adamw: bool = False) -> float:
     """Weights, gradients and the optimizer's state of one rank, with bfloat16 weights.
 
-    adamw: whether it trains the matrices, too.
+    adamw: whether AdamW trains the matrices, too.
     """
     tables = sum(table_sizes(c, vocab_size).values())
     matrices = sum(

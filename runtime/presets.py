@@ -6,7 +6,7 @@ that of August 2026 (docs/differences.md).
 
 from runtime.settings import EMBEDDED
 
-PLAIN = dict(  # of the speedrun's additions, only the learned factors of stream and branches are left
+PLAIN = dict(  # none of the speedrun's additions but the learned factors on stream and branches
     windows=((4, 4),) * 4,
     final_windows=(4, 4),
     long_layers=(),
