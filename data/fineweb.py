@@ -64,7 +64,6 @@ def make_shards(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     # Saved beside the shards: resuming with other choices would mix two corpora.
     choices = {"sample": args.sample, "shard_tokens": args.shard_tokens, "vocabulary": tokenizer.vocabulary}
     state = load_state(args.out, choices)
-    save_state(args.out, choices, state)  # from here on, the shards are known to be ours
     writer = ShardWriter(
         lambda number: shard_path(args.out, number), tokenizer.vocabulary, args.shard_tokens, state["shards"]
     )
@@ -72,6 +71,7 @@ def make_shards(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     if state["finished"] or has_enough:
         print(f"{args.out}: {state['shards']} shards are there; nothing left to do")
         return
+    save_state(args.out, choices, state)  # from here on, the shards are known to be ours
     progress = Progress()
     for name, row, tokens in tokenized_rows(args, tokenizer, dict(state), progress):
         num_written = len(writer.written)

@@ -79,6 +79,11 @@ def usable_bytes(device_bytes: float) -> float:
     return USABLE * (device_bytes - RESERVED)
 
 
+def stacked(slice_tokens: int, num_slices: int, most_tokens: int) -> int:
+    """Tokens of a pass that stacks up to so many slices, and one slice at least."""
+    return slice_tokens * max(1, min(num_slices, most_tokens // slice_tokens))
+
+
 class Memory:
     """Forecast for one run, and how many tokens a pass may have.
 
@@ -100,9 +105,8 @@ class Memory:
         self.gradients = 2 * (matrices + sum(tables.values())) + 4 * max(tables.values())
         # compiled, a pass of validation keeps a few layers' outputs, and its logits in pieces
         hidden = 4 * c.width * (1 if s.kernels == "triton" else 2)
-        slice_tokens = s.val_batch_tokens // val_slices
-        stacked = min(val_slices // ranks.world_size, MOST_TOKENS // slice_tokens)
-        self.val_tokens = slice_tokens * max(1, stacked)  # of a pass
+        val_slice = s.val_batch_tokens // val_slices
+        self.val_tokens = stacked(val_slice, val_slices // ranks.world_size, MOST_TOKENS)  # of a pass
         self.per_val_token = 2 * (7 * c.width + hidden)
         self.logits = 4 * padded_vocab(vocab_size)
         self.device_bytes = self.usable = math.inf
@@ -117,10 +121,7 @@ class Memory:
 
     def largest_pass(self) -> int:
         """Tokens of the largest pass of any stage."""
-        return max(
-            tokens * max(1, min(self.slices_per_rank, self.pass_tokens // tokens))
-            for tokens in self.slice_tokens
-        )
+        return max(stacked(n, self.slices_per_rank, self.pass_tokens) for n in self.slice_tokens)
 
     def wanted(self, tokens: int) -> float:
         """Bytes that training with passes of so many tokens takes."""
