@@ -18,8 +18,8 @@ for text in "$@"; do
   texts+=("$(cd -- "$(dirname -- "$text")" && pwd)/$(basename -- "$text")")
 done
 cd "$(dirname "${BASH_SOURCE[0]}")"
-if [ -n "${RESUME:-}" ] && [ -z "${RUN_ID:-}" ]; then
-  echo "RESUME=$RESUME without RUN_ID: which run? Set RUN_ID to the name of its log in logs/, without .txt" >&2
+if [ "${RESUME:-}" = auto ] && [ -z "${RUN_ID:-}" ]; then
+  echo "RESUME=auto without RUN_ID: which run? Set RUN_ID to the name of its log in logs/, without .txt" >&2
   exit 2
 fi
 source setup_env.sh

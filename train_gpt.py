@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from data.prefixes import prefix_tokens
 from data.shards import Ahead, DataError, Shard, check_validation, open_pair
+from kernels import vectors
 from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing, draw_noise, load_fields
 from kernels.float8 import Float8Linear
@@ -47,7 +48,6 @@ from kernels.heads import (
 )
 from kernels.ngrams import embed_ngrams, sign_table
 from kernels.signals import NGRAM_START, RESID_START, Mudd, TokenNet, gate_signals, signal_names
-from kernels.vectors import scalar
 from runtime import refusals, settings, supervise
 from runtime.compiling import compile_forward, compiler_for
 from runtime.flops import flop_per_token
@@ -402,7 +402,8 @@ class TrainData:
                 lengths[-1] -= self.ends[last] - before - num_tokens
                 self.cursor = last + 1
                 return self.tokens, starts, lengths
-            (self.epoch, self.place), self.cursor = self.place_after(self.epoch, self.place), 0
+            self.epoch, self.place = self.place_after(self.epoch, self.place)
+            self.cursor = 0
             self.load_shard()
         raise DataError(
             f"no training shard fills a slice of {num_tokens} tokens now, as one did when the run began; "
@@ -590,12 +591,14 @@ class Attention(nn.Module):
         H, H_kv = self.num_heads, self.num_kv_heads
         n_BTC = norm(x_BTC)
         # q and k have a product of their own, so that the compiler norms and turns both in one pass; being
-        # normed, they hardly feel the factor, which the public record has on them, too. In a paired layer
-        # the first halves of q's and k's heads come first, so that a token's two positions are a view
-        parts = 2 if self.plan.paired else 1
-        halves = zip(*(in_head_order(w, self.head_dim).chunk(parts) for w in (self.q, self.k)))
-        w_qk = torch.cat([w for q_and_k in halves for w in q_and_k]) * self.qkv_lambda
-        qk = norm(F.linear(n_BTC, w_qk).unflatten(-1, (parts, -1, self.head_dim)).flatten(1, 2))
+        # normed, they hardly feel the factor, which the public record has on them, too
+        weights = [in_head_order(w, self.head_dim) for w in (self.q, self.k)]
+        if self.plan.paired:  # the first halves of the heads come first: a token's two positions are a view
+            (q1, q2), (k1, k2) = (w.chunk(2) for w in weights)
+            weights = q1, k1, q2, k2
+        qk = F.linear(n_BTC, torch.cat(weights) * self.qkv_lambda)
+        positions = 2 * T if self.plan.paired else T
+        qk = norm(qk.view(B, positions, -1, self.head_dim))
         v = F.linear(n_BTC, self.v * self.qkv_lambda).view(B, T, -1, self.head_dim)
         gate_in = n_BTC[..., :GATE_CHANNELS]
         if value_BTC is not None:
@@ -1084,7 +1087,7 @@ class AdamBucket(Bucket):
     def per_number(self, values: list[float]) -> Tensor:
         """The parameters' values, one for each number of the bucket; 0-d for a single parameter."""
         if len(values) == 1:
-            return scalar(values[0])
+            return vectors.scalar(values[0])
         parts = [torch.full((p.numel(),), float(x)) for p, x in zip(self.params.values(), values)]
         return torch.cat(parts).to(self.mine.device)
 
@@ -1096,7 +1099,7 @@ class AdamBucket(Bucket):
         decay = self.o.adam_weight_decay * lr * self.role_decay_mul  # and lr once more, in step_adam
         tensors = self.mine, self.mantissa, self.grad, *self.state.values()
         beta1, beta2 = (beta_frac * beta for beta in self.betas)
-        self.run(*tensors, scalar(self.count), lr, decay, beta1, beta2, "strict")
+        self.run(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "strict")
         self.gather()
 
 
@@ -1143,14 +1146,14 @@ class MatrixBucket(Bucket):
         self.count += 1
         o = self.o
         if o.optimizer == "adamw":
-            lr, decay = scalar(o.adam_matrix_lr * lr_mul), scalar(o.adam_matrix_decay)
-            beta1, beta2 = (scalar(beta_frac * b) for b in find_role(next(iter(self.params))).betas)
-            self.run(*self.tensors(), scalar(self.count), lr, decay, beta1, beta2, "param")
+            lr, decay = vectors.scalar(o.adam_matrix_lr * lr_mul), vectors.scalar(o.adam_matrix_decay)
+            beta1, beta2 = (vectors.scalar(beta_frac * b) for b in find_role(next(iter(self.params))).betas)
+            self.run(*self.tensors(), vectors.scalar(self.count), lr, decay, beta1, beta2, "param")
         else:
             lr = o.muon_lr * lr_mul
             # cautious decay takes the rate twice, here and in the step, as in the record; the others once
             decay = o.muon_weight_decay * (lr if o.muon_decay_mode == "cautious" else 1)
-            self.step(lr * self.shape_lr_N11, scalar(decay), scalar(mu), measure)
+            self.step(lr * self.shape_lr_N11, vectors.scalar(decay), vectors.scalar(mu), measure)
         self.gather()
 
     def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
@@ -1343,7 +1346,7 @@ class Schedule:
         """Weight of the loss on the next token's prefix, linear within the stage; None in a stage without."""
         start, end = self.config.prefix_weights[self.stage(step)]
         weight = interpolate("linear", start, end, self.share_of_stage(step))
-        return scalar(weight) if start or end else None
+        return vectors.scalar(weight) if start or end else None
 
     def share_of_stage(self, step: int) -> float:
         """Share of the stage's steps that lies before `step`."""

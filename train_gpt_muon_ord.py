@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from data.prefixes import prefix_tokens
 from data.shards import Ahead, DataError, Shard, check_validation, open_pair
+from kernels import vectors
 from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing, draw_noise, load_fields
 from kernels.float8 import Float8Linear
@@ -44,7 +45,6 @@ from kernels.heads import (
 )
 from kernels.ngrams import embed_ngrams, sign_table
 from kernels.signals import NGRAM_START, RESID_START, Mudd, TokenNet, gate_signals, signal_names
-from kernels.vectors import scalar
 from runtime import refusals, settings, supervise
 from runtime.compiling import compile_forward, compiler_for
 from runtime.flops import flop_per_token
@@ -399,7 +399,8 @@ class TrainData:
                 lengths[-1] -= self.ends[last] - before - num_tokens
                 self.cursor = last + 1
                 return self.tokens, starts, lengths
-            (self.epoch, self.place), self.cursor = self.place_after(self.epoch, self.place), 0
+            self.epoch, self.place = self.place_after(self.epoch, self.place)
+            self.cursor = 0
             self.load_shard()
         raise DataError(
             f"no training shard fills a slice of {num_tokens} tokens now, as one did when the run began; "
@@ -587,12 +588,14 @@ class Attention(nn.Module):
         H, H_kv = self.num_heads, self.num_kv_heads
         n_BTC = norm(x_BTC)
         # q and k have a product of their own, so that the compiler norms and turns both in one pass; being
-        # normed, they hardly feel the factor, which the public record has on them, too. In a paired layer
-        # the first halves of q's and k's heads come first, so that a token's two positions are a view
-        parts = 2 if self.plan.paired else 1
-        halves = zip(*(in_head_order(w, self.head_dim).chunk(parts) for w in (self.q, self.k)))
-        w_qk = torch.cat([w for q_and_k in halves for w in q_and_k]) * self.qkv_lambda
-        qk = norm(F.linear(n_BTC, w_qk).unflatten(-1, (parts, -1, self.head_dim)).flatten(1, 2))
+        # normed, they hardly feel the factor, which the public record has on them, too
+        weights = [in_head_order(w, self.head_dim) for w in (self.q, self.k)]
+        if self.plan.paired:  # the first halves of the heads come first: a token's two positions are a view
+            (q1, q2), (k1, k2) = (w.chunk(2) for w in weights)
+            weights = q1, k1, q2, k2
+        qk = F.linear(n_BTC, torch.cat(weights) * self.qkv_lambda)
+        positions = 2 * T if self.plan.paired else T
+        qk = norm(qk.view(B, positions, -1, self.head_dim))
         v = F.linear(n_BTC, self.v * self.qkv_lambda).view(B, T, -1, self.head_dim)
         gate_in = n_BTC[..., :GATE_CHANNELS]
         if value_BTC is not None:
@@ -1081,7 +1084,7 @@ class AdamBucket(Bucket):
     def per_number(self, values: list[float]) -> Tensor:
         """The parameters' values, one for each number of the bucket; 0-d for a single parameter."""
         if len(values) == 1:
-            return scalar(values[0])
+            return vectors.scalar(values[0])
         parts = [torch.full((p.numel(),), float(x)) for p, x in zip(self.params.values(), values)]
         return torch.cat(parts).to(self.mine.device)
 
@@ -1093,7 +1096,7 @@ class AdamBucket(Bucket):
         decay = self.o.adam_weight_decay * lr * self.role_decay_mul  # and lr once more, in step_adam
         tensors = self.mine, self.mantissa, self.grad, *self.state.values()
         beta1, beta2 = (beta_frac * beta for beta in self.betas)
-        self.run(*tensors, scalar(self.count), lr, decay, beta1, beta2, "strict")
+        self.run(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "strict")
         self.gather()
 
 
@@ -1140,14 +1143,14 @@ class MatrixBucket(Bucket):
         self.count += 1
         o = self.o
         if o.optimizer == "adamw":
-            lr, decay = scalar(o.adam_matrix_lr * lr_mul), scalar(o.adam_matrix_decay)
-            beta1, beta2 = (scalar(beta_frac * b) for b in find_role(next(iter(self.params))).betas)
-            self.run(*self.tensors(), scalar(self.count), lr, decay, beta1, beta2, "param")
+            lr, decay = vectors.scalar(o.adam_matrix_lr * lr_mul), vectors.scalar(o.adam_matrix_decay)
+            beta1, beta2 = (vectors.scalar(beta_frac * b) for b in find_role(next(iter(self.params))).betas)
+            self.run(*self.tensors(), vectors.scalar(self.count), lr, decay, beta1, beta2, "param")
         else:
             lr = o.muon_lr * lr_mul
             # cautious decay takes the rate twice, here and in the step, as in the record; the others once
             decay = o.muon_weight_decay * (lr if o.muon_decay_mode == "cautious" else 1)
-            self.step(lr * self.shape_lr_N11, scalar(decay), scalar(mu), measure)
+            self.step(lr * self.shape_lr_N11, vectors.scalar(decay), vectors.scalar(mu), measure)
         self.gather()
 
     def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
@@ -1195,7 +1198,7 @@ class OptimizerSettings(NorMuonSettings):
     spectral_rho_mode: str = knob(
         "global",
         "one rho per matrix, row or col",
-        choices=("global", "row", "col"),
+        choices=tuple(vectors.DIMS),
         only=("ord_mode", ("interpolate", "project", "post")),
     )
     spectral_scale: str = before_knob(
@@ -1217,7 +1220,6 @@ class OptimizerSettings(NorMuonSettings):
 # 0.1 costs tiny and tiny-wide 0.025 and 0.011 nats: records/2026-11-25_spectral_fine_tiny and
 # ..._spectral_medium_tiny
 OPTIMIZER_PRESETS = dict.fromkeys(("tiny", "tiny-wide", "tiny-2026-08"), {"spectral_lr_mul": 0.01})
-RHO_DIMS = {"global": (-2, -1), "row": (-1,), "col": (-2,)}
 RHO_START, RHO_END = 10, 50  # steps over which the adaptive schedule takes its reference
 RESCALE_FLOOR = 0.25  # half of INIT_GAIN: a matrix of a smaller root mean square must grow first
 MAX_SHRINK = 0.999  # of a norm in one step
@@ -1234,16 +1236,6 @@ def check_optimizer_settings(o: OptimizerSettings):
         raise SettingsError(f"ORD_MODE={o.ord_mode} is for Muon; with OPTIMIZER=adamw set ORD_MODE=off")
 
 
-def inner(x: Tensor, y: Tensor, dims=(-2, -1)) -> Tensor:
-    """<x, y> over these dimensions, which are kept."""
-    return (x * y).sum(dims, keepdim=True)
-
-
-def safe_ratio(x: Tensor, y: Tensor) -> Tensor:
-    """x / y, 0 where y is 0."""
-    return torch.where(y == 0, 0.0, x / torch.where(y == 0, 1.0, y))
-
-
 def radial_strength(rho, a_N11: Tensor, rho_0: Tensor, settled: Tensor, o: OptimizerSettings) -> Tensor:
     """a, or adaptively a clip(|rho| / rho_0, 0, 1) once rho_0, the mean |rho| of steps 10-50, is settled."""
     if o.spectral_schedule == "constant":
@@ -1258,10 +1250,10 @@ def radial_factor(G, W, rho, P, radial_moment, o: OptimizerSettings) -> Tensor:
         par = rho * W
         mean_square = par.square().mean(-1 if par.size(-2) >= par.size(-1) else -2, keepdim=True)
         radial_moment.lerp_(mean_square, 1 - o.muon_beta2)
-        return safe_ratio(rho, radial_moment.sqrt())
+        return vectors.ratio(rho, radial_moment.sqrt())
     if o.spectral_scale == "unit":
         perp = torch.addcmul(G, rho, W, value=-1)
-        return rho * safe_ratio(inner(P, P).sqrt(), inner(perp, perp).sqrt())
+        return rho * vectors.ratio(vectors.norm(P), vectors.norm(perp))
     return rho
 
 
@@ -1275,12 +1267,12 @@ def ord_update(G, W, a, rho, second_moment, radial_moment, dtype, o: OptimizerSe
     """
     if o.ord_mode == "off":
         return orthogonalize(G, second_moment, o.muon_beta2, dtype), 0.0, 0.0
-    dims = RHO_DIMS[o.spectral_rho_mode]
+    dims = vectors.DIMS[o.spectral_rho_mode]
     if o.ord_mode == "post":
         P = orthogonalize(G, second_moment, o.muon_beta2, dtype)
-        r = safe_ratio(inner(P, W, dims), inner(W, W, dims))
+        r = vectors.ratio(vectors.inner(P, W, dims), vectors.inner(W, W, dims))
         s = torch.where(r < 0, o.spectral_out, o.spectral_in)
-        s = torch.where(inner(W, W, dims) > floor_square(W, dims), s, 1.0)
+        s = torch.where(vectors.inner(W, W, dims) > floor_square(W, dims), s, 1.0)
         return P, (s - 1) * r, s * r
     taken = rho if o.ord_mode == "project" else a * rho
     P = orthogonalize(torch.addcmul(G, taken, W, value=-1), second_moment, o.muon_beta2, dtype)
@@ -1294,25 +1286,21 @@ def floor_square(W: Tensor, dims) -> float:
 
 def rescaled(new: Tensor, W: Tensor, shrink: Tensor, dims) -> Tensor:
     """Give `new` the norm ||W|| (1 - shrink), unless W is under the floor."""
-    before = inner(W, W, dims)
+    before = vectors.inner(W, W, dims)
     norm_wanted = before.sqrt() * (1 - shrink.clamp(max=MAX_SHRINK))
-    factor = safe_ratio(norm_wanted, inner(new, new, dims).sqrt())
+    factor = vectors.ratio(norm_wanted, vectors.norm(new, dims))
     return new * torch.where(before > floor_square(W, dims), factor, 1.0)
-
-
-def frobenius(x: Tensor) -> Tensor:
-    return inner(x, x).sqrt()
 
 
 def ord_stats(G, W, U, radial, P, rho) -> Tensor:
     """MATRIX_STATS of each matrix, (N, 6)."""
     values = (
         rho.mean((-2, -1), keepdim=True),
-        safe_ratio(inner(G, W), frobenius(G) * frobenius(W)),
-        safe_ratio(inner(U, W), frobenius(U) * frobenius(W)),
-        frobenius(W),
-        safe_ratio(frobenius(U), frobenius(W)),
-        safe_ratio(frobenius(radial), frobenius(P)),
+        vectors.ratio(vectors.inner(G, W), vectors.norm(G) * vectors.norm(W)),
+        vectors.ratio(vectors.inner(U, W), vectors.norm(U) * vectors.norm(W)),
+        vectors.norm(W),
+        vectors.ratio(vectors.norm(U), vectors.norm(W)),
+        vectors.ratio(vectors.norm(radial), vectors.norm(P)),
     )
     return torch.cat(values, dim=-1).squeeze(1)
 
@@ -1336,8 +1324,8 @@ def step_ord(
     """One Muon + ORD step on a shard of matrices, in place; returns mean |rho| and, if asked, the stats."""
     W = read_master(weight, mantissa)
     G = nesterov(grad, momentum, mu)
-    dims = RHO_DIMS[o.spectral_rho_mode]
-    rho = inner(G, W, dims) / (inner(W, W, dims) + o.spectral_proj_eps)
+    dims = vectors.DIMS[o.spectral_rho_mode]
+    rho = vectors.inner(G, W, dims) / (vectors.inner(W, W, dims) + o.spectral_proj_eps)
     a = radial_strength(rho, a_N11, rho_0, settled, o)
     P, factor, shrink = ord_update(G, W, a, rho, second_moment, radial_moment, weight.dtype, o)
     U = P if o.ord_mode == "off" else torch.addcmul(P, factor, W)
@@ -1368,7 +1356,7 @@ class OrdBucket(MatrixBucket):
 
     def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
         tensors, rho_sum = (*self.tensors(), self.state.get("radial_moment")), self.state["rho_sum"]
-        rho_0, settled = rho_sum / (RHO_END - RHO_START), scalar(self.count > RHO_END)
+        rho_0, settled = rho_sum / (RHO_END - RHO_START), vectors.scalar(self.count > RHO_END)
         rho, self.stats = self.run(*tensors, lr_N11, decay, mu, self.a_N11, rho_0, settled, self.o, measure)
         if RHO_START < self.count <= RHO_END:
             rho_sum += rho
@@ -1536,7 +1524,7 @@ class Schedule:
         """Weight of the loss on the next token's prefix, linear within the stage; None in a stage without."""
         start, end = self.config.prefix_weights[self.stage(step)]
         weight = interpolate("linear", start, end, self.share_of_stage(step))
-        return scalar(weight) if start or end else None
+        return vectors.scalar(weight) if start or end else None
 
     def share_of_stage(self, step: int) -> float:
         """Share of the stage's steps that lies before `step`."""

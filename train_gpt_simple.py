@@ -241,14 +241,21 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 p.zero_()
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """(cross-entropy summed over the tokens, number of tokens guessed right)."""
+    def hidden(self, inputs_BT: Tensor) -> Tensor:
+        """What the head reads, (B, T, C)."""
         x = self.embed_norm(F.embedding(inputs_BT, self.embed))
         for block in self.blocks:
-            x = block(x, self.angles_TP)
-        x = self.head_norm(x)
+            x = block(x, self.angles_TP[: inputs_BT.shape[1]])
+        return self.head_norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of the next token, (..., V), softly capped; fp32."""
         logits = F.linear(x, self.head.type_as(x), self.head_bias.type_as(x)).float()
-        logits = SOFTCAP * logits * (logits.square() + SOFTCAP**2).rsqrt()
+        return SOFTCAP * logits * (logits.square() + SOFTCAP**2).rsqrt()
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """(cross-entropy summed over the tokens, number of tokens guessed right)."""
+        logits = self.logits(self.hidden(inputs_BT))
         loss = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
         return loss, (logits.argmax(-1) == targets_BT).sum()
 

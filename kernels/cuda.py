@@ -28,6 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import float8
+from kernels.vectors import ratio
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by the tests; it knows no assembly
@@ -923,10 +924,10 @@ def make_step_ord(module, compiler):
         if o.spectral_scale == "unit":  # variance reduction keeps the norm of U
             if second_moment is None:
                 squares = U.float().square().sum((-2, -1))
-            gained = gained * module.safe_ratio(squares.view(-1, 1, 1).sqrt(), perp_norm)
+            gained = gained * ratio(squares.view(-1, 1, 1).sqrt(), perp_norm)
         last = lr_N11.flatten(), float(decay), o.muon_decay_mode
         applied = apply_update(weight, mantissa, U, scales, gained.flatten(), *last, measure)
-        stats = ord_stats(module.safe_ratio, sums, applied, rho, gained) if measure else None
+        stats = ord_stats(sums, applied, rho, gained) if measure else None
         return rho.abs(), stats
 
     fused.runs_eagerly = True
@@ -948,13 +949,13 @@ def ord_radial_part(radial_strength, sums_N3, a_N11, rho_0, settled, o):
     return rho, lost, a_rho, norm_without(lost, GG, GW, WW), norm_without(rho, GG, GW, WW)
 
 
-def ord_stats(safe_ratio, sums_N3, applied_N3, rho, gained) -> Tensor:
+def ord_stats(sums_N3, applied_N3, rho, gained) -> Tensor:
     """The trainer's ord_stats, from the sums that the kernels leave."""
     (GG, GW, WW), (UW, UU, PP) = per_matrix(sums_N3), per_matrix(applied_N3)
     G, W, U = GG.sqrt(), WW.sqrt(), UU.sqrt()
-    cosines = safe_ratio(GW, G * W), safe_ratio(UW, U * W)
-    radial_over_p = safe_ratio(gained.abs() * W, PP.sqrt())
-    return torch.cat((rho, *cosines, W, safe_ratio(U, W), radial_over_p), dim=-1).squeeze(1)
+    cosines = ratio(GW, G * W), ratio(UW, U * W)
+    radial_over_p = ratio(gained.abs() * W, PP.sqrt())
+    return torch.cat((rho, *cosines, W, ratio(U, W), radial_over_p), dim=-1).squeeze(1)
 
 
 def per_matrix(sums_N3: Tensor) -> tuple[Tensor, Tensor, Tensor]:

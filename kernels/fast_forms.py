@@ -41,7 +41,7 @@ CPU_FORMS = (
         "Attention.forward",
         cpu.make_attention_forward,
         ATTENTION_PARTS,
-        "619d48333e9f",
+        "cb11501d989f",
         cpu.covers_attention,
     ),
     FastForm("MLP.forward", cpu.make_mlp_forward, ("MLP.__init__", "norm"), "e176c8d517db"),
@@ -54,7 +54,7 @@ def cuda_forms() -> tuple[FastForm, ...]:
     from kernels import cuda
 
     muon = ("orthogonalize", "polar_express", "reduce_variance", "nesterov", "with_decay")
-    ord_parts = ("inner", "safe_ratio", "ord_update", "radial_factor", "ord_stats")
+    ord_parts = ("vectors.inner", "vectors.norm", "vectors.ratio", "ord_update", "radial_factor", "ord_stats")
     return (
         FastForm("MLP.forward", cuda.make_mlp_forward, ("MLP.__init__",), "a960a9b66929"),
         FastForm(
@@ -64,7 +64,7 @@ def cuda_forms() -> tuple[FastForm, ...]:
             "8ceeffdc3ab4",
         ),
         FastForm("step_muon", cuda.make_step_muon, muon, "ddfb383771ca", cuda.covers_muon),
-        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "f2c2eeb6c177", cuda.covers_ord),
+        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "b547ce1452c5", cuda.covers_ord),
     )
 
 

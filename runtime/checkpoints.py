@@ -57,9 +57,8 @@ def read(path: Path) -> dict:
     try:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
-            if (
-                not bad
-            ):  # torch takes a record marked as a folder for one, and leaves its tensor uninitialised
+            # torch takes a record marked as a folder for one, and leaves its tensor uninitialised
+            if not bad:
                 bad = next((part.filename for part in file.infolist() if part.external_attr), None)
         if bad:
             raise CheckpointError(f"{path} is damaged ({bad}); use an earlier checkpoint")

@@ -9,7 +9,6 @@ traffic, not FLOP). The loss on several next tokens reads the same logits, so th
 """
 
 import math
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -112,26 +111,17 @@ def composition_flop(c, keys: float) -> float:
     return 2 * c.num_heads * keys * (2 * c.head_dim + 1)
 
 
-def plain(c, row_tokens: int) -> SimpleNamespace:
-    """Describe a model without the twins' additions, whose rows attend to all before them, as theirs are."""
-    nothing = dict.fromkeys(("no_attention", "long_layers", "paired_layers", "value_embed_layers"), ())
-    nothing |= dict(gate_layers=(), ngram_rows=0, qk_group=0, mudd=None, compose_tokens=0)
-    sizes = dict(num_layers=c.num_layers, width=c.width, num_heads=c.num_heads, head_dim=c.head_dim)
-    windows = dict(window_block=row_tokens, windows=((1, 1),))
-    return SimpleNamespace(
-        **sizes,
-        **nothing,
-        **windows,
-        num_kv_heads=c.num_heads,
-        attn_gate=False,
-        num_experts=0,
-        expert_hidden=0,
-    )
-
-
 def flop_per_token(c, lengths, vocab: int, windows: tuple[int, int] | None = None) -> float:
     """FLOP of the forward and backward pass for one token."""
     return 3 * forward_flop(c, lengths, vocab, windows).total
+
+
+def plain_flop_per_token(c, row_tokens: int, vocab: int) -> float:
+    """The same for train_gpt_simple.py's model, whose tokens see all before them in a row."""
+    width = c.num_heads * c.head_dim
+    weights = c.num_layers * (4 * width + 8 * c.width) * c.width + padded_vocab(vocab) * c.width
+    keys = (row_tokens + 1) / 2
+    return 3 * (2 * weights + 4 * c.num_layers * width * keys)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.checkpoints import make_durable
+
 NUM_DIRECTIONS = 5  # leading singular vectors compared by the alignment
 NUM_QUANTILES = 25
 CHANCE_DRAWS = 2000  # random spaces drawn; their mean is accurate to about 1%
@@ -185,9 +187,7 @@ def trim(path: Path, last_step: int):
             file.flush()
             os.fsync(file.fileno())
         os.replace(half, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # without this, a power cut can bring the old file back
-        os.fsync(folder)
-        os.close(folder)
+        make_durable(path)
     finally:
         half.unlink(missing_ok=True)
 
@@ -247,7 +247,8 @@ class Manifold:
         self.clock.stop()
         start, rows = time.perf_counter(), []
         for (names, W, grad_norms), (_, after, _) in zip(self.before, self.optimizer.matrices()):
-            for i in range(0, len(names), at_once := max(1, SVD_NUMBERS // W[0].numel())):
+            at_once = max(1, SVD_NUMBERS // W[0].numel())
+            for i in range(0, len(names), at_once):
                 self.ranks.beat()
                 part = slice(i, i + at_once)
                 facts = measure_matrices(W[part], after[part] - W[part])

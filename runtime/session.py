@@ -285,9 +285,12 @@ class Session:
             self.ranks.run_on_all(check)
         except ValueError as error:
             raise checkpoints.CheckpointError(str(error)) from None
-        small = contents and {k: v for k, v in contents.items() if k not in ("params", "config")}
+        params = small = None
+        if contents is not None:  # on rank 0
+            params = contents["params"]
+            small = {k: v for k, v in contents.items() if k not in ("params", "config")}
         small = self.ranks.broadcast_object(small)
-        restore_all(self.buckets, contents and contents["params"], small["counts"])
+        restore_all(self.buckets, params, small["counts"])
         self.trainer.go_to(small["step"])
         self.data.seek(small["position"])
         self.clock.spent_ms, self.target_reached = small["train_ms"], small["reached"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.shards import Shard, TokenStream, check_stream, first_batches, open_pair
-from runtime.flops import flop_per_token, plain
+from runtime.flops import plain_flop_per_token
 from runtime.prefetch import to_device
 from runtime.ranks import Ranks
 from runtime.session import Session
@@ -116,7 +116,7 @@ class StreamRun:
     def flop_per_token(self, step: int) -> float:
         """FLOP of a token's forward and backward pass."""
         c, row_tokens = self.start.model_config, self.s.row_tokens
-        return flop_per_token(plain(c, row_tokens), [row_tokens], self.start.config["vocab_size"])
+        return plain_flop_per_token(c, row_tokens, self.start.config["vocab_size"])
 
     def validation_fields(self) -> dict:
         return {}

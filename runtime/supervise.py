@@ -193,7 +193,8 @@ def prepare(module, env) -> Start:
         lambda: checkpoints.find_origin(s, classes, config, run_id) if ranks.rank == 0 else None
     )
     shared = ranks.broadcast_object(origin and origin._replace(contents=None))
-    origin = origin or shared
+    if ranks.rank != 0:
+        origin = shared  # without the tensors, which rank 0 hands out
     s = dataclasses.replace(s, run_id=origin.run_id)
     config["run_id"] = s.run_id
     log = None

@@ -73,15 +73,10 @@ class TrackModel(TrainedModel):
 
     @torch.no_grad()
     def hidden(self, tokens_BT: Tensor) -> Tensor:
-        model = self.model
-        x = model.embed_norm(F.embedding(tokens_BT.to(model.head.device), model.embed))
-        for block in model.blocks:
-            x = block(x, model.angles_TP[: tokens_BT.shape[1]])
-        return model.head_norm(x)
+        return self.model.hidden(tokens_BT.to(self.model.head.device))
 
     def head(self, x_MC: Tensor) -> Tensor:
-        logits, cap = F.linear(x_MC, self.model.head, self.model.head_bias), self.trainer.SOFTCAP
-        return cap * logits * (logits.square() + cap**2).rsqrt()
+        return self.model.logits(x_MC)
 
 
 def load_model(path: Path, device: str) -> TrainedModel:

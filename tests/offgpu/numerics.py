@@ -41,7 +41,7 @@ import triton.language as tl
 
 import train_gpt
 import train_gpt_muon_ord
-from kernels import attention, cuda, float8
+from kernels import attention, cuda, float8, vectors
 from runtime.sharding import read_master
 
 if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -516,7 +516,7 @@ def twin_step(fused: bool, case, env, measure=True):
     grad, momentum, weight, mantissa = copies(*case)
     N, R, K = grad.shape
     moment = torch.full((N, R, 1) if R >= K else (N, 1, K), 1e-3) if o.optimizer == "normuon" else None
-    scalar = train_gpt_muon_ord.scalar
+    scalar = vectors.scalar
     a, rho_0 = torch.full((N, 1, 1), o.spectral_lr_mul), torch.full((N, 1, 1), 0.02)
     rho, stats = step(
         weight,
@@ -563,7 +563,7 @@ def test_fused_step_is_the_plain_step(shape, env):
 @pytest.mark.parametrize("env", [dict(SPECTRAL_LR_MUL="0"), dict(ORD_MODE="off")], ids=["a=0", "off"])
 def test_twins_with_kernels_agree_bit_for_bit(shape, env):
     """Fails if SPECTRAL_LR_MUL=0 is not NorMuon with kernels, or measuring for the log changes a weight."""
-    case, scalar = tail_case(shape), train_gpt.scalar
+    case, scalar = tail_case(shape), vectors.scalar
     grad, momentum, weight, mantissa = copies(*case)
     N, R, K = shape
     moment = torch.full((N, R, 1) if R >= K else (N, 1, K), 1e-3)

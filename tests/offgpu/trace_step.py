@@ -38,7 +38,7 @@ from helpers import WAYS_OF_ORD, shortened
 
 import train_gpt
 import train_gpt_muon_ord
-from kernels import cuda, fast_forms
+from kernels import cuda, fast_forms, vectors
 from runtime import compiling, presets
 from runtime.compiling import graphs_compiled
 from runtime.memory import held_bytes, kept_bytes
@@ -276,7 +276,7 @@ def ord_updates():
                 bucket.update(1.0, 0.95, 1.0, measure=True)
                 if cuda.covers_ord(o, None):
                     sums = torch.zeros(len(bucket.names), 3, device=DEVICE)
-                    radial_part(sums, bucket.a_N11, bucket.state["rho_sum"] / 40, trainer.scalar(1), o)
+                    radial_part(sums, bucket.a_N11, bucket.state["rho_sum"] / 40, vectors.scalar(1), o)
         report(name, since)
 
 
