@@ -242,7 +242,7 @@ class GPT(nn.Module):
                 p.zero_()
 
     def hidden(self, inputs_BT: Tensor) -> Tensor:
-        """What the head reads, (B, T, C)."""
+        """Input of the head, (B, T, C)."""
         x = self.embed_norm(F.embedding(inputs_BT, self.embed))
         for block in self.blocks:
             x = block(x, self.angles_TP[: inputs_BT.shape[1]])

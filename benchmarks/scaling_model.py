@@ -4,7 +4,6 @@
     python benchmarks/scaling_model.py --preset gpt2-1b --gpus 8,64 --table markdown --csv out.csv
     python benchmarks/scaling_model.py --set memory_bytes=4.33e12 --set memory_gib=139.8  # H200s
     python benchmarks/scaling_model.py --set network_bytes=25e9 --set matmul_flops=500e12
-    python benchmarks/scaling_model.py --shard-over 8                    # what if nodes shared the optimizer?
 
 This is a model, not a measurement. Products run at measured rates; elementwise work and tables move counted
 bytes at the rate of a copy; collectives are rings, in the trainers' order; launches cost a fixed time. Every
@@ -17,9 +16,7 @@ this project's and the public code's, are printed beside the model's.
 The trainers split the work as follows. The global batch has 8 slices, or one per rank if there are more. The
 gradients of a bucket are reduce-scattered over all ranks, and the new weights are all-gathered. Matrices of
 one shape form a bucket, in which a rank owns whole matrices. A bucket with fewer matrices than ranks is
-padded to one per rank: padding is sent, too, and ranks that own only padding wait. --shard-over N instead
-shards each bucket over the N ranks of a group and sums over the groups (not built; it shows the possible
-gain).
+padded to one per rank: padding is sent, too, and ranks that own only padding wait.
 """
 
 import argparse
@@ -129,19 +126,17 @@ class Machine:
     median_doc_tokens: float = assumed(420, "FineWeb's, about")
     max_doc_tokens: int = assumed(2048, "longer documents are cut")
 
-    def ring(self, num_bytes: float, ranks: int, stride: int = 1) -> float:
-        """Seconds of a reduce-scatter or all-gather of num_bytes over `ranks` GPUs that are `stride` apart.
+    def ring(self, num_bytes: float, ranks: int) -> float:
+        """Seconds of a reduce-scatter or all-gather of num_bytes over `ranks` GPUs.
 
-        A ring over whole nodes uses all network cards of a node; a ring over GPUs that are a node apart uses
-        one card.
+        A ring over whole nodes uses all network cards of a node.
         """
         if ranks == 1:
             return 0.0
-        nodes = min(ranks, math.ceil(ranks * stride / self.gpus_per_node))
+        nodes = min(ranks, math.ceil(ranks / self.gpus_per_node))
         rate, hops = self.nvlink_bytes, ranks * self.hop_s
         if nodes > 1:
-            cards = min(ranks, max(1, self.gpus_per_node // stride))
-            rate = min(rate, self.network_bytes * self.network_share * cards)
+            rate = min(rate, self.network_bytes * self.network_share * self.gpus_per_node)
             hops = (ranks - nodes) * self.hop_s + nodes * self.network_hop_s
         return self.collective_s + hops + num_bytes * (ranks - 1) / ranks / rate
 
@@ -199,17 +194,13 @@ class Bucket(NamedTuple):
     polar_s: float  # part of update_s
 
 
-def bucket_times(
-    m: Machine, entries: float, ranks: int, shard_over: int, update_s: float, polar_s: float = 0.0
-) -> Bucket:
-    """Time a bf16 bucket of `entries` numbers, padding included, shared among groups of shard_over."""
-    inside, groups = m.ring(2 * entries, shard_over), ranks // shard_over
-    across = 2 * m.ring(2 * entries / shard_over, groups, shard_over)  # all-reduce of each shard
-    zeroing = 2 * entries / m.memory_bytes
-    return Bucket(inside + across, update_s + zeroing, inside, polar_s)
+def bucket_times(m: Machine, entries: float, ranks: int, update_s: float, polar_s: float = 0.0) -> Bucket:
+    """Time a bf16 bucket of `entries` numbers, padding included."""
+    transfer, zeroing = m.ring(2 * entries, ranks), 2 * entries / m.memory_bytes
+    return Bucket(transfer, update_s + zeroing, transfer, polar_s)
 
 
-def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bool) -> list[Bucket]:
+def buckets_due(c, m: Machine, ranks: int, adam: bool, tied: bool) -> list[Bucket]:
     """List buckets in the trainers' order: small ones and tables (on Adam's steps), then matrices by size."""
     due = []
     overhead = m.bucket_kernels * m.launch_s
@@ -218,15 +209,15 @@ def buckets_due(c, m: Machine, ranks: int, shard_over: int, adam: bool, tied: bo
         due += [Bucket(small, overhead, 0.0, 0.0)] * SMALL_BUCKETS
         for name, entries in sorted(table_sizes(c, VOCAB).items(), key=lambda item: item[1]):
             if name != "embed" or not tied:
-                traffic = entries / shard_over * m.adam_bytes / m.memory_bytes
-                due.append(bucket_times(m, entries, ranks, shard_over, max(overhead, traffic)))
+                traffic = entries / ranks * m.adam_bytes / m.memory_bytes
+                due.append(bucket_times(m, entries, ranks, max(overhead, traffic)))
     for (rows, columns), n in sorted(matrix_shapes(c).items(), key=lambda item: item[1] * math.prod(item[0])):
-        mine = owned(n, shard_over)
+        mine = owned(n, ranks)
         polar = mine * polar_flop(rows, columns) / m.polar_flops
         polar = max(polar, 15 * m.launch_s)  # five iterations of three kernels
         traffic = max(overhead, mine * rows * columns * m.matrix_bytes / m.memory_bytes)
-        entries = mine * shard_over * rows * columns
-        due.append(bucket_times(m, entries, ranks, shard_over, polar + traffic, polar))
+        entries = mine * ranks * rows * columns
+        due.append(bucket_times(m, entries, ranks, polar + traffic, polar))
     return due
 
 
@@ -266,15 +257,13 @@ def step_seconds(
     windows,
     ranks: int,
     tied: bool = True,
-    shard_over: int | None = None,
     pass_tokens: int = MOST_TOKENS,
 ) -> dict[str, float]:
     """Seconds of each of PARTS, which sum to a mean step. ValueError if the ranks do not fit."""
-    shard_over, slices = shard_over or ranks, max(NUM_SLICES, ranks)
-    if slices % ranks or batch_tokens % slices or ranks % shard_over:
+    slices = max(NUM_SLICES, ranks)
+    if slices % ranks or batch_tokens % slices:
         raise ValueError(
-            f"{ranks} ranks do not divide {slices} slices of {batch_tokens} tokens, or groups "
-            f"of {shard_over} do not divide the ranks; use powers of two"
+            f"{ranks} ranks do not divide {slices} slices of {batch_tokens} tokens; use powers of two"
         )
     tokens, count = batch_tokens / ranks, num_passes(batch_tokens, ranks, pass_tokens)
     lengths = draw_slices(batch_tokens // slices, m).lengths
@@ -295,7 +284,7 @@ def step_seconds(
     parts["launches"] = max(0.0, launches - sum(parts.values()))  # only the part that GPU work does not hide
     parts.update(polar=0.0, updates=0.0, communication=0.0)
     for step in range(ADAM_EVERY):
-        due = buckets_due(c, m, ranks, shard_over, step == 0, tied)
+        due = buckets_due(c, m, ranks, step == 0, tied)
         seconds, waiting = optimizer_seconds(due)
         polar = sum(b.polar_s for b in due)
         parts["polar"] += polar / ADAM_EVERY
@@ -332,10 +321,10 @@ def read_presets() -> dict[str, Preset]:
     return presets
 
 
-def forecast_gib(p: Preset, ranks: int, shard_over: int) -> float:
+def forecast_gib(p: Preset, ranks: int) -> float:
     """Forecast a rank's memory as the trainer does, with the largest passes that still help."""
     slices = count_slices(p.settings, ranks), max(VAL_SLICES, ranks)
-    sharing = SimpleNamespace(world_size=shard_over, device=torch.device("cpu"))
+    sharing = SimpleNamespace(world_size=ranks, device=torch.device("cpu"))
     memory = Memory(p.settings, NorMuonSettings(), p.config, VOCAB, *slices, sharing)
     return max(memory.wanted(memory.largest_pass()), memory.validation()) / GIB
 
@@ -362,20 +351,19 @@ class Run(NamedTuple):
         return max(self.parts, key=self.parts.get)
 
 
-def run_schedule(p: Preset, m: Machine, ranks: int, shard_over: int | None = None) -> Run:
-    """Model a whole schedule. shard_over: ranks that share one copy of the optimizer; None: all."""
-    shard_over = min(shard_over or ranks, ranks)
+def run_schedule(p: Preset, m: Machine, ranks: int) -> Run:
+    """Model a whole schedule."""
     c, parts, tokens, flop, dropped = p.config, dict.fromkeys(PARTS, 0.0), 0.0, 0.0, 0.0
     for stage, (steps, batch) in enumerate(zip(p.steps, p.settings.batch_sizes)):
         tied = (stage + 0.5) / 3 < c.untie_frac
-        seconds = step_seconds(c, m, batch, c.windows[stage], ranks, tied, shard_over)
+        seconds = step_seconds(c, m, batch, c.windows[stage], ranks, tied)
         for name, s in seconds.items():
             parts[name] += steps * s
         slices = draw_slices(batch // max(NUM_SLICES, ranks), m)
         tokens += steps * batch
         flop += steps * batch * flop_per_token(c, slices.lengths, VOCAB, c.windows[stage])
         dropped += steps * batch * slices.dropped
-    gib = forecast_gib(p, ranks, shard_over)
+    gib = forecast_gib(p, ranks)
     return Run(p.name, ranks, sum(parts.values()), sum(p.steps), tokens, parts, flop, dropped / tokens, gib)
 
 
@@ -481,12 +469,12 @@ def parts_row(run: Run) -> list[str]:
     return [str(run.ranks), *(f"{1000 * run.parts[name] / run.steps:.2f}" for name in PARTS)]
 
 
-def sharding_row(c, ranks: int, shard_over: int) -> list[str]:
+def sharding_row(c, ranks: int) -> list[str]:
     """Describe each matrix bucket's sharding: matrices per rank, fraction of real work, total sent."""
     row = [str(ranks)]
     for n in matrix_shapes(c).values():
-        row += [f"{owned(n, shard_over)}", f"{busy_share(n, shard_over):.0%}"]
-    return [*row, f"{padded_matrix_params(c, shard_over) / num_matrix_params(c):.2f}"]
+        row += [f"{owned(n, ranks)}", f"{busy_share(n, ranks):.0%}"]
+    return [*row, f"{padded_matrix_params(c, ranks) / num_matrix_params(c):.2f}"]
 
 
 def stops_paying(runs: list[Run]) -> str:
@@ -502,15 +490,14 @@ def stops_paying(runs: list[Run]) -> str:
     return f"every doubling shown makes the run at least {PAYS} times as fast"
 
 
-def print_preset(p: Preset, m: Machine, gpus: list[int], shard_over: int | None, markdown: bool) -> list[Run]:
+def print_preset(p: Preset, m: Machine, gpus: list[int], markdown: bool) -> list[Run]:
     c, heading = p.config, "### " if markdown else ""
-    runs = [run_schedule(p, m, ranks, shard_over) for ranks in gpus]
+    runs = [run_schedule(p, m, ranks) for ranks in gpus]
     one = run_schedule(p, m, 1)
-    how = f", each bucket shared among {shard_over} ranks" if shard_over else ""
     print(
         f"\n{heading}{p.name}: {num_matrix_params(c) / 1e6:.1f}M in matrices, "
         f"{sum(table_sizes(c, VOCAB).values()) / 1e6:.1f}M in tables and head, {one.steps:.0f} steps, "
-        f"{one.tokens / 1e6:,.0f}M tokens{how}\n"
+        f"{one.tokens / 1e6:,.0f}M tokens\n"
     )
     active = active_matrix_params(c) + padded_vocab(VOCAB) * c.width
     print(
@@ -526,7 +513,7 @@ def print_preset(p: Preset, m: Machine, gpus: list[int], shard_over: int | None,
         "there is:\n"
     )
     header = [text for (r, k), n in matrix_shapes(c).items() for text in (f"of {n} {r}x{k}", "real")]
-    rows = [sharding_row(c, ranks, min(shard_over or ranks, ranks)) for ranks in gpus]
+    rows = [sharding_row(c, ranks) for ranks in gpus]
     print(table(["GPUs", *header, "sent"], rows, markdown))
     print(f"\n{stops_paying(runs)}")
     return runs
@@ -593,9 +580,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--preset", default="gpt2-small,gpt2-medium,gpt2-1b", help="comma-separated")
     parser.add_argument("--gpus", default="1,8,16,32,64,128,256", help="default %(default)s")
-    parser.add_argument(
-        "--shard-over", type=int, help="ranks that share one copy of the optimizer (default: all)"
-    )
     parser.add_argument("--table", choices=("text", "markdown"), default="text")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument(
@@ -615,14 +599,14 @@ def main(argv: list[str]) -> int:
         if not set(names) <= set(presets):
             raise ValueError(f"--preset {args.preset}: wanted some of {', '.join(presets)}")
         gpus = sorted({int(part) for part in args.gpus.split(",")})
-        if gpus[0] < 1 or (args.shard_over or 1) < 1:
-            raise ValueError("--gpus and --shard-over want numbers above 0")
+        if gpus[0] < 1:
+            raise ValueError("--gpus wants numbers above 0")
         print_assumptions(m)
         print_timed(presets["gpt2-small"], markdown)
         print_predictions(presets["gpt2-small"], markdown)
         runs = []
         for name in names:
-            runs += print_preset(presets[name], m, gpus, args.shard_over, markdown)
+            runs += print_preset(presets[name], m, gpus, markdown)
     except ValueError as error:
         print(f"scaling_model.py: {error}", file=sys.stderr)
         return 2

@@ -117,7 +117,7 @@ def flop_per_token(c, lengths, vocab: int, windows: tuple[int, int] | None = Non
 
 
 def plain_flop_per_token(c, row_tokens: int, vocab: int) -> float:
-    """The same for train_gpt_simple.py's model, whose tokens see all before them in a row."""
+    """FLOP of the same for train_gpt_simple.py's model, whose tokens see all before them in a row."""
     width = c.num_heads * c.head_dim
     weights = c.num_layers * (4 * width + 8 * c.width) * c.width + padded_vocab(vocab) * c.width
     keys = (row_tokens + 1) / 2

@@ -266,9 +266,6 @@ def test_rings_by_hand():
     assert m.ring(800, 1) == 0
     assert m.ring(800, 8) == pytest.approx(700 / 100)
     assert m.ring(1600, 16) == pytest.approx(1500 / 80)  # eight cards cross the border together
-    assert m.ring(800, 2, stride=8) == pytest.approx(400 / 10)  # each of eight rings has one card
-    assert m.ring(800, 2, stride=4) == pytest.approx(400 / 100)  # inside a node
-    assert m.ring(800, 4, stride=16) == pytest.approx(600 / 10)
     latency = dataclasses.replace(m, collective_s=1.0, hop_s=0.1, network_hop_s=0.5)
     assert latency.ring(0, 16) == pytest.approx(1 + 14 * 0.1 + 2 * 0.5)
 
@@ -281,18 +278,9 @@ def test_optimizer_timeline_by_hand():
     assert scaling_model.optimizer_seconds([first, second]) == (9, 6)
 
 
-def test_sharing_the_optimizer_in_groups():
-    assert step(64, shard_over=64) == step(64)
-    grouped, everywhere = step(256, shard_over=8), step(256)
-    assert grouped["polar"] == pytest.approx(step(8)["polar"])  # every node does all of it
-    assert grouped["communication"] < everywhere["communication"]  # no padding to one matrix a rank
-
-
 def test_ranks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="3 ranks do not divide 8 slices"):
         step(3)
-    with pytest.raises(ValueError, match="groups of 6"):
-        step(16, shard_over=6)
 
 
 def test_slices_hold_their_tokens_and_drop_more_when_small():
