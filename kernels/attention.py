@@ -32,7 +32,6 @@ class Documents:
         self.cu_seqlens, self.max_doc_tokens, self.backend = batch.cu_seqlens, batch.max_doc_tokens, backend
         self.B, self.T = batch.inputs_BT.shape
         self.bands, self.block_masks = {}, {}  # by (window, paired), for sdpa and flex
-        self.query_blocks = {}  # the same for kernels.cpu
         at = torch.arange(self.B * self.T, device=self.cu_seqlens.device, dtype=self.cu_seqlens.dtype)
         self.doc_BT = torch.searchsorted(self.cu_seqlens, at, right=True).view(self.B, self.T)
 

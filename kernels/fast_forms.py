@@ -33,17 +33,7 @@ class FastForm(NamedTuple):
     covers: Callable = lambda o, c: True  # whether it knows these optimizer settings and this model
 
 
-ATTENTION_PARTS = ("Attention.__init__", "Attention.gate_of_value", "norm", "Rotary.forward", "offset_keys")
-ATTENTION_PARTS += ("pair_heads", "Documents.doc_ids", "Documents.attend", "Documents.attend_sdpa")
-ATTENTION_PARTS += ("Documents.make_band",)
 CPU_FORMS = (
-    FastForm(
-        "Attention.forward",
-        cpu.make_attention_forward,
-        ATTENTION_PARTS,
-        "cb11501d989f",
-        cpu.covers_attention,
-    ),
     FastForm("MLP.forward", cpu.make_mlp_forward, ("MLP.__init__", "norm"), "e176c8d517db"),
     FastForm("polar_express", cpu.make_polar_express, (), "da3474ec8e1d"),
 )

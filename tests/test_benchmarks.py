@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_gpt
 from data.shards import open_shard
 from kernels.attention import Documents
-from kernels.cpu import query_blocks
 from runtime import flops, presets, supervise
 from runtime.ranks import Ranks
 
@@ -58,31 +57,12 @@ def make_batch(lengths):
 
 
 def masks(model, batch, windows):
-    """Return the model's (query heads, masks of -inf and 0 by block) for each layer with attention."""
+    """Yield (query heads, mask of 0 and -inf by block) for each layer with attention."""
     docs = Documents(batch, "sdpa")
     for block, plan in zip(model.blocks, model.plans):
         if plan.attention:
             heads = block.attn.num_heads // (2 if plan.paired else 1)
-            yield heads, [b for *_, b in query_blocks(docs.doc_ids(plan.paired), windows[plan.long_window])]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_flop_equal_torchs_count_on_the_real_model(kind):
-    """Fails if FLOP differ from those counted in forward and backward. A CPU computes all pairs of a block,
-    so attention is compared through the number of pairs, which the next test checks."""
-    model, lengths = small_model(train_gpt, vocab_size=VOCAB, **KINDS[kind]), [9, 23]
-    batch, c = make_batch(lengths), model.config
-    windows = tuple(w * c.window_block for w in c.windows[0])
-    with cpu_forms(train_gpt), FlopCounterMode(display=False) as counted:
-        loss, _ = model.train_loss(batch, windows, c.untie_frac == 1, torch.tensor([1.0, 0.5]))
-        forward_only = counted.get_total_flops()
-        loss.backward()
-    one_token = flops.forward_flop(c, lengths, VOCAB)
-    pairs = sum(heads * m.numel() for heads, blocks in masks(model, batch, windows) for m in blocks)
-    expected = sum(lengths) * (one_token.matrices + one_token.head + one_token.gates) + 4 * c.head_dim * pairs
-    assert forward_only == expected
-    assert counted.get_total_flops() == 3 * expected
-    assert flops.flop_per_token(c, lengths, VOCAB) == 3 * one_token.total
+            yield heads, docs.band(windows[plan.long_window], plan.paired).bias
 
 
 LATER_PARTS = dict(
@@ -99,26 +79,28 @@ LATER_PARTS = dict(
     gate_layers=(0, 2),
     compose_tokens=8,
 )
+COUNTED = {
+    **KINDS,
+    "later parts": LATER_PARTS,
+    "later parts without MUDD": {**LATER_PARTS, "mudd": None, "compose_tokens": 0},
+    "later parts without n-grams": {**LATER_PARTS, "ngram_rows": 0, "ngram_signs": 0},
+}
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, dict(mudd=None, compose_tokens=0), dict(ngram_rows=0, ngram_signs=0)], ids=str
-)
-def test_flop_of_the_later_records_parts_equal_torchs_count(changes):
-    """The plain form computes all pairs of a block: attention's in its window, the composition's in its own
-    block and the previous one."""
-    model, lengths = small_model(train_gpt, vocab_size=VOCAB, **{**LATER_PARTS, **changes}), [9, 23]
+@pytest.mark.parametrize("kind", COUNTED)
+def test_flop_equal_torchs_count_on_the_real_model(kind):
+    """Fails if FLOP differ from those counted in forward and backward. The plain form computes all pairs of a
+    block (the composition's are its own block and the previous one), so attention is compared through the
+    number of pairs, which the next test checks."""
+    model, lengths = small_model(train_gpt, vocab_size=VOCAB, **COUNTED[kind]), [9, 23]
     batch, c = make_batch(lengths), model.config
     windows = tuple(w * c.window_block for w in c.windows[0])
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
-        loss, _ = model.train_loss(batch, windows, False, torch.tensor([1.0, 0.5]))
+        loss, _ = model.train_loss(batch, windows, c.untie_frac == 1, torch.tensor([1.0, 0.5]))
         forward_only = counted.get_total_flops()
         loss.backward()
-    one_token, pairs, docs = flops.forward_flop(c, lengths, VOCAB), 0, Documents(batch, "sdpa")
-    for block, plan in zip(model.blocks, model.plans):
-        if plan.attention:
-            heads = block.attn.num_heads // (2 if plan.paired else 1)
-            pairs += heads * docs.band(windows[plan.long_window], plan.paired).bias.numel()
+    one_token = flops.forward_flop(c, lengths, VOCAB)
+    pairs = sum(heads * mask.numel() for heads, mask in masks(model, batch, windows))
     expected = one_token.matrices + one_token.head + one_token.gates + one_token.networks
     if c.compose_tokens:
         expected += flops.composition_flop(c, 2 * c.compose_tokens)
@@ -133,11 +115,7 @@ def test_keys_counted_are_those_that_the_models_masks_show(kind, lengths):
     model = small_model(train_gpt, vocab_size=VOCAB, **KINDS[kind])
     c = model.config
     windows = tuple(w * c.window_block for w in c.windows[0])
-    shown = sum(
-        heads * int((mask == 0).sum())
-        for heads, blocks in masks(model, make_batch(lengths), windows)
-        for mask in blocks
-    )
+    shown = sum(heads * int((mask == 0).sum()) for heads, mask in masks(model, make_batch(lengths), windows))
     assert flops.keys_per_token(c, lengths, c.windows[0]) * sum(lengths) == pytest.approx(shown, rel=1e-12)
     attention = flops.forward_flop(c, lengths, VOCAB).attention
     assert attention * sum(lengths) == pytest.approx(4 * c.head_dim * shown, rel=1e-12)

@@ -187,9 +187,8 @@ def load(tmp_path, monkeypatch):
         (
             "F.rms_norm(x, (x.size(-1),))",
             "F.layer_norm(x, (x.size(-1),))",
-            {"MLP.forward", "Attention.forward"},
+            {"MLP.forward"},
         ),
-        ("v = pair_heads(v)", "v = pair_heads(v) + 0", {"Attention.forward"}),
         ("        A = X @ X.mT\n", "        A = X @ X.mT + 0\n", {"polar_express"}),
         (NEXT, "polar_express = nn.Identity()\n\n\n" + NEXT, {"polar_express"}),
         (

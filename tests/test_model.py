@@ -17,7 +17,6 @@ import torch
 from helpers import FORMS, MATRIX_NAMES, lone_ranks, read, slopes, small_config, small_model
 
 import train_gpt
-from kernels import cpu
 from kernels.attention import Documents
 from kernels.float8 import Float8Linear
 from kernels.ngrams import hash_ngrams
@@ -338,36 +337,18 @@ def attention_case(paired, num_kv_heads, T=32, seed=0):
     return q, k, v, make_batch(train_gpt, T=T), doc
 
 
-class InBlocks(torch.autograd.Function):
-    """CPU's fast form of attention without the rest of its layer, (B, H, T, D)."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, masks, scale):
-        y, probabilities = cpu.attend(q, k, v, masks, scale)
-        ctx.rest = q, k, v, [mask[:2] for mask in masks], scale, probabilities
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *cpu.attend_backward(grad, *ctx.rest), None, None
-
-
 @pytest.mark.parametrize("window", [1, 4, 8, 16, 7, 100])
 @pytest.mark.parametrize("paired, num_kv_heads", [(False, 4), (True, 4), (False, 2), (True, 1)])
-@pytest.mark.parametrize("block", [8, 24, 64, None])
-def test_attention_on_a_cpu_equals_a_loop(block, paired, num_kv_heads, window, monkeypatch):
+def test_attention_on_a_cpu_equals_a_loop(paired, num_kv_heads, window):
     """Fails if a query sees another document, the future, or beyond its window, in blocks or whole, or if
-    gradients are wrong. block: queries at a time in the CPU's fast form; None: torch's own attention."""
+    gradients are wrong."""
     q, k, v, batch, doc = attention_case(paired, num_kv_heads)
     docs = Documents(batch, "sdpa")
-    if block is None:
-        ours = lambda *x: docs.attend(*x, window, paired, 0.37)
-    else:
-        monkeypatch.setattr(cpu, "QUERY_BLOCK", block)
-        masks = cpu.query_blocks(docs.doc_ids(paired), window)
-        ours = lambda *x: InBlocks.apply(*(z.transpose(1, 2) for z in x), masks, 0.37).transpose(1, 2)
     results = []
-    for function in (ours, lambda *x: naive_attention(*x, doc, window, 0.37)):
+    for function in (
+        lambda *x: docs.attend(*x, window, paired, 0.37),
+        lambda *x: naive_attention(*x, doc, window, 0.37),
+    ):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         y = function(*leaves)
         y.backward(torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape))

@@ -692,17 +692,6 @@ def test_a_cpus_forms_compute_the_same(tmp_path):
         assert train_steps(fast, data, 0, 3) == pytest.approx(wanted, rel=2e-5)
 
 
-def test_attentions_fast_form_refuses_another_model():
-    """Fails if the form, once installed, computes a model that it does not cover."""
-    s, o, _ = read(train_gpt)
-    with fast_forms.installed(train_gpt, s, o) as (names, _), torch.no_grad():
-        assert "Attention.forward" in names
-        for changes in (FACTORS, dict(qk_group=2), dict(xsa_layers=(1,)), dict(value_gate_reads_table=True)):
-            model = model_of(config(**changes))
-            with pytest.raises(AssertionError, match="covers_attention"):
-                model.train_loss(make_batch(train_gpt), WINDOWS, True, torch.tensor(WEIGHTS))
-
-
 # ---------------------------------------------------------------------------------- sampling, resuming, ranks
 
 
