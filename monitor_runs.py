@@ -215,7 +215,7 @@ class Monitor:
         self.sweep = find_manifest(sweeps[0], logs) if sweeps else None  # its manifest, which may come later
         places = [self.sweep] if sweeps else paths
         self.folders = {path.parent if path.suffix in (".json", ".txt") else path for path in places}
-        self.follower = LogFollower(*paths, recent=RECENT_LINES)  # a sweep's paths come with its manifest
+        self.follower = LogFollower(*paths)  # a sweep's paths come with its manifest
         self.stalled_after, self.control = stalled_after, control
         self.manifests: list[Manifest] = []
         self.errors: list[str] = []  # of manifests

@@ -35,7 +35,7 @@ from typing import BinaryIO
 import numpy as np
 
 from analysis.shown import clean
-from analysis.step_lines import NUMERALS, TORN, Column, Curve, Form, StepColumns, StepLine, form_of
+from analysis.step_lines import TORN, Column, Curve, StepColumns, StepLine, parse_step
 
 # Settings that change what is recorded, or where a run happens, but not the training; for logs without an
 # `affects:{...}` line.
@@ -66,7 +66,6 @@ OPENERS = {".xz": lzma.open, ".gz": gzip.open}  # for compressed logs, by suffix
 END_EVENTS = ("finished", "stopped", "crashed", "diverged")
 SEPARATOR_WIDTH = 80  # our logs and the public ones write 100 '='; no other line of '=' is this long
 MAX_EXAMPLES = 3  # of unreadable lines
-KEPT = (b" val_loss:", b"event:")  # lines with these words are always read
 _SOURCE_OPENING = re.compile(rb"""^(?:r?\"{3}|'{3}|#|import |from |def |class )""", re.MULTILINE)
 _EMBEDDED_FILE = re.compile(rb"\n?# file: (\S+), (\d{1,9}) bytes\n")
 _SOURCES_MOVED = re.compile(rb"The source code that stood here is in (sources/\w+\.txt\.xz)[^\n]*\n")
@@ -332,7 +331,7 @@ class _Trial:
 
     config: dict
     header: dict = field(default_factory=dict)  # "source" and "seed" of a log without configuration
-    lines: dict[Form, list[StepLine]] = field(default_factory=dict)
+    lines: list[StepLine] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     num_steps: int = -1  # from its last step line
     last_val: int = -1  # step of the last validation line
@@ -342,30 +341,30 @@ class _Trial:
     def last_step(self) -> int:
         return max(self.last_val, self.last_other)
 
-    def starts_over(self, step: int, num_steps: int, is_val: bool) -> bool:
+    def starts_over(self, line: StepLine) -> bool:
         """True if a line belongs to the next trial: its step goes back, or the number of steps changes.
 
         A validation may repeat the step of the training line before it, so each kind of line is compared
         with its own.
         """
+        is_val = "val_loss" in line.values
         last = self.last_val if is_val else self.last_other
-        falls_back = last >= 0 and (step <= last if is_val else step < last)
-        return falls_back or (self.last_step >= 0 and num_steps != self.num_steps)
+        falls_back = last >= 0 and (line.step <= last if is_val else line.step < last)
+        return falls_back or (self.last_step >= 0 and line.num_steps != self.num_steps)
 
-    def add(self, form: Form, line: StepLine) -> None:
-        self.lines.setdefault(form, []).append(line)
-        if form.is_val:
+    def add(self, line: StepLine) -> None:
+        self.lines.append(line)
+        if "val_loss" in line.values:
             self.last_val = max(self.last_val, line.step)
         else:
             self.last_other = max(self.last_other, line.step)
 
     def drop_after(self, step: int) -> None:
         """Forget the lines after `step`, where training resumes and repeats these steps."""
-        old, self.lines, self.last_val, self.last_other = self.lines, {}, -1, -1
-        for form, lines in old.items():
-            for line in lines:
-                if line.step <= step:
-                    self.add(form, line)
+        old, self.lines, self.last_val, self.last_other = self.lines, [], -1, -1
+        for line in old:
+            if line.step <= step:
+                self.add(line)
 
     def planned_steps(self) -> int | None:
         """Number of steps from the step lines, else from the configuration; None if neither gives it."""
@@ -401,10 +400,10 @@ class _Unread:
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
-    def add(self, line: bytes, count: int = 1) -> None:
+    def add(self, line: str, count: int = 1) -> None:
         self.count += count
         if count and len(self.examples) < MAX_EXAMPLES:
-            self.examples.append(clean(line[:200].decode(errors="replace")))
+            self.examples.append(clean(line[:200]))
 
     def __add__(self, other: "_Unread") -> "_Unread":
         return _Unread(self.count + other.count, [*self.examples, *other.examples][:MAX_EXAMPLES])
@@ -422,19 +421,14 @@ class _Chunk:
 class LogParser:
     """Read a log piece by piece: `feed` it bytes as they come, ask for `runs()` at any time.
 
-    A last line without a newline waits for its end; call `finish` when no more will come. `recent` makes the
-    parser faster for readers that need no training curve: before the last `recent` lines of each feed, it
-    reads only validations (not llm.c's) and events.
+    A last line without a newline waits for its end; call `finish` when no more will come.
     """
 
-    def __init__(self, path: str | Path | None = None, recent: int | None = None):
+    def __init__(self, path: str | Path | None = None):
         self.path = Path(path) if path is not None else None
-        self._recent = recent
         self._partial = b""  # a line whose end is still missing
         self._held = b""  # source code whose closing separator is still missing
         self._header: dict = {}  # of the next trial
-        self._line_number = 0
-        self._forms: dict[bytes, Form] = {}  # a line without its numerals -> the form of the last such line
         self._reset()
 
     def _reset(self) -> None:
@@ -460,14 +454,16 @@ class LogParser:
     def finish(self) -> None:
         """End the log: read a last line without a newline if it is complete; count unclosed source code.
 
-        A step line is complete if it ends in a unit or a bracket and has the form of an earlier line. After
+        A step line is complete if it ends in a unit or a bracket and has the keys of an earlier line. After
         `val_loss:3.27` a digit may be missing.
         """
-        line, self._partial = self._partial.rstrip(b"\r"), b""
-        if line.endswith((b"s", b"]", b"%")) and line.translate(None, NUMERALS) in self._forms:
-            self._read_lines(line)
+        text, self._partial = self._partial.decode(errors="replace").rstrip("\r"), b""
+        last = parse_step(text) if text.endswith(("s", "]", "%")) else None
+        earlier = (line.values.keys() for trial in self._trials for line in trial.lines)
+        if last and any(keys == last.values.keys() for keys in earlier):
+            self._add_step(last)
         if self._held:  # cut off inside the source code, which contains no steps
-            message = b"(the log ends inside the source code at its head)"
+            message = "(the log ends inside the source code at its head)"
             self._chunk.unread.add(message, self._held.count(b"\n"))
             self._held = b""
 
@@ -504,59 +500,35 @@ class LogParser:
             self._trials[-1].header = header
 
     def _read_lines(self, text: bytes) -> None:
-        """Read whole lines that are not source.
+        """Read whole lines that are not source."""
+        for line in text.decode(errors="replace").split("\n"):
+            if step_line := parse_step(line):
+                self._add_step(step_line)
+            elif line and not line.isspace():
+                self._read_line(line)
 
-        Working out a line's form is slow. But lines with the same skeleton (the line without its numerals)
-        nearly always have the same form, so the form found last is tried first.
-        """
-        lines = self._split(text)
-        skeletons = b"\n".join(lines).translate(None, NUMERALS).split(b"\n")
-        for number, (line, skeleton) in enumerate(zip(lines, skeletons, strict=True), self._line_number):
-            form = self._forms.get(skeleton)
-            match = form.pattern.fullmatch(line) if form else None
-            if match:
-                self._add_step(form, number, *match.groups())
-            elif skeleton and not skeleton.isspace():
-                self._read_line(line, skeleton, number)
-        self._line_number += len(lines)
-
-    def _split(self, text: bytes) -> list[bytes]:
-        """Split text into lines, without those that `recent` leaves out."""
-        early, *lines = text.rsplit(b"\n", -1 if self._recent is None else self._recent)
-        if b"\n" not in early:
-            return [early, *lines]
-        kept = {0: early[: early.find(b"\n")]}  # it may be a configuration
-        for place in sorted(place for word in KEPT for place in _find_all(early, word)):
-            begin, end = early.rfind(b"\n", 0, place) + 1, early.find(b"\n", place)
-            kept[begin] = early[begin:] if end < 0 else early[begin:end]
-        return [*kept.values(), *lines]
-
-    def _read_line(self, line: bytes, skeleton: bytes, number: int) -> None:
-        """Read a line that is not a step line of a known form."""
-        if line.startswith(b"event:"):
+    def _read_line(self, line: str) -> None:
+        """Read a line that is not a step line."""
+        if line.startswith("event:"):
             self._read_event(line)
-        elif line.startswith(b"config:"):
+        elif line.startswith("config:"):
             self._read_config(line)
-        elif line.startswith(b"affects:") and self._config and not self._chunk.has_steps:
+        elif line.startswith("affects:") and self._config and not self._chunk.has_steps:
             self._read_affects(line)
-        elif line.startswith(b"s") and (torn := list(TORN.finditer(line, 1))):
+        elif line.startswith("s") and (torn := list(TORN.finditer(line, 1))):
             self._chunk.unread.add(line)
             rest = line[torn[-1].start() :]  # the resumed run's first line, appended to a torn one
-            if rest.startswith(b"event:"):
+            if rest.startswith("event:"):
                 self._read_event(rest)
-            elif form := form_of(rest):
-                self._add_step(form, number, *form.pattern.fullmatch(rest).groups())
-        elif form := form_of(line):
-            self._forms[skeleton] = form
-            self._add_step(form, number, *form.pattern.fullmatch(line).groups())
-        elif not line.startswith(b"peak memory "):
+            elif step_line := parse_step(rest):
+                self._add_step(step_line)
+        elif not line.startswith("peak memory "):
             self._chunk.unread.add(line)
             self._chunk.is_blank = False
 
-    def _add_step(self, form: Form, number: int, step_text: bytes, total_text: bytes, *texts: bytes) -> None:
+    def _add_step(self, line: StepLine) -> None:
         """Add a step line to its trial; open a new trial where the steps start over."""
-        step, num_steps = int(step_text), int(total_text) if total_text else -1
-        trial = self._trials[-1]
+        step, trial = line.step, self._trials[-1]
         self._chunk.is_blank, self._chunk.has_steps = False, True
         if self._resumed_unknown:
             trial.drop_after(step - 1)
@@ -565,11 +537,11 @@ class LogParser:
             starts_over = self._restart_at is not None and step <= trial.last_step
             self._restart_at = self._restart_at if starts_over else None
         else:
-            starts_over = trial.starts_over(step, num_steps, form.is_val)
+            starts_over = trial.starts_over(line)
         if starts_over:
             trial = self._open_trial()
-        trial.num_steps = num_steps
-        trial.add(form, StepLine(number, step, texts))
+        trial.num_steps = line.num_steps
+        trial.add(line)
 
     def _open_trial(self) -> _Trial:
         old, new = self._trials[-1], _Trial(self._config, self._header)
@@ -579,9 +551,9 @@ class LogParser:
         self._trials.append(new)
         return new
 
-    def _read_config(self, line: bytes) -> None:
+    def _read_config(self, line: str) -> None:
         """Read a configuration, which must directly follow a line of '='."""
-        config = _json_object(line[len(b"config:") :])
+        config = _json_object(line[len("config:") :])
         if config is None or not self._chunk.is_blank:
             self._unread.add(line)  # counts even if its chunk is a header
             return
@@ -591,15 +563,15 @@ class LogParser:
         if self._trials[-1].last_step < 0:
             self._trials[-1].config = config
 
-    def _read_affects(self, line: bytes) -> None:
-        affects = _json_object(line[len(b"affects:") :])
+    def _read_affects(self, line: str) -> None:
+        affects = _json_object(line[len("affects:") :])
         if affects is None or not all(map(_is_list_of_words, affects.values())):
             self._chunk.unread.add(line)
             return
         self._affects = affects
 
-    def _read_event(self, line: bytes) -> None:
-        name, fields = _event_parts(line.decode(errors="replace"))
+    def _read_event(self, line: str) -> None:
+        name, fields = _event_parts(line)
         self._chunk.is_blank = False
         if not name:
             self._chunk.unread.add(line)
@@ -651,13 +623,6 @@ class LogParser:
         )
 
 
-def _find_all(text: bytes, word: bytes) -> Iterator[int]:
-    place = text.find(word)
-    while place >= 0:
-        yield place
-        place = text.find(word, place + 1)
-
-
 def _separators(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield begin and end (with newline) of each line of many '='."""
     position = data.find(b"=" * SEPARATOR_WIDTH)
@@ -680,7 +645,7 @@ def _source_begin(text: bytes) -> int:
     return -1
 
 
-def _json_object(text: bytes) -> dict | None:
+def _json_object(text: str) -> dict | None:
     """Parse a JSON object; None if the text is anything else."""
     try:
         value = json.loads(text)
@@ -749,9 +714,8 @@ class LogFollower:
 
     TAIL = 256
 
-    def __init__(self, *paths: str | Path, recent: int | None = None):
+    def __init__(self, *paths: str | Path):
         self.paths = list(paths)
-        self._recent = recent  # see LogParser
         self.logs: dict[Path, FollowedLog] = {}
 
     def poll(self) -> list[Path]:
@@ -784,12 +748,12 @@ class LogFollower:
         if log and log.identity == identity and log.offset == status.st_size and log.mtime == status.st_mtime:
             return False
         if log is None or log.identity != identity:
-            log = FollowedLog(path, parser=LogParser(path, self._recent), identity=identity)
+            log = FollowedLog(path, parser=LogParser(path), identity=identity)
         try:
             with open(path, "rb", buffering=0) as file:
                 file.seek(log.offset - len(log.tail))
                 if file.read(len(log.tail)) != log.tail:  # rewritten in place, or cut
-                    log = FollowedLog(path, parser=LogParser(path, self._recent), identity=identity)
+                    log = FollowedLog(path, parser=LogParser(path), identity=identity)
                 if not log.offset:
                     log.offset = _sources_end(file)
                 file.seek(log.offset)
