@@ -30,7 +30,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
 
@@ -330,7 +329,7 @@ class _Trial:
     """Run whose log is being read."""
 
     config: dict
-    header: dict = field(default_factory=dict)  # "source" and "seed" of a log without configuration
+    header: dict = field(default_factory=dict)  # "source_hash" and "seed" of a log without configuration
     lines: list[StepLine] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     num_steps: int = -1  # from its last step line
@@ -478,7 +477,7 @@ class LogParser:
         begin = _source_begin(text)
         self._read_lines(text if begin < 0 else text[:begin])
         if begin >= 0 and closed:
-            self._read_header({"source": text[begin:]})
+            self._read_header({"source_hash": hashlib.sha256(text[begin:]).hexdigest()[:16]})
         elif begin >= 0:
             self._held = text[begin:]
         if closed:
@@ -593,14 +592,12 @@ class LogParser:
         return [self._run(number, trial) for number, trial in enumerate(self._trials)]
 
     def _run(self, number: int, trial: _Trial) -> RunLog:
-        config, columns = trial.config, StepColumns(trial.lines)
+        config, header, columns = trial.config, trial.header, StepColumns(trial.lines)
         started = next((event.fields for event in trial.events if event.name == "started"), {})
         stem = log_stem(self.path) if self.path else ""
         run_id = str(config.get("run_id") or clean(stem))
-        source_hash = str(config.get("source_hash") or started.get("source_hash") or "")
-        if not source_hash and "source" in trial.header:
-            source_hash = hashlib.sha256(trial.header["source"]).hexdigest()[:16]
-        seed = config.get("seed", started.get("seed", trial.header.get("seed")))
+        source_hash = config.get("source_hash") or started.get("source_hash") or header.get("source_hash")
+        seed = config.get("seed", started.get("seed", header.get("seed")))
         unread = self._unread + self._chunk.unread
         return RunLog(
             path=self.path,
@@ -609,7 +606,7 @@ class LogParser:
             script=str(config.get("script") or started.get("script") or ""),
             config=config,
             affects=self._affects or AFFECTS,
-            source_hash=source_hash,
+            source_hash=str(source_hash or ""),
             seed=int(seed) if re.fullmatch(r"-?\d{1,18}", str(seed)) else None,
             num_steps=trial.planned_steps(),
             last_step=trial.last_step,
@@ -702,7 +699,7 @@ class FollowedLog:
 
 
 class LogFollower:
-    """Follow logs, reading only new text and no source code. Compressed logs, which do not grow, are skipped.
+    """Follow logs, reading only new text. Compressed logs, which do not grow, are skipped.
 
     `paths` are folders, whose logs (.txt) are all followed, and logs, which need not exist yet. They may be
     replaced at any time.
@@ -754,8 +751,6 @@ class LogFollower:
                 file.seek(log.offset - len(log.tail))
                 if file.read(len(log.tail)) != log.tail:  # rewritten in place, or cut
                     log = FollowedLog(path, parser=LogParser(path), identity=identity)
-                if not log.offset:
-                    log.offset = _sources_end(file)
                 file.seek(log.offset)
                 new = file.read()
         except OSError as error:
@@ -768,15 +763,3 @@ class LogFollower:
         log.runs = log.parser.runs()
         self.logs[path] = log
         return True
-
-
-def _sources_end(file: BinaryIO) -> int:
-    """Return where the sources at the beginning of a log end, by the sizes that it states; else 0."""
-    end = 0
-    while True:
-        file.seek(end)
-        text = file.read(500)
-        match = _EMBEDDED_FILE.match(text)
-        if match is None:
-            return end if text.lstrip(b"\n").startswith(b"=" * SEPARATOR_WIDTH) else 0
-        end += match.end() + int(match[2])

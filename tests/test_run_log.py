@@ -701,23 +701,6 @@ def test_follower_of_single_logs(tmp_path):
     assert follower.poll() == [log, other] and list(follower.logs) == [other]
 
 
-@pytest.mark.parametrize("size, skipped", [(len(SOURCE), True), (len(SOURCE) - 1, False), (10**8, False)])
-def test_follower_skips_the_source_code(tmp_path, monkeypatch, size, skipped):
-    """Two thirds of a short log are source code, to be skipped; a wrong size must not hide the run."""
-    fed, feed = [], LogParser.feed
-    monkeypatch.setattr(LogParser, "feed", lambda parser, data: (fed.append(data), feed(parser, data)))
-    log = tmp_path / "run.txt"
-    log.write_text(f"# file: train_gpt.py, {size} bytes\n" + make_log("run", num_steps=100))
-    follower = LogFollower(tmp_path)
-    assert follower.poll() == [log]
-    assert fed[0].startswith(SEPARATOR.encode()) == skipped
-    same_run(follower.logs[log].runs[0], read_log(log)[0])
-    with log.open("a") as file:
-        file.write("event:resumed step:100\n")
-    assert follower.poll() == [log] and fed[-1] == b"event:resumed step:100\n"
-    assert follower.logs[log].runs[0].state == "running"
-
-
 # ------------------------------------------------------------------------------------------------
 # Arms
 # ------------------------------------------------------------------------------------------------
