@@ -145,22 +145,22 @@ def compare(
     control_seeds: Sequence[Hashable] | None = None,
 ) -> Comparison:
     """Use a paired t test if both arms have finite values for the same seeds, each once; else Welch's."""
-    arm, control = list(arm), list(control)
-    if arm_seeds is not None and control_seeds is not None:
-        if len(arm_seeds) != len(arm) or len(control_seeds) != len(control):
-            raise ValueError(
-                f"{len(arm)} and {len(control)} values but {len(arm_seeds)} and {len(control_seeds)} seeds;"
-                " one seed a value is needed"
-            )
-        by_seed = {seed: value for seed, value in zip(arm_seeds, arm, strict=True) if np.isfinite(value)}
-        other = {
-            seed: value for seed, value in zip(control_seeds, control, strict=True) if np.isfinite(value)
-        }
-        distinct = len(by_seed) == len(_split(arm)[0]) and len(other) == len(_split(control)[0])
-        if distinct and None not in by_seed and set(by_seed) == set(other) and len(by_seed) > 1:
-            pairs = np.array([(by_seed[seed], other[seed]) for seed in by_seed])
-            return _paired(pairs, len(arm) - len(by_seed), len(control) - len(other))
+    a, b = _by_seed(arm, arm_seeds), _by_seed(control, control_seeds)
+    if a is not None and b is not None and a.keys() == b.keys() and len(a) > 1:
+        pairs = np.array([(a[seed], b[seed]) for seed in a])
+        return _paired(pairs, len(arm) - len(a), len(control) - len(b))
     return welch(arm, control)
+
+
+def _by_seed(values: Sequence[float], seeds: Sequence[Hashable] | None) -> dict[Hashable, float] | None:
+    """Map each seed to its finite value; None if a seed is unknown or repeated."""
+    if seeds is None:
+        return None
+    if len(seeds) != len(values):
+        raise ValueError(f"{len(values)} values but {len(seeds)} seeds; one seed a value is needed")
+    found = [(seed, value) for seed, value in zip(seeds, values, strict=True) if math.isfinite(value)]
+    table = dict(found)
+    return None if None in table or len(table) < len(found) else table
 
 
 def _paired(pairs: np.ndarray, failed_arm: int, failed_control: int) -> Comparison:
@@ -324,15 +324,19 @@ def contenders(
     order = sorted(finite, key=lambda name: (finite[name].mean(), name))
     means = {name: float(finite[name].mean()) for name in order}
     counts = {name: len(finite[name]) for name in order}
-    matrix = _by_seed(losses, seeds or {}, order)
     several = [name for name in order if counts[name] > 1]
     pool = several[: max(3, (len(several) + 1) // 2)]
-    if matrix is not None and len(pool) > 1:
-        shared = np.array([matrix[name] for name in pool]).mean(0)
-        left = {name: matrix[name] - shared for name in order}
+    seeds = seeds or {}
+    tables = [_by_seed(losses[name], seeds.get(name)) for name in order]
+    paired = len(pool) > 1 and None not in tables and all(t.keys() == tables[0].keys() for t in tables)
+    if paired:
+        rows = [np.array([table[seed] for seed in tables[0]]) for table in tables]
+        by_seed = dict(zip(order, rows, strict=True))
+        shared = np.array([by_seed[name] for name in pool]).mean(0)
+        left = {name: by_seed[name] - shared for name in order}
         df = (len(pool) - 1) * (counts[order[0]] - 1)
     else:
-        matrix, left = None, finite
+        left = finite
         df = sum(counts[name] - 1 for name in pool)
     squares = sum(((left[name] - left[name].mean()) ** 2).sum() for name in pool)
     sd = _unless_rounding(math.sqrt(squares / df), list(means.values())) if df else 0.0
@@ -340,7 +344,7 @@ def contenders(
         sd, df = math.nan, 0
     own = {name: _sd(left[name]) for name in several}
     noise = {name: max(sd, own.get(name, 0.0)) for name in order} if df else {}
-    return Contenders(means, counts, noise, sd, df, matrix is not None)
+    return Contenders(means, counts, noise, sd, df, paired)
 
 
 @dataclass(frozen=True)
@@ -492,18 +496,6 @@ def _claims(versus: Mapping[str, Comparison], p: Mapping[str, float]) -> tuple[t
     better = tuple(name for name, pair in found.items() if pair.difference < 0 and not pair.failed_arm)
     worse = tuple(name for name, pair in found.items() if pair.difference > 0 and not pair.failed_control)
     return better, worse
-
-
-def _by_seed(losses, seeds: Mapping, names: Sequence[str]) -> dict[str, np.ndarray] | None:
-    """Sort all arms' losses by the same seeds; None if the arms' seeds differ or repeat."""
-    if not names or any(len(seeds.get(name, ())) != len(losses[name]) for name in names):
-        return None
-    tables = {name: dict(zip(seeds[name], losses[name], strict=True)) for name in names}
-    order = list(tables[names[0]])
-    for name in names:
-        if None in order or set(tables[name]) != set(order) or len(order) != len(losses[name]):
-            return None
-    return {name: np.array([table[seed] for seed in order], dtype=float) for name, table in tables.items()}
 
 
 def power(

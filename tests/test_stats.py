@@ -61,6 +61,8 @@ def test_compare_pairs_only_what_shares_its_seeds():
     assert stats.compare(A, B, [None] * 4, [None] * 4) == stats.welch(A, B)
     with pytest.raises(ValueError, match="one seed a value"):
         stats.compare(A, B, [1], SEEDS)
+    with pytest.raises(ValueError, match="one seed a value"):
+        stats.contenders({"a": A, "b": B}, {"a": [1], "b": SEEDS})
     # A failed run leaves its partner unpaired, so the seeds are no longer the same.
     assert stats.compare([*A[:3], math.nan], B, SEEDS, SEEDS).method == "Welch"
     both = stats.compare([*A[:3], math.nan], [*B[:3], math.inf], SEEDS, SEEDS)
