@@ -435,7 +435,6 @@ class LogParser:
         self._affects: dict[str, list[str]] = {}
         self._trials = [_Trial({}, self._header)]
         self._restart_at: int | None = None  # events from here on belong to the next trial, if one begins
-        self._resumed_unknown = False  # the run was resumed, but the log does not say at which step
         self._chunk = _Chunk()
         self._unread = _Unread()  # in earlier chunks
 
@@ -527,14 +526,12 @@ class LogParser:
 
     def _add_step(self, line: StepLine) -> None:
         """Add a step line to its trial; open a new trial where the steps start over."""
-        step, trial = line.step, self._trials[-1]
+        trial = self._trials[-1]
         self._chunk.is_blank, self._chunk.has_steps = False, True
-        if self._resumed_unknown:
-            trial.drop_after(step - 1)
-            self._resumed_unknown = False
         if self._config:  # our logs: steps start over only if a run restarted without resuming
-            starts_over = self._restart_at is not None and step <= trial.last_step
-            self._restart_at = self._restart_at if starts_over else None
+            starts_over = self._restart_at is not None and line.step <= trial.last_step
+            if not starts_over:
+                self._restart_at = None
         else:
             starts_over = trial.starts_over(line)
         if starts_over:
@@ -582,8 +579,7 @@ class LogParser:
             self._restart_at = None
             trial.config = self._config or trial.config
             step = fields.get("step", "").partition("/")[0]
-            self._resumed_unknown = not re.fullmatch("[0-9]{1,12}", step)
-            if not self._resumed_unknown:
+            if re.fullmatch("[0-9]{1,12}", step):
                 trial.drop_after(int(step))
         trial.events.append(Event(name, fields, trial.last_step))
 
