@@ -38,29 +38,10 @@ from analysis.step_lines import TORN, Column, Curve, StepColumns, StepLine, pars
 
 # Settings that change what is recorded, or where a run happens, but not the training; for logs without an
 # `affects:{...}` line.
-AFFECTS = {
-    "recording": [
-        "run_id",
-        "resume",
-        "save_every",
-        "save_model",
-        "manifold_every",
-        "target_loss",
-        "diverged_above",
-        "val_loss_every",
-        "val_loss_every_last",
-        "val_loss_last_steps",
-    ],
-    "machine": [
-        "data_path",
-        "nproc_per_node",
-        "compile",
-        "kernels",
-        "attn_backend",
-        "dist_timeout",
-        "rehearse",
-    ],
-}
+_RECORDING = ["run_id", "resume", "save_every", "save_model", "manifold_every", "target_loss"]
+_RECORDING += ["diverged_above", "val_loss_every", "val_loss_every_last", "val_loss_last_steps"]
+_MACHINE = ["data_path", "nproc_per_node", "compile", "kernels", "attn_backend", "dist_timeout", "rehearse"]
+AFFECTS = {"recording": _RECORDING, "machine": _MACHINE}
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}  # for compressed logs, by suffix
 END_EVENTS = ("finished", "stopped", "crashed", "diverged")
 SEPARATOR_WIDTH = 80  # our logs and the public ones write 100 '='; no other line of '=' is this long
