@@ -57,26 +57,27 @@ def group_by_arm(
     differently there.
     """
     runs = list(runs)
-    groups: dict[tuple[str, str], list[RunLog]] = {}
-    for run in runs:
-        groups.setdefault((arm_key(run), run.source_hash), []).append(run)
     by_key: dict[str, list[RunLog]] = {}
-    sources: dict[str, list[str]] = {}
-    for (key, source), members in groups.items():
-        by_key.setdefault(key, []).extend(members)
-        sources.setdefault(key, []).append(source)
+    by_source: dict[tuple[str, str], list[RunLog]] = {}
+    for run in runs:
+        key = arm_key(run)
+        by_key.setdefault(key, []).append(run)
+        by_source.setdefault((key, run.source_hash), []).append(run)
     found = name_arms(list(by_key.values()), tags_beside(runs) if tags is None else tags)
     names = dict(zip(by_key, found, strict=True))
     arms, notes = [], []
-    for (key, source), members in groups.items():
+    for (key, source), members in by_source.items():
         label = names[key]
-        if len(sources[key]) > 1:
-            label = f"{label} (source {source[:8] or 'unknown'})"
+        if len(members) < len(by_key[key]):  # the other runs with these settings have another source
+            label += f" (source {source[:8] or 'unknown'})"
         arms.append(Arm(label, key, members))
-    for key, hashes in sources.items():
-        if len(hashes) > 1:
-            first = ", ".join(groups[key, source][0].run_id for source in hashes)
-            notes.append(f"equal settings but {len(hashes)} different sources, not pooled: {first}")
+    for members in by_key.values():
+        first: dict[str, str] = {}  # source -> its first run
+        for run in members:
+            first.setdefault(run.source_hash, run.run_id)
+        if len(first) > 1:
+            text = ", ".join(first.values())
+            notes.append(f"equal settings but {len(first)} different sources, not pooled: {text}")
     notes += _left_out(arms)
     for arm in arms:
         for seed, count in Counter(seed for seed in arm.seeds if seed is not None).items():

@@ -137,22 +137,22 @@ def lines_of(arm: Arm, key: str, axis: Axis) -> tuple[Line | None, list[Line]]:
     An arm's line is that of its only run, or the mean of its finished seeds.
     """
     found = [(run, line) for run in arm.runs if (line := line_of(run, key, axis))]
-    found.sort(key=lambda item: item[0].state not in FINISHED)  # the first may be the main line
     finished = [line for run, line in found if run.state in FINISHED]
+    others = [line for run, line in found if run.state not in FINISHED]
     common = reduce(np.intersect1d, [line.step for line in finished]) if len(finished) > 1 else []
     if not len(common):
-        lines = [line for _, line in found]
+        lines = finished + others  # the arm's line is a finished run's, if there is one
         return (lines[0], lines[1:]) if lines else (None, [])
     at = [np.searchsorted(line.step, common) for line in finished]
     x = np.mean([line.x[i] for line, i in zip(finished, at, strict=True)], axis=0)
     losses = [line.y[i] for line, i in zip(finished, at, strict=True)]
-    y = np.array(mean_by_seed(losses, [run.seed for run, _ in found[: len(finished)]])[0])
-    thin = [line for run, line in found if run.state not in FINISHED]
+    seeds = [run.seed for run, _ in found if run.state in FINISHED]
+    y = np.array(mean_by_seed(losses, seeds)[0])
     if len(y) < MIN_INTERVAL:  # two seeds: show both
-        return Line(common, x, y.mean(0)), [*(Line(common, x, each) for each in y), *thin]
+        return Line(common, x, y.mean(0)), [*(Line(common, x, each) for each in y), *others]
     summaries = [summarize(column) for column in y.T]
     low, high = np.array([[s.low, s.high] for s in summaries]).T
-    return Line(common, x, y.mean(0), low, high), thin
+    return Line(common, x, y.mean(0), low, high), others
 
 
 def all_met(arm: Arm, target: float) -> tuple[int, float] | None:

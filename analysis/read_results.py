@@ -95,13 +95,14 @@ def _groups(attempts: Sequence[Attempt], pool_sources: bool) -> dict[tuple[str, 
         if not attempt.log and attempt.tag in known:
             source, data = known[attempt.tag].most_common(1)[0][0]
         groups.setdefault((attempt.tag, "" if pool_sources else source, data), []).append(attempt)
-    tags, sources = Counter(tag for tag, _, _ in groups), {key[:2] for key in groups}
     labelled = {}
     for (tag, source, data), members in groups.items():
+        same_tag = [key for key in groups if key[0] == tag]
+        sources = {key[1] for key in same_tag}
         label = tag
-        if sum(other == tag for other, _ in sources) > 1:
+        if len(sources) > 1:
             label += f" (source {source[:8] or 'unknown'})"
-        if tags[tag] > sum(other == tag for other, _ in sources):
+        if len(same_tag) > len(sources):  # one source was trained on several data
             label += f" (data {hashlib.sha256(data.encode()).hexdigest()[:8]})"
         labelled[label, source] = members
     return labelled
