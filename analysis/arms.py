@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 
 from analysis.manifest import manifests_in
-from analysis.run_log import RunLog, format_value
+from analysis.run_log import FINISHED, RunLog, format_value
 
 DATA = ("train_data", "val_data")  # fields of event:started
 MAX_SETTINGS = 3  # in a name
@@ -80,12 +80,17 @@ def group_by_arm(
             notes.append(f"equal settings but {len(first)} different sources, not pooled: {text}")
     notes += _left_out(arms)
     for arm in arms:
-        for seed, count in Counter(seed for seed in arm.seeds if seed is not None).items():
-            if count > 1:
-                notes.append(
-                    f"{arm.label}: {count} runs of seed {seed}; repeats show the machine's noise alone"
-                )
+        notes += repeats(arm.label, [run.seed for run in arm.runs if run.state in FINISHED])
     return arms, notes
+
+
+def repeats(label: str, seeds: Iterable[int | None]) -> list[str]:
+    """Return a note if several of an arm's finished runs, whose seeds these are, have the same seed."""
+    counts = Counter(seed for seed in seeds if seed is not None)
+    repeated = [f"{count} runs of seed {seed}" for seed, count in counts.items() if count > 1]
+    if not repeated:
+        return []
+    return [f"{label}: {', '.join(repeated)} count as one in a mean, as they differ by the machine alone"]
 
 
 def one_arm_a_run(arms: Iterable[Arm]) -> list[Arm]:

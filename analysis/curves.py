@@ -23,7 +23,7 @@ import numpy as np
 from analysis import style
 from analysis.arms import Arm
 from analysis.intervals import MIN_INTERVAL, ends_of
-from analysis.run_log import RunLog
+from analysis.run_log import FINISHED, RunLog
 from analysis.stats import Summary, compare, mean_by_seed, summarize
 from analysis.tables import format_loss
 
@@ -31,7 +31,6 @@ X_LABELS = {"steps": "step", "tokens": "training tokens", "time": "training time
 MAX_MARKED = 12  # with more arms, stars at the target would cover each other
 MAX_BANDS = 5  # with more arms, bands of intervals would hide each other
 MAX_NAME = 40  # characters beside the end of a line
-FINISHED = ("finished", "unknown")  # llm.c's logs do not say whether they are complete; assume so
 
 
 # ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from analysis.arms import group_by_arm
+from analysis.arms import group_by_arm, repeats
 from analysis.files import read_text
 from analysis.looks import looks_of
 from analysis.manifest import Manifest, Run, find_manifest, read_manifest
@@ -340,14 +340,10 @@ def _find_versus(results: Results) -> dict[str, str]:
 def _remarks(results: Results) -> list[str]:
     """Return what a reader of the numbers must know about the runs."""
     notes = [f"{arm.label} is not compared: it has {arm.foreign}" for arm in results.arms if arm.foreign]
-    for arm in results.arms:
-        repeats = Counter(a.seed for a in arm.attempts if a.outcome == "done" and a.seed is not None)
-        repeated = [f"{count} runs of seed {seed}" for seed, count in repeats.items() if count > 1]
-        if repeated:
-            notes.append(
-                f"{arm.label}: {', '.join(repeated)} count as one, their mean, as they differ by the machine "
-                "alone"
-            )
+    if results.planned:  # for logs alone, group_by_arm has noted repeats
+        for arm in results.arms:
+            done = [attempt.seed for attempt in arm.attempts if attempt.outcome == "done"]
+            notes += repeats(arm.label, done)
     lengths = {int(run.val.step[-1]) for run in _finished(results) if len(run.val)}
     tokens = {float(run.val.tokens[-1]) for run in _finished(results) if len(run.val)}
     if len(lengths) > 1:

@@ -44,6 +44,7 @@ _MACHINE = ["data_path", "nproc_per_node", "compile", "kernels", "attn_backend",
 AFFECTS = {"recording": _RECORDING, "machine": _MACHINE}
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}  # for compressed logs, by suffix
 END_EVENTS = ("finished", "stopped", "crashed", "diverged")
+FINISHED = ("finished", "unknown")  # states; llm.c's logs do not say whether they are complete: assume so
 SEPARATOR_WIDTH = 80  # our logs and the public ones write 100 '='; no other line of '=' is this long
 MAX_EXAMPLES = 3  # of unreadable lines
 _SOURCE_OPENING = re.compile(rb"""^(?:r?\"{3}|'{3}|#|import |from |def |class )""", re.MULTILINE)

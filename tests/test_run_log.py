@@ -729,8 +729,10 @@ def test_arms_pool_seeds_and_nothing_else():
 def test_repeats_of_a_seed_are_named():
     """Five runs of one seed look like five samples, but differ only by rounding."""
     runs = [only(make_log(name, seed, {}, 100)) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    runs.append(only(make_log("d", 2, {}, 100, end_event="event:crashed")))  # not part of any mean
     arms, notes = group_by_arm(runs)
-    assert len(arms) == 1 and len(notes) == 1 and "2 runs of seed 1" in notes[0]
+    assert len(arms) == 1 and len(notes) == 1
+    assert "2 runs of seed 1 count as one" in notes[0] and "seed 2" not in notes[0]
 
 
 def test_public_trials_of_one_script_are_one_arm():
