@@ -64,13 +64,7 @@ from analysis.expected_time import expected_time
 from analysis.files import write_atomically
 from analysis.manifest import LOGS, Manifest, Run, now
 from analysis.processes import adopt_orphans, processes_of, reap_orphans, start_process, stop_processes
-from analysis.run_environment import (
-    LAUNCHER_DEFAULTS,
-    command_of,
-    environment_of,
-    settings_of,
-    warm_marker,
-)
+from analysis.run_environment import LAUNCHER_DEFAULTS, command_of, environment_of, settings_of
 from analysis.run_log import LogFollower, RunLog, format_value
 from analysis.shown import console
 from analysis.style import format_time
@@ -103,8 +97,6 @@ class Job:
     run: Run
     process: subprocess.Popen
     slot: Slot
-    marker: Path | None  # see warm_marker
-    cold: bool  # nothing else starts until it has compiled
     before: list[int]  # sizes of the log and the console before it
 
     def __post_init__(self):
@@ -153,7 +145,7 @@ class Launcher:
         """Make all runs; end early on a signal."""
         try:
             while (self.todo or self.jobs) and not self.signal:
-                while self.todo and self.free and not any(job.cold for job in self.jobs) and not self.signal:
+                while self.todo and self.free and not self.signal:
                     self.start(self.todo.pop(0))
                 for job in list(self.jobs):
                     self.look_after(job)
@@ -165,7 +157,7 @@ class Launcher:
         """Start a run on a free slot."""
         run, slot = self.manifest.runs[index], self.free.pop(0)
         run.state, run.started, run.host = "running", now(), platform.node()
-        marker, before = warm_marker(run, self.nproc, slot), sizes(run)
+        before = sizes(run)
         try:
             self.save()  # before it starts: a launcher killed here is known to have wanted it
             command = command_of(read_trainer(run.script).path, self.nproc)
@@ -176,18 +168,12 @@ class Launcher:
             self.save()
             self.say_end(run, math.nan, 0.0)
             return
-        cold = marker is not None and not marker.exists()
-        self.jobs.append(Job(run, process, slot, marker, cold, before))
+        self.jobs.append(Job(run, process, slot, before))
         self.say_start(self.jobs[-1])
 
     def look_after(self, job: Job) -> None:
         """Read what a run has logged, and act if it has ended or hangs."""
         job.read_log()
-        if job.cold and job.log and job.log.last_step > 0:
-            job.cold = False
-            with contextlib.suppress(OSError):  # then the next launch waits once more
-                job.marker.parent.mkdir(parents=True, exist_ok=True)
-                job.marker.touch()
         if job.process.poll() is not None:
             self.finish(job)
         elif self.hang_s and time.monotonic() - job.last_growth > self.hang_s:
@@ -243,9 +229,8 @@ class Launcher:
     def say_start(self, job: Job) -> None:
         """Print that a run has started, and where."""
         where = f" on GPU {','.join(job.slot.gpus)}" if job.slot.gpus else ""
-        alone = "  (alone until it has compiled)" if job.cold and self.num_slots > 1 else ""
         number, run = self.num_todo - len(self.todo), job.run
-        say(f"[{number}/{self.num_todo}] {run.tag} seed {run.seed}{where} -> {run.log}{alone}")
+        say(f"[{number}/{self.num_todo}] {run.tag} seed {run.seed}{where} -> {run.log}")
 
     def say_end(self, run: Run, loss: float, seconds: float) -> None:
         """Print how a run ended, how many have ended, and the time left."""

@@ -1,8 +1,5 @@
-"""Command, settings and environment of a run, and whether its code is already compiled."""
+"""Command, settings and environment of a run."""
 
-import hashlib
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -44,27 +41,3 @@ def environment_of(run: Run, slot: Slot) -> dict[str, str]:
     if slot.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     return env
-
-
-def warm_marker(run: Run, nproc: int, slot: Slot) -> Path | None:
-    """Return a file in the compile cache that exists once this code is compiled; None: no compiling.
-
-    A run without it starts alone, so that later ones need not compile. Any setting may be part of compiled
-    code, except recording settings and numbers such as learning rates. A number that is compiled in after all
-    (RESIDUAL_SCALE) costs little: seeds are interleaved, so runs that start together are of different arms
-    and compile their own code anyway.
-    """
-    trainer = read_trainer(run.script)
-    resolved = trainer.resolve(run.settings)
-    compiles = resolved.get("COMPILE") == "1" or (resolved.get("COMPILE") == "auto" and slot.gpus)
-    if not compiles:
-        return None
-    counting = {
-        name: resolved[name]
-        for name, spec in trainer.settings.items()
-        if spec["affects"] != "recording" and not spec["type"].startswith("float")
-    }
-    text = json.dumps([run.source_hash, nproc, counting], sort_keys=True)
-    default = trainer.path.resolve().with_name(".compile_cache") / "inductor"  # the trainers' default
-    cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default)
-    return cache / f"launched-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -77,7 +77,6 @@ def place(tmp_path, monkeypatch):
         if name in ("SEED", "RUN_ID", "MODEL", "DEVICE", "DATA_PATH", "COMPILE"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "base.py").write_text(STAND_IN)
     (tmp_path / "ord.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent))  # for the stand-ins

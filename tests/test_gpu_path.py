@@ -28,8 +28,6 @@ from torch.nn.attention import varlen
 
 import train_gpt
 import train_gpt_muon_ord
-from analysis import run_environment
-from analysis.trainers import read_trainer
 from data.shards import DataError, open_shard
 from kernels import attention
 from runtime import checkpoints, compiling
@@ -428,7 +426,7 @@ def test_flash_attention_4_compiles_as_torch_calls_it(arch):
 
 
 def test_compiled_code_is_kept_beside_the_script(monkeypatch):
-    """Fails if every run of a sweep compiles for itself, or the launcher looks for the cache elsewhere."""
+    """Fails if every run of a sweep compiles for itself."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -437,15 +435,6 @@ def test_compiled_code_is_kept_beside_the_script(monkeypatch):
     folder = train_gpt.SCRIPT.parent / ".compile_cache"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    assert warm_marker({}).parent == folder / "inductor"
-
-
-def warm_marker(settings):
-    """Return the launcher's marker for a run on a GPU."""
-    settings = {"MODEL": "tiny", **settings}
-    run = SimpleNamespace(script=str(train_gpt.SCRIPT), settings=settings, source_hash="0")
-    return run_environment.warm_marker(run, 1, SimpleNamespace(gpus=("0",)))
 
 
 OTHER_NUMBERS = dict(  # numbers that compiled code does not hold
@@ -488,8 +477,7 @@ CONSTANTS = [
 
 
 def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only):
-    """Fails if the runs of a sweep over, say, residual scales compile side by side, each for itself; or if
-    a sweep over learning rates starts every arm alone."""
+    """Fails if every arm of a sweep over learning rates is compiled anew."""
     trainer = train_gpt_muon_ord
     start = staged_start(trainer, tmp_path)
     config = small_config(
@@ -519,14 +507,3 @@ def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only):
     assert graphs_of_two_steps(**OTHER_NUMBERS) == 0
     for constant in CONSTANTS:
         assert graphs_of_two_steps(**constant) > 0, constant
-
-
-def test_the_launcher_knows_which_settings_are_part_of_compiled_code():
-    """Fails if a cold run counts as warm, so that runs compile the same code side by side. Settings of type
-    float do not count, although a few are constants of the graph."""
-    specs = read_trainer(str(train_gpt_muon_ord.SCRIPT)).settings
-    real = {name for name, spec in specs.items() if spec["type"].startswith("float")}
-    shared = real | {name for name, spec in specs.items() if spec["affects"] == "recording"}
-    assert warm_marker({k: v for k, v in OTHER_NUMBERS.items() if k in shared}) == warm_marker({})
-    for constant in CONSTANTS:
-        assert set(constant) <= real or warm_marker(constant) != warm_marker({}), constant

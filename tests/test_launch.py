@@ -555,29 +555,6 @@ def test_parallel_runs_have_cores_of_their_own(place, launch):
     assert refused.returncode == 2 and "1000 runs at a time want 1000 CPU cores" in refused.stderr
 
 
-@pytest.mark.skipif(len(devices.usable_cores()) < 2, reason="needs two cores")
-def test_the_first_run_compiles_alone(place, launch):
-    """Fails if runs that start together all compile the same code."""
-    text = """
-script = "base.py"
-seeds = [1, 2, 3]
-[env]
-COMPILE = "1"
-STEP_SECONDS = 0.3
-BEHAVIOUR = "meet after a step"
-"""
-    assert launch(sweep_file(text), "--parallel", "2").returncode == 0
-    assert starts()[1]["time"] > starts("stepped")[0]["time"], (
-        "it waits for a step, which needs compiled code"
-    )
-    assert starts()[1]["time"] < starts("end")[0]["time"], "but not longer"
-    Path("starts.jsonl").unlink()
-    text = text.replace("[1, 2, 3]", "[4, 5]").replace("STEP_SECONDS = 0.3", "COOLDOWN_FRAC = 0.5")
-    Path("meet at once").touch()
-    assert launch(sweep_file(text, "warm"), "--parallel", "2").returncode == 0
-    assert starts()[1]["time"] < starts("stepped")[0]["time"], "the cache is warm: nobody waits for a step"
-
-
 def test_torchrun_workers_are_stopped_and_parallel_ones_do_not_meet(place):
     """Fails if Ctrl-C leaves workers training, or ranks of two runs connect to each other."""
     parallel = min(2, len(devices.usable_cores()))
