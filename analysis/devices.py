@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
+from data.cores import usable_cores
+
 
 def gpu_names(count: int) -> tuple[str, ...]:
     """Return the first `count` GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
@@ -23,11 +25,12 @@ def ask_nvidia_smi(what: str) -> list[str]:
     return asked.stdout.strip().splitlines() if asked.returncode == 0 else []
 
 
-def usable_cores() -> tuple[int, ...]:
-    """Return the cores that this process may run on."""
+def core_ids() -> tuple[int, ...]:
+    """Return cores to pin runs to: of those open to this process, as many as it may keep busy."""
+    ids = range(os.cpu_count() or 1)
     if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
+        ids = sorted(os.sched_getaffinity(0))
+    return tuple(ids)[: usable_cores()]
 
 
 @functools.cache
@@ -62,7 +65,7 @@ def share_out(parallel: int, nproc: int, gpus: tuple[str, ...]) -> tuple[list[Sl
                 f"{len(gpus)} ({', '.join(gpus)}); lower --parallel or --nproc-per-run"
             )
         return [Slot(gpus=gpus[i * nproc : (i + 1) * nproc]) for i in range(parallel)], nproc
-    cores = usable_cores()
+    cores = core_ids()
     if parallel > len(cores):
         raise ValueError(
             f"{parallel} runs at a time want {parallel} CPU cores at least, found {len(cores)}; "

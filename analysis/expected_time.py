@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.devices import Slot, device_name, usable_cores
+from analysis.devices import Slot, device_name
 from analysis.manifest import LOGS, Run, manifests_in
 from analysis.run_log import list_logs, read_log
 from analysis.style import format_time
 from analysis.trainers import read_trainer
+from data.cores import usable_cores
 
 HISTORY_LOGS = 100  # number of newest logs to read
 SHAPE = ("model", "batch_sizes", "batch_tokens", "row_tokens")  # settings that determine the time of a step
@@ -60,7 +61,7 @@ def read_history(slot: Slot, nproc: int) -> list[Past]:
     """Return the finished runs on a slot like this one."""
     machine = {"device": device_name(bool(slot.gpus)), "world_size": str(nproc)}
     if not slot.gpus:
-        threads = str(max(1, len(slot.cores or usable_cores()) // nproc))
+        threads = str(max(1, (len(slot.cores) or usable_cores()) // nproc))
         if nproc == 1:  # several ranks set it themselves
             threads = os.environ.get("OMP_NUM_THREADS", threads)
         machine["threads"] = threads

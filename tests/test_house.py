@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "trainers": {"runtime", "kernels", "data", "torch"},
     "runtime": {"runtime", "kernels", "data", "torch"},
     "kernels": {"kernels", "torch"},
-    "analysis": {"analysis"},
+    "analysis": {"analysis", "data"},
     "data": {"data"},
     "commands": {"analysis"},
 }
@@ -95,7 +95,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_imports_go_one_way():
-    """commands -> analysis; trainers -> runtime, kernels, data; nothing below imports those.
+    """commands -> analysis -> data; trainers -> runtime, kernels, data; nothing below imports those.
 
     Commands that are no trainer, analysis/ and data/ do without torch, which takes seconds to import.
     """

@@ -29,6 +29,7 @@ from analysis.manifest import Manifest, Run, manifest_path
 from analysis.run_log import read_log
 from analysis.sweep_files import read_sweep
 from analysis.trainers import read_trainer
+from data import cores
 from monitor_runs import Monitor
 
 ROOT = Path(launcher.__file__).parent
@@ -154,8 +155,7 @@ def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
     """Fails if the plan predicts a GPU's time for a laptop, or another script's or batch size's."""
     Path("logs").mkdir()
     monkeypatch.setattr(expected_time, "device_name", lambda gpu: "laptop")
-    monkeypatch.setattr(devices, "usable_cores", lambda: (0, 1))
-    monkeypatch.setattr(expected_time, "usable_cores", lambda: (0, 1))
+    monkeypatch.setattr(expected_time, "usable_cores", lambda: 2)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     text = TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'MODEL = "tiny"')
     sweep = read_sweep(sweep_file(text.replace('script = "base.py"', "SPECTRAL_LR_MUL = 0.2")))
@@ -242,7 +242,7 @@ tag = "good"
 
 def test_trouble_is_recorded_and_the_rest_goes_on(place, launch):
     """Fails if one bad run ends the sweep, or readers wait for a log that has ended."""
-    at_once = str(min(2, len(devices.usable_cores())))
+    at_once = str(min(2, cores.usable_cores()))
     code, output = launched(sweep_file(TROUBLE), "--parallel", at_once, grace=0.3)
     assert code == 1, output
     runs = {run["tag"]: run for run in manifest()["runs"]}
@@ -544,7 +544,19 @@ def test_parallel_runs_have_gpus_of_their_own(place, launch, monkeypatch):
     assert refused.returncode == 2 and "want 4 GPUs, found 3" in refused.stderr
 
 
-@pytest.mark.skipif(len(devices.usable_cores()) < 2, reason="needs two cores")
+def test_cores_are_as_many_as_a_container_may_keep_busy(tmp_path, monkeypatch):
+    """Fails if `docker --cpus=4` on 64 cores takes 64 runs at a time, or gives each more than its share."""
+    quota = tmp_path / "cpu.max"
+    quota.write_text("400000 100000\n")
+    monkeypatch.setattr(cores, "Path", lambda name: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    with pytest.raises(ValueError, match="64 runs at a time want 64 CPU cores at least, found 4"):
+        devices.share_out(64, 0, ())
+    slots, _ = devices.share_out(2, 0, ())
+    assert [len(slot.cores) for slot in slots] == [2, 2] and not set(slots[0].cores) & set(slots[1].cores)
+
+
+@pytest.mark.skipif(cores.usable_cores() < 2, reason="needs two cores")
 def test_parallel_runs_have_cores_of_their_own(place, launch):
     """Fails if two runs share cores, which makes their times meaningless."""
     text = TWO_ARMS.replace("[1, 2]", "[4]").replace("[env]", '[env]\nBEHAVIOUR = "meet at once"')
@@ -557,7 +569,7 @@ def test_parallel_runs_have_cores_of_their_own(place, launch):
 
 def test_torchrun_workers_are_stopped_and_parallel_ones_do_not_meet(place):
     """Fails if Ctrl-C leaves workers training, or ranks of two runs connect to each other."""
-    parallel = min(2, len(devices.usable_cores()))
+    parallel = min(2, cores.usable_cores())
     text = TWO_ARMS.replace("[1, 2]", "[1]").replace('"base.py"', '"base.py"\nNUM_SCHEDULED_ITERATIONS = 2')
     text = text.replace("SPECTRAL_LR_MUL = 0.1", 'SPECTRAL_LR_MUL = 0.1\nBEHAVIOUR = "hang"')
     process = launch_process(sweep_file(text), "--nproc-per-run", "2", "--parallel", str(parallel))
