@@ -157,7 +157,7 @@ class Launcher:
         """Start a run on a free slot."""
         run, slot = self.manifest.runs[index], self.free.pop(0)
         run.state, run.started, run.host = "running", now(), platform.node()
-        before = sizes(run)
+        run.slot, before = slot.size(self.nproc), sizes(run)
         try:
             self.save()  # before it starts: a launcher killed here is known to have wanted it
             command = command_of(read_trainer(run.script).path, self.nproc)

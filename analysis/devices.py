@@ -1,10 +1,6 @@
 """GPUs and cores of this machine, found without torch."""
 
-import functools
 import os
-import platform
-import shutil
-import subprocess
 from dataclasses import dataclass
 
 from data.cores import usable_cores
@@ -16,15 +12,6 @@ def gpu_names(count: int) -> tuple[str, ...]:
     return tuple(part.strip() for part in chosen.split(",") if part.strip())[:count]
 
 
-def ask_nvidia_smi(what: str) -> list[str]:
-    """Return one property of each GPU; an empty list without a driver."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
-    asked = subprocess.run(command, capture_output=True, text=True)
-    return asked.stdout.strip().splitlines() if asked.returncode == 0 else []
-
-
 def core_ids() -> tuple[int, ...]:
     """Return cores to pin runs to: of those open to this process, as many as it may keep busy."""
     ids = range(os.cpu_count() or 1)
@@ -33,23 +20,17 @@ def core_ids() -> tuple[int, ...]:
     return tuple(ids)[: usable_cores()]
 
 
-@functools.cache
-def device_name(gpu: bool) -> str:
-    """Return the name of the first GPU or of the CPU, as the trainers log it."""
-    if gpu:
-        names = ask_nvidia_smi("name")
-        name = names[0] if names else "unknown"
-    else:
-        name = platform.processor() or platform.machine()
-    return name.strip().replace(" ", "_")
-
-
 @dataclass(frozen=True)
 class Slot:
     """Devices that one run may use. No cores means any."""
 
     gpus: tuple[str, ...] = ()
     cores: tuple[int, ...] = ()
+
+    def size(self, nproc: int) -> str:
+        """Describe what a run of `nproc` ranks has here; runs on slots of one size take as long."""
+        on = f"{len(self.gpus)} GPUs" if self.gpus else f"{len(self.cores) or usable_cores()} cores"
+        return f"{nproc} ranks on {on}"
 
 
 def share_out(parallel: int, nproc: int, gpus: tuple[str, ...]) -> tuple[list[Slot], int]:

@@ -43,6 +43,7 @@ class Run:
     ended: str | None = None
     reason: str = ""
     host: str = ""
+    slot: str = ""  # what it had of the host, see Slot.size
 
     @property
     def key(self) -> tuple:

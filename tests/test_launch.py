@@ -8,6 +8,7 @@ matter. Two tests run the real trainers.
 import dataclasses
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -151,43 +152,43 @@ def test_a_console_that_lacks_a_character_shows_a_mark(place):
     assert code == 0 and "a?b/trial.toml" in output, output
 
 
-def test_expected_time_comes_from_logs_of_the_same_kind(place, monkeypatch):
+def test_expected_time_comes_from_runs_of_the_same_kind(place, monkeypatch):
     """Fails if the plan predicts a GPU's time for a laptop, or another script's or batch size's."""
     Path("logs").mkdir()
-    monkeypatch.setattr(expected_time, "device_name", lambda gpu: "laptop")
-    monkeypatch.setattr(expected_time, "usable_cores", lambda: 2)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     text = TWO_ARMS.replace("LR_MULS = [1, 1.52]", 'MODEL = "tiny"')
     sweep = read_sweep(sweep_file(text.replace('script = "base.py"', "SPECTRAL_LR_MUL = 0.2")))
     slots, nproc = devices.share_out(1, 0, ())
+    runs = []
 
     def said():
         return expected_time.expected_time(sweep.runs(), slots, nproc)
 
-    assert "unknown" in said()
+    def past(name, ms, minutes, settings=None, script="ord.py", **more):
+        """Add a run of 100 steps of `ms` each, which took some minutes in all."""
+        settings = {"model": "tiny", "batch_sizes": [128], **(settings or {})}
+        Path(f"logs/{name}.txt").write_text(
+            make_log(name, settings=settings, num_steps=100, ms=ms, script=script)
+        )
+        run = Run(name, "x", script, 1, {}, "", "", "finished", log=f"logs/{name}.txt")
+        run.started, run.ended = "2026-02-06T10:00:00+00:00", f"2026-02-06T10:{minutes}:00+00:00"
+        run.host, run.slot = platform.node(), slots[0].size(nproc)
+        runs.append(dataclasses.replace(run, **more))
+        Manifest(manifest_path("x"), runs=runs[1:], earlier=runs[:1]).save()
 
-    def log(name, ms, device="laptop", threads=2, end="event:finished", script="ord.py", **more):
-        settings = {"model": "tiny", "batch_sizes": [128], **more}
-        text = make_log(name, settings=settings, num_steps=100, ms=ms, end_event=end)
-        started = f"event:started script:{script} device:{device} world_size:1 threads:{threads}"
-        Path(f"logs/{name}.txt").write_text(re.sub("^event:started .*", started, text, flags=re.M))
-
-    log("other-device", 9e6, device="H100")
-    log("other-threads", 9e6, threads=1)
-    log("other-batch", 9e6, batch_sizes=[256])
-    log("other-batch-tokens", 9e6, batch_tokens=256)
-    log("other-script", 9e6, script="base.py")
-    log("unfinished", 9e6, end="")
     assert "unknown" in said()
-    log("one", 10_000)
-    log("two", 20_000)
-    assert "about 4 min 00 s (60.0 s a run, from 2 earlier logs)" in said()
-    run = Run("one", "x", "base.py", 1, {}, "", "", log="logs/one.txt")
-    run.started, run.ended = "2026-02-06T10:00:00+00:00", "2026-02-06T10:20:00+00:00"
-    Manifest(manifest_path("x"), runs=[run]).save()  # 1,000 s of training took 1,200
-    assert "about 10 min 40 s (2 min 40 s a run" in said()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the runs would inherit it
-    assert "from 1 earlier log)" in said()
+    past("other-host", 9e6, 50, host="elsewhere")
+    past("other-slot", 9e6, 50, slot="8 ranks on 8 GPUs")
+    past("other-batch", 9e6, 50, {"batch_sizes": [256]})
+    past("other-batch-tokens", 9e6, 50, {"batch_tokens": 256})
+    past("other-script", 9e6, 50, script="base.py")
+    past("unfinished", 9e6, 50, state="stopped")
+    past("gone", 9e6, 50)
+    Path("logs/gone.txt").unlink()
+    assert "unknown" in said()
+    past("one", 10_000, 20)  # 1,000 s of training took 1,200
+    assert "about 16 min 00 s (4 min 00 s a run)" in said(), "each has 4 steps, and 200 s besides"
+    past("two", 20_000, 40)
+    assert "about 24 min 00 s (6 min 00 s a run)" in said(), "the mean of 240 and 480 s"
 
 
 # ------------------------------------------------------------------------------------------------
