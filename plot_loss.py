@@ -3,23 +3,25 @@
     python plot_loss.py                               # the newest log in logs/
     python plot_loss.py logs/a.txt logs/b.txt         # compared
     python plot_loss.py logs --x time --out all.svg   # every log in a folder, against training time
+    python plot_loss.py sweeps/spectral_lr.toml       # the runs of a sweep
 
 The first panel is the validation loss, from the first validation on. Of several arms, the second is their
-loss minus that of the control (the sweep's, if a manifest beside the logs names it, else the arm of lowest
-loss), and an arm looks the same as in all pictures of its sweep. Below: rho, the signed radial part of the
-gradient, training time, learning rate, betas and batch size, as far as they are logged and vary. Runs that
-differ only in their seed are one arm: three or more are drawn as their mean with its 95% interval, two as
-both runs and their mean. --separate draws every run on its own. A target is drawn if --target gives one, if
-the runs have one TARGET_LOSS, or for the speedrun's own logs, which have no settings; a star marks the first
-validation at which all runs of an arm have met it.
+loss minus that of the control: the sweep's, if a manifest beside the logs has all these runs; else the arm
+with a = 0 or the baseline, as in report_sweep.py; else the arm of lowest loss. An arm looks the same as in
+all pictures of its sweep. Below: rho, the signed radial part of the gradient, training time, learning rate,
+betas and batch size, as far as they are logged and vary. Runs that differ only in their seed are one arm:
+three or more are drawn as their mean with its 95% interval, two as both runs and their mean. --separate draws
+every run on its own. A target is drawn if --target gives one, if the runs have one TARGET_LOSS, or for the
+speedrun's own logs, which have no settings; a star marks the first validation at which all runs of an arm
+have met it.
 """
 
 import math
-import re
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,9 +30,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
-from analysis.arms import Arm, group_by_arm, one_arm_a_run
+from analysis.arms import one_arm_a_run
 from analysis.curves import (
-    FINISHED,
     X_LABELS,
     Axis,
     Drawn,
@@ -49,8 +50,10 @@ from analysis.curves import (
     runs_of,
 )
 from analysis.looks import looks_of, sweep_beside
-from analysis.run_log import RunLog, newest_log, read_runs
-from analysis.stats import mean_by_seed, summarize
+from analysis.read_results import read_results
+from analysis.results import Results, SweepArm
+from analysis.run_log import RunLog, newest_log
+from analysis.sweep_pictures import in_order, what_to_draw
 from analysis.tables import format_loss, format_number, format_table
 
 SCHEDULES = {  # by panel: its title, and the name in the legend of each logged key
@@ -69,46 +72,42 @@ RHO_TITLE = "mean ρ = ⟨G,W⟩ / ‖W‖²"
 # ------------------------------------------------------------------------------------------------
 
 
-def finished_runs(arm: Arm) -> list[RunLog]:
-    return [run for run in arm.runs if run.state in FINISHED and math.isfinite(run.final_val_loss)]
+def separated(results: Results) -> Results:
+    """Make an arm of each run."""
+    single, attempts = one_arm_a_run(results.arms), [a for a in results.attempts if a.log]
+    arms = [SweepArm(one.label, one.key, one.runs, [a]) for one, a in zip(single, attempts, strict=True)]
+    looks = looks_of([arm.label for arm in arms])
+    return replace(results, arms=arms, control=None, versus={}, looks=looks)
 
 
-def final_losses(arm: Arm) -> list[float]:
-    """Final losses of an arm's finished seeds, NaN for each failed run; runs under way are left out."""
-    done = finished_runs(arm)
-    ended = sum(run.state in (*FINISHED, "crashed", "diverged") for run in arm.runs)
-    losses, _ = mean_by_seed([run.final_val_loss for run in done], [run.seed for run in done])
-    return losses + [math.nan] * (ended - len(done))
+def take_plan(results: Results) -> None:
+    """Use order, controls and looks of the sweep that all runs belong to, if its manifest is beside them."""
+    sweep, labels = sweep_beside(results.arms), [arm.label for arm in results.arms]
+    if sweep is None:
+        return
+    tags = list(dict.fromkeys(run.tag for run in sweep.runs))
+    results.arms.sort(key=lambda arm: tags.index(arm.label))
+    results.planned, results.looks = True, looks_of(tags, sweep.control)
+    results.control = sweep.control if sweep.control in labels else None
+    results.versus = {tag: other for tag, other in sweep.versus.items() if {tag, other} <= {*labels}}
 
 
-def legend_label(arm: Arm, name: str = "") -> str:
-    """Name (as given, else the arm's label) and result of an arm."""
-    name = name or arm.label
-    if len(arm.runs) == 1:
-        run = arm.runs[0]
-        state = "" if run.state in FINISHED else f", {run.state} at step {run.last_step}"
-        return f"{name}: {format_loss(run.final_val_loss)}{state}"
-    result = summarize(final_losses(arm))
-    unfinished = len(arm.runs) - len(finished_runs(arm))
-    return result_label(name, result, [f"{unfinished} unfinished"] if unfinished else [])
+def controls_of(results: Results) -> dict[str, str]:
+    """Map each arm, whatever its source code, to the one it is compared with: its control, or the lowest."""
+    means = {arm.label: results.summary(arm).mean for arm in results.arms}
+    usual = results.control or min(means, key=lambda label: np.nan_to_num(means[label], nan=math.inf))
+    found = {label: results.versus.get(label, usual) for label in means}
+    return {label: other for label, other in found.items() if label != other}
 
 
-def what_to_draw(arms: Sequence[Arm]) -> tuple[list[Drawn], dict[str, str]]:
-    """The arms with their looks and names, and the label of each arm's control.
-
-    Both are those of the sweep that all runs belong to, if its manifest is beside them.
-    """
-    labels = [arm.label for arm in arms]
-    sweep = sweep_beside(arms)
-    planned = list(dict.fromkeys(run.tag for run in sweep.runs)) if sweep else labels
-    looks = looks_of(planned, sweep.control if sweep else None)
-    names = dict(zip(labels, style.shorten_apart(labels, MAX_LABEL), strict=True))
-    in_order = sorted(arms, key=lambda arm: planned.index(arm.label))
-    drawn = [Drawn(arm, looks[arm.label], legend_label(arm, names[arm.label])) for arm in in_order]
-    lowest = min(arms, key=lambda arm: np.nan_to_num(summarize(final_losses(arm)).mean, nan=math.inf)).label
-    controls = {label: sweep.control_of(label) if sweep else None for label in labels}
-    controls = {label: other if other in labels else lowest for label, other in controls.items()}
-    return drawn, {label: other for label, other in controls.items() if label != other}
+def with_losses(results: Results) -> list[Drawn]:
+    """Name each arm and its final loss for the legend."""
+    drawn = what_to_draw(results)
+    names = style.shorten_apart([item.label for item in drawn], MAX_LABEL)
+    return [
+        replace(item, label=result_label(name, results.summary(item.arm), item.arm.unfinished))
+        for item, name in zip(drawn, names, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -210,11 +209,11 @@ def small_panels(drawn: Sequence[Drawn], axis: Axis) -> dict[str, Callable]:
     return panels
 
 
-def figure(arms: Sequence[Arm], axis_kind: str, target: tuple[float, str] | None):
+def figure(results: Results, axis_kind: str, target: tuple[float, str] | None):
     """The losses, below them whatever else has something to show, and one legend."""
     plt = style.load_matplotlib()
-    drawn, controls = what_to_draw(arms)
-    axis = Axis(axis_kind, runs_of(drawn))
+    drawn, controls = with_losses(results), controls_of(results)
+    axis = Axis(axis_kind, results.runs)
     compared = differences(drawn, controls, axis) if axis_kind != "time" else []
     below = small_panels(drawn, axis)
     columns, inches = plan_legend([item.label for item in drawn], LEGEND_WIDTH)
@@ -249,9 +248,9 @@ def figure(arms: Sequence[Arm], axis_kind: str, target: tuple[float, str] | None
 # ------------------------------------------------------------------------------------------------
 
 
-def summary(runs: Sequence[RunLog], arms: Sequence[Arm], target: float | None) -> str:
+def summary(results: Results, target: float | None) -> str:
     """A table of the runs and, if any were pooled, one of the arms; with a target, when it was met."""
-    rows = []
+    runs, arms, rows = results.runs, [arm for arm in in_order(results) if arm.runs], []
     for run, name in zip(runs, style.shorten_apart([run.run_id for run in runs], 70), strict=True):
         per_step = run.last_time_ms / run.last_step if run.last_step > 0 else math.nan
         rows.append(
@@ -276,7 +275,7 @@ def summary(runs: Sequence[RunLog], arms: Sequence[Arm], target: float | None) -
         return text
     arm_rows = []
     for arm, name in zip(arms, style.shorten_apart([arm.label for arm in arms], 70), strict=True):
-        arm_rows.append([name, summarize(final_losses(arm))])
+        arm_rows.append([name, results.summary(arm)])
         if target is not None:
             met = all_met(arm, target)
             arm_rows[-1].append(f"{met[0]}, {style.format_time(met[1])}" if met else "not by all")
@@ -284,33 +283,15 @@ def summary(runs: Sequence[RunLog], arms: Sequence[Arm], target: float | None) -
     return f"{text}\n\n{format_table(header, arm_rows)}"
 
 
-def order_of(arm: Arm) -> float:
-    """The place of an arm: the number that its name ends in (muon_lr=0.1, lr_0.1); 0 if there is none."""
-    number = re.fullmatch(r"\S*?[=_](-?\d+\.?\d*(?:e[-+]?\d+)?)", arm.label)
-    return float(number[1]) if number else 0.0
-
-
-def choose(runs: Sequence[RunLog], axis: str) -> tuple[list[RunLog], list[str]]:
-    """The runs that can be drawn on this axis, and why the others cannot."""
-    drawn, left_out = [], []
+def undrawn(runs: Sequence[RunLog], axis: str) -> list[str]:
+    """Say which runs cannot be drawn on this axis, and why."""
+    reasons = []
     for run in runs:
         if run.last_step < 0:
-            left_out.append(f"{run.path}: no step in this log yet, nothing to draw")
+            reasons.append(f"{run.path}: no step in this log yet, nothing to draw")
         elif not has_x(run, axis):
-            left_out.append(f"{run.path}: no {X_LABELS[axis]} in this log; draw it with --x steps")
-        else:
-            drawn.append(run)
-    return drawn, left_out
-
-
-def remarks(runs: Sequence[RunLog]) -> list[str]:
-    """Notes on lines that could not be read."""
-    unread = {run.path: run for run in runs if run.unread_lines}
-    return [
-        f"{path}: {run.unread_lines} lines could not be read, such as {run.unread_examples[0].strip()[:90]!r}"
-        for path, run in unread.items()
-        if run.unread_examples
-    ]
+            reasons.append(f"{run.path}: no {X_LABELS[axis]} in this log; draw it with --x steps")
+    return reasons
 
 
 def default_out(runs: Sequence[RunLog], now: float) -> Path:
@@ -322,36 +303,31 @@ def default_out(runs: Sequence[RunLog], now: float) -> Path:
 
 
 def draw_runs(options: Namespace) -> None:
-    logs = options.logs or [newest_log("logs")]
-    if logs == [None]:
-        raise ValueError("there is no log in logs/ yet: train first, or name a log")
+    paths = options.paths or [newest_log(options.logs)]
+    if paths == [None]:
+        raise ValueError(f"there is no log in {options.logs}/ yet: train first, or name a log")
     if options.out:
         style.check_suffix(options.out)
-    runs = read_runs(logs)
-    drawn, left_out = choose(runs, options.x)
-    if not drawn:
-        raise ValueError(left_out[0] if left_out else f"no log in {', '.join(map(str, logs))}")
-    arms, notes = group_by_arm(drawn)
-    arms.sort(key=order_of)
+    results = read_results(paths, options.logs, None, options.pool_sources, options.stopped_early)
+    left_out = undrawn(results.runs, options.x)
+    if len(left_out) == len(results.runs):
+        raise ValueError(left_out[0] if left_out else "none of the planned runs has a log yet")
     if options.separate:
-        arms = one_arm_a_run(arms)
-    target = style.target_of(drawn, options.target)
-    out = options.out or default_out(drawn, time.time())
-    style.save(figure(arms, options.x, target), out)
-    print(summary(runs, arms, target[0] if target else None))
-    for note in [*notes, *left_out, *remarks(runs)]:
-        print(f"note: {note}")
+        results = separated(results)
+    take_plan(results)
+    target = style.target_of(results.runs, options.target)
+    out = options.out or default_out(results.runs, time.time())
+    style.save(figure(results, options.x, target), out)
+    print(summary(results, target[0] if target else None))
+    for note in [*results.notes, *left_out]:
+        # other code is drawn beside the rest all the same; only report_sweep.py claims nothing about it
+        print(f"note: {note.replace('is not compared: it has', 'has')}")
     print(f"\n{out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = command_line.make_parser(__doc__)
-    parser.add_argument(
-        "logs", nargs="*", type=Path, help="logs or folders of logs (default: the newest in logs/)"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="where to write, .png .svg or .pdf (default: logs/RUN_ID.png)"
-    )
+    out = "where to write, .png .svg or .pdf (default: logs/RUN_ID.png)"
+    parser = command_line.make_sweep_parser(__doc__, out, paths="*")
     parser.add_argument("--x", choices=X_LABELS, default="steps", help="what curves are drawn against")
     parser.add_argument(
         "--target", type=float, help="target loss (default: the runs' TARGET_LOSS; public logs: 3.28)"

@@ -77,6 +77,12 @@ class SweepArm(Arm):
         return sum(attempt.outcome == outcome for attempt in self.attempts)
 
     @property
+    def unfinished(self) -> list[str]:
+        """Say how many runs failed or have not ended; nothing if all have finished."""
+        counts = {"failed": self.count("failed"), "not ended": self.count("missing")}
+        return [f"{count} of {len(self.attempts)} {word}" for word, count in counts.items() if count]
+
+    @property
     def strength(self) -> float | None:
         """ORD's a; None if the update has no single a, as in the baseline or with ORD_MODE=post."""
         split = any(self.settings.get(f"spectral_lr_mul_{part}") is not None for part in ("attn", "mlp"))
@@ -156,8 +162,8 @@ class Results:
         return sum(arm.count(outcome) for arm in self.arms)
 
     def summary(self, arm: SweepArm) -> Summary:
-        """Return the verdict's summary of an arm, or its own if it is not compared."""
-        return self.verdict.summaries.get(arm.label) or summarize(arm.samples()[0])
+        """Return the summary of an arm's final losses, whether it is compared or not."""
+        return summarize(arm.samples()[0])
 
     def comparison(self, label: str) -> tuple[Comparison | None, float]:
         """Compare an arm with its control or the reference; also return p corrected for the number of arms.
@@ -215,12 +221,5 @@ class Results:
 
     def remarks(self, arm: SweepArm) -> list[str]:
         """Return remarks on an arm: a single run, runs that failed or have not ended, not compared."""
-        parts = []
-        if self.summary(arm).n == 1:
-            parts.append("a single run")
-        for outcome, word in (("failed", "failed"), ("missing", "not ended")):
-            if arm.count(outcome):
-                parts.append(f"{arm.count(outcome)} of {len(arm.attempts)} {word}")
-        if arm.foreign:
-            parts.append("not compared")
-        return parts
+        single = ["a single run"] if self.summary(arm).n == 1 else []
+        return [*single, *arm.unfinished, *(["not compared"] if arm.foreign else [])]

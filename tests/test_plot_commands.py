@@ -83,7 +83,7 @@ CONTROL_ERRORS = [
     (["sweeps/lr.toml", "--control", "nonsense"], "control 'nonsense' fits none of the arms, wanted one: "),
     (["sweeps/lr.toml", "--control", "spectral"], "control 'spectral' fits 2 of the arms"),
 ]
-ERRORS = [(command, *case) for command in PLOTS[1:] for case in SWEEP_ERRORS]
+ERRORS = [(command, *case) for command in PLOTS for case in SWEEP_ERRORS]
 ERRORS += [(command, *case) for command in (plot_spectral_sweep, report_sweep) for case in CONTROL_ERRORS]
 ERRORS += [
     (plot_spectral_sweep, ["begun"], "none of the 1 runs has logged a step yet"),

@@ -13,7 +13,6 @@ from sweeps_for_tests import make_sweep, spectral_arms
 
 import plot_loss
 from analysis import curves, style
-from analysis.arms import group_by_arm
 from analysis.looks import looks_of
 from analysis.read_results import read_results
 from analysis.run_log import read_runs
@@ -42,8 +41,8 @@ def write_arms(folder, values, seeds=(1,), spread=0.02, **kwargs):
 
 def draw(folder, x="steps", target=(3.28, "--target")):
     """Draw the figure of a folder of logs; return it and its arms."""
-    arms, _ = group_by_arm(read_runs(folder))
-    return plot_loss.figure(arms, x, target), arms
+    results = read_results([folder])
+    return plot_loss.figure(results, x, target), results.arms
 
 
 def panel(figure, name):
@@ -95,13 +94,14 @@ def test_several_arms_are_compared_with_the_sweeps_control(tmp_path):
     file = make_sweep(tmp_path, "lr", spectral_arms(0, 0.01, 0.1, 1), control="spectral_lr_0", val_every=20)
     results = read_results([file], tmp_path / "logs")
     runs = [run for arm in results.arms if arm.label != "spectral_lr_0.01" for run in arm.runs]
-    arms, _ = group_by_arm(runs)
-    drawn, controls = plot_loss.what_to_draw(arms)
-    assert {item.arm.label: item.look for item in drawn} == {
+    some = read_results([run.path for run in runs])
+    plot_loss.take_plan(some)
+    assert {item.arm.label: item.look for item in plot_loss.with_losses(some)} == {
         label: look for label, look in results.looks.items() if label != "spectral_lr_0.01"
     }
+    controls = plot_loss.controls_of(some)
     assert set(controls.values()) == {"spectral_lr_0"} and len(controls) == 3
-    ax = panel(plot_loss.figure(arms, "steps", None), "differences")
+    ax = panel(plot_loss.figure(some, "steps", None), "differences")
     assert ax.get_title(loc="left").startswith("validation loss minus that of spectral_lr_0,")
     ends = {line.get_color(): line.get_ydata()[-1] for line in ax.lines if len(line.get_xdata()) > 2}
     for label, pair in results.verdict.versus_control.items():
@@ -142,12 +142,12 @@ def test_repeats_of_a_seed_are_one_curve(tmp_path):
             for value in (0.0, 0.1):
                 text = make_log("r", seed, {"spectral_lr_mul": value}, STEPS, final=3.2 + number / 1e4)
                 write(tmp_path / "logs", f"a{value}-s{seed}-{number}", text)
-    _, arms = draw(tmp_path / "logs")
+    figure, arms = draw(tmp_path / "logs")
     axis = curves.Axis("steps", [])
     line, thin = curves.lines_of(arms[0], "val_loss", axis)
     assert line.low is None and len(thin) == 2
     assert curves.difference_of(arms[1], arms[0], axis).low is None
-    assert summarize(plot_loss.final_losses(arms[0])).n == 2 and "n=2)" in plot_loss.legend_label(arms[0])
+    assert [text.get_text()[-5:] for text in figure.legends[0].get_texts()] == ["(n=2)"] * 2
 
 
 def test_the_main_line_is_of_a_finished_run(tmp_path):
@@ -177,12 +177,11 @@ def test_unfinished_runs_do_not_enter_the_mean(tmp_path):
         "lost", 4, {"spectral_lr_mul": 0.1}, STEPS, val_every=10, end=100, end_event="event:diverged step:100"
     )
     write(tmp_path / "logs", "lost", text)
-    _, arms = draw(tmp_path / "logs")
+    figure, arms = draw(tmp_path / "logs")
     line, thin = curves.lines_of(arms[0], "val_loss", curves.Axis("steps", []))
     assert line.x[-1] == STEPS and [other.x[-1] for other in thin] == [100]
-    assert "1 unfinished" in plot_loss.legend_label(arms[0])
-    losses = plot_loss.final_losses(arms[0])
-    assert len(losses) == 4 and np.isnan(losses).sum() == 1  # it counts, as a failure
+    (label,) = figure.legends[0].get_texts()
+    assert label.get_text().endswith("(n=3, 1 of 4 failed)")  # it counts, as a failure
     assert curves.all_met(arms[0], 3.28) is None  # not all of its runs have met the target
 
 
@@ -190,7 +189,7 @@ def test_target_is_met_when_all_runs_of_an_arm_have_met_it(tmp_path):
     for seed, final in ((1, 3.20), (2, 3.22), (3, 3.24)):
         text = make_log(f"s{seed}", seed, {}, STEPS, val_every=10, final=final)
         write(tmp_path / "logs", f"s{seed}", text)
-    arms, _ = group_by_arm(read_runs(tmp_path / "logs"))
+    arms = read_results([tmp_path / "logs"]).arms
     points = [run.first_at(3.26) for run in arms[0].runs]
     step, ms = curves.all_met(arms[0], 3.26)
     assert points[0].step < points[1].step < points[2].step == step and ms == step * 62
@@ -285,7 +284,7 @@ def test_runs_that_differ_in_much_go_by_one_setting(tmp_path):
     figure, _ = draw(tmp_path / "logs")
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [text.split(":")[0] for text in legend] == ["warmup_steps=0", "warmup_steps=1"]
-    _, (note,) = group_by_arm(read_runs(tmp_path / "logs"))
+    (note,) = read_results([tmp_path / "logs"]).notes
     assert "muon_weight_decay, residual_scale" in note and "warmup_steps" not in note
 
 
@@ -343,7 +342,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "logs" / "newest.png").read_bytes().startswith(b"\x89PNG")
     row = next(line for line in out.splitlines() if line.startswith("newest")).split()
     assert row[1:6] == ["finished", "5", "200/200", f"{run.final_val_loss:.4f}", f"{run.best_val_loss:.4f}"]
-    assert "at step" not in out and "1 lines could not be read, such as 'some noise'" in out
+    assert "at step" not in out and "newest: 1 lines of its log could not be read" in out
     assert not [path.name for path in (tmp_path / "logs").iterdir() if path.name.startswith(".")]
 
 
@@ -359,10 +358,12 @@ def test_svg_is_the_same_each_time(tmp_path, capsys):
 
 
 def test_own_target_and_different_sources(tmp_path, capsys):
-    """The runs' own TARGET_LOSS is used if they agree; different sources are not pooled."""
+    """The runs' own TARGET_LOSS is used if they agree; runs of edited code are compared, not pooled."""
     for seed, source in ((1, SOURCE), (2, SOURCE + "# edited\n")):
         text = make_log(f"s{seed}", seed, {"target_loss": 3.5}, STEPS, source=source)
         write(tmp_path / "logs", f"s{seed}", text)
+    figure, _ = draw(tmp_path / "logs")
+    assert len(figure.legends[0].get_texts()) == 2 and panel(figure, "differences").lines
     assert plot_loss.main([str(tmp_path / "logs"), "--out", str(tmp_path / "x.png")]) == 0
     out = capsys.readouterr().out
     assert "3.5 at step" in out and "not pooled: s1, s2" in out and "n=2" not in out
@@ -375,6 +376,19 @@ def test_runs_without_the_axis_are_left_out_and_named(tmp_path, capsys):
     assert plot_loss.main([str(folder), "--x", "time", "--out", str(tmp_path / "x.png")]) == 0
     out = capsys.readouterr().out
     assert "llmc.txt: no training time in this log" in out and "empty.txt: no step in this log yet" in out
+
+
+def test_every_run_on_its_own_and_the_runs_of_a_sweep(tmp_path, capsys):
+    """Fails if --separate pools, or a sweep's file gives another picture than its logs."""
+    file = make_sweep(tmp_path, "lr", spectral_arms(0, 0.1), control="spectral_lr_0", val_every=50)
+    logs = tmp_path / "logs"
+    for name, more in (("pooled", []), ("single", ["--separate"])):
+        pictures = [tmp_path / f"{name}{number}.svg" for number in (1, 2)]
+        assert plot_loss.main([str(logs), "--out", str(pictures[0]), *more]) == 0
+        assert plot_loss.main([str(file), "--logs", str(logs), "--out", str(pictures[1]), *more]) == 0
+        assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    out = capsys.readouterr().out
+    assert out.count("\nspectral_lr_0.1 ") == 2, "two tables of arms"
 
 
 # ------------------------------------------------------------------------------------------------
