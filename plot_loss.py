@@ -134,44 +134,28 @@ def panel_time(ax, drawn: Sequence[Drawn], axis: Axis) -> None:
 def panel_schedule(ax, drawn: Sequence[Drawn], axis: Axis, title: str, names: dict[str, str]) -> None:
     """Scheduled quantities, logged key -> name, of each arm's first run: its seeds share a schedule.
 
-    One that is the same in all arms is drawn once, in grey.
+    One that is the same in all arms, as far as they have come, is drawn once, in grey.
     """
-    ax.set_title(title)
     logged: dict[str, list[Line]] = {}
-    all_same = len(drawn) > 1
+    common = 0
     for key, name in names.items():
         found = [(item.line_look, line_of(item.arm.runs[0], key, axis)) for item in drawn]
         found = [(look, line) for look, line in found if line]
         if not found:
             continue
-        same = len(drawn) > 1 and len(found) == len(drawn) and agree([line for _, line in found])
-        all_same = all_same and same
-        dashes = style.LINES[len(logged)]
-        logged[name] = [line for _, line in found]
-        for look, line in found[:1] if same else found:
-            if same:
-                look = {**look, "color": "#444444"}
-            if same or len(names) > 1:
-                look = {**look, "linestyle": dashes}
-            ax.plot(line.x, line.y, **look, drawstyle="steps-post")
-    if all_same:
-        ax.set_title(f"{title}: all alike")
+        dashes, logged[name] = style.LINES[len(logged)], [line for _, line in found]
+        longest = max(logged[name], key=lambda line: len(line.y))
+        alike = all(np.array_equal(line.y, longest.y[: len(line.y)]) for line in logged[name])
+        if alike and len(found) == len(drawn) > 1:
+            common += 1
+            found = [({"color": style.GREY}, longest)]
+        for look, line in found:
+            ax.plot(line.x, line.y, **look, linestyle=dashes, drawstyle="steps-post")
+    ax.set_title(f"{title}: all alike" if common == len(logged) else title)
     if len(names) > 1:
         style.line_legend(ax, list(logged), loc="center right")
     if "batch_size" in names:
         label_batch_sizes(ax, np.concatenate([line.y for line in logged["batch size"]]))
-
-
-def agree(lines: Sequence[Line]) -> bool:
-    """True if lines agree at the steps they have in common (runs may be logged more or less often)."""
-    first = lines[0]
-    for other in lines[1:]:
-        _, here, there = np.intersect1d(first.step, other.step, return_indices=True)
-        if len(here) < min(len(first.step), len(other.step)) / 2:
-            return False
-        if not np.array_equal(first.y[here], other.y[there]):
-            return False
-    return True
 
 
 def label_batch_sizes(ax, values: np.ndarray) -> None:
