@@ -1,14 +1,13 @@
 """Export runs as tables, or to a program that shows curves: python export_runs.py logs --to csv
 
-    python export_runs.py logs --to parquet --out tables       # tables/settings.parquet, tables/steps.parquet
+    python export_runs.py logs --to csv --out tables           # tables/settings.csv, tables/steps.csv
     python export_runs.py logs --to tensorboard --follow       # then: tensorboard --logdir export/tensorboard
     python export_runs.py logs/A.txt logs/B.txt --to trackio   # then: trackio show
     python export_runs.py logs --to wandb --project tiny --follow
 
-csv and parquet are two tables: settings has a row for each run, with its settings, state and last losses;
-steps has a row for each run and step, with all that was logged as a number. Names are those of the log (a
-list's places from 0: spec_attn.0); times are in ms, losses in nats per token. Packed logs, as in records/,
-are read too.
+csv is two tables: settings has a row for each run, with its settings, state and last losses; steps has a row
+for each run and step, with all that was logged as a number. Names are those of the log (a list's places from
+0: spec_attn.0); times are in ms, losses in nats per token. Packed logs, as in records/, are read too.
 
 --follow goes on until Ctrl-C: every few seconds, what running logs have got meanwhile is added. tensorboard,
 trackio and wandb are not in requirements.txt. tensorboard and trackio keep everything on this machine; wandb
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from analysis import command_line
 from analysis.arms import tags_beside
 from analysis.command_line import import_optional
-from analysis.files import replacing, write_atomically
+from analysis.files import write_atomically
 from analysis.run_log import OPENERS, LogFollower, RunLog, list_logs, read_log
 from analysis.run_tables import NewPoints, RunNames, facts_table, origin_of, steps_table
 from analysis.tables import as_csv
@@ -47,41 +46,19 @@ Runs = Mapping[str, RunLog]  # by name
 
 
 class Tables:
-    """Two tables in a folder, settings and steps, as csv or parquet; rewritten whenever a run has changed."""
+    """Two tables in a folder, settings.csv and steps.csv; rewritten whenever a run has changed."""
 
-    def __init__(self, folder: Path, kind: str):
-        self.folder, self.kind, self.runs = folder, kind, {}
-        self.goal = f"{folder / 'settings'}.{kind}, {folder / 'steps'}.{kind}"
+    def __init__(self, folder: Path):
+        self.settings, self.steps, self.runs = folder / "settings.csv", folder / "steps.csv", {}
+        self.goal = f"{self.settings}, {self.steps}"
 
     def update(self, runs: Runs, tags: Mapping[str, str]) -> None:
         self.runs |= runs
-        for name, table in (("settings", facts_table(self.runs, tags)), ("steps", steps_table(self.runs))):
-            path = self.folder / f"{name}.{self.kind}"
-            if self.kind == "csv":
-                write_atomically(path, as_csv(*table))
-            else:
-                write_parquet(path, *table)
+        write_atomically(self.settings, as_csv(*facts_table(self.runs, tags)))
+        write_atomically(self.steps, as_csv(*steps_table(self.runs)))
 
     def close(self) -> None:
         pass
-
-
-def write_parquet(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a table; a column of numbers and texts, as when a setting's type has changed, becomes texts."""
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = {}
-    for place, name in enumerate(header):
-        values = [row[place] for row in rows]
-        kinds = {type(value) for value in values if value is not None}
-        if kinds == {int, float}:
-            values = [None if value is None else float(value) for value in values]
-        elif len(kinds) > 1:
-            values = [None if value is None else str(value) for value in values]
-        columns[name] = pyarrow.array(values, from_pandas=True)  # NaN is "not known", as None is
-    with replacing(path) as temporary:
-        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
 
 
 class TensorBoard:
@@ -210,8 +187,8 @@ def runs_in(follower: LogFollower, paths: Sequence[Path]) -> list[RunLog]:
 
 def make_exporter(options: Namespace) -> Tables | TensorBoard | Tracker:
     """Return what --to asks for."""
-    if options.to in ("csv", "parquet"):
-        return Tables(options.out, options.to)
+    if options.to == "csv":
+        return Tables(options.out)
     if options.to == "tensorboard":
         return TensorBoard(options.out / "tensorboard")
     return Tracker(options.to, options.project)
@@ -239,7 +216,7 @@ def export_runs(options: Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line.make_parser(__doc__)
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOGS", help="logs, or folders of logs")
-    choices = ("csv", "parquet", "tensorboard", "trackio", "wandb")
+    choices = ("csv", "tensorboard", "trackio", "wandb")
     parser.add_argument("--to", choices=choices, required=True, help="what to make")
     parser.add_argument("--out", type=Path, default=Path("export"), help="folder of what is made (export)")
     parser.add_argument("--project", default="ord", help="project of trackio or wandb (ord)")
