@@ -2,7 +2,7 @@
 
     python make_record.py records/2026-11-22_spectral_lr_tiny            # all again, in place
     python make_record.py records/2026-11-22_spectral_lr_tiny --check    # elsewhere, and compared
-    python make_record.py records/2026-12-01_moe_lr --new sweeps/moe_lr.toml --also plot_lr_analysis.py
+    python make_record.py records/mine --new sweeps/mine.toml --also "plot_lr_analysis.py mine.toml --out ."
 
 A record is a folder with a README.md written by hand, the sweep's file, its manifest and logs in logs/, and
 record.toml. Its `commands` are tools of this project, called in that folder, which make all the rest:
@@ -12,18 +12,17 @@ record.toml. Its `commands` are tools of this project, called in that folder, wh
         "plot_spectral_sweep.py spectral_lr.toml --out spectral_sweep.png",
     ]
 
---new copies a sweep's file, manifest and logs from logs/ into a new record, writes its record.toml, and calls
-the commands. Logs, and RUN_ID.manifold.jsonl beside them, are compressed (.xz, which every tool here reads).
-The source code at the head of logs is kept only once, in logs/sources/HASH.txt.xz. --also adds a command;
-for a tool that reads a sweep, the sweep's file and --out may be left out. --new never overwrites anything,
-and leaves no folder behind if a command fails.
+--new copies a sweep's file, manifest and logs from logs/ into a new record, writes its record.toml with
+report_sweep.py and the commands that --also gives, and calls them. Logs, and RUN_ID.manifold.jsonl beside
+them, are compressed (.xz, which every tool here reads). The source code at the head of logs is kept only
+once, in logs/sources/HASH.txt.xz. --new never overwrites anything, and leaves no folder behind if a command
+fails.
 
 --check changes nothing. It exits with 1 if a table (.md .json .csv) is not, byte for byte, what the commands
 make of the logs, and with 2 if the source code of a log was changed. The bytes of pictures change with
 matplotlib's version and the fonts of a machine, so differences in them are reported but are no failure.
 """
 
-import argparse
 import json
 import lzma
 import shlex
@@ -32,28 +31,21 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from argparse import Namespace
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from analysis.command_line import complain, make_parser
+from analysis import command_line
 from analysis.files import read_text, write_atomically
 from analysis.manifest import Run, manifest_path, read_manifest
 from analysis.run_log import SEPARATOR_WIDTH, find_log, log_stem, read_log, read_unpacked, read_with_sources
-from analysis.shown import console
 
 HERE = Path(__file__).resolve().parent
 RECIPE = "record.toml"
 TABLES = (".md", ".json", ".csv")  # what must be the same byte for byte
-# Where the tools that read a sweep write to in a record, unless --also says.
-OUT = {
-    "report_sweep.py": ".",
-    "plot_lr_analysis.py": ".",
-    "plot_manifold.py": ".",
-    "plot_spectral_sweep.py": "spectral_sweep.png",
-}
 HEAD = "The source code that stood here is in sources/{}.txt.xz, without its last line break."
 
 
@@ -136,7 +128,9 @@ def check(record: Path) -> dict[Path, str]:
 def start(record: Path, sweep: Path, logs: Path, also: Sequence[str]) -> list[Path]:
     """Make a record of a sweep, or nothing if that fails; return the files that the commands wrote."""
     path = manifest_path(sweep.stem, logs)
-    commands = [complete(command, sweep.name) for command in ("report_sweep.py", *also)]
+    commands = [shlex.join(["report_sweep.py", sweep.name, "--out", "."]), *also]
+    for command in also:
+        split(command, "--also")
     if record.exists():
         raise ValueError(f"{record} exists already; without --new its tables and pictures are made again")
     if not sweep.is_file() or not path.is_file():
@@ -173,16 +167,6 @@ def pack_run(run: Run, logs: Path, folder: Path) -> None:
     measured = find_log(logs, f"{log_stem(log)}.manifold.jsonl")
     if measured:
         pack(read_unpacked(measured), folder / f"{log_stem(log)}.manifold.jsonl")
-
-
-def complete(command: str, sweep: str) -> str:
-    """Return a command; that of a tool which reads a sweep, with the sweep's file and --out."""
-    tool, *arguments = split(command, "--also")
-    if tool in OUT and not any(word.endswith(".toml") for word in arguments):
-        arguments.insert(0, sweep)
-    if tool in OUT and not any(word.startswith("--out") for word in arguments):
-        arguments += ["--out", OUT[tool]]
-    return shlex.join([tool, *arguments])
 
 
 def pack_log(path: Path, folder: Path) -> Path:
@@ -225,51 +209,38 @@ def report_check(record: Path) -> int:
     return int(bool(wrong))
 
 
-def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = make_parser(__doc__)
+def make_record(options: Namespace) -> int:
+    """Make, check or start a record; return the exit code."""
+    if options.check and options.new:
+        raise ValueError("--check is of a record that exists, --new of one that does not")
+    if options.also and not options.new:
+        raise ValueError(f"--also goes with --new; later, add commands to {options.record / RECIPE}")
+    if options.check:
+        return report_check(options.record)
+    if options.new:
+        made = start(options.record, options.new, options.logs, options.also)
+    else:
+        made = make(options.record)
+    for path in made:
+        print(options.record / path)
+    readme = options.record / "README.md"
+    if not readme.exists():
+        print(f"{readme} is yours to write: what was asked, run, found, and not shown")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line.make_parser(__doc__)
     parser.add_argument("record", type=Path, help="the record's folder, records/YYYY-MM-DD_NAME")
     parser.add_argument(
         "--check", action="store_true", help="compare, change nothing; exit code 1: a table differs"
     )
     parser.add_argument("--new", type=Path, metavar="SWEEP.toml", help="start the record from this sweep")
     parser.add_argument(
-        "--also", action="append", default=[], metavar="COMMAND", help="another tool, with --new"
+        "--also", action="append", default=[], metavar="COMMAND", help="another command, with --new"
     )
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="where --new finds manifest and logs")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make, check or start a record; return the exit code."""
-    options = parse_args(arguments)
-    with console():
-        return run(options)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Make, check or start a record; return the exit code."""
-    try:
-        if options.check and options.new:
-            raise ValueError("--check is of a record that exists, --new of one that does not")
-        if options.also and not options.new:
-            raise ValueError(f"--also goes with --new; later, add commands to {options.record / RECIPE}")
-        if options.check:
-            return report_check(options.record)
-        if options.new:
-            made = start(options.record, options.new, options.logs, options.also)
-        else:
-            made = make(options.record)
-        for path in made:
-            print(options.record / path)
-        readme = options.record / "README.md"
-        if not readme.exists():
-            print(f"{readme} is yours to write: what was asked, run, found, and not shown")
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
-        return complain(error)
-    return 0
+    return command_line.run(make_record, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -37,20 +37,19 @@ def make_sweep_parser(description: str | None, out: str, paths: str = "+") -> ar
 
 
 def run(
-    command: Callable[[argparse.Namespace], None],
+    command: Callable[[argparse.Namespace], int | None],
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
 ) -> int:
-    """Call a command with its parsed arguments; return its exit code, 2 if the user's input is wrong."""
+    """Call a command with its parsed arguments; return its exit code, which None is 0, or 2 for bad input."""
     options = parser.parse_args(arguments)
     with console():
         try:
-            command(options)
+            return command(options) or 0
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
             return complain(error)
-    return 0
 
 
 def import_optional(module: str, package: str):

@@ -115,7 +115,7 @@ def test_a_record_has_the_measurement(tmp_path, monkeypatch, capsys):
     for run in read_runs("logs"):
         write_measurement(run.path, run.seed)
         plain.append(plot.read_measured(run, "an arm"))
-    also = "plot_manifold.py --metrics gap"
+    also = "plot_manifold.py duel.toml --out . --metrics gap"
     assert make_record.main(["records/x", "--new", "sweeps/duel.toml", "--also", also]) == 0
     assert len(list(Path("records/x/logs").glob("*.manifold.jsonl.xz"))) == len(plain) == 2
     packed = [plot.read_measured(run, "an arm") for run in read_runs("records/x/logs")]
