@@ -379,30 +379,20 @@ def difference_table(runs: Sequence[Measured]) -> tuple[list[str], list[list]]:
 
 def _differences(a: Measured, b: Measured, metric: str) -> list[tuple]:
     """The largest differences of one pair of seeds."""
-    steps, layers = np.intersect1d(a.steps, b.steps), sorted(set(a.layers) & set(b.layers))
+    steps, layers = np.intersect1d(a.steps, b.steps), np.intersect1d(a.layers, b.layers)
     x, y = (
-        run.values[metric][:, [run.layers.index(layer) for layer in layers]][
-            :, :, np.searchsorted(run.steps, steps)
-        ]
+        run.values[metric][:, np.searchsorted(run.layers, layers)][:, :, np.searchsorted(run.steps, steps)]
         for run in (a, b)
     )
-    scale = (np.abs(x) + np.abs(y)) / 2
-    size = np.nan_to_num(np.divide(np.abs(x - y), scale, out=np.zeros_like(x), where=scale > 0))
-    best = np.argsort(-size, axis=None, kind="stable")[:NUM_DIFFERENCES]
+    with np.errstate(invalid="ignore"):  # 0 / 0 is no difference
+        size = np.nan_to_num(np.abs(x - y) / ((np.abs(x) + np.abs(y)) / 2))
     out = []
-    for p, l, t in zip(*np.unravel_index(best, size.shape)):
-        if size[p, l, t] > 0:
-            out.append(
-                (
-                    float(size[p, l, t]),
-                    layers[l],
-                    PROJECTIONS[p],
-                    int(steps[t]),
-                    f"{a.seed} {b.seed}",
-                    float(x[p, l, t]),
-                    float(y[p, l, t]),
-                )
-            )
+    for place in np.argsort(-size, axis=None, kind="stable")[:NUM_DIFFERENCES]:
+        at = np.unravel_index(place, size.shape)
+        if size[at] > 0:
+            p, l, t = at
+            where = int(layers[l]), PROJECTIONS[p], int(steps[t]), f"{a.seed} {b.seed}"
+            out.append((float(size[at]), *where, float(x[at]), float(y[at])))
     return out
 
 

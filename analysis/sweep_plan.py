@@ -48,13 +48,11 @@ def plan(sweep: Sweep, manifest: Manifest) -> dict[int, str]:
             why[len(runs)] = reason_to_run(run, attempts.get((run.tag, run.seed)))
         runs.append(same or run)
     stamp = free_stamp([runs[i] for i in why])
-    taken_over = set()
     for i in why:
         before = attempts.get((runs[i].tag, runs[i].seed))
         unchanged = before and before.key == runs[i].key
         if unchanged and (before.state == "submitted" or left_a_checkpoint(before)):
             runs[i].run_id, runs[i].log = before.run_id, before.log
-            taken_over.add(id(before))
             if before.state == "submitted":
                 # its job may still start; it then goes on with this run, or is refused
                 runs[i].state = "submitted"
@@ -63,8 +61,8 @@ def plan(sweep: Sweep, manifest: Manifest) -> dict[int, str]:
         else:
             runs[i].run_id = run_name(runs[i], stamp)
             runs[i].log = str(LOGS / f"{runs[i].run_id}.txt")
-    kept = {id(run) for run in runs} | taken_over
-    manifest.earlier = [run for run in old if id(run) not in kept and run.state != "planned"]
+    current = {run.run_id for run in runs}
+    manifest.earlier = [run for run in old if run.run_id not in current and run.state != "planned"]
     manifest.runs = runs
     return why
 
