@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line
+from analysis.arms import DATA
 from analysis.run_log import (
     SEPARATOR_WIDTH,
     RunLog,
@@ -30,7 +31,6 @@ from analysis.run_log import (
 from analysis.run_tables import flat_config
 from analysis.tables import format_difference, format_loss, format_table
 
-DATA = ("train_data", "val_data")  # fields of event:started: file, tokens, hash
 OWN = ("run_id", "time", "launch")  # differ between any two runs, and do not matter
 MAX_STEPS = 12  # validations shown
 

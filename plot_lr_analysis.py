@@ -49,6 +49,7 @@ from analysis.tables import (
     format_markdown,
     format_number,
     format_table,
+    join_words,
 )
 
 RULES_TEXT = "\n".join(f"* {label}: {rule}" for label, rule in RULES.items())
@@ -61,8 +62,7 @@ RULES_TEXT = "\n".join(f"* {label}: {rule}" for label, rule in RULES.items())
 
 def name_values(rates: Sequence[Rate]) -> str:
     """0.01, 0.02 and 0.03."""
-    values = [format_value(rate.value) for rate in rates]
-    return f"{', '.join(values[:-1])} and {values[-1]}" if len(values) > 1 else "".join(values)
+    return join_words([format_value(rate.value) for rate in rates])
 
 
 def edge_of(rate: Rate, analysis: Analysis) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from analysis.results import Results
 from analysis.stats import ALPHA, Comparison, Verdict
-from analysis.tables import format_p
+from analysis.tables import join_words, state_p
 
 MAX_NAMED = 4  # arms named in a sentence, before "and 3 more"
 
@@ -21,15 +21,13 @@ def _names(names: Sequence[str]) -> str:
     shown = list(names[:MAX_NAMED])
     if len(names) > len(shown):
         return f"{', '.join(shown)} and {len(names) - len(shown)} more"
-    return f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else "".join(shown)
+    return join_words(shown)
 
 
 def _evidence(pair: Comparison, p: float) -> str:
     size, low, high = abs(pair.difference), *sorted((abs(pair.low), abs(pair.high)))
     n = f"n = {pair.n_arm}" + ("" if pair.n_arm == pair.n_control else f" and {pair.n_control}")
-    p = format_p(p)
-    p = p if p.startswith("<") else f"= {p}"
-    return f"{size:.4f}, {pair.confidence:.0%} interval {low:.4f} to {high:.4f}, p {p}, {n}"
+    return f"{size:.4f}, {pair.confidence:.0%} interval {low:.4f} to {high:.4f}, {state_p(p)}, {n}"
 
 
 def conclusion(results: Results) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from analysis.arms import Arm
+from analysis.arms import DATA, Arm
 from analysis.run_log import RunLog, not_training
 from analysis.stats import Comparison, Summary, Verdict, judge, mean_by_seed, summarize
 
@@ -44,7 +44,7 @@ class Attempt:
     @property
     def data(self) -> str:
         """Data that the log says the run used; empty if it does not say."""
-        parts = [self.log.started.get(name, "") for name in ("train_data", "val_data")] if self.log else []
+        parts = [self.log.started.get(name, "") for name in DATA] if self.log else []
         return " ".join(part for part in parts if part)
 
 

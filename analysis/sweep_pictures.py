@@ -19,7 +19,7 @@ from analysis.curves import (
 from analysis.intervals import KEY, MIN_INTERVAL, draw_mean, ends_of
 from analysis.results import Results, SweepArm
 from analysis.stats import Comparison
-from analysis.tables import format_difference, format_interval, format_loss, format_p
+from analysis.tables import format_difference, format_interval, format_loss, state_p
 
 MAX_LABEL = 44  # characters of an arm's name beside a picture
 VERDICTS = {"better": "#0072B2", "worse": "#D55E00"}
@@ -133,8 +133,7 @@ def verdict_words(results: Results, arm: SweepArm, pair: Comparison | None, p: f
     elif not math.isfinite(p):
         words = "not tested"
     else:
-        p = format_p(p)
-        words += f", p {p}" if p.startswith("<") else f", p = {p}"
+        words += f", {state_p(p)}"
         if words.startswith("undecided") and results.control and pair.low * pair.high > 0:
             words += " (by itself clear of 0)"
     return ", ".join([words, *remarks])

@@ -81,3 +81,14 @@ def format_p(p: float) -> str:
     if math.isnan(p):
         return "-"
     return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
+
+
+def state_p(p: float) -> str:
+    """State a p value in a sentence: p = 0.034, p < 0.0001."""
+    text = format_p(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
+def join_words(words: Sequence[str]) -> str:
+    """Join words in a sentence: a, b and c."""
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
