@@ -3,6 +3,7 @@ processes, parameters without a model."""
 
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 import train_gpt
 import train_gpt_muon_ord
 from kernels import fast_forms
+from runtime import checkpoints
 from runtime.compiling import not_compiled
 from runtime.log_writer import BAR
 from runtime.ranks import Done, Ranks
@@ -129,6 +132,19 @@ def command(script: str, ranks: int, extra: tuple = ()) -> list[str]:
         *((f"--nproc-per-node={ranks}",) if ranks else (sys.executable,)),
         str(ROOT / script),
     ]
+
+
+def call(main, arguments: list, encoding: str = "utf-8", given: bytes = b"") -> subprocess.CompletedProcess:
+    """Call a command's main in this process, on a console of this encoding; stdin holds `given`."""
+    streams = [io.TextIOWrapper(io.BytesIO(data), encoding) for data in (given, b"", b"")]
+    with mock.patch.multiple(sys, stdin=streams[0], stdout=streams[1], stderr=streams[2]):
+        try:
+            code = main([os.fsdecode(argument) for argument in arguments])
+        except SystemExit as error:  # argparse
+            code = error.code
+    for stream in streams[1:]:
+        stream.flush()
+    return subprocess.CompletedProcess(arguments, code, *(s.buffer.getvalue() for s in streams[1:]))
 
 
 def losses(cwd: Path, run_id: str, kind: str = "val_loss") -> list[float]:
@@ -258,6 +274,13 @@ def small_model(trainer, seed=0, vocab_size=100, float8_head=False, residual_sca
     model.init_weights(torch.Generator().manual_seed(seed))
     model.rotary.make_tables(512)
     return model
+
+
+def save_model(path, model, vocab_size=100, windows=(8, 16), tied=False):
+    """Save a model of train_gpt.py as a run does at its end."""
+    facts = dict(vocab_size=vocab_size, mark=MARK, residual_scale=1.0, rotary_scale=model.rotary.scale)
+    facts |= dict(config=dataclasses.asdict(model.config), windows=windows, tied=tied, script=BASELINE)
+    checkpoints.save_model(path, model, facts)
 
 
 def make_optimizer(trainer, model, o, num_steps=200, ranks=None):

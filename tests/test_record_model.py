@@ -18,6 +18,7 @@ from helpers import (
     make_optimizer,
     make_text,
     read,
+    save_model,
     slopes,
     small_trainer,
     train,
@@ -701,9 +702,7 @@ def test_a_saved_model_continues_a_text(tmp_path):
     block of the composition."""
     c = config(**ALL)
     model = model_of(c).float()
-    metadata = dict(config=dataclasses.asdict(c), vocab_size=100, residual_scale=1.0, rotary_scale=0.1)
-    metadata |= dict(mark=0, windows=WINDOWS, tied=False)
-    checkpoints.save_model(tmp_path / "model.safetensors", model, metadata)
+    save_model(tmp_path / "model.safetensors", model, windows=WINDOWS)
     loaded = load_model(tmp_path / "model.safetensors", "cpu")
     assert loaded.model.config == c
     tokens = np.random.default_rng(0).integers(1, 100, 32)

@@ -1,5 +1,6 @@
 """Users' machines, shells and files. Each test is a failure that happened once."""
 
+import importlib
 import json
 import os
 import re
@@ -12,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import BASELINE, ROOT, base_env, make_text, run, write_shard
+from helpers import BASELINE, ROOT, base_env, call, make_text, save_model, small_model, write_shard
 from jobs import Job
 from launches import TWO_ARMS, alive, sweep_file
 from logs_for_tests import make_log
 
+import sample
 import train_gpt
 from analysis.devices import Slot, gpu_names
 from analysis.read_results import read_results
@@ -482,25 +484,24 @@ def strange_logs(tmp_path):
 
 
 COMMANDS = {
-    "monitor": ("monitor_runs.py", "--once"),
-    "monitor json": ("monitor_runs.py", "--json"),
-    "plot": ("plot_loss.py", "logs", "--out", "all.png"),
-    "plot separate": ("plot_loss.py", "logs", "--separate", "--out", "all.svg"),
-    "report": ("report_sweep.py", "logs", "--out", "report"),
-    "rates": ("plot_lr_analysis.py", "logs", "--out", "rates"),
+    "monitor": ("monitor_runs", "--once"),
+    "monitor json": ("monitor_runs", "--json"),
+    "plot": ("plot_loss", "logs", "--out", "all.png"),
+    "plot separate": ("plot_loss", "logs", "--separate", "--out", "all.svg"),
+    "report": ("report_sweep", "logs", "--out", "report"),
+    "rates": ("plot_lr_analysis", "logs", "--out", "rates"),
 }
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_hostile_text_is_shown_and_not_obeyed(strange_logs, name, encoding):
+def test_hostile_text_is_shown_and_not_obeyed(strange_logs, name, encoding, monkeypatch):
     """Fails if a log's text reaches the terminal raw, or is interpreted as a formula, markup or HTML."""
     script, *arguments = COMMANDS[name]
-    command = [sys.executable, str(ROOT / script), *arguments]
-    env = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run(command, cwd=strange_logs.parent, env=env, capture_output=True)
+    monkeypatch.chdir(strange_logs.parent)
+    done = call(importlib.import_module(script).main, arguments, encoding)
     said = done.stdout + done.stderr
-    assert b"Traceback" not in said and done.returncode in (0, 2), said.decode(errors="replace")
+    assert said and done.returncode in (0, 2), said
     assert not re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", said), said
     if name == "monitor json":
         assert len(json.loads(done.stdout)) == 4
@@ -522,55 +523,59 @@ def test_a_pipe_that_closes_is_no_error(strange_logs):
 
 
 @pytest.fixture(scope="module")
-def model(shards, tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("sampled")
-    env = base_env(shards, RUN_ID="m", NUM_SCHEDULED_ITERATIONS=2, VAL_LOSS_EVERY=0)
-    assert run(cwd, BASELINE, env, ranks=0).returncode == 0
-    return cwd / "logs/m/model.safetensors"
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sampled") / "model.safetensors"
+    save_model(path, small_model(train_gpt, vocab_size=256), vocab_size=256)
+    return path
 
 
 @pytest.mark.parametrize(
-    "arguments, given, env, code, said",
+    "arguments, given, encoding, code, said",
     [
-        (["--prompt", b"caf\xe9"], b"", {}, 2, b"not UTF-8 (found byte 0xe9 at position 3)"),
-        (["--prompt", "-"], b"caf\xe9", {}, 2, b"not UTF-8"),
-        (["--prompt", "-"], "Zoë".encode(), {"PYTHONIOENCODING": "ascii"}, 0, b"Zo"),
-        (["--prompt", "Zoë→"], b"", {"PYTHONIOENCODING": "latin-1"}, 0, b"Zo\xeb?"),
-        (["--prompt", "Zoë"], b"", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, 0, b"Zo"),
-        (["--device", "cuda"], b"", {"CUDA_VISIBLE_DEVICES": ""}, 2, b"no CUDA device"),
-        (["--device", "tpu"], b"", {}, 2, b"invalid choice"),
-        (["--temperature", "nan"], b"", {}, 2, b"--temperature"),
-        (["--temperature", "1e-300"], b"", {}, 0, b""),
-        (["--seed", str(2**70)], b"", {}, 2, b"--seed"),
+        (["--prompt", b"caf\xe9"], b"", "utf-8", 2, b"not UTF-8 (found byte 0xe9 at position 3)"),
+        (["--prompt", "-"], b"caf\xe9", "utf-8", 2, b"not UTF-8"),
+        (["--prompt", "-"], "Zoë".encode(), "ascii", 0, b"Zo"),
+        (["--prompt", "Zoë→"], b"", "latin-1", 0, b"Zo\xeb?"),
+        (["--device", "cuda"], b"", "utf-8", 2, b"no CUDA device"),
+        (["--device", "tpu"], b"", "utf-8", 2, b"invalid choice"),
+        (["--temperature", "nan"], b"", "utf-8", 2, b"--temperature"),
+        (["--temperature", "1e-300"], b"", "utf-8", 0, b""),
+        (["--tokens", "0"], b"", "utf-8", 2, b"--tokens must be at least 1"),
+        (["--seed", str(2**70)], b"", "utf-8", 2, b"--seed"),
     ],
 )
-def test_sample_on_any_console_with_any_prompt(model, arguments, given, env, code, said):
+def test_sample_on_any_console_with_any_prompt(model, arguments, given, encoding, code, said, monkeypatch):
     """Fails if a prompt, a console or an argument ends in a traceback."""
-    command = [sys.executable, str(ROOT / "sample.py"), str(model), "--tokens", "5", *arguments]
-    done = subprocess.run(command, input=given, env={**os.environ, **env}, capture_output=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = call(sample.main, [model, "--tokens", "5", *arguments], encoding, given)
     assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
-    assert b"Traceback" not in done.stderr
 
 
-def test_sample_shows_no_control_characters_and_ends_with_its_reader(model):
-    command = f"{sys.executable} {ROOT / 'sample.py'} {model} --temperature 3 --tokens"
-    done = subprocess.run(["bash", "-c", f"{command} 300"], capture_output=True)
-    assert done.returncode == 0 and not re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", done.stdout)
-    script = f"{command} 400 | true; exit ${{PIPESTATUS[0]}}"
+def test_sample_under_an_ascii_locale(model):
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, str(ROOT / "sample.py"), str(model), "--tokens", "5", "--prompt", "Zoë"]
+    done = subprocess.run(command, env=env, capture_output=True)
+    assert done.returncode == 0 and b"Zo" in done.stdout, done.stderr
+
+
+def test_sample_shows_no_control_characters(model, monkeypatch):
+    monkeypatch.setattr(sample, "sample", lambda *args: iter(range(128)))
+    shown = call(sample.main, [model]).stdout
+    assert b"abc" in shown and not re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", shown), shown
+
+
+def test_sample_ends_with_its_reader(model):
+    script = f"{sys.executable} {ROOT / 'sample.py'} {model} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_model_of_nan_is_named(model, tmp_path):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    with safe_open(model, "pt") as file:
-        tensors = {name: file.get_tensor(name) * np.nan for name in file.keys()}  # noqa: SIM118
-        save_file(tensors, tmp_path / "nan.safetensors", metadata=file.metadata())
-    command = [sys.executable, str(ROOT / "sample.py"), str(tmp_path / "nan.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "not finite" in done.stderr and "Traceback" not in done.stderr
+def test_a_model_of_nan_is_named(tmp_path):
+    broken = small_model(train_gpt, vocab_size=256)
+    broken.head.data.fill_(torch.nan)
+    save_model(tmp_path / "nan.safetensors", broken, vocab_size=256)
+    done = call(sample.main, [tmp_path / "nan.safetensors"])
+    assert done.returncode == 2 and b"not finite" in done.stderr
 
 
 # ---- launches
