@@ -1,10 +1,13 @@
 """Make tests import the scripts, plain files at the repository's root, from there and nowhere else."""
 
+import importlib
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -63,6 +66,30 @@ def on_gpu(monkeypatch):
     attention.activate.cache_clear()
     yield pretend
     attention.activate.cache_clear()
+
+
+@pytest.fixture
+def trainers_here(monkeypatch):
+    """Let the root's trainers answer the launcher in this process, which has imported torch."""
+    from helpers import ROOT, call
+
+    from analysis import trainers
+    from runtime import supervise
+
+    def answer(command, input, env, **options):
+        _, script, question = command
+        if Path(script).resolve().parent != ROOT:
+            return subprocess.run(command, input=input, env=env, **options)
+        module = importlib.import_module(Path(script).stem)
+        with mock.patch.dict(os.environ, env, clear=True):
+            done = call(lambda words: supervise.main(module, words), [question], given=input.encode())
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+        return done
+
+    monkeypatch.setattr(trainers, "subprocess", SimpleNamespace(run=answer))
+    trainers.read_trainer.cache_clear()
+    yield
+    trainers.read_trainer.cache_clear()
 
 
 @pytest.fixture

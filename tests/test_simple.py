@@ -501,7 +501,7 @@ def test_short_validation_shards_are_read_as_far_as_batches_go(small, shards):
     assert read_run(simple, {**env, "BATCH_TOKENS": "32768"})[0].val_tokens == 10_485_760, "refused later"
 
 
-def test_a_sweep_knows_what_a_run_will_have(shards, monkeypatch):
+def test_a_sweep_knows_what_a_run_will_have(shards, trainers_here, monkeypatch):
     """Fails if the launcher refuses small batches, or writing out a mode's default makes another run."""
     asked = {name: text for name, text in env_of(shards).items() if name in knobs(simple.SETTINGS)}
     answer = answer_for(simple, {}, [asked])[0]

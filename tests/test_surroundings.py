@@ -618,7 +618,7 @@ def test_threads_of_a_run_sleep_while_they_wait(place, monkeypatch):
     assert "export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}" in (ROOT / "run.sh").read_text()
 
 
-def test_launcher_and_trainer_see_the_same_gpus(monkeypatch):
+def test_launcher_and_trainer_see_the_same_gpus(trainers_here, monkeypatch):
     """Fails if CUDA_VISIBLE_DEVICES makes the launcher plan for GPUs that do not exist."""
     if torch.cuda.is_available():
         pytest.skip("needs a machine without GPUs")
@@ -626,7 +626,6 @@ def test_launcher_and_trainer_see_the_same_gpus(monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
         read_trainer.cache_clear()
         assert read_trainer(str(ROOT / BASELINE)).gpus == ()
-    read_trainer.cache_clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-a")
     assert gpu_names(1) == ("3",) and gpu_names(2) == ("3", "GPU-a")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -643,7 +642,7 @@ def test_a_model_file_heeds_the_umask(tmp_path, umask):
     assert (tmp_path / "m/model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_a_plan_can_be_looked_at_on_any_machine(place, launch):
+def test_a_plan_can_be_looked_at_on_any_machine(place, launch, trainers_here):
     """Fails if a laptop cannot print the plan for eight GPUs, or a login node cannot write the job array."""
     done = launch(sweep_file(TWO_ARMS), "--dry-run", "--parallel", "1000")
     assert done.returncode == 0 and "before it can run: 1000 runs at a time" in done.stdout
