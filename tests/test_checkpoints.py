@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    MAGIC,
     SMALL_STEPS,
     TRAINERS,
+    VERSION,
     lone_ranks,
     make_tokens,
     optimizer_settings,
@@ -304,28 +306,27 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "logs" / "mine").iterdir()] == ["step_00000002.pt"]
 
 
-@FUZZ
-@given(
-    header=st.lists(
-        st.sampled_from([20240520, 1, 0, 256, 50257, 3, 600, 601]) | st.integers(-(2**31), 2**31 - 1),
-        min_size=4,
-        max_size=4,
-    )
-    | st.tuples(st.just(20240520), st.just(1), st.integers(0, 700), st.sampled_from([0, 256, 9])).map(list),
-    tokens=st.lists(st.integers(0, 65_535) | st.sampled_from([0, 0, 50256, 5]), max_size=700),
-    cut=st.none() | st.integers(0, 2500),
-)
-def test_any_file_is_a_shard_or_a_data_error(header, tokens, cut, tmp_path):
+ODD = st.sampled_from([MAGIC, VERSION, 0, 256, 50257, 3, 600, 601]) | st.integers(-(2**31), 2**31 - 1)
+
+
+@st.composite
+def shard_files(draw) -> tuple[list[int], np.ndarray, int | None]:
+    """Draw a file, mostly a shard: its header, its tokens, and where it is cut short, if it is."""
+    mark, vocab_size = draw(st.sampled_from([(0, 256), (50256, 0)]))
+    size, beyond = draw(st.integers(0, 900)), draw(st.sampled_from([256, 256, 256, 2, 65_536]))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    is_mark = rng.random(size) < draw(st.sampled_from([0.02, 0.02, 0.5, 0]))
+    tokens = np.where(is_mark, mark, rng.integers(0, beyond, size))
+    fault = draw(st.sampled_from(["", "", "", "", "header", "cut"]))
+    header = [MAGIC, VERSION, size, vocab_size]
+    if fault == "header":
+        header = draw(st.lists(ODD, min_size=4, max_size=4))
+    return header, tokens, draw(st.integers(0, 2500)) if fault == "cut" else None
+
+
+def test_any_file_is_a_shard_or_a_data_error(tmp_path):
     """Fails if any file causes a traceback or a hang, instead of training or a refusal by name."""
-    for old in tmp_path.glob("*.bin"):
-        old.unlink()
-    head = np.zeros(256, dtype="<i4")
-    head[:4] = header
-    data = head.tobytes() + np.array(tokens, dtype="<u2").tobytes()
-    (tmp_path / "train_0.bin").write_bytes(data[:cut])
-    write_shard(
-        tmp_path / "val_0.bin", make_tokens([100] * 40), vocab_size=header[3] if 0 < header[3] else 256
-    )
+    accepted = []
     s, _, _ = read(
         train_gpt,
         DATA_PATH=tmp_path,
@@ -336,11 +337,29 @@ def test_any_file_is_a_shard_or_a_data_error(header, tokens, cut, tmp_path):
         BATCH_SIZES="256,256,256,256",
         MAX_DOC_TOKENS=40,
     )
-    try:
-        shards, _ = train_gpt.open_data(s, 1)
-        train_gpt.TrainData(shards, s, lone_ranks()).next((256, 0))
-    except (DataError, SettingsError) as error:
-        assert ".bin" in str(error) or "shard" in str(error)
+
+    @FUZZ
+    @given(shard_files())
+    def check(file):
+        header, tokens, cut = file
+        for old in tmp_path.glob("*.bin"):
+            old.unlink()
+        head = np.zeros(256, dtype="<i4")
+        head[:4] = header
+        data = head.tobytes() + tokens.astype("<u2").tobytes()
+        (tmp_path / "train_0.bin").write_bytes(data[:cut])
+        write_shard(tmp_path / "val_0.bin", make_tokens([100] * 40), vocab_size=max(header[3], 0))
+        try:
+            shards, _ = train_gpt.open_data(s, 1)
+            batches = train_gpt.TrainData(shards, s, lone_ranks()).next((256, 0))
+        except (DataError, SettingsError) as error:
+            assert ".bin" in str(error) or "shard" in str(error)
+            return
+        assert sum(batch.inputs_BT.numel() for batch in batches) == 256
+        accepted.append(file)
+
+    check()
+    assert len(accepted) > 40 * MORE
 
 
 def test_a_clock_that_jumps_changes_no_figure(monkeypatch):
