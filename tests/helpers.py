@@ -3,6 +3,7 @@ processes, parameters without a model."""
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -320,6 +321,15 @@ def train_steps(run, data, first, last) -> list[float]:
         batches = data.next(schedule.batch(step), schedule.batch(step + 1))
         found.append(run.step(step, batches).item() / schedule.batch_tokens(step))
     return found
+
+
+def fill_disk(monkeypatch):
+    """Let nothing more reach the disk."""
+
+    def fsync(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from helpers import (
     SMALL_STEPS,
     TRAINERS,
     VERSION,
+    fill_disk,
     lone_ranks,
     make_tokens,
     optimizer_settings,
@@ -42,10 +43,9 @@ FUZZ = settings(
 
 
 def small_session(run, data, run_id="mine"):
-    """Make a Session of a small_trainer in the current folder; its log is the list session.log.events."""
-    log = SimpleNamespace(events=[], sync=lambda: None)
-    log.event = lambda name, **fields: log.events.append(name)
+    """Make a Session of a small_trainer in the current folder."""
     s = dataclasses.replace(run.s, run_id=run_id)
+    log = log_writer.LogWriter(s.log, 0, SMALL_STEPS)
     start = SimpleNamespace(s=s, ranks=run.ranks, log=log, config={}, script=train_gpt.SCRIPT)
     found = session.Session(start, supervise.StopRequest(), run, data)
     found.clock.start()
@@ -78,7 +78,7 @@ def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, at, tmp_path, monk
     saved = checkpoints.read(tmp_path / "logs" / "mine" / f"step_{at:08d}.pt")
     other, data = small_trainer(trainer, tmp_path, 1, **env)
     data.seed = 0  # the order of the data is a function of the seed
-    resumed = small_session(other, data)
+    resumed = small_session(other, data, "resumed")
     resumed.resume(saved)
     assert (resumed.first_step, resumed.tokens, resumed.validated_step) == (at, 77, 1)
     assert resumed.target_reached and resumed.clock.ms() > 1e6
@@ -144,11 +144,7 @@ def test_only_the_last_two_are_kept_and_a_failed_write_changes_nothing(tmp_path,
         return sorted(p.name for p in tmp_path.iterdir())
 
     assert names() == ["step_00000004.pt", "step_00000006.pt"]
-
-    def no_space(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoints.os, "fsync", no_space)
+    fill_disk(monkeypatch)
     with pytest.raises(OSError, match="step_00000008.pt could not be written.*No space"):
         checkpoints.write(tmp_path, {"step": 8})
     assert names() == ["step_00000004.pt", "step_00000006.pt"]
@@ -295,14 +291,17 @@ def test_pipes_are_refused_and_not_waited_for(tmp_path):
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
-    """Fails if it replaces the last good checkpoints, as it can while the loss is still finite."""
+    """Fails if it replaces the last good checkpoints, as it can while the loss is still finite, or if a loss
+    of NaN passes for a small one."""
     monkeypatch.chdir(tmp_path)
     trainer, data = small_trainer(train_gpt, tmp_path, 0)
     saves = small_session(trainer, data)
-    assert saves.save(2) and saves.log.events == ["checkpoint"]
+    assert saves.save(2) and saves.s.log.read_text().startswith("event:checkpoint step:2 ")
     trainer.model.get_parameter("blocks.0.mlp.up").data[0, 0] = math.nan
     with pytest.raises(session.Diverged, match="weight is nan"):
         saves.save(4)
+    with pytest.raises(session.Diverged, match="step 3: train_loss is nan"):
+        saves.check_loss(3, "train_loss", math.nan)
     assert [p.name for p in (tmp_path / "logs" / "mine").iterdir()] == ["step_00000002.pt"]
 
 

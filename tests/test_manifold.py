@@ -2,17 +2,18 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import BASELINE, TRAINERS, base_env, run, train
-from test_checkpoints import small_trainer
+from helpers import BASELINE, TRAINERS, base_env, fill_disk, lone_ranks, run, small_trainer, train
+from jobs import events
 
 import train_gpt
 import train_gpt_muon_ord
 from runtime import manifold
+from runtime.log_writer import LogWriter
+from runtime.session import Clock
 
 
 def orthonormal(rows, columns, seed):
@@ -90,24 +91,11 @@ def test_chance_is_what_random_matrices_give():
 # ---------------------------------------------------------------------------------------------------
 
 
-class Log:
-    """Part of LogWriter that the measurement needs."""
-
-    def __init__(self):
-        self.events = []
-
-    def event(self, name, **fields):
-        self.events.append(name)
-
-    def warn(self, text, name, **fields):
-        self.event(name, **fields)
-
-
 def watched(trainer, folder, env, steps=3):
     """Lines of the last measured update, the parameters before and after it, and its raw gradients."""
     this, data = small_trainer(trainer, folder, 0, **env)
-    clock, path = StopWatch(), folder / "a.manifold.jsonl"
-    m = manifold.Manifold(path, steps, this.optimizer, this.ranks, clock, Log())
+    path, log = folder / "a.manifold.jsonl", LogWriter(folder / "a.txt", 0, steps)
+    m = manifold.Manifold(path, steps, this.optimizer, this.ranks, Clock(this.ranks.device), log)
     for step in range(steps):
         this.enter(step)
         batches = data.next(this.schedule.batch(step), this.schedule.batch(step + 1))
@@ -190,40 +178,29 @@ def test_whole_runs(shards, tmp_path):
             assert a[key] == pytest.approx(b[key], rel=2e-3)
 
 
-class StopWatch:
-    """Part of the session's Clock that shows whether it runs."""
-
-    running = True
-
-    def stop(self):
-        self.running = False
-
-    def start(self):
-        self.running = True
-
-
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_its_time_is_not_training_time(trainer, tmp_path):
     """Fails if the clock runs between the first copy and the last line, or stops during the update."""
-    clock, seen = StopWatch(), []
     this, data = small_trainer(trainer, tmp_path, 0)
-    m = manifold.Manifold(tmp_path / "a.manifold.jsonl", 1, this.optimizer, this.ranks, clock, Log())
+    clock, seen, log = Clock(this.ranks.device), [], LogWriter(tmp_path / "a.txt", 0, 1)
+    m = manifold.Manifold(tmp_path / "a.manifold.jsonl", 1, this.optimizer, this.ranks, clock, log)
+    clock.start()
     m.expect(1)
     look = this.optimizer.before_update
 
     def before_update():
         look()
-        assert clock.running  # the update itself counts
+        assert clock.since  # the update itself counts
 
     def gather(value):
-        seen.append(clock.running)
+        seen.append(clock.since)
         return [value]
 
     this.optimizer.before_update = before_update
     this.step(0, data.next(this.schedule.batch(0)))
-    this.ranks.beat, this.ranks.all_gather_object = lambda: seen.append(clock.running), gather
+    this.ranks.beat, this.ranks.all_gather_object = lambda: seen.append(clock.since), gather
     m.measure(1, 0)
-    assert len(seen) > 2 and not any(seen) and clock.running and m.ms > 0
+    assert len(seen) > 2 and not any(seen) and clock.since and m.ms > 0
 
 
 def test_trimmed_to_the_step_it_goes_on_from(tmp_path):
@@ -238,14 +215,10 @@ def test_trimmed_to_the_step_it_goes_on_from(tmp_path):
 
 def test_a_full_disk_leaves_no_half_measurement(tmp_path, monkeypatch):
     """Fails if half a line stays in the file, or the run does not continue."""
-    path, log = tmp_path / "a.manifold.jsonl", Log()
+    path, log = tmp_path / "a.manifold.jsonl", LogWriter(tmp_path / "a.txt", 0, 9)
     manifold.append(path, [{"step": 1}])
     whole = path.read_bytes()
-
-    def no_space(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(manifold.os, "fsync", no_space)
-    m = manifold.Manifold(path, 1, None, SimpleNamespace(rank=0), None, log)
+    fill_disk(monkeypatch)
+    m = manifold.Manifold(path, 1, None, lone_ranks(), None, log)
     m.on_disk(2, lambda: manifold.append(path, [{"step": 2, "x": math.nan}]))
-    assert path.read_bytes() == whole and "manifold_failed" in log.events
+    assert path.read_bytes() == whole and events(log.path, "manifold_failed")

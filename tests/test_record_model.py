@@ -728,7 +728,9 @@ def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, tmp_path, monkeypa
     wanted = train_steps(one, data, 6, 12)
     other, data = small_run(tmp_path, trainer, seed=1, **env)
     data.seed = 0
-    small_session(other, data).resume(checkpoints.read(tmp_path / "logs" / "mine" / "step_00000006.pt"))
+    small_session(other, data, "resumed").resume(
+        checkpoints.read(tmp_path / "logs" / "mine" / "step_00000006.pt")
+    )
     assert train_steps(other, data, 6, 12) == wanted
 
 
