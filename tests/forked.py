@@ -26,6 +26,14 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def wait_until(condition, what: str = "condition"):
+    """Poll until the condition holds; AssertionError after PATIENCE_S."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, f"no {what}"
+        time.sleep(0.02)
+
+
 def become(script: str, cwd: Path, env: dict[str, str], outputs: list[Path]):
     """Run a script in folder cwd. outputs: the files that get its stdout and stderr."""
     for descriptor, path in enumerate(outputs, 1):

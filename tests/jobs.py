@@ -8,8 +8,10 @@ import subprocess
 import time
 from pathlib import Path
 
-from forked import PATIENCE_S
+import psutil
+from forked import PATIENCE_S, wait_until
 from helpers import ROOT, command
+from launches import alive
 
 from kernels import fast_forms
 from runtime import supervise
@@ -141,27 +143,21 @@ class Job:
     def ranks(self) -> dict[int, int]:
         """PIDs of this run's living workers, by rank."""
         found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
+        for pid in alive(self.log.parent.parent.resolve()):
             try:
-                env = dict(
-                    x.split(b"=", 1) for x in (folder / "environ").read_bytes().split(b"\0") if b"=" in x
-                )
-                cmdline, cwd = (folder / "cmdline").read_bytes(), Path(os.readlink(folder / "cwd"))
-            except (OSError, ValueError):
+                process = psutil.Process(pid)
+                env, words = process.environ(), " ".join(process.cmdline())
+            except psutil.Error:  # it has just ended
                 continue
-            worker = b"train_gpt" in cmdline and b"torch.distributed.run" not in cmdline
-            ours = cwd == self.log.parent.parent.resolve() and env.get(b"RUN_ID") == self.run_id.encode()
-            if worker and ours and process_state(int(folder.name)) != "gone":
-                found[int(env.get(b"RANK", 0))] = int(folder.name)
+            worker = "train_gpt" in words and "torch.distributed.run" not in words
+            if worker and env.get("RUN_ID") == self.run_id and process_state(pid) != "gone":
+                found[int(env.get("RANK", 0))] = pid
         return found
 
     def end(self, seconds: float = PATIENCE_S) -> int:
         """Wait for the exit code and assert that no process of the run is left."""
         code = self.process.wait(seconds)
-        end = time.monotonic() + PATIENCE_S  # a worker without its launcher finishes its step and saves
-        while self.ranks() and time.monotonic() < end:
-            time.sleep(0.1)
-        assert not self.ranks(), f"workers survived: {self.ranks()}"
+        wait_until(lambda: not self.ranks(), "end of the workers")  # which may finish a step and save
         return code
 
     def kill(self):

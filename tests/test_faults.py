@@ -9,13 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import soak
 import torch
-from forked import PATIENCE_S
+from forked import PATIENCE_S, wait_until
 from helpers import (
     BASELINE,
     ORD,
@@ -195,10 +194,7 @@ def test_a_run_outlives_its_shell(shards, tmp_path):
     env, log = base_env(shards, RUN_ID="nohup"), tmp_path / "logs" / "nohup.txt"
     script = f"{' '.join(command(BASELINE, 0))} >out 2>&1 & while ! test -s {log}; do sleep 0.1; done"
     subprocess.run(["sh", "-c", script], cwd=tmp_path, env=env, check=True, timeout=PATIENCE_S)
-    end = time.monotonic() + PATIENCE_S
-    while not re.search("^event:(finished|stopped|crashed)", log.read_text(), re.M):
-        assert time.monotonic() < end, (tmp_path / "out").read_text()
-        time.sleep(0.1)
+    wait_until(lambda: re.search("^event:(finished|stopped|crashed)", log.read_text(), re.M), "last event")
     assert events(log, "finished")
 
 
@@ -500,10 +496,7 @@ def test_a_cut_link_between_two_machines_ends_both(shards, tmp_path):
             ip("-n", name, "link", "set", "lo", "up")
         agents = [inside(i) for i in (0, 1)]
         log = tmp_path / "machine0" / "logs" / "cut.txt"
-        end = time.monotonic() + PATIENCE_S
-        while not (log.exists() and re.search(r"^step:2/", log.read_text(), re.M)):
-            assert time.monotonic() < end, (tmp_path / "machine0" / "out").read_text()[-2000:]
-            time.sleep(0.1)
+        wait_until(lambda: log.exists() and re.search(r"^step:2/", log.read_text(), re.M), "step 2")
         ip("-n", names[0], "link", "set", names[0], "down")
         for agent in agents:
             agent.wait(PATIENCE_S)

@@ -6,11 +6,10 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch.distributed as dist
-from forked import PATIENCE_S, free_port
+from forked import free_port, wait_until
 from helpers import ROOT
 
 from runtime.ranks import agree_on_settings
@@ -149,10 +148,3 @@ def test_a_rank_that_waits_for_the_others_leaves_with_its_launcher(tmp_path):
 def answers(port: int) -> bool:
     with socket.socket() as s:
         return s.connect_ex(("localhost", port)) == 0
-
-
-def wait_until(condition):
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from logs_for_tests import make_log
+from logs_for_tests import SEPARATOR, make_log
 from scipy import stats as scipy_stats
 from sweeps_for_tests import STEPS, make_sweep, spectral_arms
 
@@ -61,9 +61,9 @@ def test_both_signs_of_rho(tmp_path):
     """Fails if a rho that changes sign does not have both halves on the same scale."""
     file = make_sweep(tmp_path, "sweep", spectral_arms(0, baseline=False), seeds=(1,), val_every=20)
     log = next((tmp_path / "logs").glob("*.txt"))
-    head, steps = log.read_text().rsplit("=" * 100, 1)
+    head, steps = log.read_text().rsplit(SEPARATOR, 1)
     steps = re.sub(r"(step:1\d\d/.*spec_attn:)(\[.*?\])", lambda m: m[1] + m[2].replace("-", ""), steps)
-    log.write_text(head + "=" * 100 + steps)
+    log.write_text(head + SEPARATOR + steps)
     figure = plot_spectral_sweep.figure(read_results([file], tmp_path / "logs"))
     ax = panel(figure, "mean ρ of attention")
     y = next(line for line in ax.lines if len(line.get_xdata()) > 2).get_ydata()

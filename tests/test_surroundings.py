@@ -16,7 +16,7 @@ import torch
 from helpers import BASELINE, ROOT, base_env, call, make_text, save_model, small_model, write_shard
 from jobs import Job
 from launches import TWO_ARMS, alive, sweep_file
-from logs_for_tests import make_log
+from logs_for_tests import SEPARATOR, make_log
 
 import sample
 import train_gpt
@@ -675,7 +675,7 @@ def test_files_are_utf8_whatever_the_locale(place):
 
 def test_public_logs_that_stop_early_can_be_counted(tmp_path):
     """Fails if runs stopped on purpose count as missing despite --stopped-early, or count without it."""
-    public = "import torch\ndef f():\n    pass\n" + "=" * 100 + "\n"
+    public = "import torch\ndef f():\n    pass\n" + SEPARATOR + "\n"
     for number in range(3):
         lines = [f"step:{i * 10}/60 val_loss:{5 - i + number / 100} train_time:{i}ms" for i in range(5)]
         trials = 2 if number == 0 else 1  # in one file
