@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers import BASELINE, ORD, ROOT, base_env, losses, run, run_two_agents, train
+from helpers import ORD, ROOT, base_env, losses, run, run_two_agents, train
 from jobs import run_here
 
 import train_gpt
@@ -29,32 +29,16 @@ def test_the_model_learns(baseline):
     assert val[-1] < val[0] - 0.5
 
 
-@pytest.mark.parametrize("script, settings", [(BASELINE, {}), (ORD, {"SPECTRAL_LR_MUL": 0})])
-def test_what_must_be_the_baseline_is_it_digit_for_digit(baseline, shards, tmp_path, script, settings):
-    """Fails if a rerun differs, or ORD's control arm differs from the baseline."""
+def test_ords_control_arm_is_the_baseline_digit_for_digit(baseline, shards, tmp_path):
+    """Fails if ORD without strength is another method than the baseline, in any digit."""
     _, val, trained = baseline
-    assert train(tmp_path, shards, "same", script, **settings) == (val, trained)
+    assert train(tmp_path, shards, "same", ORD, SPECTRAL_LR_MUL=0) == (val, trained)
 
 
-def test_strength_changes_the_run(baseline, shards, tmp_path):
-    """Fails if the strength has no effect, which would make the equality above meaningless."""
-    _, val, _ = baseline
-    assert train(tmp_path, shards, "a1", ORD, SPECTRAL_LR_MUL=1)[0][1:] != val[1:]
-
-
-def test_another_seed_starts_from_other_weights_and_other_batches(baseline, shards, tmp_path):
-    """Fails if nothing uses the seed: error bars would show the noise of the hardware alone."""
-    _, val, trained = baseline
-    other, other_trained = train(tmp_path, shards, "seed1", SEED=1)
-    assert other[0] != val[0]  # the first validation sees the initial weights alone
-    assert all(a != b for a, b in zip(trained, other_trained))
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_any_number_of_ranks_trains_the_same(baseline, shards, tmp_path, ranks):
+def test_four_ranks_train_the_same(baseline, shards, tmp_path):
     """Fails if a validation loss differs by more than 2e-4: ranks only round differently."""
     _, val, _ = baseline
-    got, _ = train(tmp_path, shards, f"ranks{ranks}", ranks=ranks)
+    got, _ = train(tmp_path, shards, "ranks4", ranks=4)
     assert got == pytest.approx(val, abs=2e-4)
 
 
@@ -147,13 +131,6 @@ def test_golden_losses(n_grams, shards, tmp_path):
     assert val == pytest.approx(wanted, abs=2e-4)
 
 
-def test_divergence_ends_the_run_with_3(shards, tmp_path):
-    """Fails if a run with a NaN loss continues, or does not say so."""
-    done = run(tmp_path, BASELINE, base_env(shards, RUN_ID="wild", ADAM_LR="1e30", MUON_LR="1e30"), ranks=0)
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert re.search(r"^event:diverged step:\d+", (tmp_path / "logs" / "wild.txt").read_text(), re.M)
-
-
 def test_the_log_holds_what_the_readers_need(baseline):
     cwd, val, _ = baseline
     text = (cwd / "logs" / "baseline.txt").read_text()
@@ -212,7 +189,7 @@ FULL_COLLECTION = """
 import gc, sys
 
 sys.path.insert(0, {root!r})
-import {trainer} as trainer
+import train_gpt as trainer
 from runtime import session, supervise
 
 note_update = session.Session.note_update
@@ -231,17 +208,12 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("trainer", ["train_gpt", "train_gpt_simple"])
-def test_full_collections_during_training_are_short(shards, tmp_path, trainer):
+def test_full_collections_during_training_are_short(shards, tmp_path):
     """Fails if a full garbage collection during a run visits every object, for a tenth of a second or more,
     while the other ranks wait. Any of a million steps may meet one."""
     script = tmp_path / "watched.py"
-    script.write_text(FULL_COLLECTION.format(root=str(ROOT), trainer=trainer))
+    script.write_text(FULL_COLLECTION.format(root=str(ROOT)))
     env = base_env(shards, RUN_ID="watched", NUM_SCHEDULED_ITERATIONS=9, VAL_LOSS_EVERY=0)
-    if trainer == "train_gpt_simple":
-        for name in ("BATCH_SIZES", "VAL_BATCH_TOKENS", "MUON_WARMUP_STEPS", "MAX_DOC_TOKENS"):
-            env.pop(name, None)
-        env |= {"BATCH_TOKENS": "1024", "ROW_TOKENS": "128", "VAL_TOKENS": "4096"}
     done = run(tmp_path, str(script), env, ranks=0)
     assert done.returncode == 0, done.stdout + done.stderr
     frozen, left = map(int, re.search(r"^frozen (\d+) left (\d+)$", done.stdout, re.M).groups())
