@@ -47,17 +47,18 @@ def become(script: str, cwd: Path, env: dict[str, str], outputs: list[Path]):
     runpy.run_path(script, run_name="__main__")
 
 
-def run_forked(cwd: Path, script: str, env: dict[str, str], ranks: int) -> subprocess.CompletedProcess:
+def run_forked(cwd: Path, script: str, env: dict | list[dict], ranks: int) -> subprocess.CompletedProcess:
     """Run a script to its end, on `ranks` ranks with torchrun's variables; ranks=0: without them.
 
-    No restarts; no signals are forwarded. The exit code is the largest of the ranks'; a death by signal
-    counts as the signal's number. Raises TimeoutExpired after PATIENCE_S.
+    env: that of all ranks, or each rank's own. No restarts; no signals are forwarded. The exit code is the
+    largest of the ranks'; a death by signal counts as the signal's number. Raises TimeoutExpired after
+    PATIENCE_S.
     """
-    envs = [env]
+    envs = env if isinstance(env, list) else max(1, ranks) * [env]
     if ranks:
-        port, count = str(free_port()), str(ranks)
-        env = dict(env, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
-        envs = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        launch = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        launch |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+        envs = [{**launch, "RANK": str(i), "LOCAL_RANK": str(i), **own} for i, own in enumerate(envs)]
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         for path in outputs:

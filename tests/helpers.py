@@ -117,8 +117,8 @@ def base_env(shards: Path, **settings) -> dict:
     return env
 
 
-def run(cwd: Path, script: str, env: dict, ranks: int = 1, extra: tuple = ()) -> subprocess.CompletedProcess:
-    """Run a script in folder cwd: forked, or by torchrun if `extra` has options for it."""
+def run(cwd: Path, script: str, env: dict | list, ranks: int = 1, extra: tuple = ()):
+    """Run a script in folder cwd to its end: forked, or by torchrun if `extra` has options for it."""
     if not extra:
         return run_forked(cwd, str(ROOT / script), env, ranks)
     argv = command(script, ranks, extra)
