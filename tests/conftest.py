@@ -1,6 +1,6 @@
 """Make tests import the scripts, plain files at the repository's root, from there and nowhere else."""
 
-import importlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -47,6 +47,23 @@ def shards(tmp_path_factory):
     write_shard(folder / "made_train_000000.bin", make_chain(120_000, 1))
     write_shard(folder / "made_val_000000.bin", make_chain(20_000, 2))
     return folder
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Function that imports a trainer's source beside this repository's packages."""
+
+    def load(text: str):
+        path = tmp_path / "edited_gpt.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, path.stem, module)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

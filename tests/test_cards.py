@@ -2,18 +2,17 @@
 
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import BASELINE, ROOT, base_env, make_optimizer, read, run, train
+from helpers import BASELINE, base_env, lone_ranks, make_optimizer, read, run, train
 from jobs import events, lines, run_here
 
 import train_gpt
-from runtime import checking, memory, toolchain
+import train_gpt_simple
+from runtime import checking, memory, supervise, toolchain
 from runtime.memory import Memory, OutOfMemory
 from runtime.settings import SettingsError
 from runtime.supervise import StopRequest
@@ -155,8 +154,7 @@ def test_slices_cut_the_same_number_of_tokens(shards, slices):
     """Fails if SLICES changes how many tokens a step has, or does not reach the data."""
     s, _, _ = read(train_gpt, SLICES=slices, DATA_PATH=shards, TRAIN_FILES="made_train_*.bin")
     train, _ = train_gpt.open_pair(shards, "made_train_*.bin", "made_val_*.bin")
-    ranks = SimpleNamespace(rank=0, world_size=2, device=torch.device("cpu"))
-    batches = train_gpt.TrainData(train, s, ranks).make(2048)
+    batches = train_gpt.TrainData(train, s, lone_ranks(0, 2)).make(2048)
     assert [b.inputs_BT.shape for b in batches] == [(slices // 2, 2048 // slices)]
 
 
@@ -272,19 +270,14 @@ def test_only_what_compiles_needs_compilers(monkeypatch):
             check(**settings)
 
 
-@pytest.mark.parametrize("script", ["train_gpt.py", "train_gpt_simple.py"])
-def test_check_settings_names_a_missing_compiler(script, shards, tmp_path):
+@pytest.mark.parametrize("trainer", [train_gpt, train_gpt_simple])
+def test_check_settings_names_a_missing_compiler(trainer, shards, tmp_path, monkeypatch, capsys, asked_anew):
     """Fails if ./run.sh starts ranks that cannot compile, or a run ends in torch's own error."""
-    env = base_env(shards, COMPILE=1) if script == BASELINE else {"MODEL": "tiny", "COMPILE": "1"}
-    env = {**env, "PATH": str(tmp_path), "CXX": "", "DEVICE": "cpu"}
-    for arguments in (("--check-settings",), ()):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments],
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert "compiling takes a C++ compiler: found no g++ on PATH" in done.stderr
-        assert not (tmp_path / "logs").exists()
+    env = base_env(shards, COMPILE=1) if trainer is train_gpt else {"MODEL": "tiny", "COMPILE": "1"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "")
+    for arguments in (["--check-settings"], []):
+        assert supervise.main(trainer, arguments, {**env, "DEVICE": "cpu"}) == 2
+        assert "compiling takes a C++ compiler: found no g++ on PATH" in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()

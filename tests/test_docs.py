@@ -1,11 +1,14 @@
 """Pages of docs/ stay true: the settings page equals --help, and the worked ideas apply and train."""
 
 import re
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
-from helpers import BASELINE, ROOT, base_env, copy_project, losses, run
+from helpers import BASELINE, ROOT, base_env, train_steps, trainer_on
 
+import train_gpt
 import train_gpt_muon_ord
 from runtime.compiling import CACHE_HELP
 from runtime.settings import help_text
@@ -27,18 +30,15 @@ def test_the_settings_page_is_what_help_prints():
 
 
 @pytest.mark.parametrize("setting", ON)
-def test_a_worked_idea_applies_and_trains(setting, shards, tmp_path):
+def test_a_worked_idea_applies_and_trains(setting, shards, tmp_path, load):
     """Applied to a copy, an idea must change nothing while it is off, and the losses when it is on."""
-    copy_project(tmp_path)
-    settings = dict(NUM_SCHEDULED_ITERATIONS=3, VAL_LOSS_EVERY=0, SAVE_MODEL=0)
-
-    def trained(run_id: str, **more) -> list[float]:
-        env = base_env(shards, RUN_ID=run_id, **settings, **more)
-        done = run(tmp_path, str(tmp_path / BASELINE), env, ranks=0)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return losses(tmp_path, run_id, "train_loss")
-
-    before = trained("before")
+    script = Path(shutil.copy(ROOT / BASELINE, tmp_path))
     subprocess.run(["git", "apply", "-C1"], cwd=tmp_path, input=IDEAS[setting], text=True, check=True)
-    assert trained("off") == before
-    assert trained("on", **{setting: ON[setting]})[2] != before[2]
+    changed = load(script.read_text())
+
+    def trained(trainer, **on) -> list[float]:
+        return train_steps(*trainer_on(trainer, **base_env(shards, NUM_SCHEDULED_ITERATIONS=3, **on)), 0, 3)
+
+    before = trained(train_gpt)
+    assert trained(changed) == before
+    assert trained(changed, **{setting: ON[setting]})[2] != before[2]

@@ -1,9 +1,7 @@
 """kernels/fast_forms.py: each fast form computes what the trainer's own function does, and is not used once
 that function has been edited, so that an edited trainer trains what it says."""
 
-import importlib.util
 import re
-import sys
 
 import pytest
 import torch
@@ -160,23 +158,6 @@ def edited(old: str, new: str) -> str:
     text = (ROOT / BASELINE).read_text()
     assert text.count(old) == 1, f"train_gpt.py has {old!r} {text.count(old)} times; change the test's edit"
     return text.replace(old, new)
-
-
-@pytest.fixture
-def load(tmp_path, monkeypatch):
-    """Function that imports a trainer's source beside this repository's packages."""
-
-    def load(text: str):
-        path = tmp_path / "edited_gpt.py"
-        path.write_text(text)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, path.stem, module)
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 @pytest.mark.parametrize(

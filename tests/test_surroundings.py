@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from helpers import BASELINE, ROOT, base_env, call, make_text, save_model, small_model, write_shard
-from jobs import Job
+from jobs import Job, refusal
 from launches import TWO_ARMS, alive, sweep_file
 from logs_for_tests import SEPARATOR, make_log
 
@@ -82,34 +83,39 @@ def test_from_a_text_file_to_a_trained_model_and_a_sample(project, tmp_path):
     assert shell(project, *again, "--tokens", "3").returncode == 0, "the printed command fails"
 
 
-def test_a_folder_with_two_parts_is_enough(project, tmp_path):
-    """Fails if DATA_PATH, set as the documentation and the tokenizer say, finds no shards."""
-    out = tmp_path / "mine [2] *"
-    for name in ("notes.md", "more.rst"):
-        (tmp_path / name).write_text(TEXT[:6000] + name)
-    files = [str(tmp_path / name) for name in ("notes.md", "more.rst")]
-    made = shell(project, ".venv/bin/python", "data/tokenize_text.py", *files, "--bytes", "--out", str(out))
-    assert made.returncode == 0, made.stderr
-    (project / "sample.py").write_text("raise SystemExit('no vocabulary')")
+def tokenize(monkeypatch, *arguments) -> int:
+    """Run data/tokenize_text.py in this process, for bytes."""
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments), "--bytes", "--workers", "1"])
+    return shards.run_script(tokenize_text.main)
+
+
+def test_a_folder_with_two_parts_is_enough(project, tmp_path, monkeypatch, capsys):
+    """Fails if DATA_PATH, set as the documentation and the tokenizer say, finds no shards, or a run fails
+    because its picture or its sample cannot be made."""
+    out, texts = tmp_path / "mine [2] *", [tmp_path / name for name in ("notes.md", "more.rst")]
+    for path in texts:
+        path.write_text(TEXT[:6000] + path.name)
+    assert tokenize(monkeypatch, *texts, "--out", out) == 0
+    for script in ("plot_loss.py", "sample.py"):
+        (project / script).write_text("raise SystemExit('broken')")
     done = shell(project, "./run.sh", DATA_PATH=str(out), RUN_ID="folder", MODEL="tiny", **SHORT)
-    shutil.copy(ROOT / "sample.py", project)
+    for script in ("plot_loss.py", "sample.py"):
+        shutil.copy(ROOT / script, project)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "could not be sampled" in done.stderr, "the failed sample is not reported"
+    assert "could not be drawn" in done.stderr and "could not be sampled" in done.stderr
     config = read_log(project / "logs/folder.txt")[0].config
     assert (config["train_files"], config["val_files"]) == ("text_train_*.bin", "text_val_*.bin")
     for name in ("a_train_0.bin", "a_val_0.bin"):
         write_shard(out / name, make_text(3000))
-    two = shell(project, ".venv/bin/python", BASELINE, DATA_PATH=str(out), MODEL="tiny")
-    assert two.returncode == 2 and "several corpora (a, text)" in two.stderr
+    two = refusal(train_gpt, {"DATA_PATH": str(out), "MODEL": "tiny", "DEVICE": "cpu"}, capsys)
+    assert "several corpora (a, text)" in two
 
 
 def test_the_end_of_a_text_is_for_validation_where_documents_are_too_few(tmp_path, monkeypatch):
     """Fails if a small text trains only by luck, or a token is lost or on both sides of the split."""
     path = tmp_path / "a.txt"
     path.write_text(TEXT)
-    arguments = ["x", str(path), "--bytes", "--workers", "1", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert shards.run_script(tokenize_text.main) == 0
+    assert tokenize(monkeypatch, path, "--out", tmp_path / "out") == 0
     train, val = (
         shards.read_shard(tmp_path / "out" / f"text_{part}.bin") for part in ("train_000001", "val_000000")
     )
@@ -122,7 +128,6 @@ def test_the_end_of_a_text_is_for_validation_where_documents_are_too_few(tmp_pat
     [
         (signal.SIGTERM, 1, False),
         (signal.SIGHUP, 1, False),
-        (signal.SIGTERM, 2, True),
         (signal.SIGINT, 2, True),
     ],
 )
@@ -132,8 +137,13 @@ def test_a_signal_to_run_sh_stops_the_run(project, tmp_path, number, ranks, to_g
     name = f"{number.name}{ranks}{to_group}"
     made = [write_shard(tmp_path / f"made_{part}_0.bin", make_text(20_000)) for part in ("train", "val")]
     env = base_env(made[0].parent, RUN_ID=name, NUM_SCHEDULED_ITERATIONS=400, NPROC_PER_NODE=ranks)
-    job = Job(project, "./run.sh", env, argv=["./run.sh"])
+    policy = {"OMP_WAIT_POLICY": "ACTIVE"} if to_group else {}
+    job = Job(project, "./run.sh", env | policy, argv=["./run.sh"])
     job.wait_for(r"^step:2/")
+    rank = psutil.Process(job.ranks()[0])
+    # see test_threads_of_a_run_sleep_while_they_wait and test_a_host_name_without_an_address
+    assert rank.environ()["OMP_WAIT_POLICY"] == ("ACTIVE" if to_group else "PASSIVE")
+    assert "--local-addr=127.0.0.1" in rank.parent().cmdline()
     (os.killpg if to_group else os.kill)(job.process.pid, number)
     assert job.end() == 0, job.out.read_text()
     assert "Traceback" not in job.out.read_text() and "stopped; " in job.out.read_text()
@@ -147,15 +157,21 @@ def test_a_signal_to_run_sh_stops_the_run(project, tmp_path, number, ranks, to_g
 
 def test_settings_are_refused_once_and_before_torchrun(project):
     """Fails if a wrong value costs thirty lines of torchrun's traceback."""
-    for env, said in (
-        ({"MUON_LR": "abc"}, "MUON_LR='abc'"),
+    done = shell(project, "./run.sh", **{**SHORT, "MODEL": "tiny", "NPROC_PER_NODE": "3"})
+    assert done.returncode == 2 and "3 ranks do not divide 8 slices" in done.stderr, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 6 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "env, said",
+    [
         ({"DATA_PATH": "nowhere"}, "matches no file"),
         ({"VAL_TOKENS": "16384"}, "multiple of VAL_BATCH_TOKENS"),
-        ({"NPROC_PER_NODE": "3"}, "3 ranks do not divide"),
-    ):
-        done = shell(project, "./run.sh", **{"MODEL": "tiny", **SHORT, **env})
-        assert done.returncode == 2 and said in done.stderr, done.stdout + done.stderr
-        assert len(done.stderr.strip().splitlines()) <= 6 and "Traceback" not in done.stderr
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_to_run_sh(env, said, capsys):
+    env = {"MODEL": "tiny", "DEVICE": "cpu", **env}
+    assert supervise.main(train_gpt, ["--check-settings"], env) == 2 and said in capsys.readouterr().err
 
 
 def test_a_text_that_is_not_there_is_named(project):
@@ -241,26 +257,26 @@ def test_the_python_on_path_will_do_where_nothing_can_be_installed(project, tmp_
         if path.name != ".venv":
             (here / path.name).symlink_to(path)
     ours = f"{sys.prefix}/bin:{os.environ['PATH']}"
-    wrong = dict(VENV="0", MODEL="tiny", MUON_LR="abc", **SHORT)
-    done = shell(here, "./run.sh", PATH=ours, **wrong)
+    done = shell(here, "./run.sh", PATH=ours, VENV="0", MODEL="tiny", MUON_LR="abc")
     assert done.returncode == 2 and done.stderr.startswith("train_gpt_muon_ord.py: MUON_LR='abc'"), (
         done.stderr
     )
+    ask = ("bash", "-c", "source setup_env.sh; setup_env")
     for versions, lacks in (
         ({"torch": "2.11.0+cu130", "triton": "3.6.0"}, ""),
         ({"triton": "3.5.1"}, "triton-3.5.1"),
         ({"torch": "2.10.0"}, "torch-2.10.0"),
     ):
         path = claim(tmp_path / "-".join(versions.values()), **versions)
-        done = shell(here, "./run.sh", PATH=ours, PYTHONPATH=path, **wrong)
+        done = shell(here, *ask, PATH=ours, PYTHONPATH=path, VENV="0")
         found = re.match(r"VENV=0: \S+/python lacks (.*)\n", done.stderr)
         assert (found[1] if found else "") == lacks, done.stderr
         refused = "training takes torch 2.11, 2.12 or 2.13" in done.stderr
-        assert refused is lacks.startswith("torch") and refused is not ("MUON_LR" in done.stderr)
+        assert refused is lacks.startswith("torch") and done.returncode == (2 if refused else 0)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # no packages
     (tmp_path / "bin/python").chmod(0o755)
-    done = shell(here, "./run.sh", PATH=f"{tmp_path}/bin:{os.environ['PATH']}", **wrong)
+    done = shell(here, *ask, PATH=f"{tmp_path}/bin:{os.environ['PATH']}", VENV="0")
     assert done.returncode == 2 and f"VENV=0: {tmp_path}/bin/python lacks torch" in done.stderr
     assert not (here / ".venv").exists()
 
@@ -341,7 +357,6 @@ def test_a_host_name_without_an_address(shards, tmp_path):
     if b"unshare" in done.stderr:
         pytest.skip("this container may not change its name")
     assert done.returncode == 0, done.stderr
-    assert "--local-addr=127.0.0.1" in (ROOT / "run.sh").read_text()
 
 
 # ---- files and folders
@@ -415,12 +430,10 @@ def test_what_was_tokenized_before_an_interruption_is_kept(tmp_path, monkeypatch
         "".join(json.dumps({"text": f"document {i} " + "x" * (i % 50)}) + "\n" for i in range(500))
     )
 
-    def tokenize(out):
-        arguments = ["x", str(path), "--bytes", "--workers", "1", "--shard-tokens", "700", "--out", str(out)]
-        monkeypatch.setattr(sys, "argv", [*arguments, "--val-frac", "0.2"])
-        return shards.run_script(tokenize_text.main)
+    def shards_in(out):
+        return tokenize(monkeypatch, path, "--shard-tokens", "700", "--val-frac", "0.2", "--out", out)
 
-    assert tokenize(tmp_path / "whole") == 0
+    assert shards_in(tmp_path / "whole") == 0
     encode, count = tokenizing._encode_document, []
 
     def stop_at_300(document):
@@ -431,9 +444,9 @@ def test_what_was_tokenized_before_an_interruption_is_kept(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenizing, "_encode_document", stop_at_300)
-        assert tokenize(tmp_path / "cut") == 130
+        assert shards_in(tmp_path / "cut") == 130
     assert not list((tmp_path / "cut").glob("*.bin")), "half a corpus passes for a whole one"
-    assert tokenize(tmp_path / "cut") == 0 and "going on after" in capsys.readouterr().out
+    assert shards_in(tmp_path / "cut") == 0 and "going on after" in capsys.readouterr().out
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "cut"))
     assert one == two
 
@@ -615,7 +628,6 @@ def test_threads_of_a_run_sleep_while_they_wait(place, monkeypatch):
     assert environment_of(run, Slot())["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert environment_of(run, Slot())["OMP_WAIT_POLICY"] == "ACTIVE", "the user's value is ignored"
-    assert "export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}" in (ROOT / "run.sh").read_text()
 
 
 def test_launcher_and_trainer_see_the_same_gpus(trainers_here, monkeypatch):
