@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import BASELINE, base_env, lone_ranks, make_optimizer, read, run, train
+from helpers import base_env, lone_ranks, make_optimizer, read, train
 from jobs import events, lines, run_here
 
 import train_gpt
@@ -160,14 +160,12 @@ def test_slices_cut_the_same_number_of_tokens(shards, slices):
 
 def test_slices_change_training_and_not_what_is_validated(shards, tmp_path):
     """Fails if SLICES does nothing or changes the validation text: with equal initial weights, the first
-    validation must be equal in every digit. A run must resume only with its own SLICES."""
+    validation must be equal in every digit."""
     assert read(train_gpt, SLICES=8) == read(train_gpt)
-    eight, _ = train(tmp_path, shards, "eight", SAVE_EVERY=4)
-    more, _ = train(tmp_path, shards, "more", SLICES=32, SAVE_EVERY=4)
+    eight, _ = train(tmp_path, shards, "eight")
+    more, _ = train(tmp_path, shards, "more", SLICES=32)
     assert more[0] == eight[0] and more[-1] != eight[-1]
     assert more[-1] == pytest.approx(eight[-1], abs=0.3)
-    done = run(tmp_path, BASELINE, base_env(shards, RUN_ID="more", RESUME="logs/more/step_00000012.pt"), 0)
-    assert done.returncode == 2 and "SLICES was 32, now 8" in done.stderr
 
 
 def test_ranks_train_the_same_slices(shards, tmp_path):

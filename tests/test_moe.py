@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    ORD,
     TRAINERS,
     base_env,
     lone_ranks,
     make_optimizer,
-    optimizer_settings,
     read,
     small_config,
     train,
@@ -21,13 +19,12 @@ from helpers import (
 from test_model import WINDOWS, make_batch
 
 import train_gpt
-import train_gpt_muon_ord
 from analysis.run_log import read_log
 from kernels import experts
 from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing
 from runtime import flops
-from runtime.compiling import graphs_compiled, not_compiled, torch_compile
+from runtime.compiling import graphs_compiled, torch_compile
 
 EXPERTS = dict(num_experts=5, moe_top_k=2, expert_hidden=24)
 PATHS = pytest.mark.parametrize("grouped", [False, True], ids=["sorted", "grouped"])
@@ -202,7 +199,7 @@ def noise_of_step(run, step, batches) -> list:
     """Return the noise of each pass of a training step, without learning."""
     seen, loss = [], torch.zeros((), requires_grad=True)
 
-    def train_loss(batch, windows, tied, weights, noise, prefix_weight):
+    def train_loss(batch, windows, tied, weights, noise, *more):
         seen.append(noise)
         return loss, loss.detach()
 
@@ -314,28 +311,6 @@ def test_experts_are_matrices_of_their_own_and_routers_adams(trainer):
     assert trainer.find_role("blocks.11.mlp.router").rule == "adam"
 
 
-def test_each_expert_is_orthogonalised_by_itself():
-    """Fails if an expert's step depends on another expert's matrix; ORD has one rho per expert."""
-    trainer = train_gpt_muon_ord
-    o, rng = optimizer_settings(trainer, SPECTRAL_LR_MUL=0.5), np.random.default_rng(0)
-    W, G = (torch.tensor(rng.normal(size=(4, 24, 16)), dtype=torch.float32) for _ in range(2))
-
-    def stepped(weights):
-        params = {n: torch.nn.Parameter(w.clone()) for n, w in weights.items()}
-        bucket = trainer.MatrixUpdate(params, lone_ranks(), o, not_compiled)
-        bucket.grad.copy_(torch.cat([g.view(-1, 24, 16) for g in grads.values()]))
-        bucket.update(1.0, 0.9, 1.0, True)
-        return [p.detach() for p in params.values()], bucket.stats
-
-    grads = {"blocks.0.mlp.up": G}
-    (together,), stats = stepped({"blocks.0.mlp.up": W})
-    for i in range(4):
-        grads = {"blocks.0.mlp.up": G[i]}
-        (alone,), stat = stepped({"blocks.0.mlp.up": W[i]})
-        torch.testing.assert_close(together[i], alone)
-        torch.testing.assert_close(stats[i : i + 1], stat)
-
-
 # ------------------------------------------------------------------------------------------------ settings
 
 
@@ -384,10 +359,9 @@ def test_the_load_is_in_the_log(baseline):
     assert (most >= 0.25).all() and (most <= 1).all() and (least <= 0.25).all() and (least >= 0).all()
 
 
-def test_two_ranks_and_the_twin_without_strength_agree(baseline, shards, tmp_path):
-    """Fails if 2 ranks are not within 2e-4 of 1, or the twin with a = 0, a rerun, differs in any digit."""
-    _, val, trained = baseline
+def test_two_ranks_agree(baseline, shards, tmp_path):
+    """Fails if 2 ranks are not within 2e-4 of 1."""
+    _, val, _ = baseline
     assert val[-1] < val[0] - 0.3
     two, _ = train(tmp_path, shards, "two", ranks=2, **RUN)
     assert two == pytest.approx(val, abs=2e-4)
-    assert train(tmp_path, shards, "a0", ORD, SPECTRAL_LR_MUL=0, **RUN) == (val, trained)

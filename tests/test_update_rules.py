@@ -257,43 +257,36 @@ DECAYS = [
 ]
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("mode, decay", DECAYS)
-def test_decay_modes_of_any_sign(trainer, mode, decay):
+def test_decay_modes_of_any_sign(mode, decay):
     """Fails if a decay mode removes the wrong part, or a negative decay is clamped to zero."""
-    extra = {} if trainer is train_gpt else {"ORD_MODE": "off"}
-    o = optimizer_settings(trainer, MUON_DECAY_MODE=mode, MUON_WEIGHT_DECAY=decay, **extra)
-    _, _, ref, _ = compare_steps(trainer, o, steps=4)
-    without = optimizer_settings(trainer, MUON_DECAY_MODE="none", **extra)
-    _, _, plain, _ = compare_steps(trainer, without, steps=4)
+    o = optimizer_settings(train_gpt, MUON_DECAY_MODE=mode, MUON_WEIGHT_DECAY=decay)
+    _, _, ref, _ = compare_steps(train_gpt, o, steps=4)
+    _, _, plain, _ = compare_steps(train_gpt, optimizer_settings(train_gpt, MUON_DECAY_MODE="none"), steps=4)
     difference = max(np.abs(ref[n] - plain[n]).max() for n in ref)
     assert (difference > 1e-3) == (mode != "none" and decay != 0)  # the test can distinguish them
 
 
-ORD_ARMS = (
-    [
-        dict(ORD_MODE=mode, SPECTRAL_RHO_MODE=rho, SPECTRAL_SCHEDULE=schedule, **scale)
-        for mode, rho, schedule, scale in itertools.product(
-            ("interpolate", "project"),
-            ("global", "row", "col"),
-            ("constant", "adaptive"),
-            (dict(SPECTRAL_SCALE="raw"), dict(SPECTRAL_SCALE="unit"), dict(SPECTRAL_VARIANCE=1)),
-        )
-    ]
-    + [
-        dict(
-            ORD_MODE="post",
-            SPECTRAL_RHO_MODE=rho,
-            SPECTRAL_RESCALE=rescale,
-            SPECTRAL_OUT=out,
-            SPECTRAL_IN=into,
-        )
-        for rho, rescale, (out, into) in itertools.product(
-            ("global", "row", "col"), (0, 1), ((0, 0), (0.5, 1), (1, 0.25), (1.5, -0.5))
-        )
-    ]
-    + [dict(ORD_MODE="off")]
-)
+ORD_ARMS = [
+    dict(ORD_MODE=mode, SPECTRAL_RHO_MODE=rho, SPECTRAL_SCHEDULE=schedule, **scale)
+    for mode, rho, schedule, scale in itertools.product(
+        ("interpolate", "project"),
+        ("global", "row", "col"),
+        ("constant", "adaptive"),
+        (dict(SPECTRAL_SCALE="raw"), dict(SPECTRAL_SCALE="unit"), dict(SPECTRAL_VARIANCE=1)),
+    )
+] + [
+    dict(
+        ORD_MODE="post",
+        SPECTRAL_RHO_MODE=rho,
+        SPECTRAL_RESCALE=rescale,
+        SPECTRAL_OUT=out,
+        SPECTRAL_IN=into,
+    )
+    for rho, rescale, (out, into) in itertools.product(
+        ("global", "row", "col"), (0, 1), ((0, 0), (0.5, 1), (1, 0.25), (1.5, -0.5))
+    )
+]
 
 
 @pytest.mark.parametrize("arm", ORD_ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
@@ -372,12 +365,39 @@ def assert_bit_equal(a, b):
 )
 def test_ord_of_no_strength_is_train_gpt_to_the_last_bit(arm, optimizer, decay):
     """Fails if the control arm is not bit-identical to the baseline: a rounding would act like a new seed."""
-    weights = start_weights()
+    weights = start_weights(shapes={**SHAPES, "blocks.1.mlp.up": (5, 12, 7)})  # and a bank of experts
     grads = some_grads(weights, 6)
     shared = dict(OPTIMIZER=optimizer, MUON_DECAY_MODE=decay[0], MUON_WEIGHT_DECAY=decay[1])
     base, _ = run_steps(train_gpt, optimizer_settings(train_gpt, **shared), weights, grads)
     ours, _ = run_steps(ord_gpt, optimizer_settings(ord_gpt, **shared, **arm), weights, grads)
     assert_bit_equal(base, ours)
+
+
+@pytest.mark.parametrize(
+    "name, shape, extra",
+    [
+        ("blocks.0.mlp.up", (4, 24, 16), {}),  # experts
+        ("blocks.0.mlp.up", (4, 24, 16), dict(SPECTRAL_LR_MUL=0.5)),
+        ("blocks.0.attn.q", (3, 8, 12), {}),  # groups of heads
+        ("blocks.0.attn.q", (3, 8, 12), dict(ORD_MODE="post", SPECTRAL_OUT=0.5)),
+    ],
+)
+def test_each_matrix_of_a_bank_is_updated_by_itself(name, shape, extra):
+    """Fails if a matrix's momentum, polar factor, variance or rho depends on another one of its parameter, or
+    if rate and variance are not those of its shape."""
+    trainer, (_, rows, columns) = ord_gpt if extra else train_gpt, shape
+    o, weights = optimizer_settings(trainer, **extra), start_weights(shapes={name: shape})
+    grads = some_grads(weights, 3)
+    together, optimizer = run_steps(trainer, o, weights, grads)
+    (bucket,) = optimizer.matrix_buckets
+    assert bucket.state["second_moment"].shape == (shape[0], *((rows, 1) if rows > columns else (1, columns)))
+    assert bucket.shape_lr_N11.unique().tolist() == pytest.approx([max(1, rows / columns) ** 0.5])
+    for i in range(shape[0]):
+        own = [{name: step[name][i]} for step in grads]
+        alone, optimizer = run_steps(trainer, o, {name: weights[name][i]}, own)
+        torch.testing.assert_close(together[name][i], alone[name])
+        if extra:
+            torch.testing.assert_close(bucket.stats[i : i + 1], optimizer.matrix_buckets[0].stats)
 
 
 @pytest.mark.parametrize("lr_mul, sign", [(1.0, 1), (1.0, -1), (400.0, 1)])
