@@ -10,13 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from forked import PATIENCE_S, free_port, run_forked
+from forked import PATIENCE_S, run_forked
 from torch import nn
 
 import train_gpt
@@ -160,17 +159,6 @@ def train(cwd, shards, run_id, script=BASELINE, ranks=0, **settings) -> tuple[li
     assert done.returncode == 0, done.stdout + done.stderr
     assert "event:finished" in (cwd / "logs" / f"{run_id}.txt").read_text()
     return losses(cwd, run_id), losses(cwd, run_id, "train_loss")
-
-
-def run_two_agents(cwd: Path, envs: list[dict]) -> list[subprocess.CompletedProcess]:
-    """Run the baseline on two torchrun agents, as on two machines with a rank each; envs: one for each."""
-    address = ("--master-addr=127.0.0.1", f"--master-port={free_port()}")
-
-    def agent(node):
-        return run(cwd, BASELINE, envs[node], 1, ("--nnodes=2", f"--node-rank={node}", *address))
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(agent, (0, 1)))
 
 
 def copy_project(folder: Path):

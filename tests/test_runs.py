@@ -2,10 +2,12 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import ORD, ROOT, base_env, losses, run, run_two_agents, train
+from forked import free_port
+from helpers import BASELINE, ORD, ROOT, base_env, losses, run, train
 from jobs import run_here
 
 import train_gpt
@@ -105,7 +107,14 @@ def test_other_optimizers_train(baseline, shards, tmp_path, own):
 def test_two_agents_train_together(baseline, shards, tmp_path):
     """Fails if several machines do not train like one: torchrun --nnodes=2, both agents here."""
     _, val, _ = baseline
-    done = run_two_agents(tmp_path, 2 * [base_env(shards, RUN_ID="nodes")])
+    address = ("--master-addr=127.0.0.1", f"--master-port={free_port()}")
+
+    def agent(node):
+        extra = ("--nnodes=2", f"--node-rank={node}", *address)
+        return run(tmp_path, BASELINE, base_env(shards, RUN_ID="nodes"), 1, extra)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(agent, (0, 1)))
     assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
     assert losses(tmp_path, "nodes") == pytest.approx(val, abs=2e-4)
 
