@@ -14,13 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-RECORDED, MACHINE = ("RUN_ID", "TARGET_LOSS", "SAVE_MODEL"), ("DATA_PATH",)
+RECORDED, MACHINE = ("RUN_ID", "TARGET_LOSS", "SAVE_MODEL"), ("DATA_PATH", "COMPILE")
 KNOBS = [  # name, type, default, limits
     ("RUN_ID", "str", "", {}),
     ("SEED", "int", 0, {"low": 0}),
     ("MODEL", "str", "plain", {}),
     ("DEVICE", "str", "auto", {"choices": ["auto", "cuda", "cpu"]}),
     ("DATA_PATH", "str", ".", {}),
+    ("COMPILE", "str", "0", {"choices": ["auto", "0", "1"]}),
     ("LR_MULS", "float,...", [1.0, 1.5], {"low": 0}),
     ("COOLDOWN_FRAC", "float", 0.55, {"low": 0, "high": 1}),
     ("NUM_SCHEDULED_ITERATIONS", "int", 4, {"low": 1}),
