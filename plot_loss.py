@@ -52,7 +52,7 @@ from analysis.curves import (
 from analysis.looks import looks_of, sweep_beside
 from analysis.read_results import read_results
 from analysis.results import Results, SweepArm
-from analysis.run_log import RunLog, newest_log
+from analysis.run_log import FINISHED, RunLog, newest_log
 from analysis.sweep_pictures import in_order, what_to_draw
 from analysis.tables import format_loss, format_number, format_table
 
@@ -104,10 +104,14 @@ def with_losses(results: Results) -> list[Drawn]:
     """Name each arm and its final loss for the legend."""
     drawn = what_to_draw(results)
     names = style.shorten_apart([item.label for item in drawn], MAX_LABEL)
-    return [
-        replace(item, label=result_label(name, results.summary(item.arm), item.arm.unfinished))
-        for item, name in zip(drawn, names, strict=True)
-    ]
+
+    def label(name: str, arm: SweepArm) -> str:
+        run = arm.runs[0]
+        if len(arm.runs) == 1 and run.state not in FINISHED:
+            return f"{name}: {format_loss(run.final_val_loss)}, {run.state} at step {run.last_step}"
+        return result_label(name, results.summary(arm), arm.unfinished)
+
+    return [replace(item, label=label(name, item.arm)) for item, name in zip(drawn, names, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -89,6 +89,14 @@ def test_panels_of_one_run(tmp_path):
     assert any(line.get_ydata()[0] == 3.28 and len(line.get_ydata()) == 2 for line in loss.lines)
 
 
+def test_a_run_under_way_shows_how_far_it_is(tmp_path):
+    """Fails if the legend of a log that is still written does not give its last loss and step."""
+    path = write(tmp_path / "logs", "run", make_log(num_steps=STEPS, end=120, end_event=""))
+    figure, arms = draw(path)
+    loss = f"{arms[0].runs[0].final_val_loss:.4f}"
+    assert any(text.endswith(f": {loss}, running at step 120") for text in texts(figure))
+
+
 def test_several_arms_are_compared_with_the_sweeps_control(tmp_path):
     """Arms and control have the sweep's looks, even if only some of its runs are drawn."""
     file = make_sweep(tmp_path, "lr", spectral_arms(0, 0.01, 0.1, 1), control="spectral_lr_0", val_every=20)
