@@ -74,7 +74,8 @@ RHO_TITLE = "mean ρ = ⟨G,W⟩ / ‖W‖²"
 
 def separated(results: Results) -> Results:
     """Make an arm of each run."""
-    single, attempts = one_arm_a_run(results.arms), [a for a in results.attempts if a.log]
+    single = one_arm_a_run(results.arms)
+    attempts = [a for arm in results.arms for a in arm.attempts if a.log in arm.runs]
     arms = [SweepArm(one.label, one.key, one.runs, [a]) for one, a in zip(single, attempts, strict=True)]
     looks = looks_of([arm.label for arm in arms])
     return replace(results, arms=arms, control=None, versus={}, looks=looks)
@@ -93,7 +94,10 @@ def take_plan(results: Results) -> None:
 
 
 def controls_of(results: Results) -> dict[str, str]:
-    """Map each arm, whatever its source code, to the one it is compared with: its control, or the lowest."""
+    """Map each arm to the one it is compared with: its control, else the arm of lowest loss.
+
+    Arms of other source code are compared, too.
+    """
     means = {arm.label: results.summary(arm).mean for arm in results.arms}
     usual = results.control or min(means, key=lambda label: np.nan_to_num(means[label], nan=math.inf))
     found = {label: results.versus.get(label, usual) for label in means}
@@ -107,8 +111,9 @@ def with_losses(results: Results) -> list[Drawn]:
 
     def label(name: str, arm: SweepArm) -> str:
         run = arm.runs[0]
-        if len(arm.runs) == 1 and run.state not in FINISHED:
-            return f"{name}: {format_loss(run.final_val_loss)}, {run.state} at step {run.last_step}"
+        if len(arm.runs) == 1 and not results.summary(arm).n:
+            state = "" if run.state in FINISHED else f", {run.state} at step {run.last_step}"
+            return f"{name}: {format_loss(run.final_val_loss)}{state}"
         return result_label(name, results.summary(arm), arm.unfinished)
 
     return [replace(item, label=label(name, item.arm)) for item, name in zip(drawn, names, strict=True)]
@@ -271,14 +276,24 @@ def summary(results: Results, target: float | None) -> str:
     return f"{text}\n\n{format_table(header, arm_rows)}"
 
 
-def undrawn(runs: Sequence[RunLog], axis: str) -> list[str]:
-    """Say which runs cannot be drawn on this axis, and why."""
-    reasons = []
-    for run in runs:
-        if run.last_step < 0:
-            reasons.append(f"{run.path}: no step in this log yet, nothing to draw")
-        elif not has_x(run, axis):
-            reasons.append(f"{run.path}: no {X_LABELS[axis]} in this log; draw it with --x steps")
+def why_not_drawn(run: RunLog, axis: str) -> str:
+    """Say why a run cannot be drawn on this axis; nothing if it can."""
+    if run.last_step < 0:
+        return f"{run.path}: no step in this log yet, nothing to draw"
+    return "" if has_x(run, axis) else f"{run.path}: no {X_LABELS[axis]} in this log; draw it with --x steps"
+
+
+def leave_out(results: Results, axis: str) -> list[str]:
+    """Take runs that cannot be drawn, and arms that have no other, out of the results; return the reasons."""
+    reasons = [reason for run in results.runs if (reason := why_not_drawn(run, axis))]
+    if len(reasons) == len(results.runs):
+        raise ValueError(reasons[0] if reasons else "none of the planned runs has a log yet")
+    for arm in results.arms:
+        arm.runs = [run for run in arm.runs if not why_not_drawn(run, axis)]
+    results.arms = [arm for arm in results.arms if arm.runs]
+    labels = {arm.label for arm in results.arms}
+    results.control = results.control if results.control in labels else None
+    results.versus = {arm: other for arm, other in results.versus.items() if {arm, other} <= labels}
     return reasons
 
 
@@ -297,9 +312,7 @@ def draw_runs(options: Namespace) -> None:
     if options.out:
         style.check_suffix(options.out)
     results = read_results(paths, options.logs, None, options.pool_sources, options.stopped_early)
-    left_out = undrawn(results.runs, options.x)
-    if len(left_out) == len(results.runs):
-        raise ValueError(left_out[0] if left_out else "none of the planned runs has a log yet")
+    left_out = leave_out(results, options.x)
     if options.separate:
         results = separated(results)
     take_plan(results)
@@ -308,7 +321,7 @@ def draw_runs(options: Namespace) -> None:
     style.save(figure(results, options.x, target), out)
     print(summary(results, target[0] if target else None))
     for note in [*results.notes, *left_out]:
-        # other code is drawn beside the rest all the same; only report_sweep.py claims nothing about it
+        # runs of other source code or data are drawn and compared here; only report_sweep.py leaves them out
         print(f"note: {note.replace('is not compared: it has', 'has')}")
     print(f"\n{out}")
 

@@ -705,7 +705,7 @@ class Block(nn.Module):
         if isinstance(self.mlp, MixtureOfExperts):
             branch = self.mlp(norm(x), common.out_scale, common.routing)
             return branch if self.branch_factors else x + branch
-        # attention and MLP norm and add x themselves, because fast forms fuse that
+        # the MLP norms and adds x itself, because its fast forms fuse that
         return self.mlp(x, common.out_scale)
 
 

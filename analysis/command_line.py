@@ -41,7 +41,10 @@ def run(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
 ) -> int:
-    """Call a command with its parsed arguments; return its exit code, which None is 0, or 2 for bad input."""
+    """Call a command with its parsed arguments.
+
+    Return its exit code (None means 0), or 2 if the user's input is wrong.
+    """
     options = parser.parse_args(arguments)
     with console():
         try:

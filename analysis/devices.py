@@ -13,7 +13,7 @@ def gpu_names(count: int) -> tuple[str, ...]:
 
 
 def core_ids() -> tuple[int, ...]:
-    """Return cores to pin runs to: of those open to this process, as many as it may keep busy."""
+    """Return cores that runs may be pinned to: of this process's, as many as its quota allows."""
     ids = range(os.cpu_count() or 1)
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         ids = sorted(os.sched_getaffinity(0))

@@ -22,16 +22,16 @@ def expected_time(runs: Sequence[Run], slots: Sequence[Slot], nproc: int) -> str
     for run in runs:
         settings = read_trainer(run.script).resolve(run.settings)
         shape = shape_of(run.script, {name.lower(): value for name, value in settings.items()})
-        fits = [step_s * num_steps(settings) + other_s for other, step_s, other_s in past if other == shape]
+        fits = [step_s * num_steps(settings) + other_s for of, step_s, other_s in past if of == shape]
         if not fits:
-            return "expected time unknown: no run of this script, model and batch sizes has finished here yet"
+            return "expected time unknown: the launcher has finished no run of this kind on this host yet"
         total += mean(fits)
     each, rounds = 1000 * total / len(runs), math.ceil(len(runs) / len(slots))
     return f"expected time about {format_time(each * rounds)} ({format_time(each)} a run)"
 
 
 def finished_runs(size: str) -> list[tuple[list, float, float]]:
-    """Return shape, seconds per step and seconds besides (start, compiling) of runs on slots of this size."""
+    """Return (shape, seconds per step, other seconds: start, compiling) of runs finished on such a slot."""
     manifests, _ = manifests_in(LOGS)
     runs = [run for manifest in manifests for run in [*manifest.earlier, *manifest.runs]]
     here = [run for run in runs if run.state == "finished" and run.host == platform.node()]

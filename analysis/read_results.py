@@ -356,8 +356,10 @@ def _remarks(results: Results) -> list[str]:
         values = sorted({run.started[name] for run in results.runs if name in run.started})
         if len(values) > 1:
             notes.append(f"runs differ in {name}: {_some(values)}; times cannot be compared")
-    unread = [run for run in results.runs if run.unread_lines]
-    notes += [f"{run.run_id}: {run.unread_lines} lines of its log could not be read" for run in unread]
+    for run in results.runs:
+        if run.unread_lines:
+            text = f"{run.unread_lines} lines could not be read, such as {run.unread_examples[0]!r}"
+            notes.append(f"{run.path or run.run_id}: {text}")
     return list(dict.fromkeys(notes))
 
 

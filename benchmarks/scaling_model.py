@@ -133,7 +133,7 @@ class Machine:
         """
         if ranks == 1:
             return 0.0
-        nodes = min(ranks, math.ceil(ranks / self.gpus_per_node))
+        nodes = math.ceil(ranks / self.gpus_per_node)
         rate, hops = self.nvlink_bytes, ranks * self.hop_s
         if nodes > 1:
             rate = min(rate, self.network_bytes * self.network_share * self.gpus_per_node)

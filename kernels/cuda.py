@@ -856,7 +856,7 @@ def polar_steps(X_NRK: Tensor, coefficients) -> Tensor:
     return X
 
 
-def covers_muon(o, c) -> bool:
+def covers_muon(o) -> bool:
     """Return whether these settings take make_step_muon: the baseline's, but for AdamW."""
     return o.optimizer != "adamw" and not hasattr(o, "ord_mode")
 
@@ -879,7 +879,7 @@ def make_step_muon(module, compiler):
     return fused
 
 
-def covers_ord(o, c) -> bool:
+def covers_ord(o) -> bool:
     """Return whether make_step_ord knows these settings: one number per matrix for the radial part."""
     if not hasattr(o, "ord_mode"):  # the baseline's
         return False

@@ -26,11 +26,11 @@ from kernels import cpu
 class FastForm(NamedTuple):
     """Replacement of one function of a trainer."""
 
-    name: str  # of the function or method in the trainer, such as "Attention.forward"
+    name: str  # of the function or method in the trainer, such as "MLP.forward"
     make: Callable  # (module, compiler) -> the fast function; the trainer's own is still in place then
-    repeats: tuple[str, ...]  # other definitions of the trainer whose arithmetic it repeats
+    repeats: tuple[str, ...]  # other definitions that the trainer has or imports, whose arithmetic it repeats
     fingerprint: str  # of the text of all of these
-    covers: Callable = lambda o, c: True  # whether it knows these optimizer settings and this model
+    covers: Callable = lambda o: True  # whether it knows these optimizer settings
 
 
 CPU_FORMS = (
@@ -98,7 +98,7 @@ def installed(module, s, o, compiler=lambda function: function):
     parts.
     """
     names, warnings, originals = [], [], []
-    wanted = [form for form in forms_for(s.kernels) if form.covers(o, module.PRESETS[s.model][0])]
+    wanted = [form for form in forms_for(s.kernels) if form.covers(o)]
     # all are checked before one is replaced: a function may be part of another form
     fits = [fingerprint(module, (form.name, *form.repeats)) == form.fingerprint for form in wanted]
     try:

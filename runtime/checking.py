@@ -25,6 +25,10 @@ from runtime.toolchain import check_compilers
 
 MAKE_CORPUS = Path(__file__).resolve().parent.parent / "data/embedded_corpus.py"
 LEAST_VAL_TOKENS = 1024
+# Settings that decide whether data files will do; sweeps of a hundred arms have few combinations of them.
+ABOUT_DATA = ("data_path", "train_files", "val_files", "val_tokens", "val_batch_tokens", "batch_sizes")
+ABOUT_DATA += ("max_doc_tokens", "long_docs", "nproc_per_node", "slices", "model", "without")
+ABOUT_DATA += ("batch_tokens", "row_tokens")  # a plain trainer's
 AMD_NOTE = "this is an AMD GPU: plain torch runs, without float8, Triton kernels and varlen attention"
 
 
@@ -132,8 +136,8 @@ def answer_for(module, env, arms: list[dict[str, str]]) -> list[dict]:
         try:
             answer["values"] = {name: parse_value(name, text, known[name]) for name, text in arm.items()}
             s, *_ = read_run(module, {**env, **arm})
-            # most of a sweep's arms differ only in the seed and in the optimizer's settings
-            answer["data"] = data_refused(dataclasses.replace(s, seed=0, run_id=""))
+            blank = {f.name: f.default for f in dataclasses.fields(s) if f.name not in ABOUT_DATA}
+            answer["data"] = data_refused(dataclasses.replace(s, **blank))
         except ValueError as error:
             answer["refused"] = str(error)
         answers.append(answer)

@@ -468,15 +468,9 @@ OTHER_NUMBERS = dict(  # numbers that compiled code does not hold
     SAVE_MODEL=0,
     DIST_TIMEOUT=60,
 )
-CONSTANTS = [
-    {"RESIDUAL_SCALE": 0.5},
-    {"MAX_DOC_TOKENS": 32},
-    {"SPECTRAL_PROJ_EPS": 1e-6},
-    {"MUON_DECAY_MODE": "none"},
-]
 
 
-def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only):
+def test_other_numbers_compile_nothing_anew(tmp_path, traced_only):
     """Fails if every arm of a sweep over learning rates is compiled anew."""
     trainer = train_gpt_muon_ord
     start = staged_start(trainer, tmp_path)
@@ -505,5 +499,3 @@ def test_which_settings_are_part_of_compiled_code(tmp_path, traced_only):
 
     assert graphs_of_two_steps() > 5
     assert graphs_of_two_steps(**OTHER_NUMBERS) == 0
-    for constant in CONSTANTS:
-        assert graphs_of_two_steps(**constant) > 0, constant

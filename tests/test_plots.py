@@ -89,6 +89,20 @@ def test_panels_of_one_run(tmp_path):
     assert any(line.get_ydata()[0] == 3.28 and len(line.get_ydata()) == 2 for line in loss.lines)
 
 
+def test_a_run_without_a_step_yet_takes_nothing_from_its_arm(tmp_path, monkeypatch, capsys):
+    """Fails if a log that has just begun hides its arm's schedule, its target or the differences."""
+    logs = write_arms(tmp_path / "logs", [0, 0.1], seeds=(2, 3))
+    write(logs, "a0-s1", make_log("a0-s1", 1, {"spectral_lr_mul": 0}, STEPS, end=-1, end_event=""))
+    monkeypatch.chdir(tmp_path)
+    assert plot_loss.main(["logs", "--target", "3.5", "--out", "all.png"]) == 0
+    out = capsys.readouterr().out
+    assert "no step in this log yet" in out and "not by all" not in out
+    results = read_results([logs])
+    plot_loss.leave_out(results, "steps")
+    figure = plot_loss.figure(results, "steps", None)
+    assert panel(figure, "differences").lines and len(panel(figure, "lr").lines) == 1  # all alike
+
+
 def test_a_run_under_way_shows_how_far_it_is(tmp_path):
     """Fails if the legend of a log that is still written does not give its last loss and step."""
     path = write(tmp_path / "logs", "run", make_log(num_steps=STEPS, end=120, end_event=""))
@@ -350,7 +364,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "logs" / "newest.png").read_bytes().startswith(b"\x89PNG")
     row = next(line for line in out.splitlines() if line.startswith("newest")).split()
     assert row[1:6] == ["finished", "5", "200/200", f"{run.final_val_loss:.4f}", f"{run.best_val_loss:.4f}"]
-    assert "at step" not in out and "newest: 1 lines of its log could not be read" in out
+    assert "at step" not in out and "newest.txt: 1 lines could not be read, such as" in out
     assert not [path.name for path in (tmp_path / "logs").iterdir() if path.name.startswith(".")]
 
 

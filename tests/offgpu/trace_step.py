@@ -274,7 +274,7 @@ def ord_updates():
         for bucket in optimizer.matrix_buckets:
             with torch.no_grad():
                 bucket.update(1.0, 0.95, 1.0, measure=True)
-                if cuda.covers_ord(o, None):
+                if cuda.covers_ord(o):
                     sums = torch.zeros(len(bucket.names), 3, device=DEVICE)
                     radial_part(sums, bucket.a_N11, bucket.state["rho_sum"] / 40, vectors.scalar(1), o)
         report(name, since)
