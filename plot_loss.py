@@ -74,9 +74,11 @@ RHO_TITLE = "mean ρ = ⟨G,W⟩ / ‖W‖²"
 
 def separated(results: Results) -> Results:
     """Make an arm of each run."""
-    single = one_arm_a_run(results.arms)
-    attempts = [a for arm in results.arms for a in arm.attempts if a.log in arm.runs]
-    arms = [SweepArm(one.label, one.key, one.runs, [a]) for one, a in zip(single, attempts, strict=True)]
+    attempt_of = {id(attempt.log): attempt for attempt in results.attempts}
+    arms = [
+        SweepArm(one.label, one.key, one.runs, [attempt_of[id(one.runs[0])]])
+        for one in one_arm_a_run(results.arms)
+    ]
     looks = looks_of([arm.label for arm in arms])
     return replace(results, arms=arms, control=None, versus={}, looks=looks)
 
