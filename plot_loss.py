@@ -112,11 +112,11 @@ def with_losses(results: Results) -> list[Drawn]:
     names = style.shorten_apart([item.label for item in drawn], MAX_LABEL)
 
     def label(name: str, arm: SweepArm) -> str:
-        run = arm.runs[0]
-        if len(arm.runs) == 1 and not results.summary(arm).n:
+        run, result = arm.runs[0], results.summary(arm)
+        if len(arm.runs) == 1 and not result.n:
             state = "" if run.state in FINISHED else f", {run.state} at step {run.last_step}"
             return f"{name}: {format_loss(run.final_val_loss)}{state}"
-        return result_label(name, results.summary(arm), arm.unfinished)
+        return result_label(name, result, arm.unfinished)
 
     return [replace(item, label=label(name, item.arm)) for item, name in zip(drawn, names, strict=True)]
 
@@ -245,7 +245,7 @@ def figure(results: Results, axis_kind: str, target: tuple[float, str] | None):
 
 def summary(results: Results, target: float | None) -> str:
     """A table of the runs and, if any were pooled, one of the arms; with a target, when it was met."""
-    runs, arms, rows = results.runs, [arm for arm in in_order(results) if arm.runs], []
+    runs, arms, rows = results.runs, in_order(results), []
     for run, name in zip(runs, style.shorten_apart([run.run_id for run in runs], 70), strict=True):
         per_step = run.last_time_ms / run.last_step if run.last_step > 0 else math.nan
         rows.append(
