@@ -35,7 +35,8 @@ if [ ${#texts[@]} -gt 0 ]; then
   fi
   # a small model on bytes, unless MODEL names another; long documents are split, not cut
   [ "${MODEL:-auto}" != auto ] || MODEL=tiny
-  export MODEL DATA_PATH=${DATA_PATH:-data/own} LONG_DOCS=${LONG_DOCS:-split}
+  export MODEL DATA_PATH=${DATA_PATH:-data/own}
+  [ "$MODEL" = gpt2-small-2026-08 ] || export LONG_DOCS=${LONG_DOCS:-split}  # it has a limit for each stage
   vocabulary=()
   case $MODEL in tiny* | moe-tiny) vocabulary=(--bytes) ;; esac
   $python data/tokenize_text.py "${texts[@]}" --out "$DATA_PATH" --force ${vocabulary[@]+"${vocabulary[@]}"}

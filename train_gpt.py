@@ -100,7 +100,7 @@ class Settings(settings.RunSettings):
     # length and shape of the run; one value per stage: three scheduled thirds, then the extension
     num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
     num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
-    train_tokens: int = knob(0, "tokens; if not 0, sets NUM_SCHEDULED_ITERATIONS", low=0)
+    train_tokens: int = knob(0, "tokens of the scheduled steps, whose number it sets; 0: not", low=0)
     batch_sizes: tuple[int, ...] = knob((131072, 262144, 393216, 393216), "tokens per step", low=128)
     slices: int = knob(8, "slices that a batch is cut into; more of them take less memory", low=8, high=64)
     pass_tokens: int = machine_knob(0, "most tokens of a pass of several slices; 0: by memory", low=0)
@@ -114,7 +114,9 @@ class Settings(settings.RunSettings):
     moe_balance_weight: float = knob(0.01, "weight of the balance loss; even load is 1 per layer", low=0)
     router_noise: float = knob(0.1, "standard deviation of router noise, in training", low=0)
     # learning rate
-    lr_muls: tuple[float, ...] = knob((1.0, 1.52, 1.73, 1.0), "learning-rate multiplier, by stage", low=0)
+    lr_muls: tuple[float, ...] = knob(
+        (1.0, 1.52, 1.73, 1.0), "multiplier, by stage; LR_DECAY_FINAL ends linear and cosine instead", low=0
+    )
     warmup_steps: int = knob(0, "steps of linear learning-rate warm-up", low=0)
     cooldown_frac: float = knob(0.55, "share of the scheduled steps that the decay takes", low=0, high=1)
     lr_decay_type: str = knob("linear", "shape of the decay", choices=DECAYS)
@@ -206,6 +208,8 @@ def resolve(s: Settings) -> Settings:
         mean_batch = sum(s.batch_sizes[:-1]) / (NUM_STAGES - 1)
         num_steps = max(1, round(s.train_tokens / mean_batch))
         changes |= {"num_scheduled_iterations": num_steps, "train_tokens": 0}
+    if not s.num_extension_iterations:  # no step has the last size: it must not count for memory or shards
+        changes["batch_sizes"] = (*s.batch_sizes[:-1], s.batch_sizes[-2])
     return replace(s, **changes)
 
 
@@ -1323,7 +1327,8 @@ class Schedule:
         self.untie_step = round(self.scheduled * config.untie_frac) | 1 if config.untie_frac < 1 else None
 
     def stage(self, step: int) -> int:
-        return sum(step >= end for end in self.bounds[1:NUM_STAGES])
+        """Stage of a step; after the last one, its stage."""
+        return sum(step >= end for end in self.bounds[1:NUM_STAGES] if end < self.num_steps)
 
     def batch_tokens(self, step: int) -> int:
         return self.s.batch_sizes[self.stage(step)]

@@ -77,7 +77,7 @@ class RunSettings:
     train_files: str = knob("data/fineweb10B/fineweb_train_*.bin", "glob of training shards")
     val_files: str = knob("data/fineweb10B/fineweb_val_*.bin", "glob of validation shards")
     val_tokens: int = knob(10_485_760, "validation tokens, from the start of the shards", low=1024)
-    val_loss_every: int = recording_knob(50, "steps between validations; 0: only the last", low=0)
+    val_loss_every: int = recording_knob(50, "steps between validations; 0: only near the end", low=0)
     val_loss_last_steps: int = recording_knob(100, "last steps that are validated more often", low=0)
     val_loss_every_last: int = recording_knob(10, "steps between those validations; 0: as before", low=0)
     target_loss: float = recording_knob(3.28, "validation loss to reach, nats per token", above=0)

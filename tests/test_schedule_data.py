@@ -315,6 +315,15 @@ def test_train_tokens_sets_the_number_of_steps():
     assert tokens == 262144 * 900
 
 
+def test_without_an_extension_the_last_validation_is_of_the_third_stage():
+    """Fails if windows or YaRN of a stage that no step is in change the network that is validated last."""
+    plan = schedule(NUM_EXTENSION_ITERATIONS=0)
+    assert [plan.stage(step) for step in (0, 519, 520, 1559, 1560)] == [0, 0, 1, 2, 2]
+    assert [schedule().stage(step) for step in (1559, 1560, 1600)] == [2, 3, 3]
+    one_step = schedule(NUM_SCHEDULED_ITERATIONS=1, NUM_EXTENSION_ITERATIONS=0)
+    assert one_step.stage(0) == one_step.stage(1)
+
+
 # ------------------------------------------------------------------------------------------------ data
 
 
@@ -807,6 +816,7 @@ def test_values_are_read_as_they_are_written():
         SEED=" 7 ",
         LR_MULS="[1, 2,3.5 ,4]",
         BATCH_SIZES="(1024,2048,1024,128)",
+        NUM_EXTENSION_ITERATIONS=8,
         MUON_LR="1e-3",
         DISABLE_FP8="true",
         VAL_LOSS_EVERY="3",
@@ -830,10 +840,12 @@ def test_values_are_read_as_they_are_written():
 
 def test_of_three_values_the_extension_keeps_its_own():
     """Fails if LR_MULS or BATCH_SIZES with three values is refused, or changes the extension's value."""
-    given = dict(LR_MULS="1,2,3", BATCH_SIZES="1024,2048,1024")
+    given = dict(LR_MULS="1,2,3", BATCH_SIZES="1024,2048,1024", NUM_EXTENSION_ITERATIONS=8)
     for model, extension in (("gpt2-small", 393216), ("tiny", 2048), ("dense-88m", 65536)):
         s, _, _ = read(train_gpt, MODEL=model, **given)
         assert (s.lr_muls, s.batch_sizes) == ((1, 2, 3, 1), (1024, 2048, 1024, extension))
+        s, _, _ = read(train_gpt, MODEL=model, **{**given, "NUM_EXTENSION_ITERATIONS": 0})
+        assert s.batch_sizes[-1] == 1024, "a size that no step has counts for memory and shards"
 
 
 def test_n_grams_are_the_presets_unless_set():
