@@ -61,14 +61,14 @@ def test_ord_modes_agree_over_ranks(shards, tmp_path):
 
 def test_a_stage_begins_before_the_validation_at_its_start(shards, tmp_path, monkeypatch):
     """Fails if a validation between two stages uses the old stage's windows. Thirds of two steps; without an
-    extension, the last validation is of the extension's stage but has its own windows."""
+    extension, the last validation is of the third stage, with its own windows."""
     monkeypatch.chdir(tmp_path)
     env = dict(NUM_SCHEDULED_ITERATIONS=6, VAL_LOSS_EVERY=1, SAVE_MODEL=0)
     with run_here(train_gpt, base_env(shards, RUN_ID="stages", **env)) as start:
         run, stages = train_gpt.Run(start, StopRequest()), []
         monkeypatch.setattr(run, "validate", lambda step: stages.append(run.trainer.stage) or (1.0, 0.5))
         run.train()
-    assert stages == [0, 0, 1, 1, 2, 2, 3]
+    assert stages == [0, 0, 1, 1, 2, 2, 2]
 
 
 def test_rehearsal_leaks_nothing(baseline, shards, tmp_path, monkeypatch):
