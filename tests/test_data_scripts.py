@@ -749,37 +749,53 @@ def make_fineweb(run, out, *options):
 def test_fineweb_resumes_where_it_stopped(tmp_path, run, fake_fineweb):
     """Fails if shards made after a network failure and a --shards limit differ from those made in one go."""
     assert make_fineweb(run, tmp_path / "once")[0] == 0
-    paths = sorted((tmp_path / "once").glob("*.bin"))
-    assert [path.name for path in paths][-1] == "fineweb_val_000000.bin" and len(paths) > 4
-    documents = documents_of([paths[-1], *paths[:-1]])
-    assert len(documents) == 120 and documents[0] == b"file 0 document 0 "
-    assert not list((tmp_path / "once").rglob("*.parquet"))
+    train, val = (sorted((tmp_path / "once").glob(f"fineweb_10BT_{part}_*.bin")) for part in ("train", "val"))
+    assert [path.name for path in val] == ["fineweb_10BT_val_000_00000.bin"] and len(train) > 4
+    assert [document.rstrip(b"x") for document in documents_of(val + train)] == [
+        f"file {number} document {row} ".encode() for number in range(3) for row in range(40)
+    ]
+    assert not (tmp_path / "once/unfinished").exists(), "a parquet file is left"
 
-    fake_fineweb.append(2)
+    fake_fineweb.append(1)
     status, _, err = make_fineweb(run, tmp_path / "twice")
     assert status == 1 and "cannot reach" in err
-    finished = len(list((tmp_path / "twice").glob("*.bin")))
-    assert 2 < finished < len(paths)
-    assert make_fineweb(run, tmp_path / "twice", "--shards", finished + 1)[0] == 0
-    assert len(list((tmp_path / "twice").glob("*.bin"))) == finished + 1
+    assert make_fineweb(run, tmp_path / "twice", "--shards", 3)[0] == 0  # a file has two
+    assert {path.name.split("_")[3] for path in (tmp_path / "twice").glob("*.bin")} == {"000", "001"}
     assert make_fineweb(run, tmp_path / "twice")[0] == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "twice").glob("*.bin")} == {
-        path.name: path.read_bytes() for path in paths
+        path.name: path.read_bytes() for path in val + train
     }
-    assert "nothing left to do" in make_fineweb(run, tmp_path / "twice")[1]
+
+
+def test_a_fineweb_file_that_was_interrupted_is_tokenized_again(tmp_path, run, fake_fineweb, monkeypatch):
+    """Fails if half a file passes for a whole one, whether the stop was in tokenizing or in moving."""
+    assert make_fineweb(run, tmp_path / "once")[0] == 0
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "once").glob("*.bin")}
+    calls, original = [], os.replace
+
+    def replace(path, target):
+        calls.append(path)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return original(path, target)
+
+    for stop in range(1, 2 * len(wanted)):  # each shard is written, then moved
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            assert make_fineweb(run, tmp_path / str(stop))[0] == 130
+        assert make_fineweb(run, tmp_path / str(stop))[0] == 0
+        assert {path.name: path.read_bytes() for path in (tmp_path / str(stop)).glob("*.bin")} == wanted
 
 
 def test_fineweb_does_not_mix_two_corpora(tmp_path, run, fake_fineweb):
     assert make_fineweb(run, tmp_path, "--shards", 2)[0] == 0
     status, _, err = make_fineweb(run, tmp_path, "--sample", "100BT")
     assert status == 2 and "use another --out" in err
-    shard = tmp_path / "fineweb_val_000000.bin"
-    shard.write_bytes(shard.read_bytes()[:-1])
+    shard = tmp_path / "fineweb_10BT_val_000_00000.bin"
+    shards.write_shard(shard, np.array([50256, 1]))
     status, _, err = make_fineweb(run, tmp_path)
-    assert status == 2 and "cut short" in err
-    (tmp_path / "progress.json").unlink()
-    status, _, err = make_fineweb(run, tmp_path)
-    assert status == 2 and "did not make" in err
+    assert status == 2 and "not of this sample and vocabulary" in err
 
 
 # ---- all scripts
