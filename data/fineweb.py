@@ -77,7 +77,7 @@ def make_shards(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
             continue
         progress.where = f"(file {file + 1} of {len(names)}: {name})"
         path_of = functools.partial(shard_path, work, args.sample, file)
-        writer = ShardWriter(path_of, tokenizer.vocabulary, args.shard_tokens, first=0)
+        writer = ShardWriter(path_of, tokenizer.vocabulary, args.shard_tokens)
         path = download(REPO, name, work)
         for found in tokenizer.stream(read_parquet(path, "text")):
             writer.add(found.tokens)

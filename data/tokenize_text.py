@@ -17,7 +17,8 @@ the text is for validation. What was finished when the command was interrupted i
 
 import argparse
 import codecs
-import contextlib
+import functools
+import itertools
 import json
 import re
 import shutil
@@ -29,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under PYTHONSAFEPATH=1
 
-from data.shards import check_shard, find_shards, read_shard, run_script
+from data.shards import check_shard, find_shards, run_script
 from data.tokenizing import (
     PIECE_CHARACTERS,
     Progress,
@@ -78,7 +79,6 @@ def main() -> None:
     args = parser.parse_args()
     check_options(args)
     check_inputs(args.files)
-    args.small_is_fine = args.val_frac is None
     if args.val_frac is None:
         args.val_frac = 0.1 if sum(path.stat().st_size for path in args.files) <= SMALL_BYTES else 0.01
     if not 0 <= args.val_frac < 1:
@@ -86,13 +86,12 @@ def main() -> None:
     # Readers tell the two parts apart by _train_ and _val_ in the name.
     if not re.fullmatch(r"[\w.-]+", args.name) or re.search(r"_(train|val)(_|$)", args.name):
         raise ValueError(f"--name {args.name!r}: letters, digits and _ . - only, and neither _train nor _val")
+    old = old_shards(args.out, args.name)
+    if old and not args.force:
+        raise ValueError(
+            f"{old[0]} already exists ({len(old)} shards): --force replaces them; another --out keeps both"
+        )
     with Tokenizer(args.as_bytes, args.workers) as tokenizer:
-        old = old_shards(args.out, args.name)
-        if old and not args.force:
-            raise ValueError(
-                f"{old[0]} already exists ({len(old)} shards): --force replaces them; another --out keeps "
-                "both"
-            )
         write_split(args, tokenizer)
 
 
@@ -126,25 +125,25 @@ class Unfinished:
         kept = ("field", "separator", "val_frac", "shard_tokens", "as_bytes")
         self.choices = {"files": files, **{name: getattr(args, name) for name in kept}}
         # of each part: the first document that its finished shards lack, and how many shards those are
-        self.state = {"train": [0, 0], "val": [0, 0], "lowest": 1.0, "highest": 0.0}
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            saved = json.loads(self.state_path.read_text(encoding="utf-8"))
-            if saved["choices"] == self.choices:
-                # a missing or damaged shard is a ValueError: begin anew
-                for part, first in FIRST_NUMBER.items():
-                    for number in range(first, first + saved["state"][part][1]):
-                        check_shard(self.path_of(part, number))
-                self.state = saved["state"]
-        self.parts = {part: self.writer(part, first, vocabulary) for part, first in FIRST_NUMBER.items()}
+        self.state = self.saved_state() or {"train": [0, 0], "val": [0, 0]}
+        self.parts = {part: self.writer(part, vocabulary) for part in FIRST_NUMBER}
 
-    def writer(self, part: str, first: int, vocabulary: int) -> ShardWriter:
-        """Return a writer that goes on after a part's finished shards."""
-        number = first + self.state[part][1]
-        paths = [self.path_of(part, i) for i in range(first, number)]
-        writer = ShardWriter(lambda n: self.path_of(part, n), vocabulary, self.args.shard_tokens, number)
-        writer.written += paths
-        writer.num_tokens = sum(read_shard(path).size for path in paths)
-        return writer
+    def writer(self, part: str, vocabulary: int) -> ShardWriter:
+        path_of = functools.partial(self.path_of, part)
+        return ShardWriter(
+            path_of, vocabulary, self.args.shard_tokens, FIRST_NUMBER[part], self.state[part][1]
+        )
+
+    def saved_state(self) -> dict | None:
+        """Return the state of an interrupted run; None after other choices or if a shard is not whole."""
+        try:
+            saved = json.loads(self.state_path.read_text(encoding="utf-8"))
+            for part, first in FIRST_NUMBER.items():
+                for number in range(first, first + saved["state"][part][1]):
+                    check_shard(self.path_of(part, number))
+        except (OSError, ValueError):
+            return None
+        return saved["state"] if saved["choices"] == self.choices else None
 
     def path_of(self, part: str, number: int) -> Path:
         return self.folder / f"{self.args.name}_{part}_{number:06d}.bin"
@@ -184,26 +183,23 @@ class Unfinished:
 
 def write_split(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     work, progress = Unfinished(args, tokenizer.vocabulary), Progress()
-    first, state = work.first_document(), work.state
+    first, train, val = work.first_document(), work.parts["train"], work.parts["val"]
     if first:
-        progress.note(f"going on after {first:,} documents, which are in finished shards")
+        print(f"going on after {first:,} documents, which are in finished shards")
     try:
-        documents = (d for i, d in enumerate(read_all(args, progress)) if i >= first)
+        documents = itertools.islice(read_all(args, progress), first, None)
         for index, found in enumerate(tokenizer.stream(documents), first):
-            if not found.tokens.size:
-                continue
-            fraction = found.digest / 2**64
-            state["lowest"], state["highest"] = (
-                min(state["lowest"], fraction),
-                max(state["highest"], fraction),
-            )
-            work.add("val" if fraction < args.val_frac else "train", index, found.tokens)
+            work.add("val" if found.fraction < args.val_frac else "train", index, found.tokens)
             progress.add(found.tokens.size)
         progress.show(end=True)
-        train, val = work.parts["train"], work.parts["val"]
-        if args.small_is_fine:
+        if args.val_frac:
             split_small(train, val, args.val_frac)
-        check_split(args.val_frac, train, val, state["lowest"], state["highest"])
+        least = min(train.num_tokens, val.num_tokens)
+        if not train.num_tokens or (args.val_frac and least < LEAST_TOKENS):
+            raise ValueError(
+                f"{train.num_tokens:,} tokens for training, {val.num_tokens:,} for validation; each needs at "
+                f"least {LEAST_TOKENS:,}: add text or documents"
+            )
         paths = work.finish()
     except ValueError:  # the input is to be changed, and what was made of it with it
         work.remove()
@@ -220,33 +216,10 @@ def split_small(train: ShardWriter, val: ShardWriter, val_frac: float) -> None:
     if enough or total < 2 * LEAST_TOKENS or train.written or val.written:
         return
     tokens = np.concatenate([train.take(), val.take()])
-    mark, cut = tokens[:1], total - max(LEAST_TOKENS, int(total * val_frac))
+    mark, cut = tokens[:1], total - min(max(LEAST_TOKENS, int(total * val_frac)), total - LEAST_TOKENS)
     train.add(tokens[:cut])
     val.add(tokens[cut:] if tokens[cut] == mark[0] else np.concatenate([mark, tokens[cut:]]))
     print("there are too few documents to choose from: the end of the text is for validation")
-
-
-def check_split(val_frac: float, train: ShardWriter, val: ShardWriter, lowest: float, highest: float) -> None:
-    """Refuse an empty part, unless no validation was asked for."""
-    if train.num_tokens and val.num_tokens:
-        return
-    if not train.num_tokens and not val.num_tokens:
-        raise ValueError("the files hold no text")
-    if lowest == highest and val_frac:
-        raise ValueError(
-            "there is only one document, so none is left for validation: --separator cuts a .txt "
-            "file into documents, --val-frac 0 makes training shards only"
-        )
-    if not val.num_tokens and val_frac:
-        raise ValueError(
-            f"no document was chosen for validation with --val-frac {val_frac}; "
-            f"--val-frac {lowest + 1e-4:.4f} takes at least one"
-        )
-    if not train.num_tokens:
-        raise ValueError(
-            f"every document was chosen for validation with --val-frac {val_frac}; "
-            f"--val-frac {highest - 1e-4:.4f} leaves at least one for training"
-        )
 
 
 def read_all(args: argparse.Namespace, progress: Progress) -> Iterator[str]:
@@ -328,7 +301,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[str]:
         yield as_text(row[field], place, field)
 
 
-def read_parquet(path: Path, field: str, first_row: int = 0) -> Iterator[str]:
+def read_parquet(path: Path, field: str) -> Iterator[str]:
     import pyarrow  # imported late: it takes half a second, and only .parquet needs it
     import pyarrow.parquet
 
@@ -344,10 +317,9 @@ def read_parquet(path: Path, field: str, first_row: int = 0) -> Iterator[str]:
         row = 0
         try:
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
-                skipped = max(0, first_row - row)
-                for number, text in enumerate(batch.column(0).to_pylist()[skipped:], row + skipped):
-                    yield as_text(text, f"{path}, row {number}", field)
-                row += batch.num_rows
+                for text in batch.column(0).to_pylist():
+                    yield as_text(text, f"{path}, row {row}", field)
+                    row += 1
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path}: damaged near row {row:,} ({error})") from None
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.cores import usable_cores
-from data.shards import BYTE_MARK, BYTE_VOCABULARY, GPT2_MARK, GPT2_VOCABULARY, write_shard
+from data.shards import BYTE_MARK, BYTE_VOCABULARY, GPT2_MARK, GPT2_VOCABULARY, check_shard, write_shard
 
 SHARD_TOKENS = 100_000_000  # 200 MB, like the public shards
 CHUNK_CHARACTERS = 1 << 20  # per message to a worker: large enough to amortize the message, small in memory
@@ -107,7 +107,7 @@ def _start_pool_worker(as_bytes: bool) -> None:
 
 class Tokenized(NamedTuple):
     tokens: np.ndarray  # uint16, the mark first; none at all of an empty text
-    digest: int  # 64 bits of the text's sha256
+    fraction: float  # from 0 to 1, by the text's sha256
 
 
 def _encode_document(text: str) -> Tokenized:
@@ -120,7 +120,7 @@ def _encode_document(text: str) -> Tokenized:
     starts = range(0, len(text) if body else 0, PIECE_CHARACTERS)
     pieces = [_encode(text[start : start + PIECE_CHARACTERS]) for start in starts]
     tokens = np.concatenate([[_mark], *pieces], dtype=np.uint16, casting="unsafe")
-    return Tokenized(tokens if tokens.size > 1 else tokens[:0], digest)
+    return Tokenized(tokens if tokens.size > 1 else tokens[:0], digest / 2**64)
 
 
 def _encode_chunk(texts: list[str]) -> list[Tokenized]:
@@ -184,15 +184,21 @@ class ShardWriter:
     """Packs documents into shards of at most `shard_tokens` tokens, each of which begins with a mark.
 
     A document that does not fit goes whole into the next shard. One longer than a shard is cut, and every
-    piece begins with the mark. `path_of(number)` names the shards, numbered from `first`.
+    piece begins with the mark. `path_of(number)` names the shards, numbered from `first`; the first
+    `num_written` of them are there already.
     """
 
-    def __init__(self, path_of: Callable[[int], Path], vocabulary: int, shard_tokens: int, first: int):
-        self.path_of = path_of
-        self.vocabulary = vocabulary
-        self.next_number = first
-        self.written: list[Path] = []
-        self.num_tokens = 0
+    def __init__(
+        self,
+        path_of: Callable[[int], Path],
+        vocabulary: int,
+        shard_tokens: int,
+        first: int = 0,
+        num_written: int = 0,
+    ):
+        self.path_of, self.vocabulary, self.first = path_of, vocabulary, first
+        self.written = [path_of(first + i) for i in range(num_written)]
+        self.num_tokens = sum(check_shard(path).num_tokens for path in self.written)
         self._buffer = np.empty(shard_tokens, dtype=np.uint16)  # uses memory only as far as it is filled
         self._fill = 0
 
@@ -222,10 +228,9 @@ class ShardWriter:
     def flush(self) -> None:
         """Write the documents added so far, if there are any."""
         if self._fill:
-            path = self.path_of(self.next_number)
+            path = self.path_of(self.first + len(self.written))
             write_shard(path, self._buffer[: self._fill], self.vocabulary)
             self.written.append(path)
-            self.next_number += 1
             self._fill = 0
 
 
@@ -245,10 +250,6 @@ class Progress:
         if now - self._last >= (0.5 if self._live else 10):
             self._last = now
             self.show()
-
-    def note(self, text: str) -> None:
-        """Print a line that stays."""
-        print(("\n" if self._live else "") + text, flush=True)
 
     def show(self, end: bool = False) -> None:
         seconds = max(1e-9, time.monotonic() - self._start)
