@@ -1,10 +1,9 @@
 """Download FineWeb's sample of 100B tokens, already tokenized for GPT-2, from the Hugging Face hub.
 
-    python data/cached_fineweb100B.py 30     # the validation shard and the first 30 training shards
-    python data/cached_fineweb100B.py        # all 1030 of them, 206 GB
+    python data/cached_fineweb100B.py 30      # the validation shard and the first 30 training shards
+    python data/cached_fineweb100B.py         # all 1030 of them, 206 GB
 
-Shards of 100M tokens (200 MB) go to data/fineweb100B/, and each is checked as it arrives. An interrupted
-download resumes when the command is run again: complete shards are skipped.
+Shards of 100M tokens (200 MB) go to data/fineweb100B/.
 """
 
 import sys
@@ -15,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under PY
 from data.hub import PublicShards, download_main
 from data.shards import run_script
 
-SHARDS = PublicShards(repo="kjj0/fineweb100B-gpt2", folder="fineweb100B", prefix="fineweb", num_train=1030)
+SHARDS = PublicShards("kjj0/fineweb100B-gpt2", folder="fineweb100B", prefix="fineweb", num_train=1030)
 
 if __name__ == "__main__":
-    sys.exit(run_script(lambda: download_main(SHARDS, __doc__)))
+    sys.exit(run_script(lambda: download_main(__doc__, SHARDS)))

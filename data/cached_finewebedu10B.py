@@ -3,8 +3,7 @@
     python data/cached_finewebedu10B.py 9       # the validation shard and the first 9 training shards
     python data/cached_finewebedu10B.py         # all 99 of them, 19.9 GB
 
-Shards of 100M tokens (200 MB) go to data/finewebedu10B/, and each is checked as it arrives. An interrupted
-download resumes when the command is run again: complete shards are skipped.
+Shards of 100M tokens (200 MB) go to data/finewebedu10B/.
 """
 
 import sys
@@ -15,9 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under PY
 from data.hub import PublicShards, download_main
 from data.shards import run_script
 
-SHARDS = PublicShards(
-    repo="kjj0/finewebedu10B-gpt2", folder="finewebedu10B", prefix="finewebedu", num_train=99
-)
+SHARDS = PublicShards("kjj0/finewebedu10B-gpt2", folder="finewebedu10B", prefix="finewebedu", num_train=99)
 
 if __name__ == "__main__":
-    sys.exit(run_script(lambda: download_main(SHARDS, __doc__)))
+    sys.exit(run_script(lambda: download_main(__doc__, SHARDS)))

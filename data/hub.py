@@ -14,7 +14,10 @@ from data.shards import check_shard
 
 SHARD_BYTES = 200_001_024  # a full public shard: 100M tokens
 DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS}
-OFFLINE_WORDS = ("Connect", "Timeout", "Network", "Protocol", "ReadError", "gaierror")
+ABOUT_SHARDS = (
+    "Each is checked as it arrives. An interrupted download resumes when the command is run again: complete\n"
+    "shards are skipped."
+)
 
 
 class PublicShards(NamedTuple):
@@ -30,9 +33,9 @@ class DownloadError(OSError):
     """A failed download; the message says what went wrong and what to do."""
 
 
-def download_main(shards: PublicShards, description: str) -> None:
+def download_main(description: str, shards: PublicShards) -> None:
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description + ABOUT_SHARDS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "num_shards",
@@ -40,7 +43,7 @@ def download_main(shards: PublicShards, description: str) -> None:
         type=int,
         default=shards.num_train,
         metavar="N",
-        help=f"training shards, 1 to {shards.num_train} (default: all; 200 MB each)",
+        help=f"training shards, 1 to {shards.num_train} (default: all)",
     )
     default = Path(__file__).resolve().parent / shards.folder
     parser.add_argument(
@@ -118,25 +121,13 @@ def list_files(repo: str, folder: str) -> list[str]:
 
 
 def _explained(error: Exception, repo: str, name: str) -> OSError:
-    """Translate a failed download into one sentence; some errors are known by name only."""
-    from huggingface_hub import errors
-
+    """Return the error to raise for a failed download, a sentence that says what to do."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return error  # run_script explains it
     if "No space left" in str(error):  # wording of the hub's faster transfer library
         return OSError(errno.ENOSPC, str(error))
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return DownloadError(f"cannot download {name}: HF_HUB_OFFLINE is set; unset it")
-    kind = type(error).__name__
-    # LocalEntryNotFoundError: the hub was not reached and there is no local copy.
-    if isinstance(error, errors.LocalEntryNotFoundError) or any(word in kind for word in OFFLINE_WORDS):
-        return DownloadError(
-            f"cannot reach the hub for {name} of {repo}: is this machine online? Completed files "
-            f"are kept: run this again, or copy the file from another machine"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return DownloadError(f"the hub has no public data set {repo} (or HF_TOKEN is not valid: unset it)")
-    if isinstance(error, errors.EntryNotFoundError):
-        return DownloadError(f"no such file on the hub: {name} of {repo}")
     reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return DownloadError(f"downloading {name} of {repo} failed ({kind}: {reason}); run this again to resume")
+    return DownloadError(
+        f"downloading {name} of {repo} failed ({type(error).__name__}: {reason}): check the network, "
+        "HF_HUB_OFFLINE and HF_TOKEN; finished files are kept, run this again"
+    )
