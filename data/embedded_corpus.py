@@ -21,7 +21,7 @@ These are left out, because a language model learns nothing from them or they wo
 A tenth of the documents is held out for validation, chosen by the sha256 of the path. A file is therefore on
 the same side on every machine and under every Python version. The same hash sets the order, so that any
 prefix of a shard is a fair sample of it. The text differs slightly between Python versions: compare losses
-only where the content hashes agree. This script prints them, and the trainers log them.
+only where the hashes agree that this script prints and the trainers log.
 """
 
 import argparse
@@ -37,7 +37,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also under PYTHONSAFEPATH=1
 
-from data.shards import BYTE_MARK, BYTE_VOCABULARY, check_shard, content_hash, run_script, write_shard
+from data.shards import BYTE_MARK, BYTE_VOCABULARY, content_hash, open_shard, run_script, write_shard
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "embedded"
 TRAIN_NAME = "embedded_train_000000.bin"
@@ -74,8 +74,8 @@ def main() -> None:
         for path, documents in zip(paths, (train, val), strict=True):
             write_shard(path, to_tokens(documents), BYTE_VOCABULARY)
     for path in paths:
-        tokens = check_shard(path).num_tokens
-        print(f"{path}: {tokens:,} tokens, sha256 {content_hash(path)}")
+        tokens = open_shard(path).tokens
+        print(f"{path}: {len(tokens):,} tokens, hash {content_hash(tokens)}")
 
 
 def is_made(paths: list[Path]) -> bool:
@@ -83,7 +83,7 @@ def is_made(paths: list[Path]) -> bool:
     if not all(path.exists() for path in paths):
         return False
     try:
-        vocabularies = {check_shard(path, every_token=True).vocabulary for path in paths}
+        vocabularies = {open_shard(path).vocab_size for path in paths}
     except ValueError as error:
         print(f"{error}; making the corpus again")
         return False

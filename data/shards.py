@@ -1,8 +1,5 @@
 """The shard format: the one place that reads, checks and writes a shard. Needs numpy only.
 
-    from data.shards import open_shards      # the trainers
-    from shards import check_shard, read_shard, write_shard      # the scripts beside this file
-
 llm.c's format, so that other speedrun code reads these files and these scripts read theirs:
 
     256 int32   magic 20240520, version 1, number of tokens, vocabulary (0 means 50257), 0 ...
@@ -148,12 +145,6 @@ def map_tokens(path: Path | str, info: ShardInfo) -> np.memmap:
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(info.num_tokens,))
 
 
-def read_shard(path: Path | str) -> np.ndarray:
-    """The tokens, uint16, mapped from the checked file rather than loaded."""
-    info = check_shard(path)
-    return map_tokens(path, info)
-
-
 @dataclass
 class Shard:
     """An open token file: its tokens, mapped, and the size of their vocabulary."""
@@ -265,7 +256,7 @@ def open_shards(root: str, pattern: str, name: str) -> list[Shard]:
         fetch = "data/embedded_corpus.py" if "embedded" in pattern else "data/cached_fineweb10B.py 9"
         raise DataError(
             f"{name}={pattern!r} under DATA_PATH={root!r} matches no file; `.venv/bin/python {fetch}` makes "
-            "it, or set DATA_PATH to the folder of your own shards (data/README.md)"
+            "it, or set DATA_PATH to the folder of your own shards (docs/data.md)"
         )
     shards = [open_shard(p) for p in paths]
     if len({s.vocab_size for s in shards}) > 1:
@@ -372,26 +363,20 @@ def check_validation(val: list[Shard], val_tokens: int, unit_name: str, unit: in
 
 
 def describe_shards(shards: list[Shard]) -> str:
-    """name/tokens/sha256 of each file, for the log; of files over 64 MiB only the ends are hashed."""
+    """name/tokens/hash of each file, for the log."""
     return ",".join(
-        f"{s.path.name.replace(' ', '_')}/{len(s.tokens)}/{hash_of_ends(s.tokens)}" for s in shards
+        f"{s.path.name.replace(' ', '_')}/{len(s.tokens)}/{content_hash(s.tokens)}" for s in shards
     )
 
 
-def hash_of_ends(tokens: np.ndarray) -> str:
-    """sha256 of the tokens, or of the first and last MiB of a file over 64 MiB."""
+def content_hash(tokens: np.ndarray) -> str:
+    """The first 16 digits of the sha256 of the tokens as they lie in the file, whatever its header.
+
+    Of a file over 64 MiB only the first and last MiB are hashed.
+    """
     whole = tokens.nbytes <= 64 << 20
     parts = [tokens] if whole else [tokens[: 1 << 19], tokens[-(1 << 19) :]]
     return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
-
-
-def content_hash(path: Path | str) -> str:
-    """sha256 of the tokens alone, as they lie in the file: the same text gives the same hash everywhere."""
-    digest = hashlib.sha256()
-    tokens = read_shard(path)
-    for start in range(0, tokens.size, 1 << 24):
-        digest.update(tokens[start : start + (1 << 24)].tobytes())
-    return digest.hexdigest()
 
 
 def run_script(main: Callable[[], int | None]) -> int:

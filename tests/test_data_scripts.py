@@ -49,7 +49,7 @@ def documents_of(paths, mark=0):
     """Return the documents of byte shards, as bytes, in order."""
     found = []
     for path in paths:
-        tokens = shards.read_shard(path)
+        tokens = shards.open_shard(path).tokens
         assert tokens[0] == mark, f"{path} does not begin with a document's mark"
         found += [
             part.astype(np.uint8).tobytes() for part in np.split(tokens, np.flatnonzero(tokens == mark))[1:]
@@ -79,12 +79,11 @@ def test_round_trip(values, vocabulary):
         path = Path(folder) / "x.bin"
         shards.write_shard(path, np.array(values), vocabulary)
         assert shards.check_shard(path, every_token=True) == (len(values), vocabulary)
-        assert shards.read_shard(path).tolist() == values
+        assert shards.open_shard(path).tokens.tolist() == values
         opened = shards.open_shard(path)
         assert (opened.tokens.tolist(), opened.vocab_size) == (values, vocabulary)
-        assert (
-            shards.content_hash(path) == hashlib.sha256(struct.pack(f"<{len(values)}H", *values)).hexdigest()
-        )
+        digest = hashlib.sha256(struct.pack(f"<{len(values)}H", *values)).hexdigest()
+        assert shards.describe_shards([opened]) == f"x.bin/{len(values)}/{digest[:16]}"
         assert [p.name for p in Path(folder).iterdir()] == ["x.bin"], "a temporary file is left behind"
 
 
@@ -195,7 +194,7 @@ def test_a_full_disk_leaves_the_old_shard_and_no_temporary_file(tmp_path, monkey
     monkeypatch.setattr(os, "replace", no_space)
     status, _, message = run(lambda: shards.write_shard(path, np.array([4, 5])))
     assert status == 1 and "disk is full" in message and message.count("\n") == 1
-    assert shards.read_shard(path).tolist() == [1, 2, 3]
+    assert shards.open_shard(path).tokens.tolist() == [1, 2, 3]
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -264,7 +263,8 @@ def test_the_corpus_is_made_once_and_repaired_when_damaged(tmp_path, run, corpus
     for path, part in zip(paths, corpus, strict=True):
         assert documents_of([path]) == list(part.values())
         assert shards.check_shard(path).vocabulary == 256
-        assert shards.content_hash(path) in made
+        logged = shards.describe_shards([shards.open_shard(path)]).split("/")
+        assert f"hash {logged[2]}\n" in made
     before = [path.stat().st_mtime_ns for path in paths]
     status, again, _ = run(embedded_corpus.main, "--out", tmp_path)
     assert status == 0 and "already there" in again and [path.stat().st_mtime_ns for path in paths] == before

@@ -684,7 +684,7 @@ def test_data_that_does_not_fit_together_is_refused(tmp_path):
         train_gpt.open_data(data_settings(tmp_path), 1)
     with pytest.raises(DataError, match="300.*256"):
         train_gpt.open_data(data_settings(tmp_path, TRAIN_FILES="train_1.bin"), 1)
-    with pytest.raises(DataError, match="TRAIN_FILES='none.bin'.*data/README.md"):
+    with pytest.raises(DataError, match="TRAIN_FILES='none.bin'.*docs/data.md"):
         train_gpt.open_data(data_settings(tmp_path, TRAIN_FILES="none.bin"), 1)
     write_shard(tmp_path / "gpt2_0.bin", np.arange(2000), vocab_size=0)
     with pytest.raises(DataError, match="no document mark .token 50256"):
