@@ -29,10 +29,6 @@ class PublicShards(NamedTuple):
     num_train: int
 
 
-class DownloadError(OSError):
-    """A failed download; the message says what went wrong and what to do."""
-
-
 def download_main(description: str, shards: PublicShards) -> None:
     parser = argparse.ArgumentParser(
         description=description + ABOUT_SHARDS, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,9 +75,7 @@ def download_shards(shards: PublicShards, num_train: int, folder: Path) -> None:
         except ValueError as error:
             # Remove it: the hub's client would count it as downloaded and never fetch it again.
             path.unlink(missing_ok=True)
-            raise DownloadError(
-                f"the downloaded file was refused and removed: {error}. Run this again"
-            ) from None
+            raise OSError(f"the downloaded file was refused and removed: {error}. Run this again") from None
         print(f"{name}: {info.num_tokens:,} tokens")
     print(f"done; train with DATA_PATH={shlex.quote(str(folder.resolve()))} ./run.sh")
 
@@ -127,7 +121,7 @@ def _explained(error: Exception, repo: str, name: str) -> OSError:
     if "No space left" in str(error):  # wording of the hub's faster transfer library
         return OSError(errno.ENOSPC, str(error))
     reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return DownloadError(
+    return OSError(
         f"downloading {name} of {repo} failed ({type(error).__name__}: {reason}): check the network, "
         "HF_HUB_OFFLINE and HF_TOKEN; finished files are kept, run this again"
     )

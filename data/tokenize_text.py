@@ -244,23 +244,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         with open(path, encoding=encoding) as file:
             for number, line in enumerate(file, 1):
                 yield number, line
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError as error:  # decoding reads ahead of the lines
         byte = error.object[error.start]
-        line = first_bad_line(path) if encoding == "utf-8-sig" else number + 1
         raise ValueError(
-            f"{path}, line {line}: not UTF-8 (found byte {byte:#04x}); convert it with iconv"
+            f"{path}: not UTF-8 (found byte {byte:#04x} near line {number + 1}); convert it with iconv"
         ) from None
-
-
-def first_bad_line(path: Path) -> int:
-    """Return the number of the first line that is not UTF-8: decoding reads ahead of the lines."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    return number
 
 
 def read_plain(path: Path, separator: str | None) -> Iterator[str]:
