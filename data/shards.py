@@ -180,10 +180,11 @@ class Shard:
     def mark(self) -> int:
         """The token that begins every document.
 
-        Public GPT-2 shards may begin in the middle of one, so their first token says nothing; in a shard that
-        states its own vocabulary the first token is the mark.
+        In a shard of another vocabulary than GPT-2's and bytes, the first token is the mark; public GPT-2
+        shards may begin in the middle of a document.
         """
-        return GPT2_MARK if self.vocab_size == GPT2_VOCABULARY else int(self.tokens[0])
+        known = {GPT2_VOCABULARY: GPT2_MARK, BYTE_VOCABULARY: BYTE_MARK}
+        return known.get(self.vocab_size, int(self.tokens[0]))
 
     def documents(self, tokens: np.ndarray, longest: int, split: bool) -> tuple[np.ndarray, np.ndarray]:
         """(starts, lengths) of the documents in this shard's tokens, in their order, as training reads them.
@@ -266,7 +267,7 @@ def open_shards(root: str, pattern: str, name: str) -> list[Shard]:
 
 
 def open_pair(root: str, train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
-    """Training and validation shards, of one vocabulary."""
+    """Training and validation shards, of one vocabulary and document mark."""
     train = open_shards(root, train_files, "TRAIN_FILES")
     val = open_shards(root, val_files, "VAL_FILES")
     if train[0].vocab_size != val[0].vocab_size:
@@ -274,6 +275,12 @@ def open_pair(root: str, train_files: str, val_files: str) -> tuple[list[Shard],
             f"training shards have a vocabulary of {train[0].vocab_size}, validation shards of "
             f"{val[0].vocab_size}; both must come from one tokenizer"
         )
+    for shard in train + val:
+        if shard.mark != val[0].mark:
+            raise DataError(
+                f"{shard.path} begins with token {shard.mark}, {val[0].path} with {val[0].mark}: a shard of "
+                f"vocabulary {shard.vocab_size} must begin with the mark of a document, the same in all"
+            )
     return train, val
 
 

@@ -147,6 +147,20 @@ def test_a_damaged_shard_never_ends_in_a_traceback(data):
             assert max(struct.unpack_from(f"<{info.num_tokens}H", content, 1024)) < info.vocabulary
 
 
+def test_a_shard_cut_inside_a_document_does_not_get_a_mark_of_its_own(tmp_path):
+    """Fails if the first token of such a shard is taken for the mark: documents would run into each other."""
+    tokens = np.tile([0, *range(5, 54)], 4)
+    for part, begin in (("train", 0), ("val", 7)):
+        shards.write_shard(tmp_path / f"bytes_{part}_0.bin", tokens[begin:], 256)
+        shards.write_shard(tmp_path / f"other_{part}_0.bin", np.where(tokens == 0, 299, tokens)[begin:], 300)
+    train, val = shards.open_pair(tmp_path, "bytes_train_*", "bytes_val_*")
+    assert train[0].mark == val[0].mark == 0
+    with pytest.raises(
+        ValueError, match=r"other_train_0.bin begins with token 299, .*other_val_0.bin with 11"
+    ):
+        shards.open_pair(tmp_path, "other_train_*", "other_val_*")
+
+
 @pytest.mark.parametrize(
     "tokens, vocabulary",
     [([], GPT2), ([1.5], GPT2), ([[1]], GPT2), ([1, 50257], GPT2), ([-1, 2], GPT2), ([1], 70000), ([0], 0)],
