@@ -17,7 +17,6 @@ from kernels.signals import HIDDEN, gate_signals, mudd_signals
 
 VOCAB_MULTIPLE = 128  # as in the trainers
 GATE_CHANNELS = 12
-POLAR_STEPS = 5
 
 
 def padded_vocab(vocab: int) -> int:
@@ -30,41 +29,30 @@ def padded_vocab(vocab: int) -> int:
 # ---------------------------------------------------------------------------------------------------
 
 
-def visible_pairs(lengths, window: int, tile: int = 1) -> int:
-    """Count the pairs (query, key) with 0 <= query - key <= window in documents of these lengths.
-
-    With a tile, all pairs of the tile x tile blocks that hold such a pair: what flash attention computes.
-    """
-    blocks = -(-np.atleast_1d(np.asarray(lengths, dtype=np.int64)) // tile)
-    documents = np.cumsum(np.bincount(blocks)[::-1])[::-1][1:]  # that have a block j
-    j = np.arange(len(documents))
-    keys = j - np.maximum(0, j * tile - window) // tile + 1  # blocks of keys of block j
-    return int((documents * keys).sum()) * tile**2
+def visible_pairs(lengths, window: int) -> int:
+    """Count the pairs (query, key) with 0 <= query - key <= window in documents of these lengths."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    first = np.minimum(lengths, window + 1)  # queries that see their document from its beginning
+    return int((first * (first + 1) // 2 + (lengths - first) * (window + 1)).sum())
 
 
-def visible_keys(lengths, window: int, tile: int = 1) -> float:
+def visible_keys(lengths, window: int) -> float:
     """Mean number of keys of a query, over all tokens of documents of these lengths."""
-    return visible_pairs(lengths, window, tile) / int(np.sum(lengths))
+    return visible_pairs(lengths, window) / int(np.sum(lengths))
 
 
-def layer_windows(c, windows: tuple[int, int]) -> list[int | None]:
-    """List the layers' windows in tokens, None for no attention. windows: (short, long) in blocks."""
-    return [
-        None if i in c.no_attention else windows[i in c.long_layers] * c.window_block
-        for i in range(c.num_layers)
-    ]
-
-
-def keys_per_token(c, lengths, windows: tuple[int, int], tile: int = 1) -> float:
+def keys_per_token(c, lengths, windows: tuple[int, int]) -> float:
     """Number of keys that one token's queries see, summed over layers and query heads.
 
-    A paired layer has half as many heads on documents twice as long, with the same window.
+    windows: (short, long) in blocks. A paired layer has half as many heads on documents twice as long, with
+    the same window.
     """
     total = 0.0
-    for i, window in enumerate(layer_windows(c, windows)):
-        if window is not None:
+    for i in range(c.num_layers):
+        if i not in c.no_attention:
+            window = windows[i in c.long_layers] * c.window_block
             times = 2 if i in c.paired_layers else 1
-            total += c.num_heads * visible_keys(np.multiply(lengths, times), window, tile)
+            total += c.num_heads * visible_keys(np.multiply(lengths, times), window)
     return total
 
 
@@ -125,7 +113,7 @@ def plain_flop_per_token(c, row_tokens: int, vocab: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Parameters, and the optimizer's products
+# Parameters
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -167,17 +155,3 @@ def active_matrix_params(c) -> int:
         return num_matrix_params(c)
     idle = (c.num_experts - c.moe_top_k) * 2 * c.expert_hidden * c.width
     return num_matrix_params(c) + c.num_layers * (c.num_experts * c.width - idle)
-
-
-def polar_flop(rows: int, columns: int, gram: bool = False) -> int:
-    """FLOP of Polar Express for one matrix: X = a X + (b A + c A A) X with A = X X^T in each step.
-
-    A step has two long products and a short one. gram: the CPU's form for long matrices, whose steps all work
-    on X X^T.
-    """
-    m, n = sorted((rows, columns))
-    long, short = 2 * m * m * n, 2 * m**3
-    if not gram:
-        return POLAR_STEPS * (2 * long + short)
-    # X X^T and the last product; the square of each step, and P S P and P Q in all but the first
-    return 2 * long + POLAR_STEPS * short + (POLAR_STEPS - 1) * 3 * short
