@@ -7,7 +7,7 @@
 
 token_us and pass_ms are fitted to the public code's steps on one H100; its steps on eight are held out.
 Transfers are rings that nothing hides. Other presets have not been timed: for them, token_us grows with the
-FLOP per token, and pass_ms with the parameters, because most of it zeroes, casts and adds gradients. pass_ms
+FLOP per token, and pass_ms with the parameters, because much of it zeroes, casts and adds gradients. pass_ms
 includes an eighth of the optimizer's work (0.8 ms of gpt2-small's), which is right on eight GPUs. Stragglers,
 data and evaluation cost nothing.
 """
