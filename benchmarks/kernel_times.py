@@ -1,30 +1,49 @@
-"""Products and kernels of a training step, which benchmarks/first_hour.py times one by one.
+"""Time the products and kernels of a training step one by one, in ms.
 
-Each function makes the inputs of one of scaling_model.PARTS and returns its cases. Elementwise work is
-missing, because inductor generates its kernels with the model. Tensors are on torch's default device.
+    python benchmarks/kernel_times.py --json FILE
+
+Settings are the trainer's environment variables: sizes of its model, and real batches of its shards. A time
+is the median of many calls, each after flushing the L2 cache; on a CPU, of a single call, a rough figure.
+Elementwise work is missing, because torch's compiler generates its kernels with the model. What fails is
+named, does not stop the rest, and makes the exit code 1.
 
 M tokens of a pass, C width, V vocabulary (padded), N matrices, R rows, K columns
 """
 
+import argparse
 import functools
+import json
+import os
+import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
-from scaling_model import matrix_shapes, padded_vocab
 
-import train_gpt
-from kernels import cuda, float8
-from kernels.attention import Documents
-from kernels.ngrams import hash_ngrams
-from runtime.ranks import Ranks
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.path.append(str(ROOT / "tests/offgpu"))
+    import interpreter  # noqa: F401  (mends it; before kernels are defined)
+
+import train_gpt  # noqa: E402
+from kernels import cuda, float8  # noqa: E402
+from kernels.attention import Documents, activate  # noqa: E402
+from kernels.ngrams import hash_ngrams  # noqa: E402
+from runtime.checking import read_run  # noqa: E402
+from runtime.compiling import choose_allocator  # noqa: E402
+from runtime.flops import matrix_shapes, padded_vocab, polar_flop  # noqa: E402
+from runtime.ranks import Ranks  # noqa: E402
 
 
 class Case(NamedTuple):
-    """Call to time. times: calls per pass (optimizer: per step); 0: part of another case, or its rival."""
+    """Call to time. times: calls per pass (optimizer: per step); 0: part of another case."""
 
     name: str
     times: int
@@ -110,7 +129,7 @@ def loss_cases(c, targets_BT: torch.Tensor, V: int, K: int) -> list[Case]:
 
 
 def table_cases(c, tokens_M: torch.Tensor, V: int) -> list[Case]:
-    """Gradients of the tables: by fp32 atomics, zeroing and cast included, or with sorted rows.
+    """Gradients of the tables by fp32 atomics, with zeroing and cast.
 
     Alone they take longer than in a step, where the compiler joins the atomics to other work.
     """
@@ -123,14 +142,9 @@ def table_cases(c, tokens_M: torch.Tensor, V: int) -> list[Case]:
     def atomics(rows: int, index: torch.Tensor):
         return torch.zeros(rows, c.width).index_add_(0, index, grad.float()).bfloat16()
 
-    def by_rows(rows: int, index: torch.Tensor):
-        return torch.ops.aten.embedding_dense_backward(grad, index, rows, -1, False)
-
     for name, rows, times, index in kinds:
-        traffic = 10 * rows * c.width + 12 * grad.numel()
-        for way, counted, function in (("atomics", times, atomics), ("sorted", 0, by_rows)):
-            run = functools.partial(function, rows, index)
-            cases.append(Case(f"{name}, {way}", counted, run, 0, traffic))
+        run = functools.partial(atomics, rows, index)
+        cases.append(Case(name, times, run, 0, 10 * rows * c.width + 12 * grad.numel()))
     return cases
 
 
@@ -164,29 +178,12 @@ def attention_cases(c, batch, backend: str, windows: tuple[int, int]) -> list[Ca
 
 
 def polar_cases(shapes: dict) -> list[Case]:
-    """Polar iterations of each bucket, and the products of a single one."""
+    """Polar iterations of each bucket."""
     cases = []
     for (R, K), N in shapes.items():
         X = normal(N, R, K) / (R * K) ** 0.5
-        name, short, tall = f"{N} x {R} x {K}", min(R, K), R > K
-        left, right = (X.mT, X) if tall else (X, X.mT)
-        A = left @ right
-        flop = 2 * N * short * R * K
-
-        X_XT = functools.partial(torch.bmm, left, right)
-        last = functools.partial(torch.baddbmm, X, *((X, A) if tall else (A, X)))
-        whole = functools.partial(cuda.polar_steps, X, train_gpt.POLAR_COEFFICIENTS)
-        cases += [
-            Case(f"{name}, X X^T", 0, X_XT, flop),
-            Case(
-                f"{name}, b A + c A A",
-                0,
-                lambda A=A: torch.baddbmm(A, A, A, beta=-2.0, alpha=0.5),
-                2 * N * short**3,
-            ),
-            Case(f"{name}, a X + B X", 0, last, flop),
-            Case(f"{name}, all five iterations", 1, whole, 5 * (2 * flop + 2 * N * short**3)),
-        ]
+        run = functools.partial(cuda.polar_steps, X, train_gpt.POLAR_COEFFICIENTS)
+        cases.append(Case(f"{N} x {R} x {K}", 1, run, N * polar_flop(R, K)))
     return cases
 
 
@@ -209,52 +206,78 @@ def update_cases(shapes: dict) -> list[Case]:
     return cases
 
 
-class Lab:
-    """Sizes of a model, and real batches of each stage."""
+def make_parts(env: dict) -> tuple[str, dict[str, Callable]]:
+    """Return (device, {part: function that makes its cases})."""
+    s, _, c, _ = read_run(train_gpt, env)
+    activate(s.attn_backend)
+    (shards, _), schedule, shapes = train_gpt.open_data(s, 1), train_gpt.Schedule(s, c), matrix_shapes(c)
+    data, V = train_gpt.TrainData(shards, s, Ranks(s.device)), padded_vocab(shards[0].vocab_size)
+    on_cuda = s.device == "cuda"
+    if not on_cuda:  # the interpreter is slow
+        shapes = dict.fromkeys(shapes, 1)
+    first, *later = (data.make(*schedule.batch(step))[0] for step in schedule.bounds[:3])  # a pass each
+    M, attention = first.inputs_BT.numel(), {}
+    for stage, batch in enumerate([first, *later]):
+        known = c, batch, s.attn_backend, schedule.windows(stage)
+        attention[f"attention, stage {stage + 1}"] = functools.partial(attention_cases, *known)
+    return s.device, {
+        "device": lambda: device_cases(on_cuda),
+        **attention,
+        "products": lambda: product_cases(c, M),
+        "head": lambda: head_cases(c, M, V),
+        "loss": lambda: loss_cases(c, first.targets_BT, V, len(c.predict[0])),
+        "tables": lambda: table_cases(c, first.inputs_BT.flatten().long(), V),
+        "polar": lambda: polar_cases(shapes),
+        "updates": lambda: update_cases(shapes),
+        "gates": lambda: gate_cases(c, M),
+    }
 
-    def __init__(self, env: dict):
-        self.s, _, self.c = train_gpt.read_settings(env)
-        self.ranks = Ranks(self.s.device)
-        shards, _ = train_gpt.open_data(self.s, 1)
-        self.data = train_gpt.TrainData(shards, self.s, self.ranks)
-        self.schedule, self.cuda = train_gpt.Schedule(self.s, self.c), self.s.device == "cuda"
-        self.vocabulary = padded_vocab(shards[0].vocab_size)
-        self.shapes = matrix_shapes(self.c)
-        if not self.cuda:  # the interpreter is slow
-            self.shapes = dict.fromkeys(self.shapes, 1)
 
-    def batches(self, stage: int) -> list:
-        """Make the passes of a step."""
-        return self.data.make(self.schedule.batch_tokens(self.schedule.bounds[stage]))
-
-    def cases(self, part: str, stage: int, batch) -> list[Case]:
-        """Make the cases of one of scaling_model.PARTS, or of `device` or `gates`."""
-        c, M, V, windows = self.c, batch.inputs_BT.numel(), self.vocabulary, self.schedule.windows(stage)
-        make, *arguments = {
-            "device": (device_cases, self.cuda),
-            "matmul": (product_cases, c, M),
-            "head": (head_cases, c, M, V),
-            "attention": (attention_cases, c, batch, self.s.attn_backend, windows),
-            "logits": (loss_cases, c, batch.targets_BT, V, len(c.predict[stage])),
-            "tables": (table_cases, c, batch.inputs_BT.flatten().long(), V),
-            "polar": (polar_cases, self.shapes),
-            "updates": (update_cases, self.shapes),
-            "gates": (gate_cases, c, M),
-        }[part]
-        return make(*arguments)
-
-    def median_ms(self, run: Callable) -> float:
-        """Median of many calls, each after flushing the L2 cache; on a CPU, a single call, a rough figure."""
-        if self.cuda:
-            return triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median")
+def measure(case: Case, on_cuda: bool) -> dict:
+    """Time a case. Its rate counts only the work that the arithmetic needs."""
+    if on_cuda:
+        ms = triton.testing.do_bench(case.run, warmup=10, rep=60, return_mode="median")
+    else:
         start = time.perf_counter()
-        run()
-        return 1000 * (time.perf_counter() - start)
+        case.run()
+        ms = 1000 * (time.perf_counter() - start)
+    rate = f"{case.flop / ms / 1e9:,.1f} TFLOP/s" if case.flop else f"{case.bytes / ms / 1e6:,.0f} GB/s"
+    print(
+        f"  {case.name:44} {ms:9.4f} ms x {case.times:<3} {rate if case.flop or case.bytes else ''}",
+        flush=True,
+    )
+    return {"name": case.name, "ms": ms, "times": case.times, "flop": case.flop, "bytes": case.bytes}
 
-    def measure(self, part: str, stage: int) -> tuple[list[tuple[Case, float]], float]:
-        """Time a part's cases: ((case, ms) of each, ms per step of this stage)."""
-        with torch.device(self.ranks.device):
-            batches = self.batches(stage)
-            found = [(case, self.median_ms(case.run)) for case in self.cases(part, stage, batches[0])]
-        passes = 1 if part in ("polar", "updates") else len(batches)
-        return found, passes * sum(case.times * ms for case, ms in found)
+
+def main(argv: list[str]) -> int:
+    """Return exit code 0; 1 if a part failed; 2 for unusable settings."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there, after every part")
+    args = parser.parse_args(argv)
+    choose_allocator()
+    try:
+        device, parts = make_parts(dict(os.environ))
+    except ValueError as error:
+        print(f"kernel_times.py: {error}", file=sys.stderr)
+        return 2
+    found, failed = {}, []
+    with torch.device(device):
+        for part, make in parts.items():
+            print(part)
+            found[part] = []
+            try:
+                for case in make():
+                    found[part].append(measure(case, device == "cuda"))
+            except Exception:
+                traceback.print_exc()
+                failed.append(part)
+            if args.json:
+                args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"failed: {', '.join(failed) or 'none'}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -3,10 +3,11 @@
     python benchmarks/step_time.py                                   # all stages of the default preset
     python benchmarks/step_time.py --steps 40 --ord --json out.json  # and the ratio of the twins
     torchrun --standalone --nproc-per-node=8 benchmarks/step_time.py --stages 1,3
+    python benchmarks/step_time.py --stages 1 --profile --no-evaluation
     MODEL=tiny BATCH_SIZES=4096,4096,4096,4096 python benchmarks/step_time.py --script train_gpt.py
 
 Settings are the trainer's environment variables. The step is the trainer's own: its Trainer, TrainData, Ranks
-and evaluate, on the shards that a run would read. Nothing is written except --json.
+and evaluate, on the shards that a run would read. Nothing is written except --json, after every stage.
 
 * Whole steps are timed without instrumentation, in pairs, because Adam moves on every second step. The parts
   come from other steps, in which the trainer's calls (data.next, forward, backward, optimizer.step, the
@@ -16,11 +17,11 @@ and evaluate, on the shards that a run would read. Nothing is written except --j
 * The ceiling is the rate of a square product in the model's dtype, on all ranks at once. On a CPU it is
   measured again before every pair of steps, because the machine's other load varies. FLOP of a float8 head
   (sm_89 and later) count against the same ceiling.
-* FLOP are those of runtime/flops.py, with the document lengths of the timed batches.
+* FLOP are the trainer's own count for its logs, from the document lengths of the shard.
 * A step before a validation also measures ORD's statistics; it is timed only if it is among the timed steps.
-  Evaluation is timed on one and on two validation batches, and each further batch counts as much as the
-  second one adds: reading the shards and finding the documents happens once per validation. The last
-  validation's longer windows are not timed separately.
+  One whole validation is timed; the last one's longer windows are not timed separately.
+* --profile lists the kernels of a step (on a CPU: torch's operators) by their time, and how much of a step
+  on an idle device is the host's work. It comes last in a stage, because profiled steps are slower.
 * --ord interleaves both trainers in one process, pair by pair in alternating order, on the same tokens. It
   reports the median of the paired ratios with a confidence interval from order statistics (no assumption
   about the noise), and whether ORD's settings use the fused kernels or plain torch.
@@ -41,20 +42,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from kernels import attention, fast_forms  # noqa: E402
-from runtime.compiling import choose_allocator, compiler_for  # noqa: E402
-from runtime.flops import forward_flop  # noqa: E402
+from runtime.checking import read_run  # noqa: E402
+from runtime.compiling import choose_allocator, compiler_for, graphs_compiled  # noqa: E402
 from runtime.gauges import Timer, matmul_flops, peak_memory_mib  # noqa: E402
 from runtime.ranks import Ranks  # noqa: E402
 from runtime.session import to_host  # noqa: E402
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
 WARM_PAIRS = 2
+SHOWN = 12  # kernels of a profile; --json has them all
 TWINS = ("train_gpt", "train_gpt_muon_ord")
 
 
@@ -146,18 +149,18 @@ class Timed:
     """Trainer with its data, stepped like its own train(), with its calls wrapped from outside."""
 
     def __init__(self, module, s, o, config, shards, ranks):
-        self.module, self.s, self.o, self.config, self.ranks = module, s, o, config, ranks
-        self.train_shards, self.val_shards = shards
-        self.vocab_size = self.train_shards[0].vocab_size
-        attention.activate(s.attn_backend)
+        self.module, self.s, self.o, self.ranks = module, s, o, ranks
+        train_shards, self.val_shards = shards
+        self.attention, notes = attention.activate(s.attn_backend)
         self.forms = contextlib.ExitStack()
         installed = fast_forms.installed(module, s, o, compiler_for(s))
-        self.fast_names, self.fast_warnings = self.forms.enter_context(installed)
-        self.trainer = module.Trainer(s, o, config, self.vocab_size, ranks)
-        self.data = module.TrainData(self.train_shards, s, ranks, self.trainer.memory.pass_tokens)
+        self.fast_names, warnings = self.forms.enter_context(installed)
+        self.warnings = [*notes, *warnings]
+        self.trainer = module.Trainer(s, o, config, train_shards[0].vocab_size, ranks)
+        self.data = module.TrainData(train_shards, s, ranks, self.trainer.memory.pass_tokens)
         self.schedule, self.pending, self.entered = self.trainer.schedule, None, -1
         self.clock = Timer(ranks.device)
-        self.parts, self.seen = Parts(self.clock), []
+        self.parts = Parts(self.clock)
         trainer, parts = self.trainer, self.parts
         trainer.train_loss = parts.wrap("forward", trainer.train_loss)
         trainer.optimizer.step = parts.wrap("optimizer", trainer.optimizer.step)
@@ -217,7 +220,7 @@ class Timed:
         step = self.steps[self.at % length]
         self.at += 1
         batches = self.next_batches(self.schedule.batch(step), self.schedule.batch(step))
-        self.seen.append([batch.cu_seqlens for batch in batches])
+        self.trainer.doc_lengths = self.data.doc_lengths
         total = self.trainer.step(step, batches)
         self.flush()
         self.pending = to_host(total, self.ranks.all_reduce(total))
@@ -236,35 +239,21 @@ class Timed:
             return start, self.clock.mark()
 
     def evaluation_ms(self) -> float:
-        """Extrapolate a whole validation from one batch and from two."""
-        if self.clock.cuda or self.s.compile == "1":
-            self.evaluate_ms(1)  # compiles
-        num_batches = self.s.val_tokens // self.s.val_batch_tokens
-        one = self.evaluate_ms(1)
-        return one if num_batches == 1 else one + (num_batches - 1) * max(0.0, self.evaluate_ms(2) - one)
-
-    def evaluate_ms(self, num_batches: int) -> float:
-        """Time the trainer's own evaluation of this many batches."""
-        windows, trainer = self.schedule.windows(self.trainer.stage), self.trainer
+        """Time one of the trainer's validations."""
+        if self.s.compile == "1":
+            self.evaluate(num_batches=1)  # compiles
         self.clock.sync()
         start = time.perf_counter()
-        batches = self.module.val_batches(self.val_shards, self.s, self.ranks, num_batches)
-        batches = self.data.prefetcher.each(batches)
-        self.module.evaluate(trainer.val_loss, batches, windows, trainer.tied, self.ranks)
+        self.evaluate()
         self.clock.sync()
         return 1000 * (time.perf_counter() - start)
 
-    def flop_per_step(self, stage: int) -> float:
-        """Mean FLOP of this rank, forward and backward, over the steps seen since the last call."""
-        total = 0.0
-        for step in self.seen:
-            for cu_seqlens in step:
-                lengths = np.diff(cu_seqlens.cpu().numpy())
-                lengths = lengths[lengths > 0]
-                forward = forward_flop(self.config, lengths, self.vocab_size, self.config.windows[stage])
-                total += 3 * forward.total * lengths.sum()
-        count, self.seen = len(self.seen), []
-        return total / count
+    def evaluate(self, num_batches: int | None = None):
+        """Evaluate on all validation batches, or on the first num_batches."""
+        windows, trainer = self.schedule.windows(self.trainer.stage), self.trainer
+        batches = self.module.val_batches(self.val_shards, self.s, self.ranks, num_batches)
+        batches = self.data.prefetcher.each(batches)
+        self.module.evaluate(trainer.val_loss, batches, windows, trainer.tied, self.ranks)
 
 
 def build(script: str, env: dict, ranks=None) -> Timed:
@@ -272,9 +261,11 @@ def build(script: str, env: dict, ranks=None) -> Timed:
     module = importlib.import_module(script)
     if script == TWINS[0]:  # it refuses the other twin's settings
         env = {k: v for k, v in env.items() if not k.startswith(("SPECTRAL_", "ORD_"))}
-    s, o, config = module.read_settings(env)
+    s, o, config, notes = read_run(module, env)
     ranks = ranks or Ranks(s.device)
-    return Timed(module, s, o, config, module.open_data(s, ranks.world_size), ranks)
+    timed = Timed(module, s, o, config, module.open_data(s, ranks.world_size), ranks)
+    timed.warnings += notes
+    return timed
 
 
 def ceiling(timed: Timed, repeats: int) -> float:
@@ -288,50 +279,46 @@ def ceiling(timed: Timed, repeats: int) -> float:
 # ---------------------------------------------------------------------------------------------------
 
 
-def measure_stage(timed: Timed, stage: int, steps: int, evaluate: bool = True) -> dict:
-    """Time whole steps, parts and a validation of one stage (0 is the first), in ms per step of this rank."""
-    clock, pairs, whole, parts_ms, rates = timed.clock, max(1, -(-steps // 2)), [], [], []
+def measure_stage(timed: Timed, stage: int, steps: int) -> dict:
+    """Time whole steps and parts of one stage (0 is the first), in ms per step of this rank."""
+    clock, pairs, start = timed.clock, -(-steps // 2), time.perf_counter()
     timed.enter(stage)
     for _ in range(WARM_PAIRS):
         timed.pair(recorded=False)
-    timed.seen = []
-    if clock.cuda:  # back to back, so that the GPU never idles between pairs
-        rates.append(ceiling(timed, 20))
-        whole = [timed.pair(recorded=False) for _ in range(pairs)]
-        for _ in range(pairs):
-            timed.pair(recorded=True)
-        clock.sync()
-        parts_ms = [timed.parts.spent(timed.parts.take())]
-        parts_ms = [{name: ms / (2 * pairs) for name, ms in parts_ms[0].items()}]
-    else:
-        for _ in range(pairs):
-            rates.append(ceiling(timed, 2))
-            whole.append(timed.pair(recorded=False))
-            timed.pair(recorded=True)
-            spent = timed.parts.spent(timed.parts.take())
-            parts_ms.append({name: ms / 2 for name, ms in spent.items()})
     timed.flush()
+    clock.sync()
+    warm_s, graphs = time.perf_counter() - start, graphs_compiled()
+    whole, inside, rates = [], [], [ceiling(timed, 20)] if clock.cuda else []
+    # back to back on a GPU, so that it never idles between pairs
+    for recorded in [False] * pairs + [True] * pairs if clock.cuda else [False, True] * pairs:
+        if not clock.cuda and not recorded:
+            rates.append(ceiling(timed, 2))
+        marks = timed.pair(recorded)
+        if recorded:
+            inside.append(timed.parts.take())
+        else:
+            whole.append(marks)
+    timed.flush()
+    clock.sync()
     ms = np.array([clock.ms(*marks) / 2 for marks in whole])
-    parts = {name: float(np.median([p[name] for p in parts_ms])) for name in PARTS}
+    spent = [timed.parts.spent(marks) for marks in inside]
+    parts = {name: float(np.median([s[name] / 2 for s in spent])) for name in PARTS}
     step, schedule = timed.steps[0], timed.schedule
-    tokens, ms_step = schedule.batch_tokens(step), float(np.median(ms))
-    flop, rate = timed.flop_per_step(stage), float(np.median(rates))
+    tokens, ms_step, rate = schedule.batch_tokens(step), float(np.median(ms)), float(np.median(rates))
+    flop = timed.trainer.flop_per_token(step) * tokens / timed.ranks.world_size
     compute_ms = parts["forward"] + parts["backward"]
     return {
         "stage": stage + 1,
-        "first_step": step,
         "batch_tokens": tokens,
         "windows": schedule.windows(stage),
-        "predicted_tokens": len(schedule.predict_weights(step)),
-        "tied": timed.trainer.tied,
+        "warm_s": warm_s,
+        "graphs_compiled_meanwhile": graphs_compiled() - graphs,
         "pairs": pairs,
         "ms_step": ms_step,
         "ms_step_quartiles": np.percentile(ms, [25, 75]).tolist(),
-        "ms_step_fastest": float(ms.min()),
         "tokens_per_s": 1000 * tokens / ms_step,
         "parts_ms": parts,
         "shares": {name: value / sum(parts.values()) for name, value in parts.items()},
-        "evaluation_ms": timed.evaluation_ms() if evaluate else None,
         "flop_per_rank_step": flop,
         "ceiling_flops": rate,
         "of_ceiling_forward_backward": flop / (compute_ms / 1000) / rate,
@@ -339,55 +326,54 @@ def measure_stage(timed: Timed, stage: int, steps: int, evaluate: bool = True) -
     }
 
 
-def step_key(timed: Timed, stage: int) -> tuple:
-    """Key that is equal for stages whose steps do the same work."""
-    step, schedule = timed.steps_of(stage)[0], timed.schedule
-    untied = schedule.untie_step is not None and step > schedule.untie_step
-    return schedule.batch_tokens(step), schedule.windows(stage), len(schedule.predict_weights(step)), untied
-
-
-def measure(timed: Timed, stages: list[int], steps: int, say) -> list[dict]:
-    """Measure each stage; one whose steps equal an earlier one's is not timed again."""
-    results, done = [], {}
-    for stage in stages:
-        key = step_key(timed, stage)
-        if key in done:
-            results.append({**done[key], "stage": stage + 1, "same_as": done[key]["stage"]})
-        else:
-            results.append(measure_stage(timed, stage, steps))
-            done[key] = results[-1]
-        print_stage(results[-1], say)
-    return results
+def profile_stage(timed: Timed) -> dict:
+    """List the kernels of a step, averaged over a pair; before that, time two steps on an idle device."""
+    clock, host, whole = timed.clock, 0.0, 0.0
+    for _ in range(2):
+        clock.sync()
+        start = time.perf_counter()
+        timed.step()
+        host += time.perf_counter() - start
+        clock.sync()
+        whole += time.perf_counter() - start
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if clock.cuda else [ProfilerActivity.CPU]
+    with profile(activities=activities) as found:
+        timed.pair(recorded=False)
+        timed.flush()
+        clock.sync()
+    kernels = []
+    for event in found.key_averages():
+        us = event.self_device_time_total if clock.cuda else event.self_cpu_time_total
+        on_device = event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        if us and on_device == clock.cuda:
+            kernels.append({"name": event.key, "ms": us / 2000, "calls": event.count / 2})
+    kernels.sort(key=lambda kernel: -kernel["ms"])
+    return {"host_ms": 500 * host, "step_ms": 500 * whole, "kernels": kernels}
 
 
 def whole_schedule(timed: Timed, results: list[dict]) -> dict | None:
-    """Minutes of all steps and validations, and each part's share; None if a stage was not timed."""
-    schedule, by_stage = timed.schedule, {r["stage"] - 1: r for r in results}
-    of_step = [schedule.stage(i) for i in range(schedule.num_steps)]
-    if not set(of_step) <= set(by_stage):
+    """Minutes of all steps and validations, and each part's share; None if some of it was not timed."""
+    schedule, by_stage, n = timed.schedule, {r["stage"] - 1: r for r in results}, timed.schedule.num_steps
+    of_step = [schedule.stage(i) for i in range(n)]
+    if not set(of_step) <= set(by_stage) or any(r["evaluation_ms"] is None for r in results):
         return None
-    validations = [
-        of_step[min(i, schedule.num_steps - 1)]
-        for i in range(schedule.num_steps + 1)
-        if schedule.s.validates(i, schedule.num_steps)
-    ]
+    validations = [of_step[min(i, n - 1)] for i in range(n + 1) if schedule.s.validates(i, n)]
     train_ms = sum(by_stage[i]["ms_step"] for i in of_step)
     eval_ms = sum(by_stage[i]["evaluation_ms"] for i in validations)
-    shares = {
-        name: sum(by_stage[i]["shares"][name] * by_stage[i]["ms_step"] for i in of_step)
-        / (train_ms + eval_ms)
-        for name in PARTS
+    parts_ms = {
+        name: sum(by_stage[i]["shares"][name] * by_stage[i]["ms_step"] for i in of_step) for name in PARTS
     }
-    tokens = sum(schedule.batch_tokens(i) for i in range(schedule.num_steps))
+    parts_ms["evaluation"] = eval_ms
+    tokens = sum(schedule.batch_tokens(i) for i in range(n))
     return {
-        "steps": schedule.num_steps,
+        "steps": n,
         "tokens": tokens,
         "validations": len(validations),
         "train_minutes": train_ms / 60_000,
         "minutes_with_evaluation": (train_ms + eval_ms) / 60_000,
         "tokens_per_s": 1000 * tokens / train_ms,
-        "ms_step": train_ms / schedule.num_steps,
-        "shares": {**shares, "evaluation": eval_ms / (train_ms + eval_ms)},
+        "ms_step": train_ms / n,
+        "shares": {name: ms / (train_ms + eval_ms) for name, ms in parts_ms.items()},
     }
 
 
@@ -403,13 +389,14 @@ def median_interval(values, confidence: float = 0.95) -> dict:
     """
     x = np.sort(np.asarray(values, dtype=float))
     n = len(x)
-    k = max(1, int(stats.binom.ppf((1 - confidence) / 2, n, 0.5)))
+    below = np.cumsum([math.comb(n, i) / 2**n for i in range(n)])  # P(at most i values below the median)
+    k = max(1, int(np.searchsorted(below, (1 - confidence) / 2)))
     return {
         "median": float(np.median(x)),
         "low": float(x[k - 1]),
         "high": float(x[n - k]),
         "n": n,
-        "confidence": float(1 - 2 * stats.binom.cdf(k - 1, n, 0.5)),
+        "confidence": float(1 - 2 * below[k - 1]),
     }
 
 
@@ -438,25 +425,20 @@ def compare_twins(twins: list[Timed], stage: int, pairs: int) -> dict:
     for twin in twins:
         twin.flush()
     clock.sync()
-    base, ord_ = (np.array([clock.ms(*marks) / 2 for marks in arm]) for arm in whole)
-    base_optimizer, ord_optimizer = (
+    ms = [np.array([clock.ms(*marks) / 2 for marks in arm]) for arm in whole]
+    optimizer_ms = [
         np.array([twin.parts.spent(marks)["optimizer"] / 2 for marks in arm])
         for twin, arm in zip(twins, inside)
-    )
+    ]
     return {
         "stage": stage + 1,
         "pairs": pairs,
-        "steps_each": 2 * pairs,
         "ord_mode": twins[1].o.ord_mode,
         "fused_step": "step_ord" in twins[1].fast_names,
-        "ms_step": {TWINS[0]: float(np.median(base)), TWINS[1]: float(np.median(ord_))},
-        "ms_optimizer": {
-            TWINS[0]: float(np.median(base_optimizer)),
-            TWINS[1]: float(np.median(ord_optimizer)),
-        },
-        "ratio": median_interval(ord_ / base),
-        "ratio_of_fastest": float(ord_.min() / base.min()),
-        "optimizer_extra_share_of_step": median_interval((ord_optimizer - base_optimizer) / base),
+        "ms_step": {name: float(np.median(x)) for name, x in zip(TWINS, ms)},
+        "ms_optimizer": {name: float(np.median(x)) for name, x in zip(TWINS, optimizer_ms)},
+        "ratio": median_interval(ms[1] / ms[0]),
+        "optimizer_extra_share_of_step": median_interval((optimizer_ms[1] - optimizer_ms[0]) / ms[0]),
     }
 
 
@@ -465,76 +447,78 @@ def compare_twins(twins: list[Timed], stage: int, pairs: int) -> dict:
 # ---------------------------------------------------------------------------------------------------
 
 
-def in_words(parts: dict[str, float], whole: float | None = None) -> str:
-    if whole is None:
-        return "  ".join(f"{name} {share:.1%}" for name, share in parts.items())
-    return "  ".join(f"{name} {ms:.2f} ms ({ms / whole:.1%})" for name, ms in parts.items())
+def in_words(shares: dict[str, float]) -> str:
+    return "  ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
 
-def print_stage(r: dict, say):
-    if "same_as" in r:
-        say(f"\nstage {r['stage']}: the same step as stage {r['same_as']}")
-        return
+def describe_stage(r: dict) -> str:
     low, high = r["ms_step_quartiles"]
-    parts = r["parts_ms"]
-    say(
-        f"\nstage {r['stage']}: {r['batch_tokens']} tokens a step, windows {r['windows']}, "
-        f"{r['predicted_tokens']} predicted token(s), {'tied' if r['tied'] else 'untied'}; "
-        f"{2 * r['pairs']} steps timed whole, {2 * r['pairs']} in parts"
-    )
-    say(
-        f"  {r['ms_step']:.2f} ms a step (quartiles {low:.2f} to {high:.2f}, fastest pair "
-        f"{r['ms_step_fastest']:.2f}), {r['tokens_per_s']:,.0f} tokens/s; "
-        f"steps in parts took {sum(parts.values()):.2f} ms"
-    )
-    say(f"  {in_words(parts, sum(parts.values()))}")
-    say(
-        f"  {r['flop_per_rank_step'] / 1e9:,.2f} GFLOP a rank and step; matmul ceiling "
+    lines = [
+        f"\nstage {r['stage']}: {r['batch_tokens']} tokens a step, windows {r['windows']}; "
+        f"{2 * r['pairs']} steps timed whole and {2 * r['pairs']} in parts, after {r['warm_s']:.1f} s of "
+        "compiling and warming up",
+        f"{r['ms_step']:.2f} ms a step (quartiles {low:.2f}, {high:.2f}), {r['tokens_per_s']:,.0f} tokens/s",
+        f"{in_words(r['shares'])}; in ms: {', '.join(f'{ms:.2f}' for ms in r['parts_ms'].values())}",
+        f"{r['flop_per_rank_step'] / 1e9:,.2f} GFLOP a rank and step; matmul ceiling "
         f"{r['ceiling_flops'] / 1e9:,.0f} GFLOP/s a rank: forward and backward run at "
-        f"{r['of_ceiling_forward_backward']:.1%} of it, the whole step at {r['of_ceiling_step']:.1%}"
-    )
-    say(f"  evaluation: {r['evaluation_ms'] / 1000:.2f} s a validation")
+        f"{r['of_ceiling_forward_backward']:.1%} of it, the whole step at {r['of_ceiling_step']:.1%}",
+        "memory of a rank: " + ", ".join(f"{name} {mib:,.0f}" for name, mib in r["memory"].items()),
+    ]
+    if r["graphs_compiled_meanwhile"]:
+        lines.append(f"WRONG: {r['graphs_compiled_meanwhile']} graphs were compiled while steps were timed")
+    if r["evaluation_ms"] is not None:
+        lines.append(f"evaluation: {r['evaluation_ms'] / 1000:.2f} s a validation")
+    if r["profile"]:
+        kernels = r["profile"]["kernels"]
+        total = sum(kernel["ms"] for kernel in kernels)
+        lines.append(
+            "a step on an idle device: {step_ms:.2f} ms, issued by the host in {host_ms:.2f}; "
+            "profiled, {} kinds of kernels take {:.2f} ms:".format(len(kernels), total, **r["profile"])
+        )
+        lines += [f"{k['ms']:10.3f} ms {k['calls']:6g} calls  {k['name'][:80]}" for k in kernels[:SHOWN]]
+    return "\n  ".join(lines)
 
 
-def print_schedule(total: dict | None, say):
+def describe_schedule(total: dict | None) -> str:
     if total is None:
-        say("\nnot all stages were timed, so the schedule's total is not known")
-        return
-    say(
-        f"\nwhole schedule: {total['steps']} steps, {total['tokens']:,} tokens, {total['validations']} "
-        f"validations: {total['train_minutes']:.2f} minutes of training ({total['ms_step']:.2f} ms a step, "
-        f"{total['tokens_per_s']:,.0f} tokens/s), {total['minutes_with_evaluation']:.2f} with evaluation"
+        return "\nnot all stages and validations were timed, so the schedule's total is not known"
+    return (
+        "\nwhole schedule: {steps} steps, {tokens:,} tokens, {validations} validations: {train_minutes:.2f} "
+        "minutes of training ({ms_step:.2f} ms a step, {tokens_per_s:,.0f} tokens/s), "
+        "{minutes_with_evaluation:.2f} with evaluation\n  ".format(**total)
+        + in_words(total["shares"])
     )
-    say(f"  {in_words(total['shares'])}")
 
 
-def print_twins(r: dict, say):
-    ratio, extra = r["ratio"], r["optimizer_extra_share_of_step"]
-    say(
+def describe_twins(r: dict) -> str:
+    (base, ord_), optimizers = r["ms_step"].values(), r["ms_optimizer"].values()
+    return (
         f"\nstage {r['stage']}, train_gpt_muon_ord.py over train_gpt.py, {r['pairs']} pairs of 2 steps each, "
-        f"interleaved; ORD_MODE={r['ord_mode']}, {'fused kernels' if r['fused_step'] else 'plain torch'}:"
-    )
-    say(
-        f"  step {r['ms_step'][TWINS[1]]:.2f} / {r['ms_step'][TWINS[0]]:.2f} ms, median of paired ratios "
-        f"{ratio['median']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f}, {ratio['confidence']:.1%}, "
-        f"n = {ratio['n']}); fastest pair over fastest pair {r['ratio_of_fastest']:.4f}"
-    )
-    say(
-        f"  optimizer {r['ms_optimizer'][TWINS[1]]:.2f} / {r['ms_optimizer'][TWINS[0]]:.2f} ms; its "
-        f"extra time is {extra['median']:.2%} of a baseline step ({extra['low']:.2%} to {extra['high']:.2%})"
+        f"interleaved; ORD_MODE={r['ord_mode']}, {'fused kernels' if r['fused_step'] else 'plain torch'}:\n"
+        f"  step {ord_:.2f} / {base:.2f} ms, median of paired ratios "
+        + "{median:.4f} ({low:.4f} to {high:.4f}, {confidence:.1%}, n = {n})\n".format(**r["ratio"])
+        + "  optimizer {1:.2f} / {0:.2f} ms; its extra time is ".format(*optimizers)
+        + "{median:.2%} of a baseline step ({low:.2%} to {high:.2%})".format(
+            **r["optimizer_extra_share_of_step"]
+        )
     )
 
 
-def machine(timed: Timed) -> dict:
-    cuda, threads = timed.clock.cuda, torch.get_num_threads()
-    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+def describe(timed: Timed, script: str) -> dict:
+    cuda = timed.clock.cuda
     return {
-        "device": name,
+        "script": script,
+        "model": timed.s.model,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "world_size": timed.ranks.world_size,
-        "threads_a_rank": threads,
+        "threads_a_rank": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": str(timed.trainer.model.head.dtype).removeprefix("torch."),
         "time": time.strftime("%Y-%m-%d %H:%M"),
+        "attention": timed.attention,
+        "fast_forms": timed.fast_names,
+        "warnings": timed.warnings,
+        "settings": {**dataclasses.asdict(timed.s), **dataclasses.asdict(timed.o)},
     }
 
 
@@ -545,15 +529,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--script", default="train_gpt_muon_ord.py", help="trainer (default %(default)s)")
     parser.add_argument("--stages", help="comma-separated, 1 is the first, 4 the extension (default: all)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps a stage, whole, and in parts (20)")
-    parser.add_argument(
-        "--ord",
-        type=int,
-        nargs="?",
-        const=40,
-        default=0,
-        metavar="PAIRS",
-        help="also the paired ratio of the twins, from so many pairs of two steps (40)",
-    )
+    parser.add_argument("--profile", action="store_true", help="also list the kernels of a step")
+    parser.add_argument("--no-evaluation", action="store_true", help="time no validation")
+    text = "also the paired ratio of the twins, from so many pairs of two steps (40); --steps 0: nothing else"
+    parser.add_argument("--ord", type=int, nargs="?", const=40, default=0, metavar="PAIRS", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     return parser.parse_args(argv)
 
@@ -573,61 +552,72 @@ def choose_stages(timed: Timed, text: str | None) -> list[int]:
     return chosen
 
 
-def run(args, env: dict) -> tuple[dict, object]:
-    """Return the result for --json, and the process's Ranks."""
-    if args.ord < 0:
-        raise ValueError(f"--ord {args.ord}: wanted a number of pairs")
+def memory(timed: Timed) -> dict[str, float]:
+    """Peak memory of a rank so far in MiB and, on a GPU, the trainer's forecast."""
+    found, forecast = peak_memory_mib(timed.ranks), timed.trainer.memory
+    if forecast.forecasts:
+        found["cuda_forecast_mib"] = forecast.wanted(forecast.largest_pass()) / 2**20
+    return found
+
+
+def run(args, env: dict):
+    """Measure, print, and write the result so far after each stage and after the twins."""
+    if args.ord < 0 or args.steps < 0:
+        raise ValueError(f"--ord {args.ord} --steps {args.steps}: wanted numbers of pairs and of steps")
     if args.json and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json {args.json}: its folder does not exist")
     choose_allocator()  # as in a run
     timed = build(Path(args.script).stem, env)
-    ranks = timed.ranks
-    say = print if ranks.rank == 0 else lambda text: None
-    stages = choose_stages(timed, args.stages)
-    result = {
-        "script": args.script,
-        "model": timed.s.model,
-        **machine(timed),
-        "settings": {**dataclasses.asdict(timed.s), **dataclasses.asdict(timed.o)},
-    }
-    say(
-        f"{args.script}: {timed.s.model} in {result['dtype']} on {result['world_size']} rank(s) of "
-        f"{result['device']}, {result['threads_a_rank']} thread(s) each, torch {result['torch']}, "
-        f"compile {timed.s.compile}, fast forms: {', '.join(timed.fast_names) or 'none'}"
+    ranks, stages, result = timed.ranks, choose_stages(timed, args.stages), describe(timed, args.script)
+
+    def note(text: str, **found):
+        result.update(found)
+        if ranks.rank == 0:
+            print(text, flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    note(
+        "{script}: {model} in {dtype} on {world_size} rank(s) of {device}, {threads_a_rank} thread(s) each, "
+        "torch {torch}, attention {attention}, fast forms {fast_forms}, compile {compile}, "
+        "warnings {warnings}".format(**result, compile=timed.s.compile)
     )
-    result["stages"] = measure(timed, stages, args.steps, say)
-    result["schedule"] = whole_schedule(timed, result["stages"])
-    print_schedule(result["schedule"], say)
-    result["memory"] = peak_memory_mib(timed.ranks)
-    say("\npeak memory of a rank: " + ", ".join(f"{k} {v:,.0f}" for k, v in result["memory"].items()))
-    result["ord"] = []
+    if args.steps:
+        measure(timed, stages, args, note)
+    timed.close()
     if args.ord:
-        distinct = [r["stage"] - 1 for r in result["stages"] if "same_as" not in r]
-        timed.close()
         del timed  # its memory is for the two that follow
         gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
-        result["ord"] = time_twins(env, ranks, distinct, args.ord)
-        for compared in result["ord"]:
-            print_twins(compared, say)
-    else:
-        timed.close()
-    return result, ranks
+        found = time_twins(env, ranks, stages, args.ord)
+        note("\n".join(map(describe_twins, found)), ord=found)
+    ranks.close()
+
+
+def measure(timed: Timed, stages: list[int], args, note):
+    """Measure each stage, then put the schedule together."""
+    found = []
+    for stage in stages:
+        r = measure_stage(timed, stage, args.steps)
+        r["evaluation_ms"] = None if args.no_evaluation else timed.evaluation_ms()
+        r["profile"] = profile_stage(timed) if args.profile else None
+        r["memory"] = memory(timed)
+        found.append(r)
+        note(describe_stage(r), stages=found)
+    total = whole_schedule(timed, found)
+    note(describe_schedule(total), schedule=total)
 
 
 def main(argv: list[str], env=os.environ) -> int:
     """Return exit code 0, or 2 for unusable settings or options."""
     args, env = parse(argv), dict(env)
     try:
-        result, ranks = run(args, env)
+        run(args, env)
     except (ValueError, ModuleNotFoundError) as error:
         if env.get("RANK", "0") == "0":
             print(f"step_time.py: {error}", file=sys.stderr)
         return 2
-    if args.json and ranks.rank == 0:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    ranks.close()
     return 0
 
 

@@ -44,7 +44,7 @@ NOT_RUN = {  # pattern of commands -> why they are not run here
     r"^(\./run\.sh|train_gpt\w*\.py(?! --help))": "minutes of training; test_surroundings runs run.sh",
     r"^\./test\.sh": "these tests themselves",
     r"^tests/soak\.py": "an hour of faults",
-    r"^benchmarks/first_hour\.py": "needs a GPU; test_first_hour has what does not",
+    r"^benchmarks/(first_hour|kernel_times)\.py": "needs a GPU; test_first_hour has what does not",
     r"^benchmarks/step_time\.py": "minutes; test_benchmarks has it",
     r"^data/(cached_\w+|fineweb)\.py": "gigabytes from the network; test_data_scripts has made-up ones",
     r"^data/tokenize_text\.py(?!.*--bytes)": "GPT-2's vocabulary, from the network; test_data_scripts has it",
