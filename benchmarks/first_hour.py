@@ -106,7 +106,7 @@ def settings(shards: Path, tokens: Path | None, cache: Path, dry: bool) -> dict[
     env = dict(MODEL="gpt2-small", DEVICE="cuda", DATA_PATH=str(shards), VAL_BATCH_TOKENS=str(batch))
     env["VAL_TOKENS"] = str(batch * max(1, min(3, have // batch)))
     env |= {f"{name}_CACHE_DIR": str(cache / name) for name in ("TORCHINDUCTOR", "TRITON")}
-    env |= dict(PYTORCH_ALLOC_CONF="expandable_segments:True", PYTHONUNBUFFERED="1")
+    env["PYTHONUNBUFFERED"] = "1"
     if dry:
         env |= dict(MODEL="tiny", DEVICE="cpu", COMPILE="0", BATCH_SIZES="128,256,384,384")
         env |= dict(CUDA_VISIBLE_DEVICES="")
@@ -185,7 +185,8 @@ class Steps:
 # ---------------------------------------------------------------------------------------------------
 
 MACHINE = """
-import subprocess, torch.utils.collect_env
+import subprocess, sys, torch.utils.collect_env
+sys.path.insert(0, ".")
 from runtime.toolchain import fault
 print("C compiler:", fault("c") or "works", flush=True)
 torch.utils.collect_env.main()
@@ -196,9 +197,10 @@ if torch.cuda.is_available():
 
 
 def part_a(steps: Steps, scratch: Path, dry: bool) -> list[str]:
-    steps.run("a_machine", ["-c", MACHINE], 90, PYTHONPATH=str(ROOT))
+    steps.run("a_machine", ["-c", MACHINE], 90)
     numerics = dict(NUMERICS_DEVICE="cpu" if dry else "cuda", NUMERICS_SIZES="first" if dry else "real")
     numerics |= dict(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", TRITON_INTERPRET=str(int(dry)))
+    numerics["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # the other commands choose it themselves
     wanted = "not graph and not twins and not fused and not whole" if dry else "not graph"
     command = ["-m", "pytest", "-v", "--tb=short", "--durations=0", "-p", "no:cacheprovider", "-k", wanted]
     steps.run("a_checks", [*command, ROOT / "tests/offgpu/numerics.py"], 300, **numerics)
@@ -337,6 +339,8 @@ def main(argv: list[str]) -> int:
     dry, out, given = args.dry_run, args.out.resolve(), args.given or args.out
     scratch, cache = SCRATCH / ("dry" if dry else "real"), SCRATCH / ("dry_cache" if dry else "cache")
     try:
+        if not given.is_dir() and args.given:
+            raise ValueError(f"--given {given}: no such folder")
         if not dry and subprocess.run([sys.executable, "-c", HAS_CUDA], timeout=120).returncode:
             raise ValueError("torch finds no CUDA device here; --dry-run needs none")
         tokens = scratch / "tokens"

@@ -199,8 +199,9 @@ def test_given_shards_are_unpacked_and_never_mixed(call, tmp_path, no_steps, cap
 
 
 def test_a_misspelt_folder_or_a_missing_gpu_is_refused(call, tmp_path, monkeypatch, capsys):
-    assert call("b", "--tokens", tmp_path / "mispelt") == 2
-    assert "mispelt" in capsys.readouterr().err
+    for option in ("--tokens", "--given"):
+        assert call("b", option, tmp_path / "mispelt") == 2
+        assert f"{option} {tmp_path}/mispelt" in capsys.readouterr().err
     monkeypatch.setattr(first_hour, "HAS_CUDA", "raise SystemExit(1)")
     assert first_hour.main(["a", "--out", str(tmp_path / "out")]) == 2
     assert "--dry-run" in capsys.readouterr().err and not (tmp_path / "out").exists()
