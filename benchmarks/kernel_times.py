@@ -38,7 +38,7 @@ from kernels.attention import Documents, activate  # noqa: E402
 from kernels.ngrams import hash_ngrams  # noqa: E402
 from runtime.checking import read_run  # noqa: E402
 from runtime.compiling import choose_allocator  # noqa: E402
-from runtime.flops import matrix_shapes, padded_vocab, polar_flop  # noqa: E402
+from runtime.flops import matrix_shapes, padded_vocab  # noqa: E402
 from runtime.ranks import Ranks  # noqa: E402
 
 
@@ -182,8 +182,9 @@ def polar_cases(shapes: dict) -> list[Case]:
     cases = []
     for (R, K), N in shapes.items():
         X = normal(N, R, K) / (R * K) ** 0.5
-        run = functools.partial(cuda.polar_steps, X, train_gpt.POLAR_COEFFICIENTS)
-        cases.append(Case(f"{N} x {R} x {K}", 1, run, N * polar_flop(R, K)))
+        run, (m, n) = functools.partial(cuda.polar_steps, X, train_gpt.POLAR_COEFFICIENTS), sorted((R, K))
+        flop = len(train_gpt.POLAR_COEFFICIENTS) * (2 * 2 * m * m * n + 2 * m**3)  # X X^T, B X; A A
+        cases.append(Case(f"{N} x {R} x {K}", 1, run, N * flop))
     return cases
 
 
