@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 import os
+import re
 import time
 from types import SimpleNamespace
 
@@ -48,7 +49,7 @@ def small_session(run, data, run_id="mine"):
     log = log_writer.LogWriter(s.log, 0, SMALL_STEPS)
     start = SimpleNamespace(s=s, ranks=run.ranks, log=log, config={}, script=train_gpt.SCRIPT)
     found = session.Session(start, supervise.StopRequest(), run, data)
-    found.clock.start()
+    found.begin()
     return found
 
 
@@ -361,6 +362,36 @@ def test_any_file_is_a_shard_or_a_data_error(tmp_path):
     assert len(accepted) > 40 * MORE
 
 
+def test_saving_takes_no_training_time(tmp_path, monkeypatch):
+    """Fails if the time of a checkpoint is in train_time, by which runs are compared."""
+    monkeypatch.chdir(tmp_path)
+    now = [5.0]
+    monkeypatch.setattr(session.time, "perf_counter", lambda: now[0])
+    saves = small_session(*small_trainer(train_gpt, tmp_path, 0))
+    write = checkpoints.write
+
+    def slowly(*args):
+        now[0] += 60
+        return write(*args)
+
+    monkeypatch.setattr(checkpoints, "write", slowly)
+    now[0] += 1
+    assert saves.save(2) and saves.clock.ms() == 1000
+    now[0] += 1
+    assert saves.clock.ms() == 2000
+
+
+def test_the_target_is_reached_once(tmp_path, monkeypatch):
+    """Fails if the log does not say when a validation reached TARGET_LOSS, or says it again."""
+    monkeypatch.chdir(tmp_path)
+    run, data = small_trainer(train_gpt, tmp_path, 0, TARGET_LOSS=1.5)
+    saves = small_session(run, data)
+    for step, loss in ((2, 1.6), (4, 1.4), (6, 1.3)):
+        saves.note_validation(step, loss, 0.5)
+    found = re.findall("^event:target_reached .*$", saves.s.log.read_text(), re.M)
+    assert found == ["event:target_reached step:4 target:1.5 val_loss:1.40000"]
+
+
 def test_a_clock_that_jumps_changes_no_figure(monkeypatch):
     """Fails if training time uses the wall clock, which NTP or a resumed virtual machine may set."""
     begin = time.perf_counter()
@@ -430,6 +461,29 @@ def test_time_in_which_the_machine_slept_is_no_silence(monkeypatch):
     watch.over, clock.each_poll = clock, sleep_once
     watch.run()
     assert not said
+
+
+def test_a_dead_rank_ends_one_that_waits_for_it(monkeypatch):
+    """Fails if a rank waits DIST_TIMEOUT for a dead one: a collective of NCCL does not notice."""
+    clock, said = FakeTime(), []
+    for module in (supervise, ranks_module):
+        monkeypatch.setattr(module, "time", clock)
+    states = {11: lambda: "alive", 12: lambda: "gone" if clock.now > 1005 else "alive"}
+    monkeypatch.setattr(supervise, "process_state", lambda pid: states[pid]())
+
+    def give_up(missing, reason):
+        said.append((clock.now, missing, reason))
+        clock.over = True
+
+    def no_longer_than_needed():
+        assert clock.now < 1100
+
+    watch = supervise.Watch(ranks_module.Ranks("cpu"), 900, supervise.StopRequest(), give_up)
+    watch.pids = {0: 11, 1: 12}
+    watch.over, clock.each_poll = clock, no_longer_than_needed
+    watch.run()
+    ((at, missing, reason),) = said
+    assert 1020 < at < 1025 and reason == missing[1] == "rank 1 (process 12) is gone"
 
 
 def test_restarted_workers_find_their_log_without_run_id(tmp_path, monkeypatch):

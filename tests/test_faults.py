@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soak
@@ -153,6 +154,20 @@ def test_a_signal_is_a_request_unless_it_was_ignored(number, restored_signals):
         stop.listen()
         os.kill(os.getpid(), number)
         assert stop.reason == reason
+
+
+@pytest.mark.parametrize("seconds, ended_by", [(4, []), (6, [signal.SIGINT])])
+def test_a_later_signal_ends_the_process(seconds, ended_by, monkeypatch, restored_signals):
+    """Fails if a second Ctrl-C after a while does nothing, or the two of one Ctrl-C lose the checkpoint."""
+    now, sent, stop = [100.0], [], StopRequest()
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
+    stop.listen()
+    stop.on_signal(signal.SIGTERM, None)
+    now[0] += seconds
+    stop.on_signal(signal.SIGINT, None)
+    assert sent == ended_by and stop.reason == "SIGTERM"
+    assert (signal.getsignal(signal.SIGINT) == signal.SIG_DFL) == bool(ended_by)  # not our handler again
 
 
 def test_a_signal_to_one_rank_stops_all(shards, tmp_path):
@@ -324,6 +339,16 @@ def test_a_log_that_was_only_begun_does_not_block_its_name(tmp_path, part):
     assert log.close() == 0
     (found,) = read_log(torn)
     assert found.state == "finished" and found.config["run_id"] == "torn"
+
+
+def test_a_line_cut_by_a_crash_is_ended_when_the_run_resumes(tmp_path):
+    """Fails if the first line after resuming is glued to the torn one, and so lost to the readers."""
+    torn = tmp_path / "torn.txt"
+    torn.write_text(f"{BAR}\nevent:started x\n{BAR}\nstep:3/9 train_lo")
+    log = LogWriter(torn, 0, 9, go_on=True)
+    log.event("resumed", step=2)
+    assert log.close() == 0
+    assert torn.read_text().endswith("\nstep:3/9 train_lo\nevent:resumed step:2\n")
 
 
 @pytest.mark.parametrize("text", ["somebody's notes", "# file: a.py, 1 bytes\n\n\nevent:started x\n"])

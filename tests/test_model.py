@@ -444,6 +444,22 @@ def test_the_run_changes_windows_and_ties_at_their_steps():
             run.step(step, [batch])
 
 
+@pytest.mark.parametrize(
+    "parts", [dict(predict=(((1, 1), (0.5, 0.5)),) * 4), dict(prefix_weights=((0.5, 0.5),) * 4)], ids=str
+)
+def test_the_reported_training_loss_is_the_next_tokens_alone(parts):
+    """Fails if the log's train_loss counts the tokens after the next, or prefixes, so that stages and models
+    could not be compared. Before its update the model validates to the same."""
+    one_token = dict(predict=(((1, 1),),) * 4)
+    s, o, _ = read(train_gpt, BATCH_SIZES="128,128,128,128")
+    config = small_config(train_gpt, **{**one_token, **parts})
+    run, batch = train_gpt.Trainer(s, o, config, 256, lone_ranks()), make_batch(train_gpt)
+    if config.predicts_prefixes:
+        run.model.prefixes_V.fill_(3)  # bytes have none
+    wanted, _ = run.model.val_loss(batch, run.schedule.windows(0), True)
+    assert run.step(0, [batch]).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
 def test_validations_head_runs_in_pieces_of_a_pass_of_training():
     """Fails if PASS_TOKENS=1, one slice per pass, cuts validation's logits into pieces of one token."""
     s, o, _ = read(train_gpt, BATCH_SIZES="128,128,256,256", PASS_TOKENS=1)

@@ -8,11 +8,12 @@ import sys
 import threading
 
 import pytest
+import torch
 import torch.distributed as dist
 from forked import free_port, wait_until
 from helpers import ROOT
 
-from runtime.ranks import agree_on_settings
+from runtime.ranks import Ranks, agree_on_settings
 from runtime.settings import SettingsError
 from runtime.supervise import process_state
 
@@ -106,6 +107,22 @@ def test_settings_must_be_good_and_the_same_on_all_ranks(settings, said):
         assert found == [None, None]
     else:
         assert all(said in text for text in found)
+
+
+def test_each_rank_of_a_machine_takes_its_own_gpu(monkeypatch):
+    """Fails if all ranks of a machine share GPU 0, or join a group that is not NCCL's. Rank 11: the second
+    machine's fourth."""
+    taken, joined = [], {}
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: joined.update(how, by=backend))
+    for name, value in dict(RANK=11, WORLD_SIZE=16, LOCAL_RANK=3, LOCAL_WORLD_SIZE=8).items():
+        monkeypatch.setenv(name, str(value))
+    ranks = Ranks.__new__(Ranks)  # without the rendezvous
+    ranks.find_place("cuda")
+    ranks.join(dist.HashStore(), 5)
+    mine = torch.device("cuda", 3)
+    assert taken == [mine] and ranks.device == mine
+    assert (joined["by"], joined["device_id"], joined["rank"], joined["world_size"]) == ("nccl", mine, 11, 16)
 
 
 def test_ranks_that_do_not_start_are_named():

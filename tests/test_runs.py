@@ -1,7 +1,9 @@
 """Whole runs of the trainers in their own processes: equal arms, ranks and reruns, exit codes."""
 
 import json
+import os
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -192,6 +194,32 @@ def test_mfu_is_the_models_flop_over_what_products_would_do(shards, tmp_path, mo
     assert re.search(
         r"^event:matmul_rate tflops_a_rank:\d+\.\d$", (tmp_path / "logs/mfu.txt").read_text(), re.M
     )
+
+
+STAND_IN_PYTHON = """#!/bin/sh
+case "$*" in
+*--check-settings) echo "export MODEL=tiny RUN_ID=no-such-run NPROC_PER_NODE=2" ;;
+*--standalone*) shift 2; printf '%s\\n' "$@" >"$SAW"; env >>"$SAW" ;;
+esac
+"""
+
+
+def test_what_run_sh_is_told_reaches_torchrun(tmp_path):
+    """Fails if MAX_RESTARTS, SCRIPT, RESUME or the number of ranks is lost on the way. A stand-in for python
+    answers run.sh's checks and writes down how torchrun is called."""
+    python, saw = tmp_path / "python", tmp_path / "saw"
+    python.write_text(STAND_IN_PYTHON)
+    python.chmod(0o755)
+    told = dict(
+        VENV="0", MAX_RESTARTS="3", SCRIPT=BASELINE, RESUME="auto", RUN_ID="no-such-run", SAW=str(saw)
+    )
+    env = {**told, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([ROOT / "run.sh"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = saw.read_text().splitlines()
+    words = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "--max-restarts=3", BASELINE]
+    assert found[:5] == words
+    assert {"RESUME=auto", "RUN_ID=no-such-run", "MODEL=tiny"} <= set(found[5:])
 
 
 FULL_COLLECTION = """

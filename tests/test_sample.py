@@ -82,6 +82,22 @@ def test_the_same_seed_gives_the_same_text(trained, capsys):
     assert first == ask("3") and first.startswith("import") and first != ask("4")
 
 
+def test_temperature_and_top_k_choose_among_the_tokens(trained, capsys):
+    """Fails if --temperature 0 or --top-k 1 depends on the seed, or larger ones do nothing."""
+    path = str(trained / "logs" / "short" / "model.safetensors")
+
+    def ask(*how) -> str:
+        assert sample.main([path, "--prompt", "import", "--tokens", "20", *how]) == 0
+        return capsys.readouterr().out
+
+    likeliest = {
+        ask("--seed", seed, *how) for seed in "34" for how in (("--temperature", "0"), ("--top-k", "1"))
+    }
+    assert len(likeliest) == 1 and ask("--seed", "3") not in likeliest
+    assert ask("--seed", "3", "--temperature", "3") != ask("--seed", "3")
+    assert ask("--seed", "3", "--top-k", "5") != ask("--seed", "3")
+
+
 def test_tokens_that_end_within_a_character_lose_nothing(trained, capsys, monkeypatch):
     """Fails if text before a character that needs two tokens, such as GPT-2's space before a quotation mark,
     is not printed."""
