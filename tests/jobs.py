@@ -1,4 +1,4 @@
-"""Background runs for injecting faults, and readers of their logs; for test_faults.py and soak.py."""
+"""Background runs for injecting faults, and readers of their logs."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Mixture of experts: against naive loops, its balance and noise, and whole runs of the moe-tiny preset."""
+"""Mixture of experts: against naive loops, its balance and noise; test_faults has whole runs."""
 
 import shutil
 
@@ -12,14 +12,12 @@ from helpers import (
     make_optimizer,
     read,
     small_config,
-    train,
     train_steps,
     trainer_on,
 )
 from test_model import WINDOWS, make_batch
 
 import train_gpt
-from analysis.run_log import read_log
 from kernels import experts
 from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing
@@ -337,31 +335,3 @@ def test_moe_79m_is_the_experiments():
     assert 79e6 < sum(p.numel() for p in model.parameters()) < 80e6
     forward = flops.forward_flop(c, [512], 50257)  # a quarter of the experts' products
     assert forward.matrices == 2 * 6 * (4 * 384**2 + 2 * 2 * 384 * 1536 + 8 * 384)
-
-
-# ------------------------------------------------------------------------------------------------ whole runs
-
-
-RUN = dict(MODEL="moe-tiny", NUM_SCHEDULED_ITERATIONS=6, VAL_LOSS_EVERY=4, BATCH_SIZES="1024,1024,1024,1024")
-
-
-@pytest.fixture(scope="module")
-def baseline(shards, tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("moe")
-    return cwd, *train(cwd, shards, "baseline", **RUN)
-
-
-def test_the_load_is_in_the_log(baseline):
-    """Fails if a layer's busiest or idlest expert has an impossible share of tokens; even is 2 of 8."""
-    log = read_log(baseline[0] / "logs" / "baseline.txt")[0]
-    most, least = (log.columns[key].value for key in ("moe_load_max", "moe_load_min"))
-    assert most.shape == least.shape == (3, 4)
-    assert (most >= 0.25).all() and (most <= 1).all() and (least <= 0.25).all() and (least >= 0).all()
-
-
-def test_two_ranks_agree(baseline, shards, tmp_path):
-    """Fails if 2 ranks are not within 2e-4 of 1."""
-    _, val, _ = baseline
-    assert val[-1] < val[0] - 0.3
-    two, _ = train(tmp_path, shards, "two", ranks=2, **RUN)
-    assert two == pytest.approx(val, abs=2e-4)

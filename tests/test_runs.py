@@ -26,13 +26,6 @@ def baseline(shards, tmp_path_factory):
     return cwd, *train(cwd, shards, "baseline")
 
 
-def test_the_model_learns(baseline):
-    """The made-up chain has an entropy of ln 4 per token; 14 steps must get well below ln 256."""
-    _, val, _ = baseline
-    assert val[0] == pytest.approx(np.log(256), abs=0.2)
-    assert val[-1] < val[0] - 0.5
-
-
 def test_ords_control_arm_is_the_baseline_digit_for_digit(baseline, shards, tmp_path):
     """Fails if ORD without strength is another method than the baseline, in any digit."""
     _, val, trained = baseline
@@ -96,16 +89,6 @@ def test_rehearsal_leaks_nothing(baseline, shards, tmp_path, monkeypatch):
     assert (losses(tmp_path, "rehearsed"), losses(tmp_path, "rehearsed", "train_loss")) == (val, trained)
 
 
-@pytest.mark.parametrize(
-    "own", [dict(OPTIMIZER="muon"), dict(OPTIMIZER="adamw", ADAM_MATRIX_LR=0.003)], ids=str
-)
-def test_other_optimizers_train(baseline, shards, tmp_path, own):
-    _, val, _ = baseline
-    got, _ = train(tmp_path, shards, own["OPTIMIZER"], **own)
-    assert got[0] == val[0]
-    assert got[-1] < got[0] - 0.3
-
-
 def test_two_agents_train_together(baseline, shards, tmp_path):
     """Fails if several machines do not train like one: torchrun --nnodes=2, both agents here."""
     _, val, _ = baseline
@@ -121,16 +104,8 @@ def test_two_agents_train_together(baseline, shards, tmp_path):
     assert losses(tmp_path, "nodes") == pytest.approx(val, abs=2e-4)
 
 
-GOLDEN = {  # validation losses at steps 0, 5, 10
-    "bigrams": (dict(NGRAMS=2, NGRAM_ROWS=4096), [5.54399, 4.98674, 4.4454]),
-    "the preset's": ({}, [5.54399, 4.99635, 4.47218]),
-}
-
-
-@pytest.mark.parametrize("n_grams", GOLDEN)
-def test_golden_losses(n_grams, shards, tmp_path):
+def test_golden_losses(shards, tmp_path):
     """Fails if model, data, optimizer or schedule changed. Processors differ by less than 2e-4."""
-    settings, wanted = GOLDEN[n_grams]
     then = dict(  # the settings of the golden losses
         ADAM_LR=0.008,
         MUON_LR=0.012,
@@ -138,8 +113,8 @@ def test_golden_losses(n_grams, shards, tmp_path):
         VAL_TOKENS=16384,
         VAL_BATCH_TOKENS=8192,
     )
-    val, _ = train(tmp_path, shards, "golden", NUM_SCHEDULED_ITERATIONS=10, SEED=42, **then, **settings)
-    assert val == pytest.approx(wanted, abs=2e-4)
+    val, _ = train(tmp_path, shards, "golden", NUM_SCHEDULED_ITERATIONS=10, SEED=42, **then)
+    assert val == pytest.approx([5.54399, 4.99635, 4.47218], abs=2e-4)  # at steps 0, 5 and 10
 
 
 def test_the_log_holds_what_the_readers_need(baseline):
