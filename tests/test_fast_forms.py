@@ -17,7 +17,7 @@ from helpers import (
     train_steps,
     trainer_on,
 )
-from test_model import shake
+from reference import shake
 
 import train_gpt
 from kernels import fast_forms

@@ -1,10 +1,9 @@
-"""Model against a slow float64 reference, written from its formulas with loops and without torch.
+"""Model against a slow float64 reference (reference.py), its values and its gradients.
 
-The reference takes the model's parameters by name; nothing else is shared. Gradients are compared with
-central differences of the reference's loss, each parameter in a direction of its own. The plain model and the
-one with a CPU's fast forms take the same tests.
+The plain model and the one with a CPU's fast forms take the same tests.
 """
 
+import functools
 import math
 import platform
 import subprocess
@@ -14,208 +13,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FORMS, MATRIX_NAMES, lone_ranks, read, slopes, small_config, small_model
+from helpers import FORMS, lone_ranks, read, small_config, small_model
+from reference import (
+    DOCUMENTS,
+    WEIGHTS,
+    WINDOWS,
+    Reference,
+    assert_gradients_equal,
+    make_batch,
+    ref_all_logits,
+    ref_doc_ids,
+    ref_freqs,
+    ref_multi_token_loss,
+    shake,
+)
 
 import train_gpt
 from kernels.attention import Documents
 from kernels.float8 import Float8Linear
 from kernels.ngrams import hash_ngrams
-
-DOCUMENTS = [[0, 5, 6, 20], [0, 11, 31]]  # where documents begin in the two slices of 32 tokens
-
-
-# ------------------------------------------------------------------------------------------------ reference
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def ref_norm(x, eps):
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
-
-
-def ref_doc_ids(starts, T):
-    return np.searchsorted(starts, np.arange(T), side="right")
-
-
-def ref_attention(q, k, v, doc, window, scale):
-    """Attention of one head of one slice, query by query: q, k, v (T, D)."""
-    y = np.zeros_like(v)
-    for i in range(len(q)):
-        seen = [j for j in range(max(0, i - window), i + 1) if doc[i] == doc[j]]
-        scores = scale * (k[seen] @ q[i])
-        weights = np.exp(scores - scores.max())
-        y[i] = weights @ v[seen] / weights.sum()
-    return y
-
-
-def ref_rotary(x, freqs):
-    """Rotate pairs (2j, 2j+1) of the first half of x (T, D) by position * freqs[j]; keep the second half."""
-    out = x.copy()
-    for j, freq in enumerate(freqs):
-        angle = np.arange(len(x)) * freq
-        even, odd = x[:, 2 * j], x[:, 2 * j + 1]
-        out[:, 2 * j] = even * np.cos(angle) - odd * np.sin(angle)
-        out[:, 2 * j + 1] = even * np.sin(angle) + odd * np.cos(angle)
-    return out
-
-
-def ref_freqs(head_dim):
-    return (1 / 1024) ** np.linspace(0, 1, head_dim // 4)
-
-
-class Reference:
-    """Whole model for one slice of tokens."""
-
-    def __init__(self, config, params, residual_scale=1.0, eps=0.0):
-        self.c, self.p, self.residual_scale, self.eps = config, params, residual_scale, eps
-        self.freqs, self.scale = ref_freqs(config.head_dim), 0.1
-
-    def norm(self, x):
-        return ref_norm(x, self.eps)
-
-    def get(self, i, name):
-        return self.p[f"blocks.{i}.{name}"]
-
-    def heads(self, i, n, tokens, long):
-        """Return q, k, v of each head, (T, D) each: normed, keys offset, values with their embedding."""
-        c, D = self.c, self.c.head_dim
-        cut = lambda x, h: x[:, h * D : (h + 1) * D]
-        q, k, v = (n @ (self.get(i, "attn.qkv_lambda") * self.get(i, f"attn.{x}")).T for x in "qkv")
-        q = [self.norm(cut(q, h)) for h in range(c.num_heads)]
-        k = [self.norm(cut(k, h)) for h in range(c.num_kv_heads)]
-        v = [cut(v, h) for h in range(c.num_kv_heads)]
-        if i in c.value_embed_layers:
-            gate = 2 * sigmoid(n[:, :12] @ self.get(i, "attn.value_gate").T)
-            table = self.p[f"value_embeds.{i}"][tokens]
-            v = [x + gate[:, h : h + 1] * cut(table, h) for h, x in enumerate(v)]
-        if long:
-            for x in k:
-                x[1:, D // 2 :] = x[:-1, D // 2 :].copy()
-        return q, k, v
-
-    def attention(self, i, n, tokens, doc, window, long):
-        c, T = self.c, len(n)
-        q, k, v = self.heads(i, n, tokens, long)
-        if i in c.paired_layers:  # head h at even places, h + H/2 at odd ones, of a sequence twice as long
-
-            def pair(x):
-                half = len(x) // 2
-                return [np.stack((x[h], x[h + half]), 1).reshape(2 * T, -1) for h in range(half)]
-
-            q, k, v, doc = pair(q), pair(k), pair(v), np.repeat(doc, 2)
-        shared = len(q) // len(k)  # query heads that share a key and value head
-        q, k = ([ref_rotary(x, self.freqs) for x in xs] for xs in (q, k))
-        y = [
-            ref_attention(x, k[h // shared], v[h // shared], doc, window, self.scale) for h, x in enumerate(q)
-        ]
-        if i in c.paired_layers:
-            y = [x[0::2] for x in y] + [x[1::2] for x in y]
-        if c.attn_gate:
-            gate = sigmoid(n[:, :12] @ self.get(i, "attn.attn_gate").T)
-            y = [gate[:, h : h + 1] * x for h, x in enumerate(y)]
-        return np.concatenate(y, 1) @ (self.get(i, "attn.o_lambda") * self.get(i, "attn.o")).T
-
-    def embedded(self, tokens, tied):
-        x = self.p["head" if tied else "embed"][tokens]
-        out = x.copy()
-        if self.c.smear:
-            for t in range(1, len(x)):
-                out[t] += self.p["smear_lambda"] * sigmoid(self.p["smear_gate"] @ x[t, :12]) * x[t - 1]
-        return self.norm(out)
-
-    def ngram(self, tokens):
-        if not self.c.ngram_rows:
-            return None
-        tokens, multipliers, total = tokens.tolist(), (36313, 27191, 40693, 32467, 24281), 0.0
-        for length in self.c.ngrams:
-            rows = []
-            for end in range(len(tokens)):
-                hashed = 0
-                for back in range(length):
-                    hashed ^= multipliers[back] * tokens[end - back]
-                enough = end >= length - 1
-                rows.append(hashed % (self.c.ngram_rows - 1) if enough else self.c.ngram_rows - 1)
-            total = total + self.p["ngram_table"][rows]
-        return total
-
-    def logits(self, tokens, doc, windows, tied):
-        c, x0, ngram, after = self.c, self.embedded(tokens, tied), self.ngram(tokens), {}
-        x = x0
-        for i in range(c.num_layers):
-            if c.skip and i == c.skip[1]:
-                gate = 2 * sigmoid(x0[:, :12] @ self.p["skip_gate"])
-                x = x + sigmoid(self.p["skip_lambda"]) * gate[:, None] * after[c.skip[0]]
-            x = self.get(i, "resid_lambda") * x + self.get(i, "x0_lambda") * x0
-            if c.ngram_rows:
-                x = x + self.get(i, "ngram_lambda") * ngram
-            if i not in c.no_attention:
-                long = i in c.long_layers
-                y = self.attention(i, self.norm(x), tokens, doc, windows[long], long)
-                x = x + self.residual_scale * y
-            hidden = np.maximum(self.norm(x) @ self.get(i, "mlp.up").T, 0) ** 2
-            x = x + self.residual_scale * hidden @ self.get(i, "mlp.down")
-            after[i] = x
-        if c.backout is not None:
-            x = x - self.p["backout_lambda"] * after[c.backout]
-        return 23 * sigmoid((self.norm(x) @ self.p["head"].T + 5) / 7.5)
-
-
-def ref_cross_entropy(logits, target):
-    top = logits.max()
-    return top + math.log(np.exp(logits - top).sum()) - logits[target]
-
-
-def ref_multi_token_loss(logits, targets, weights):
-    """Sum over t and k of w_k CE(logits_t, token t+1+k), where the slice has that token."""
-    total = 0.0
-    for t in range(len(logits)):
-        for k, w in enumerate(weights):
-            if t + k < len(targets):
-                total += w * ref_cross_entropy(logits[t], targets[t + k])
-    return total
-
-
-# ------------------------------------------------------------------------------------------------ both sides
-
-
-def make_batch(trainer, starts=DOCUMENTS, T=32, vocab_size=100, seed=0):
-    """Make a pass of random tokens: two slices, or one per list of documents."""
-    rng = np.random.default_rng(seed)
-    tokens = lambda: rng.integers(0, vocab_size, T)
-    slices = [(tokens(), tokens(), np.diff([*s, T])) for s in starts]
-    (batch,) = trainer.stack_slices(slices, torch.device("cpu"), T)
-    return batch
-
-
-def shake(model, seed=0):
-    """Perturb every parameter, so that no initial zero or one hides an error."""
-    rng = np.random.default_rng(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            size = 0.25 if name.endswith(MATRIX_NAMES) else 0.6
-            p += torch.tensor(rng.normal(0, size, p.shape), dtype=p.dtype)
-    return model
-
-
-def reference_of(model, config, residual_scale=1.0, eps=0.0):
-    params = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
-    return Reference(config, params, residual_scale, eps)
-
-
-def ref_all_logits(reference, batch, starts, windows, tied):
-    T = batch.inputs_BT.shape[1]
-    return [
-        reference.logits(tokens, ref_doc_ids(s, T), windows, tied)
-        for tokens, s in zip(batch.inputs_BT.numpy().astype(np.int64), starts)
-    ]
-
-
-def ref_loss(reference, batch, starts, windows, tied, weights):
-    logits = ref_all_logits(reference, batch, starts, windows, tied)
-    return sum(ref_multi_token_loss(x, t, weights) for x, t in zip(logits, batch.targets_BT.numpy()))
-
 
 ALL = {}
 VARIANTS = {
@@ -241,8 +57,6 @@ VARIANTS = {
         1.3,
     ),
 }
-WINDOWS = (4, 8)  # banded in 32 tokens
-WEIGHTS = (1.0, 0.5, 0.25)
 
 
 @pytest.fixture
@@ -252,31 +66,39 @@ def forms(request):
         yield request.param
 
 
+@functools.cache
+def expected(variant, windows):
+    """The slow model's (logits, loss of the next token, training loss)."""
+    changes, tied, residual_scale = VARIANTS[variant]
+    batch = make_batch(train_gpt)
+    reference = Reference(shake(small_model(train_gpt, **changes)), residual_scale)
+    with torch.no_grad():
+        logits = ref_all_logits(reference, batch, windows, tied)
+        both = list(zip(logits, batch.targets_BT))
+        loss, trained = (sum(ref_multi_token_loss(*x, w) for x in both) for w in ([1.0], WEIGHTS))
+    return torch.stack(logits), loss.item(), trained.item()
+
+
 @pytest.mark.parametrize("forms", FORMS, indirect=True)
 @pytest.mark.parametrize("windows", [WINDOWS, (5, 40)], ids=["banded", "whole"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forward_equals_the_slow_model(variant, windows, forms):
     """Fails if any part of the forward pass differs from the table, alone or with all the others."""
     changes, tied, residual_scale = VARIANTS[variant]
-    config, batch = small_config(train_gpt, **changes), make_batch(train_gpt)
+    batch, (logits, wanted, wanted_trained) = make_batch(train_gpt), expected(variant, windows)
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 1e-4)):
         model = shake(small_model(train_gpt, residual_scale=residual_scale, **changes)).to(dtype)
-        eps = float(np.finfo(np.float32).eps) if dtype == torch.float32 else 0.0
-        reference = reference_of(model, config, residual_scale, eps)
-        logits = ref_all_logits(reference, batch, DOCUMENTS, windows, tied)
-        expected = [ref_multi_token_loss(x, t, [1.0]) for x, t in zip(logits, batch.targets_BT.numpy())]
-        right = sum((x.argmax(-1) == t).sum() for x, t in zip(logits, batch.targets_BT.numpy()))
         with torch.no_grad():
             loss, hits = model.val_loss(batch, windows, tied)
             docs = Documents(batch, "sdpa")
             x = model.trunk(batch.inputs_BT, docs, windows, tied).double() @ model.head.double().T
             trained, cross_entropy = model.train_loss(batch, windows, tied, torch.tensor(WEIGHTS))
         got = 23 * torch.sigmoid((x + 5) / 7.5)
-        np.testing.assert_allclose(got.numpy(), np.stack(logits), atol=23 * tolerance)
-        assert loss.item() == pytest.approx(sum(expected), rel=tolerance) and hits.item() == right
+        torch.testing.assert_close(got, logits, rtol=0, atol=23 * tolerance)
+        assert hits == (logits.argmax(-1) == batch.targets_BT).sum()
+        assert loss.item() == pytest.approx(wanted, rel=tolerance)
         assert cross_entropy.item() == pytest.approx(loss.item(), rel=1e-6)
-        expected = ref_loss(reference, batch, DOCUMENTS, windows, tied, WEIGHTS)
-        assert trained.item() == pytest.approx(expected, rel=tolerance)
+        assert trained.item() == pytest.approx(wanted_trained, rel=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -291,25 +113,21 @@ def test_forward_equals_the_slow_model(variant, windows, forms):
     ],
     indirect=["forms"],
 )
-def test_gradients_equal_differences_of_the_slow_model(variant, forms):
+def test_gradients_equal_the_slow_models(variant, forms):
     """Fails if the gradient of a hand-written backward pass, the multi-token loss, tied or untied tables or
     any gate is not that of the forward pass."""
     changes, tied, residual_scale = VARIANTS[variant]
-    config, batch = small_config(train_gpt, **changes), make_batch(train_gpt)
+    batch = make_batch(train_gpt)
     model = shake(small_model(train_gpt, residual_scale=residual_scale, **changes)).double()
     for p in model.parameters():  # as the optimizer's buckets do; a table's rows are then added in place
         p.grad = torch.zeros_like(p)
     loss, _ = model.train_loss(batch, WINDOWS, tied, torch.tensor(WEIGHTS))
     loss.backward()
-    reference = reference_of(model, config, residual_scale)
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    assert reference.p.keys() == grads.keys()
-    known = batch, DOCUMENTS, WINDOWS, tied, WEIGHTS
-    for name, direction, slope in slopes(reference.p, lambda: ref_loss(reference, *known), 1e-5):
-        if tied and name == "embed":
-            assert not grads[name].any()
-            continue
-        assert (grads[name].numpy() * direction).sum() == pytest.approx(slope, rel=1e-4, abs=2e-5), name
+    reference = Reference(model, residual_scale)
+    logits = ref_all_logits(reference, batch, WINDOWS, tied)
+    wanted = sum(ref_multi_token_loss(*both, WEIGHTS) for both in zip(logits, batch.targets_BT))
+    unused = {"embed"} & reference.p.keys() if tied else ()
+    assert_gradients_equal(model, reference, wanted, unused)
 
 
 # ------------------------------------------------------------------------------------------------ attention

@@ -15,7 +15,7 @@ from helpers import (
     train_steps,
     trainer_on,
 )
-from test_model import WINDOWS, make_batch
+from reference import WINDOWS, make_batch
 
 import train_gpt
 from kernels import experts
