@@ -171,23 +171,6 @@ def copy_project(folder: Path):
             shutil.copy(path, folder / package)
 
 
-def slopes(values: dict[str, np.ndarray], loss, size: float):
-    """Yield (name, direction, slope of loss() along it) for each value, which loss() reads.
-
-    The direction is random and of length 1; the slope is a central difference over `size` to either side.
-    """
-    rng = np.random.default_rng(0)
-    for name, value in list(values.items()):
-        direction = rng.normal(size=value.shape)
-        direction /= np.linalg.norm(direction)
-        sides = []
-        for sign in (1, -1):
-            values[name] = value + sign * size * direction
-            sides.append(loss())
-        values[name] = value
-        yield name, direction, (sides[0] - sides[1]) / (2 * size)
-
-
 def lone_ranks(rank=0, world_size=1):
     """Make the Ranks of a single process, without a process group.
 
@@ -299,6 +282,52 @@ def small_trainer(trainer, folder, seed=0, config=None, **env):
     common = dict(text, **sizes, NUM_SCHEDULED_ITERATIONS=SMALL_STEPS, SEED=seed)
     config = config or small_config(trainer, windows=SMALL_WINDOWS)
     return trainer_on(trainer, config, **{**common, **env})
+
+
+LATER_HEADS = 4
+FACTORS = dict(branch_factors=True)
+GATES = dict(branch_factors=True, gate_layers=(0, 2), xsa_layers=(1, 3))
+LATER = dict(  # all parts of the later records
+    GATES,
+    qk_group=2,
+    value_std=0.01,
+    value_gate_reads_table=True,
+    ngram_signs=17,
+    attn_source=3,
+    mudd=(1, 3),
+    compose_tokens=7,
+    prefix_weights=((0.25, 0.25), (0.25, 0), (0, 0), (0, 0)),
+)
+
+
+def later_config(trainer, **changes):
+    """Config of six small layers with every feature of the speedrun's model, plus these changes."""
+    fields = dict(
+        num_layers=6,
+        width=32,
+        num_heads=LATER_HEADS,
+        num_kv_heads=LATER_HEADS,
+        head_dim=8,
+        window_block=8,
+        windows=((1, 2),) * 4,
+        final_windows=(1, 2),
+        long_layers=(1, 5),
+        paired_layers=(0, 4),
+        value_embed_layers=(1, 4, 5),
+        skip=(1, 2),
+        no_attention=(2,),
+        backout=None if changes.get("mudd") else 3,
+        ngram_rows=61,
+        predict=(((1, 1), (0.5, 0)),) * 4,
+    )
+    return trainer.ModelConfig(**{**fields, **changes})
+
+
+def later_trainer(trainer, folder, seed=0, changes=LATER, **env):
+    """Make (Trainer of a small model with all parts of the later records, its data)."""
+    config = later_config(trainer, **changes, windows=SMALL_WINDOWS)
+    own = dict(MAX_DOC_TOKENS="24,32,32,64", LONG_DOCS="cut", MUON_BETA2=0.9)
+    return small_trainer(trainer, folder, seed, config, **own, **env)
 
 
 def train_steps(run, data, first, last) -> list[float]:

@@ -17,6 +17,7 @@ from helpers import (
     TRAINERS,
     VERSION,
     fill_disk,
+    later_trainer,
     lone_ranks,
     make_tokens,
     optimizer_settings,
@@ -56,28 +57,34 @@ def small_session(run, data, run_id="mine"):
 ORD_STATES = dict(SPECTRAL_SCHEDULE="adaptive", SPECTRAL_VARIANCE=1)
 
 
-@pytest.mark.parametrize("at", [2, 4, 8, 10])
-@pytest.mark.parametrize(
-    "trainer, env",
-    [
-        (train_gpt, {}),
+RESTORED = [(small_trainer, train_gpt, {}, at) for at in (2, 4, 8, 10)]
+RESTORED += [
+    (small_trainer, trainer, env, at)
+    for trainer, env in (
         (train_gpt, dict(OPTIMIZER="adamw", ADAM_MATRIX_LR=0.01)),
         (train_gpt, dict(OPTIMIZER="muon")),
         (train_gpt_muon_ord, ORD_STATES),
-    ],
-)
-def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, at, tmp_path, monkeypatch):
+    )
+    for at in (2, 10)
+]
+# groups of heads, networks and tables of the later records
+RESTORED += [(later_trainer, train_gpt, {}, 6)]
+RESTORED += [(later_trainer, train_gpt_muon_ord, dict(ORD_MODE="post", SPECTRAL_OUT="0.5"), 6)]
+
+
+@pytest.mark.parametrize("make, trainer, env, at", RESTORED)
+def test_a_restored_trainer_goes_on_bit_for_bit(make, trainer, env, at, tmp_path, monkeypatch):
     """Fails if any state is not restored, across changes of stage, YaRN and the untying of the head. The
     restored trainer starts with another seed's weights, so that it shows."""
     monkeypatch.chdir(tmp_path)
-    one, data = small_trainer(trainer, tmp_path, 0, **env)
+    one, data = make(trainer, tmp_path, 0, **env)
     train_steps(one, data, 0, at)
     saves = small_session(one, data)
     saves.tokens, saves.validated_step, saves.target_reached, saves.clock.spent_ms = 77, 1, True, 1e6
     assert saves.save(at)
     wanted = train_steps(one, data, at, SMALL_STEPS)
     saved = checkpoints.read(tmp_path / "logs" / "mine" / f"step_{at:08d}.pt")
-    other, data = small_trainer(trainer, tmp_path, 1, **env)
+    other, data = make(trainer, tmp_path, 1, **env)
     data.seed = 0  # the order of the data is a function of the seed
     resumed = small_session(other, data, "resumed")
     resumed.resume(saved)

@@ -164,8 +164,12 @@ def test_every_way_of_ord_is_one_graph(way, traced_only):
     assert graphs_compiled() - before == 2 * len(matrices)
 
 
-def test_too_many_forms_are_an_error(traced_only):
-    """Fails if the ninth form would silently run uncompiled."""
+def test_the_limit_of_forms_is_raised_and_more_are_an_error(traced_only):
+    """Fails if dynamo's limit of eight stays, which the stages' forms exceed, or if the form beyond the limit
+    would silently run uncompiled."""
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compiling.configure()
+        assert torch._dynamo.config.recompile_limit == compiling.MAX_VARIANTS > 11  # train 5, validate 6
     compiled = compiling.torch_compile(lambda x, n: x * n)
     error = torch._dynamo.exc.FailOnRecompileLimitHit
     with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(error, match="fullgraph"):

@@ -1,8 +1,8 @@
 """Parts of the later speedrun records, each alone and all together, against a slow float64 reference.
 
-The reference extends test_model's: loops and numpy, written from the table of facts, not from the code. It
-lists by hand what each small network produces. Then: initial values, learning, roles and rates, the
-schedule, data by stage, prefixes of tokens, the fast forms, resuming, and ranks.
+The reference extends that of reference.py, written from the table of facts, not from the code. It lists by
+hand what each small network produces. Then: initial values, learning, roles and rates, the schedule, data by
+stage, prefixes of tokens, the fast forms and ranks.
 """
 
 import dataclasses
@@ -12,29 +12,30 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    SMALL_WINDOWS,
+    FACTORS,
+    GATES,
+    LATER,
+    LATER_HEADS,
+    later_config,
+    later_trainer,
     lone_ranks,
     make_text,
     read,
     save_model,
-    slopes,
-    small_trainer,
     train,
     train_steps,
     write_shard,
 )
-from test_checkpoints import small_session
-from test_model import (
-    DOCUMENTS,
+from reference import (
     WEIGHTS,
     WINDOWS,
     Reference,
+    assert_gradients_equal,
     make_batch,
     ref_all_logits,
-    ref_attention,
     ref_cross_entropy,
     ref_multi_token_loss,
-    ref_rotary,
+    ref_norm,
     shake,
     sigmoid,
 )
@@ -44,11 +45,10 @@ import train_gpt_muon_ord as ord_gpt
 from data.prefixes import gpt2_token_bytes, longest_prefixes, prefix_tokens
 from data.shards import DataError
 from kernels import fast_forms, heads, ngrams, signals
-from runtime import checkpoints
 from runtime.settings import SettingsError
 from runtime.trained import load_model
 
-H, LAST, RECORD = 4, 5, "gpt2-small-2026-08"
+H, LAST, RECORD = LATER_HEADS, 5, "gpt2-small-2026-08"
 GROWN = 1.1**0.5
 
 # Outputs of each network: (layer, name, size), in order.
@@ -67,19 +67,6 @@ BEFORE_LAST = [(5, f"mu{i}", 1) for i in range(6)] + [(5, "value_gate", 2), (5, 
 BEFORE_LAST += [(5, name, 1) for name in ("attn", "x0", "ngram", "resid_mlp", "mlp")]
 AFTER = [(6, f"mu{i}", 1) for i in range(5)]
 
-FACTORS = dict(branch_factors=True)
-GATES = dict(branch_factors=True, gate_layers=(0, 2), xsa_layers=(1, 3))
-ALL = dict(
-    GATES,
-    qk_group=2,
-    value_std=0.01,
-    value_gate_reads_table=True,
-    ngram_signs=17,
-    attn_source=3,
-    mudd=(1, 3),
-    compose_tokens=7,
-    prefix_weights=((0.25, 0.25), (0.25, 0), (0, 0), (0, 0)),
-)
 PARTS = {
     "groups of q and k": dict(qk_group=2),
     "value gate": dict(value_gate_reads_table=True),
@@ -94,32 +81,9 @@ PARTS = {
     "gates": GATES,
     "composition": dict(GATES, compose_tokens=7),
     "composition of all": dict(GATES, compose_tokens=40),
-    "all": ALL,
-    "all but n-grams": dict(ALL, ngram_rows=0, ngram_signs=0),
+    "all": LATER,
+    "all but n-grams": dict(LATER, ngram_rows=0, ngram_signs=0),
 }
-
-
-def config(trainer=train_gpt, **changes):
-    """Config of six small layers with every feature of the speedrun's model, plus these changes."""
-    fields = dict(
-        num_layers=6,
-        width=32,
-        num_heads=H,
-        num_kv_heads=H,
-        head_dim=8,
-        window_block=8,
-        windows=((1, 2),) * 4,
-        final_windows=(1, 2),
-        long_layers=(1, 5),
-        paired_layers=(0, 4),
-        value_embed_layers=(1, 4, 5),
-        skip=(1, 2),
-        no_attention=(2,),
-        backout=None if changes.get("mudd") else 3,
-        ngram_rows=61,
-        predict=(((1, 1), (0.5, 0)),) * 4,
-    )
-    return trainer.ModelConfig(**{**fields, **changes})
 
 
 def model_of(c, seed=0, trainer=train_gpt, shaken=True):
@@ -142,7 +106,7 @@ def model_of(c, seed=0, trainer=train_gpt, shaken=True):
 
 
 def gelu(x):
-    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
 class LaterReference(Reference):
@@ -161,100 +125,75 @@ class LaterReference(Reference):
         return found
 
     def grouped(self, i, name):
-        """Weight of q or k for all heads, (H D, C); groups hold heads g and g + H/2."""
-        w = self.get(i, f"attn.{name}")
+        """Weight of each head of q or k, (D, C); groups hold heads g and g + H/2."""
+        w, D = self.get(i, f"attn.{name}"), self.c.head_dim
         if w.ndim == 2:
-            return w
-        D, out = self.c.head_dim, np.zeros((len(w) * w.shape[1], w.shape[2]))
-        for g, group in enumerate(w):
-            for member in range(2):
-                h = g + member * len(w)
-                out[h * D : (h + 1) * D] = group[member * D : (member + 1) * D]
-        return out
+            return list(w.split(D))
+        return [group[:D] for group in w] + [group[D:] for group in w]
 
     def value_gate(self, i, n, table):
         """Gate of the value embedding, (T, key heads)."""
         if (i, "value_gate") in self.made:
             two = self.made[i, "value_gate"]
-            return np.stack([two[:, h // (H // 2)] for h in range(H)], 1)
+            return torch.stack([two[:, h // (H // 2)] for h in range(H)], 1)
         seen = n[:, :12]
         if self.c.value_gate_reads_table:
-            seen = np.concatenate([n[:, :6], table[:, :6]], 1)
+            seen = torch.cat([n[:, :6], table[:, :6]], 1)
         return 2 * sigmoid(seen @ self.get(i, "attn.value_gate").T)
 
-    def attention(self, i, n, tokens, doc, window, long):
-        c, D, T = self.c, self.c.head_dim, len(n)
-        cut = lambda x, h: x[:, h * D : (h + 1) * D]
+    def heads(self, i, n, tokens):
         lam = self.get(i, "attn.qkv_lambda")
-        q, k, v = (
-            n @ (lam * w).T for w in (self.grouped(i, "q"), self.grouped(i, "k"), self.get(i, "attn.v"))
-        )
-        q, k = [self.norm(cut(q, h)) for h in range(H)], [self.norm(cut(k, h)) for h in range(c.num_kv_heads)]
-        v = [cut(v, h) for h in range(c.num_kv_heads)]
-        if i in c.value_embed_layers:
+        q, k = ([ref_norm(n @ (lam * w).T) for w in self.grouped(i, name)] for name in "qk")
+        v = n @ (lam * self.get(i, "attn.v")).T
+        v = [self.cut(v, h) for h in range(self.c.num_kv_heads)]
+        if i in self.c.value_embed_layers:
             table = self.p[f"value_embeds.{i}"][tokens]
             gate = self.value_gate(i, n, table)
-            v = [x + gate[:, h : h + 1] * cut(table, h) for h, x in enumerate(v)]
-        if i == LAST and c.mudd:
-            v = [x + cut(self.more_value, h) for h, x in enumerate(v)]
-        own = v
-        if long:
-            for x in k:
-                x[1:, D // 2 :] = x[:-1, D // 2 :].copy()
-        all_docs = doc
-        if i in c.paired_layers:
+            v = [x + gate[:, h : h + 1] * self.cut(table, h) for h, x in enumerate(v)]
+        if i == LAST and self.c.mudd:
+            v = [x + self.cut(self.more_value, h) for h, x in enumerate(v)]
+        return q, k, v
 
-            def pair(x):
-                half = len(x) // 2
-                return [np.stack((x[h], x[h + half]), 1).reshape(2 * T, -1) for h in range(half)]
-
-            q, k, v, all_docs = pair(q), pair(k), pair(v), np.repeat(doc, 2)
-        shared = len(q) // len(k)
-        q, k = ([ref_rotary(x, self.freqs) for x in xs] for xs in (q, k))
-        y = [
-            ref_attention(x, k[h // shared], v[h // shared], all_docs, window, self.scale)
-            for h, x in enumerate(q)
-        ]
-        if i in c.paired_layers:
-            y = [x[0::2] for x in y] + [x[1::2] for x in y]
+    def attention(self, i, n, tokens, doc, window):
+        c, (q, k, own) = self.c, self.heads(i, n, tokens)
+        y, taken = self.mixed(i, q, k, own, doc, window)
         if i == LAST and c.compose_tokens:
-            y = [a + b for a, b in zip(y, self.composition(q, k, v, doc))]
+            y = [a + b for a, b in zip(y, self.composition(*taken, doc))]
         if i in c.xsa_layers:
             y = [self.exclusive(i, h, x, own[h * len(own) // H]) for h, x in enumerate(y)]
-        if c.gate_layers:
-            if i in c.long_layers:
-                y = [self.made[i, "attn_gate"][:, h : h + 1] * x for h, x in enumerate(y)]
-        else:
-            gate = sigmoid(n[:, :12] @ self.get(i, "attn.attn_gate").T)
-            y = [gate[:, h : h + 1] * x for h, x in enumerate(y)]
-        return np.concatenate(y, 1) @ (self.get(i, "attn.o_lambda") * self.get(i, "attn.o")).T
+        if not c.gate_layers:
+            y = self.gated(i, n, y)
+        elif i in c.long_layers:
+            y = [self.made[i, "attn_gate"][:, h : h + 1] * x for h, x in enumerate(y)]
+        return self.joined(i, y)
 
     def exclusive(self, i, h, y, v):
-        out = y.copy()
+        out = []
         for t in range(len(y)):
             alpha = self.made[i, "xsa"][t, h] if self.c.gate_layers else self.get(i, "attn.xsa_alpha")[h]
-            out[t] -= np.tanh(alpha) * (y[t] @ v[t]) / max(v[t] @ v[t], 1e-8) * v[t]
-        return out
+            square = (v[t] @ v[t]).clamp_min(1e-8)
+            out.append(y[t] - torch.tanh(alpha) * (y[t] @ v[t]) / square * v[t])
+        return torch.stack(out)
 
     def composition(self, q, k, v, doc):
         """Addition to each head: attention mixed over heads, at the document's last positions."""
-        out = [np.zeros_like(x) for x in v]
+        out = [[] for _ in v]
         for t in range(len(doc)):
             w1, w2 = self.made[LAST, "from"][t], self.made[LAST, "into"][t]
-            w1 = w1 / np.sqrt((w1 * w1).mean() + 1e-6)
+            w1 = w1 / torch.sqrt((w1 * w1).mean() + 1e-6)
             seen = [s for s in range(t + 1) if t - s < self.c.compose_tokens and doc[s] == doc[t]]
             mixed = 0
             for h in range(H):
-                scores = np.exp(self.scale * (k[h][seen] @ q[h][t]))
+                scores = torch.exp(self.scale * (k[h][seen] @ q[h][t]))
                 mixed = mixed + w1[h] * scores / scores.sum()
             for h in range(H):
-                out[h][t] = w2[h] * (mixed @ v[h][seen])
-        return out
+                out[h].append(w2[h] * (mixed @ v[h][seen]))
+        return [torch.stack(rows) for rows in out]
 
     def ngram(self, tokens):
         if not self.c.ngram_signs:
             return super().ngram(tokens)
-        signs, total, all_lengths = ngrams.sign_table(17, self.c.width).numpy(), 0.0, self.c.ngrams
+        signs, total, all_lengths = ngrams.sign_table(17, self.c.width).double(), 0.0, self.c.ngrams
         for length in all_lengths:
             self.c = dataclasses.replace(self.c, ngrams=(length,))
             rows = []
@@ -283,7 +222,7 @@ class LaterReference(Reference):
             self.made = {}
             return super().logits(tokens, doc, windows, tied)
         c, x0, ngram, out = self.c, self.embedded(tokens, tied), self.ngram(tokens), {}
-        ngram = np.zeros_like(x0) if ngram is None else ngram
+        ngram = torch.zeros_like(x0) if ngram is None else ngram
         some = lambda i: self.factor(i, "ngram") if c.ngram_rows else 0.0
         x, self.made = x0, {}
         first, later, before_last = self.tables()
@@ -307,17 +246,15 @@ class LaterReference(Reference):
                 self.more_value = mu[0] * h0 + mu[1] * out[3] + mu[2] * x
                 x = (1 + mu[5]) * x + mu[3] * h0 + mu[4] * out[3]
             if i not in c.no_attention:
-                long = i in c.long_layers
                 source = out[3] if c.attn_source == 3 and i > 3 else x
-                y = self.attention(i, self.norm(source), tokens, doc, windows[long], long)
+                y = self.attention(i, ref_norm(source), tokens, doc, windows[i in c.long_layers])
                 x = (
                     self.factor(i, "resid_attn") * x
                     + self.factor(i, "attn") * y
                     + self.factor(i, "x0") * joins
                 )
                 x = x + (some(i) * ngram if i > 0 else 0)
-            hidden = np.maximum(self.norm(x) @ self.get(i, "mlp.up").T, 0) ** 2
-            x = self.factor(i, "resid_mlp") * x + self.factor(i, "mlp") * (hidden @ self.get(i, "mlp.down"))
+            x = self.factor(i, "resid_mlp") * x + self.factor(i, "mlp") * self.hidden(i, x)
             out[i] = x
         if c.mudd:
             mu = self.network("mudd.1", AFTER, x, 0.1)
@@ -325,19 +262,12 @@ class LaterReference(Reference):
             x = x + sum(mu[6, f"mu{j}"] * source for j, source in enumerate(sources))
         else:
             x = x - self.p["backout_lambda"] * out[3]
-        return 23 * sigmoid((self.norm(x) @ self.p["head"].T + 5) / 7.5)
+        return self.head(x)
 
 
-def reference_of(model):
-    params = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
-    return LaterReference(model.config, params)
-
-
-def ref_loss(reference, model, batch, tied, prefix_weight):
+def ref_loss(all_logits, model, batch, prefix_weight):
     total = 0.0
-    for logits, targets in zip(
-        ref_all_logits(reference, batch, DOCUMENTS, WINDOWS, tied), batch.targets_BT.numpy()
-    ):
+    for logits, targets in zip(all_logits, batch.targets_BT):
         total += ref_multi_token_loss(logits, targets, WEIGHTS)
         if prefix_weight:
             for row, target in zip(logits, targets):
@@ -349,30 +279,28 @@ def ref_loss(reference, model, batch, tied, prefix_weight):
 @pytest.mark.parametrize("part", PARTS)
 def test_forward_equals_the_slow_model(part):
     """Fails if a part differs from the table of facts, alone or with all the others."""
-    model, batch = model_of(config(**PARTS[part])), make_batch(train_gpt)
-    reference = reference_of(model)
+    model, batch = model_of(later_config(train_gpt, **PARTS[part])), make_batch(train_gpt)
+    reference = LaterReference(model)
     prefix_weight = 0.2 if "prefix_weights" in PARTS[part] else None
-    for windows, tied in ((WINDOWS, True), ((5, 40), False)):
-        expected = ref_all_logits(reference, batch, DOCUMENTS, windows, tied)
-        with torch.no_grad():
+    with torch.no_grad():
+        for windows, tied in (((5, 40), False), (WINDOWS, True)):
+            expected = ref_all_logits(reference, batch, windows, tied)
             docs = train_gpt.Documents(batch, "sdpa")
             x = model.trunk(batch.inputs_BT, docs, windows, tied) @ model.head.T
-        np.testing.assert_allclose(23 * sigmoid((x.numpy() + 5) / 7.5), np.stack(expected), atol=2e-4)
-    with torch.no_grad():
+            torch.testing.assert_close(23 * sigmoid((x + 5) / 7.5), torch.stack(expected), rtol=0, atol=2e-4)
         loss, ce = model.train_loss(batch, WINDOWS, True, torch.tensor(WEIGHTS), None, prefix_weight)
-    assert loss.item() == pytest.approx(ref_loss(reference, model, batch, True, prefix_weight), rel=1e-5)
+        assert loss.item() == pytest.approx(ref_loss(expected, model, batch, prefix_weight).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("part", ["without networks", "all"])
-def test_gradients_equal_differences_of_the_slow_model(part):
+def test_gradients_equal_the_slow_models(part):
     """Fails if a parameter's gradient is missing, or is not that of the forward pass."""
-    model, batch = model_of(config(**PARTS[part])), make_batch(train_gpt)
+    model, batch = model_of(later_config(train_gpt, **PARTS[part])), make_batch(train_gpt)
     prefix_weight = 0.2 if "prefix_weights" in PARTS[part] else None
     model.train_loss(batch, WINDOWS, False, torch.tensor(WEIGHTS), None, prefix_weight)[0].backward()
-    reference, grads = reference_of(model), {n: p.grad for n, p in model.named_parameters()}
-    known = model, batch, False, prefix_weight
-    for name, direction, slope in slopes(reference.p, lambda: ref_loss(reference, *known), 1e-6):
-        assert (grads[name].numpy() * direction).sum() == pytest.approx(slope, rel=1e-4, abs=1e-4), name
+    reference = LaterReference(model)
+    logits = ref_all_logits(reference, batch, WINDOWS, False)
+    assert_gradients_equal(model, reference, ref_loss(logits, model, batch, prefix_weight))
 
 
 # ------------------------------------------------------------------------------------------------ start
@@ -386,7 +314,7 @@ SAME_AT_START = {
     "xsa by token": (GATES, dict(GATES, xsa_layers=())),
     "composition": (dict(GATES, compose_tokens=7), GATES),
     "mudd": (dict(FACTORS, mudd=(1, 3)), FACTORS),
-    "mudd among all": (ALL, dict(ALL, mudd=None, backout=3)),
+    "mudd among all": (LATER, dict(LATER, mudd=None, backout=3)),
 }
 
 
@@ -396,7 +324,7 @@ def test_a_part_that_starts_at_zero_changes_nothing_at_first(part):
     its second layer; it also doubles the gate of the value embeddings, which start at zero here."""
     logits = []
     for changes in SAME_AT_START[part]:
-        model = model_of(config(**{**changes, "value_std": 0.0}), shaken=False)
+        model = model_of(later_config(train_gpt, **{**changes, "value_std": 0.0}), shaken=False)
         batch = make_batch(train_gpt)
         with torch.no_grad():
             for name, p in model.named_parameters():  # the same draws for both models
@@ -410,17 +338,10 @@ def test_a_part_that_starts_at_zero_changes_nothing_at_first(part):
     torch.testing.assert_close(logits[0], logits[1].view_as(logits[0]), rtol=1e-6, atol=1e-6)
 
 
-def small_run(folder, trainer=train_gpt, seed=0, changes=ALL, **env):
-    """Return (Trainer of a small model with all parts, its data), on learnable text."""
-    c = config(trainer, **changes, windows=SMALL_WINDOWS)
-    own = dict(MAX_DOC_TOKENS="24,32,32,64", LONG_DOCS="cut", MUON_BETA2=0.9)
-    return small_trainer(trainer, folder, seed, c, **own, **env)
-
-
-@pytest.mark.parametrize("changes", [ALL, dict(FACTORS, xsa_layers=(1, 3, 5))], ids=["by token", "fixed"])
+@pytest.mark.parametrize("changes", [LATER, dict(FACTORS, xsa_layers=(1, 3, 5))], ids=["by token", "fixed"])
 def test_every_part_learns(changes, tmp_path):
     """Fails if a parameter keeps its initial value: it does not reach the loss, or no rule updates it."""
-    run, data = small_run(tmp_path, changes=changes)
+    run, data = later_trainer(train_gpt, tmp_path, changes=changes)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     found = train_steps(run, data, 0, 12)
     assert found[-1] < found[0] - 0.5
@@ -480,7 +401,7 @@ def test_first_values_of_the_networks():
     wanted |= {("mudd", 0, 10, name): GROWN for name in ("resid_attn", "resid_mlp")}
     wanted |= {("mudd", 0, 10, "attn"): 1.0, ("mudd", 0, 10, "mlp"): 1.0, ("mudd", 0, 10, "ngram"): 0.05}
     assert starts == {**wanted, ("mudd", 1, 11, "late"): -0.5}
-    model = model_of(config(**FACTORS, value_std=0.01, mudd=(1, 3)), shaken=False)
+    model = model_of(later_config(train_gpt, **FACTORS, value_std=0.01, mudd=(1, 3)), shaken=False)
     block = model.blocks[3]
     found = [block.resid_attn_lambda, block.attn_lambda, block.resid_mlp_lambda, block.mlp_lambda]
     assert [x.item() for x in found] == pytest.approx([GROWN, 1, GROWN, 1])
@@ -531,7 +452,7 @@ def test_parts_that_stand_on_others_are_refused_alone():
         dict(long_layers=(1,), paired_layers=(0, 1)),
     ):
         with pytest.raises(AssertionError, match="require"):
-            config(**changes)
+            later_config(train_gpt, **changes)
 
 
 # ---------------------------------------------------------------------------------------- groups of q and k
@@ -619,7 +540,7 @@ def test_sign_rows_and_table():
     table = ngrams.sign_table(8192, 64)
     assert torch.equal(table, ngrams.sign_table(8192, 64)) and set(table.unique().tolist()) == {-1, 1}
     assert abs(table.float().mean()) < 0.01
-    assert "ngram_signs" not in model_of(config(**ALL)).state_dict()
+    assert "ngram_signs" not in model_of(later_config(train_gpt, **LATER)).state_dict()
 
 
 def test_prefixes_by_hand():
@@ -652,11 +573,11 @@ def test_prefixes_of_gpt2s_vocabulary():
 
 def test_a_cpus_forms_compute_the_same(tmp_path):
     """Fails if the CPU's fast forms compute another model. Losses of three steps cover the gradients."""
-    plain, data = small_run(tmp_path)
+    plain, data = later_trainer(train_gpt, tmp_path)
     wanted = train_steps(plain, data, 0, 3)
     s, o, _ = read(train_gpt, MODEL="tiny-2026-08")
     with fast_forms.installed(train_gpt, s, o):
-        fast, data = small_run(tmp_path)
+        fast, data = later_trainer(train_gpt, tmp_path)
         assert train_steps(fast, data, 0, 3) == pytest.approx(wanted, rel=2e-5)
 
 
@@ -667,7 +588,7 @@ def test_a_saved_model_continues_a_text(tmp_path):
     """Fails if the model file lacks a part or its config, or a token's logits depend on later tokens: the
     logits of each prefix of a text are those of the whole text. One token is shorter than an n-gram and a
     block of the composition."""
-    c = config(**ALL)
+    c = later_config(train_gpt, **LATER)
     model = model_of(c).float()
     save_model(tmp_path / "model.safetensors", model, windows=WINDOWS)
     loaded = load_model(tmp_path / "model.safetensors", "cpu")
@@ -682,36 +603,17 @@ def test_a_saved_model_continues_a_text(tmp_path):
             torch.testing.assert_close(found, whole[length - 1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "trainer, env", [(train_gpt, {}), (ord_gpt, dict(ORD_MODE="post", SPECTRAL_OUT="0.5"))]
-)
-def test_a_restored_trainer_goes_on_bit_for_bit(trainer, env, tmp_path, monkeypatch):
-    """Fails if any state of the parts is not saved, across changes of stage. The restored trainer starts
-    from another seed's weights."""
-    monkeypatch.chdir(tmp_path)
-    one, data = small_run(tmp_path, trainer, **env)
-    train_steps(one, data, 0, 6)
-    assert small_session(one, data).save(6)
-    wanted = train_steps(one, data, 6, 12)
-    other, data = small_run(tmp_path, trainer, seed=1, **env)
-    data.seed = 0
-    small_session(other, data, "resumed").resume(
-        checkpoints.read(tmp_path / "logs" / "mine" / "step_00000006.pt")
-    )
-    assert train_steps(other, data, 6, 12) == wanted
-
-
 def test_ord_learns_with_all_parts(tmp_path):
     """Fails if an ORD mode does not run on groups of heads, or has no effect."""
     runs = {}
     for way in ({}, {"ORD_MODE": "post", "SPECTRAL_IN": "0.5"}, {"ORD_MODE": "project"}, {"ORD_MODE": "off"}):
-        run, data = small_run(tmp_path, ord_gpt, VAL_LOSS_EVERY=8, **way)
+        run, data = later_trainer(ord_gpt, tmp_path, VAL_LOSS_EVERY=8, **way)
         runs[str(way)] = train_steps(run, data, 0, 8)
         assert runs[str(way)][-1] < runs[str(way)][0] - 0.3
         fields = run.log_fields(7, full=True)
         assert len(fields["spec_attn"].split(",")) == 5  # one mean per layer, five layers
     assert len({tuple(found) for found in runs.values()}) == len(runs)
-    run, data = small_run(tmp_path)
+    run, data = later_trainer(train_gpt, tmp_path)
     assert train_steps(run, data, 0, 8) == runs[str({"ORD_MODE": "off"})]
 
 

@@ -1,12 +1,11 @@
 """Trace, or compile for sm_90, a train step of gpt2-small as on a GPU; prints one line per part.
 
-    python trace_step.py stage|variants|experts|later|later-start|inductor|ord ...
+    python trace_step.py stage|experts|later|later-start|inductor|ord ...
 
 stage     the first stage's forward and backward through AOTAutograd and the optimizer steps of both twins,
           three layers; the memory that forward keeps for backward and the optimizer holds, against
           runtime/memory.py's forecast; by default, the Triton forms are used in the model (the same source
           in both twins) and for each twin's matrix step
-variants  the forward of every stage, tied and untied, and of every validation, by dynamo alone
 experts   a step and a validation of moe-79m, which has grouped products, and its optimizer's steps
 later     a step of the first and the last stage, and a validation, of gpt2-small-2026-08's parts in six
           layers; later-start: the first stage alone
@@ -46,7 +45,7 @@ from runtime.memory import held_bytes, kept_bytes
 DEVICE = torch.device("cuda", 0)
 VOCAB = 50257
 MOST_GIGABYTES = 60  # moved between products by a pass of 65,536 tokens: 59.2 with torch 2.13, 57.7 with 2.11
-MODES = ("stage", "variants", "experts", "later", "later-start", "inductor", "ord")
+MODES = ("stage", "experts", "later", "later-start", "inductor", "ord")
 
 
 def ranks(trainer):
@@ -280,30 +279,6 @@ def ord_updates():
         report(name, since)
 
 
-def variants():
-    """Trace every form of the model that rehearse() compiles, in the schedule's order."""
-    since, run = time.perf_counter(), build(train_gpt, "eager")
-    schedule, val_slice = run.schedule, run.s.val_batch_tokens // train_gpt.VAL_SLICES
-    val = batch(train_gpt, 1, val_slice, 400, 100_000)
-
-    @torch.no_grad()
-    def validate(windows):
-        run.val_loss(val, windows, run.tied)
-
-    firsts = {schedule.stage(i): i for i in range(schedule.num_steps - 1, -1, -1)}
-    with model_forms(train_gpt, run):
-        for step in sorted({*firsts.values(), schedule.untie_step + 1}):
-            run.enter(step)
-            if step == schedule.untie_step + 1:
-                run.untie()
-            windows, weights = schedule.windows(run.stage), schedule.predict_weights(step)
-            weights = train_gpt.to_device(weights, DEVICE)
-            run.train_loss(stage_batch(train_gpt, run, run.stage, 100), windows, run.tied, weights, None)
-            validate(windows)
-        validate(schedule.windows(train_gpt.NUM_STAGES))
-    report("variants", since)
-
-
 def experts(backend: str):
     """Run a step and a validation of a mixture of experts: nothing may depend on the routing."""
     for trainer in (train_gpt, train_gpt_muon_ord):
@@ -353,9 +328,7 @@ def later(to_the_end: bool):
 
 def main(mode: str):
     with pretend_cuda.fake_mode():
-        if mode == "variants":
-            variants()
-        elif mode == "stage":
+        if mode == "stage":
             stage()
             matrix_steps()
         elif mode == "experts":
