@@ -1,4 +1,5 @@
-"""Header of a log: every source file that the run used, byte for byte, and their hashes."""
+"""Header of a log: every source file that the run used, byte for byte, from which unpack_run rebuilds it; and
+the sources' hash."""
 
 import json
 import re
@@ -7,20 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import BASELINE, ORD, ROOT, base_env, copy_project
+from forked import PATIENCE_S
+from helpers import BASELINE, ORD, ROOT, base_env, copy_project, losses
 
 import train_gpt
-import train_gpt_muon_ord
+import unpack_run
+from analysis.run_log import embedded_sources
 from runtime import log_writer, supervise
 from runtime.log_writer import BAR
-from runtime.settings import not_training
 
 # Run a trainer, then list the files of all modules that the process has imported.
 LISTING = """
 import json, sys
 
 sys.path.insert(0, {root!r})
-import {trainer} as trainer
+import train_gpt_muon_ord as trainer
 from runtime import supervise
 
 code = supervise.main(trainer, [])
@@ -29,64 +31,83 @@ with open("imported.json", "w") as file:
     json.dump(files, file)
 sys.exit(code)
 """
+SETTINGS = dict(NUM_SCHEDULED_ITERATIONS=3, VAL_LOSS_EVERY=2, SEED=5, SPECTRAL_LR_MUL=0.3, MANIFOLD_EVERY=1)
 
 
-def embedded_files(log: bytes) -> tuple[dict[str, bytes], bytes]:
-    """Parse a log's source files by name, and the text after them, from the stated sizes alone."""
-    files, rest = {}, log
-    while found := re.match(rb"# file: (.+), (\d+) bytes\n", rest):
-        name, size = found[1].decode(), int(found[2])
-        assert name not in files
-        files[name] = rest[found.end() :][:size]
-        rest = rest[found.end() + size :]
-    return files, rest
-
-
-@pytest.fixture(scope="module", params=["dense, measured", "experts"])
-def logged(request, shards, tmp_path_factory):
-    """Trainer, log and imported non-empty project files of a short run."""
-    trainer, script, settings = {
-        "dense, measured": (train_gpt, BASELINE, dict(MANIFOLD_EVERY=1)),
-        "experts": (train_gpt_muon_ord, ORD, dict(MODEL="moe-tiny")),
-    }[request.param]
+@pytest.fixture(scope="module")
+def logged(shards, tmp_path_factory):
+    """Log of a short run, and the non-empty files of the project that it imported."""
     cwd = tmp_path_factory.mktemp("logged")
-    code = LISTING.format(root=str(ROOT), trainer=script.removesuffix(".py"))
-    env = base_env(shards, RUN_ID="short", NUM_SCHEDULED_ITERATIONS=1, VAL_LOSS_EVERY=0, **settings)
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    env = base_env(shards, RUN_ID="first", **SETTINGS)
+    command = [sys.executable, "-c", LISTING.format(root=str(ROOT))]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    paths = [Path(name) for name in json.loads((cwd / "imported.json").read_text())]
-    paths = [
-        path.resolve() for path in paths if path.is_absolute()
-    ]  # torch.ops is "_ops.py", which is nowhere
+    paths = map(Path, json.loads((cwd / "imported.json").read_text()))
+    paths = [p.resolve() for p in paths if p.is_absolute()]  # torch.ops is "_ops.py", which is nowhere
     ours = {p for p in paths if p.is_relative_to(ROOT) and "site-packages" not in p.parts}
     imported = {p.relative_to(ROOT).as_posix() for p in ours if p.is_file() and p.stat().st_size}
-    return trainer, (cwd / "logs" / "short.txt").read_bytes(), imported
+    return cwd / "logs" / "first.txt", imported
 
 
 def test_the_header_holds_every_file_that_the_run_imported(logged):
     """Fails if a run cannot be rebuilt from its log: a file is missing, or is not the one that ran."""
-    trainer, log, imported = logged
-    files, rest = embedded_files(log)
-    assert set(files) == imported and trainer.SCRIPT.name in files
+    log, imported = logged
+    files = embedded_sources(log)
+    assert set(files) == imported and ORD in files
     for name, code in files.items():
         assert code == (ROOT / name).read_bytes(), name
-    assert rest.startswith(f"{BAR}\nconfig:".encode())
 
 
-def test_a_run_in_the_projects_own_folder_has_a_header_too(monkeypatch):
+def test_a_run_in_the_projects_own_folder_has_a_header_too(monkeypatch, tmp_path):
     """Fails on modules of torch whose __file__ is a relative path that does not exist."""
     monkeypatch.chdir(ROOT)
-    files, rest = embedded_files(log_writer.sources())
-    assert BASELINE in files and "runtime/log_writer.py" in files and rest == b""
+    log = tmp_path / "log.txt"
+    log.write_bytes(log_writer.sources() + f"{BAR}\n".encode())
+    assert {BASELINE, "runtime/log_writer.py"} <= embedded_sources(log).keys()
 
 
 def test_the_header_says_which_settings_change_no_numbers(logged):
     """Fails if a reader of logs would have to know the settings to recognize repeats."""
-    trainer, log, _ = logged
-    found = re.search(rb"^affects:(.*)$", embedded_files(log)[1], re.M)
-    affects = json.loads(found[1])
-    assert affects == not_training(trainer.SETTINGS)
+    affects = json.loads(re.search(r"^affects:(.*)$", logged[0].read_text(), re.M)[1])
     assert "save_every" in affects["recording"] and "compile" in affects["machine"]
+    assert not {"seed", "muon_lr"} & {*affects["recording"], *affects["machine"]}
+
+
+def test_an_unpacked_run_has_the_same_losses(logged, tmp_path, shards, capsys):
+    """Fails if the printed command, run on the unpacked files, does not give the logged run's losses."""
+    log, _ = logged
+    folder = tmp_path / "rebuilt"
+    assert unpack_run.main([str(log), str(folder)]) == 0
+    command = re.search(r"^cd .*$", capsys.readouterr().out, re.M)[0]
+    for file in folder.rglob("[a-z]*.py"):
+        assert file.read_bytes() == (ROOT / file.relative_to(folder)).read_bytes()
+    env = {k: v for k, v in base_env(shards).items() if k in ("PATH", "HOME", "OMP_NUM_THREADS")}
+    env |= {"RUN_ID": "again", "PATH": f"{sys.prefix}/bin:{env['PATH']}"}
+    subprocess.run(command, shell=True, env=env, check=True, capture_output=True, timeout=PATIENCE_S)
+    for kind in ("val_loss", "train_loss"):
+        found = losses(folder, "again", kind)
+        assert found and found == losses(log.parent.parent, "first", kind)
+
+
+@pytest.mark.parametrize("text", ["step:1/2 train_loss:3\n", ""])
+def test_a_log_without_sources_is_refused(tmp_path, capsys, text):
+    log = tmp_path / "old.txt"
+    log.write_text(text)
+    assert unpack_run.main([str(log), str(tmp_path / "out")]) == 2
+    assert "older logs" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_and_a_cut_log_is_refused(logged, tmp_path, capsys):
+    log, _ = logged
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    assert unpack_run.main([str(log), str(tmp_path / "full")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    cut = tmp_path / "cut.txt"
+    cut.write_text(log.read_text().rpartition("\nevent:started")[0])
+    assert unpack_run.main([str(cut), str(tmp_path / "new")]) == 2
+    assert "has no event:started" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 @pytest.fixture
