@@ -89,7 +89,8 @@ def check_spills(launches):
 
 def test_no_arithmetic_reads_the_stack_pointer(built):
     """ptxas 12.8 lost single bytes of casts to e5m2. On an H100 the head's gradient was garbage and NaN,
-    though the PTX was right, without a warning."""
+    though the PTX was right, without a warning. Kernels without float8 are not looked at."""
+    assert built[0] < 89 or {"quantize_kernel"} < {x["kernel"] for x in built[2] if x["float8"]}
     assert [x for x in built[2] if x["stack_pointer_reads"]] == []
 
 

@@ -107,15 +107,18 @@ def read_resources(compiled) -> dict:
             text=True,
             check=True,
         ).stderr
-        cubin = Path(folder, "own.cubin")  # made with Triton's own options
-        cubin.write_bytes(compiled.asm["cubin"])
-        reads = stack_pointer_reads(str(cubin))
+        reads, has_float8 = [], re.search("e5m2|e4m3", compiled.asm["ptx"]) is not None
+        if has_float8:  # seconds for a large kernel
+            cubin = Path(folder, "own.cubin")  # made with Triton's own options
+            cubin.write_bytes(compiled.asm["cubin"])
+            reads = stack_pointer_reads(str(cubin))
     number = lambda pattern: int(re.search(pattern, said).group(1))
     count = lambda pattern: len(re.findall(pattern, compiled.asm["ptx"]))
     return {
         "registers": number(r"Used (\d+) registers"),
         "stack": number(r"(\d+) bytes stack frame"),
         "spilled": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        "float8": has_float8,
         "stack_pointer_reads": reads,
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
