@@ -71,7 +71,7 @@ def staged_start(trainer, folder, **settings):
         NUM_SCHEDULED_ITERATIONS=9,
         NUM_EXTENSION_ITERATIONS=3,
         COMPILE=1,
-        PASS_TOKENS=400,
+        PASS_TOKENS=768,  # the second stage has passes of six slices and of two, the others of one size
         **settings,
     )
     config, ranks = small_config(trainer, **STAGES), lone_ranks()
