@@ -54,7 +54,15 @@ from runtime.presets import PRESET_CHANGES
 from runtime.ranks import Ranks, capability, find_device
 from runtime.session import Session
 from runtime.settings import SettingsError, knob, machine_knob
-from runtime.sharding import SMALL, Bucket, gradient_norm, read_master, stats_by_layer, write_master
+from runtime.sharding import (
+    SMALL,
+    Bucket,
+    MatrixStack,
+    gradient_norm,
+    read_master,
+    stats_by_layer,
+    write_master,
+)
 
 SCRIPT = Path(__file__).resolve()
 
@@ -1104,24 +1112,13 @@ class AdamBucket(Bucket):
         self.gather()
 
 
-class MatrixBucket(Bucket):
-    """All matrices of one shape, stacked, so that one batched product serves them all.
-
-    A parameter of three dimensions holds one matrix per expert or per group of heads.
-    """
+class MatrixBucket(MatrixStack):
+    """Matrices updated by NorMuon, Muon or AdamW."""
 
     def __init__(self, params: dict, ranks: Ranks, o: "OptimizerSettings", compiler):
-        R, K = next(iter(params.values())).shape[-2:]
-        super().__init__(params, ranks, unit=R * K, every=1)
-        self.o, self.stats = o, None
-        self.mine, self.grad = self.mine.view(-1, R, K), self.grad.view(-1, R, K)
-        if self.mantissa is not None:
-            self.mantissa = self.mantissa.view(-1, R, K)
-        num_mine = len(self.mine)
-        first = ranks.rank * num_mine
-        self.all_names = [part for name, p in params.items() for part in matrix_names(name, p)]
-        self.names = self.all_names[first : first + num_mine]  # padding, at the end, has no name
-        self.rows_or_columns = (num_mine, R, 1) if R >= K else (num_mine, 1, K)
+        super().__init__(params, ranks)
+        self.o, (N, R, K) = o, self.mine.shape
+        self.rows_or_columns = (N, R, 1) if R >= K else (N, 1, K)
         self.state = {"momentum": torch.zeros_like(self.mine, dtype=torch.float32)}  # AdamW's m, too
         if o.optimizer != "muon":
             shape = self.rows_or_columns if o.optimizer == "normuon" else self.mine.shape
@@ -1160,11 +1157,6 @@ class MatrixBucket(Bucket):
     def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
         """Apply the update rule."""
         self.run(*self.tensors(), lr_N11, decay, mu, self.o)
-
-
-def matrix_names(name: str, p: Tensor) -> list[str]:
-    """Names of a parameter's matrices: its own, or NAME.0, NAME.1, ... of experts or groups of heads."""
-    return [name] if p.ndim == 2 else [f"{name}.{i}" for i in range(len(p))]
 
 
 def check_decay(o: "OptimizerSettings"):
@@ -1397,7 +1389,7 @@ class Optimizer:
             groups.setdefault(key, {})[name] = p
         self.buckets = [make(params, ranks, o, compiler) for (make, _), params in groups.items()]
         self.buckets.sort(key=lambda b: (isinstance(b, MatrixBucket), b.size))
-        self.matrix_buckets = [b for b in self.buckets if isinstance(b, MatrixBucket)]
+        self.stacks = [b for b in self.buckets if isinstance(b, MatrixBucket)]
         self.by_name = {name: b for b in self.buckets for name in b.params}
         self.set_tied(True)
         self.before_update = None  # called when all gradients of a step are reduced and none has been used
@@ -1456,14 +1448,6 @@ class Optimizer:
         for bucket in due:
             bucket.grad.mul_(factor)
 
-    def matrices(self):
-        """Yield (names, fp32 masters, gradients) of this rank's matrices, a shape at a time."""
-        for bucket in self.matrix_buckets:
-            if bucket.names:
-                bucket.work.wait()
-                num = len(bucket.names)
-                yield bucket.names, read_master(bucket.mine, bucket.mantissa)[:num], bucket.grad[:num]
-
     def log_fields(self, step: int, full: bool) -> dict:
         """Fields of the step line; `full` at validations, and then a collective: every rank calls it."""
         beta1, beta2 = (self.beta_frac(step) * beta for beta in find_role("head").betas)
@@ -1475,7 +1459,7 @@ class Optimizer:
         if not full:
             return fields
         norm = {} if self.grad_norm is None else {"grad_norm": f"{float(self.grad_norm):.6g}"}
-        return {**fields, **norm, **stats_by_layer(MATRIX_STATS, self.matrix_buckets, self.ranks)}
+        return {**fields, **norm, **stats_by_layer(MATRIX_STATS, self.stacks, self.ranks)}
 
 
 # ---------------------------------------------------------------------------------------------------

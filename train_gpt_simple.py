@@ -27,7 +27,7 @@ from runtime import settings, supervise
 from runtime.compiling import compiler_for
 from runtime.ranks import Ranks, find_device
 from runtime.settings import knob
-from runtime.sharding import ShardedOptimizer, StateBucket, find_role, stats_by_layer, step_adamw
+from runtime.sharding import Bucket, MatrixStack, ShardedOptimizer, find_role, stats_by_layer, step_adamw
 from runtime.stream_run import Passes, StreamRun, count_slices, open_data  # noqa: F401
 
 SCRIPT = Path(__file__).resolve()
@@ -421,16 +421,16 @@ class Optimizer(ShardedOptimizer):
         super().__init__(model, ROLES, ranks)
         self.o, self.step_adam, self.step_matrices = o, compiler(step_adamw), compiler(step_matrices)
         self.dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32  # of Newton-Schulz
-        for b in self.buckets:
-            if b.stacked:
+        for role, b in self.by_role:
+            if role == "matrix":
                 b.state, b.lr = start_state(b.mine, o), o.muon_lr
             else:
                 b.state = {key: torch.zeros_like(b.mine, dtype=torch.float32) for key in ("m", "v")}
-                b.lr = getattr(o, f"adam_{b.role}_lr")
+                b.lr = getattr(o, f"adam_{role}_lr")
 
-    def update(self, b: StateBucket, lr_mul: float, muon_lr_mul: float):
+    def update(self, b: Bucket, lr_mul: float, muon_lr_mul: float):
         """Move this rank's part of a bucket."""
-        if b.stacked:
+        if isinstance(b, MatrixStack):
             rates = scalar(b.lr * muon_lr_mul), scalar(self.o.spectral_gain_lr * lr_mul)
             args = b.mine, b.grad, b.state, scalar(b.count), *rates, self.dtype, self.o
             b.stats = self.step_matrices(*args)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoints import make_durable
+from runtime.sharding import masters
 
 NUM_DIRECTIONS = 5  # leading singular vectors compared by the alignment
 NUM_QUANTILES = 25
@@ -232,7 +233,7 @@ class Manifold:
 
     def look(self):
         """Keep what the update will overwrite. The optimizer calls this."""
-        found = list(self.optimizer.matrices())  # waits for the gradients, as the update would
+        found = list(masters(self.optimizer.stacks))  # waits for the gradients, as the update would
         self.clock.stop()
         start = time.perf_counter()
         norms = [torch.linalg.vector_norm(grad.float(), dim=(-2, -1)).tolist() for _, _, grad in found]
@@ -246,7 +247,7 @@ class Manifold:
             return
         self.clock.stop()
         start, rows = time.perf_counter(), []
-        for (names, W, grad_norms), (_, after, _) in zip(self.before, self.optimizer.matrices()):
+        for (names, W, grad_norms), (_, after, _) in zip(self.before, masters(self.optimizer.stacks)):
             at_once = max(1, SVD_NUMBERS // W[0].numel())
             for i in range(0, len(names), at_once):
                 self.ranks.beat()

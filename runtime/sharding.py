@@ -163,21 +163,29 @@ def step_adamw(weight, mantissa, grad, state: dict, count, lr, decay: float, bet
     write_master(weight, mantissa, W - lr * (U + decay * W))
 
 
-class StateBucket(Bucket):
-    """A bucket whose state, all fp32, is filled by whoever made the bucket.
+class MatrixStack(Bucket):
+    """All matrices of one shape, so that one batched product serves them all.
 
-    stacked: matrices of one shape; `mine` and `grad` are then (N, rows, columns).
+    `mine` and `grad` are (N, R, K). A parameter of three dimensions holds one matrix per expert or per group
+    of heads.
     """
 
-    def __init__(self, role: str, params: dict[str, nn.Parameter], ranks: Ranks, stacked: bool):
-        shape = next(iter(params.values())).shape
-        super().__init__(params, ranks, unit=shape.numel() if stacked else 1, every=1)
-        self.role, self.stacked, self.stats = role, stacked, None
-        self.all_names = self.names = list(params)
-        if stacked:
-            self.mine, self.grad = self.mine.view(-1, *shape), self.grad.view(-1, *shape)
-            first = ranks.rank * len(self.mine)
-            self.names = self.names[first : first + len(self.mine)]  # padding, at the end, has no name
+    def __init__(self, params: dict[str, nn.Parameter], ranks: Ranks):
+        R, K = next(iter(params.values())).shape[-2:]
+        super().__init__(params, ranks, unit=R * K, every=1)
+        self.mine, self.grad = self.mine.view(-1, R, K), self.grad.view(-1, R, K)
+        if self.mantissa is not None:
+            self.mantissa = self.mantissa.view(-1, R, K)
+        self.stats = None  # for the log: a row for each of `names`
+        self.all_names = [part for name, p in params.items() for part in matrix_names(name, p)]
+        first = ranks.rank * len(self.mine)
+        self.names = self.all_names[first : first + len(self.mine)]  # padding, at the end, has no name
+
+
+def matrix_names(name: str, p: Tensor) -> list[str]:
+    """Names of a parameter's matrices: its own, or NAME.0, NAME.1, ... of experts or groups of heads."""
+    name = name.removesuffix(".weight")
+    return [name] if p.ndim == 2 else [f"{name}.{i}" for i in range(len(p))]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -213,7 +221,19 @@ def restore_all(buckets: list[Bucket], states: dict | None, counts: dict[str, in
         bucket.count = counts[next(iter(bucket.params))]
 
 
-def stats_by_layer(keys: Sequence[str], stacks: list, ranks: Ranks) -> dict[str, str]:
+def masters(stacks: list[MatrixStack]):
+    """Yield (names, fp32 masters, gradients) of the matrices this rank owns, a shape at a time.
+
+    A shape of which it owns none, padding alone, is left out.
+    """
+    for stack in stacks:
+        if stack.names:
+            stack.work.wait()
+            num = len(stack.names)
+            yield stack.names, read_master(stack.mine, stack.mantissa)[:num], stack.grad[:num]
+
+
+def stats_by_layer(keys: Sequence[str], stacks: list[MatrixStack], ranks: Ranks) -> dict[str, str]:
     """Fields {key_part: "[layer 0, ...]"}, means over the matrices of a layer's part. A collective.
 
     keys: the columns of a stack's `stats`, which has a row for each of its `names`, the matrices that this
@@ -258,13 +278,17 @@ class ShardedOptimizer:
         for name, p in model.named_parameters():
             role = find_role(name, roles)
             groups.setdefault((role, p.shape if role == "matrix" else None), {})[name] = p
-        make = StateBucket
-        self.buckets = [make(role, params, ranks, role == "matrix") for (role, _), params in groups.items()]
-        self.ranks, self.stacks = ranks, [b for b in self.buckets if b.stacked]
+        self.by_role = []  # (role, bucket)
+        for (role, _), params in groups.items():
+            stacked = role == "matrix"
+            bucket = MatrixStack(params, ranks) if stacked else Bucket(params, ranks, unit=1, every=1)
+            self.by_role.append((role, bucket))
+        self.buckets = [b for _, b in self.by_role]
+        self.ranks, self.stacks = ranks, [b for b in self.buckets if isinstance(b, MatrixStack)]
         self.before_update = None  # called when all gradients are reduced and none has been used
         self.measure, self.grad_norm = False, None  # whether the next step takes its gradient's norm; that
 
-    def update(self, bucket: StateBucket, *rates):
+    def update(self, bucket: Bucket, *rates):
         """Move this rank's part of a bucket."""
         raise NotImplementedError
 
@@ -288,10 +312,3 @@ class ShardedOptimizer:
     def is_pending(self, step: int) -> bool:
         """Return whether gradients wait for their update after `step` steps: never."""
         return False
-
-    def matrices(self):
-        """Yield (names, fp32 masters, gradients) of the matrices this rank owns, to look at."""
-        for b in self.stacks:
-            b.work.wait()
-            names = [name.removesuffix(".weight") for name in b.names]
-            yield names, b.mine[: len(names)], b.grad[: len(names)]

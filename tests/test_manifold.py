@@ -11,7 +11,9 @@ from jobs import events
 
 import train_gpt
 import train_gpt_muon_ord
+import train_gpt_simple
 from runtime import manifold
+from runtime.compiling import not_compiled
 from runtime.log_writer import LogWriter
 from runtime.session import Clock
 
@@ -201,6 +203,24 @@ def test_its_time_is_not_training_time(trainer, tmp_path):
     this.ranks.beat, this.ranks.all_gather_object = lambda: seen.append(clock.since), gather
     m.measure(1, 0)
     assert len(seen) > 2 and not any(seen) and clock.since and m.ms > 0
+
+
+def test_ranks_that_own_only_padding_measure_nothing(tmp_path):
+    """Fails if a rank without a matrix of some shape ends the run, or a matrix is measured on no rank. Two
+    layers of train_gpt_simple.py have two matrices of each of the MLP's shapes, for eight ranks."""
+    config = train_gpt_simple.ModelConfig(num_layers=2, width=32, num_heads=2, head_dim=16)
+    o = train_gpt_simple.read_settings({"DEVICE": "cpu"})[1]
+    measured = []
+    for rank in range(8):
+        model, ranks = train_gpt_simple.GPT(config, 100, 64), lone_ranks(rank, 8)
+        ranks.beat, ranks.all_gather_object = lambda: None, lambda rows: measured.extend(rows) or []
+        optimizer = train_gpt_simple.Optimizer(model, o, ranks, not_compiled)
+        log, clock = LogWriter(tmp_path / f"{rank}.txt", 0, 1), Clock(ranks.device)
+        m = manifold.Manifold(tmp_path / "a.manifold.jsonl", 1, optimizer, ranks, clock, log)
+        m.expect(1)
+        optimizer.step(1.0, 1.0)
+        m.measure(1, 0)
+    assert len(measured) == 12 and len({(row["layer"], row["proj"]) for row in measured}) == 12
 
 
 def test_trimmed_to_the_step_it_goes_on_from(tmp_path):

@@ -531,7 +531,7 @@ def test_what_cannot_be_is_refused(settings, said, small, shards, capsys):
 def test_every_parameter_has_one_role():
     model = simple.GPT(SMALL, 256, 16)
     optimizer = simple.Optimizer(model, read()[1], lone_ranks(), lambda function: function)
-    assert sorted(b.role for b in optimizer.buckets) == [
+    assert sorted(role for role, _ in optimizer.by_role) == [
         "embed",
         "head",
         "matrix",

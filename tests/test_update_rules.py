@@ -398,7 +398,7 @@ def test_each_matrix_of_a_bank_is_updated_by_itself(name, shape, extra):
     o, weights = optimizer_settings(trainer, **extra), start_weights(shapes={name: shape})
     grads = some_grads(weights, 3)
     together, optimizer = run_steps(trainer, o, weights, grads)
-    (bucket,) = optimizer.matrix_buckets
+    (bucket,) = optimizer.stacks
     assert bucket.state["second_moment"].shape == (shape[0], *((rows, 1) if rows > columns else (1, columns)))
     assert bucket.shape_lr_N11.unique().tolist() == pytest.approx([max(1, rows / columns) ** 0.5])
     for i in range(shape[0]):
@@ -406,7 +406,7 @@ def test_each_matrix_of_a_bank_is_updated_by_itself(name, shape, extra):
         alone, optimizer = run_steps(trainer, o, {name: weights[name][i]}, own)
         torch.testing.assert_close(together[name][i], alone[name])
         if extra:
-            torch.testing.assert_close(bucket.stats[i : i + 1], optimizer.matrix_buckets[0].stats)
+            torch.testing.assert_close(bucket.stats[i : i + 1], optimizer.stacks[0].stats)
 
 
 @pytest.mark.parametrize("lr_mul, sign", [(1.0, 1), (1.0, -1), (400.0, 1)])
