@@ -13,7 +13,6 @@ P(G - a G_par) + a G_par with a = SPECTRAL_LR_MUL; ord_update describes project,
 """
 
 import functools
-import gc
 import importlib.util
 import math
 import re
@@ -1670,32 +1669,6 @@ class Trainer:
         return {"rotary_scale": self.model.rotary.scale, "windows": windows, "tied": self.tied}
 
 
-def rehearse(start, stop):
-    """Compile and autotune all that the run will meet, on a trainer and data that are thrown away.
-
-    Every stage, tied or not, training and evaluation, steps with and without Adam and statistics. Ends early
-    if a rank was asked to stop.
-    """
-    run = Run(start, stop)
-    trainer, data, schedule, ranks = run.trainer, run.data, run.trainer.schedule, start.ranks
-    trainer.memory.announce(start.log)
-    last, untie = schedule.num_steps, schedule.untie_step or 0
-    firsts = {*schedule.bounds, untie, untie + 1}
-    for step in sorted(firsts | {i + 1 for i in firsts}):  # two steps each: Adam moves on every second
-        if step > last or any(ranks.all_gather_object(stop.reason)):
-            break
-        trainer.enter(step)
-        with trainer.memory.explained():
-            run.validate(step, num_batches=1)
-            if step < last:
-                trainer.step(step, data.next(schedule.batch(step)), measure=step == 0)
-    data.prefetcher.close()
-    del trainer, data, run
-    gc.collect()
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 # ---------------------------------------------------------------------------------------------------
 # Loop
 # ---------------------------------------------------------------------------------------------------
@@ -1719,6 +1692,26 @@ class Run:
         batches = val_batches(start.val_shards, start.s, start.ranks, num_batches)
         batches = self.data.prefetcher.each(batches)
         return evaluate(trainer.val_loss, batches, windows, trainer.tied, start.ranks)
+
+    def rehearse(self):
+        """Compile and autotune all that a run will meet; call it on a run that is then thrown away.
+
+        Every stage, tied or not, training and evaluation, steps with and without Adam and statistics. Ends
+        early if a rank was asked to stop.
+        """
+        trainer, schedule = self.trainer, self.trainer.schedule
+        trainer.memory.announce(self.start.log)
+        last, untie = schedule.num_steps, schedule.untie_step or 0
+        firsts = {*schedule.bounds, untie, untie + 1}
+        for step in sorted(firsts | {i + 1 for i in firsts}):  # two steps each: Adam moves on every second
+            if step > last or self.session.asked_to_stop():
+                break
+            trainer.enter(step)
+            with trainer.memory.explained():
+                self.validate(step, num_batches=1)
+                if step < last:
+                    trainer.step(step, self.data.next(schedule.batch(step)), measure=step == 0)
+        self.data.prefetcher.close()
 
     def train(self) -> int:
         """Train from the session's first step. Returns the step that it reached: the last, or a stop's."""

@@ -491,10 +491,5 @@ class Run(StreamRun):
         return loss_sum
 
 
-def rehearse(start, stop):
-    """Compile what the run will need, in a run that is thrown away."""
-    Run(start, stop).rehearse()
-
-
 if __name__ == "__main__":
     supervise.leave(supervise.main(sys.modules[__name__], sys.argv[1:]))

@@ -96,7 +96,7 @@ class Session:
         """Start the clock. Returns the steps to make and one more number, for the last validation; none after
         a stop request."""
         self.epoch, self.graphs = self.data.position[0], graphs_compiled()
-        if any(self.ranks.all_gather_object(self.stop.reason)):  # during the rehearsal: nothing to save
+        if self.asked_to_stop():  # during the rehearsal: nothing to save
             return range(0)
         if self.manifold:
             self.manifold.go_on(self.first_step)
@@ -104,6 +104,10 @@ class Session:
             self.utilization = self.measure_rate()
         self.clock.start()
         return range(self.first_step, self.num_steps + 1)
+
+    def asked_to_stop(self) -> bool:
+        """Return whether any rank was asked to stop. A collective."""
+        return any(self.ranks.all_gather_object(self.stop.reason))
 
     def measure_rate(self) -> Utilization:
         """Time the device's own product in the type of the model, on all ranks at once."""

@@ -4,8 +4,6 @@ A trainer derives its Run from StreamRun and writes the step. Everything else ab
 cutting batches to the validations, is here.
 """
 
-import gc
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -104,7 +102,6 @@ class StreamRun:
         """Compile everything that a run will need; call it on a run that is then thrown away."""
         self.step(0, self.cut(self.data.next()))
         self.validate(num_batches=1)
-        gc.collect()
 
     def log_fields(self, step: int, full: bool) -> dict:
         """Fields of the line about the update of `step`, in the log's order. A collective if full."""

@@ -11,8 +11,8 @@ A trainer is a module that offers:
     count_slices(settings, world_size)   -> slices of a global batch
     ModelConfig                          the model config's dataclass
     Schedule(settings, model config)     with .num_steps
-    rehearse(start, stop)                compiles what the run will need
-    Run(start, stop)                     with .session, and train() -> the step that it reached
+    Run(start, stop)                     with .session, rehearse(), which compiles what the run will need, and
+                                         train() -> the step that it reached
 """
 
 import contextlib
@@ -339,7 +339,10 @@ class Supervisor:
         """Compile what the run will need, and log how long that took."""
         self.log.say("rehearsing every stage (compiles; not counted as training time)")
         began, before = time.monotonic(), graphs_compiled()
-        self.module.rehearse(self.start, self.stop)
+        self.module.Run(self.start, self.stop).rehearse()
+        gc.collect()  # frees that run, whose parts refer to each other, before the real one is built
+        if self.start.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
         seconds, graphs = time.monotonic() - began, graphs_compiled() - before
         self.log.event("rehearsed", seconds=f"{seconds:.1f}", graphs=graphs)
         self.log.say(f"rehearsed in {seconds:.0f} s: {graphs} graphs compiled, or read from the cache")

@@ -117,7 +117,7 @@ def test_a_run_that_ends_for_want_of_memory_says_what_helps(part, on_gpu, shards
                 if part == "run":
                     train_gpt.Run(start, StopRequest()).train()
                 else:
-                    train_gpt.rehearse(start, StopRequest())
+                    train_gpt.Run(start, StopRequest()).rehearse()
     assert len(events(tmp_path / "logs/large.txt", "memory")) == (1 if part == "rehearsal" else 0)
 
 

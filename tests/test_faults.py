@@ -196,18 +196,18 @@ sys.path.insert(0, {root!r})
 import train_gpt as trainer
 from runtime import supervise
 
-rehearse = trainer.rehearse
+rehearse = trainer.Run.rehearse
 
 
-def rehearse_once_asked_to_stop(start, stop):
-    if start.ranks.rank == 1:
+def rehearse_once_asked_to_stop(run):
+    if run.start.ranks.rank == 1:
         open("rehearsing", "w").close()
-        while not stop.reason:
+        while not run.session.stop.reason:
             time.sleep(0.02)
-    return rehearse(start, stop)
+    return rehearse(run)
 
 
-trainer.rehearse = rehearse_once_asked_to_stop
+trainer.Run.rehearse = rehearse_once_asked_to_stop
 sys.exit(supervise.main(trainer, sys.argv[1:]))
 """
 

@@ -79,7 +79,7 @@ def test_rehearsal_leaks_nothing(baseline, shards, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(train_gpt.Trainer, "step", step)
-            train_gpt.rehearse(start, StopRequest())
+            train_gpt.Run(start, StopRequest()).rehearse()
         assert {train_gpt.Schedule(start.s, start.model_config).stage(number) for number in steps} == {
             0,
             1,

@@ -4,8 +4,11 @@ resuming, logs."""
 import contextlib
 import copy
 import functools
+import gc
 import math
+import weakref
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +29,7 @@ from runtime.checkpoints import MODEL_FILE
 from runtime.compiling import graphs_compiled, not_compiled
 from runtime.settings import knobs
 from runtime.stream_run import cut_passes
-from runtime.supervise import StopRequest
+from runtime.supervise import StopRequest, Supervisor
 from runtime.trained import load_model
 
 SMALL = simple.ModelConfig(num_layers=2, width=32, num_heads=2, head_dim=16)
@@ -455,6 +458,27 @@ def test_a_resumed_run_is_bit_identical(name, small, shards):
     here = whole.s.log.parent.parent
     assert losses(here, "rest", "train_loss") == losses(here, "whole", "train_loss")[5:]
     assert losses(here, "rest") == losses(here, "whole")[-1:]
+
+
+def test_the_rehearsals_run_is_freed(small, shards, monkeypatch):
+    """Fails if the rehearsal's model or optimizer, as large as the run's, is there when that is built."""
+    made = []
+    for part in (simple.GPT, simple.Optimizer):
+
+        def remember(self, *args, build=part.__init__):
+            made.append(weakref.ref(self))
+            build(self, *args)
+
+        monkeypatch.setattr(part, "__init__", remember)
+    with run_here(simple, env_of(shards, RUN_ID="rehearsed")) as start:
+        gc.disable()  # else it may come by itself
+        try:
+            Supervisor.rehearse(
+                SimpleNamespace(log=start.log, module=simple, start=start, stop=StopRequest())
+            )
+        finally:
+            gc.enable()
+        assert [part() for part in made] == [None] * 2
 
 
 def test_the_tools_read_its_logs(small, shards):
