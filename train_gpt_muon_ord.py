@@ -1390,20 +1390,13 @@ class Optimizer:
         self.buckets.sort(key=lambda b: (isinstance(b, MatrixBucket), b.size))
         self.stacks = [b for b in self.buckets if isinstance(b, MatrixBucket)]
         self.by_name = {name: b for b in self.buckets for name in b.params}
-        self.set_tied(True)
         self.before_update = None  # called when all gradients of a step are reduced and none has been used
         # of the last measured step: norm of the mean loss's gradient, over the parameters that it moved
         self.grad_norm = None
 
-    def set_tied(self, tied: bool):
-        """Make the embedding the head (tied), or let it learn by itself."""
-        if "embed" in self.by_name:
-            self.by_name["embed"].active = not tied
-
     def untie(self):
-        """Let the embedding learn by itself from here on, starting where the head is."""
+        """Give the embedding the head's weights and state, from which it will learn by itself."""
         self.by_name["embed"].copy_from(self.by_name["head"])
-        self.set_tied(False)
 
     def is_pending(self, step: int) -> bool:
         """Return whether gradients wait for their update after `step` steps."""
@@ -1420,14 +1413,15 @@ class Optimizer:
         """Factor on Adam's betas: up from 0 over BETA_WARMUP_STEPS."""
         return min(1, step / self.o.beta_warmup_steps) if self.o.beta_warmup_steps else 1
 
-    def due(self, step: int) -> list[Bucket]:
-        """The buckets that move at this step."""
-        return [b for b in self.buckets if b.active and step % b.every == b.every - 1]
+    def due(self, step: int, tied: bool) -> list[Bucket]:
+        """The buckets that move at this step. tied: the head is the embedding, whose own table then rests."""
+        resting = self.by_name.get("embed") if tied else None
+        return [b for b in self.buckets if step % b.every == b.every - 1 and b is not resting]
 
     @torch.no_grad()
-    def step(self, step: int, lr_mul: float, batch_tokens: int, measure: bool):
+    def step(self, step: int, lr_mul: float, batch_tokens: int, measure: bool, tied: bool = True):
         """Reduce, update, gather. measure: the next line of the log wants log_fields(full=True)."""
-        due = self.due(step)
+        due = self.due(step, tied)
         for bucket in due:  # in one order on all ranks
             bucket.reduce()
         if self.before_update:
@@ -1490,6 +1484,10 @@ class Schedule:
     def stage(self, step: int) -> int:
         """Stage of a step; after the last one, its stage."""
         return sum(step >= end for end in self.bounds[1:NUM_STAGES] if end < self.num_steps)
+
+    def tied(self, step: int) -> bool:
+        """Return whether embedding and head are one after `step` steps: validated so, then trained so."""
+        return self.untie_step is None or step <= self.untie_step
 
     def batch_tokens(self, step: int) -> int:
         return self.s.batch_sizes[self.stage(step)]
@@ -1586,7 +1584,7 @@ class Trainer:
         self.train_loss = compile_forward(self.model.train_loss, compiler)
         self.val_loss = compile_forward(self.model.val_loss, compiler)
         self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler)
-        self.stage, self.tied = 0, True
+        self.stage = 0
         self.doc_lengths, self.flop_by_stage = None, {}  # of documents as this stage reads them, for MFU
 
     def enter(self, step: int):
@@ -1600,11 +1598,6 @@ class Trainer:
             self.model.rotary.extend(old, new)
         self.stage = stage
 
-    def untie(self):
-        """Let embedding and head part."""
-        self.optimizer.untie()
-        self.tied = False
-
     def step(self, step: int, batches: list[Batch], measure: bool = False) -> Tensor:
         """One update; returns the cross-entropy summed over this rank's tokens.
 
@@ -1613,6 +1606,7 @@ class Trainer:
         schedule, c, loss_sum, noise = self.schedule, self.model.config, 0, None
         weights = to_device(schedule.predict_weights(step), self.ranks.device)
         windows, prefix_weight = schedule.windows(self.stage), schedule.prefix_weight(step)
+        tied = schedule.tied(step)
         next_slice = my_slices(count_slices(self.s, self.ranks.world_size), self.ranks).start
         for batch in batches:
             self.ranks.beat()
@@ -1621,13 +1615,13 @@ class Trainer:
                 noise = draw_noise(self.s.seed, step, range(next_slice, next_slice + B), (L, T, E))
                 noise = to_device(self.s.router_noise * noise, self.ranks.device)
                 next_slice += B
-            loss, cross_entropy = self.train_loss(batch, windows, self.tied, weights, noise, prefix_weight)
+            loss, cross_entropy = self.train_loss(batch, windows, tied, weights, noise, prefix_weight)
             (LOSS_SCALE * loss).backward()
             loss_sum = loss_sum + cross_entropy
         measure = measure or self.s.validates(step + 1, schedule.num_steps)
-        self.optimizer.step(step, schedule.lr_mul(step), schedule.batch_tokens(step), measure)
+        self.optimizer.step(step, schedule.lr_mul(step), schedule.batch_tokens(step), measure, tied)
         if step == schedule.untie_step:
-            self.untie()
+            self.optimizer.untie()
         return loss_sum
 
     def log_fields(self, step: int, full: bool) -> dict:
@@ -1656,17 +1650,14 @@ class Trainer:
         return self.flop_by_stage[stage]
 
     def go_to(self, step: int):
-        """Restore what follows from `step`: stage, windows, tying. The optimizer has its own state."""
+        """Restore what follows from `step`: stage and windows. The optimizer has its own state."""
         for earlier in range(step):  # all of them: YaRN extends the windows one by one
             self.enter(earlier)
-        untie_step = self.schedule.untie_step
-        self.tied = untie_step is None or step <= untie_step
-        self.optimizer.set_tied(self.tied)
 
     def model_metadata(self) -> dict:
         """Facts that forward needs beside weights and config."""
-        windows = self.schedule.windows(NUM_STAGES)
-        return {"rotary_scale": self.model.rotary.scale, "windows": windows, "tied": self.tied}
+        windows, tied = self.schedule.windows(NUM_STAGES), self.schedule.tied(self.schedule.num_steps)
+        return {"rotary_scale": self.model.rotary.scale, "windows": windows, "tied": tied}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1691,7 +1682,7 @@ class Run:
         windows = schedule.windows(NUM_STAGES if last else trainer.stage)
         batches = val_batches(start.val_shards, start.s, start.ranks, num_batches)
         batches = self.data.prefetcher.each(batches)
-        return evaluate(trainer.val_loss, batches, windows, trainer.tied, start.ranks)
+        return evaluate(trainer.val_loss, batches, windows, schedule.tied(step), start.ranks)
 
     def rehearse(self):
         """Compile and autotune all that a run will meet; call it on a run that is then thrown away.

@@ -198,7 +198,7 @@ class Timed:
         self.steps, self.at = self.steps_of(stage), 0
         first, untie = self.steps[0], self.schedule.untie_step
         if untie is not None and self.entered <= untie < first:
-            self.trainer.untie()
+            self.trainer.optimizer.untie()
         self.trainer.enter(first)
         self.entered = first
         self.flush()
@@ -250,10 +250,10 @@ class Timed:
 
     def evaluate(self, num_batches: int | None = None):
         """Evaluate on all validation batches, or on the first num_batches."""
-        windows, trainer = self.schedule.windows(self.trainer.stage), self.trainer
+        windows, tied = self.schedule.windows(self.trainer.stage), self.schedule.tied(self.entered)
         batches = self.module.val_batches(self.val_shards, self.s, self.ranks, num_batches)
         batches = self.data.prefetcher.each(batches)
-        self.module.evaluate(trainer.val_loss, batches, windows, trainer.tied, self.ranks)
+        self.module.evaluate(self.trainer.val_loss, batches, windows, tied, self.ranks)
 
 
 def build(script: str, env: dict, ranks=None) -> Timed:

@@ -43,7 +43,7 @@ class Bucket:
     def __init__(self, params: dict[str, nn.Parameter], ranks: Ranks, unit: int, every: int):
         """unit: numbers that must stay together on one rank (a matrix's). every: steps per update."""
         self.params, self.ranks, self.every = params, ranks, every
-        self.active, self.count, self.work = True, 0, Done()
+        self.count, self.work = 0, Done()
         like = next(iter(params.values()))
         self.size = sum(p.numel() for p in params.values())
         self.sharded = unit > 1 or (len(params) == 1 and self.size >= SMALL)

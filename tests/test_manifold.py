@@ -105,9 +105,8 @@ def watched(trainer, folder, env, steps=3):
         grads = []
         for batch in batches:  # the same forward and backward, by autograd alone
             weights = this.schedule.predict_weights(step)
-            loss, _ = this.model.train_loss(
-                batch, this.schedule.windows(this.stage), this.tied, weights, None
-            )
+            windows, tied = this.schedule.windows(this.stage), this.schedule.tied(step)
+            loss, _ = this.model.train_loss(batch, windows, tied, weights, None)
             names = [n for n in before if n.endswith((".q", ".k", ".v", ".o", ".up", ".down"))]
             params = dict(this.model.named_parameters())
             grads.append(torch.autograd.grad(trainer.LOSS_SCALE * loss, [params[n] for n in names]))

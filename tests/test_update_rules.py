@@ -779,7 +779,7 @@ def test_every_adam_group_of_the_model_follows_the_table():
                 grad[0] = 0  # a row that is never seen
             params[name].grad += torch.tensor(grad, dtype=torch.float32)
             ref.step(np.float32(grad).astype(float), lr_mul, step % 2 == 1)
-        optimizer.step(step, lr_mul, 2048, False)
+        optimizer.step(step, lr_mul, 2048, False, tied=step < 6)
         for name, ref in refs.items():
             if ref.active:
                 got = params[name].detach().numpy()

@@ -248,7 +248,7 @@ def inductor_step():
         report("inductor optimizer", since)
         with torch.no_grad():
             val = batch(trainer, 1, run.s.val_batch_tokens // trainer.VAL_SLICES, 400, 100_000)
-            run.val_loss(val, run.schedule.windows(0), run.tied)
+            run.val_loss(val, run.schedule.windows(0), run.schedule.tied(0))
         report("inductor validation", since)
         graphs = graphs_compiled()
         run.step(2, [stage_batch(trainer, run, 0, n) for n in (77, 131)])
@@ -290,7 +290,7 @@ def experts(backend: str):
                 run.step(0, [docs])
             with torch.no_grad():
                 val = batch(trainer, 1, run.s.val_batch_tokens // trainer.VAL_SLICES, 400, 100_000)
-                run.val_loss(val, run.schedule.windows(trainer.NUM_STAGES), run.tied)
+                run.val_loss(val, run.schedule.windows(trainer.NUM_STAGES), run.schedule.tied(0))
             report(f"{trainer.__name__} experts", since)
             optimizer_steps(run)
             report(f"{trainer.__name__} optimizer", since)
@@ -322,7 +322,7 @@ def later(to_the_end: bool):
         report("last stage", since)
         with torch.no_grad():
             val = batch(train_gpt, 1, run.s.val_batch_tokens // train_gpt.VAL_SLICES, 400, 100_000)
-            run.val_loss(val, run.schedule.windows(train_gpt.NUM_STAGES), run.tied)
+            run.val_loss(val, run.schedule.windows(train_gpt.NUM_STAGES), run.schedule.tied(8))
         report("validation", since)
 
 
