@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.heads import with_previous_block
+
 CHECK_SCALE = 0.1  # softmax scale of check_varlen
 
 
@@ -76,7 +78,7 @@ class Documents:
         if q.shape[2] == band.block:
             return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=gqa)
         q = in_blocks(q, band.block).flatten(0, 1)
-        k, v = (with_block_before(in_blocks(x, band.block)).flatten(0, 1) for x in (k, v))
+        k, v = (with_previous_block(in_blocks(x, band.block), dim=3).flatten(0, 1) for x in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=gqa)
         return y.unflatten(0, (self.B, -1)).transpose(1, 2).flatten(2, 3)
 
@@ -101,7 +103,7 @@ class Documents:
         else:
             block, query, key = window, torch.arange(window) + window, torch.arange(2 * window)
             doc_q = doc_BT.view(-1, T // window, window)
-            doc_k = torch.cat((F.pad(doc_q, (0, 0, 1, 0), value=-1)[:, :-1], doc_q), -1)
+            doc_k = with_previous_block(doc_q, dim=2, fill=-1)
         ago = (query[:, None] - key).to(doc_BT.device)
         seen = (ago >= 0) & (ago <= window) & (doc_q[..., :, None] == doc_k[..., None, :])
         bias = torch.zeros(seen.shape, device=doc_BT.device).masked_fill(~seen, -math.inf)
@@ -118,12 +120,6 @@ class Band(NamedTuple):
 def in_blocks(x_BHTD: Tensor, block: int) -> Tensor:
     """(B, blocks, H, block, D)."""
     return x_BHTD.unflatten(2, (-1, block)).transpose(1, 2)
-
-
-def with_block_before(x: Tensor) -> Tensor:
-    """Each block of in_blocks with the one before it; zeros before the first."""
-    before = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
-    return torch.cat((before, x), 3)
 
 
 class Package(NamedTuple):

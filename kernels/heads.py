@@ -66,11 +66,11 @@ def compose_heads(q, k, v, doc_BT, scale: float, reach: int, from_BTH: Tensor, i
     """
     T, pad = q.shape[1], -q.shape[1] % reach
     q, doc = token_blocks(q, reach, pad), token_blocks(doc_BT, reach, pad, fill=-1)
-    k, v = (with_previous_block(token_blocks(x, reach, pad)) for x in (k, v))
+    k, v = (with_previous_block(token_blocks(x, reach, pad), dim=2) for x in (k, v))
     scores = torch.einsum("bnihd,bnjhd->bnhij", q, k) * scale
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     ago = torch.arange(reach, device=q.device)[:, None] + reach - torch.arange(2 * reach, device=q.device)
-    same = doc[..., None] == with_previous_block(doc, fill=-2)[..., None, :]
+    same = doc[..., None] == with_previous_block(doc, dim=2, fill=-2)[..., None, :]
     seen = ((ago >= 0) & (ago < reach) & same).unsqueeze(2)
     p = scores.masked_fill(~seen, -math.inf).softmax(-1)
     weights = F.rms_norm(from_BTH.to(p.dtype), (from_BTH.shape[-1],), eps=COMPOSE_EPS)
@@ -84,7 +84,7 @@ def token_blocks(x: Tensor, block: int, pad: int, fill: int = 0) -> Tensor:
     return F.pad(x, (*(0, 0) * (x.ndim - 2), 0, pad), value=fill).unflatten(1, (-1, block))
 
 
-def with_previous_block(x: Tensor, fill: int = 0) -> Tensor:
-    """Each block of token_blocks behind the one before it; `fill` before the first."""
+def with_previous_block(x: Tensor, dim: int, fill: int = 0) -> Tensor:
+    """Each of the blocks, dimension 1, behind the one before it along `dim`; `fill` before the first."""
     before = F.pad(x, (*(0, 0) * (x.ndim - 2), 1, 0), value=fill)[:, :-1]
-    return torch.cat((before, x), dim=2)
+    return torch.cat((before, x), dim)

@@ -31,15 +31,8 @@ def hash_ngrams(tokens_BT: Tensor, lengths: tuple[int, ...], num_rows: int) -> l
     N-grams may span documents. Several lengths in one table are an idea of arXiv 2412.09871; the record has
     bigrams.
     """
-    found = []
-    for length in lengths:
-        last = length - 1
-        hashed = HASH_MULTIPLIERS[0] * tokens_BT[:, last:]
-        for back in range(1, length):
-            hashed = hashed ^ (HASH_MULTIPLIERS[back] * tokens_BT[:, last - back : -back])
-        padded = F.pad(hashed % (num_rows - 1), (last, 0), value=num_rows - 1)
-        found.append(padded[:, : tokens_BT.shape[1]])
-    return found
+    last = num_rows - 1
+    return [mix(tokens_BT, HASH_MULTIPLIERS[:length], last, fill=last) for length in lengths]
 
 
 def sign_rows(tokens_BT: Tensor, length: int, num_rows: int) -> Tensor:
@@ -48,11 +41,19 @@ def sign_rows(tokens_BT: Tensor, length: int, num_rows: int) -> Tensor:
     n-grams that share a row of the hash embedding then differ in half of its signs, so that their gradients
     do not add up alike (the public speedrun's record of 2026-05-20).
     """
-    last = length - 1
-    mixed = tokens_BT[:, last:]
-    for back in range(1, length):
-        mixed = mixed ^ tokens_BT[:, last - back : -back]
-    return F.pad(mixed % num_rows, (last, 0))[:, : tokens_BT.shape[1]]
+    return mix(tokens_BT, (1,) * length, num_rows, fill=0)
+
+
+def mix(tokens_BT: Tensor, multipliers: tuple[int, ...], modulus: int, fill: int) -> Tensor:
+    """Exclusive or of each token and those before it, each times its multiplier, modulo `modulus`.
+
+    multipliers: of the token itself, of the one before, ... `fill` where too few tokens precede in the slice.
+    """
+    reach = len(multipliers) - 1
+    mixed = multipliers[0] * tokens_BT[:, reach:]
+    for back in range(1, reach + 1):
+        mixed = mixed ^ (multipliers[back] * tokens_BT[:, reach - back : -back])
+    return F.pad(mixed % modulus, (reach, 0), value=fill)[:, : tokens_BT.shape[1]]
 
 
 def sign_table(num_rows: int, width: int) -> Tensor:
