@@ -1058,10 +1058,11 @@ def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
     return U + decay * {"param": W, "update": U, "both": W + U}[mode]
 
 
-def step_muon(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, o: "OptimizerSettings"):
-    """One NorMuon (or Muon) step on a shard of matrices, in place."""
+def step_muon(weight, mantissa, grad, state: dict, lr_N11, decay, mu, o: "OptimizerSettings"):
+    """One NorMuon (or Muon) step on a shard of matrices, in place. state: momentum, maybe second_moment."""
     W, mode = read_master(weight, mantissa), o.muon_decay_mode
-    U = orthogonalize(nesterov(grad, momentum, mu), second_moment, o.muon_beta2, weight.dtype)
+    G = nesterov(grad, state["momentum"], mu)
+    U = orthogonalize(G, state.get("second_moment"), o.muon_beta2, weight.dtype)
     write_master(weight, mantissa, W.addcmul_(with_decay(U, W, decay, mode), lr_N11, value=-1))
 
 
@@ -1108,7 +1109,7 @@ class AdamBucket(Bucket):
         self.count += 1
         lr = self.base_lr * lr_mul * self.role_lr_mul
         decay = self.o.adam_weight_decay * lr * self.role_decay_mul  # and lr once more, in step_adam
-        tensors = self.mine, self.mantissa, self.grad, *self.state.values()
+        tensors = self.mine, self.mantissa, self.grad, self.state["m"], self.state["v"]
         beta1, beta2 = (beta_frac * beta for beta in self.betas)
         self.run(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "strict")
         self.gather()
@@ -1135,11 +1136,6 @@ class MatrixBucket(MatrixStack):
         values = [value(name) for name in self.names] + [0.0] * (len(self.mine) - len(self.names))
         return torch.tensor(values, device=self.mine.device).view(-1, 1, 1)
 
-    def tensors(self) -> tuple:
-        """Tensors of an update: those that it changes in place, and the gradient."""
-        moments = self.state["momentum"], self.state.get("second_moment")
-        return self.mine, self.mantissa, self.grad, *moments
-
     def update(self, lr_mul: float, mu: float, beta_frac: float, measure: bool):
         """Move this rank's matrices; begin to gather. measure: take the statistics that the log wants."""
         self.work.wait()
@@ -1148,7 +1144,9 @@ class MatrixBucket(MatrixStack):
         if o.optimizer == "adamw":
             lr, decay = vectors.scalar(o.adam_matrix_lr * lr_mul), vectors.scalar(o.adam_matrix_decay)
             beta1, beta2 = (vectors.scalar(beta_frac * b) for b in find_role(next(iter(self.params))).betas)
-            self.run(*self.tensors(), vectors.scalar(self.count), lr, decay, beta1, beta2, "param")
+            moments = self.state["momentum"], self.state["second_moment"]
+            tensors = self.mine, self.mantissa, self.grad, *moments
+            self.run(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "param")
         else:
             lr = o.muon_lr * lr_mul
             # cautious decay takes the rate twice, here and in the step, as in the record; the others once
@@ -1158,7 +1156,7 @@ class MatrixBucket(MatrixStack):
 
     def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
         """Apply the update rule."""
-        self.run(*self.tensors(), lr_N11, decay, mu, self.o)
+        self.run(self.mine, self.mantissa, self.grad, self.state, lr_N11, decay, mu, self.o)
 
 
 def check_decay(o: "OptimizerSettings"):

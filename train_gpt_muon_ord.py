@@ -1055,10 +1055,11 @@ def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
     return U + decay * {"param": W, "update": U, "both": W + U}[mode]
 
 
-def step_muon(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, o: "OptimizerSettings"):
-    """One NorMuon (or Muon) step on a shard of matrices, in place."""
+def step_muon(weight, mantissa, grad, state: dict, lr_N11, decay, mu, o: "OptimizerSettings"):
+    """One NorMuon (or Muon) step on a shard of matrices, in place. state: momentum, maybe second_moment."""
     W, mode = read_master(weight, mantissa), o.muon_decay_mode
-    U = orthogonalize(nesterov(grad, momentum, mu), second_moment, o.muon_beta2, weight.dtype)
+    G = nesterov(grad, state["momentum"], mu)
+    U = orthogonalize(G, state.get("second_moment"), o.muon_beta2, weight.dtype)
     write_master(weight, mantissa, W.addcmul_(with_decay(U, W, decay, mode), lr_N11, value=-1))
 
 
@@ -1105,7 +1106,7 @@ class AdamBucket(Bucket):
         self.count += 1
         lr = self.base_lr * lr_mul * self.role_lr_mul
         decay = self.o.adam_weight_decay * lr * self.role_decay_mul  # and lr once more, in step_adam
-        tensors = self.mine, self.mantissa, self.grad, *self.state.values()
+        tensors = self.mine, self.mantissa, self.grad, self.state["m"], self.state["v"]
         beta1, beta2 = (beta_frac * beta for beta in self.betas)
         self.run(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "strict")
         self.gather()
@@ -1132,11 +1133,6 @@ class MatrixBucket(MatrixStack):
         values = [value(name) for name in self.names] + [0.0] * (len(self.mine) - len(self.names))
         return torch.tensor(values, device=self.mine.device).view(-1, 1, 1)
 
-    def tensors(self) -> tuple:
-        """Tensors of an update: those that it changes in place, and the gradient."""
-        moments = self.state["momentum"], self.state.get("second_moment")
-        return self.mine, self.mantissa, self.grad, *moments
-
     def update(self, lr_mul: float, mu: float, beta_frac: float, measure: bool):
         """Move this rank's matrices; begin to gather. measure: take the statistics that the log wants."""
         self.work.wait()
@@ -1145,7 +1141,9 @@ class MatrixBucket(MatrixStack):
         if o.optimizer == "adamw":
             lr, decay = vectors.scalar(o.adam_matrix_lr * lr_mul), vectors.scalar(o.adam_matrix_decay)
             beta1, beta2 = (vectors.scalar(beta_frac * b) for b in find_role(next(iter(self.params))).betas)
-            self.run(*self.tensors(), vectors.scalar(self.count), lr, decay, beta1, beta2, "param")
+            moments = self.state["momentum"], self.state["second_moment"]
+            tensors = self.mine, self.mantissa, self.grad, *moments
+            self.run(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "param")
         else:
             lr = o.muon_lr * lr_mul
             # cautious decay takes the rate twice, here and in the step, as in the record; the others once
@@ -1155,7 +1153,7 @@ class MatrixBucket(MatrixStack):
 
     def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
         """Apply the update rule."""
-        self.run(*self.tensors(), lr_N11, decay, mu, self.o)
+        self.run(self.mine, self.mantissa, self.grad, self.state, lr_N11, decay, mu, self.o)
 
 
 def check_decay(o: "OptimizerSettings"):
@@ -1239,10 +1237,10 @@ def radial_strength(rho, a_N11: Tensor, rho_0: Tensor, settled: Tensor, o: Optim
     return a_N11 * torch.where((settled > 0) & (rho_0 > 0), ratio.clamp(0, 1), 1.0)
 
 
-def radial_factor(G, W, rho, P, radial_moment, o: OptimizerSettings) -> Tensor:
+def radial_factor(G, W, rho, P, state: dict, o: OptimizerSettings) -> Tensor:
     """The factor f with f W = G_par, in the unit of SPECTRAL_SCALE or SPECTRAL_VARIANCE; raw: f = rho."""
     if o.spectral_variance:
-        par = rho * W
+        par, radial_moment = rho * W, state["radial_moment"]
         mean_square = par.square().mean(-1 if par.size(-2) >= par.size(-1) else -2, keepdim=True)
         radial_moment.lerp_(mean_square, 1 - o.muon_beta2)
         return vectors.ratio(rho, radial_moment.sqrt())
@@ -1252,7 +1250,7 @@ def radial_factor(G, W, rho, P, radial_moment, o: OptimizerSettings) -> Tensor:
     return rho
 
 
-def ord_update(G, W, a, rho, second_moment, radial_moment, dtype, o: OptimizerSettings):
+def ord_update(G, W, a, rho, state: dict, dtype, o: OptimizerSettings):
     """(P, f, share of ||W|| that post takes off per unit of lr): the update is P + f W.
 
     interpolate  P(G - a G_par) + a G_par                        a = 0 is NorMuon to the last bit
@@ -1260,6 +1258,7 @@ def ord_update(G, W, a, rho, second_moment, radial_moment, dtype, o: OptimizerSe
     post         P(G) - r W + s r W, r = <P(G), W> / ||W||^2     s = SPECTRAL_OUT where r < 0 (outward), else
                  SPECTRAL_IN; below the floor s = 1, so that a matrix that starts at zero can grow
     """
+    second_moment = state.get("second_moment")
     if o.ord_mode == "off":
         return orthogonalize(G, second_moment, o.muon_beta2, dtype), 0.0, 0.0
     dims = vectors.DIMS[o.spectral_rho_mode]
@@ -1271,7 +1270,7 @@ def ord_update(G, W, a, rho, second_moment, radial_moment, dtype, o: OptimizerSe
         return P, (s - 1) * r, s * r
     taken = rho if o.ord_mode == "project" else a * rho
     P = orthogonalize(torch.addcmul(G, taken, W, value=-1), second_moment, o.muon_beta2, dtype)
-    return P, a * radial_factor(G, W, rho, P, radial_moment, o), 0.0
+    return P, a * radial_factor(G, W, rho, P, state, o), 0.0
 
 
 def floor_square(W: Tensor, dims) -> float:
@@ -1300,29 +1299,14 @@ def ord_stats(G, W, U, radial, P, rho) -> Tensor:
     return torch.cat(values, dim=-1).squeeze(1)
 
 
-def step_ord(
-    weight,
-    mantissa,
-    grad,
-    momentum,
-    second_moment,
-    radial_moment,
-    lr_N11,
-    decay,
-    mu,
-    a_N11,
-    rho_0,
-    settled,
-    o: OptimizerSettings,
-    measure: bool,
-):
+def step_ord(weight, mantissa, grad, state: dict, lr_N11, decay, mu, a_N11, rho_0, settled, o, measure: bool):
     """One Muon + ORD step on a shard of matrices, in place; returns mean |rho| and, if asked, the stats."""
     W = read_master(weight, mantissa)
-    G = nesterov(grad, momentum, mu)
+    G = nesterov(grad, state["momentum"], mu)
     dims = vectors.DIMS[o.spectral_rho_mode]
     rho = vectors.inner(G, W, dims) / (vectors.inner(W, W, dims) + o.spectral_proj_eps)
     a = radial_strength(rho, a_N11, rho_0, settled, o)
-    P, factor, shrink = ord_update(G, W, a, rho, second_moment, radial_moment, weight.dtype, o)
+    P, factor, shrink = ord_update(G, W, a, rho, state, weight.dtype, o)
     U = P if o.ord_mode == "off" else torch.addcmul(P, factor, W)
     stats = ord_stats(G, W, U, factor * W, P, rho) if measure else None
     if o.spectral_rescale:
@@ -1350,7 +1334,7 @@ class OrdBucket(MatrixBucket):
             self.run = compiler(step_ord)
 
     def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
-        tensors, rho_sum = (*self.tensors(), self.state.get("radial_moment")), self.state["rho_sum"]
+        tensors, rho_sum = (self.mine, self.mantissa, self.grad, self.state), self.state["rho_sum"]
         rho_0, settled = rho_sum / (RHO_END - RHO_START), vectors.scalar(self.count > RHO_END)
         rho, self.stats = self.run(*tensors, lr_N11, decay, mu, self.a_N11, rho_0, settled, self.o, measure)
         if RHO_START < self.count <= RHO_END:

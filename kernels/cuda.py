@@ -864,14 +864,14 @@ def covers_muon(o) -> bool:
 def make_step_muon(module, compiler):
     """Muon step in which each kernel reads each matrix-sized tensor once."""
 
-    def fused(weight, mantissa, grad, momentum, second_moment, lr_N11, decay, mu, o):
-        state, mu = (grad, momentum, weight, mantissa), float(mu)
-        norm = momentum_sums(*state, mu, ord=False)[:, 0].sqrt()
+    def fused(weight, mantissa, grad, state, lr_N11, decay, mu, o):
+        read, mu = (grad, state["momentum"], weight, mantissa), float(mu)
+        norm = momentum_sums(*read, mu, ord=False)[:, 0].sqrt()
         scale = 1 / (module.POLAR_SAFETY * norm + module.POLAR_EPS)
-        U = polar_steps(polar_input(*state, None, scale, mu), module.POLAR_COEFFICIENTS)
+        U = polar_steps(polar_input(*read, None, scale, mu), module.POLAR_COEFFICIENTS)
         scales = None
-        if second_moment is not None:
-            scales, _ = row_scales(U, second_moment, o.muon_beta2)
+        if "second_moment" in state:
+            scales, _ = row_scales(U, state["second_moment"], o.muon_beta2)
         last = lr_N11.flatten(), float(decay), o.muon_decay_mode
         apply_update(weight, mantissa, U, scales, None, *last)
 
@@ -897,32 +897,17 @@ def make_step_ord(module, compiler):
 
     compiled_part = compiler(radial_part)
 
-    def fused(
-        weight,
-        mantissa,
-        grad,
-        momentum,
-        second_moment,
-        radial_moment,
-        lr_N11,
-        decay,
-        mu,
-        a_N11,
-        rho_0,
-        settled,
-        o,
-        measure: bool,
-    ):
-        state, mu = (grad, momentum, weight, mantissa), float(mu)
-        sums = momentum_sums(*state, mu, ord=True)
+    def fused(weight, mantissa, grad, state, lr_N11, decay, mu, a_N11, rho_0, settled, o, measure: bool):
+        read, mu = (grad, state["momentum"], weight, mantissa), float(mu)
+        sums = momentum_sums(*read, mu, ord=True)
         rho, lost, gained, norm, perp_norm = compiled_part(sums, a_N11, rho_0, settled, o)
         scale = 1 / (module.POLAR_SAFETY * norm + module.POLAR_EPS)
-        X = polar_input(*state, lost.flatten(), scale.flatten(), mu)
+        X = polar_input(*read, lost.flatten(), scale.flatten(), mu)
         U, scales = polar_steps(X, module.POLAR_COEFFICIENTS), None
-        if second_moment is not None:
-            scales, squares = row_scales(U, second_moment, o.muon_beta2)
+        if "second_moment" in state:
+            scales, squares = row_scales(U, state["second_moment"], o.muon_beta2)
         if o.spectral_scale == "unit":  # variance reduction keeps the norm of U
-            if second_moment is None:
+            if "second_moment" not in state:
                 squares = U.float().square().sum((-2, -1))
             gained = gained * ratio(squares.view(-1, 1, 1).sqrt(), perp_norm)
         last = lr_N11.flatten(), float(decay), o.muon_decay_mode

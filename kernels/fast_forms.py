@@ -53,8 +53,8 @@ def cuda_forms() -> tuple[FastForm, ...]:
             ("softcap", "multi_token_loss", "prefix_loss"),
             "8ceeffdc3ab4",
         ),
-        FastForm("step_muon", cuda.make_step_muon, muon, "ddfb383771ca", cuda.covers_muon),
-        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "b547ce1452c5", cuda.covers_ord),
+        FastForm("step_muon", cuda.make_step_muon, muon, "96d18070b37b", cuda.covers_muon),
+        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "5b9b06cfe772", cuda.covers_ord),
     )
 
 

@@ -515,16 +515,15 @@ def twin_step(fused: bool, case, env, measure=True):
             step = train_gpt_muon_ord.step_ord
     grad, momentum, weight, mantissa = copies(*case)
     N, R, K = grad.shape
-    moment = torch.full((N, R, 1) if R >= K else (N, 1, K), 1e-3) if o.optimizer == "normuon" else None
-    scalar = vectors.scalar
+    state, scalar = {"momentum": momentum}, vectors.scalar
+    if o.optimizer == "normuon":
+        state["second_moment"] = torch.full((N, R, 1) if R >= K else (N, 1, K), 1e-3)
     a, rho_0 = torch.full((N, 1, 1), o.spectral_lr_mul), torch.full((N, 1, 1), 0.02)
     rho, stats = step(
         weight,
         mantissa,
         grad,
-        momentum,
-        moment,
-        None,
+        state,
         torch.full((N, 1, 1), 0.02),
         scalar(0.03),
         scalar(0.9),
@@ -534,7 +533,7 @@ def twin_step(fused: bool, case, env, measure=True):
         o,
         measure,
     )
-    return read_master(weight, mantissa), momentum, moment, rho, stats
+    return read_master(weight, mantissa), momentum, state.get("second_moment"), rho, stats
 
 
 STEPS = sized([(2, 90, 48), (2, 40, 56)], SHAPES)
@@ -573,8 +572,7 @@ def test_twins_with_kernels_agree_bit_for_bit(shape, env):
         weight,
         mantissa,
         grad,
-        momentum,
-        moment,
+        {"momentum": momentum, "second_moment": moment},
         torch.full((N, 1, 1), 0.02),
         scalar(0.03),
         scalar(0.9),
