@@ -269,6 +269,7 @@ class ModelConfig:
         later = self.mudd or self.gate_layers or self.attn_source is not None
         assert self.branch_factors or not later, "mudd, gate_layers and attn_source require branch_factors"
         assert self.gate_layers or not self.compose_tokens, "compose_tokens requires gate_layers"
+        assert not (self.branch_factors and self.num_experts), "experts' branches have no factors"
         assert not set(self.long_layers) & set(self.paired_layers), "paired layers require the short window"
         assert self.gate_layers[:1] in ((), (0,)), "layers before the first gate network would have no gates"
 
@@ -662,12 +663,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: the stream, the embedding and the n-gram embedding, mixed, and its two branches.
-
-    Attention reads that mixture, and both branches add to the stream. With branch_factors the mixture is made
-    after attention, and each branch and the stream before it has a factor: a parameter or, where a network
-    makes it, one for each token.
-    """
+    """One layer: some of both embeddings is mixed into the stream; then attention and MLP add to it."""
 
     def __init__(self, c: ModelConfig, plan: LayerPlan):
         super().__init__()
@@ -676,45 +672,53 @@ class Block(nn.Module):
             self.mlp = MixtureOfExperts(c.width, c.num_experts, c.expert_hidden, c.moe_top_k)
         else:
             self.mlp = MLP(c)
-        self.branch_factors = c.branch_factors
-        starts = {"resid": 1.1, "x0": 0.0, "ngram": 0.1}
-        if c.branch_factors:
-            mixed = {"resid_attn": RESID_START, "attn": 1.0, "x0": 0.0, "ngram": NGRAM_START}
-            starts = (mixed if plan.attention else {}) | {"resid_mlp": RESID_START, "mlp": 1.0}
-        for name, start in starts.items():
+        for name, start in self.factor_starts(plan).items():
             if name not in plan.signals and (name != "ngram" or c.ngram_rows):
                 setattr(self, f"{name}_lambda", learned_scalar(start))
+
+    def factor_starts(self, plan: LayerPlan) -> dict[str, float]:
+        """Starts of the learned factors, by name; a network may make some of them instead."""
+        return {"resid": 1.1, "x0": 0.0, "ngram": 0.1}
 
     def factor(self, name: str, signals: dict) -> Tensor:
         """A number, or one for each token, (B, T, 1)."""
         return signals[name] if name in signals else getattr(self, f"{name}_lambda")
 
+    def mix(self, resid: str, x, x0, ngram, signals: dict) -> Tensor:
+        """The stream, times its factor `resid`, with some of the embedding and of the n-gram embedding."""
+        mixture = self.factor(resid, signals) * x + self.factor("x0", signals) * x0
+        return mixture if ngram is None else mixture + self.factor("ngram", signals) * ngram
+
+    def forward(self, x, x0, ngram, value, attn_source, signals: dict, common: Common):
+        """Return the stream after the layer. attn_source is for a FactoredBlock."""
+        x = self.mix("resid", x, x0, ngram, signals)
+        if self.attn is not None:
+            x = self.attn(x, value, signals, common)
+        if isinstance(self.mlp, MixtureOfExperts):
+            return x + self.mlp(norm(x), common.out_scale, common.routing)
+        return self.mlp(x, common.out_scale)  # norms and adds x itself, because its fast forms fuse that
+
+
+class FactoredBlock(Block):
+    """A layer with branch_factors: what is mixed in comes after attention, and each sum has two factors.
+
+    The stream has one and the branch has one: a parameter or, where a network makes it, one for each token.
+    """
+
+    def factor_starts(self, plan: LayerPlan) -> dict[str, float]:
+        mixed = {"resid_attn": RESID_START, "attn": 1.0, "x0": 0.0, "ngram": NGRAM_START}
+        return (mixed if plan.attention else {}) | {"resid_mlp": RESID_START, "mlp": 1.0}
+
     def forward(self, x, x0, ngram, value, attn_source, signals: dict, common: Common):
         """Return the stream after the layer. attn_source: what attention reads in place of x, or None."""
-        factor = functools.partial(self.factor, signals=signals)
-
-        def mix(resid: Tensor) -> Tensor:
-            mixture = resid * x + factor("x0") * x0
-            return mixture if ngram is None else mixture + factor("ngram") * ngram
-
-        if not self.branch_factors:
-            x = mix(self.resid_lambda)
-            if self.attn is not None:
-                x = self.attn(x, value, signals, common)
-            return self.feed_forward(x, common)
         if self.attn is not None:
             source = x if attn_source is None else attn_source
             branch = self.attn(source, value, signals, common)
-            x = mix(factor("resid_attn")) + factor("attn") * branch
-        return factor("resid_mlp") * x + factor("mlp") * self.feed_forward(x, common)
-
-    def feed_forward(self, x, common: Common):
-        """x plus the second branch, or the branch alone."""
-        if isinstance(self.mlp, MixtureOfExperts):
-            branch = self.mlp(norm(x), common.out_scale, common.routing)
-            return branch if self.branch_factors else x + branch
-        # the MLP norms and adds x itself, because its fast forms fuse that
-        return self.mlp(x, common.out_scale)
+            x = self.mix("resid_attn", x, x0, ngram, signals) + self.factor("attn", signals) * branch
+        # the product with x stands before the branch: autograd adds up x's gradients in an order that follows
+        # from this one, and another changes the last digits
+        resid = self.factor("resid_mlp", signals) * x
+        return resid + self.factor("mlp", signals) * self.mlp(x, common.out_scale)
 
 
 class GPT(nn.Module):
@@ -752,7 +756,8 @@ class GPT(nn.Module):
         if c.backout is not None:
             self.backout_lambda = learned_scalar(0.5)
         self.rotary = Rotary(c.head_dim)
-        self.blocks = nn.ModuleList(Block(c, plan) for plan in self.plans)
+        make_block = FactoredBlock if c.branch_factors else Block
+        self.blocks = nn.ModuleList(make_block(c, plan) for plan in self.plans)
         gates = zip(c.gate_layers, gate_signals(c))
         self.gate_nets = nn.ModuleDict({str(i): TokenNet(c.width, s, learn_scale=True) for i, s in gates})
         self.mudd = Mudd(c) if c.mudd else None
