@@ -118,8 +118,8 @@ def loss_cases(c, targets_BT: torch.Tensor, V: int, K: int) -> list[Case]:
     x_scale, w_scale, grad_scale = train_gpt.HEAD_SCALES
     known = targets_BT, weights, *train_gpt.SOFTCAP
     lse = cuda.softcapped_loss(z, *known)[2]
-    last = targets_BT, weights, factor, *train_gpt.SOFTCAP, grad_scale
-    backward = functools.partial(cuda.softcapped_loss_backward_float8, z, lse, *last)
+    last = targets_BT, weights, factor, *train_gpt.SOFTCAP, None, grad_scale  # no prefixes
+    backward = functools.partial(cuda.softcapped_loss_backward, z, lse, *last)
     return [
         Case(f"loss on {K} tokens", 1, lambda: cuda.softcapped_loss(z, *known), 0, 2 * M * V),
         Case("its float8 gradient", 1, backward, 0, 4 * M * V),

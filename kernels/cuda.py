@@ -463,29 +463,12 @@ def _(z_MV, targets_BT, weights, gain, shift, width, prefixes_BT=None):
     return tuple(z_MV.new_empty(z_MV.shape[0], dtype=torch.float32) for _ in range(3))
 
 
-def launch_loss_backward(z, lse, targets_BT, prefixes_BT, weights, grad, outs, softcap, scale):
-    z, (M, V) = z.contiguous(), z.shape
-    grid = triton.cdiv(V, TILE["BLOCK_C"]), triton.cdiv(M, TILE["BLOCK_R"])
-    loss_backward_kernel[grid](
-        z,
-        lse,
-        targets_BT.contiguous(),
-        targets_BT if prefixes_BT is None else prefixes_BT.contiguous(),
-        weights,
-        grad,
-        outs[0],
-        outs[-1],
-        M,
-        targets_BT.shape[1],
-        V,
-        *softcap,
-        scale,
-        K=num_next(weights, prefixes_BT),
-        PREFIX=prefixes_BT is not None,
-        FLOAT8=len(outs) == 2,
-        **TILE,
-        num_warps=8,
-    )
+def loss_gradients(z_MV: Tensor, scale: float | None) -> list[Tensor]:
+    """Make room for what softcapped_loss_backward returns."""
+    if scale is None:
+        return [torch.empty_like(z_MV, memory_format=torch.contiguous_format)]
+    M, V = z_MV.shape
+    return [z_MV.new_empty(s, dtype=torch.float8_e5m2) for s in ((M, V), (V, M))]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::softcapped_loss_backward", mutates_args=())
@@ -499,45 +482,42 @@ def softcapped_loss_backward(
     shift: float,
     width: float,
     prefixes_BT: Tensor | None = None,
-) -> Tensor:
-    """The gradient with respect to z in z's dtype, for `grad` (0-d, fp32) on the sum of softcapped_loss."""
-    out = torch.empty_like(z_MV, memory_format=torch.contiguous_format)
-    known = z_MV, lse_M, targets_BT, prefixes_BT, weights, grad
-    launch_loss_backward(*known, (out,), (gain, shift, width), 1.0)
-    return out
+    scale: float | None = None,
+) -> list[Tensor]:
+    """The gradient with respect to z in z's dtype, for `grad` (0-d, fp32) on the sum of softcapped_loss.
+
+    Given a scale: divided by it in float8 e5m2, clamped, as (M, V) and as (V, M): each of the two float8
+    products that follow takes one of them."""
+    z, (M, V), outs = z_MV.contiguous(), z_MV.shape, loss_gradients(z_MV, scale)
+    grid = triton.cdiv(V, TILE["BLOCK_C"]), triton.cdiv(M, TILE["BLOCK_R"])
+    loss_backward_kernel[grid](
+        z,
+        lse_M,
+        targets_BT.contiguous(),
+        targets_BT if prefixes_BT is None else prefixes_BT.contiguous(),
+        weights,
+        grad,
+        outs[0],
+        outs[-1],
+        M,
+        targets_BT.shape[1],
+        V,
+        gain,
+        shift,
+        width,
+        1.0 if scale is None else scale,
+        K=num_next(weights, prefixes_BT),
+        PREFIX=prefixes_BT is not None,
+        FLOAT8=scale is not None,
+        **TILE,
+        num_warps=8,
+    )
+    return outs
 
 
 @softcapped_loss_backward.register_fake
-def _(z_MV, lse_M, targets_BT, weights, grad, gain, shift, width, prefixes_BT=None):
-    return torch.empty_like(z_MV, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::softcapped_loss_backward_float8", mutates_args=())
-def softcapped_loss_backward_float8(
-    z_MV: Tensor,
-    lse_M: Tensor,
-    targets_BT: Tensor,
-    weights: Tensor,
-    grad: Tensor,
-    gain: float,
-    shift: float,
-    width: float,
-    scale: float,
-    prefixes_BT: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The same divided by scale in float8 e5m2, clamped, as (M, V) and as (V, M): each of the two float8
-    products that follow takes one of them."""
-    M, V = z_MV.shape
-    outs = [torch.empty(s, dtype=torch.float8_e5m2, device=z_MV.device) for s in ((M, V), (V, M))]
-    known = z_MV, lse_M, targets_BT, prefixes_BT, weights, grad
-    launch_loss_backward(*known, outs, (gain, shift, width), scale)
-    return outs[0], outs[1]
-
-
-@softcapped_loss_backward_float8.register_fake
-def _(z_MV, lse_M, targets_BT, weights, grad, gain, shift, width, scale, prefixes_BT=None):
-    M, V = z_MV.shape
-    return tuple(z_MV.new_empty(s, dtype=torch.float8_e5m2) for s in ((M, V), (V, M)))
+def _(z_MV, lse_M, targets_BT, weights, grad, gain, shift, width, prefixes_BT=None, scale=None):
+    return loss_gradients(z_MV, scale)
 
 
 class FusedHeadLoss(torch.autograd.Function):
@@ -563,10 +543,10 @@ class FusedHeadLoss(torch.autograd.Function):
         z_MV, lse_M, targets_BT, weights, x_t, w_t, prefixes_BT = ctx.saved_tensors
         known = (z_MV, lse_M, targets_BT, weights, grad, *ctx.softcap)
         if ctx.scales is None:
-            g_MV = softcapped_loss_backward(*known, prefixes_BT)
+            (g_MV,) = softcapped_loss_backward(*known, prefixes_BT)
             return g_MV @ w_t, g_MV.T @ x_t, None, None, None, None, None
         x_scale, w_scale, grad_scale = ctx.scales
-        g_MV, g_VM = softcapped_loss_backward_float8(*known, grad_scale, prefixes_BT)
+        g_MV, g_VM = softcapped_loss_backward(*known, prefixes_BT, grad_scale)
         grad_x = float8.product(g_MV, w_t.T, grad_scale, w_scale)
         return grad_x, float8.product(g_VM, x_t.T, grad_scale, x_scale), None, None, None, None, None
 

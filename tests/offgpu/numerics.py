@@ -230,7 +230,7 @@ def test_softcapped_loss(B, T, V, K, prefixes):
     weights, prefix = with_prefixes(targets, weights, V) if prefixes else (weights, None)
     factor = torch.tensor(0.25)
     got = cuda.softcapped_loss(z, targets, weights, *SOFTCAP, prefix)
-    grad = cuda.softcapped_loss_backward(z, got[2], targets, weights, factor, *SOFTCAP, prefix)
+    (grad,) = cuda.softcapped_loss_backward(z, got[2], targets, weights, factor, *SOFTCAP, prefix)
     for rows, own, own_prefix in slices(targets, prefix):
         exact = z[rows].float().requires_grad_()
         want = references.softcapped_loss(exact, own, weights, *SOFTCAP, own_prefix)
@@ -252,7 +252,7 @@ def test_softcapped_loss_backward_in_float8(B, T, V, K, prefixes):
     weights, prefix = with_prefixes(targets, weights, V) if prefixes else (weights, None)
     lse, factor = cuda.softcapped_loss(z, targets, weights, *SOFTCAP, prefix)[2], torch.tensor(0.25)
     known = z, lse, targets, weights, factor
-    got, turned = cuda.softcapped_loss_backward_float8(*known, *SOFTCAP, 1e-4, prefix)
+    got, turned = cuda.softcapped_loss_backward(*known, *SOFTCAP, prefix, 1e-4)
     assert torch.equal(turned.view(torch.uint8), got.view(torch.uint8).T)
     for rows, own, own_prefix in slices(targets, prefix):
         known = z[rows], lse[rows], own, weights, factor
@@ -265,7 +265,7 @@ def test_softcapped_loss_backward_in_float8(B, T, V, K, prefixes):
 def test_float8_gradient_saturates():
     z, targets, weights = loss_case(1, 4, 128, 1)
     lse = cuda.softcapped_loss(z, targets, weights, *SOFTCAP)[2]
-    got, _ = cuda.softcapped_loss_backward_float8(z, lse, targets, weights, torch.tensor(1e9), *SOFTCAP, 1e-3)
+    got, _ = cuda.softcapped_loss_backward(z, lse, targets, weights, torch.tensor(1e9), *SOFTCAP, None, 1e-3)
     assert got.float().abs().max() == torch.finfo(torch.float8_e5m2).max
 
 

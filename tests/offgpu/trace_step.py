@@ -141,7 +141,7 @@ def calls_wanted(num_layers: int) -> dict:
         "mlp_up_backward": num_layers,
         "quantize": 2,
         "softcapped_loss": 1,
-        "softcapped_loss_backward_float8": 1,
+        "softcapped_loss_backward": 1,
     }
 
 
