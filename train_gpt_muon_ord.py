@@ -1106,15 +1106,12 @@ class AdamBucket(Bucket):
         return torch.cat(parts).to(self.mine.device)
 
     def update(self, lr_mul: float, mu: float, beta_frac: float, measure: bool):
-        """Move this rank's part; begin to gather. Adam uses neither mu nor measure."""
-        self.work.wait()
-        self.count += 1
+        """Move this rank's part. Adam uses neither mu nor measure."""
         lr = self.base_lr * lr_mul * self.role_lr_mul
         decay = self.o.adam_weight_decay * lr * self.role_decay_mul  # and lr once more, in step_adam
         tensors = self.mine, self.mantissa, self.grad, self.state["m"], self.state["v"]
         beta1, beta2 = (beta_frac * beta for beta in self.betas)
         self.run(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "strict")
-        self.gather()
 
 
 class MatrixBucket(MatrixStack):
@@ -1139,9 +1136,7 @@ class MatrixBucket(MatrixStack):
         return torch.tensor(values, device=self.mine.device).view(-1, 1, 1)
 
     def update(self, lr_mul: float, mu: float, beta_frac: float, measure: bool):
-        """Move this rank's matrices; begin to gather. measure: take the statistics that the log wants."""
-        self.work.wait()
-        self.count += 1
+        """Move this rank's matrices. measure: take the statistics that the log wants."""
         o = self.o
         if o.optimizer == "adamw":
             lr, decay = vectors.scalar(o.adam_matrix_lr * lr_mul), vectors.scalar(o.adam_matrix_decay)
@@ -1154,7 +1149,6 @@ class MatrixBucket(MatrixStack):
             # cautious decay takes the rate twice, here and in the step, as in the record; the others once
             decay = o.muon_weight_decay * (lr if o.muon_decay_mode == "cautious" else 1)
             self.step(lr * self.shape_lr_N11, vectors.scalar(decay), vectors.scalar(mu), measure)
-        self.gather()
 
     def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
         """Apply the update rule."""
@@ -1420,7 +1414,10 @@ class Optimizer:
         if due and self.o.grad_clip:
             self.clip(due)
         for bucket in due:
+            bucket.work.wait()
+            bucket.count += 1
             bucket.update(lr_mul, self.momentum(step), self.beta_frac(step), measure)
+            bucket.gather()
         for bucket in due:
             bucket.finish()
 

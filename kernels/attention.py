@@ -87,14 +87,13 @@ class Documents:
         return self.doc_BT.repeat_interleave(2, dim=1) if paired else self.doc_BT
 
     def band(self, window: int, paired: bool) -> "Band":
-        """The mask of one kind of layer, made once."""
-        key = window, paired
-        if key not in self.bands:
-            self.bands[key] = self.make_band(window, paired)
-        return self.bands[key]
+        """The mask of one kind of layer, made once.
 
-    def make_band(self, window: int, paired: bool) -> "Band":
-        """Blocks as long as the window; or one block, all of it, where that is no more work."""
+        It has blocks as long as the window; or one block, all of it, where that is no more work.
+        """
+        key = window, paired
+        if key in self.bands:
+            return self.bands[key]
         doc_BT = self.doc_ids(paired)
         T = doc_BT.shape[1]
         if T <= 2 * window or T % window:
@@ -107,7 +106,8 @@ class Documents:
         ago = (query[:, None] - key).to(doc_BT.device)
         seen = (ago >= 0) & (ago <= window) & (doc_q[..., :, None] == doc_k[..., None, :])
         bias = torch.zeros(seen.shape, device=doc_BT.device).masked_fill(~seen, -math.inf)
-        return Band(block, bias.flatten(0, 1).unsqueeze(1))
+        self.bands[key] = Band(block, bias.flatten(0, 1).unsqueeze(1))
+        return self.bands[key]
 
 
 class Band(NamedTuple):
