@@ -168,19 +168,23 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     model = settings.choose_model(env, PRESETS, "gpt2-small" if device == "cuda" else "tiny")
     config, changes = PRESETS[model]
     s, o = settings.read(SETTINGS, env, changes, SCRIPT.name)
-    by_stage = {name: getattr(s, name) for name in BY_STAGE}
-    if len(s.max_doc_tokens) == 1:
-        by_stage["max_doc_tokens"] *= NUM_STAGES
-    for name, values in by_stage.items():
-        if len(values) == NUM_STAGES - 1:  # the extension keeps its default
-            by_stage[name] = (*values, changes.get(name, getattr(Settings, name))[-1])
-    s = replace(s, **by_stage).resolved(model, device, SCRIPT)
+    s = replace(s, **{name: stages(name, getattr(s, name), changes) for name in BY_STAGE})
+    s = s.resolved(model, device, SCRIPT)
     refusals.check_settings(s, env, BY_STAGE, NUM_STAGES, VAL_SLICES)
     refusals.check_model(s, o, config, PRESETS)
     check_optimizer_settings(o)
     s = resolve(s)
     refusals.check_decays(s)
     return s, o, model_config(s, config)
+
+
+def stages(name: str, values: tuple, changes: dict) -> tuple:
+    """A value for each stage, of the setting `name`. changes: the preset's defaults."""
+    if name == "max_doc_tokens" and len(values) == 1:
+        return values * NUM_STAGES
+    if len(values) == NUM_STAGES - 1:  # the extension keeps its default
+        return (*values, changes.get(name, getattr(Settings, name))[-1])
+    return values
 
 
 def model_config(s: Settings, c: "ModelConfig") -> "ModelConfig":
@@ -372,29 +376,32 @@ class TrainData:
         self.longest = s.max_doc_tokens[0]  # the current stage's
         self.num_slices = count_slices(s, ranks.world_size)
         self.mine = my_slices(self.num_slices, ranks)
-        self.loaded, self.ahead, self.prefetcher = None, Ahead(), Prefetcher(ranks.device)
+        self.shard_index = None  # of the shard whose documents are being read
+        self.next_shard, self.prefetcher = Ahead(), Prefetcher(ranks.device)
         self.seek((0, 0, 0))
 
     def seek(self, position: tuple[int, int, int]):
         """Go to (epoch, place in its order of shards, document in that shard's order)."""
-        self.position = self.epoch, self.place, self.cursor = tuple(position)
+        self.position = tuple(position)
+        self.epoch, self.place, self.cursor = self.position
         self.load_shard()
-        self.coming = None
+        self.next_batches = None  # those of the next step, while they are being read
 
     def load_shard(self):
         """Go to the documents of the current shard; those of the next one are indexed meanwhile."""
         here = self.epoch, self.place
-        shard = self.ahead.take(self.index_shard, *here, self.longest)
-        self.loaded, self.tokens, self.starts, self.lengths = shard
-        self.mark, self.ends = self.shards[self.loaded].mark, np.cumsum(self.lengths)
-        self.ahead.start(self.index_shard, *self.place_after(*here), self.longest)
+        shard = self.next_shard.take(self.index_shard, *here, self.longest)
+        self.shard_index, self.tokens, self.starts, self.lengths = shard
+        self.mark = self.shards[self.shard_index].mark
+        self.ends = np.cumsum(self.lengths)  # of the documents, in tokens of this shard
+        self.next_shard.start(self.index_shard, *self.place_after(*here), self.longest)
 
     def index_shard(self, epoch: int, place: int, longest: int) -> tuple:
         """(number of the shard at this place, its tokens, starts and lengths of its documents in order)."""
         order = np.random.default_rng([self.seed, SHARD_STREAM, epoch]).permutation(len(self.shards))
         index = int(order[place])
         shard = self.shards[index]
-        tokens = self.tokens if index == self.loaded else shard.read()
+        tokens = self.tokens if index == self.shard_index else shard.read()
         starts, lengths = shard.documents(tokens, longest, self.split)
         perm = np.random.default_rng([self.seed, DOC_STREAM, epoch, index]).permutation(len(starts))
         return index, tokens, starts[perm], lengths[perm]
@@ -406,12 +413,13 @@ class TrainData:
     def plan_slice(self, num_tokens: int) -> tuple:
         """(tokens, starts, lengths) of the next slice: whole documents, the last one cut to fill it."""
         for _ in range(2 * len(self.shards) + 1):  # the rest of this epoch, and all of the next
-            before = self.ends[self.cursor - 1] if self.cursor else 0
-            last = int(np.searchsorted(self.ends, before + num_tokens))
+            taken = self.ends[self.cursor - 1] if self.cursor else 0  # tokens of this shard so far
+            last = int(np.searchsorted(self.ends, taken + num_tokens))
             if last < len(self.ends):
                 starts = self.starts[self.cursor : last + 1]
                 lengths = self.lengths[self.cursor : last + 1].copy()
-                lengths[-1] -= self.ends[last] - before - num_tokens
+                too_far = self.ends[last] - taken - num_tokens
+                lengths[-1] -= too_far
                 self.cursor = last + 1
                 return self.tokens, starts, lengths
             self.epoch, self.place = self.place_after(self.epoch, self.place)
@@ -441,11 +449,10 @@ class TrainData:
 
     def next(self, now: tuple[int, int], then: tuple[int, int] | None = None) -> list[Batch]:
         """This rank's passes of a step of (tokens, stage); those of the step after it are read meanwhile."""
-        coming = self.coming or self.prefetcher.start(self.make, *now)
-        batches = self.prefetcher.take(coming)
+        batches = self.prefetcher.take(self.next_batches or self.prefetcher.start(self.make, *now))
         self.position = self.epoch, self.place, self.cursor
         self.doc_lengths = self.lengths  # of this shard: the thread below may go on to the next one
-        self.coming = self.prefetcher.start(self.make, *then) if then else None
+        self.next_batches = self.prefetcher.start(self.make, *then) if then else None
         return batches
 
 
@@ -600,17 +607,13 @@ class Attention(nn.Module):
         """
         docs, rotary = common.docs, common.rotary
         B, T, _ = x_BTC.shape
-        H, H_kv = self.num_heads, self.num_kv_heads
+        positions, H, H_kv = T, self.num_heads, self.num_kv_heads
+        if self.plan.paired:
+            positions, H, H_kv = 2 * T, H // 2, H_kv // 2
         n_BTC = norm(x_BTC)
-        # q and k have a product of their own, so that the compiler norms and turns both in one pass; being
-        # normed, they hardly feel the factor, which the public record has on them, too
-        weights = [in_head_order(w, self.head_dim) for w in (self.q, self.k)]
-        if self.plan.paired:  # the first halves of the heads come first: a token's two positions are a view
-            (q1, q2), (k1, k2) = (w.chunk(2) for w in weights)
-            weights = q1, k1, q2, k2
-        qk = F.linear(n_BTC, torch.cat(weights) * self.qkv_lambda)
-        positions = 2 * T if self.plan.paired else T
-        qk = norm(qk.view(B, positions, -1, self.head_dim))
+        # being normed, q and k hardly feel the factor, which the public record has on them, too
+        qk = F.linear(n_BTC, self.qk_matrix() * self.qkv_lambda)
+        qk = norm(qk.view(B, positions, H + H_kv, self.head_dim))
         v = F.linear(n_BTC, self.v * self.qkv_lambda).view(B, T, -1, self.head_dim)
         gate_in = n_BTC[..., :GATE_CHANNELS]
         if value_BTC is not None:
@@ -620,7 +623,6 @@ class Attention(nn.Module):
         own_value = v
         if self.plan.paired:
             v = pair_heads(v)
-            H, H_kv = H // 2, H_kv // 2
         q, k = rotary(qk).split((H, H_kv), dim=2)
         if self.plan.long_window:
             k = offset_keys(k)
@@ -629,8 +631,8 @@ class Attention(nn.Module):
         if self.plan.paired:
             y = y.view(B, T, 2, H, self.head_dim).flatten(2, 3)
         if self.plan.composed:
-            weights = signals["compose_from"], signals["compose_into"]
-            y = y + compose_heads(q, k, v, docs.doc_BT, rotary.scale, self.compose_tokens, *weights)
+            shares = signals["compose_from"], signals["compose_into"]
+            y = y + compose_heads(q, k, v, docs.doc_BT, rotary.scale, self.compose_tokens, *shares)
         if self.plan.xsa:
             alpha = signals["xsa"] if self.xsa_alpha is None else self.xsa_alpha.to(y.dtype)
             y = without_own_value(y, own_value, alpha)
@@ -640,6 +642,15 @@ class Attention(nn.Module):
             y = y * signals["attn_gate"].unsqueeze(-1)
         branch = F.linear(y.flatten(2), self.o * (common.out_scale * self.o_lambda))
         return x_BTC + branch if self.adds_input else branch
+
+    def qk_matrix(self) -> Tensor:
+        """The matrices of q and k in one, so that the compiler norms and turns both in one pass."""
+        q, k = (in_head_order(w, self.head_dim) for w in (self.q, self.k))
+        if not self.plan.paired:
+            return torch.cat((q, k))
+        # the first halves of the heads come first: a token's two positions are a view
+        (q1, q2), (k1, k2) = q.chunk(2), k.chunk(2)
+        return torch.cat((q1, k1, q2, k2))
 
     def gate_of_value(self, gate_in, value_BTC, signals: dict) -> Tensor:
         """Factor on the value embedding of each key head, (B, T, H)."""
@@ -810,26 +821,26 @@ class GPT(nn.Module):
             signs = self.ngram_signs if c.ngram_signs else None
             ngram = embed_ngrams(tokens_BT, self.ngram_table, c.ngrams, signs)
         values = {int(i): F.embedding(tokens_BT, table) for i, table in self.value_embeds.items()}
-        outputs = {}  # of each layer; -1: what layer 0 reads
-        made = {}  # the gate networks' signals, by (layer, name)
+        outputs = {}  # of each layer; with branch_factors, what layer 0 reads, too
+        gates = {}  # the gate networks' signals, by (layer, name)
         for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
             if i in c.gate_layers:
-                made.update(self.gate_nets[str(i)](x))
-            signals = {name: made[i, name] for name in plan.signals if (i, name) in made}  # MUDD's come below
-            mix_x0, mix_ngram = x0, ngram
+                gates.update(self.gate_nets[str(i)](x))
+            signals = {name: gates[i, name] for name in plan.signals if (i, name) in gates}
+            mixed_x0, mixed_ngram = x0, ngram  # what this layer mixes into the stream
             if i == 0 and c.branch_factors:  # here the n-grams join before attention, not after it
                 if ngram is not None:
                     x = x + block.factor("ngram", signals) * ngram
-                outputs[-1], mix_ngram = x, None
+                outputs[Mudd.FIRST_INPUT], mixed_ngram = x, None
             if c.skip and i == c.skip[1]:
                 gate = signals["skip"] if "skip" in signals else self.gate_of_skip(x0)
                 x = x + torch.sigmoid(self.skip_lambda) * gate * outputs[c.skip[0]]
             if c.mudd and i == c.num_layers - 1:
-                x, made_last = self.mudd.enter(x, outputs)
-                signals |= made_last
-                mix_x0 = outputs[-1]  # in place of the bare embedding
+                x, mudd_signals = self.mudd.enter(x, outputs)
+                signals |= mudd_signals  # no gate network makes those
+                mixed_x0 = outputs[Mudd.FIRST_INPUT]  # in place of the bare embedding
             source = outputs.get(c.attn_source)
-            x = outputs[i] = block(x, mix_x0, mix_ngram, values.get(i), source, signals, common)
+            x = outputs[i] = block(x, mixed_x0, mixed_ngram, values.get(i), source, signals, common)
         if c.mudd:
             x = self.mudd.leave(x, outputs, values[c.value_embed_layers[0]])
         if c.backout is not None:
@@ -1097,6 +1108,7 @@ class AdamBucket(Bucket):
         roles = [find_role(name) for name in params]
         self.role_lr_mul = self.per_number([r.lr_mul for r in roles])
         bases = [getattr(o, r.lr_setting) for r in roles]
+        # one number where all agree: it is multiplied by lr_mul in double
         self.base_lr = bases[0] if len(set(bases)) == 1 else self.per_number(bases)
         self.role_decay_mul = self.per_number([r.decay_mul for r in roles])
         self.betas = [self.per_number([r.betas[i] for r in roles]) for i in (0, 1)]
@@ -1128,9 +1140,8 @@ class MatrixBucket(MatrixStack):
         if o.optimizer != "muon":
             shape = self.rows_or_columns if o.optimizer == "normuon" else self.mine.shape
             self.state["second_moment"] = torch.zeros(shape, device=self.mine.device)
-        self.shape_lr_N11 = self.per_matrix(
-            lambda name: max(1, R / K) ** 0.5 * (DOWN_LR if ".down" in name else 1)
-        )
+        lr = max(1, R / K) ** 0.5
+        self.shape_lr_N11 = self.per_matrix(lambda name: lr * DOWN_LR if ".down" in name else lr)
         self.run = compiler(step_adam if o.optimizer == "adamw" else step_muon)
 
     def per_matrix(self, value) -> Tensor:
@@ -1224,9 +1235,10 @@ class Optimizer:
     def momentum(self, step: int) -> float:
         """Muon's momentum: up from 0.85 over the warm-up, and back over the last 50 steps after it."""
         warmup, high = self.o.muon_warmup_steps, self.o.muon_momentum
-        frac = step / warmup if step < warmup else min(1, (self.num_steps - step) / MUON_END_STEPS)
         low = min(MUON_START_MOMENTUM, high)
-        return low + frac * (high - low)
+        if step < warmup:
+            return low + step / warmup * (high - low)
+        return low + min(1, (self.num_steps - step) / MUON_END_STEPS) * (high - low)
 
     def beta_frac(self, step: int) -> float:
         """Factor on Adam's betas: up from 0 over BETA_WARMUP_STEPS."""
@@ -1284,11 +1296,13 @@ class Optimizer:
 
 def interpolate(shape: str, start: float, end: float, done: float) -> float:
     """A value on its way from start to end. done: the share of the way behind it."""
+    if shape == "constant":
+        return start
     if shape == "exp":
         return start * (end / start) ** done if start else 0.0
     if shape == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2
-    return start if shape == "constant" else start * (1 - done) + end * done
+    return start * (1 - done) + end * done
 
 
 class Schedule:
@@ -1343,8 +1357,9 @@ class Schedule:
         """Factor on all learning rates."""
         s, peak = self.s, self.s.lr_muls[self.stage(step)]
         warm = min(1.0, (step + 1) / s.warmup_steps) if s.warmup_steps else 1.0
-        second = s.lr_decay_second_type and s.lr_decay_switch_step <= step
-        return warm * (self.second_decay(step, peak) if second else self.first_decay(step, peak))
+        if s.lr_decay_second_type and s.lr_decay_switch_step <= step:
+            return warm * self.second_decay(step, peak)
+        return warm * self.first_decay(step, peak)
 
     def first_decay(self, step: int, peak: float) -> float:
         """Multiplier of the first decay: linear and cosine end at LR_DECAY_FINAL, exp at that times peak."""
@@ -1425,18 +1440,15 @@ class Trainer:
 
         measure: take the optimizer's statistics too, even if the next line of the log does not want them.
         """
-        schedule, c, loss_sum, noise = self.schedule, self.model.config, 0, None
+        schedule, loss_sum = self.schedule, 0
         weights = to_device(schedule.predict_weights(step), self.ranks.device)
         windows, prefix_weight = schedule.windows(self.stage), schedule.prefix_weight(step)
         tied = schedule.tied(step)
         next_slice = my_slices(count_slices(self.s, self.ranks.world_size), self.ranks).start
         for batch in batches:
             self.ranks.beat()
-            if c.num_experts and self.s.router_noise:
-                (B, T), L, E = batch.inputs_BT.shape, c.num_layers, c.num_experts
-                noise = draw_noise(self.s.seed, step, range(next_slice, next_slice + B), (L, T, E))
-                noise = to_device(self.s.router_noise * noise, self.ranks.device)
-                next_slice += B
+            noise = self.router_noise(step, batch, next_slice)
+            next_slice += len(batch.inputs_BT)
             loss, cross_entropy = self.train_loss(batch, windows, tied, weights, noise, prefix_weight)
             (LOSS_SCALE * loss).backward()
             loss_sum = loss_sum + cross_entropy
@@ -1445,6 +1457,16 @@ class Trainer:
         if step == schedule.untie_step:
             self.optimizer.untie()
         return loss_sum
+
+    def router_noise(self, step: int, batch: Batch, first_slice: int) -> Tensor | None:
+        """Noise for the router logits of a pass, (L, B, T, E), drawn by slice; None without experts."""
+        c = self.model.config
+        if not c.num_experts or not self.s.router_noise:
+            return None
+        B, T = batch.inputs_BT.shape
+        slices, shape = range(first_slice, first_slice + B), (c.num_layers, T, c.num_experts)
+        noise = draw_noise(self.s.seed, step, slices, shape)
+        return to_device(self.s.router_noise * noise, self.ranks.device)
 
     def log_fields(self, step: int, full: bool) -> dict:
         """Fields of the line about the update of `step`, in the log's order. A collective if full."""

@@ -61,7 +61,7 @@ DECAY_MODES = ("param", "cautious", "update", "both", "none")
 # modes in which a setting does something
 RADIAL, BRAKE = ("ord_mode", ("interpolate", "project")), ("ord_mode", ("brake",))
 RHO, FLOOR = ("ord_mode", ("interpolate", "project", "brake")), ("ord_mode", ("floor", "brake"))
-DECAYING = ("ord_mode", ("none", "interpolate", "project", "brake", "floor"))
+DECAYING, ROWS = ("ord_mode", ("none", "interpolate", "project", "brake", "floor")), ("ord_mode", ("rows",))
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ class OptimizerSettings:
     spectral_floor_mode: str = knob(
         "global", "that of a matrix, or of each row", choices=("global", "row"), only=FLOOR
     )
-    spectral_gain_lr: float = knob(
-        0.0, "Adam's rate of the row norms; 0: held", low=0, only=("ord_mode", ("rows",))
-    )
+    spectral_gain_lr: float = knob(0.0, "Adam's rate of the row norms; 0: held", low=0, only=ROWS)
 
 
 SETTINGS = (Settings, OptimizerSettings)
@@ -456,9 +454,16 @@ class Schedule:
     def __init__(self, s: Settings, config: ModelConfig):
         self.s, self.num_steps = s, s.num_scheduled_iterations
 
-    def lr_mul(self, step: int, cooldown_frac: float | None = None) -> float:
-        """Factor on a rate, by default MUON_LR: 1, then linear to 0 over the last part of the steps."""
-        frac = self.s.muon_cooldown_frac if cooldown_frac is None else cooldown_frac
+    def lr_mul(self, step: int) -> float:
+        """Factor on MUON_LR."""
+        return self.falling(step, self.s.muon_cooldown_frac)
+
+    def adam_lr_mul(self, step: int) -> float:
+        """Factor on the other rates."""
+        return self.falling(step, self.s.cooldown_frac)
+
+    def falling(self, step: int, frac: float) -> float:
+        """1, then linear to 0 over the last `frac` of the steps."""
         return min(1.0, (1 - step / self.num_steps) / max(frac, 1e-9))
 
 
@@ -487,7 +492,7 @@ class Run(StreamRun):
             loss, _ = self.loss(inputs, targets)
             loss.backward()
             loss_sum = loss_sum + loss.detach()
-        self.optimizer.step(self.schedule.lr_mul(step, self.s.cooldown_frac), self.schedule.lr_mul(step))
+        self.optimizer.step(self.schedule.adam_lr_mul(step), self.schedule.lr_mul(step))
         return loss_sum
 
 

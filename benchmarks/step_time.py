@@ -202,7 +202,7 @@ class Timed:
         self.trainer.enter(first)
         self.entered = first
         self.flush()
-        self.data.coming = None  # prefetched at the previous stage's batch size
+        self.data.next_batches = None  # prefetched at the previous stage's batch size
 
     def flush(self):
         """Read the loss summed over the ranks, on a GPU a step late, as in a run.

@@ -311,8 +311,8 @@ class TokenStream:
     """
 
     def __init__(self, shards: list[Shard], batch_tokens: int):
-        self.shards, self.batch_tokens, self.loaded = shards, batch_tokens, None
-        self.ahead = Ahead()
+        self.shards, self.batch_tokens, self.shard_index = shards, batch_tokens, None
+        self.next_shard = Ahead()
         self.seek((0, 0, 0))
 
     def seek(self, position: tuple[int, int, int]):
@@ -325,10 +325,10 @@ class TokenStream:
             index, start = index + 1, 0
             if index == len(self.shards):
                 epoch, index = epoch + 1, 0
-        if self.loaded != index:
-            self.tokens, self.loaded = self.ahead.take(self.read, index), index
+        if self.shard_index != index:
+            self.tokens, self.shard_index = self.next_shard.take(self.read, index), index
             if len(self.shards) > 1:
-                self.ahead.start(self.read, (index + 1) % len(self.shards))
+                self.next_shard.start(self.read, (index + 1) % len(self.shards))
         end = start + self.batch_tokens
         self.position = epoch, index, end
         return self.tokens[start : end + 1]

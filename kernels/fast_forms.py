@@ -54,7 +54,7 @@ def cuda_forms() -> tuple[FastForm, ...]:
             "8ceeffdc3ab4",
         ),
         FastForm("step_muon", cuda.make_step_muon, muon, "96d18070b37b", cuda.covers_muon),
-        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "5b9b06cfe772", cuda.covers_ord),
+        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "6dfe5b5c3005", cuda.covers_ord),
     )
 
 

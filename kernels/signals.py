@@ -104,8 +104,10 @@ class TokenNet(nn.Module):
 class Mudd(nn.ModuleList):
     """MUDD connections: outputs of earlier layers come back in the last layer and after it, by token.
 
-    They are kept as {layer: its output}; layer -1 is what the first layer reads.
+    They are kept as {layer: its output}, with what the first layer reads under FIRST_INPUT.
     """
+
+    FIRST_INPUT = -1
 
     def __init__(self, c):
         super().__init__(TokenNet(c.width, signals, learn_scale=False) for signals in mudd_signals(c))
@@ -113,14 +115,14 @@ class Mudd(nn.ModuleList):
 
     def enter(self, x_BTC: Tensor, kept: dict) -> tuple[Tensor, dict]:
         """(the last layer's input, its signals by name; "value" joins its attention's values)."""
-        h0, late = kept[-1], kept[self.late]
+        h0, late = kept[self.FIRST_INPUT], kept[self.late]
         made = {name: signal for (_, name), signal in self[0](x_BTC).items()}
         made["value"] = made["value_h0"] * h0 + made["value_late"] * late + made["value_x"] * x_BTC
         return (1 + made["in_x"]) * x_BTC + made["in_h0"] * h0 + made["in_late"] * late, made
 
     def leave(self, x_BTC: Tensor, kept: dict, value_BTC: Tensor) -> Tensor:
         """The stream after the last layer. value_BTC: the first value table's rows."""
-        sources = {"h0": kept[-1], "late": kept[self.late], "h_last": kept[self.num_layers - 2]}
+        sources = {"h0": kept[self.FIRST_INPUT], "late": kept[self.late], "h_last": kept[self.num_layers - 2]}
         sources |= {"value": value_BTC, "early": kept[self.early]}
         made = self[1](x_BTC)
         return x_BTC + sum(made[self.num_layers, name] * source for name, source in sources.items())

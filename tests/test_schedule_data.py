@@ -512,7 +512,7 @@ def test_all_shards_are_read_each_epoch(tmp_path):
         while data.epoch == 0:
             data.plan_slice(128)
             if data.epoch == 0:
-                order.append(data.shards[data.loaded].path.name)
+                order.append(data.shards[data.shard_index].path.name)
         blocks = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
         assert sorted(blocks) == [f"train_{i}.bin" for i in range(4)]
         orders.add(tuple(blocks))
@@ -560,7 +560,7 @@ def test_a_shard_cut_short_while_in_use_matters_when_it_is_read_again(tmp_path):
         write_shard(tmp_path / f"train_{i}.bin", make_tokens([30] * 60, seed=i))
     whole, data = (train_data(data_settings(tmp_path)) for _ in range(2))
     whole = [whole.make(640)[0] for _ in range(4)]  # two batches take 48 documents of a shard
-    data.ahead.coming.result()
+    data.next_shard.coming.result()
     for path in tmp_path.glob("train_*.bin"):
         os.truncate(path, 2000)
     for batch in whole:
@@ -581,11 +581,11 @@ def test_the_next_shard_is_indexed_before_it_is_needed(tmp_path):
         told.append((place[:2], threading.current_thread() is threading.main_thread()))
         return train_gpt.TrainData.index_shard(data, *place)
 
-    data.ahead.coming.result()
+    data.next_shard.coming.result()
     data.index_shard = index_shard
     for _ in range(16):
         data.make(640)
-    data.ahead.coming.result()
+    data.next_shard.coming.result()
     places = [(epoch, place) for epoch in range(3) for place in range(3)]
     assert told == [(place, False) for place in places[2 : 2 + len(told)]] and len(told) > 5
 
@@ -599,15 +599,15 @@ def test_a_failure_ahead_counts_only_if_it_lasts(tmp_path):
     for path in paths:
         path.rename(path.with_suffix(".away"))
     stream = TokenStream(shards, 640)
-    stream.ahead.start(stream.read, 0)
-    assert isinstance(stream.ahead.coming.exception(), DataError)
+    stream.next_shard.start(stream.read, 0)
+    assert isinstance(stream.next_shard.coming.exception(), DataError)
     with pytest.raises(DataError, match="put it back"):
         stream.next()
     for path in paths:
         path.with_suffix(".away").rename(path)
     read = [stream.next() for _ in range(4)]
-    assert stream.loaded == 1 and len(np.unique([x.tobytes() for x in read])) == 4
-    assert stream.ahead.begun == (0,)  # of the next epoch
+    assert stream.shard_index == 1 and len(np.unique([x.tobytes() for x in read])) == 4
+    assert stream.next_shard.begun == (0,)  # of the next epoch
 
 
 def test_text_before_the_first_mark_is_not_read_in_training(tmp_path):
