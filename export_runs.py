@@ -30,7 +30,7 @@ from analysis import command_line
 from analysis.arms import tags_beside
 from analysis.command_line import import_optional
 from analysis.files import write_atomically
-from analysis.run_log import OPENERS, LogFollower, RunLog, list_logs, read_log
+from analysis.run_log import OPENERS, LogFollower, RunLog, named_logs, read_log, read_runs
 from analysis.run_tables import NewPoints, RunNames, facts_table, origin_of, steps_table
 from analysis.tables import as_csv
 
@@ -164,16 +164,11 @@ class Tracker:
 # ------------------------------------------------------------------------------------------------
 
 
-def list_all(logs: Sequence[Path]) -> list[Path]:
-    """The logs named, and those of the folders named."""
-    return [path for log in logs for path in (list_logs(log) if log.is_dir() else [log])]
-
-
 def follow(logs: Sequence[Path]) -> Iterator[list[RunLog]]:
     """Yield all runs, then, for ever, the runs of the logs that have changed since the last time."""
     follower = LogFollower(*logs)
     follower.poll()
-    packed = [path for path in list_all(logs) if path.suffix in OPENERS]
+    packed = [path for path in named_logs(logs) if path.suffix in OPENERS]
     yield [run for path in packed for run in read_log(path)] + runs_in(follower, list(follower.logs))
     while True:
         time.sleep(EVERY_S)
@@ -195,13 +190,10 @@ def make_exporter(options: Namespace) -> Tables | TensorBoard | Tracker:
 
 
 def export_runs(options: Namespace) -> None:
-    if not options.follow and not list_all(options.logs):
+    if not options.follow and not named_logs(options.logs):
         raise ValueError(f"no logs in {', '.join(map(str, options.logs))}; wanted RUN_ID.txt, maybe packed")
     exporter, names = make_exporter(options), RunNames()
-    if options.follow:
-        rounds = follow(options.logs)
-    else:
-        rounds = [[run for path in list_all(options.logs) for run in read_log(path)]]
+    rounds = follow(options.logs) if options.follow else [read_runs(options.logs)]
     command_line.say(f"writing {exporter.goal}" + ("; Ctrl-C ends it" if options.follow else ""))
     try:
         for runs in rounds:

@@ -266,14 +266,17 @@ def find_log(folder: str | Path, name: str) -> Path | None:
 
 
 def read_runs(paths: str | Path | Iterable[str | Path]) -> list[RunLog]:
-    """Read the runs in a folder (see `list_logs`), in a file, or in several folders and files."""
-    if isinstance(paths, (str, Path)):
-        paths = [paths]
-    runs = []
-    for path in map(Path, paths):
+    """Read the runs in a folder, in a file, or in several folders and files (see `named_logs`)."""
+    return [run for log in named_logs(paths) for run in read_log(log)]
+
+
+def named_logs(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+    """List the logs named and those in the folders named; one that is named twice, or also packed, once."""
+    found: dict[tuple[Path, str], Path] = {}
+    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
         for log in list_logs(path) if path.is_dir() else [path]:
-            runs += read_log(log)
-    return runs
+            found.setdefault((log.parent.resolve(), log_stem(log)), log)
+    return list(found.values())
 
 
 def list_logs(folder: str | Path) -> list[Path]:
@@ -677,10 +680,10 @@ class FollowedLog:
 
 
 class LogFollower:
-    """Follow logs, reading only new text. Compressed logs, which do not grow, are skipped.
+    """Follow logs, reading only new text.
 
-    `paths` are folders, whose logs (.txt) are all followed, and logs, which need not exist yet. They may be
-    replaced at any time.
+    `paths` are folders, whose logs (.txt) are all followed, and logs, which need not exist yet. Compressed
+    logs, which do not grow, are skipped. Logs may be replaced at any time.
 
     >>> follower = LogFollower("logs")
     >>> changed = follower.poll()       # paths that are new, longer, rewritten or gone
@@ -713,7 +716,8 @@ class LogFollower:
                 with os.scandir(path) as entries:
                     yield from sorted(entry.path for entry in entries if entry.name.endswith(".txt"))
             except NotADirectoryError:
-                yield os.fspath(path)
+                if Path(path).suffix not in OPENERS:
+                    yield os.fspath(path)
             except FileNotFoundError:
                 continue
 

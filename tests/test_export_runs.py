@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import lzma
 import math
 import os
 import signal
@@ -106,6 +107,21 @@ def test_a_log_given_twice_is_exported_once(logs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert export_runs.main(["logs", str(logs), "--to", "csv", "--out", "tables"]) == 0
     assert [row["run"] for row in read_table(Path("tables/settings.csv"))] == ["a", "b"]
+
+
+def test_a_packed_log_is_followed_as_it_is(logs, tmp_path, monkeypatch):
+    """Fails if a packed log, named with --follow, is read as text too, which overwrites its finished run."""
+    packed = tmp_path / "a.txt.xz"
+    packed.write_bytes(lzma.compress((logs / "a.txt").read_bytes()))
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_runs.time, "sleep", interrupt)
+    arguments = [str(packed), "--to", "csv", "--follow", "--out", str(tmp_path / "tables")]
+    assert export_runs.main(arguments) == 0
+    (row,) = read_table(tmp_path / "tables" / "settings.csv")
+    assert (row["run"], row["state"], row["last_step"]) == ("a", "finished", "100")
 
 
 def test_what_is_missing_is_said(logs, tmp_path, capsys):

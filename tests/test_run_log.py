@@ -642,6 +642,21 @@ def test_read_runs_of_files_and_folders(tmp_path):
         read_log(tmp_path)
 
 
+def test_a_log_named_twice_is_read_once(tmp_path, monkeypatch):
+    """Fails if `C/*.txt*`, or a folder and a log in it, makes three public logs six samples."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("step:1/1 val_loss:1 train_time:1ms\n")
+        (tmp_path / f"{name}.txt.xz").write_bytes(lzma.compress((tmp_path / f"{name}.txt").read_bytes()))
+    monkeypatch.chdir(tmp_path)
+    for paths in (
+        sorted(tmp_path.iterdir()),
+        [".", "a.txt"],
+        ["a.txt.xz", tmp_path],
+        ["b.txt", "./b.txt", "."],
+    ):
+        assert sorted(run.run_id for run in read_runs(paths)) == ["a", "b"]
+
+
 def test_follower_reads_only_what_is_new(tmp_path, monkeypatch):
     """Rereading 1,000 whole logs every second would keep the machine busy."""
     fed, feed = [], LogParser.feed
@@ -697,6 +712,9 @@ def test_follower_of_single_logs(tmp_path):
     assert follower.poll() == [] and not follower.logs
     log.write_text(make_log("run", num_steps=100))
     assert follower.poll() == [log] and follower.poll() == []
+    packed = tmp_path / "packed.txt.xz"
+    packed.write_bytes(lzma.compress(log.read_bytes()))
+    assert LogFollower(packed).poll() == [], "it would be read as text"
     follower.paths = [other]
     assert follower.poll() == [log, other] and list(follower.logs) == [other]
 
