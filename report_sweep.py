@@ -27,7 +27,7 @@ from analysis import command_line, style
 from analysis.conclusion import conclusion
 from analysis.files import write_atomically
 from analysis.intervals import MIN_INTERVAL
-from analysis.reaching import SMOOTH, Reach, Target, all_at_target, choose_target, in_tokens, reaches
+from analysis.reaching import SMOOTH, Target, all_at_target, choose_target, find_reaches
 from analysis.read_results import read_results
 from analysis.results import Attempt, Results, SweepArm
 from analysis.run_log import format_value
@@ -84,22 +84,21 @@ class Row:
 
 def rows_of(results: Results, target: Target) -> list[Row]:
     """A row for each arm, ranked by mean final loss."""
-    where = reaches(results, target)
+    find_reaches(results, target)
     rows = []
     for arm in results.ranked():
-        found = [where.get(attempt.run_id) for attempt in arm.attempts if attempt.outcome == "done"]
-        found = [place for place in found if place]
+        reached = sum(attempt.reach is not None for attempt in arm.attempts)
         ended = arm.count("done") + arm.count("failed")
-        whole = len(found) == ended  # a mean of those that reached it would be that of the lucky ones
+        whole = reached == ended  # a mean of those that reached it would be that of the lucky ones
         pair, _ = results.comparison(arm.label)
         row = Row(
             arm=arm,
             result=results.summary(arm),
             verdict=results.call(arm.label),
             more_runs=results.verdict.more_runs(pair) if pair else None,
-            x_to_target=summarize(arm.samples(lambda a: where[a.run_id].x)[0] if whole else []),
-            minutes_to_target=summarize(arm.samples(lambda a: where[a.run_id].minutes)[0] if whole else []),
-            reached=len(found),
+            x_to_target=summarize(arm.samples(lambda a: a.reach.x)[0] if whole else []),
+            minutes_to_target=summarize(arm.samples(lambda a: a.reach.minutes)[0] if whole else []),
+            reached=reached,
             first_step_all=all_at_target(arm, target.loss),
             test=target_test(arm.samples()[0], target.loss),
         )
@@ -192,8 +191,7 @@ def table_notes(results: Results) -> str:
 
 
 def target_section(results: Results, rows: Sequence[Row], target: Target) -> str:
-    unit = "tokens" if in_tokens(results) else "steps"
-    header = ["arm", "runs that reached it", f"{unit}_to_target_loss"]
+    header = ["arm", "runs that reached it", f"{results.x_unit}_to_target_loss"]
     if results.control:
         header.append("to control")
     header += ["minutes_to_target_loss", "first step at which all had"]
@@ -328,7 +326,7 @@ def report(results: Results, rows: Sequence[Row], target: Target, pictures: Sequ
 
 def summary(results: Results, rows: Sequence[Row], target: Target) -> dict:
     """The numbers of the report, unrounded; null where there is none."""
-    verdict, where = results.verdict, reaches(results, target)
+    verdict = results.verdict
     return {
         "sweep": results.name,
         "scale": results.scale,
@@ -344,16 +342,14 @@ def summary(results: Results, rows: Sequence[Row], target: Target) -> dict:
         "target": {
             "loss": target.loss,
             "reason": target.reason,
-            "x": "tokens" if in_tokens(results) else "steps",
+            "x": results.x_unit,
             **({"on": f"training loss, mean over {SMOOTH:.0%} of the steps"} if target.on == "train" else {}),
         },
         "runs_planned": len(results.attempts) if results.planned else None,
         "runs": {outcome: results.count(outcome) for outcome in ("done", "failed", "missing")},
         "notes": results.notes,
         "arms": [arm_summary(results, row, target) for row in rows],
-        "all_runs": [
-            run_summary(arm, a, where.get(a.run_id), results) for arm in results.arms for a in arm.attempts
-        ],
+        "all_runs": [run_summary(arm, a, results.x_unit) for arm in results.arms for a in arm.attempts],
     }
 
 
@@ -361,7 +357,6 @@ def arm_summary(results: Results, row: Row, target: Target) -> dict:
     arm, (pair, p) = row.arm, results.comparison(row.arm.label)
     p_key = "p_holm" if results.control else "p_tukey"
     difference = {**asdict(pair), p_key: p, "more_runs": row.more_runs} if pair else None
-    x = "tokens" if in_tokens(results) else "steps"
     out = {
         "arm": arm.label,
         "script": arm.script,
@@ -371,7 +366,7 @@ def arm_summary(results: Results, row: Row, target: Target) -> dict:
         "runs": {outcome: arm.count(outcome) for outcome in ("done", "failed", "missing")},
         "final_val_loss": asdict(row.result),
         "difference": difference,
-        f"{x}_to_target_loss": reach_summary(row, row.x_to_target),
+        f"{results.x_unit}_to_target_loss": reach_summary(row, row.x_to_target),
         "minutes_to_target_loss": reach_summary(row, row.minutes_to_target),
         "first_step_all_runs_at_target": row.first_step_all,
     }
@@ -390,8 +385,7 @@ def reach_summary(row: Row, found: Summary) -> dict:
     return {"reached": row.reached, "of": row.ended, "mean": found.mean, "low": found.low, "high": found.high}
 
 
-def run_summary(arm: SweepArm, attempt: Attempt, place: Reach | None, results: Results) -> dict:
-    x = "tokens" if in_tokens(results) else "steps"
+def run_summary(arm: SweepArm, attempt: Attempt, x_unit: str) -> dict:
     return {
         "run_id": attempt.run_id,
         "arm": arm.label,
@@ -399,8 +393,8 @@ def run_summary(arm: SweepArm, attempt: Attempt, place: Reach | None, results: R
         "state": attempt.state,
         "reason": attempt.reason,
         "final_val_loss": attempt.loss,
-        f"{x}_to_target_loss": place.x if place else None,
-        "minutes_to_target_loss": place.minutes if place else None,
+        f"{x_unit}_to_target_loss": attempt.reach.x if attempt.reach else None,
+        "minutes_to_target_loss": attempt.reach.minutes if attempt.reach else None,
     }
 
 

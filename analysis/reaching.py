@@ -1,8 +1,9 @@
 """Tokens (or steps) and minutes to reach a target loss, measured the same way for all runs.
 
-    from analysis.reaching import choose_target, reaches
+    from analysis.reaching import choose_target, find_reaches
     target = choose_target(results, given=3.28)
-    reaches(results, target)["my-run"].x      # tokens, interpolated; None instead if it was not reached
+    find_reaches(results, target)
+    results.attempts[0].reach.x      # tokens, interpolated; reach is None if it did not reach the target
 
 More frequent validation would make a run seem to reach a loss sooner, so all are compared on a common grid.
 """
@@ -15,18 +16,10 @@ import numpy as np
 
 from analysis import style
 from analysis.curves import all_met
-from analysis.results import Results, SweepArm
+from analysis.results import Reach, Results, SweepArm
 from analysis.run_log import Curve
 
 SMOOTH = 0.02  # fraction of a run's steps that a training loss is averaged over
-
-
-@dataclass(frozen=True)
-class Reach:
-    """Interpolated point where a run reached the target; x is in tokens or steps, NaN if not logged."""
-
-    x: float
-    minutes: float
 
 
 @dataclass(frozen=True)
@@ -71,27 +64,20 @@ def common_grid(positions: Sequence[np.ndarray]) -> np.ndarray:
     return np.array(grid)
 
 
-def in_tokens(results: Results) -> bool:
-    """True if all finished runs log tokens, so that they can be compared by tokens."""
-    runs = [attempt.log for attempt in results.attempts if attempt.outcome == "done"]
-    return bool(runs) and all(np.isfinite(run.val.tokens).all() for run in runs)
-
-
-def reaches(results: Results, target: Target) -> dict[str, Reach | None]:
-    """Return where each finished run reached the target, by run_id; None if it did not."""
-    tokens, curves = in_tokens(results), {}
-    for attempt in results.attempts:
-        if attempt.outcome == "done":
-            curve = attempt.log.val if target.on == "val" else smoothed(attempt.log.train)
-            known = np.isfinite(curve.loss)
-            x = (curve.tokens if tokens else curve.step.astype(float))[known]
-            fresh = np.concatenate([[True], np.diff(x) > 0])[: len(x)]
-            curves[attempt.run_id] = x[fresh], curve.loss[known][fresh], curve.time_ms[known][fresh]
-    lacking = [run_id for run_id, (x, _, _) in curves.items() if not len(x)]
-    if lacking:
-        raise ValueError(f"{lacking[0]} logs too few training losses for --target-on train")
-    grid = common_grid([x for x, _, _ in curves.values()]) if curves else np.zeros(0)
-    return {run_id: reach(*curve, grid, target.loss) for run_id, curve in curves.items()}
+def find_reaches(results: Results, target: Target) -> None:
+    """Set where each finished run reached the target; None if it did not."""
+    done, curves = [attempt for attempt in results.attempts if attempt.outcome == "done"], []
+    for attempt in done:
+        curve = attempt.log.val if target.on == "val" else smoothed(attempt.log.train)
+        known = np.isfinite(curve.loss)
+        x = (curve.tokens if results.x_unit == "tokens" else curve.step.astype(float))[known]
+        if not len(x):
+            raise ValueError(f"{attempt.run_id} logs too few training losses for --target-on train")
+        fresh = np.concatenate([[True], np.diff(x) > 0])
+        curves.append((x[fresh], curve.loss[known][fresh], curve.time_ms[known][fresh]))
+    grid = common_grid([x for x, _, _ in curves]) if curves else np.zeros(0)
+    for attempt, curve in zip(done, curves, strict=True):
+        attempt.reach = reach(*curve, grid, target.loss)
 
 
 def smoothed(curve: Curve) -> Curve:

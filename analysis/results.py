@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from analysis.arms import DATA, Arm
 from analysis.run_log import RunLog, not_training
 from analysis.stats import Comparison, Summary, Verdict, judge, mean_by_seed, summarize
@@ -21,9 +23,20 @@ from analysis.stats import Comparison, Summary, Verdict, judge, mean_by_seed, su
 FAILED = ("crashed", "diverged", "hung")  # these count as runs; other unfinished runs are missing
 
 
+@dataclass(frozen=True)
+class Reach:
+    """Interpolated point where a run reached the target; x is in tokens or steps, NaN if not logged."""
+
+    x: float
+    minutes: float
+
+
 @dataclass
 class Attempt:
-    """Run, planned or found, and its outcome. `loss` is NaN unless it finished."""
+    """Run, planned or found, and its outcome. `loss` is NaN unless it finished.
+
+    `reach` is where it reached the target, set by `reaching.find_reaches`.
+    """
 
     run_id: str
     seed: int | None
@@ -33,6 +46,7 @@ class Attempt:
     reason: str = ""
     source: str = ""
     log: RunLog | None = None
+    reach: Reach | None = None
 
     @property
     def outcome(self) -> str:
@@ -147,6 +161,12 @@ class Results:
     @property
     def runs(self) -> list[RunLog]:
         return [run for arm in self.arms for run in arm.runs]
+
+    @cached_property
+    def x_unit(self) -> str:
+        """Unit in which the runs' training is measured: tokens if all finished runs log them, else steps."""
+        runs = [attempt.log for attempt in self.attempts if attempt.outcome == "done"]
+        return "tokens" if runs and all(np.isfinite(run.val.tokens).all() for run in runs) else "steps"
 
     @property
     def has_steps(self) -> bool:

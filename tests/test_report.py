@@ -504,6 +504,19 @@ def test_tokens_to_target_by_hand(tmp_path):
     assert results.count("done") == 4
 
 
+def test_runs_of_one_name_in_two_folders(tmp_path):
+    """Fails if a run gets the tokens to the target of its namesake in another folder."""
+    for folder, slope in (("A", 0.002), ("B", 0.004)):
+        (tmp_path / folder).mkdir()
+        text = line_log("0", 1, {"muon_lr": slope}, slope, 50)
+        (tmp_path / folder / "0.txt").write_text(text)
+    _, rows, _, numbers = report_of([tmp_path / "A", tmp_path / "B"], 3.9)
+    found = {label: row.x_to_target.mean for label, row in rows.items()}
+    assert found == pytest.approx({"muon_lr=0.002": 550_000, "muon_lr=0.004": 275_000})
+    tokens = [run["tokens_to_target_loss"] for run in numbers["all_runs"]]
+    assert tokens == pytest.approx([550_000, 275_000])
+
+
 @pytest.mark.parametrize("validations", [1, 2])
 def test_runs_validated_once_have_no_curves(tmp_path, validations):
     """Fails if a picture shows single points as curves, or a table says that no arm was faster."""
