@@ -52,7 +52,7 @@ from analysis.curves import (
 from analysis.looks import looks_of, sweep_beside
 from analysis.read_results import read_results
 from analysis.results import Results, SweepArm
-from analysis.run_log import FINISHED, RunLog, newest_log
+from analysis.run_log import FINISHED, RunLog, log_stem, newest_log
 from analysis.sweep_pictures import in_order, what_to_draw
 from analysis.tables import format_loss, format_number, format_table
 
@@ -303,7 +303,7 @@ def default_out(runs: Sequence[RunLog], now: float) -> Path:
     """logs/RUN_ID.png for one run; for several, a name with their number and the time, beside the first."""
     folder = runs[0].path.parent
     if len({run.path for run in runs}) == 1:
-        return folder / f"{runs[0].path.stem}.png"
+        return folder / f"{log_stem(runs[0].path)}.png"
     return folder / f"loss_{len(runs)}runs_{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}.png"
 
 

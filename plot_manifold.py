@@ -4,8 +4,8 @@
     python plot_manifold.py logs/a.txt logs/b.txt --out pictures
 
 Reads logs/RUN_ID.manifold.jsonl (written with MANIFOLD_EVERY=250; manifold.py says what a line holds)
-beside each log, or .jsonl.xz. Runs that differ only in their seed are one arm. Written to
-logs/NAME_manifold/:
+beside each log, or .jsonl.xz; a run without it is left out. Runs that differ only in their seed are one arm.
+Written to logs/NAME_manifold/:
     heatmap_METRIC.png      layer x step for each projection, runs side by side, one colour scale in which
                             equal steps of colour hold equally many values; what was not measured is grey
     quick_scan.png          arms x seeds, some metrics, the mean over projections
@@ -127,9 +127,17 @@ def read_measured(run: RunLog, arm: str) -> Measured:
 
 
 def read_all(results: Results) -> list[Measured]:
-    found = [read_measured(run, arm.label) for arm in results.arms for run in arm.runs if run.path]
+    """The measurements of all runs, with a note on each run without one; ValueError if none has one."""
+    found, lacking = [], []
+    for arm in results.arms:
+        for run in arm.runs:
+            try:
+                found.append(read_measured(run, arm.label))
+            except ValueError as error:
+                lacking.append(str(error))
     if not found:
-        raise ValueError("none of these runs has a log: nothing to draw")
+        raise ValueError(lacking[0] if lacking else "none of these runs has a log: nothing to draw")
+    results.notes += [f"{reason}; left out" for reason in lacking]
     return found
 
 

@@ -20,7 +20,7 @@ from analysis.files import read_text
 from analysis.looks import looks_of
 from analysis.manifest import Manifest, Run, find_manifest, read_manifest
 from analysis.results import FAILED, Attempt, Results, SweepArm
-from analysis.run_log import RunLog, find_log, format_value, read_log, read_runs
+from analysis.run_log import RunLog, find_log, format_value, log_stem, read_log, read_runs
 from analysis.style import shorten
 
 
@@ -228,7 +228,7 @@ def _read_logs(paths: Sequence[Path], pool_sources: bool, stopped_early: bool) -
         arm.source, arm.settings = first.source_hash, first.settings
         arms.append(arm)
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
-    name = paths[0].stem if len(paths) == 1 else f"{paths[0].stem}-and-{len(paths) - 1}-more"
+    name = log_stem(paths[0]) + (f"-and-{len(paths) - 1}-more" if len(paths) > 1 else "")
     return Results(name, arms, None, folder, notes=[*notes, *said])
 
 

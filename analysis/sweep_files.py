@@ -200,12 +200,12 @@ def apply_scale(document: dict, name: str) -> None:
         known = ", ".join(document.get("scale", {})) or "none"
         raise ValueError(f"--scale {name}: the file has no [scale.{name}]; its scales: {known}")
     scale = dict(document["scale"][name])
-    if has_own_arms(scale):
-        document["arms"] = scale.pop("arms")
     if "seeds" in scale:
         document["seeds"] = scale.pop("seeds")
         for arm in document.get("arms", []):
             arm.pop("seeds", None)
+    if has_own_arms(scale):  # these may have seeds of their own
+        document["arms"] = scale.pop("arms")
     if "arms" in scale:
         kept, tags = scale.pop("arms"), [arm["tag"] for arm in document.get("arms", [])]
         if not isinstance(kept, list) or not kept or not all(tag in tags for tag in kept):

@@ -128,6 +128,18 @@ def test_a_record_has_the_measurement(tmp_path, monkeypatch, capsys):
     assert "differences.csv: the same" in out and "heatmap_gap.png: the same" in out
 
 
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_run_without_a_measurement_is_left_out(logs, content, tmp_path, capsys):
+    """Fails if one run that crashed early leaves the other runs without pictures."""
+    path = logs[0].with_suffix(".manifold.jsonl")
+    path.unlink() if content is None else path.write_text(content)
+    out = tmp_path / "out"
+    assert plot.main([*map(str, logs), "--out", str(out), "--metrics", "gap"]) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if str(path) in line]
+    assert note.startswith("note: ") and note.endswith("left out")
+    assert (out / "heatmap_gap.png").exists() and "muon" not in (out / "differences.csv").read_text()
+
+
 @pytest.mark.parametrize("content, said", [(None, "MANIFOLD_EVERY"), ("", "holds no measurement")])
 def test_no_measurement_is_said_clearly(content, said, tmp_path, capsys):
     log = make_run(tmp_path, "muon", 1)

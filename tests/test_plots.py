@@ -1,5 +1,6 @@
 """plot_loss and analysis/style: plots show what was logged, legibly."""
 
+import lzma
 import math
 import os
 import xml.etree.ElementTree as ElementTree
@@ -366,6 +367,16 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert row[1:6] == ["finished", "5", "200/200", f"{run.final_val_loss:.4f}", f"{run.best_val_loss:.4f}"]
     assert "at step" not in out and "newest.txt: 1 lines could not be read, such as" in out
     assert not [path.name for path in (tmp_path / "logs").iterdir() if path.name.startswith(".")]
+
+
+def test_a_packed_log_names_its_files_like_a_plain_one(tmp_path, capsys):
+    """Fails if the picture of run.txt.xz is run.txt.png, or its report is in run.txt/."""
+    log = write(tmp_path / "logs", "run", make_log("run", 5, num_steps=STEPS))
+    packed = log.with_name("run.txt.xz")
+    packed.write_bytes(lzma.compress(log.read_bytes()))
+    log.unlink()
+    assert plot_loss.main([str(packed)]) == 0 and (tmp_path / "logs" / "run.png").exists()
+    assert read_results([packed]).name == "run"
 
 
 def test_svg_is_the_same_each_time(tmp_path, capsys):

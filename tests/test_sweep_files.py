@@ -248,6 +248,9 @@ def test_a_scale_may_have_arms_of_its_own(place):
         ("spectral_lr_9", "ord.py", [7]),
     ]
     assert small[0].settings["COOLDOWN_FRAC"] == 0.2
+    seeds = text.replace("[[scale.tiny.arms]]", "[scale.tiny]\nseeds = [5]\n[[scale.tiny.arms]]", 1)
+    found = read_sweep(sweep_file(seeds), "tiny").arms
+    assert [arm.seeds for arm in found] == [[5], [7]], "an arm of the scale has its own seeds"
 
 
 @pytest.mark.parametrize(
