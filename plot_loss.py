@@ -7,7 +7,7 @@
 
 The first panel is the validation loss, from the first validation on. Of several arms, the second is their
 loss minus that of the control: the sweep's, if a manifest beside the logs has all these runs; else the arm
-with a = 0 or the baseline, as in report_sweep.py; else the arm of lowest loss. An arm looks the same as in
+with a = 0 or the baseline, as in all commands; else the arm of lowest loss. An arm looks the same as in
 all pictures of its sweep. Below: rho, the signed radial part of the gradient, training time, learning rate,
 betas and batch size, as far as they are logged and vary. Runs that differ only in their seed are one arm:
 three or more are drawn as their mean with its 95% interval, two as both runs and their mean. --separate draws
@@ -20,6 +20,7 @@ import math
 import sys
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,7 +31,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
-from analysis.arms import one_arm_a_run
 from analysis.curves import (
     X_LABELS,
     Axis,
@@ -49,11 +49,10 @@ from analysis.curves import (
     result_label,
     runs_of,
 )
-from analysis.looks import looks_of, sweep_beside
 from analysis.read_results import read_results
 from analysis.results import Results, SweepArm
 from analysis.run_log import FINISHED, RunLog, log_stem, newest_log
-from analysis.sweep_pictures import in_order, what_to_draw
+from analysis.sweep_pictures import what_to_draw
 from analysis.tables import format_loss, format_number, format_table
 
 SCHEDULES = {  # by panel: its title, and the name in the legend of each logged key
@@ -73,26 +72,18 @@ RHO_TITLE = "mean ρ = ⟨G,W⟩ / ‖W‖²"
 
 
 def separated(results: Results) -> Results:
-    """Make an arm of each run."""
-    attempt_of = {id(attempt.log): attempt for attempt in results.attempts}
-    arms = [
-        SweepArm(one.label, one.key, one.runs, [attempt_of[id(one.runs[0])]])
-        for one in one_arm_a_run(results.arms)
-    ]
-    looks = looks_of([arm.label for arm in arms])
+    """Make an arm of each run, named by its arm and seed; by its run_id, if two runs share a seed."""
+    if all(len(arm.runs) == 1 for arm in results.arms):
+        return results
+    attempt_of, arms = {id(attempt.log): attempt for attempt in results.attempts}, []
+    for arm in results.arms:
+        seeds = Counter(arm.seeds)
+        for run in arm.runs:
+            label = run.run_id if run.seed is None or seeds[run.seed] > 1 else f"{arm.label} seed={run.seed}"
+            label = arm.label if len(arm.runs) == 1 else label
+            arms.append(SweepArm(label, arm.key, [run], [attempt_of[id(run)]]))
+    looks = style.looks_of([arm.label for arm in arms])
     return replace(results, arms=arms, control=None, versus={}, looks=looks)
-
-
-def take_plan(results: Results) -> None:
-    """Use order, controls and looks of the sweep that all runs belong to, if its manifest is beside them."""
-    sweep, labels = sweep_beside(results.arms), [arm.label for arm in results.arms]
-    if sweep is None:
-        return
-    tags = list(dict.fromkeys(run.tag for run in sweep.runs))
-    results.arms.sort(key=lambda arm: tags.index(arm.label))
-    results.planned, results.looks = True, looks_of(tags, sweep.control)
-    results.control = sweep.control if sweep.control in labels else None
-    results.versus = {tag: other for tag, other in sweep.versus.items() if {tag, other} <= {*labels}}
 
 
 def controls_of(results: Results) -> dict[str, str]:
@@ -245,7 +236,7 @@ def figure(results: Results, axis_kind: str, target: tuple[float, str] | None):
 
 def summary(results: Results, target: float | None) -> str:
     """A table of the runs and, if any were pooled, one of the arms; with a target, when it was met."""
-    runs, arms, rows = results.runs, in_order(results), []
+    runs, arms, rows = results.runs, results.arms, []
     for run, name in zip(runs, style.shorten_apart([run.run_id for run in runs], 70), strict=True):
         per_step = run.last_time_ms / run.last_step if run.last_step > 0 else math.nan
         rows.append(
@@ -317,7 +308,6 @@ def draw_runs(options: Namespace) -> None:
     left_out = leave_out(results, options.x)
     if options.separate:
         results = separated(results)
-    take_plan(results)
     target = style.target_of(results.runs, options.target)
     out = options.out or default_out(results.runs, time.time())
     style.save(figure(results, options.x, target), out)

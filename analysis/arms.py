@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from analysis.manifest import manifests_in
+from analysis.manifest import Manifest, manifests_in
 from analysis.run_log import FINISHED, RunLog, format_value
 
 DATA = ("train_data", "val_data")  # fields of event:started
@@ -93,17 +93,6 @@ def repeats(label: str, seeds: Iterable[int | None]) -> list[str]:
     return [f"{label}: {', '.join(repeated)} count as one in a mean, as they differ by the machine alone"]
 
 
-def one_arm_a_run(arms: Iterable[Arm]) -> list[Arm]:
-    """Make an arm of each run, named by its arm and seed; by its run_id, if two runs share a seed."""
-    single = []
-    for arm in arms:
-        seeds = Counter(arm.seeds)
-        for run in arm.runs:
-            label = run.run_id if run.seed is None or seeds[run.seed] > 1 else f"{arm.label} seed={run.seed}"
-            single.append(Arm(arm.label if len(arm.runs) == 1 else label, arm.key, [run]))
-    return single
-
-
 # ------------------------------------------------------------------------------------------------
 # Names
 # ------------------------------------------------------------------------------------------------
@@ -114,6 +103,16 @@ def tags_beside(runs: Iterable[RunLog]) -> dict[str, str]:
     folders = {run.path.parent for run in runs if run.path}
     manifests = [manifest for folder in sorted(folders) for manifest in manifests_in(folder)[0]]
     return {run.run_id: run.tag for manifest in manifests for run in manifest.runs}
+
+
+def sweep_beside(arms: Sequence[Arm]) -> Manifest | None:
+    """Return the manifest beside the logs that plans all runs of these arms under these names."""
+    for folder in sorted({run.path.parent for arm in arms for run in arm.runs if run.path}):
+        for manifest in manifests_in(folder)[0]:
+            tags = {run.run_id: run.tag for run in manifest.runs}
+            if all(tags.get(run.name) == arm.label for arm in arms for run in arm.runs):
+                return manifest
+    return None
 
 
 def name_arms(arms: Sequence[Sequence[RunLog]], tags: Mapping[str, str]) -> list[str]:

@@ -9,19 +9,19 @@ Whatever a reader of the numbers must know about the runs is in `results.notes`.
 
 import hashlib
 import math
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from analysis.arms import group_by_arm, repeats
+from analysis.arms import group_by_arm, repeats, sweep_beside
 from analysis.files import read_text
-from analysis.looks import looks_of
 from analysis.manifest import Manifest, Run, find_manifest, read_manifest
 from analysis.results import FAILED, Attempt, Results, SweepArm
 from analysis.run_log import RunLog, find_log, format_value, log_stem, read_log, read_runs
-from analysis.style import shorten
+from analysis.style import looks_of, shorten
 
 
 def read_results(
@@ -40,23 +40,23 @@ def read_results(
     if sweeps and len(paths) > 1:
         raise ValueError(f"{sweeps[0]} is a sweep; give one sweep, or logs, not both")
     logs = Path(logs)
-    results = (
-        _read_sweep(sweeps[0], logs, pool_sources)
-        if sweeps
-        else _read_logs(paths, pool_sources, stopped_early)
-    )
-    _mark_foreign(results, control)
-    results.control = _find_control(results, control)
-    if control is None:
-        results.versus = _find_versus(results)
-    results.looks = looks_of([arm.label for arm in results.arms], results.control)
+    if sweeps:
+        path = find_manifest(sweeps[0], logs)
+        manifest = _read_plan(path, sweeps[0])
+        results = _read_sweep(manifest, sweeps[0], pool_sources)
+    else:
+        results, manifest = _read_logs(paths, pool_sources, stopped_early)
+    _mark_foreign(results, control or (manifest and manifest.control))
+    results.control = _find_control(results, control, manifest)
+    if manifest and control is None:
+        results.versus = _find_versus(results, manifest)
+    results.looks = _looks(results, manifest)
     results.notes += _remarks(results)
     return results
 
 
-def _read_sweep(file: Path, logs: Path, pool_sources: bool) -> Results:
-    path = find_manifest(file, logs)
-    manifest = _read_plan(path, file)
+def _read_sweep(manifest: Manifest, file: Path, pool_sources: bool) -> Results:
+    path = manifest.path
     attempts = [_attempt(record, path.parent) for record in manifest.runs]
     records = {record.run_id: record for record in manifest.runs}
     arms = []
@@ -67,8 +67,7 @@ def _read_sweep(file: Path, logs: Path, pool_sources: bool) -> Results:
         arms.append(arm)
     asked = set().union(*(arm.settings for arm in arms))
     _resolve_settings(arms)
-    found = Results(manifest.sweep, arms, manifest.control, path.parent, True, manifest.scale)
-    found.versus = manifest.versus
+    found = Results(manifest.sweep, arms, folder=path.parent, planned=True, scale=manifest.scale)
     unasked = [name for name in found.varied() if name not in asked]
     if unasked:
         values = (f"{name.upper()} ({_some(_values(arms, name))})" for name in unasked)
@@ -199,7 +198,10 @@ def _question(file: Path) -> str:
     return " ".join(lines)
 
 
-def _read_logs(paths: Sequence[Path], pool_sources: bool, stopped_early: bool) -> Results:
+def _read_logs(
+    paths: Sequence[Path], pool_sources: bool, stopped_early: bool
+) -> tuple[Results, Manifest | None]:
+    """Return the logs' arms, and the manifest beside them if it plans them all: it gives their order."""
     runs = read_runs(paths)
     if not runs:
         places = ", ".join(map(str, paths))
@@ -227,9 +229,23 @@ def _read_logs(paths: Sequence[Path], pool_sources: bool, stopped_early: bool) -
         arm = SweepArm(group.label, group.key, group.runs, attempts, Path(first.script).name)
         arm.source, arm.settings = first.source_hash, first.settings
         arms.append(arm)
+    manifest = sweep_beside(arms)
+    if manifest:
+        tags = [run.tag for run in manifest.runs]
+        arms.sort(key=lambda arm: tags.index(arm.label))
+        for arm in arms:
+            arm.key = arm.label
+    else:
+        arms.sort(key=lambda arm: _words_and_numbers(arm.label))
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
     name = log_stem(paths[0]) + (f"-and-{len(paths) - 1}-more" if len(paths) > 1 else "")
-    return Results(name, arms, None, folder, notes=[*notes, *said])
+    return Results(name, arms, folder=folder, notes=[*notes, *said]), manifest
+
+
+def _words_and_numbers(label: str) -> list:
+    """Return the key that sorts names with their numbers by value: lr_2 before lr_10."""
+    parts = re.split(r"((?:(?<![\w.])-)?\d+(?:\.\d+)?(?:e-?\d+)?)", label)
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _ends_early(run: RunLog) -> bool:
@@ -253,12 +269,11 @@ def _pooled(sources: Sequence[str]) -> str:
     return f"runs of {len(different)} different source codes were pooled, as --pool-sources asked"
 
 
-def _mark_foreign(results: Results, control: str | None) -> None:
+def _mark_foreign(results: Results, wanted: str | None) -> None:
     """Mark the arms that cannot be compared, because their source code or data differs.
 
-    The standard is the control's source and data, else those of most runs.
+    The standard is the source and data of the control, if one is `wanted`, else those of most runs.
     """
-    wanted = control or results.control
     _mark_other_sources(results, wanted)
     _mark_other_data(results, wanted)
 
@@ -302,7 +317,7 @@ def _data_of(arm: SweepArm) -> str:
     return next((attempt.data for attempt in arm.attempts if attempt.data), "")
 
 
-def _find_control(results: Results, wanted: str | None) -> str | None:
+def _find_control(results: Results, wanted: str | None, manifest: Manifest | None) -> str | None:
     """Return the control's label: as asked or planned, else that of a = 0, else the baseline's; or None."""
     arms = [arm for arm in results.arms if not arm.foreign]
     if wanted is not None:
@@ -313,8 +328,8 @@ def _find_control(results: Results, wanted: str | None) -> str | None:
             names = ", ".join(arm.label for arm in fitting or arms)
             raise ValueError(f"control {wanted!r} fits {found} the arms, wanted one: {names}")
         return fitting[0].label
-    if results.planned:
-        named = [arm.label for arm in arms if arm.key == results.control]
+    if manifest:
+        named = [arm.label for arm in arms if arm.key == manifest.control]
         return named[0] if named else None
     zero = [arm for arm in arms if arm.strength == 0]
     if zero and any(arm.strength for arm in arms):
@@ -324,10 +339,10 @@ def _find_control(results: Results, wanted: str | None) -> str | None:
     return other[0].label if len(other) == 1 and with_ord else None
 
 
-def _find_versus(results: Results) -> dict[str, str]:
+def _find_versus(results: Results, manifest: Manifest) -> dict[str, str]:
     """Return the labels of single arms' own controls; add a note for one that cannot be compared."""
     labels = {arm.key: arm.label for arm in results.arms if not arm.foreign}
-    found = {labels[key]: labels.get(other) for key, other in results.versus.items() if key in labels}
+    found = {labels[key]: labels.get(other) for key, other in manifest.versus.items() if key in labels}
     for label in [label for label, other in found.items() if other is None or results.control is None]:
         results.notes.append(
             f"{label}: its own control is not among the arms that can be compared; compared with "
@@ -335,6 +350,18 @@ def _find_versus(results: Results) -> dict[str, str]:
         )
         del found[label]
     return found
+
+
+def _looks(results: Results, manifest: Manifest | None) -> dict[str, dict]:
+    """Return the arms' looks by label: those that they have in all pictures of their sweep."""
+    labels = [arm.label for arm in results.arms]
+    if manifest is None or results.planned:
+        return looks_of(labels, results.control)
+    label_of = {arm.key: arm.label for arm in results.arms}  # of the sweep's arms, the logs may be of few
+    tags = dict.fromkeys(run.tag for run in manifest.runs)
+    return looks_of(
+        [label_of.get(tag, tag) for tag in tags], label_of.get(manifest.control, manifest.control)
+    )
 
 
 def _remarks(results: Results) -> list[str]:

@@ -118,7 +118,7 @@ def samples_of(
 
 @dataclass
 class Results:
-    """Arms of a sweep in the order planned (or found); `notes` are what a reader must know."""
+    """Arms of a sweep in the order planned, else by name; `notes` are what a reader must know."""
 
     name: str
     arms: list[SweepArm]

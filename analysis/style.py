@@ -14,6 +14,9 @@ from analysis.files import replacing
 # and black, which is the control's.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 LINES = ["-", (0, (5, 2)), (0, (1, 1.2))]  # solid, dashed, dotted: several quantities of one arm
+MARKERS = ["s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p"]
+CONTROL = {"color": "#000000", "marker": "o"}  # no other arm has either
+MAX_COLOURS = 18  # arms with distinct colour and marker; with more, the colour is the place in the plan
 GREY = "#777777"
 NUM_COLOURS = 128  # in a PNG's palette
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -50,6 +53,25 @@ def load_matplotlib():
         }
     )
     return plt
+
+
+def looks_of(labels: Sequence[str], control: str | None = None) -> dict[str, dict]:
+    """Return each arm's colour and marker, given all arms of its sweep in the order of the plan."""
+    others = [label for label in labels if label != control]
+    colours = COLOURS if len(others) <= MAX_COLOURS else _shades(len(others))
+    found = {
+        label: {"color": colours[number % len(colours)], "marker": MARKERS[number % len(MARKERS)]}
+        for number, label in enumerate(others)
+    }
+    return {**found, control: CONTROL} if control in labels else found
+
+
+def _shades(count: int) -> list[str]:
+    """Return shades from dark to light, all darker than the paper."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["viridis"](0.88 * number / (count - 1))) for number in range(count)]
 
 
 def time_unit(longest_ms: float) -> tuple[float, str]:

@@ -1,7 +1,6 @@
 """Pictures of a sweep: each arm's difference from the control, in a forest plot and over training."""
 
 import math
-import re
 from collections.abc import Sequence
 
 from analysis import style
@@ -29,18 +28,6 @@ VERDICT_AT = 248
 VERDICT_LETTERS, LETTER_INCHES = 52, 0.066  # room for a verdict; more if one is longer
 
 
-def in_order(results: Results) -> list[SweepArm]:
-    """Return the arms in the order of the plan; without one, by name, with numbers by their value."""
-    if results.planned:
-        return results.arms
-
-    def words_and_numbers(arm: SweepArm) -> list:
-        parts = re.split(r"((?:(?<![\w.])-)?\d+(?:\.\d+)?(?:e-?\d+)?)", arm.label)
-        return [float(part) if i % 2 else part for i, part in enumerate(parts)]
-
-    return sorted(results.arms, key=words_and_numbers)
-
-
 # ------------------------------------------------------------------------------------------------
 # The forest
 # ------------------------------------------------------------------------------------------------
@@ -56,7 +43,7 @@ def draw_forest(ax, results: Results) -> None:
 
     Ticks are single seeds' paired differences. All arms share an axis, logarithmic beyond small values.
     """
-    arms, values, noise = in_order(results), [0.0], []
+    arms, values, noise = results.arms, [0.0], []
     for y, arm in enumerate(arms):
         pair, _ = results.comparison(arm.label)
         if pair and math.isfinite(pair.difference):
@@ -168,7 +155,7 @@ def picture_of_forest(results: Results):
 
 def what_to_draw(results: Results) -> list[Drawn]:
     """Return the arms with something to draw, in the order of the forest."""
-    arms = [arm for arm in in_order(results) if any(run.last_step >= 0 for run in arm.runs)]
+    arms = [arm for arm in results.arms if any(run.last_step >= 0 for run in arm.runs)]
     return [Drawn(arm, results.looks[arm.label], arm.label) for arm in arms]
 
 

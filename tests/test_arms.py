@@ -6,7 +6,7 @@ from sweeps_for_tests import make_sweep
 
 import plot_loss
 from analysis import style
-from analysis.arms import group_by_arm, name_arms, one_arm_a_run
+from analysis.arms import group_by_arm, name_arms
 from analysis.read_results import read_results
 from analysis.run_log import parse_log, read_runs
 from monitor_runs import Monitor
@@ -83,8 +83,8 @@ def test_a_sweeps_tags_are_the_names_in_all_commands(tmp_path, capsys):
     assert [arm.label for arm in group_by_arm(read_runs(logs))[0]] == wanted
     assert [arm.label for arm in read_results([logs]).arms] == wanted
     assert {row.name for row in Monitor(logs).poll()} == set(wanted)
-    single = one_arm_a_run(group_by_arm(read_runs(logs))[0])
-    assert [arm.label for arm in single] == [f"{name} seed={seed}" for name in wanted for seed in (1, 2)]
+    single = plot_loss.separated(read_results([logs]))
+    assert [arm.label for arm in single.arms] == [f"{name} seed={seed}" for name in wanted for seed in (1, 2)]
 
 
 def test_two_sweeps_with_one_tag_are_told_apart(tmp_path):

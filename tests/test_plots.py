@@ -14,7 +14,6 @@ from sweeps_for_tests import make_sweep, spectral_arms
 
 import plot_loss
 from analysis import curves, style
-from analysis.looks import looks_of
 from analysis.read_results import read_results
 from analysis.run_log import read_runs
 from analysis.stats import summarize
@@ -118,7 +117,6 @@ def test_several_arms_are_compared_with_the_sweeps_control(tmp_path):
     results = read_results([file], tmp_path / "logs")
     runs = [run for arm in results.arms if arm.label != "spectral_lr_0.01" for run in arm.runs]
     some = read_results([run.path for run in runs])
-    plot_loss.take_plan(some)
     assert {item.arm.label: item.look for item in plot_loss.with_losses(some)} == {
         label: look for label, look in results.looks.items() if label != "spectral_lr_0.01"
     }
@@ -327,12 +325,12 @@ def test_a_failed_run_does_not_flatten_the_others(tmp_path):
 def test_styles_are_distinct_also_for_the_colour_blind():
     """Arms differ in colour or marker, from the control in both; colours are distinct for every dichromat."""
     names = [f"a{number}" for number in range(19)]
-    looks = looks_of(names, "a3")
+    looks = style.looks_of(names, "a3")
     assert len({(look["color"], look["marker"]) for look in looks.values()}) == 19
     assert [name for name in names if looks[name]["color"] == "#000000" or looks[name]["marker"] == "o"] == [
         "a3"
     ]
-    many = [look["color"] for look in looks_of([f"a{number}" for number in range(30)]).values()]
+    many = [look["color"] for look in style.looks_of([f"a{number}" for number in range(30)]).values()]
     lightness = [int(c[1:3], 16) * 0.3 + int(c[3:5], 16) * 0.59 + int(c[5:], 16) * 0.11 for c in many]
     assert lightness == sorted(lightness) and len(set(many)) == 30 and lightness[-1] < 210
     colours = [*style.COLOURS, looks["a3"]["color"]]

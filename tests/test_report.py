@@ -15,11 +15,10 @@ from sweeps_for_tests import STEPS, make_sweep, spectral_arms
 import report_sweep
 from analysis import stats, style
 from analysis.conclusion import conclusion
-from analysis.looks import looks_of
 from analysis.reaching import choose_target, common_grid, reach
 from analysis.read_results import read_results
 from analysis.results import Attempt, Results, SweepArm
-from analysis.sweep_pictures import VERDICTS, in_order, picture_of_curves, picture_of_forest
+from analysis.sweep_pictures import VERDICTS, picture_of_curves, picture_of_forest
 from analysis.tables import without_nan
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -693,11 +692,27 @@ def test_the_forest_shows_the_numbers(tmp_path, num_arms):
     assert num_arms < 12 or ax.get_xscale() == "symlog"
 
 
-def test_arms_of_bare_logs_are_in_order_of_their_numbers():
+def test_arms_of_bare_logs_are_in_order_of_their_numbers(tmp_path):
     """Fails if lr_10 stands between lr_1 and lr_2."""
-    names = ["lr_10", "lr_2", "lr_0.5", "lr_2e-05", "base"]
-    found = in_order(Results("logs", [SweepArm(name, name, []) for name in names]))
-    assert [arm.label for arm in found] == ["base", "lr_2e-05", "lr_0.5", "lr_2", "lr_10"]
+    names = ["base", "lr_2e-05", "lr_0.5", "lr_2", "lr_10"]
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text("step:1/1 val_loss:1 train_time:1ms\n")
+    assert [arm.label for arm in read_results([tmp_path]).arms] == names
+
+
+def test_the_logs_of_a_sweep_are_compared_as_its_file_says(tmp_path):
+    """Fails if plot_loss and the report compare the same logs with different controls."""
+    arms = {tag: (3.27, {"SPECTRAL_LR_MUL": a}) for tag, a in (("c", 0.2), ("b", 0.1), ("a", 0.0))}
+    file = make_sweep(tmp_path, "sweep", arms, control="c", versus={"a": "b"})
+    planned, found = read_results([file], tmp_path / "logs"), read_results([tmp_path / "logs"])
+    assert found.control == "c" and found.verdict.controls == {"a": "b", "b": "c"}
+    assert (found.looks, found.verdict.controls) == (planned.looks, planned.verdict.controls)
+    assert [arm.label for arm in found.arms] == [arm.label for arm in planned.arms]
+    other = read_results([file], tmp_path / "logs", control="a")
+    assert other.verdict.controls == {"c": "a", "b": "a"}, "--control replaces the arms' own controls, too"
+    some = read_results([arm.runs[0].path for arm in planned.arms if arm.label != "c"])
+    assert some.control is None and some.looks.keys() > {"a", "b"} and not some.planned
+    assert any("compared with the lowest mean instead" in note for note in some.notes)
 
 
 def test_an_interval_clear_of_zero_that_holm_rejects_says_so():
@@ -707,7 +722,7 @@ def test_an_interval_clear_of_zero_that_holm_rejects_says_so():
     results = made_up(losses, [1, 2, 3, 4], "base")
     pair, p = results.comparison("a")
     assert pair.high < 0 and p > 0.05
-    results.looks = looks_of(list(losses), "base")
+    results.looks = style.looks_of(list(losses), "base")
     words = words_of(picture_of_forest(results).axes[0])
     assert [word for word in words if "clear" in word] == [f"undecided, p = {p:.2g} (by itself clear of 0)"]
     assert set(VERDICTS.values()).isdisjoint({results.looks["base"]["color"]})
