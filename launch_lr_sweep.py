@@ -1,6 +1,6 @@
 """Run a sweep: arms x seeds, one training run each, resumable, several at a time.
 
-    python launch_lr_sweep.py sweeps/spectral_lr.toml --dry-run      # the plan and how long it takes
+    python launch_lr_sweep.py sweeps/spectral_lr.toml --dry-run      # the plan
     python launch_lr_sweep.py sweeps/spectral_lr.toml                # on GPUs, each run on all of them
     python launch_lr_sweep.py sweeps/spectral_lr.toml --parallel 4   # 4 runs at a time, GPUs shared out
     python launch_lr_sweep.py sweeps/smoke.toml --scale tiny         # as its [scale.tiny] has it
@@ -60,7 +60,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis.command_line import complain, make_parser, say
 from analysis.devices import Slot, share_out
-from analysis.expected_time import expected_time
 from analysis.files import write_atomically
 from analysis.manifest import LOGS, Manifest, Run, now
 from analysis.processes import adopt_orphans, processes_of, reap_orphans, start_process, stop_processes
@@ -157,7 +156,7 @@ class Launcher:
         """Start a run on a free slot."""
         run, slot = self.manifest.runs[index], self.free.pop(0)
         run.state, run.started, run.host = "running", now(), platform.node()
-        run.slot, before = slot.size(self.nproc), sizes(run)
+        before = sizes(run)
         try:
             self.save()  # before it starts: a launcher killed here is known to have wanted it
             command = command_of(read_trainer(run.script).path, self.nproc)
@@ -258,7 +257,7 @@ class Launcher:
 
 
 def print_plan(sweep: Sweep, manifest: Manifest, why: dict[int, str], slots: list[Slot], nproc: int) -> None:
-    """Print arms with their settings, what runs and what is done, and the expected time."""
+    """Print arms with their settings, what runs and what is done."""
     runs = manifest.runs
     scale = f", scale {sweep.scale}" if sweep.scale else ""
     say(f"{sweep.name} ({sweep.file}{scale}): {len(sweep.arms)} arms, {len(runs)} runs, {len(why)} to run")
@@ -287,7 +286,7 @@ def print_plan(sweep: Sweep, manifest: Manifest, why: dict[int, str], slots: lis
         say(f"running already, not started again: {', '.join(elsewhere)}")
     if why and slots:
         where = f"{nproc} GPU(s) each" if slots[0].gpus else f"{nproc} rank(s) each on CPU"
-        say(f"{len(slots)} at a time, {where}; {expected_time([runs[i] for i in why], slots, nproc)}")
+        say(f"{len(slots)} at a time, {where}")
     if why:
         say(f"the first: {runs[next(iter(why))].run_id}")
 
@@ -391,9 +390,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("sweep", metavar="SWEEP.toml")
     parser.add_argument("--scale", metavar="NAME", help="apply the file's [scale.NAME]")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan and the expected time, run nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     parser.add_argument(
         "--nproc-per-run",
         type=int,

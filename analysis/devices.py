@@ -27,11 +27,6 @@ class Slot:
     gpus: tuple[str, ...] = ()
     cores: tuple[int, ...] = ()
 
-    def size(self, nproc: int) -> str:
-        """Describe what a run of `nproc` ranks has here; runs on slots of one size take as long."""
-        on = f"{len(self.gpus)} GPUs" if self.gpus else f"{len(self.cores) or usable_cores()} cores"
-        return f"{nproc} ranks on {on}"
-
 
 def share_out(parallel: int, nproc: int, gpus: tuple[str, ...]) -> tuple[list[Slot], int]:
     """Return disjoint slots for `parallel` runs at a time, and the number of ranks per run.

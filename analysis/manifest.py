@@ -9,7 +9,6 @@ manifests, errors = manifests_in(Path("logs"))
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -43,20 +42,11 @@ class Run:
     ended: str | None = None
     reason: str = ""
     host: str = ""
-    slot: str = ""  # what it had of the host, see Slot.size
 
     @property
     def key(self) -> tuple:
         """Key that is equal for runs that must give the same numbers."""
         return (self.settings_hash, self.seed, self.source_hash)
-
-    @property
-    def wall_s(self) -> float:
-        """Seconds from start to end; NaN if the manifest does not say."""
-        if not self.started or not self.ended:
-            return math.nan
-        begin, end = datetime.fromisoformat(self.started), datetime.fromisoformat(self.ended)
-        return (end - begin).total_seconds()
 
     @property
     def console(self) -> Path:

@@ -46,7 +46,7 @@ def read_results(
         results = _read_sweep(manifest, sweeps[0], pool_sources)
     else:
         results, manifest = _read_logs(paths, pool_sources, stopped_early)
-    _mark_foreign(results, control or (manifest and manifest.control))
+    _mark_foreign(results, control or (manifest.control if manifest else None))
     results.control = _find_control(results, control, manifest)
     if manifest and control is None:
         results.versus = _find_versus(results, manifest)
@@ -342,6 +342,8 @@ def _find_control(results: Results, wanted: str | None, manifest: Manifest | Non
 def _find_versus(results: Results, manifest: Manifest) -> dict[str, str]:
     """Return the labels of single arms' own controls; add a note for one that cannot be compared."""
     labels = {arm.key: arm.label for arm in results.arms if not arm.foreign}
+    if len(labels) < 2:
+        return {}
     found = {labels[key]: labels.get(other) for key, other in manifest.versus.items() if key in labels}
     for label in [label for label, other in found.items() if other is None or results.control is None]:
         results.notes.append(
@@ -357,11 +359,9 @@ def _looks(results: Results, manifest: Manifest | None) -> dict[str, dict]:
     labels = [arm.label for arm in results.arms]
     if manifest is None or results.planned:
         return looks_of(labels, results.control)
-    label_of = {arm.key: arm.label for arm in results.arms}  # of the sweep's arms, the logs may be of few
-    tags = dict.fromkeys(run.tag for run in manifest.runs)
-    return looks_of(
-        [label_of.get(tag, tag) for tag in tags], label_of.get(manifest.control, manifest.control)
-    )
+    label_of = {run.tag: run.tag for run in manifest.runs}  # all the sweep's arms; the logs may be of few
+    label_of |= {arm.key: arm.label for arm in results.arms}
+    return looks_of(list(label_of.values()), label_of.get(manifest.control))
 
 
 def _remarks(results: Results) -> list[str]:
