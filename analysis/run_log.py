@@ -34,7 +34,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from analysis.shown import clean
-from analysis.step_lines import TORN, Column, Curve, StepColumns, StepLine, parse_step
+from analysis.step_lines import Column, Curve, StepColumns, StepLine, parse_step
 
 # Settings that change what is recorded, or where a run happens, but not the training; for logs without an
 # `affects:{...}` line.
@@ -419,7 +419,6 @@ class LogParser:
         self._config: dict = {}
         self._affects: dict[str, list[str]] = {}
         self._trials = [_Trial({}, self._header)]
-        self._restart_at: int | None = None  # events from here on belong to the next trial, if one begins
         self._chunk = _Chunk()
         self._unread = _Unread()  # in earlier chunks
 
@@ -498,39 +497,17 @@ class LogParser:
             self._read_config(line)
         elif line.startswith("affects:") and self._config and not self._chunk.has_steps:
             self._read_affects(line)
-        elif line.startswith("s") and (torn := list(TORN.finditer(line, 1))):
-            self._chunk.unread.add(line)
-            rest = line[torn[-1].start() :]  # the resumed run's first line, appended to a torn one
-            if rest.startswith("event:"):
-                self._read_event(rest)
-            elif step_line := parse_step(rest):
-                self._add_step(step_line)
         elif not line.startswith("peak memory "):
             self._chunk.unread.add(line)
             self._chunk.is_blank = False
 
     def _add_step(self, line: StepLine) -> None:
-        """Add a step line to its trial; open a new trial where the steps start over."""
-        trial = self._trials[-1]
+        """Add a step line to its trial; in a log without configuration, steps start over in a new trial."""
         self._chunk.is_blank, self._chunk.has_steps = False, True
-        if self._config:  # our logs: steps start over only if a run restarted without resuming
-            starts_over = self._restart_at is not None and line.step <= trial.last_step
-            if not starts_over:
-                self._restart_at = None
-        else:
-            starts_over = trial.starts_over(line)
-        if starts_over:
-            trial = self._open_trial()
-        trial.num_steps = line.num_steps
-        trial.add(line)
-
-    def _open_trial(self) -> _Trial:
-        old, new = self._trials[-1], _Trial(self._config, self._header)
-        if self._restart_at is not None:
-            old.events, new.events = old.events[: self._restart_at], old.events[self._restart_at :]
-            self._restart_at = None
-        self._trials.append(new)
-        return new
+        if not self._config and self._trials[-1].starts_over(line):
+            self._trials.append(_Trial({}, self._header))
+        self._trials[-1].num_steps = line.num_steps
+        self._trials[-1].add(line)
 
     def _read_config(self, line: str) -> None:
         """Read a configuration, which must directly follow a line of '='."""
@@ -540,6 +517,8 @@ class LogParser:
             return
         if not self._config:
             self._reset()  # our first header: earlier step-like lines were source
+        elif self._trials[-1].last_step >= 0:  # another log was appended: resumed runs write no header
+            self._trials.append(_Trial(config, self._header))
         self._config, self._chunk.is_blank = config, False
         if self._trials[-1].last_step < 0:
             self._trials[-1].config = config
@@ -558,11 +537,7 @@ class LogParser:
             self._chunk.unread.add(line)
             return
         trial = self._trials[-1]
-        if name == "started" and trial.last_step >= 0 and self._restart_at is None:
-            self._restart_at = len(trial.events)
         if name == "resumed":
-            self._restart_at = None
-            trial.config = self._config or trial.config
             step = fields.get("step", "").partition("/")[0]
             if re.fullmatch("[0-9]{1,12}", step):
                 trial.drop_after(int(step))

@@ -31,7 +31,7 @@ _FIELD = re.compile(
     r"|(.+)",  # the rest of the line, if it does not begin with a field
     re.ASCII,
 )
-TORN = re.compile(r"step:\d+/\d+ |event:", re.ASCII)  # start of a line that was appended to a torn one
+_TORN = re.compile(r"step:\d+/\d+ |event:", re.ASCII)  # start of a line that was appended to a torn one
 _LLMC_NAMES = {"tel": "val_loss", "trl": "train_loss"}
 
 
@@ -89,7 +89,7 @@ def parse_step(line: str) -> StepLine | None:
         else:
             value, has_words = word, True
         values[sys.intern(_LLMC_NAMES.get(key, key))] = value  # intern: one copy of a key for all its lines
-    if not values or (has_words and TORN.search(line, 1)):
+    if not values or (has_words and _TORN.search(line, 1)):
         return None
     step, num_steps, llmc_step = head.groups()
     return StepLine(int(step or llmc_step), int(num_steps or -1), values)
