@@ -54,7 +54,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -68,15 +67,7 @@ from analysis.run_log import LogFollower, RunLog, format_value
 from analysis.shown import console
 from analysis.style import format_time
 from analysis.sweep_files import Sweep, read_sweep
-from analysis.sweep_plan import (
-    end_log,
-    how_it_ended,
-    open_manifest,
-    plan,
-    recorded_otherwise,
-    settle,
-    sizes,
-)
+from analysis.sweep_plan import end_log, how_it_ended, plan_runs, sizes
 from analysis.trainers import TORCHRUN_SETS, env_text, read_trainer
 
 POLL_S = 0.2
@@ -128,7 +119,7 @@ class Launcher:
     def __init__(
         self,
         manifest: Manifest,
-        todo: Iterable[int],
+        todo: Iterable[Run],
         slots: Sequence[Slot],
         nproc: int,
         hang_s: float,
@@ -152,11 +143,10 @@ class Launcher:
         finally:  # also after an error of our own, nothing is left behind
             self.stop_all()
 
-    def start(self, index: int) -> None:
+    def start(self, run: Run) -> None:
         """Start a run on a free slot."""
-        run, slot = self.manifest.runs[index], self.free.pop(0)
+        slot, before = self.free.pop(0), sizes(run)
         run.state, run.started, run.host = "running", now(), platform.node()
-        before = sizes(run)
         try:
             self.save()  # before it starts: a launcher killed here is known to have wanted it
             command = command_of(read_trainer(run.script).path, self.nproc)
@@ -256,8 +246,8 @@ class Launcher:
 # ------------------------------------------------------------------------------------------------
 
 
-def print_plan(sweep: Sweep, manifest: Manifest, why: dict[int, str], slots: list[Slot], nproc: int) -> None:
-    """Print arms with their settings, what runs and what is done."""
+def print_plan(sweep: Sweep, manifest: Manifest, why: dict[str, str], slots: list[Slot], nproc: int) -> None:
+    """Print arms with their settings, what runs and what is done. `why`: runs to make -> the reason."""
     runs = manifest.runs
     scale = f", scale {sweep.scale}" if sweep.scale else ""
     say(f"{sweep.name} ({sweep.file}{scale}): {len(sweep.arms)} arms, {len(runs)} runs, {len(why)} to run")
@@ -265,7 +255,7 @@ def print_plan(sweep: Sweep, manifest: Manifest, why: dict[int, str], slots: lis
     width = max(len(arm.tag) for arm in sweep.arms)
     for arm in sweep.arms:
         parts = [f"  {arm.tag:<{width}}", f"{arm.script} seeds {','.join(map(str, arm.seeds))}"]
-        done = sum(run.tag == arm.tag and i not in why for i, run in enumerate(runs))
+        done = sum(run.tag == arm.tag and run.run_id not in why for run in runs)
         if done:
             parts.append(f"({done} done)")
         if arm.tag == sweep.control:
@@ -281,14 +271,14 @@ def print_plan(sweep: Sweep, manifest: Manifest, why: dict[int, str], slots: lis
     again = [reason for reason in why.values() if reason != "new"]
     if again:
         say("again: " + ", ".join(f"{again.count(r)} ({r})" for r in dict.fromkeys(again)))
-    elsewhere = [run.run_id for i, run in enumerate(runs) if run.state == "running" and i not in why]
+    elsewhere = [run.run_id for run in runs if run.state == "running" and run.run_id not in why]
     if elsewhere:
         say(f"running already, not started again: {', '.join(elsewhere)}")
     if why and slots:
         where = f"{nproc} GPU(s) each" if slots[0].gpus else f"{nproc} rank(s) each on CPU"
         say(f"{len(slots)} at a time, {where}")
     if why:
-        say(f"the first: {runs[next(iter(why))].run_id}")
+        say(f"the first: {next(iter(why))}")
 
 
 def common_settings(sweep: Sweep) -> dict[str, str]:
@@ -380,6 +370,18 @@ def write_slurm(sweep: Sweep, runs: list[Run], nproc: int, parallel: int) -> Pat
     return path
 
 
+def submit(sweep: Sweep, manifest: Manifest, todo: list[Run], nproc: int, parallel: int) -> int:
+    """Mark the runs as submitted and write their job array; return the exit code."""
+    if not todo:
+        return say_result(manifest, 0)
+    for run in todo:
+        run.state = "submitted"
+    manifest.save()
+    path = write_slurm(sweep, todo, nproc, parallel)
+    say(f"wrote {path}; submit it with: sbatch {path}")
+    return 0
+
+
 # ------------------------------------------------------------------------------------------------
 # main
 # ------------------------------------------------------------------------------------------------
@@ -449,46 +451,23 @@ def signals_to(launcher: Launcher) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class Prepared(NamedTuple):
-    """All that is known before anything runs. `why` maps the index of each run to make to the reason."""
+def check(args: argparse.Namespace) -> tuple[Sweep, list[Slot], int, list[str]]:
+    """Return the sweep, the devices of its runs, ranks per run, and what is missing here: data or devices.
 
-    sweep: Sweep
-    manifest: Manifest
-    why: dict[int, str]
-    slots: list[Slot]
-    nproc: int
-    missing: list[str]  # data files, cores or GPUs, which a dry run only tells
-
-
-def prepare(args: argparse.Namespace, held: contextlib.ExitStack) -> Prepared:
-    """Check and plan everything; ValueError or OSError for whatever can be refused. `held` takes the lock."""
+    ValueError if the sweep file is wrong.
+    """
     given = {name: env_text(value) for name, value in LAUNCHER_DEFAULTS.items()}
     given["NPROC_PER_NODE"] = str(args.nproc_per_run)
     sweep = read_sweep(args.sweep, args.scale, given, elsewhere=args.slurm)
-    slots, nproc, missing = [], args.nproc_per_run or 1, []
-    if not args.slurm:  # a cluster's machines are others
-        gpus = [read_trainer(arm.script).gpus for arm in sweep.arms if arm.settings.get("DEVICE") != "cpu"]
-        try:
-            slots, nproc = share_out(args.parallel, args.nproc_per_run, gpus[0] if gpus else ())
-        except ValueError as error:
-            missing.append(str(error))
-        missing += [f"arm {arm.tag!r}: {arm.lacks}" for arm in sweep.arms if arm.lacks][:1]
-    if not args.dry_run:
-        if missing:
-            raise ValueError(missing[0])
-        held.enter_context(locked(sweep))
-    manifest = open_manifest(sweep)
-    for run in [*manifest.runs, *manifest.earlier]:
-        settle(run, args.hang_minutes, act=not args.dry_run)
-    why = plan(sweep, manifest)
-    wanted, done = sweep.runs(), [i for i in range(len(manifest.runs)) if i not in why]
-    sweep.notes += recorded_otherwise([wanted[i] for i in done], [manifest.runs[i] for i in done])
-    if not args.dry_run:
-        if args.slurm:
-            for i in why:
-                manifest.runs[i].state = "submitted"
-        manifest.save()
-    return Prepared(sweep, manifest, why, slots, nproc, missing)
+    if args.slurm:  # a cluster's machines are others
+        return sweep, [], args.nproc_per_run or 1, []
+    missing = [f"arm {arm.tag!r}: {arm.lacks}" for arm in sweep.arms if arm.lacks][:1]
+    gpus = [read_trainer(arm.script).gpus for arm in sweep.arms if arm.settings.get("DEVICE") != "cpu"]
+    try:
+        slots, nproc = share_out(args.parallel, args.nproc_per_run, gpus[0] if gpus else ())
+    except ValueError as error:
+        return sweep, [], args.nproc_per_run or 1, [str(error), *missing]
+    return sweep, slots, nproc, missing
 
 
 def main(argv: list[str]) -> int:
@@ -496,7 +475,12 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     with console(), contextlib.ExitStack() as held:
         try:
-            sweep, manifest, why, slots, nproc, missing = prepare(args, held)
+            sweep, slots, nproc, missing = check(args)
+            if not args.dry_run:
+                if missing:
+                    raise ValueError(missing[0])
+                held.enter_context(locked(sweep))
+            manifest, why = plan_runs(sweep, args.hang_minutes, act=not args.dry_run)
         except (ValueError, OSError) as error:
             return complain(error)
         except KeyboardInterrupt:
@@ -506,11 +490,10 @@ def main(argv: list[str]) -> int:
             for text in missing:
                 say(f"before it can run: {text}")
             return 0
-        if args.slurm and why:
-            path = write_slurm(sweep, [manifest.runs[i] for i in why], nproc, args.parallel)
-            say(f"wrote {path}; submit it with: sbatch {path}")
-            return 0
-        launcher = Launcher(manifest, why, slots, nproc, args.hang_minutes * 60)
+        todo = [run for run in manifest.runs if run.run_id in why]
+        if args.slurm:
+            return submit(sweep, manifest, todo, nproc, args.parallel)
+        launcher = Launcher(manifest, todo, slots, nproc, args.hang_minutes * 60)
         with signals_to(launcher):
             adopt_orphans()
             launcher.run_all()

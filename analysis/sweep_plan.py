@@ -31,40 +31,55 @@ def open_manifest(sweep: Sweep) -> Manifest:
     return manifest
 
 
-def plan(sweep: Sweep, manifest: Manifest) -> dict[int, str]:
-    """Put the sweep's runs into the manifest; return the index of each that must be made, with the reason.
+def plan_runs(sweep: Sweep, hang_minutes: float, act: bool) -> tuple[Manifest, dict[str, str]]:
+    """Return the manifest with all runs of the sweep, and the run_id of each to be made, with the reason.
+
+    With `act`, end what earlier launches left, and save the manifest; else only look.
+    """
+    manifest = open_manifest(sweep)
+    for run in [*manifest.runs, *manifest.earlier]:
+        settle(run, hang_minutes, act)
+    why = plan(sweep, manifest)
+    pairs = zip(sweep.runs(), manifest.runs, strict=True)
+    sweep.notes += recorded_otherwise([(new, old) for new, old in pairs if old.run_id not in why])
+    if act:
+        manifest.save()
+    return manifest, why
+
+
+def plan(sweep: Sweep, manifest: Manifest) -> dict[str, str]:
+    """Put the sweep's runs into the manifest; return the run_id of each to be made, with the reason.
 
     A finished run with the same training settings, seed and source is kept, whatever its scale.
     """
     old = [*manifest.earlier, *manifest.runs]
     done = {run.key: run for run in old if is_done(run)}
     attempts = {(run.tag, run.seed): run for run in old if run.state != "planned"}
-    runs, why = [], {}
+    runs, todo = [], []
     for run in sweep.runs():
-        same = done.get(run.key)
-        if same:
-            same.tag = run.tag
-        else:
-            why[len(runs)] = reason_to_run(run, attempts.get((run.tag, run.seed)))
-        runs.append(same or run)
-    stamp = free_stamp([runs[i] for i in why])
-    for i in why:
-        before = attempts.get((runs[i].tag, runs[i].seed))
-        unchanged = before and before.key == runs[i].key
-        if unchanged and (before.state == "submitted" or left_a_checkpoint(before)):
-            runs[i].run_id, runs[i].log = before.run_id, before.log
-            if before.state == "submitted":
-                # its job may still start; it then goes on with this run, or is refused
-                runs[i].state = "submitted"
-            else:
-                why[i] += ", goes on from its checkpoint"
-        else:
-            runs[i].run_id = run_name(runs[i], stamp)
-            runs[i].log = str(LOGS / f"{runs[i].run_id}.txt")
+        kept, before = done.get(run.key), attempts.get((run.tag, run.seed))
+        if kept:
+            kept.tag = run.tag
+            runs.append(kept)
+            continue
+        reason, unchanged = reason_to_run(run, before), before is not None and before.key == run.key
+        if unchanged and before.state == "submitted":
+            # its job may still start; it then goes on with this run, or is refused
+            run.run_id, run.log, run.state = before.run_id, before.log, "submitted"
+        elif unchanged and left_a_checkpoint(before):
+            run.run_id, run.log = before.run_id, before.log
+            reason += ", goes on from its checkpoint"
+        runs.append(run)
+        todo.append((run, reason))
+    new = [run for run, _ in todo if not run.run_id]
+    stamp = free_stamp(new)
+    for run in new:
+        run.run_id = run_name(run, stamp)
+        run.log = str(LOGS / f"{run.run_id}.txt")
     current = {run.run_id for run in runs}
     manifest.earlier = [run for run in old if run.run_id not in current and run.state != "planned"]
     manifest.runs = runs
-    return why
+    return {run.run_id: reason for run, reason in todo}
 
 
 def is_done(run: Run) -> bool:
@@ -102,10 +117,13 @@ def left_a_checkpoint(run: Run) -> bool:
     return ended_early and log.exists() and any(log.with_suffix("").glob("step_*.pt"))
 
 
-def recorded_otherwise(planned: Sequence[Run], done: Sequence[Run]) -> list[str]:
-    """Return a line for each recording setting in which finished runs differ from the current plan."""
+def recorded_otherwise(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
+    """Return a line for each recording setting in which a finished run differs from its planned one.
+
+    `pairs` are planned and finished runs.
+    """
     logs: dict[str, list[str]] = {}
-    for new, old in zip(planned, done, strict=True):
+    for new, old in pairs:
         trainer = read_trainer(new.script)
         was, wanted = (trainer.affecting("recording", given_settings(run)) for run in (old, new))
         different = [name for name in wanted if was[name] != wanted[name]]
