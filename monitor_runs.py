@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line
 from analysis.arms import group_by_arm
-from analysis.manifest import LOGS, Manifest, find_manifest, manifests_in
+from analysis.manifest import LOGS, Manifest, find_manifest, manifests_in, sweep_among
 from analysis.run_log import OPENERS, LogFollower, RunLog
 from analysis.shown import clean
 from analysis.style import format_time, shorten_apart
@@ -83,21 +83,27 @@ class Row:
 
 def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
     """Return what is shown of a run, or of the runs of an arm; NaN is not known (yet). Names give units."""
-    first, meant = rows[0], averaged(rows) if is_arm else rows
-    val_step, val_loss = last_mean(losses_by_step(row.run) for row in meant)
+    first = rows[0]
+    if is_arm:
+        meant = averaged(rows)
+        own = {"n": len(meant), "state": states_of(rows)}
+    else:
+        meant = rows
+        own = {
+            "path": str(first.run.path),
+            "run_id": first.run.run_id,
+            "seed": first.run.seed,
+            "state": first.state,
+            "train_time_s": first.run.last_time_ms / 1000,
+            "control": ", ".join(control.run_id for control in first.controls),
+            "unread_lines": first.run.unread_lines,
+            "message": first.message,
+        }
+    val_step, val_loss = last_mean([losses_by_step(row.run) for row in meant])
+    compared = [curve for row in meant if (curve := differences(row))]
     paces = [pace_of(row.run) for row in meant]
     left = [seconds for seconds in map(seconds_left, rows) if math.isfinite(seconds)]
-    own = {
-        "path": str(first.run.path),
-        "run_id": first.run.run_id,
-        "seed": first.run.seed,
-        "state": first.state,
-        "train_time_s": first.run.last_time_ms / 1000,
-        "control": ", ".join(control.run_id for control in first.controls),
-        "unread_lines": first.run.unread_lines,
-        "message": first.message,
-    }
-    return ({"n": len(meant), "state": states_of(rows)} if is_arm else own) | {
+    return own | {
         "sweep": first.sweep,
         "tag": first.tag,
         "name": first.name,
@@ -108,7 +114,7 @@ def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
         "best_val_loss": mean(row.run.best_val_loss for row in meant),
         "train_loss": mean(row.run.last("train_loss") for row in meant),
         "is_control": first.is_control,
-        "difference": last_mean(filter(None, map(differences, meant)))[1],  # negative is better
+        "difference": last_mean(compared)[1],  # negative is better
         "ms_per_step": mean(ms for ms, _ in paces),
         "tokens_per_s": mean(tokens for _, tokens in paces),
         "seconds_left": max(left, default=math.nan),
@@ -138,9 +144,8 @@ def losses_by_step(run: RunLog) -> dict[int, float]:
     return dict(zip(run.val.step.tolist(), run.val.loss.tolist(), strict=True))
 
 
-def last_mean(curves: Iterable[Mapping[int, float]]) -> tuple[int | None, float]:
+def last_mean(curves: Sequence[Mapping[int, float]]) -> tuple[int | None, float]:
     """Return the last step that all curves have, and their mean there; None and NaN if there is none."""
-    curves = list(curves)
     step = max(set.intersection(*map(set, curves)), default=None) if curves else None
     return step, math.nan if step is None else mean(curve[step] for curve in curves)
 
@@ -208,12 +213,10 @@ class Monitor:
     """
 
     def __init__(self, *paths: Path, logs: Path = LOGS, stalled_after: float = 300, control: str = ""):
-        sweeps = [path for path in paths if path.suffix in (".toml", ".json")]
-        if sweeps and len(paths) > 1:
-            raise ValueError(f"{sweeps[0]} is a sweep; give one sweep, or logs, not both")
+        sweep = sweep_among(paths)
         self.name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} paths"
-        self.sweep = find_manifest(sweeps[0], logs) if sweeps else None  # its manifest, which may come later
-        places = [self.sweep] if sweeps else paths
+        self.sweep = find_manifest(sweep, logs) if sweep else None  # its manifest, which may come later
+        places = [self.sweep] if sweep else paths
         self.folders = {path.parent if path.suffix in (".json", ".txt") else path for path in places}
         self.follower = LogFollower(*paths)  # a sweep's paths come with its manifest
         self.stalled_after, self.control = stalled_after, control
@@ -307,7 +310,7 @@ def place_of(row: Row) -> tuple:
 # ------------------------------------------------------------------------------------------------
 
 
-class Column(NamedTuple):
+class TableColumn(NamedTuple):
     """A column of the table.
 
     In a narrow terminal, the columns of the lowest `rank` are left out first (of equal ranks, the left one),
@@ -320,12 +323,6 @@ class Column(NamedTuple):
     justify: str = "right"
 
 
-def bar(record: dict) -> str:
-    """Return the part of training that is done, as a bar."""
-    done = round(BAR * min(1.0, record["step"] / record["num_steps"])) if record["num_steps"] else 0
-    return "━" * done + "╌" * (BAR - done)
-
-
 def control_cell(record: dict) -> str:
     return "control" if record["is_control"] else format_difference(record["difference"])
 
@@ -333,28 +330,25 @@ def control_cell(record: dict) -> str:
 ALWAYS = 100
 # From left to right. A new column is a value in `record_of`, or a field in LAST_LOGGED, and a line here.
 COLUMNS = (
-    Column("run", ALWAYS, lambda record: record["name"], "left"),
-    Column("sweep", ALWAYS, lambda record: record["sweep"], "left"),  # if there are several
-    Column("n", ALWAYS, lambda record: str(record.get("n", ""))),
-    Column("state", ALWAYS, lambda record: record["state"], "left"),
-    Column("seed", 14, lambda record: "-" if record.get("seed") is None else str(record["seed"])),
-    Column("step", 13, lambda record: f"{record['step']}/{record['num_steps'] or '?'}"),
-    Column("done", 8, bar),
-    Column("val loss", ALWAYS, lambda record: format_loss(record["val_loss"])),
-    Column("vs control", 12, control_cell),
-    Column("best", 4, lambda record: format_loss(record["best_val_loss"])),
-    Column("train", 7, lambda record: format_number(record["train_loss"], ".3f")),
-    Column("ms/step", 10, lambda record: format_number(record["ms_per_step"], ".1f")),
-    Column("tokens/s", 9, lambda record: format_number(record["tokens_per_s"], ".0f")),
-    Column("left", 11, lambda record: format_time(1000 * record["seconds_left"])),
-    Column("peak MiB", 6, lambda record: format_number(record["peak_mem_mb"], ".0f")),
-    Column("MFU", 5, lambda record: format_number(record["mfu"], ".3g")),
-    Column("grad norm", 3, lambda record: format_number(record["grad_norm"], ".3g")),
+    TableColumn("run", ALWAYS, lambda record: record["name"], "left"),
+    TableColumn("sweep", ALWAYS, lambda record: record["sweep"], "left"),  # if there are several
+    TableColumn("n", ALWAYS, lambda record: str(record.get("n", ""))),
+    TableColumn("state", ALWAYS, lambda record: record["state"], "left"),
+    TableColumn("seed", 14, lambda record: "-" if record.get("seed") is None else str(record["seed"])),
+    TableColumn("step", 13, lambda record: f"{record['step']}/{record['num_steps'] or '?'}"),
+    TableColumn("val loss", ALWAYS, lambda record: format_loss(record["val_loss"])),
+    TableColumn("vs control", 12, control_cell),
+    TableColumn("best", 4, lambda record: format_loss(record["best_val_loss"])),
+    TableColumn("train", 7, lambda record: format_number(record["train_loss"], ".3f")),
+    TableColumn("ms/step", 10, lambda record: format_number(record["ms_per_step"], ".1f")),
+    TableColumn("tokens/s", 9, lambda record: format_number(record["tokens_per_s"], ".0f")),
+    TableColumn("left", 11, lambda record: format_time(1000 * record["seconds_left"])),
+    TableColumn("peak MiB", 6, lambda record: format_number(record["peak_mem_mb"], ".0f")),
+    TableColumn("MFU", 5, lambda record: format_number(record["mfu"], ".3g")),
+    TableColumn("grad norm", 3, lambda record: format_number(record["grad_norm"], ".3g")),
 )
-BAR = 8  # characters
 GAP = 2
 WHOLE_NAME = 28  # characters of a name that go before other columns
-ASCII = str.maketrans("━╌…", "#.~")
 KEYS = "q end   a arms or runs   l lowest loss first"
 
 
@@ -378,7 +372,7 @@ def fit(records: Sequence[dict], width: int) -> dict[str, list[str]]:
 
 def colour_of(name: str, record: dict) -> str:
     """Return the colour of a cell in the column `name`."""
-    if name in ("state", "done"):
+    if name == "state":
         return next((colour for state, colour in STATE_COLOURS.items() if state in record["state"]), "")
     if name == "vs control" and math.isfinite(record["difference"]):
         return "green" if record["difference"] < 0 else "red"
@@ -403,7 +397,7 @@ def loss_of_run(rows: Sequence[Row]) -> tuple:
 
 
 def loss_of_arm(rows: Sequence[Row]) -> tuple:
-    _, loss = last_mean(losses_by_step(row.run) for row in averaged(rows))
+    _, loss = last_mean([losses_by_step(row.run) for row in averaged(rows)])
     return math.isnan(loss), loss
 
 
@@ -413,11 +407,9 @@ def display(monitor: Monitor, rows: Sequence[Row], options: argparse.Namespace, 
     from rich.table import Table
     from rich.text import Text
 
-    plain = not speaks_unicode()
-
     def line(text: str, style: str = "") -> Text:
-        text = clean(text).translate(ASCII) if plain else clean(text)
-        return Text(text, style, no_wrap=True, overflow="crop" if plain else "ellipsis")
+        # "~" marks a cut: in the locale C, Python writes an ellipsis that terminals show as garbage
+        return Text(clean(text).replace("…", "~"), style, no_wrap=True, overflow="crop")
 
     notes = monitor.notes(rows)[: max(1, height // 4)]
     groups = arrange(rows, options)
@@ -430,7 +422,7 @@ def display(monitor: Monitor, rows: Sequence[Row], options: argparse.Namespace, 
         lines.append(Table(box=None, pad_edge=False, header_style="dim"))
         for column in COLUMNS:
             if column.name in cells:
-                lines[-1].add_column(column.name, justify=column.justify, no_wrap=True)
+                lines[-1].add_column(column.name, justify=column.justify, no_wrap=True, overflow="crop")
         for i, record in enumerate(records):
             lines[-1].add_row(*[line(texts[i], colour_of(name, record)) for name, texts in cells.items()])
     elif rows:
@@ -440,12 +432,6 @@ def display(monitor: Monitor, rows: Sequence[Row], options: argparse.Namespace, 
     if len(groups) > len(shown):
         lines.append(line(f"and {len(groups) - len(shown)} more", "dim"))
     return Group(*lines, *[line(note, "yellow") for note in notes])
-
-
-def speaks_unicode() -> bool:
-    """Return whether the terminal has more than ASCII. In the locale C, Python writes UTF-8 in any case."""
-    locale = os.environ.get("LC_ALL") or os.environ.get("LANG")
-    return (sys.__stdout__.encoding or "").lower().startswith("utf") and locale not in ("C", "POSIX")
 
 
 # ------------------------------------------------------------------------------------------------

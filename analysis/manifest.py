@@ -9,6 +9,7 @@ manifests, errors = manifests_in(Path("logs"))
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -97,6 +98,14 @@ def now() -> str:
 def manifest_path(sweep: str, logs: Path = LOGS) -> Path:
     """Return the path of a sweep's manifest."""
     return logs / f"{sweep}{SUFFIX}"
+
+
+def sweep_among(paths: Sequence[Path]) -> Path | None:
+    """Return the sweep, its file or manifest, that the user named; ValueError unless it is named alone."""
+    sweeps = [path for path in paths if path.suffix in (".toml", ".json")]
+    if sweeps and len(paths) > 1:
+        raise ValueError(f"{sweeps[0]} is a sweep; give one sweep, or logs, not both")
+    return sweeps[0] if sweeps else None
 
 
 def find_manifest(sweep: Path, logs: Path = LOGS) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from analysis.arms import group_by_arm, repeats, sweep_beside
 from analysis.files import read_text
-from analysis.manifest import Manifest, Run, find_manifest, read_manifest
+from analysis.manifest import Manifest, Run, find_manifest, read_manifest, sweep_among
 from analysis.results import FAILED, Attempt, Results, SweepArm
 from analysis.run_log import RunLog, find_log, format_value, log_stem, read_log, read_runs
 from analysis.style import looks_of, shorten
@@ -36,14 +36,10 @@ def read_results(
     `control` names the arm to compare with, if the sweep names none or to override it.
     """
     paths = [Path(path) for path in paths]
-    sweeps = [path for path in paths if path.suffix in (".toml", ".json")]
-    if sweeps and len(paths) > 1:
-        raise ValueError(f"{sweeps[0]} is a sweep; give one sweep, or logs, not both")
-    logs = Path(logs)
-    if sweeps:
-        path = find_manifest(sweeps[0], logs)
-        manifest = _read_plan(path, sweeps[0])
-        results = _read_sweep(manifest, sweeps[0], pool_sources)
+    sweep = sweep_among(paths)
+    if sweep:
+        manifest = _read_plan(find_manifest(sweep, Path(logs)), sweep)
+        results = _read_sweep(manifest, sweep, pool_sources)
     else:
         results, manifest = _read_logs(paths, pool_sources, stopped_early)
     _mark_foreign(results, control or (manifest.control if manifest else None))

@@ -343,7 +343,7 @@ def test_table_fits_the_terminal(tmp_path, width, height):
     if width >= 80:
         assert all(word in lines[1] for word in ("seed", "step"))
     if width >= 120:
-        assert all(word in lines[1] for word in ("done", "train", "ms/step", "tokens/s", "left", "best"))
+        assert all(word in lines[1] for word in ("train", "ms/step", "tokens/s", "left", "best"))
 
 
 def test_tags_are_whole_in_80_columns(tmp_path):
@@ -365,32 +365,12 @@ def test_table_of_short_names_fits_any_terminal(tmp_path):
         assert max(map(len, shown(monitor, width))) <= width
 
 
-@pytest.mark.parametrize(
-    "step, steps, bar", [(0, 9, "╌" * 8), (5, 10, "━━━━╌╌╌╌"), (12, 10, "━" * 8), (5, None, "╌" * 8)]
-)
-def test_bar(step, steps, bar):
-    assert monitor_runs.bar({"step": step, "num_steps": steps}) == bar
-
-
-@pytest.mark.parametrize(
-    "locale, is_ascii",
-    [
-        ({"LC_ALL": "", "LANG": "C.UTF-8"}, False),
-        ({"LC_ALL": "", "LANG": ""}, False),
-        ({"LC_ALL": "", "LANG": "C"}, True),
-        ({"LC_ALL": "POSIX", "LANG": "C.UTF-8"}, True),
-        ({"LC_ALL": "C.UTF-8", "LANG": "C"}, False),
-    ],
-)
-def test_ascii_where_the_terminal_has_no_more(tmp_path, monkeypatch, locale, is_ascii):
+def test_locale_c_shows_no_garbage(tmp_path):
     """Python writes UTF-8 in the C locale, which tmux and serial consoles show as garbage."""
-    for name, value in locale.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "__stdout__", io.TextIOWrapper(io.BytesIO(), "utf-8"))
     for name in ("a" * 90 + "0", "a" * 90 + "1"):
         write(tmp_path, name, make_log(name, num_steps=STEPS))
     text = "\n".join(shown(Monitor(tmp_path), 100))
-    assert text.isascii() == is_ascii and ("########" in text) == is_ascii
+    assert text.isascii() and "~" in text
 
 
 # ------------------------------------------------------------------------------------------------
@@ -494,7 +474,7 @@ def test_live_table_follows_and_ends_cleanly(tmp_path, terminal, end):
     log = write(tmp_path, "run", make_log("run", num_steps=STEPS, end=100, end_event=""))
     process, ours = terminal(tmp_path)
     first = read_terminal(ours, "100/200")
-    assert "100/200" in first and "\x1b[?1049h" in first and "━━━━╌╌╌╌" in first  # the alternate screen
+    assert "100/200" in first and "\x1b[?1049h" in first  # the alternate screen
     with log.open("a") as file:
         file.write(step_lines(num_steps=STEPS, begin=101, end=150))
     assert "150/200" in read_terminal(ours, "150/200")
