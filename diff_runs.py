@@ -28,7 +28,6 @@ from analysis.run_log import (
     read_log,
     read_with_sources,
 )
-from analysis.run_tables import flat_config
 from analysis.tables import format_difference, format_loss, format_table
 
 OWN = ("run_id", "time", "launch")  # differ between any two runs, and do not matter
@@ -49,9 +48,9 @@ def differing(a: Mapping[str, object], b: Mapping[str, object]) -> list[tuple[st
     return rows
 
 
-def settings_of(run: RunLog) -> dict[str, object]:
+def compared_settings(run: RunLog) -> dict[str, object]:
     """The configuration without what names the run."""
-    return {name: value for name, value in flat_config(run).items() if name not in OWN}
+    return {name: value for name, value in run.flat_config.items() if name not in OWN}
 
 
 def kind_of(name: str, run: RunLog) -> str:
@@ -138,10 +137,9 @@ def code_section(a: RunLog, b: RunLog) -> Iterable[str]:
 def compare(a: RunLog, b: RunLog) -> Iterable[str]:
     """The sections of the comparison."""
     yield f"{heading('A', a)}\n{heading('B', b)}"
-    rows = [
-        (*row, kind_of(row[0], a) or kind_of(row[0], b)) for row in differing(settings_of(a), settings_of(b))
-    ]
-    same = f"the same ({len(settings_of(a))})" if a.config else "none in these logs"
+    settings = [compared_settings(run) for run in (a, b)]
+    rows = [(*row, kind_of(row[0], a) or kind_of(row[0], b)) for row in differing(*settings)]
+    same = f"the same ({len(settings[0])})" if a.config else "none in these logs"
     yield section("settings", ["name", "A", "B", "affects"], rows, same)
     started = [a.started, b.started]
     of_data = [{name: fields[name] for name in DATA if name in fields} for fields in started]

@@ -58,11 +58,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis.command_line import complain, make_parser, say
-from analysis.devices import Slot, share_out
 from analysis.files import write_atomically
 from analysis.manifest import LOGS, Manifest, Run, now
 from analysis.processes import adopt_orphans, processes_of, reap_orphans, start_process, stop_processes
-from analysis.run_environment import LAUNCHER_DEFAULTS, command_of, environment_of, settings_of
+from analysis.run_environment import (
+    LAUNCHER_DEFAULTS,
+    Slot,
+    command_of,
+    environment_of,
+    settings_of,
+    share_out,
+)
 from analysis.run_log import LogFollower, RunLog, format_value
 from analysis.shown import console
 from analysis.style import format_time

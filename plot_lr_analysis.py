@@ -32,13 +32,13 @@ from analysis.rates import (
     RULES,
     Analysis,
     Rate,
-    accuracy_of,
     analyse,
     diverged,
     minutes_of,
     perplexity,
 )
 from analysis.read_results import read_results
+from analysis.results import accuracy_of
 from analysis.run_log import format_value
 from analysis.stats import ALPHA
 from analysis.tables import (

@@ -32,9 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from analysis import command_line, style
 from analysis.curves import Axis, draw_since, panel_loss
 from analysis.files import write_atomically
-from analysis.rates import accuracy_of
 from analysis.read_results import read_results
-from analysis.results import Results
+from analysis.results import Results, accuracy_of
 from analysis.run_log import RunLog, find_log, log_stem, read_unpacked
 from analysis.stats import summarize
 from analysis.sweep_pictures import what_to_draw

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from analysis import command_line, style
 from analysis.conclusion import conclusion
 from analysis.files import write_atomically
-from analysis.intervals import MIN_INTERVAL
 from analysis.reaching import SMOOTH, Target, all_at_target, choose_target, find_reaches
 from analysis.read_results import read_results
 from analysis.results import Attempt, Results, SweepArm
@@ -229,7 +228,7 @@ def reach_text(row: Row, summary: Summary, form: str, half_form: str) -> str:
     if not summary.n:
         return f"not reached by {row.ended - row.reached}" if row.reached < row.ended else "-"
     half = (summary.high - summary.low) / 2
-    return f"{summary.mean:{form}}" + (f" ± {half:{half_form}}" if summary.n >= MIN_INTERVAL else "")
+    return f"{summary.mean:{form}}" + (f" ± {half:{half_form}}" if summary.n >= style.MIN_INTERVAL else "")
 
 
 def proof_section(results: Results, rows: Sequence[Row], target: Target) -> str:

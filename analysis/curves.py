@@ -22,7 +22,6 @@ import numpy as np
 
 from analysis import style
 from analysis.arms import Arm
-from analysis.intervals import MIN_INTERVAL, ends_of
 from analysis.run_log import FINISHED, RunLog
 from analysis.stats import Summary, compare, mean_by_seed, summarize
 from analysis.tables import format_loss
@@ -147,7 +146,7 @@ def lines_of(arm: Arm, key: str, axis: Axis) -> tuple[Line | None, list[Line]]:
     losses = [line.y[i] for line, i in zip(finished, at, strict=True)]
     seeds = [run.seed for run, _ in found if run.state in FINISHED]
     y = np.array(mean_by_seed(losses, seeds)[0])
-    if len(y) < MIN_INTERVAL:  # two seeds: show both
+    if len(y) < style.MIN_INTERVAL:  # two seeds: show both
         return Line(common, x, y.mean(0)), [*(Line(common, x, each) for each in y), *others]
     summaries = [summarize(column) for column in y.T]
     low, high = np.array([[s.low, s.high] for s in summaries]).T
@@ -193,7 +192,7 @@ def result_label(name: str, result: Summary, remarks: Sequence[str]) -> str:
     """Format an arm's name and final loss for a legend: a=0.1: 3.2705 ± 0.0012 (n=3, 1 failed)."""
     if not result.n:
         return f"{name}: {', '.join(remarks)}"
-    interval = f" ± {(result.high - result.low) / 2:.4f}" if result.n >= MIN_INTERVAL else ""
+    interval = f" ± {(result.high - result.low) / 2:.4f}" if result.n >= style.MIN_INTERVAL else ""
     count = f"n={result.n}" if result.n > 1 else "a single run"
     return f"{name}: {format_loss(result.mean)}{interval} ({', '.join([count, *remarks])})"
 
@@ -341,7 +340,7 @@ def difference_of(arm: Arm, control: Arm, axis: Axis) -> Line | None:
     pairs = [compare(x, y, a_seeds, b_seeds) for x, y in zip(a, b, strict=True)]
     line = Line(ours[0][1].step, common, np.array([pair.difference for pair in pairs]))
     last = pairs[-1]
-    if ends_of(last.low, last.high, min(last.n_arm, last.n_control)):
+    if style.ends_of(last.low, last.high, min(last.n_arm, last.n_control)):
         line.low, line.high = np.array([[pair.low, pair.high] for pair in pairs]).T
     return line
 
@@ -440,7 +439,7 @@ def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[
                 look = {**item.line_look, "linestyle": style.LINES[number], "linewidth": 1.3}
             if len(drawn) > MAX_BANDS:
                 line, thin = line.without_interval(), []
-            draw_lines(ax, line, thin if len(item.arm.runs) < MIN_INTERVAL else [], look)
+            draw_lines(ax, line, thin if len(item.arm.runs) < style.MIN_INTERVAL else [], look)
             sizes.append(line.y)
             logged.add(id(item))
     sizes = np.concatenate(sizes)

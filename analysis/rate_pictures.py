@@ -13,9 +13,8 @@ from itertools import groupby
 
 from analysis import style
 from analysis.curves import FINISHED, Axis, draw_lines, line_of, lines_of, loss_limits
-from analysis.intervals import KEY, MIN_INTERVAL, draw_mean
-from analysis.rates import Analysis, Rate, accuracy_of
-from analysis.results import Attempt, loss_of
+from analysis.rates import Analysis, Rate
+from analysis.results import Attempt, accuracy_of, loss_of
 from analysis.run_log import format_value
 
 
@@ -61,7 +60,7 @@ def draw_values(ax, analysis: Analysis, by: str) -> None:
         if found.n:
             runs = [factor * value for value in rate.arm.values(measure)]
             ends = factor * found.low, factor * found.high
-            draw_mean(ax, rate.value, factor * found.mean, *ends, found.n, look, runs)
+            style.draw_mean(ax, rate.value, factor * found.mean, *ends, found.n, look, runs)
             means.append(found.mean)
     if by == "loss":
         style.scale_losses(ax, min(means), max(means))
@@ -77,8 +76,9 @@ def draw_differences(ax, analysis: Analysis, by: str) -> None:
         mean = factor * (getattr(rate, by).mean - getattr(best, by).mean)
         half = factor * found.half_width(best.name, rate.name) if rate is not best else math.nan
         if math.isfinite(mean):
-            n = max(MIN_INTERVAL, getattr(rate, by).n)  # noise is estimated from all values' runs
-            draw_mean(ax, rate.value, mean, mean - half, mean + half, n, analysis.results.looks[rate.name])
+            n, look = max(style.MIN_INTERVAL, getattr(rate, by).n), analysis.results.looks[rate.name]
+            # however few its runs: noise is estimated from all values' runs
+            style.draw_mean(ax, rate.value, mean, mean - half, mean + half, n, look)
             sizes += [mean, mean - half, mean + half]
             halves.append(half)
     ax.axhline(0, color="black", linewidth=1, zorder=1)
@@ -119,12 +119,13 @@ def picture_combined(analysis: Analysis):
             ax, word = panels[1, column], "lower" if by == "loss" else "higher"
             draw_differences(ax, analysis, by)
             ax.set_title(f"minus that of {format_value(analysis.best(by).value)}, the best; {word} is better")
-    fig.supxlabel(f"{KEY}; grey: runs of one seed; below: a value tied with the best reaches 0", fontsize=9)
+    below = "below: a value tied with the best reaches 0"
+    fig.supxlabel(f"{style.MEAN_KEY}; grey: runs of one seed; {below}", fontsize=9)
     fig.tight_layout()
     return fig
 
 
-def picture_of_curves(analysis: Analysis):
+def picture_of_each_rate(analysis: Analysis):
     """Plot a small panel of runs per value, with the best value's mean in grey; one scale for all."""
     plt = style.load_matplotlib()
     axis, best = Axis("steps", analysis.results.runs), analysis.best()
@@ -165,4 +166,4 @@ def draw_rate(ax, rate: Rate, axis: Axis, colour: str) -> None:
     ax.tick_params(labelsize=8)
 
 
-PICTURES = {"combined_lr_analysis": picture_combined, "all_lr_loss_vs_steps": picture_of_curves}
+PICTURES = {"combined_lr_analysis": picture_combined, "all_lr_loss_vs_steps": picture_of_each_rate}

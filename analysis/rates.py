@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from analysis.results import Attempt, Results, SweepArm, loss_of, samples_of
+from analysis.results import Attempt, Results, SweepArm, accuracy_of, loss_of, samples_of
 from analysis.run_log import format_value
 from analysis.stats import CONFIDENCE, Contenders, Summary, contenders, summarize
 
@@ -39,12 +39,6 @@ RULES = {
 # ------------------------------------------------------------------------------------------------
 # Measures of a run
 # ------------------------------------------------------------------------------------------------
-
-
-def accuracy_of(attempt: Attempt) -> float:
-    """Fraction of tokens predicted correctly at the last validation; NaN if not logged."""
-    val = attempt.log.val if attempt.log else ()
-    return float(val.acc[-1]) if len(val) else math.nan
 
 
 def minutes_of(attempt: Attempt) -> float:

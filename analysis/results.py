@@ -66,6 +66,12 @@ def loss_of(attempt: Attempt) -> float:
     return attempt.loss
 
 
+def accuracy_of(attempt: Attempt) -> float:
+    """Fraction of tokens predicted correctly at the last validation; NaN if not logged."""
+    val = attempt.log.val if attempt.log else ()
+    return float(val.acc[-1]) if len(val) else math.nan
+
+
 @dataclass
 class SweepArm(Arm):
     """Runs that differ only in their seed. `runs` are their logs; `foreign` says why it is not compared."""

@@ -114,6 +114,17 @@ class RunLog:
         return {key: value for key, value in self.config.items() if not isinstance(value, dict)}
 
     @property
+    def flat_config(self) -> dict:
+        """Configuration with its nested parts beside the settings: model_facts.width."""
+        flat = {}
+        for name, value in self.config.items():
+            if isinstance(value, dict):
+                flat |= {f"{name}.{key}": item for key, item in value.items()}
+            else:
+                flat[name] = value
+        return flat
+
+    @property
     def not_training(self) -> frozenset[str]:
         """Names of the settings that do not distinguish arms: seed, recording, machine."""
         return not_training(self.affects)

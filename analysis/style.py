@@ -18,6 +18,8 @@ MARKERS = ["s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p"]
 CONTROL = {"color": "#000000", "marker": "o"}  # no other arm has either
 MAX_COLOURS = 18  # arms with distinct colour and marker; with more, the colour is the place in the plan
 GREY = "#777777"
+MIN_INTERVAL = 3  # the interval of two runs is wider than the plot; show the two runs instead
+MEAN_KEY = "mark: mean with its 95% interval; ticks: single seeds; hollow: a single run"
 NUM_COLOURS = 128  # in a PNG's palette
 SUFFIXES = (".png", ".svg", ".pdf")
 SPEEDRUN_TARGET = 3.28
@@ -189,6 +191,46 @@ def token_name(runs) -> str:
 def _vocabulary_of_old(run) -> int | None:
     """Vocabulary size for logs from before 2026-11-23, which lack it: bytes, if the data is embedded."""
     return BYTES if run.started.get("train_data", "").startswith("embedded_") else None
+
+
+def ends_of(low: float, high: float, n: int) -> tuple[float, float] | None:
+    """Return the interval's ends, if there are enough runs to show it."""
+    return (low, high) if n >= MIN_INTERVAL and math.isfinite(low + high) else None
+
+
+def draw_mean(
+    ax,
+    at: float,
+    mean: float,
+    low: float,
+    high: float,
+    n: int,
+    look: dict,
+    runs: Sequence[float] = (),
+    horizontal: bool = False,
+) -> None:
+    """Draw the mean of n runs with its interval at a place on the other axis, and the runs as ticks.
+
+    The interval is the statistics' 95% interval, never a standard deviation. A mean looks so in all pictures.
+    """
+    ends, colour = ends_of(low, high, n), look["color"]
+    if len(runs) > 1:
+        across = [at] * len(runs)
+        xy = (runs, across) if horizontal else (across, runs)
+        dot = {"marker": "|" if horizontal else "_", "markersize": 6}
+        ax.plot(*xy, **dot, color=colour, linestyle="none", alpha=0.55, zorder=2)
+    if ends:
+        xy = (ends, (at, at)) if horizontal else ((at, at), ends)
+        ax.plot(*xy, color=colour, linewidth=1.6, solid_capstyle="butt", zorder=3)
+    ax.plot(
+        [mean if horizontal else at],
+        [at if horizontal else mean],
+        **look,
+        markersize=9 if look["marker"] == "*" else 6.5,
+        markerfacecolor="white" if n == 1 else colour,
+        linestyle="none",
+        zorder=4,
+    )
 
 
 def line_legend(ax, names: Sequence[str], **place) -> None:

@@ -15,7 +15,6 @@ from analysis.curves import (
     panel_loss,
     runs_of,
 )
-from analysis.intervals import KEY, MIN_INTERVAL, draw_mean, ends_of
 from analysis.results import Results, SweepArm
 from analysis.stats import Comparison
 from analysis.tables import format_difference, format_interval, format_loss, state_p
@@ -49,14 +48,14 @@ def draw_forest(ax, results: Results) -> None:
         if pair and math.isfinite(pair.difference):
             look, n = results.looks[arm.label], min(pair.n_arm, pair.n_control)
             if pair.method == "Tukey" and math.isfinite(pair.low):
-                n = MIN_INTERVAL  # noise is estimated from all arms' runs
+                n = style.MIN_INTERVAL  # noise is estimated from all arms' runs
             each = pair_by_pair(results, arm) if pair.method == "paired" else []
-            draw_mean(ax, y, pair.difference, pair.low, pair.high, n, look, each, horizontal=True)
-            values += [pair.difference, *each, *(ends_of(pair.low, pair.high, n) or ())]
+            style.draw_mean(ax, y, pair.difference, pair.low, pair.high, n, look, each, horizontal=True)
+            values += [pair.difference, *each, *(style.ends_of(pair.low, pair.high, n) or ())]
             noise.append((pair.high - pair.low) / 2)
         elif arm.label == results.reference:
             n = results.summary(arm).n
-            draw_mean(ax, y, 0.0, math.nan, math.nan, n, results.looks[arm.label], horizontal=True)
+            style.draw_mean(ax, y, 0.0, math.nan, math.nan, n, results.looks[arm.label], horizontal=True)
         write_row(ax, y, results, arm)
     ax.axvline(0, color="black", linewidth=1, zorder=1)
     step = style.scale_signed(ax, "x", values, noise if len(noise) > 1 else ())
@@ -69,7 +68,7 @@ def draw_forest(ax, results: Results) -> None:
     ax.set_ylim(len(arms) - 0.4, -1.4)
     ax.grid(False, axis="y")
     ax.set_title(f"final validation loss minus that of {style.shorten(results.compared_with, 40)}")
-    ax.set_xlabel(f"{style.loss_unit(results.runs)}; to the left is better\n{KEY}", fontsize=9)
+    ax.set_xlabel(f"{style.loss_unit(results.runs)}; to the left is better\n{style.MEAN_KEY}", fontsize=9)
     for heading, at in COLUMNS:
         write(ax, -0.9, at, heading, ha="right", color=style.GREY)
     if results.verdict.num_comparisons:

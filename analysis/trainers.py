@@ -19,8 +19,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.devices import gpu_names
-
 ROOT = Path(__file__).resolve().parent.parent
 # Inherited from a surrounding torchrun, these would make a single process wait for others.
 TORCHRUN_SETS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -74,6 +72,12 @@ class TrainerInfo:
         """Return those of a run's resolved settings that affect `what`."""
         resolved = self.resolve(settings)
         return {name: resolved[name] for name, spec in self.settings.items() if spec["affects"] == what}
+
+
+def gpu_names(count: int) -> tuple[str, ...]:
+    """Return the first `count` GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    return tuple(part.strip() for part in chosen.split(",") if part.strip())[:count]
 
 
 @functools.cache  # asking imports torch, which takes seconds

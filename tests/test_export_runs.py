@@ -18,7 +18,7 @@ from logs_for_tests import make_log
 
 import export_runs
 from analysis.run_log import LogFollower, read_log
-from analysis.run_tables import NewPoints, RunNames
+from export_runs import NewPoints, RunNames
 
 HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 

@@ -1,4 +1,4 @@
-"""analysis/intervals and analysis/tables: means and unknown numbers are drawn and written correctly."""
+"""analysis/style.draw_mean and analysis/tables: means and unknown numbers are drawn and written correctly."""
 
 import csv
 import io
@@ -8,8 +8,8 @@ import math
 import pytest
 
 from analysis import style
-from analysis.intervals import draw_mean
 from analysis.stats import summarize
+from analysis.style import draw_mean
 from analysis.tables import as_csv, as_json, format_difference, format_interval, format_loss, format_p
 
 LOSSES = [3.1, 3.2, 3.3, 3.2]

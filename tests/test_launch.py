@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from launches import STAND_IN, TWO_ARMS, alive, planned, sweep_file
 
 import launch_lr_sweep as launcher
-from analysis import devices, files, processes, sweep_plan
+from analysis import files, processes, run_environment, sweep_plan
 from analysis.manifest import manifest_path
 from analysis.run_log import read_log
 from analysis.sweep_files import read_sweep
@@ -505,8 +505,8 @@ def test_cores_are_as_many_as_a_container_may_keep_busy(tmp_path, monkeypatch):
     monkeypatch.setattr(cores, "Path", lambda name: quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     with pytest.raises(ValueError, match="64 runs at a time want 64 CPU cores at least, found 4"):
-        devices.share_out(64, 0, ())
-    slots, _ = devices.share_out(2, 0, ())
+        run_environment.share_out(64, 0, ())
+    slots, _ = run_environment.share_out(2, 0, ())
     assert [len(slot.cores) for slot in slots] == [2, 2] and not set(slots[0].cores) & set(slots[1].cores)
 
 

@@ -21,13 +21,12 @@ from logs_for_tests import SEPARATOR, make_log
 
 import sample
 import train_gpt
-from analysis.devices import Slot, gpu_names
 from analysis.read_results import read_results
-from analysis.run_environment import environment_of
+from analysis.run_environment import Slot, environment_of
 from analysis.run_log import read_log
 from analysis.shown import clean
 from analysis.sweep_files import read_sweep
-from analysis.trainers import read_trainer
+from analysis.trainers import gpu_names, read_trainer
 from data import shards, tokenize_text, tokenizing
 from runtime import checkpoints, ranks, supervise
 
