@@ -10,7 +10,7 @@
 
 In the live table, `a` and `l` switch --arms and --by-loss on and off; `q` or Ctrl-C ends it.
 
-Runs are called by their sweep's tags, or by the fewest settings that tell them apart. Those of a sweep are
+Runs are called by their sweep's tags, or by the settings that tell them apart. Those of a sweep are
 compared with the control that its manifest (logs/SWEEP.sweep.json) names: with the control of the same seed
 if there is one, else with the mean of the controls, at the last validation that both have reached. An arm's
 line has the means of its n finished runs; if none has finished, of its n runs under way, their validation

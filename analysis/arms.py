@@ -9,14 +9,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 from analysis.manifest import Manifest, manifests_in
 from analysis.run_log import FINISHED, RunLog, format_value
 
 DATA = ("train_data", "val_data")  # fields of event:started
-MAX_SETTINGS = 3  # in a name
+MAX_SETTINGS = 3  # in a name, if all arms' names have the same settings
 
 
 @dataclass
@@ -118,13 +117,13 @@ def sweep_beside(arms: Sequence[Arm]) -> Manifest | None:
 def name_arms(arms: Sequence[Sequence[RunLog]], tags: Mapping[str, str]) -> list[str]:
     """Return a unique name for each arm.
 
-    It is the arm's tag, if all its runs have that tag and no other arm does. Else it is the fewest settings
-    that distinguish the arm, such as "muon_lr=0.1"; else, and for logs without settings, its run_id.
+    It is the arm's tag, if all its runs have that tag and no other arm does. Else it is settings that
+    distinguish the arm, such as "muon_lr=0.1"; else, and for logs without settings, its run_id.
     """
     own = [{tags.get(run.name) for run in runs} for runs in arms]
     times = Counter(tag for found in own for tag in found)
     names = []
-    for runs, found, settings in zip(arms, own, _fewest_settings(arms), strict=True):
+    for runs, found, settings in zip(arms, own, _by_settings(arms), strict=True):
         tag = next(iter(found))
         tagged = len(found) == 1 and tag and times[tag] == 1
         names.append(tag if tagged else settings or runs[0].run_id)
@@ -135,34 +134,25 @@ def name_arms(arms: Sequence[Sequence[RunLog]], tags: Mapping[str, str]) -> list
     ]
 
 
-def _fewest_settings(arms: Sequence[Sequence[RunLog]]) -> list[str]:
-    """Name each arm by the fewest settings, at most MAX_SETTINGS, that distinguish it from all others.
+def _by_settings(arms: Sequence[Sequence[RunLog]]) -> list[str]:
+    """Name each arm by few settings that tell all apart; if they are many, by those unlike most arms'.
 
-    If that takes more, use those in which the arm differs from most. A setting varies if it does among the
-    arms that have it: ORD's settings, which the baseline lacks, do not distinguish ORD from the baseline, but
-    the script does.
+    A setting varies if it does among the arms that have it: ORD's settings, which the baseline lacks, do not
+    distinguish ORD from the baseline, but the script does.
     """
     parts = [_parts(runs[0]) for runs in arms]
-    chosen = _telling_apart(parts)
-    names: list[str | None] = [None] * len(arms)
-    for size in range(1, min(len(chosen), MAX_SETTINGS) + 1):
-        for some in combinations(chosen, size):
-            shown = [{name: part[name] for name in some if name in part} for part in parts]
-            alike = Counter(tuple(part.get(name) for name in some) for part in parts)
-            for i, part in enumerate(shown):
-                if names[i] is None and len(part) == size and alike[tuple(part.values())] == 1:
-                    names[i] = " ".join(part.values())
-    return [name or _unlike_most(part, parts, chosen) for name, part in zip(names, parts, strict=True)]
-
-
-def _unlike_most(part: dict[str, str], parts: Sequence[dict[str, str]], chosen: Sequence[str]) -> str:
-    """Name an arm by the settings in which it differs from most; if none, by the most distinctive one."""
-    own = [name for name in chosen if name in part]
-    if len(own) <= MAX_SETTINGS:
-        return " ".join(part[name] for name in own)
-    usual = {n: Counter(p[n] for p in parts if n in p).most_common(1)[0][0] for n in own}
-    shown = [name for name in own if part[name] != usual[name]] or own[:1]
-    return " ".join(part[name] for name in shown) + (", else as most" if len(shown) < len(own) else "")
+    chosen, names = _telling_apart(parts), []
+    usual = {name: Counter(p[name] for p in parts if name in p).most_common(1)[0][0] for name in chosen}
+    for part in parts:
+        own = [name for name in chosen if name in part]
+        unlike = [name for name in own if part[name] != usual[name]]
+        if len(own) > MAX_SETTINGS and not unlike:
+            names.append(f"{part[own[0]]}, else as most")
+        elif own:
+            names.append(" ".join(part[name] for name in (unlike if len(own) > MAX_SETTINGS else own)))
+        else:
+            names.append(part["script"] if "script" in _varying(parts) else "")
+    return names
 
 
 def _parts(run: RunLog) -> dict[str, str]:
@@ -201,7 +191,7 @@ def _telling_apart(parts: Sequence[dict[str, str]]) -> list[str]:
         counts = {n: len({tuple(part.get(c) for c in (*chosen, n)) for part in parts}) for n in left}
         lengths = {n: sum(len(part.get(n, "")) for part in parts) for n in left}
         best = min(left, key=lambda n: (n == "script", -counts[n], lengths[n]))
-        if counts[best] == groups and best != "script":
+        if counts[best] == groups:
             left.remove(best)
             continue
         chosen.append(best)

@@ -37,7 +37,7 @@ def names_of(*settings, scripts=None):
         ([{"muon_lr": 1, "warmup_steps": 0}, {"muon_lr": 2}], ["muon_lr=1", "muon_lr=2"]),
         (
             [{"muon_lr": lr, "warmup_steps": steps} for lr, steps in ((1, 0), (2, 0), (1, 9))],
-            ["muon_lr=1 warmup_steps=0", "muon_lr=2", "warmup_steps=9"],
+            ["muon_lr=1 warmup_steps=0", "muon_lr=2 warmup_steps=0", "muon_lr=1 warmup_steps=9"],
         ),
         (
             [{"a": 1, "b": 1, "c": 1, "d": 1}, *({"a": 1, "b": 1, "c": 1, "d": 1, x: 2} for x in "abcd")],
@@ -48,7 +48,7 @@ def names_of(*settings, scripts=None):
     ],
     ids=["one", "tied", "grid", "missing", "one at a time", "like most", "alone", "nested"],
 )
-def test_the_fewest_settings_that_tell_a_run_apart(settings, names):
+def test_the_settings_that_tell_a_run_apart(settings, names):
     """Names that are identical, or 250 characters long, are useless."""
     assert names_of(*settings) == names
 
