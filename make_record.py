@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from analysis import command_line
 from analysis.files import read_text, write_atomically
 from analysis.manifest import Run, manifest_path, read_manifest
-from analysis.run_log import SEPARATOR_WIDTH, find_log, log_stem, read_log, read_unpacked, read_with_sources
+from analysis.run_log import SEPARATOR_WIDTH, find_log, log_stem, read_unpacked, read_with_sources
 
 HERE = Path(__file__).resolve().parent
 RECIPE = "record.toml"
@@ -170,12 +170,11 @@ def pack_run(run: Run, logs: Path, folder: Path) -> None:
 
 
 def pack_log(path: Path, folder: Path) -> Path:
-    """Write a log, compressed, into a folder; its source code, if the hash fits, once into folder/sources."""
+    """Write a log, compressed, into a folder; its source code, if it names its files, into folder/sources."""
     data = read_unpacked(path)
     source, line, rest = data.partition(b"\n" + b"=" * SEPARATOR_WIDTH)
-    name = sha256(source).hexdigest()[:16]
-    names_files = data.startswith(b"# file: ")  # older logs do not, and have only the hash to go by
-    if line and (names_files or name == read_log(path)[-1].source_hash):
+    if line and data.startswith(b"# file: "):
+        name = sha256(source).hexdigest()[:16]
         kept = folder / "sources" / f"{name}.txt.xz"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
