@@ -95,7 +95,8 @@ def _with_control(results: Results) -> tuple[list[str], list[str]]:
     if len(verdict.better) > 1:
         first = min(verdict.better, key=lambda name: verdict.summaries[name].mean)
         others = [name for name in verdict.better if name != first]
-        if not (first == verdict.best and all(verdict.p_best[name] < ALPHA for name in others)):
+        proven = first == verdict.best and all(verdict.p_best[name] < ALPHA for name in others)
+        if not proven:
             may_not.append(f"that {first} is better than {_names(others)}")
     for name, p in verdict.p_control.items():
         if p < ALPHA and name not in verdict.better + verdict.worse:

@@ -137,10 +137,12 @@ def lines_of(arm: Arm, key: str, axis: Axis) -> tuple[Line | None, list[Line]]:
     found = [(run, line) for run in arm.runs if (line := line_of(run, key, axis))]
     finished = [line for run, line in found if run.state in FINISHED]
     others = [line for run, line in found if run.state not in FINISHED]
-    common = reduce(np.intersect1d, [line.step for line in finished]) if len(finished) > 1 else []
-    if not len(common):
-        lines = finished + others  # the arm's line is a finished run's, if there is one
-        return (lines[0], lines[1:]) if lines else (None, [])
+    if not found:
+        return None, []
+    common = reduce(np.intersect1d, [line.step for line in finished]) if finished else np.zeros(0)
+    if len(finished) < 2 or not len(common):  # no mean: the line is a finished run's, if there is one
+        first, *rest = finished + others
+        return first, rest
     at = [np.searchsorted(line.step, common) for line in finished]
     x = np.mean([line.x[i] for line, i in zip(finished, at, strict=True)], axis=0)
     losses = [line.y[i] for line, i in zip(finished, at, strict=True)]

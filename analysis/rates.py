@@ -292,14 +292,14 @@ def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
         return ("diverged" if rate.num_diverged else "no result"), None
     if rate.num_diverged or best is None or is_unstable(rate, learnt, analysis):
         return "unstable", None
-    short = rate.loss.mean - best.loss.mean
-    limit = (1 - GOOD) * fall
-    sure, width = None, analysis.by_loss.half_width(rate.name, best.name)
+    short, limit = rate.loss.mean - best.loss.mean, (1 - GOOD) * fall
+    width = analysis.by_loss.half_width(rate.name, best.name)
+    sure = None
     if math.isfinite(width):
         sure = rate is best or abs(short - limit) > width
-    if not short <= limit:
-        return ("too low" if rate.value < best.value else "declining"), sure
-    return ("optimal" if rate.name in analysis.by_loss.names else "good"), sure
+    if short <= limit:
+        return ("optimal" if rate.name in analysis.by_loss.names else "good"), sure
+    return ("too low" if rate.value < best.value else "declining"), sure
 
 
 def is_unstable(rate: Rate, learnt: Sequence[Attempt], analysis: Analysis) -> bool:

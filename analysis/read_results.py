@@ -80,15 +80,13 @@ def _read_sweep(manifest: Manifest, file: Path, pool_sources: bool) -> Results:
 
 def _groups(attempts: Sequence[Attempt], pool_sources: bool) -> dict[tuple[str, str], list[Attempt]]:
     """Group runs by tag, source and data, with key (label, source); one without a log joins its tag."""
-    known: dict[str, Counter] = {}
-    for attempt in attempts:
-        if attempt.log:
-            known.setdefault(attempt.tag, Counter())[attempt.source, attempt.data] += 1
+    usual = _usual_place(attempts)
     groups: dict[tuple, list[Attempt]] = {}
     for attempt in attempts:
-        source, data = attempt.source, attempt.data
-        if not attempt.log and attempt.tag in known:
-            source, data = known[attempt.tag].most_common(1)[0][0]
+        place = attempt.source, attempt.data
+        if not attempt.log:
+            place = usual.get(attempt.tag, place)
+        source, data = place
         groups.setdefault((attempt.tag, "" if pool_sources else source, data), []).append(attempt)
     labelled = {}
     for (tag, source, data), members in groups.items():
@@ -101,6 +99,15 @@ def _groups(attempts: Sequence[Attempt], pool_sources: bool) -> dict[tuple[str, 
             label += f" (data {hashlib.sha256(data.encode()).hexdigest()[:8]})"
         labelled[label, source] = members
     return labelled
+
+
+def _usual_place(attempts: Sequence[Attempt]) -> dict[str, tuple[str, str]]:
+    """Return the source and data of most runs of each tag, of those with a log."""
+    counts: dict[str, Counter] = {}
+    for attempt in attempts:
+        if attempt.log:
+            counts.setdefault(attempt.tag, Counter())[attempt.source, attempt.data] += 1
+    return {tag: places.most_common(1)[0][0] for tag, places in counts.items()}
 
 
 def _values(arms: Sequence[SweepArm], name: str) -> list[str]:
@@ -165,7 +172,11 @@ def _contradictions(attempt: Attempt, record: Run) -> Iterable[str]:
 
 
 def _resolve_settings(arms: Sequence[SweepArm]) -> None:
-    """Complete each arm's settings with those of its logs, or with what no arm of its script sets."""
+    """Complete each arm's settings, in place, with those that the sweep leaves to the trainer.
+
+    An arm with a log gets the log's. One without gets those of another arm of its script, except settings
+    that the sweep sets for any arm of that script: there, the arms may differ.
+    """
     shared: dict[str, dict] = {}
     asked: dict[str, set] = {}
     for arm in arms:

@@ -295,7 +295,7 @@ def unknown_setting(name: str, where: str, trainers: dict[str, TrainerInfo]) -> 
 
 @dataclass
 class Draft:
-    """Arm as written in the file. places: where each setting is in it."""
+    """Arm as written in the file. places: where each setting is in it. arm: as its trainer reads it."""
 
     table: dict
     script: str
@@ -303,6 +303,11 @@ class Draft:
     settings: dict
     places: dict[str, str]
     axes: tuple[str, ...]  # the settings that [grid] varies
+    arm: PlannedArm | None = None
+
+    def texts(self) -> dict[str, str]:
+        """Return the settings as environment variables."""
+        return {name: env_text(value) for name, value in self.settings.items()}
 
     def identity(self) -> dict[str, str]:
         """Return SEED and RUN_ID similar to those of the arm's runs."""
@@ -346,32 +351,38 @@ def draft_arms(arm: dict, script: str, common: dict, grid: dict, seeds: list[int
 
 def check_drafts(drafts: list[Draft], given: dict[str, str], elsewhere: bool) -> list[PlannedArm]:
     """Return the arms with values as the trainers read them; ValueError if a trainer refuses one."""
-    arms = {}
-    for script in dict.fromkeys(draft.script for draft in drafts):
-        trainer = read_trainer(script)
-        ours = [(i, draft) for i, draft in enumerate(drafts) if draft.script == script]
+
+    def environment(draft: Draft) -> dict[str, str]:
+        trainer = read_trainer(draft.script)
         added = {name: value for name, value in given.items() if name in trainer.settings}
-        texts = [{name: env_text(value) for name, value in draft.settings.items()} for _, draft in ours]
-        asked = [{**added, **text, **draft.identity()} for text, (_, draft) in zip(texts, ours)]
-        if elsewhere:
-            asked = [{**trainer.without_machine(env), "DEVICE": "cpu"} for env in asked]
-        answers = trainer.check(asked)
-        for (i, draft), text, answer in zip(ours, texts, answers):
-            if answer["refused"]:
-                raise ValueError(refusal(draft, text, answer["refused"]))
-            values = {name: value for name, value in answer["values"].items() if name in draft.settings}
-            if elsewhere:
-                values.pop("DEVICE", None)
-            settings = draft.settings | values
-            tag = draft.tagged("tag", settings) or "all"
-            versus = draft.tagged("versus", settings) if "versus" in draft.table else None
-            hashed = hash_settings(trainer, settings)
-            arms[i] = PlannedArm(tag, script, draft.seeds, settings, hashed, versus, answer["data"] or "")
-    return [arms[i] for i in range(len(drafts))]
+        env = {**added, **draft.texts(), **draft.identity()}
+        return {**trainer.without_machine(env), "DEVICE": "cpu"} if elsewhere else env
+
+    for script in dict.fromkeys(draft.script for draft in drafts):
+        ours = [draft for draft in drafts if draft.script == script]
+        answers = read_trainer(script).check([environment(draft) for draft in ours])
+        for draft, answer in zip(ours, answers, strict=True):
+            draft.arm = planned_arm(draft, answer, elsewhere)
+    return [draft.arm for draft in drafts]
 
 
-def refusal(draft: Draft, text: dict[str, str], said: str) -> str:
+def planned_arm(draft: Draft, answer: dict, elsewhere: bool) -> PlannedArm:
+    """Return an arm with the values that its trainer read; ValueError if the trainer refused them."""
+    if answer["refused"]:
+        raise ValueError(refusal(draft, answer["refused"]))
+    values = {name: value for name, value in answer["values"].items() if name in draft.settings}
+    if elsewhere:
+        values.pop("DEVICE", None)
+    settings = draft.settings | values
+    tag = draft.tagged("tag", settings) or "all"
+    versus = draft.tagged("versus", settings) if "versus" in draft.table else None
+    hashed = hash_settings(read_trainer(draft.script), settings)
+    return PlannedArm(tag, draft.script, draft.seeds, settings, hashed, versus, answer["data"] or "")
+
+
+def refusal(draft: Draft, said: str) -> str:
     """Return a trainer's objection to an arm, and where the setting that it names is in the file."""
+    text = draft.texts()
     for name, place in draft.places.items():
         for shown in (f"{name}={text[name]!r}", f"{name}={text[name]}"):
             if said.startswith(f"{shown}:") or said.startswith(f"{shown} "):
