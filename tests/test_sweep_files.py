@@ -40,7 +40,7 @@ def test_runs_with_names_of_the_old_form_are_not_made_again(place):
     manifest.runs[3].state = "stopped"
     manifest.save()
     after, why = planned(sweep)
-    assert list(why) == [3] and [run.run_id for run in after.runs[:3]] == old[:3]
+    assert list(why) == [after.runs[3].run_id] and [run.run_id for run in after.runs[:3]] == old[:3]
     assert after.runs[3].run_id.startswith("spectral_lr_0.1-lrmul-")
     assert [run.run_id for run in after.earlier] == old[3:]
 
