@@ -46,7 +46,7 @@ def figure(results: Results):
     plt = style.load_matplotlib()
     drawn = what_to_draw(results)
     axis = axis_of(drawn)
-    found = differences(drawn, results.controls, axis)
+    found = differences(drawn, results.verdict.controls, axis)
     rho = {key: what for key, what in RHO.items() if is_logged(drawn, [key], axis)}
     inches = forest_inches(results) if results.has_differences else 0
     height = inches + 5

@@ -62,7 +62,7 @@ MAX_COLUMNS = 3  # settings that vary get a column each; of more, the arm's name
 
 
 @dataclass
-class Row:
+class ArmRow:
     """One arm of the report."""
 
     arm: SweepArm
@@ -81,7 +81,7 @@ class Row:
         return self.arm.count("done") + self.arm.count("failed")
 
 
-def rows_of(results: Results, target: Target) -> list[Row]:
+def rows_of(results: Results, target: Target) -> list[ArmRow]:
     """A row for each arm, ranked by mean final loss."""
     find_reaches(results, target)
     rows = []
@@ -90,7 +90,7 @@ def rows_of(results: Results, target: Target) -> list[Row]:
         ended = arm.count("done") + arm.count("failed")
         whole = reached == ended  # a mean of those that reached it would be that of the lucky ones
         pair, _ = results.comparison(arm.label)
-        row = Row(
+        row = ArmRow(
             arm=arm,
             result=results.summary(arm),
             verdict=results.call(arm.label),
@@ -113,7 +113,7 @@ def rows_of(results: Results, target: Target) -> list[Row]:
 # ------------------------------------------------------------------------------------------------
 
 
-def main_table(results: Results, rows: Sequence[Row]) -> str:
+def main_table(results: Results, rows: Sequence[ArmRow]) -> str:
     varied = results.varied()
     names = varied if len(varied) <= MAX_COLUMNS else []
     header = ["arm", *[name.upper() for name in names], "n", "mean", "95% interval", "sd"]
@@ -141,7 +141,7 @@ def main_table(results: Results, rows: Sequence[Row]) -> str:
     return format_markdown(header, cells)
 
 
-def remark(row: Row, results: Results) -> str:
+def remark(row: ArmRow, results: Results) -> str:
     parts = []
     if row.arm.label == results.reference and len(results.arms) > 1:
         parts.append("control" if results.control else "lowest mean")
@@ -189,7 +189,7 @@ def table_notes(results: Results) -> str:
     )
 
 
-def target_section(results: Results, rows: Sequence[Row], target: Target) -> str:
+def target_section(results: Results, rows: Sequence[ArmRow], target: Target) -> str:
     header = ["arm", "runs that reached it", f"{results.x_unit}_to_target_loss"]
     if results.control:
         header.append("to control")
@@ -222,7 +222,7 @@ def target_section(results: Results, rows: Sequence[Row], target: Target) -> str
     )
 
 
-def reach_text(row: Row, summary: Summary, form: str, half_form: str) -> str:
+def reach_text(row: ArmRow, summary: Summary, form: str, half_form: str) -> str:
     if not row.reached:
         return "not reached"
     if not summary.n:
@@ -231,7 +231,7 @@ def reach_text(row: Row, summary: Summary, form: str, half_form: str) -> str:
     return f"{summary.mean:{form}}" + (f" ± {half:{half_form}}" if summary.n >= style.MIN_INTERVAL else "")
 
 
-def proof_section(results: Results, rows: Sequence[Row], target: Target) -> str:
+def proof_section(results: Results, rows: Sequence[ArmRow], target: Target) -> str:
     """The speedrun's proof: one-sided t test, p < 0.01; and the optimization track's rule."""
     header = ["arm", "n", "mean", "sd", f"p (mean < {target.loss:g})", f"p < {SPEEDRUN_P:g}", "p (Holm)"]
     header += ["(target - mean) √n", f">= {SQRT_N_MARGIN:g}", "more runs for p"]
@@ -300,7 +300,7 @@ def attempt_line(arm: SweepArm, attempt: Attempt) -> str:
     return f"* {arm.label}, seed {attempt.seed}: {attempt.state}{at}{why} (`{attempt.run_id}`)"
 
 
-def report(results: Results, rows: Sequence[Row], target: Target, pictures: Sequence[str]) -> str:
+def report(results: Results, rows: Sequence[ArmRow], target: Target, pictures: Sequence[str]) -> str:
     scale = f" at scale `{results.scale}`" if results.scale else ""
     parts = [f"# {results.name}{scale}"]
     if results.question:
@@ -323,7 +323,7 @@ def report(results: Results, rows: Sequence[Row], target: Target, pictures: Sequ
 # ------------------------------------------------------------------------------------------------
 
 
-def summary(results: Results, rows: Sequence[Row], target: Target) -> dict:
+def summary(results: Results, rows: Sequence[ArmRow], target: Target) -> dict:
     """The numbers of the report, unrounded; null where there is none."""
     verdict = results.verdict
     return {
@@ -352,7 +352,7 @@ def summary(results: Results, rows: Sequence[Row], target: Target) -> dict:
     }
 
 
-def arm_summary(results: Results, row: Row, target: Target) -> dict:
+def arm_summary(results: Results, row: ArmRow, target: Target) -> dict:
     arm, (pair, p) = row.arm, results.comparison(row.arm.label)
     p_key = "p_holm" if results.control else "p_tukey"
     difference = {**asdict(pair), p_key: p, "more_runs": row.more_runs} if pair else None
@@ -380,7 +380,7 @@ def arm_summary(results: Results, row: Row, target: Target) -> dict:
     return out
 
 
-def reach_summary(row: Row, found: Summary) -> dict:
+def reach_summary(row: ArmRow, found: Summary) -> dict:
     return {"reached": row.reached, "of": row.ended, "mean": found.mean, "low": found.low, "high": found.high}
 
 

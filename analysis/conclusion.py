@@ -165,12 +165,10 @@ def _untested(results: Results) -> list[str]:
     single = [name for name, summary in verdict.summaries.items() if summary.n == 1]
     if single:
         parts.append(f"{_names(single)} ({'a single run' if len(single) == 1 else 'single runs'})")
-    tested = verdict.versus_control if verdict.control else verdict.versus_best
-    p_values = verdict.p_control if verdict.control else verdict.p_best
     no_p = [
         name
-        for name, pair in tested.items()
-        if min(pair.n_arm, pair.n_control) > 1 and math.isnan(p_values[name]) and pair.difference
+        for name, pair in verdict.pairs.items()
+        if min(pair.n_arm, pair.n_control) > 1 and math.isnan(verdict.p[name]) and pair.difference
     ]
     lossy = [name for name in no_p if not verdict.control and verdict.summaries[name].failed]
     flat = [name for name in no_p if name not in lossy]

@@ -146,19 +146,12 @@ class Results:
     @property
     def reference(self) -> str | None:
         """Arm that all are compared with: the control, else the arm of lowest mean."""
-        return self.control or self.verdict.best or self.verdict.lowest
+        return self.verdict.reference
 
     @property
     def compared_with(self) -> str:
         """Other side of all comparisons, for headings."""
         return "its control" if self.versus else self.reference or "nothing"
-
-    @property
-    def controls(self) -> dict[str, str]:
-        """Arm that each one is compared with: its control, else the reference."""
-        if self.control:
-            return self.verdict.controls
-        return {name: self.reference for name in self.verdict.summaries if name != self.reference}
 
     @property
     def attempts(self) -> list[Attempt]:
@@ -196,11 +189,7 @@ class Results:
 
         (None, NaN) for the reference itself and for arms that are not compared.
         """
-        verdict = self.verdict
-        pairs, p = verdict.versus_best, verdict.p_best
-        if self.control:
-            pairs, p = verdict.versus_control, verdict.p_control
-        return pairs.get(label), p.get(label, math.nan)
+        return self.verdict.pairs.get(label), self.verdict.p.get(label, math.nan)
 
     @property
     def has_differences(self) -> bool:

@@ -359,16 +359,31 @@ class Verdict:
     """
 
     control: str | None
-    controls: dict[str, str]  # what each arm of `versus_control` was compared with: `control`, or its own
+    controls: dict[str, str]  # what each arm is compared with: its own control, else `reference`
     best: str | None  # lowest mean of the arms with two runs or more, none failed; None if there is none
     lowest: str | None  # lowest mean of all, perhaps of a single run or of survivors
     summaries: dict[str, Summary]
-    versus_control: dict[str, Comparison]
+    versus_control: dict[str, Comparison]  # empty without a control
     p_control: dict[str, float]
     ties: Contenders
     better: tuple[str, ...]
     worse: tuple[str, ...]
     num_comparisons: int  # pairs that claims are drawn from
+
+    @property
+    def reference(self) -> str | None:
+        """Arm that all are compared with, except those with controls of their own."""
+        return self.control or self.best or self.lowest
+
+    @property
+    def pairs(self) -> dict[str, Comparison]:
+        """Comparisons that claims are drawn from: with the controls, else with the best."""
+        return self.versus_best if self.control is None else self.versus_control
+
+    @property
+    def p(self) -> dict[str, float]:
+        """p of `pairs`, corrected for their number."""
+        return self.p_best if self.control is None else self.p_control
 
     @cached_property
     def versus_best(self) -> dict[str, Comparison]:
@@ -436,12 +451,14 @@ def judge(
     sound = [name for name in means if summaries[name].n >= 2 and not summaries[name].failed]
     best = min(sound, key=means.get, default=None)
     lowest = min(means, key=means.get, default=None)
-    controls = {name: versus.get(name, control) for name in losses}
+    controls = {name: versus.get(name, control or best or lowest) for name in losses}
     controls = {name: other for name, other in controls.items() if other not in (None, name)}
-    versus_control = {
-        name: compare(losses[name], losses[other], seeds.get(name), seeds.get(other))
-        for name, other in controls.items()
-    }
+    versus_control = {}
+    if control is not None:
+        versus_control = {
+            name: compare(losses[name], losses[other], seeds.get(name), seeds.get(other))
+            for name, other in controls.items()
+        }
     p_control = dict(zip(versus_control, holm([pair.p for pair in versus_control.values()]), strict=True))
     ties = contenders(losses, seeds)
     if control is not None:

@@ -78,7 +78,7 @@ def draw_forest(ax, results: Results) -> None:
 
 def pair_by_pair(results: Results, arm: SweepArm) -> list[float]:
     """Return single seeds' differences from the arm's control."""
-    control = next(other for other in results.arms if other.label == results.controls[arm.label])
+    control = next(other for other in results.arms if other.label == results.verdict.controls[arm.label])
     theirs = dict(zip(*reversed(control.samples()), strict=True))
     return [loss - theirs[seed] for loss, seed in zip(*arm.samples(), strict=True) if math.isfinite(loss)]
 
@@ -111,7 +111,7 @@ def verdict_words(results: Results, arm: SweepArm, pair: Comparison | None, p: f
         return ", ".join(["control" if results.control else "lowest mean", *remarks])
     if pair is None:
         return ", ".join(remarks)
-    words, other = results.call(arm.label), results.controls[arm.label]
+    words, other = results.call(arm.label), results.verdict.controls[arm.label]
     if other != results.reference:
         words += f" against {other}" if words == "undecided" else f" than {other}"
     if pair.difference == 0 and pair.sd == 0:
@@ -170,7 +170,7 @@ def picture_of_curves(results: Results):
     drawn = what_to_draw(results)
     axis = axis_of(drawn)
     fig, ax = plt.subplots(figsize=(12, 5.5 if len(drawn) < 16 else 7.5))
-    found = differences(drawn, results.controls, axis)
+    found = differences(drawn, results.verdict.controls, axis)
     if found:
         panel_differences(ax, found, axis, results.compared_with)
     else:
