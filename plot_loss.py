@@ -31,6 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
+from analysis.arms import unique_names
 from analysis.curves import (
     X_LABELS,
     Axis,
@@ -82,6 +83,8 @@ def separated(results: Results) -> Results:
             label = run.run_id if run.seed is None or seeds[run.seed] > 1 else f"{arm.label} seed={run.seed}"
             label = arm.label if len(arm.runs) == 1 else label
             arms.append(SweepArm(label, arm.key, [run], [attempt_of[id(run)]]))
+    names = unique_names([arm.label for arm in arms], [arm.runs[0] for arm in arms])
+    arms = [replace(arm, label=name) for arm, name in zip(arms, names, strict=True)]
     looks = style.looks_of([arm.label for arm in arms])
     return replace(results, arms=arms, control=None, versus={}, looks=looks)
 

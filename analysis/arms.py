@@ -13,6 +13,7 @@ from pathlib import Path
 
 from analysis.manifest import Manifest, manifests_in
 from analysis.run_log import FINISHED, RunLog, format_value
+from analysis.shown import clean
 
 DATA = ("train_data", "val_data")  # fields of event:started
 MAX_SETTINGS = 3  # in a name, if all arms' names have the same settings
@@ -118,7 +119,8 @@ def name_arms(arms: Sequence[Sequence[RunLog]], tags: Mapping[str, str]) -> list
     """Return a unique name for each arm.
 
     It is the arm's tag, if all its runs have that tag and no other arm does. Else it is settings that
-    distinguish the arm, such as "muon_lr=0.1"; else, and for logs without settings, its run_id.
+    distinguish the arm, such as "muon_lr=0.1"; else, and for logs without settings, its run_id, with as many
+    folders before it as it takes.
     """
     own = [{tags.get(run.name) for run in runs} for runs in arms]
     times = Counter(tag for found in own for tag in found)
@@ -127,11 +129,23 @@ def name_arms(arms: Sequence[Sequence[RunLog]], tags: Mapping[str, str]) -> list
         tag = next(iter(found))
         tagged = len(found) == 1 and tag and times[tag] == 1
         names.append(tag if tagged else settings or runs[0].run_id)
+    return unique_names(names, [runs[0] for runs in arms])
+
+
+def unique_names(names: Sequence[str], runs: Sequence[RunLog]) -> list[str]:
+    """Add its run_id to a name that several arms have, with folders if need be; at last, a number."""
     counts = Counter(names)
-    return [
-        name if counts[name] == 1 else f"{name} ({runs[0].run_id})"
-        for name, runs in zip(names, arms, strict=True)
-    ]
+    folders = [run.path.parent.parts if run.path else () for run in runs]
+    for depth in range(max(map(len, folders), default=0) + 1):
+        found = []
+        for name, run, parts in zip(names, runs, folders, strict=True):
+            place = "/".join([*map(clean, parts[max(0, len(parts) - depth) :]), run.run_id])
+            longer = place if name == run.run_id else f"{name} ({place})"
+            found.append(longer if counts[name] > 1 else name)
+        if len(set(found)) == len(found):
+            return found
+    counts = Counter(found)
+    return [f"{name} ({i})" if counts[name] > 1 else name for i, name in enumerate(found, start=1)]
 
 
 def _by_settings(arms: Sequence[Sequence[RunLog]]) -> list[str]:

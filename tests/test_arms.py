@@ -1,7 +1,7 @@
 """arms: a run has one name in all commands, the shortest that is unambiguous."""
 
 import pytest
-from logs_for_tests import make_log
+from logs_for_tests import SEPARATOR, SOURCE, make_log
 from sweeps_for_tests import make_sweep
 
 import plot_loss
@@ -94,6 +94,40 @@ def test_two_sweeps_with_one_tag_are_told_apart(tmp_path):
     runs = read_runs([tmp_path / "first", tmp_path / "logs"])
     assert runs[0].name == runs[1].name  # not distinct in their own names either
     assert [arm.label for arm in group_by_arm(runs)[0]] == ["muon_lr=0.1", "muon_lr=0.2"]
+
+
+def public_log(source, final):
+    """Return a public log: no settings, no seed."""
+    lines = "".join(
+        f"step:{i}/200 val_loss:{final + 2 - i / 100:.4f} train_time:{i}ms\n" for i in (0, 100, 200)
+    )
+    return f"{SOURCE}{source}{SEPARATOR}\nRunning\n{SEPARATOR}\n{lines}"
+
+
+def test_public_logs_of_one_name_in_two_folders(tmp_path):
+    """Fails if two arms have one name: the losses of one are then taken for the other's."""
+    for folder, final in (("old/base", 3.28), ("old/new idea", 3.27), ("new/base", 3.2)):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(3):
+            text = public_log(f"# {folder}\n", final + i / 1000)
+            (tmp_path / folder / f"run{i}.txt").write_text(text)
+    results = read_results([tmp_path / "old/base", tmp_path / "old/new idea"])
+    names = ["base/run0", "new idea/run0"]
+    assert [arm.label for arm in results.arms] == names
+    assert {name: found.mean for name, found in results.verdict.summaries.items()} == pytest.approx(
+        {"base/run0": 3.281, "new idea/run0": 3.271}
+    )
+    assert results.verdict.num_comparisons == 1
+    singles = plot_loss.separated(results).arms
+    assert {arm.label for arm in singles} == {f"{name[:-1]}{i}" for name in names for i in range(3)}
+    found = read_results([tmp_path / "old/base", tmp_path / "new/base"]).arms
+    assert [arm.label for arm in found] == ["new/base/run0", "old/base/run0"]
+
+
+def test_logs_of_one_run_id_in_one_folder_are_numbered():
+    """A log and an edited copy of it have all in common that could name them."""
+    runs = [parse_log(make_log("a", 1, {"model_facts": {"width": i}}, 20), f"{i}.txt")[0] for i in (1, 2)]
+    assert name_arms([[run] for run in runs], {}) == ["a (1)", "a (2)"]
 
 
 @pytest.mark.parametrize("width", [8, 12, 20, 44])
