@@ -404,7 +404,7 @@ def label_ends(ax, ends: Sequence[tuple[float, float, str, str]]) -> None:
 
     Lines that reach the last end have their names to the right of the panel.
     """
-    last = max(x for x, *_ in ends)
+    last = max((x for x, *_ in ends), default=0.0)
     box = ax.get_window_extent()
     for x, together in groupby(sorted(ends), key=lambda end: end[0]):
         group = list(together)

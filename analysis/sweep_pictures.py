@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from analysis import style
 from analysis.curves import (
     Axis,
@@ -176,7 +178,11 @@ def picture_of_curves(results: Results):
     else:
         panel_loss(ax, drawn, axis)
         lines = [(lines_of(item.arm, "val_loss", axis)[0], item) for item in drawn]
-        ends = [(line.x[-1], line.y[-1], item.label, item.look["color"]) for line, item in lines if line]
+        ends = []
+        for line, item in lines:
+            known = np.flatnonzero(np.isfinite(line.y)) if line else ()  # a diverged run may end in NaN
+            if len(known):
+                ends.append((line.x[known[-1]], line.y[known[-1]], item.label, item.look["color"]))
         label_ends(ax, ends)
     fig.tight_layout()
     return fig

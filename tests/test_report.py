@@ -529,6 +529,18 @@ def test_runs_validated_once_have_no_curves(tmp_path, validations):
     assert "## Reaching" in report_of(tmp_path, 4.5)[2], "where a target is asked for"
 
 
+@pytest.mark.parametrize("losses", [(5.5, 3.0, math.nan), (math.nan,) * 3])
+def test_a_run_that_diverged_to_nan_has_a_report(tmp_path, losses):
+    """Fails if a picture needs the last loss to be a number; the run's name stands at its last number."""
+    lines = [f"step:{50 * i}/200 val_loss:{loss:.4f} train_time:{i}ms\n" for i, loss in enumerate(losses)]
+    text = make_log("run", end=-1, end_event="") + "".join(lines) + "event:diverged step:100\n"
+    (tmp_path / "run.txt").write_text(text)
+    assert report_sweep.main([str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert "1 diverged" in (tmp_path / "REPORT.md").read_text()
+    names = [text.xy for text in picture_of_curves(read_results([tmp_path])).axes[0].texts]
+    assert names == ([(50.0, 3.0)] if losses[0] == 5.5 else [])
+
+
 def test_a_curve_is_seen_on_the_common_grid_only():
     """A dip between other runs' validations would make a run with more validations seem faster."""
     x = np.arange(0, 101, 10.0)
