@@ -140,8 +140,11 @@ def _attempt(record: Run, folder: Path) -> Attempt:
     if log:
         attempt.source = log.source_hash or record.source_hash
         attempt.seed = record.seed if log.seed is None else log.seed
-        if log.state in ("finished", "crashed", "diverged") and record.state not in FAILED:
-            attempt.state = log.state
+        ends = ("finished", "diverged")  # also of a run that crashed, if it was resumed by hand
+        if record.state not in FAILED:
+            ends += ("crashed",)
+        if log.state in ends and log.state != record.state:
+            attempt.state, attempt.reason = log.state, ""
     elif attempt.state == "finished":
         attempt.state, attempt.reason = "log gone", "it finished, but its log is not there any more"
     return _with_loss(attempt)

@@ -156,14 +156,16 @@ def settle(run: Run, hang_minutes: float, act: bool) -> None:
     if run.state != "planned" and is_being_written(log):  # it was resumed by hand, or runs elsewhere
         run.state = "running"
         return
-    if run.state not in ("running", "submitted"):
+    if run.state in ("planned", "finished"):
         return
     if not log.exists():
         if run.state == "running":
             run.state, run.reason = "stopped", "it wrote no log"
         return
     found, written = read_log(log)[-1], log.stat().st_mtime
-    state = found.state
+    state, has_ended = found.state, run.state not in ("running", "submitted")
+    if has_ended and (state == run.state or state not in ("finished", "diverged")):
+        return  # else it was resumed by hand
     if state == "running" and not here and time.time() - written < hang_minutes * 60:
         run.state = "running"  # on another machine
         return

@@ -21,12 +21,14 @@ from helpers import make_tokens, write_shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launches import STAND_IN, TWO_ARMS, alive, planned, sweep_file
+from logs_for_tests import make_log, step_lines
 
 import launch_lr_sweep as launcher
 from analysis import files, processes, run_environment, sweep_plan
 from analysis.manifest import manifest_path
 from analysis.run_log import read_log
 from analysis.sweep_files import read_sweep
+from analysis.sweep_plan import plan_runs
 from analysis.trainers import read_trainer
 from data import cores
 from monitor_runs import Monitor
@@ -465,6 +467,28 @@ def test_a_run_that_finished_after_its_launcher_died_counts(place, launch):
     done = launch("trial.toml")
     assert done.returncode == 0 and "0 to run" in done.stdout and len(starts()) == 1
     assert states() == {("all", 1): "finished"}
+
+
+@pytest.mark.parametrize("state", ["crashed", "hung", "stopped", "diverged"])
+@pytest.mark.parametrize("end", ["finished", "diverged"])
+def test_a_run_that_was_resumed_by_hand_to_its_end_counts(place, state, end):
+    """Fails if the manifest, which saw the run end before, has it made again."""
+    sweep = read_sweep(sweep_file('script = "base.py"\nseeds = [1]\n'), None)
+    found, _ = planned(sweep)
+    (run,) = found.runs
+    text = (
+        make_log(run.run_id, 1, num_steps=20, end=10, end_event="event:crashed") + "event:resumed step:10\n"
+    )
+    Path("logs").mkdir()
+    Path(run.log).write_text(text + step_lines(1, 20, begin=11) + f"event:{end}\n")
+    hour_ago = time.time() - 3600  # else it is taken for one that is being written
+    os.utime(run.log, (hour_ago, hour_ago))
+    run.state, run.exit_code, run.reason, run.ended = state, 1, "out of memory", "2026-02-06T23:34:06+00:00"
+    found.save()
+    again, why = plan_runs(sweep, 30, act=True)
+    assert not why and again.runs[0].state == end
+    if state != end:
+        assert again.runs[0].reason == "" and again.runs[0].ended > run.ended
 
 
 def test_two_launchers_of_one_sweep_do_not_meet(place, launch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from logs_for_tests import SEPARATOR, SOURCE, make_log
+from logs_for_tests import SEPARATOR, SOURCE, make_log, step_lines
 from matplotlib.colors import to_rgb
 from scipy import stats as scipy_stats
 from sweeps_for_tests import STEPS, make_sweep, spectral_arms
@@ -320,6 +320,20 @@ def test_no_finished_run_at_all(tmp_path):
     _, _, text, numbers = sweep(tmp_path, arms, seeds=(1, 2), control="a", ends=ends)
     assert numbers["conclusion"] == "Nothing may be concluded: none of 4 runs has finished."
     assert "| a | 0.1 | 0 | - |" in text
+
+
+@pytest.mark.parametrize("state", ["crashed", "hung", "stopped"])
+def test_a_run_that_was_resumed_by_hand_to_its_end_is_done(tmp_path, state):
+    """Fails if a run counts as failed because the launcher saw it end before it was resumed."""
+    arms = {"a": (3.27, {}), "b": (3.28, {"MUON_LR": 1})}
+    file = make_sweep(tmp_path, "sweep", arms, control="a", ends={("a", 2): state})
+    (log,) = (tmp_path / "logs").glob("*-a-*seed2-*")
+    with log.open("a") as text:
+        text.write(f"event:resumed step:{STEPS // 2}\n" + step_lines(2, STEPS, begin=STEPS // 2 + 1))
+        text.write("event:finished\n")
+    results, rows, text, _ = report_of(file, logs=tmp_path / "logs")
+    assert results.count("done") == 6 and "Failed" not in text and "out of memory" not in text
+    assert rows["a"].result.n == 3 and rows["a"].result.mean == pytest.approx(3.27, abs=0.01)
 
 
 def test_single_runs_are_called_single(tmp_path):
