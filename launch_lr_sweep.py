@@ -134,7 +134,7 @@ class Launcher:
         self.todo, self.free = list(todo), list(slots)
         self.num_todo, self.num_slots = len(self.todo), len(slots)
         self.jobs: list[Job] = []
-        self.seconds: list[float] = []  # of the runs that finished
+        self.seconds: list[float] = []  # of the runs made here from beginning to end
         self.signal = 0
 
     def run_all(self) -> None:
@@ -195,7 +195,7 @@ class Launcher:
             say(f"{run.log}: {error}")
         self.save()
         seconds = time.monotonic() - job.begin
-        if state == "finished":
+        if state == "finished" and not job.before[0]:  # one that was resumed took only part of its time
             self.seconds.append(seconds)
         self.say_end(run, log.final_val_loss if log else math.nan, seconds)
         if state == "refused" and self.todo:  # the others would be refused, too
@@ -239,7 +239,7 @@ class Launcher:
         say(f"{text} - {run.reason}" if run.reason else text)
 
     def seconds_left(self) -> float:
-        """Return how long the rest will take by the runs finished in this launch; NaN if there are none."""
+        """Return how long the rest will take by the runs made whole in this launch; NaN if there are none."""
         if not self.seconds:
             return math.nan
         running = sum(min(time.monotonic() - job.begin, max(self.seconds)) for job in self.jobs)

@@ -491,6 +491,21 @@ def test_a_run_that_was_resumed_by_hand_to_its_end_counts(place, state, end):
         assert again.runs[0].reason == "" and again.runs[0].ended > run.ended
 
 
+def test_a_resumed_run_does_not_tell_how_long_a_whole_one_takes(place):
+    """Fails if a run that had one step left lets an hour look like seconds."""
+    found, _ = planned(read_sweep(sweep_file('script = "base.py"\nseeds = [1, 2, 3]\n'), None))
+    made = launcher.Launcher(found, found.runs, [None], 1, 0)
+    Path("logs").mkdir()
+    for before, timed in ((1000, 0), (0, 1)):
+        run = made.todo.pop()
+        Path(run.log).write_text(make_log(run.run_id, 1, num_steps=20))
+        process = subprocess.Popen(["true"])
+        process.wait()
+        made.jobs.append(launcher.Job(run, process, None, [before, before]))
+        made.finish(made.jobs[0])
+        assert run.state == "finished" and len(made.seconds) == timed
+
+
 def test_two_launchers_of_one_sweep_do_not_meet(place, launch):
     """Fails if every run is made twice and the manifests overwrite each other."""
     sweep = read_sweep(sweep_file(TWO_ARMS))
