@@ -92,12 +92,15 @@ def separated(results: Results) -> Results:
 def controls_of(results: Results) -> dict[str, str]:
     """Map each arm to the one it is compared with: its control, else the arm of lowest loss.
 
-    Arms of other source code are compared, too.
+    Arms of other source code are compared, too. If some arms have controls of their own, but there is no log
+    of the sweep's control, the others are compared with none.
     """
     means = {arm.label: results.summary(arm).mean for arm in results.arms}
-    usual = results.control or min(means, key=lambda label: np.nan_to_num(means[label], nan=math.inf))
+    usual = results.control
+    if usual is None and not results.versus:
+        usual = min(means, key=lambda label: np.nan_to_num(means[label], nan=math.inf))
     found = {label: results.versus.get(label, usual) for label in means}
-    return {label: other for label, other in found.items() if label != other}
+    return {label: other for label, other in found.items() if other not in (None, label)}
 
 
 def with_losses(results: Results) -> list[Drawn]:

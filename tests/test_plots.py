@@ -130,6 +130,18 @@ def test_several_arms_are_compared_with_the_sweeps_control(tmp_path):
             assert ends[results.looks[label]["color"]] == pytest.approx(pair.difference)
 
 
+def test_without_a_log_of_the_control_only_arms_with_their_own_are_compared(tmp_path):
+    """Fails if an arm is compared with the one whose control it is: a difference with its sign turned."""
+    ends = {("base", seed): "planned" for seed in (1, 2, 3)}
+    arms = {"base": (3.3, {}), "p": (3.28, {"MUON_LR": 1}), "q": (3.27, {"MUON_LR": 2})}
+    file = make_sweep(tmp_path, "own", arms, control="base", ends=ends, versus={"q": "p"}, val_every=20)
+    results = read_results([file], tmp_path / "logs")
+    plot_loss.leave_out(results, "steps")
+    assert plot_loss.controls_of(results) == {"q": "p"}
+    ax = panel(plot_loss.figure(results, "steps", None), "differences")
+    assert ax.get_title(loc="left").startswith("validation loss minus that of p,")
+
+
 def test_seeds_are_pooled_with_an_interval(tmp_path):
     """Fails if mean or band differ from the statistics module's at any step, or arms are mixed."""
     write_arms(tmp_path / "logs", [0.0, 0.5], seeds=(1, 2, 3))
