@@ -74,6 +74,7 @@ class Row:
     message: str = ""  # what went wrong
     sweep: str = ""
     tag: str = ""
+    source: str = ""  # hash of the source code of a sweep's run
     control_tag: str | None = None
     name: str = ""  # its tag; else the settings that tell it from the others, or its run_id
     controls: Sequence[RunLog] = ()
@@ -253,6 +254,7 @@ class Monitor:
                 manifest, plan = planned.get(run.name, (None, None))
                 if plan:
                     row.sweep, row.tag = manifest.sweep, plan.tag
+                    row.source = run.source_hash or plan.source_hash
                     row.control_tag = manifest.control_of(plan.tag)
                 unended = plan and row.state == "running" and not began_after(run, plan.ended)
                 if unended and plan.state in LAUNCHER_STATES:
@@ -263,8 +265,13 @@ class Monitor:
         chosen = [row.run for row in rows if self.control and self.control in row.run.run_id]
         arms, _ = group_by_arm([row.run for row in rows if not row.tag], tags={})
         labels = {id(run): arm.label for arm in arms for run in arm.runs}
+        sources: dict[tuple[str, str], set[str]] = {}
+        for row in rows:
+            sources.setdefault((row.sweep, row.tag), set()).add(row.source)
         for row in rows:
             row.name = row.tag or labels[id(row.run)]
+            if row.tag and len(sources[row.sweep, row.tag]) > 1:
+                row.name += f" (source {row.source[:8] or 'unknown'})"
             controls = chosen or (by_arm.get((row.sweep, row.control_tag), []) if row.control_tag else [])
             row.is_control = any(row.run is control for control in controls)
             if not row.is_control:

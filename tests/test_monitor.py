@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from logs_for_tests import header, make_log, step_lines
+from logs_for_tests import SOURCE, hash_of, header, make_log, step_lines
 from rich.console import Console
 from sweeps_for_tests import make_sweep
 
@@ -306,6 +306,21 @@ def test_arms(tmp_path):
         "base",
         "new",
     ]
+
+
+def test_runs_of_other_source_code_are_an_arm_of_their_own(tmp_path):
+    """Fails if a mean is over runs of an edited trainer and runs of the trainer as it was before."""
+    old, new = SOURCE, SOURCE + "# edited\n"
+    for number, source in enumerate((old, old, new)):
+        text = make_log(f"b{number}", number, num_steps=STEPS, final=3.2 + number, source=source)
+        write(tmp_path, f"b{number}", text)
+    write(tmp_path, "c", make_log("c", 1, num_steps=STEPS, source=new))
+    runs = [planned(f"b{number}", "base", number, state="finished") for number in range(3)]
+    write_manifest(tmp_path, None, [*runs, planned("c", "other", 1, state="finished")])
+    lines = shown(Monitor(tmp_path), arms=True)
+    names = [f"base (source {hash_of(source)[:8]})" for source in (old, new)]
+    found = {name: line for name in (*names, "other ") for line in lines if line.startswith(name)}
+    assert len(found) == 3 and " 2  2 finished" in found[names[0]] and " 1  1 finished" in found[names[1]]
 
 
 def test_sorted_and_filtered(tmp_path):
