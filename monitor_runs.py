@@ -41,7 +41,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line
-from analysis.arms import group_by_arm
+from analysis.arms import group_by_arm, unique_names
 from analysis.manifest import LOGS, Manifest, find_manifest, manifests_in, sweep_among
 from analysis.run_log import OPENERS, LogFollower, RunLog
 from analysis.shown import clean
@@ -76,7 +76,8 @@ class Row:
     tag: str = ""
     source: str = ""  # hash of the source code of a sweep's run
     control_tag: str | None = None
-    name: str = ""  # its tag; else the settings that tell it from the others, or its run_id
+    arm: str = ""  # its tag; else the settings that tell it from the others, or the run_id of the first
+    name: str = ""  # its arm's, with which its seed tells it from the others; without a seed, its run_id
     controls: Sequence[RunLog] = ()
     is_control: bool = False
     age_s: float = math.nan  # since the log was last written to
@@ -107,7 +108,7 @@ def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
     return own | {
         "sweep": first.sweep,
         "tag": first.tag,
-        "name": first.name,
+        "name": first.arm if is_arm else first.name,
         "step": min(max(row.run.last_step, 0) for row in meant or rows),
         "num_steps": first.run.num_steps,
         "val_step": val_step,
@@ -269,9 +270,9 @@ class Monitor:
         for row in rows:
             sources.setdefault((row.sweep, row.tag), set()).add(row.source)
         for row in rows:
-            row.name = row.tag or labels[id(row.run)]
+            row.arm = row.tag or labels[id(row.run)]
             if row.tag and len(sources[row.sweep, row.tag]) > 1:
-                row.name += f" (source {row.source[:8] or 'unknown'})"
+                row.arm += f" (source {row.source[:8] or 'unknown'})"
             controls = chosen or (by_arm.get((row.sweep, row.control_tag), []) if row.control_tag else [])
             row.is_control = any(row.run is control for control in controls)
             if not row.is_control:
@@ -279,6 +280,12 @@ class Monitor:
                 seed = row.run.seed
                 same_seed = [control for control in controls if seed is not None and control.seed == seed]
                 row.controls = same_seed[:1] or controls
+        runs_of = Counter(row.arm for row in rows)
+        unnamed = [row for row in rows if not row.tag and row.run.seed is None and runs_of[row.arm] > 1]
+        own = unique_names([row.run.run_id for row in unnamed], [row.run for row in unnamed])
+        own_names = {id(row): name for row, name in zip(unnamed, own, strict=True)}
+        for row in rows:
+            row.name = own_names.get(id(row), row.arm)
         return rows
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
@@ -391,7 +398,7 @@ def arrange(rows: Sequence[Row], options: argparse.Namespace) -> list[list[Row]]
     groups: dict[object, list[Row]] = {}
     for row in rows:
         if options.filter in f"{row.name} {row.run.run_id} {row.sweep} {row.state}":
-            groups.setdefault((row.sweep, row.name) if options.arms else len(groups), []).append(row)
+            groups.setdefault((row.sweep, row.arm) if options.arms else len(groups), []).append(row)
     found = [groups[key] for key in sorted(groups)]
     if options.by_loss:
         found.sort(key=loss_of_arm if options.arms else loss_of_run)

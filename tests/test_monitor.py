@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from logs_for_tests import SOURCE, hash_of, header, make_log, step_lines
+from logs_for_tests import SEPARATOR, SOURCE, hash_of, header, make_log, step_lines
 from rich.console import Console
 from sweeps_for_tests import make_sweep
 
@@ -321,6 +321,22 @@ def test_runs_of_other_source_code_are_an_arm_of_their_own(tmp_path):
     names = [f"base (source {hash_of(source)[:8]})" for source in (old, new)]
     found = {name: line for name in (*names, "other ") for line in lines if line.startswith(name)}
     assert len(found) == 3 and " 2  2 finished" in found[names[0]] and " 1  1 finished" in found[names[1]]
+
+
+def test_runs_without_a_seed_have_names_of_their_own(tmp_path):
+    """Fails if all runs of a public script, which log no seed, have the name of the first."""
+    steps = "".join(f"step:{s}/90 val_loss:3.{s:02d} train_time:{s}ms\n" for s in range(0, 91, 10))
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        for number in range(2):
+            text = f"{SOURCE}{SEPARATOR}\nRunning\n{SEPARATOR}\n{steps}"
+            write(tmp_path / folder, f"run{number}", text)
+    assert sorted(row.name for row in Monitor(tmp_path / "a").poll()) == ["run0", "run1"]
+    both = Monitor(tmp_path / "a", tmp_path / "b")
+    names = [row.name for row in both.poll()]
+    assert sorted(name[-6:] for name in names) == ["a/run0", "a/run1", "b/run0", "b/run1"]
+    (line,) = shown(both, arms=True)[2:]
+    assert line.split()[:4] == ["run0", "4", "4", "finished"]
 
 
 def test_sorted_and_filtered(tmp_path):
