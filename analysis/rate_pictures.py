@@ -8,6 +8,7 @@ A value has its arm's colour and marker, as in all pictures of the sweep; its la
 """
 
 import math
+import textwrap
 from collections.abc import Callable
 from itertools import groupby
 
@@ -16,6 +17,8 @@ from analysis.curves import FINISHED, Axis, draw_lines, line_of, lines_of, loss_
 from analysis.rates import Analysis, Rate
 from analysis.results import Attempt, accuracy_of, loss_of
 from analysis.run_log import format_value
+
+LETTER_WIDTH = 0.55  # of a letter of a caption, relative to the font's size; on average, a little less
 
 
 def scale_x(ax, analysis: Analysis) -> None:
@@ -103,6 +106,12 @@ def draw_labels(ax, analysis: Analysis) -> None:
             ax.axvspan(low, high, color="#009E73", alpha=0.1, linewidth=0, zorder=0)
 
 
+def write_caption(fig, text: str, size: float) -> None:
+    """Write a caption below all panels, in as many lines as the figure's width requires."""
+    letters = fig.get_figwidth() * 72 / (LETTER_WIDTH * size)
+    fig.supxlabel(textwrap.fill(text, int(letters)), fontsize=size)
+
+
 def picture_combined(analysis: Analysis):
     """Plot loss and accuracy against the value; below, the differences from the best, with intervals."""
     plt = style.load_matplotlib()
@@ -120,7 +129,7 @@ def picture_combined(analysis: Analysis):
             draw_differences(ax, analysis, by)
             ax.set_title(f"minus that of {format_value(analysis.best(by).value)}, the best; {word} is better")
     below = "below: a value tied with the best reaches 0"
-    fig.supxlabel(f"{style.MEAN_KEY}; grey: runs of one seed; {below}", fontsize=9)
+    write_caption(fig, f"{style.MEAN_KEY}; grey: runs of one seed; {below}", 9)
     fig.tight_layout()
     return fig
 
@@ -148,7 +157,7 @@ def picture_of_each_rate(analysis: Analysis):
     style.scale_positive(panels[0, 0], axis.begin, axis.end)
     known = f"; grey: {analysis.setting.upper()} = {format_value(best.value)}, the best" if best else ""
     unit = style.loss_unit(analysis.results.runs)
-    fig.supxlabel(f"step; validation loss in {unit}, a line a run, × where it broke off{known}", fontsize=10)
+    write_caption(fig, f"step; validation loss in {unit}, a line a run, × where it broke off{known}", 10)
     fig.tight_layout()
     return fig
 

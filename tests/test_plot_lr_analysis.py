@@ -200,6 +200,23 @@ def test_values_look_as_in_the_report_and_differ_from_the_best(tmp_path):
     assert titles == [f"{format_value(r.value)}: {r.label}, {r.loss.mean:.3f}" for r in analysis.rates]
 
 
+@pytest.mark.parametrize("num_values", [2, 9])
+def test_captions_are_whole(tmp_path, num_values):
+    """Fails if the line below narrow pictures, of losses alone or of few values, is cut at both ends."""
+    arms = arms_of(dict(list(LOSSES.items())[:num_values]))
+    file = make_sweep(tmp_path, "lr", arms, seeds=(1, 2), val_every=40)
+    for log in list_logs(tmp_path / "logs"):
+        log.write_text(re.sub(r" val_acc:\S+", "", log.read_text()))
+    analysis = analyse_results(read_results([file], tmp_path / "logs"))
+    for draw in PICTURES.values():
+        figure = draw(analysis)
+        (caption,) = figure.texts
+        box = caption.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+        panels = [ax.get_tightbbox().y0 for ax in figure.axes]
+        assert 0 <= box.y0 and box.y1 <= min(panels), "below all panels"
+
+
 def test_any_setting_and_what_to_choose(tmp_path, monkeypatch, capsys):
     """Two arms of one value are not mixed: the message names the condition that distinguishes them."""
     arms = {
