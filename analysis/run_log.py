@@ -18,6 +18,7 @@ per token, steps are integers.
 """
 
 import contextlib
+import copy
 import gzip
 import hashlib
 import json
@@ -450,15 +451,20 @@ class LogParser:
         A step line is complete if it ends in a unit or a bracket and has the keys of an earlier line. After
         `val_loss:3.27` a digit may be missing.
         """
-        text, self._partial = self._partial.decode(errors="replace").rstrip("\r"), b""
-        last = parse_step(text) if text.endswith(("s", "]", "%")) else None
-        earlier = (line.values.keys() for trial in self._trials for line in trial.lines)
-        if last and any(keys == last.values.keys() for keys in earlier):
+        last, self._partial = self._last_line(), b""
+        if last:
             self._add_step(last)
         if self._held:  # cut off inside the source code, which contains no steps
             message = "(the log ends inside the source code at its head)"
             self._chunk.unread.add(message, self._held.count(b"\n"))
             self._held = b""
+
+    def _last_line(self) -> StepLine | None:
+        """Parse the last line if it has no newline but is complete, else return None; see `finish`."""
+        text = self._partial.decode(errors="replace").rstrip("\r")
+        last = parse_step(text) if text.endswith(("s", "]", "%")) else None
+        earlier = (line.values.keys() for trial in self._trials for line in trial.lines)
+        return last if last and any(keys == last.values.keys() for keys in earlier) else None
 
     def _read_chunk(self, text: bytes, closed: bool) -> None:
         """Read text after a line of '='. `closed`: another such line follows it.
@@ -553,6 +559,14 @@ class LogParser:
             if re.fullmatch("[0-9]{1,12}", step):
                 trial.drop_after(int(step))
         trial.events.append(Event(name, fields, trial.last_step))
+
+    def runs_if_ended(self) -> list[RunLog]:
+        """Return the runs as if no more will come; the log may grow all the same."""
+        if self._last_line() is None:
+            return self.runs()
+        ended = copy.deepcopy(self)
+        ended.finish()
+        return ended.runs()
 
     def runs(self) -> list[RunLog]:
         """Return the runs read so far, at least one."""
@@ -728,6 +742,6 @@ class LogFollower:
         log.offset += len(new)
         log.tail = (log.tail + new)[-self.TAIL :]
         log.mtime, log.error = status.st_mtime, ""
-        log.runs = log.parser.runs()
+        log.runs = log.parser.runs_if_ended()  # public logs may end without a line break
         self.logs[path] = log
         return True

@@ -695,6 +695,26 @@ def test_follower_survives_what_it_cannot_read(tmp_path):
     assert LogFollower(tmp_path / "missing").poll() == []
 
 
+def test_follower_takes_a_whole_last_line_without_a_line_break(tmp_path):
+    """Fails if a finished public log is running for ever, or a line that is still written counts."""
+    lines = [f"step:{s}/90 val_loss:3.{s:02d} train_time:{s}ms" for s in range(0, 91, 10)]
+    log = tmp_path / "run.txt"
+    log.write_text("\n".join(lines))
+    follower = LogFollower(tmp_path)
+    assert follower.poll() == [log] and follower.poll() == []
+    (run,) = follower.logs[log].runs
+    assert (run.state, run.last_step) == ("finished", 90)
+    same_run(run, read_log(log)[0])
+    with log.open("a") as file:
+        file.write("\nstep:0/90 val_loss:3.00 train_time:0ms\nstep:10/90 val_loss:2.00 train_time:1")
+    follower.poll()
+    runs = follower.logs[log].runs
+    assert [(run.state, run.last_step, len(run.val)) for run in runs] == [
+        ("finished", 90, 10),
+        ("running", 0, 1),
+    ]
+
+
 def test_follower_of_single_logs(tmp_path):
     """A launcher follows a log that does not exist yet; a monitor follows a sweep's logs."""
     log, other = tmp_path / "run.txt", tmp_path / "other.txt"
