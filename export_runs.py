@@ -307,6 +307,11 @@ def make_exporter(options: Namespace) -> Tables | TensorBoard | Tracker:
 
 
 def export_runs(options: Namespace) -> None:
+    for path in options.logs:
+        if path.suffix in (".toml", ".json"):
+            raise ValueError(
+                f"{path} is no log; wanted logs (logs/RUN_ID.txt) or folders of logs, such as logs"
+            )
     if not options.follow and not named_logs(options.logs):
         raise ValueError(f"no logs in {', '.join(map(str, options.logs))}; wanted RUN_ID.txt, maybe packed")
     exporter, names = make_exporter(options), RunNames()

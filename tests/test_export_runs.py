@@ -128,6 +128,12 @@ def test_what_is_missing_is_said(logs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert export_runs.main([str(tmp_path / "empty"), "--to", "csv"]) == 2
     assert "no logs in" in capsys.readouterr().err
+    out = tmp_path / "tables"
+    for more in ([], ["--follow"]):
+        assert (
+            export_runs.main([str(logs), "sweeps/smoke.toml", "--to", "csv", "--out", str(out), *more]) == 2
+        )
+        assert "sweeps/smoke.toml is no log; wanted logs" in capsys.readouterr().err and not out.exists()
     for library in ("tensorboard", "trackio", "wandb"):
         if importlib.util.find_spec(library) is None:
             assert export_runs.main([str(logs), "--to", library, "--out", str(tmp_path)]) == 2
