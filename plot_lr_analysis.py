@@ -119,11 +119,11 @@ def sentences(analysis: Analysis) -> list[str]:
     if stable:
         low, high = format_value(stable[0].value), format_value(stable[-1].value)
         lines.append(f"stable from {low} to {high}" if len(stable) > 1 else f"stable at {low} only")
-    lines.append(
-        f"the lowest value above the best at which a run diverged is {format_value(threshold.value)}"
-        if threshold
-        else "no run above the best value diverged"
-    )
+    if threshold:
+        value = format_value(threshold.value)
+        lines.append(f"the lowest value above the best at which a run diverged is {value}")
+    elif analysis.best():
+        lines.append("no run above the best value diverged")
     if analysis.noise_known:
         found = analysis.by_loss
         apart = ", what the runs of a seed share taken out," if found.paired else ""

@@ -162,10 +162,10 @@ class Analysis:
         return self.rates[low:high]
 
     def threshold(self) -> Rate | None:
-        """Lowest rate above the best at which a run diverged."""
+        """Lowest rate above the best at which a run diverged; None without a best."""
         best = self.best()
-        start = self.rates.index(best) + 1 if best else 0
-        return next((rate for rate in self.rates[start:] if rate.num_diverged), None)
+        above = self.rates[self.rates.index(best) + 1 :] if best else []
+        return next((rate for rate in above if rate.num_diverged), None)
 
     @property
     def noise_known(self) -> bool:

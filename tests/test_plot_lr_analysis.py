@@ -121,6 +121,17 @@ def test_single_runs_are_called_so(tmp_path):
     assert "a single run); how much runs differ by luck is unknown" in text
 
 
+def test_without_a_best_value_nothing_is_above_it(tmp_path):
+    """Fails if a sentence names the lowest value above the best where no value can be called best."""
+    losses = {0.01: 3.4, 0.02: 3.3, 0.04: 9.0}
+    ends = {("lr_0.01", 1): "crashed", ("lr_0.02", 1): "diverged"}
+    ends |= {("lr_0.04", seed): "diverged" for seed in (1, 2, 3)}
+    analysis = analyse(tmp_path, losses, ends)
+    text = plot_lr_analysis.markdown(analysis)
+    assert "No value can be called best" in text and "above the best" not in text
+    assert plot_lr_analysis.insights(analysis)["divergence_threshold"] is None
+
+
 def test_the_best_at_the_edge_is_said(tmp_path):
     analysis = analyse(tmp_path, {0.01: 3.4, 0.02: 3.3, 0.04: 3.2}, {})
     assert plot_lr_analysis.insights(analysis)["best_by_loss"]["edge_of_the_range"] == "highest"
