@@ -84,14 +84,19 @@ def split(command: str, place: object) -> list[str]:
 
 def make(record: Path) -> list[Path]:
     """Call the commands in the record's folder; return the files they wrote. ValueError if one fails."""
-    commands, before = read_commands(record), times(record)
+    return call(read_commands(record), record, record)
+
+
+def call(commands: Sequence[Sequence[str]], folder: Path, record: Path) -> list[Path]:
+    """Call a record's commands in a folder, the record itself or a copy; see `make`."""
+    before = times(folder)
     for tool, *arguments in commands:
         done = subprocess.run(
-            [sys.executable, str(HERE / tool), *arguments], cwd=record, capture_output=True, text=True
+            [sys.executable, str(HERE / tool), *arguments], cwd=folder, capture_output=True, text=True
         )
         if done.returncode:
             raise ValueError(f"{record}: `{shlex.join([tool, *arguments])}` failed: {done.stderr.strip()}")
-    return [path for path, time in times(record).items() if before.get(path) != time]
+    return [path for path, time in times(folder).items() if before.get(path) != time]
 
 
 def times(folder: Path) -> dict[Path, int]:
@@ -105,13 +110,14 @@ def check(record: Path) -> dict[Path, str]:
 
     OSError if a log's source code is missing or was changed.
     """
+    commands = read_commands(record)
     for log in record.glob("logs/*.txt*"):
         read_with_sources(log)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / record.resolve().name
         shutil.copytree(record, copy)
         found = {}
-        for path in make(copy):
+        for path in call(commands, copy, record):
             if not (record / path).exists():
                 found[path] = "not in the record"
             else:

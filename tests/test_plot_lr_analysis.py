@@ -364,8 +364,10 @@ def test_errors_speak_to_a_person(tmp_path, monkeypatch, capsys, recipe, message
     Path("records/x").mkdir(parents=True)
     if recipe:
         Path("records/x/record.toml").write_text(recipe)
-    assert make_record.main(["records/x"]) == 2
-    assert message in capsys.readouterr().err
+    for check in ([], ["--check"]):
+        assert make_record.main(["records/x", *check]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "records/x" in error and "/tmp" not in error, "the copy is gone"
 
 
 def test_a_damaged_archive_is_named(tmp_path):
