@@ -93,7 +93,7 @@ class Axis:
             units = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1.0, ""))
             self.scale, unit = next(unit for unit in units if self.end >= unit[0] or not unit[1])
             self.label = f"training tokens, {unit}" if unit else "training tokens"
-        self.end /= self.scale
+        self.end = self.end / self.scale or 1.0  # if step 0 is all there is, an axis needs a width
         firsts = [
             self.place(run, run.val.step[run.val.step > 0].min()) for run in started if run.val.step.any()
         ]

@@ -242,6 +242,14 @@ def test_other_axes(tmp_path, x):
     assert all({"tokens": "millions", "time": "time, s"}[x] in ax.get_xlabel() for ax in figure.axes)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("x", ["steps", "tokens", "time"])
+def test_a_log_of_step_0_alone(tmp_path, x):
+    """Fails if matplotlib is asked for an axis from 0 to 0, of which it warns."""
+    text = make_log(num_steps=STEPS, end=0, end_event="")
+    draw(write(tmp_path / "logs", "run", text), x)[0].draw_without_rendering()
+
+
 def test_schedules_that_agree_are_drawn_once(tmp_path):
     """Twelve equal lines on top of each other would show only the last run's colour."""
     write_arms(tmp_path / "logs", [0.0, 0.1])
