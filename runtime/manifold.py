@@ -216,7 +216,7 @@ class Manifold:
     """The measurement within a run: taken when due, off the training clock.
 
     optimizer: calls its .before_update once a step's gradients are reduced and before anything uses them; its
-    .matrices() yields (names, fp32 masters, gradients) of the matrices this rank owns, one shape at a time.
+    .stacks are the MatrixStacks of runtime/sharding.py.
     """
 
     def __init__(self, path: Path, every: int, optimizer, ranks, clock, log):
