@@ -239,7 +239,7 @@ class Launcher:
         say(f"{text} - {run.reason}" if run.reason else text)
 
     def seconds_left(self) -> float:
-        """Return how long the rest will take by the runs made whole in this launch; NaN if there are none."""
+        """Estimate the rest from the runs that this launch made from start to end; NaN without any."""
         if not self.seconds:
             return math.nan
         running = sum(min(time.monotonic() - job.begin, max(self.seconds)) for job in self.jobs)

@@ -92,8 +92,8 @@ def separated(results: Results) -> Results:
 def controls_of(results: Results) -> dict[str, str]:
     """Map each arm to the one it is compared with: its control, else the arm of lowest loss.
 
-    Arms of other source code are compared, too. If some arms have controls of their own, but there is no log
-    of the sweep's control, the others are compared with none.
+    Arms of other source code are compared, too. If some arms have controls of their own but the sweep's
+    control has no log, the other arms are not compared.
     """
     means = {arm.label: results.summary(arm).mean for arm in results.arms}
     usual = results.control

@@ -107,7 +107,9 @@ class Settings(settings.RunSettings):
     # length and shape of the run; one value per stage: three scheduled thirds, then the extension
     num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
     num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
-    train_tokens: int = knob(0, "tokens of the scheduled steps, whose number it sets; 0: not", low=0)
+    train_tokens: int = knob(
+        0, "tokens of the scheduled stages; sets NUM_SCHEDULED_ITERATIONS; 0: off", low=0
+    )
     batch_sizes: tuple[int, ...] = knob((131072, 262144, 393216, 393216), "tokens per step", low=128)
     slices: int = knob(8, "slices that a batch is cut into; more of them take less memory", low=8, high=64)
     pass_tokens: int = machine_knob(0, "most tokens of a pass of several slices; 0: by memory", low=0)
@@ -122,7 +124,7 @@ class Settings(settings.RunSettings):
     router_noise: float = knob(0.1, "standard deviation of router noise, in training", low=0)
     # learning rate
     lr_muls: tuple[float, ...] = knob(
-        (1.0, 1.52, 1.73, 1.0), "multiplier, by stage; LR_DECAY_FINAL ends linear and cosine instead", low=0
+        (1.0, 1.52, 1.73, 1.0), "learning-rate multiplier; linear and cosine decay to LR_DECAY_FINAL", low=0
     )
     warmup_steps: int = knob(0, "steps of linear learning-rate warm-up", low=0)
     cooldown_frac: float = knob(0.55, "share of the scheduled steps that the decay takes", low=0, high=1)
@@ -219,7 +221,7 @@ def resolve(s: Settings) -> Settings:
         mean_batch = sum(s.batch_sizes[:-1]) / (NUM_STAGES - 1)
         num_steps = max(1, round(s.train_tokens / mean_batch))
         changes |= {"num_scheduled_iterations": num_steps, "train_tokens": 0}
-    if not s.num_extension_iterations:  # no step has the last size: it must not count for memory or shards
+    if not s.num_extension_iterations:  # no step uses the extension's batch size: no forecast or check may
         changes["batch_sizes"] = (*s.batch_sizes[:-1], s.batch_sizes[-2])
     return replace(s, **changes)
 
@@ -677,7 +679,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: some of both embeddings is mixed into the stream; then attention and MLP add to it."""
+    """One layer: mixes token and n-gram embeddings into the stream, then adds attention and MLP."""
 
     def __init__(self, c: ModelConfig, plan: LayerPlan):
         super().__init__()
@@ -714,9 +716,9 @@ class Block(nn.Module):
 
 
 class FactoredBlock(Block):
-    """A layer with branch_factors: what is mixed in comes after attention, and each sum has two factors.
+    """A layer with branch_factors: embeddings are mixed in after attention.
 
-    The stream has one and the branch has one: a parameter or, where a network makes it, one for each token.
+    In each sum, stream and branch have a factor: a parameter, or one for each token from a network.
     """
 
     def factor_starts(self, plan: LayerPlan) -> dict[str, float]:
@@ -729,8 +731,8 @@ class FactoredBlock(Block):
             source = x if attn_source is None else attn_source
             branch = self.attn(source, value, signals, common)
             x = self.mix("resid_attn", x, x0, ngram, signals) + self.factor("attn", signals) * branch
-        # the product with x stands before the branch: autograd adds up x's gradients in an order that follows
-        # from this one, and another changes the last digits
+        # this product first: autograd sums x's gradients in the order of these lines, and another order
+        # changes the last digits
         resid = self.factor("resid_mlp", signals) * x
         return resid + self.factor("mlp", signals) * self.mlp(x, common.out_scale)
 
@@ -1108,7 +1110,7 @@ class AdamBucket(Bucket):
         roles = [find_role(name) for name in params]
         self.role_lr_mul = self.per_number([r.lr_mul for r in roles])
         bases = [getattr(o, r.lr_setting) for r in roles]
-        # one number where all agree: it is multiplied by lr_mul in double
+        # a Python float if all rates agree, so that base_lr * lr_mul is computed in float64
         self.base_lr = bases[0] if len(set(bases)) == 1 else self.per_number(bases)
         self.role_decay_mul = self.per_number([r.decay_mul for r in roles])
         self.betas = [self.per_number([r.betas[i] for r in roles]) for i in (0, 1)]
@@ -1134,7 +1136,8 @@ class MatrixBucket(MatrixStack):
 
     def __init__(self, params: dict, ranks: Ranks, o: "OptimizerSettings", compiler):
         super().__init__(params, ranks)
-        self.o, (N, R, K) = o, self.mine.shape
+        self.o = o
+        N, R, K = self.mine.shape
         self.rows_or_columns = (N, R, 1) if R >= K else (N, 1, K)
         self.state = {"momentum": torch.zeros_like(self.mine, dtype=torch.float32)}  # AdamW's m, too
         if o.optimizer != "muon":
@@ -1318,11 +1321,11 @@ class Schedule:
         self.untie_step = round(self.scheduled * config.untie_frac) | 1 if config.untie_frac < 1 else None
 
     def stage(self, step: int) -> int:
-        """Stage of a step; after the last one, its stage."""
+        """Stage of a step; for num_steps, that of the last step."""
         return sum(step >= end for end in self.bounds[1:NUM_STAGES] if end < self.num_steps)
 
     def tied(self, step: int) -> bool:
-        """Return whether embedding and head are one after `step` steps: validated so, then trained so."""
+        """Return whether embedding and head share weights after `step` steps and in the next one."""
         return self.untie_step is None or step <= self.untie_step
 
     def batch_tokens(self, step: int) -> int:

@@ -16,7 +16,7 @@ from analysis.run_log import FINISHED, RunLog, format_value
 from analysis.shown import clean
 
 DATA = ("train_data", "val_data")  # fields of event:started
-MAX_SETTINGS = 3  # in a name, if all arms' names have the same settings
+MAX_SETTINGS = 3  # of an arm's own; with more, its name has those alone that are unlike most arms'
 
 
 @dataclass
@@ -157,15 +157,16 @@ def _by_settings(arms: Sequence[Sequence[RunLog]]) -> list[str]:
     parts = [_parts(runs[0]) for runs in arms]
     chosen, names = _telling_apart(parts), []
     usual = {name: Counter(p[name] for p in parts if name in p).most_common(1)[0][0] for name in chosen}
+    scripts_differ = "script" in _varying(parts)
     for part in parts:
         own = [name for name in chosen if name in part]
-        unlike = [name for name in own if part[name] != usual[name]]
-        if len(own) > MAX_SETTINGS and not unlike:
-            names.append(f"{part[own[0]]}, else as most")
+        shown = own if len(own) <= MAX_SETTINGS else [name for name in own if part[name] != usual[name]]
+        if shown:
+            names.append(" ".join(part[name] for name in shown))
         elif own:
-            names.append(" ".join(part[name] for name in (unlike if len(own) > MAX_SETTINGS else own)))
+            names.append(f"{part[own[0]]}, else as most")
         else:
-            names.append(part["script"] if "script" in _varying(parts) else "")
+            names.append(part["script"] if scripts_differ else "")
     return names
 
 

@@ -5,12 +5,12 @@
     python benchmarks/first_hour.py c --out out --tokens shards     # stages 2 and 3
     python benchmarks/first_hour.py d --out out --tokens shards     # 300 real steps, resumed, a sample
 
-For a machine that may vanish at any minute and where nothing can be installed. Each step is a process: its
-output goes to out/STEP.txt, which ends with a line that says how it went, and its numbers to out/STEP.json.
-A step that fails or hangs does not stop the next one. After --minutes, the running step gets SIGTERM, at
-which a trainer saves and stops. The same command then does the rest; finished steps are not repeated, even
-failed ones (delete a step's .txt to repeat it). On another machine, --given names the folder with the earlier
-call's files. The compile cache is among them, in out/cache.tar.xz.N.
+Made for a machine that may vanish at any minute and on which nothing can be installed. Each step is a
+process: its output goes to out/STEP.txt, which ends with a line that says how it went, and its numbers to
+out/STEP.json. A step that fails or hangs does not stop the next one. After --minutes, the running step gets
+SIGTERM, at which a trainer saves and stops. The same command then does the rest; finished steps are not
+repeated, even failed ones (delete a step's .txt to repeat it). On another machine, --given names the folder
+with the earlier call's files. The compile cache is among them, in out/cache.tar.xz.N.
 
 --tokens: a folder with NAME_train_*.bin and NAME_val_*.bin, plain or .xz, and optionally tiktoken_cache/, to
 sample. Without it, random tokens with FineWeb's document lengths.
@@ -231,7 +231,7 @@ def part_d(steps: Steps, scratch: Path, dry: bool) -> list[str]:
     folder, out = scratch.joinpath("run", *steps.out.parts[1:]), steps.out
     log, again = folder / f"logs/{RUN}.txt", folder / f"logs/{RUN}-resumed.txt"
     if not log.exists():  # an earlier call's run is not here
-        for path in out.glob("d_*.txt"):
+        for path in out.glob("d[_.]*"):
             path.unlink()
     log.parent.mkdir(parents=True, exist_ok=True)
     num, extension, every = (14, 2, 12) if dry else (280, 20, 200)
@@ -273,9 +273,11 @@ def check_run(run, again) -> dict:
         "resumed, it ends alike": abs(resumed - last) < RESUMED_WITHIN if again else None,
     }
     ms, tokens = run.val.time_ms[-1], run.last("tokens")
-    odd = [f"{e.name} {e.fields}" for e in run.events if e.name in ("warning", "recompiled", "save_failed")]
+    bad = "warning", "recompiled", "save_failed"
+    warnings = [f"{event.name} {event.fields}" for event in run.events if event.name in bad]
     losses = {"first_val_loss": first, "last_val_loss": last, "resumed_val_loss": resumed}
-    return {"checks": checks, **losses, "train_ms": ms, "tokens_per_s": 1000 * tokens / ms, "odd": odd}
+    times = {"train_ms": ms, "tokens_per_s": 1000 * tokens / ms}
+    return {"checks": checks, **losses, **times, "warnings": warnings}
 
 
 # ---------------------------------------------------------------------------------------------------

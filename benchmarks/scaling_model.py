@@ -9,7 +9,8 @@ token_us and pass_ms are fitted to the public code's steps on one H100; its step
 Transfers are rings that nothing hides. Other presets have not been timed: for them, token_us grows with the
 FLOP per token, and pass_ms with the parameters, because much of it zeroes, casts and adds gradients. pass_ms
 includes an eighth of the optimizer's work (0.8 ms of gpt2-small's), which is right on eight GPUs. Stragglers,
-data and evaluation cost nothing.
+data and evaluation cost nothing. An H100 holds 80 GB: rows above some 70 GiB, and speed-ups over them, are of
+runs that do not fit.
 """
 
 import argparse

@@ -528,10 +528,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--script", default="train_gpt_muon_ord.py", help="trainer (default %(default)s)")
     parser.add_argument("--stages", help="comma-separated, 1 is the first, 4 the extension (default: all)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps a stage, whole, and in parts (20)")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="steps to time whole in each stage, and in parts (20)"
+    )
     parser.add_argument("--profile", action="store_true", help="also list the kernels of a step")
     parser.add_argument("--no-evaluation", action="store_true", help="time no validation")
-    text = "also the paired ratio of the twins, from so many pairs of two steps (40); --steps 0: nothing else"
+    text = "also the paired ratio of the twins, from this many pairs of two steps (40); --steps 0: only that"
     parser.add_argument("--ord", type=int, nargs="?", const=40, default=0, metavar="PAIRS", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     return parser.parse_args(argv)

@@ -21,7 +21,7 @@ These are left out, because a language model learns nothing from them or they wo
 A tenth of the documents is held out for validation, chosen by the sha256 of the path. A file is therefore on
 the same side on every machine and under every Python version. The same hash sets the order, so that any
 prefix of a shard is a fair sample of it. The text differs slightly between Python versions: compare losses
-only where the hashes agree that this script prints and the trainers log.
+only if the hashes agree, which this script prints and the trainers log.
 """
 
 import argparse

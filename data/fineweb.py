@@ -46,7 +46,7 @@ def main() -> None:
         type=int,
         default=sys.maxsize,
         metavar="N",
-        help="tokenize no further file when N shards are there, validation included (default: all)",
+        help="stop once N shards exist, validation included (default: all)",
     )
     add_options(parser)
     args = parser.parse_args()
@@ -71,20 +71,22 @@ def make_shards(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
         raise ValueError(f"{REPO} has no parquet files in sample/{args.sample}; has it been rearranged?")
     progress, work = Progress(), args.out / "unfinished"
     for file, name in enumerate(names):
-        if len(list(args.out.glob("*.bin"))) >= args.shards:
-            break
         if shard_path(args.out, args.sample, file, 0).exists():
             continue
+        for shard in args.out.glob(f"*_{file:03d}_?????.bin"):  # moves, below, that were interrupted
+            shard.unlink()
+        if len(list(args.out.glob("*.bin"))) >= args.shards:
+            break
         progress.where = f"(file {file + 1} of {len(names)}: {name})"
         path_of = functools.partial(shard_path, work, args.sample, file)
         writer = ShardWriter(path_of, tokenizer.vocabulary, args.shard_tokens)
-        path = download(REPO, name, work)
-        for found in tokenizer.stream(read_parquet(path, "text")):
+        parquet = download(REPO, name, work)
+        for found in tokenizer.stream(read_parquet(parquet, "text")):
             writer.add(found.tokens)
             progress.add(found.tokens.size)
         writer.flush()
-        for path in reversed(writer.written):  # the first one last: where it is, its file is finished
-            path.replace(args.out / path.name)
+        for shard in reversed(writer.written):  # the first one last: where it is, its file is finished
+            shard.replace(args.out / shard.name)
         shutil.rmtree(work)
     progress.show(end=True)
     print(f"{args.out}: {len(list(args.out.glob('*.bin')))} shards")

@@ -180,7 +180,7 @@ class Shard:
     def mark(self) -> int:
         """The token that begins every document.
 
-        In a shard of another vocabulary than GPT-2's and bytes, the first token is the mark; public GPT-2
+        In a shard whose vocabulary is neither GPT-2's nor bytes, the first token is the mark; public GPT-2
         shards may begin in the middle of a document.
         """
         known = {GPT2_VOCABULARY: GPT2_MARK, BYTE_VOCABULARY: BYTE_MARK}

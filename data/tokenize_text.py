@@ -141,7 +141,7 @@ class Unfinished:
             for part, first in FIRST_NUMBER.items():
                 for number in range(first, first + saved["state"][part][1]):
                     check_shard(self.path_of(part, number))
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         return saved["state"] if saved["choices"] == self.choices else None
 
@@ -194,6 +194,8 @@ def write_split(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
         progress.show(end=True)
         if args.val_frac:
             split_small(train, val, args.val_frac)
+        if not train.num_tokens + val.num_tokens:
+            raise ValueError("the files hold no text")
         least = min(train.num_tokens, val.num_tokens)
         if not train.num_tokens or (args.val_frac and least < LEAST_TOKENS):
             raise ValueError(

@@ -184,8 +184,8 @@ class ShardWriter:
     """Packs documents into shards of at most `shard_tokens` tokens, each of which begins with a mark.
 
     A document that does not fit goes whole into the next shard. One longer than a shard is cut, and every
-    piece begins with the mark. `path_of(number)` names the shards, numbered from `first`; the first
-    `num_written` of them are there already.
+    piece begins with the mark. `path_of(number)` names the shards, numbered from `first`; `num_written`
+    of them exist already.
     """
 
     def __init__(

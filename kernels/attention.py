@@ -97,13 +97,13 @@ class Documents:
         doc_BT = self.doc_ids(paired)
         T = doc_BT.shape[1]
         if T <= 2 * window or T % window:
-            block, query, key = T, torch.arange(T), torch.arange(T)
+            block, queries, keys = T, torch.arange(T), torch.arange(T)
             doc_q, doc_k = doc_BT[:, None], doc_BT[:, None]
         else:
-            block, query, key = window, torch.arange(window) + window, torch.arange(2 * window)
+            block, queries, keys = window, torch.arange(window) + window, torch.arange(2 * window)
             doc_q = doc_BT.view(-1, T // window, window)
             doc_k = with_previous_block(doc_q, dim=2, fill=-1)
-        ago = (query[:, None] - key).to(doc_BT.device)
+        ago = (queries[:, None] - keys).to(doc_BT.device)
         seen = (ago >= 0) & (ago <= window) & (doc_q[..., :, None] == doc_k[..., None, :])
         bias = torch.zeros(seen.shape, device=doc_BT.device).masked_fill(~seen, -math.inf)
         self.bands[key] = Band(block, bias.flatten(0, 1).unsqueeze(1))
@@ -166,7 +166,7 @@ def activate(backend: str) -> tuple[str, list[str]]:
                 torch.nn.attention.restore_flash_attention_impl()
             warnings.append(
                 f"{package.module} is installed, but cannot be used: {first_line(error)}; {package.name} is "
-                "passed over"
+                "skipped"
             )
     try:
         check_varlen(device)

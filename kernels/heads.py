@@ -85,6 +85,6 @@ def token_blocks(x: Tensor, block: int, pad: int, fill: int = 0) -> Tensor:
 
 
 def with_previous_block(x: Tensor, dim: int, fill: int = 0) -> Tensor:
-    """Each of the blocks, dimension 1, behind the one before it along `dim`; `fill` before the first."""
+    """Join each block, dimension 1, with the one before it along `dim`; `fill` stands before the first."""
     before = F.pad(x, (*(0, 0) * (x.ndim - 2), 1, 0), value=fill)[:, :-1]
     return torch.cat((before, x), dim)

@@ -32,7 +32,7 @@ def hash_ngrams(tokens_BT: Tensor, lengths: tuple[int, ...], num_rows: int) -> l
     bigrams.
     """
     last = num_rows - 1
-    return [mix(tokens_BT, HASH_MULTIPLIERS[:length], last, fill=last) for length in lengths]
+    return [mix_ngram(tokens_BT, HASH_MULTIPLIERS[:length], last, fill=last) for length in lengths]
 
 
 def sign_rows(tokens_BT: Tensor, length: int, num_rows: int) -> Tensor:
@@ -41,13 +41,13 @@ def sign_rows(tokens_BT: Tensor, length: int, num_rows: int) -> Tensor:
     n-grams that share a row of the hash embedding then differ in half of its signs, so that their gradients
     do not add up alike (the public speedrun's record of 2026-05-20).
     """
-    return mix(tokens_BT, (1,) * length, num_rows, fill=0)
+    return mix_ngram(tokens_BT, (1,) * length, num_rows, fill=0)
 
 
-def mix(tokens_BT: Tensor, multipliers: tuple[int, ...], modulus: int, fill: int) -> Tensor:
+def mix_ngram(tokens_BT: Tensor, multipliers: tuple[int, ...], modulus: int, fill: int) -> Tensor:
     """Exclusive or of each token and those before it, each times its multiplier, modulo `modulus`.
 
-    multipliers: of the token itself, of the one before, ... `fill` where too few tokens precede in the slice.
+    multipliers: for the token, the one before it, and so on. `fill` where too few tokens come before.
     """
     reach = len(multipliers) - 1
     mixed = multipliers[0] * tokens_BT[:, reach:]

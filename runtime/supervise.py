@@ -6,7 +6,7 @@ A trainer is a module that offers:
     PRESETS                              {name: (model config, {setting: default that the preset changes})};
                                          the first is MODEL=auto on a GPU
     ORD_DEFAULTS                         if it has one: {ORD_MODE: {setting: default that the mode changes}}
-    VAL_SLICES                           if it has one: slices of a batch of validation, of 16 tokens at least
+    VAL_SLICES                           if it has one: slices of a validation batch (16 tokens at least)
     read_settings(env)                   -> (settings, optimizer settings, model config); raises SettingsError
     open_data(settings, world_size)      -> (training shards, validation shards); raises ValueError
     count_slices(settings, world_size)   -> slices of a global batch

@@ -411,7 +411,7 @@ def test_flash_attention_4_where_it_can_be_had(choose, tmp_path):
     (tmp_path / "flash_attn_interface.py").write_text(FA3_PACKAGE)
     assert choose(9, 0, kernels=VarlenOnCPU()) == ("varlen-FA3", [])
     name, (warning,) = choose(9, 0, kernels=VarlenOnCPUWhere(lambda: active() != "FA3"))
-    assert name == "varlen-FA4" and active() == "FA4" and "FA3 is passed over" in warning
+    assert name == "varlen-FA4" and active() == "FA4" and "FA3 is skipped" in warning
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])

@@ -173,6 +173,7 @@ def test_attention_on_a_cpu_equals_a_loop(paired, num_kv_heads, window):
         results.append([y.detach(), *(x.grad for x in leaves)])
     for ours, naive in zip(*results):
         torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-9)
+    assert docs.band(window, paired) is docs.band(window, paired), "every layer makes the mask anew"
 
 
 @pytest.mark.filterwarnings("ignore")  # flex warns that it runs uncompiled, which is what a test wants
