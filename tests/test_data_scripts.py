@@ -462,7 +462,7 @@ MISTAKES = {
     "not a text": ("a.jsonl", b'{"text": 5}\n', [], "'text' is int, not text"),
     "no parquet": ("a.parquet", b"PAR1 no it is not", [], "not a parquet file"),
     "too little text": ("a.txt", b"a text", [], "each needs at least 1,025: add text"),
-    "nothing": ("a.txt", b" \n\n", [], "0 tokens for training, 0 for validation"),
+    "nothing": ("a.txt", b" \n\n", [], "hold no text"),
     "no fraction": ("a.jsonl", LINE, ["--val-frac", "nan"], "--val-frac nan"),
     "no shard": ("a.jsonl", LINE, ["--shard-tokens", "1"], "--shard-tokens 1"),
     "no worker": ("a.jsonl", LINE, ["--workers", "0"], "--workers 0"),
