@@ -208,7 +208,7 @@ def rehearse_once_asked_to_stop(run):
 
 
 trainer.Run.rehearse = rehearse_once_asked_to_stop
-sys.exit(supervise.main(trainer, sys.argv[1:]))
+supervise.leave(supervise.main(trainer, sys.argv[1:]))
 """
 
 
