@@ -37,7 +37,7 @@ def step(self, number, *args, **kwargs):
 
 
 trainer.Trainer.step = step
-sys.exit(supervise.main(trainer, sys.argv[1:]))
+supervise.leave(supervise.main(trainer, sys.argv[1:]))
 """
 
 
