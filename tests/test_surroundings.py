@@ -207,7 +207,7 @@ def test_a_text_is_found_under_any_name(project, name):
     path.parent.mkdir(exist_ok=True)
     path.write_text(" ")
     done = shell(project, "./run.sh", name, CDPATH=".")
-    assert done.returncode == 2 and done.stderr.endswith("add text or documents\n"), done.stderr
+    assert done.returncode == 2 and done.stderr.endswith("the files hold no text\n"), done.stderr
 
 
 # ---- the environment
