@@ -83,9 +83,9 @@ def load_gpt2():
         raise ValueError(NO_VOCABULARY.format(reason=type(error).__name__)) from None
 
 
-def encode_bytes(text: str) -> np.ndarray:
+def encode_bytes(text: str) -> bytes:
     # A zero byte would read as the beginning of a document, and carries no meaning in text.
-    return np.frombuffer(text.replace("\0", "").encode("utf-8", "replace"), dtype=np.uint8)
+    return text.replace("\0", "").encode("utf-8", "replace")
 
 
 _encode: Callable[[str], list[int] | np.ndarray] | None = None  # set in each worker when it starts
@@ -95,7 +95,7 @@ _mark = 0
 def _start_worker(as_bytes: bool) -> None:
     global _encode, _mark
     if as_bytes:
-        _encode, _mark = encode_bytes, BYTE_MARK
+        _encode, _mark = lambda text: np.frombuffer(encode_bytes(text), dtype=np.uint8), BYTE_MARK
     else:
         _encode, _mark = load_gpt2().encode_ordinary, GPT2_MARK
 
