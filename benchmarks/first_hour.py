@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from analysis.run_log import read_log  # noqa: E402
-from data.shards import count_tokens, own_shards, write_shard  # noqa: E402
+from data.shards import DataError, count_tokens, own_shards, write_shard  # noqa: E402
 
 SCRATCH = Path(tempfile.gettempdir()) / "first_hour"  # fixed: a compile cache holds absolute paths
 GRACE_S, PACK_S = 40, 40  # of a call's time: for a step to save and stop, and for packing the cache
@@ -94,7 +94,11 @@ def unpack_shards(source: Path, folder: Path) -> Path:
             data = path.read_bytes()
             new.write_bytes(lzma.decompress(data) if path.suffix == ".xz" else data)
             new.replace(place)
-    if not own_shards(str(folder)):  # which refuses several corpora
+    try:
+        found = own_shards(str(folder))
+    except DataError:  # it names this copy, and settings that do not choose here
+        raise ValueError(f"--tokens {source}: shards of several corpora; give a folder with one") from None
+    if not found:
         raise ValueError(f"--tokens {source}: found no NAME_train_*.bin with NAME_val_*.bin, plain or .xz")
     return folder
 
@@ -230,6 +234,8 @@ def part_d(steps: Steps, scratch: Path, dry: bool) -> list[str]:
     """Train, resume and sample, in a scratch folder for each --out; then check what came of it."""
     folder, out = scratch.joinpath("run", *steps.out.parts[1:]), steps.out
     log, again = folder / f"logs/{RUN}.txt", folder / f"logs/{RUN}-resumed.txt"
+    if not (out / "d_train.txt").exists():  # to be trained anew: not an old run of another call or code
+        shutil.rmtree(folder, ignore_errors=True)
     if not log.exists():  # an earlier call's run is not here
         for path in out.glob("d[_.]*"):
             path.unlink()
@@ -243,10 +249,12 @@ def part_d(steps: Steps, scratch: Path, dry: bool) -> list[str]:
         shutil.copy(log, out / "d_log.txt")
     if not steps.succeeded("d_train"):
         return []
-    env |= dict(RUN_ID=again.stem, RESUME=str(checkpoint_to_resume(log)))
-    steps.run("d_resumed", trainer, 3600, folder, **env)
-    command = [ROOT / "sample.py", log.with_suffix("") / "model.safetensors", "--device", steps.env["DEVICE"]]
-    steps.run("d_sample", [*command, "--tokens", "40", "--prompt", "The history of"], 120, folder)
+    if checkpoint := checkpoint_to_resume(log):
+        steps.run("d_resumed", trainer, 3600, folder, **env, RUN_ID=again.stem, RESUME=str(checkpoint))
+    if dry or "TIKTOKEN_CACHE_DIR" in steps.env:
+        model = [log.with_suffix("") / "model.safetensors", "--device", steps.env["DEVICE"]]
+        command = [ROOT / "sample.py", *model, "--tokens", "40", "--prompt", "The history of"]
+        steps.run("d_sample", command, 120, folder)
     found = check_run(read_log(log)[0], read_log(again)[0] if steps.succeeded("d_resumed") else None)
     out.joinpath("d.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found))
@@ -254,10 +262,11 @@ def part_d(steps: Steps, scratch: Path, dry: bool) -> list[str]:
 
 
 def checkpoint_to_resume(log: Path) -> Path | None:
-    """Choose the newest at which the run itself was not resumed; else the comparison proves nothing."""
+    """Choose the newest from which the run itself did not go on: comparing that would prove nothing."""
     used = [Path(event.fields["path"]).name for event in read_log(log)[0].events if event.name == "resumed"]
-    saved = log.with_suffix("").glob("step_*.pt")
-    return max(saved, key=lambda path: (path.name not in used, path), default=None)
+    return max(
+        (path for path in log.with_suffix("").glob("step_*.pt") if path.name not in used), default=None
+    )
 
 
 def check_run(run, again) -> dict:

@@ -79,15 +79,17 @@ def linear_cases(name: str, times: int, x: torch.Tensor, N: int) -> list[Case]:
 
 
 def product_cases(c, M: int) -> list[Case]:
-    """All products with matrices except the head's; two of the MLP's include elementwise work."""
+    """All products with matrices but the head's and experts'; two of the MLP's include elementwise work."""
     C, hidden_width, layers = c.width, 4 * c.width, c.num_layers
     attending, queries = layers - len(c.no_attention), c.num_heads * c.head_dim
     keys = c.num_kv_heads * c.head_dim
     x, grad, up, down = normal(M, C), normal(M, C), normal(hidden_width, C), normal(hidden_width, C)
     hidden, flop = normal(M, hidden_width).square_(), 2 * M * C * hidden_width
-    return [
+    attention = [
         *linear_cases("qkv", attending, x, queries + 2 * keys),
         *linear_cases("attention's output", attending, normal(M, queries), C),
+    ]
+    mlp = [
         Case("MLP up and relu^2, forward", layers, lambda: cuda.mlp_up(x, up), flop),
         Case("MLP down, forward", layers, lambda: hidden @ down, flop),
         Case("MLP down and relu^2, gradient", layers, lambda: cuda.mlp_up_backward(grad, down, hidden), flop),
@@ -95,6 +97,7 @@ def product_cases(c, M: int) -> list[Case]:
         Case("MLP up, input's gradient", layers, lambda: hidden @ up, flop),
         Case("MLP up, weight's gradient", layers, lambda: hidden.T @ x, flop),
     ]
+    return attention if c.num_experts else attention + mlp
 
 
 def head_cases(c, M: int, V: int) -> list[Case]:
@@ -156,6 +159,7 @@ def gate_cases(c, M: int) -> list[Case]:
 
 def attention_cases(c, batch, backend: str, windows: tuple[int, int]) -> list[Case]:
     """Attention of each kind of layer, on the documents of this batch."""
+    activate(backend)
     plans = [plan for plan in train_gpt.layer_plans(c) if plan.attention]
     docs, (B, T), cases = Documents(batch, backend), batch.inputs_BT.shape, []
     for (long, paired), times in Counter((plan.long_window, plan.paired) for plan in plans).items():
@@ -210,7 +214,6 @@ def update_cases(shapes: dict) -> list[Case]:
 def make_parts(env: dict) -> tuple[str, dict[str, Callable]]:
     """Return (device, {part: function that makes its cases})."""
     s, _, c, _ = read_run(train_gpt, env)
-    activate(s.attn_backend)
     (shards, _), schedule, shapes = train_gpt.open_data(s, 1), train_gpt.Schedule(s, c), matrix_shapes(c)
     data, V = train_gpt.TrainData(shards, s, Ranks(s.device)), padded_vocab(shards[0].vocab_size)
     on_cuda = s.device == "cuda"

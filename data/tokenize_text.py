@@ -200,7 +200,7 @@ def write_split(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
         if not train.num_tokens or (args.val_frac and least < LEAST_TOKENS):
             raise ValueError(
                 f"{train.num_tokens:,} tokens for training, {val.num_tokens:,} for validation; each needs at "
-                f"least {LEAST_TOKENS:,}: add text or documents"
+                f"least {LEAST_TOKENS:,}: add text or documents, or let more fit a shard (--shard-tokens)"
             )
         paths = work.finish()
     except ValueError:  # the input is to be changed, and what was made of it with it

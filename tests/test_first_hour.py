@@ -97,6 +97,11 @@ def test_part_d_goes_on_where_it_was_cut_off(call, tmp_path, monkeypatch):
     assert found["resumed_val_loss"] == pytest.approx(found["last_val_loss"], abs=1e-4)
     assert "going on from step 12" in (tmp_path / "out/d_resumed.txt").read_text()
     assert "The history of" in (tmp_path / "out/d_sample.txt").read_text()
+    # what is deleted is done anew: an old run would pass for one of the code as it is now
+    (tmp_path / "out/d_train.txt").unlink()
+    monkeypatch.setattr(first_hour, "wait", until_step_5)
+    assert call("d") == 0 and "\n== cut off, after" in (tmp_path / "out/d_train.txt").read_text()
+    assert not (tmp_path / "out/d_resumed.txt").exists()
 
 
 LOG = """
@@ -108,18 +113,16 @@ event:recompiled step:15
 """
 
 
-@pytest.mark.parametrize("stop", (4, 12, 14))
-def test_a_run_is_resumed_where_it_had_not_stopped(stop, tmp_path):
-    """Fails if both runs go on from one checkpoint, which says nothing about resuming.
-
-    Or if all is trained again from an early stop, because nothing else is left.
-    """
+@pytest.mark.parametrize(("stop", "chosen"), [(4, "step_00000012.pt"), (14, "step_00000012.pt"), (12, None)])
+def test_a_run_is_resumed_where_it_had_not_stopped(stop, chosen, tmp_path):
+    """Fails if both runs go on from one checkpoint, which says nothing about resuming."""
     log = tmp_path / "first-hour.txt"
     log.write_text(LOG.format(stop=stop, kept=12))
     log.with_suffix("").mkdir()
     for step in (stop, 12):
         (tmp_path / f"first-hour/step_{step:08d}.pt").touch()
-    assert first_hour.checkpoint_to_resume(log).name == "step_00000012.pt"
+    found = first_hour.checkpoint_to_resume(log)
+    assert (found and found.name) == chosen
 
 
 def test_a_run_that_did_not_learn_or_compiled_on_the_way_is_named(tmp_path):
@@ -195,7 +198,7 @@ def test_given_shards_are_unpacked_and_never_mixed(call, tmp_path, no_steps, cap
     for path in first.iterdir():
         shutil.copy(path, given)
     assert call("b", "--tokens", given) == 2
-    assert "several corpora (x, y)" in capsys.readouterr().err
+    assert f"--tokens {given}: shards of several corpora" in capsys.readouterr().err
 
 
 def test_a_misspelt_folder_or_a_missing_gpu_is_refused(call, tmp_path, monkeypatch, capsys):
