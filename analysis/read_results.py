@@ -79,12 +79,15 @@ def _read_sweep(manifest: Manifest, file: Path, pool_sources: bool) -> Results:
 
 
 def _groups(attempts: Sequence[Attempt], pool_sources: bool) -> dict[tuple[str, str], list[Attempt]]:
-    """Group runs by tag, source and data, with key (label, source); one without a log joins its tag."""
+    """Group runs by tag, source and data, with key (label, source).
+
+    A run whose log is missing, or was cut before event:started, does not say these: it joins its tag.
+    """
     usual = _usual_place(attempts)
     groups: dict[tuple, list[Attempt]] = {}
     for attempt in attempts:
         place = attempt.source, attempt.data
-        if not attempt.log:
+        if not (attempt.log and attempt.log.started):
             place = usual.get(attempt.tag, place)
         source, data = place
         groups.setdefault((attempt.tag, "" if pool_sources else source, data), []).append(attempt)
@@ -102,10 +105,10 @@ def _groups(attempts: Sequence[Attempt], pool_sources: bool) -> dict[tuple[str, 
 
 
 def _usual_place(attempts: Sequence[Attempt]) -> dict[str, tuple[str, str]]:
-    """Return the source and data of most runs of each tag, of those with a log."""
+    """Return the source and data of most runs of each tag, of those whose logs say that they started."""
     counts: dict[str, Counter] = {}
     for attempt in attempts:
-        if attempt.log:
+        if attempt.log and attempt.log.started:
             counts.setdefault(attempt.tag, Counter())[attempt.source, attempt.data] += 1
     return {tag: places.most_common(1)[0][0] for tag, places in counts.items()}
 
@@ -138,7 +141,8 @@ def _attempt(record: Run, folder: Path) -> Attempt:
     attempt = Attempt(record.run_id, record.seed, record.state, math.nan, record.tag, record.reason)
     attempt.source, attempt.log = record.source_hash, log
     if log:
-        attempt.source = log.source_hash or record.source_hash
+        if log.started:  # else its source code may be cut
+            attempt.source = log.source_hash or record.source_hash
         attempt.seed = record.seed if log.seed is None else log.seed
         ends = ("finished", "diverged")  # also of a run that crashed, if it was resumed by hand
         if record.state not in FAILED:

@@ -183,8 +183,8 @@ def loss_unit(runs) -> str:
 
 
 def token_name(runs) -> str:
-    """Name of a token: byte if all runs' tokens are bytes, else token."""
-    sizes = {run.config.get("vocab_size", _vocabulary_of_old(run)) for run in runs}
+    """Name of a token: byte if all runs whose logs have settings use bytes, else token."""
+    sizes = {run.config.get("vocab_size", _vocabulary_of_old(run)) for run in runs if run.config}
     return "byte" if sizes == {BYTES} else "token"
 
 

@@ -266,6 +266,19 @@ def test_an_arm_that_loses_runs_is_not_called_better(tmp_path):
     assert rows["risky"].first_step_all is None and results.verdict.best is None
 
 
+@pytest.mark.parametrize("cut", ["", SOURCE[:60], SOURCE + SEPARATOR, "event:started"])
+def test_a_run_killed_before_its_first_event_is_a_failure_of_its_arm(tmp_path, cut):
+    """Fails if it becomes an arm of its own, so that the survivors are called better."""
+    arms = {"base": (3.30, {"vocab_size": 256}), "risky": (3.20, {"vocab_size": 256, "MUON_LR": 0.05})}
+    file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="base", ends={("risky", 5): "crashed"})
+    (log,) = (tmp_path / "logs").glob("*-risky-*seed5-*")
+    log.write_text(log.read_text().partition(cut)[0] if cut == "event:started" else cut)
+    results, rows, text, numbers = report_of(file, logs=tmp_path / "logs")
+    assert set(rows) == {"base", "risky"} and rows["risky"].result.failed == 1 and not numbers["better"]
+    assert "that risky is better (1 of 5 runs of risky failed)" in numbers["conclusion"]
+    assert style.loss_unit(results.runs) == "nats per byte" and "nats per token" not in text
+
+
 def test_arms_with_their_own_controls(tmp_path):
     """Each arm is compared with its own control, by name; p is corrected over all; --control overrides."""
     arms = {"slow_0": (3.30, {"MUON_LR": 0.01}), "slow_1": (3.28, {"MUON_LR": 0.01, "SPECTRAL_LR_MUL": 0.5})}
