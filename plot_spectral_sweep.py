@@ -27,7 +27,14 @@ from analysis.files import write_atomically
 from analysis.read_results import read_results
 from analysis.results import Results, SweepArm
 from analysis.run_log import format_value
-from analysis.sweep_pictures import axis_of, draw_forest, forest_inches, forest_place, what_to_draw
+from analysis.sweep_pictures import (
+    axis_of,
+    draw_forest,
+    forest_inches,
+    forest_place,
+    forest_width,
+    what_to_draw,
+)
 from analysis.tables import (
     as_csv,
     format_difference,
@@ -49,15 +56,15 @@ def figure(results: Results):
     found = differences(drawn, results.verdict.controls, axis)
     rho = {key: what for key, what in RHO.items() if is_logged(drawn, [key], axis)}
     inches = forest_inches(results) if results.has_differences else 0
-    height = inches + 5
-    fig = plt.figure(figsize=(15, height))
+    height, width = inches + 5, forest_width(results, 15) if inches else 15
+    fig = plt.figure(figsize=(width, height))
     gap = 0.3 + 0.075 * min(MAX_NAME, max(len(item.label) for item in drawn))  # inches, for names
     widths = [3.9, gap, *[3.4] * len(rho)] if rho else [3.9]
     edges = {"left": 0.07, "right": 0.98 if rho else 0.86, "bottom": 0.7 / height, "top": 4.6 / height}
     row = fig.add_gridspec(1, len(widths), width_ratios=widths, **edges)
     ax = fig.add_subplot(row[0])
     if results.has_differences:
-        draw_forest(fig.add_axes(forest_place(results, 15, 5)), results)
+        draw_forest(fig.add_axes(forest_place(results, width, 5)), results)
     if found:
         panel_differences(ax, found, axis, results.compared_with)
     else:

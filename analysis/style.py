@@ -23,6 +23,7 @@ MEAN_KEY = "mark: mean with its 95% interval; ticks: single seeds; hollow: a sin
 NUM_COLOURS = 128  # in a PNG's palette
 SUFFIXES = (".png", ".svg", ".pdf")
 SPEEDRUN_TARGET = 3.28
+SHARED_LETTERS = 8  # before the place where names differ, shown to say what differs
 BYTES = 256  # vocabulary size of byte tokens
 
 
@@ -152,7 +153,8 @@ def shorten(text: str, width: int) -> str:
 def shorten_apart(texts: Sequence[str], width: int) -> list[str]:
     """Shorten texts so that different ones stay different.
 
-    If they would look alike, their common prefix is cut first; if that does not help, they stay whole.
+    If they would look alike, their common prefix is cut first, then what stands before the place where each
+    differs; if that does not help, they stay whole.
     """
     begin = re.match(r"(.*[ _-])?", os.path.commonprefix(list(texts)))[0]
     rests = [f"…{text[len(begin) :]}" for text in texts] if begin else texts
@@ -160,7 +162,20 @@ def shorten_apart(texts: Sequence[str], width: int) -> list[str]:
         short = [shorten(text, width) for text in candidates]
         if len(set(short)) == len(set(texts)):
             return short
-    return list(texts)
+    short = _around_differences(texts, width)
+    return short if len(set(short)) == len(set(texts)) else list(texts)
+
+
+def _around_differences(texts: Sequence[str], width: int) -> list[str]:
+    """Keep each text's beginning, a third of `width`, and the place where it differs from its like."""
+    ordered, head, found = sorted(set(texts)), width // 3, {}
+    for number, text in enumerate(ordered):
+        beside = ordered[max(0, number - 1) : number] + ordered[number + 1 : number + 2]
+        shared = max((len(os.path.commonprefix([text, other])) for other in beside), default=0)
+        start = max(head, shared - SHARED_LETTERS)
+        short = f"{text[:head]}…{text[start:]}" if start > head else text
+        found[text] = short if len(short) <= width else f"{short[: max(0, width - 1)]}…"
+    return [found[text] for text in texts]
 
 
 def target_of(runs, target: float | None) -> tuple[float, str] | None:

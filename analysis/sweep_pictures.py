@@ -22,11 +22,13 @@ from analysis.stats import Comparison
 from analysis.tables import format_difference, format_interval, format_loss, state_p
 
 MAX_LABEL = 44  # characters of an arm's name beside a picture
+MAX_OTHER = 24  # characters of its control's name in its verdict
 VERDICTS = {"better": "#0072B2", "worse": "#D55E00"}
 # Columns beside the forest: heading, and right edge in points from the panel.
 COLUMNS = (("mean loss", 54), ("runs", 80), ("difference", 132), ("95% interval", 238))
 VERDICT_AT = 248
 VERDICT_LETTERS, LETTER_INCHES = 52, 0.066  # room for a verdict; more if one is longer
+PANEL_INCHES = 2.2  # at least; the page grows with long names and verdicts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -115,6 +117,7 @@ def verdict_words(results: Results, arm: SweepArm, pair: Comparison | None, p: f
         return ", ".join(remarks)
     words, other = results.call(arm.label), results.verdict.controls[arm.label]
     if other != results.reference:
+        other = style.shorten(other, MAX_OTHER)
         words += f" against {other}" if words == "undecided" else f" than {other}"
     if pair.difference == 0 and pair.sd == 0:
         words = "the same losses, bit for bit"
@@ -127,13 +130,23 @@ def verdict_words(results: Results, arm: SweepArm, pair: Comparison | None, p: f
     return ", ".join([words, *remarks])
 
 
-def forest_place(results: Results, width: float, below: float) -> tuple[float, float, float, float]:
-    """Rectangle for add_axes of a forest plot on a page of this width, `below` inches above its bottom."""
+def forest_margins(results: Results) -> tuple[float, float]:
+    """Inches that a forest plot needs to the left and right of its panel, for names and verdicts."""
     longest = max(len(name) for name in style.shorten_apart([arm.label for arm in results.arms], MAX_LABEL))
-    inches, left = forest_inches(results), 0.25 + 0.083 * longest
     verdicts = (verdict_words(results, arm, *results.comparison(arm.label)) for arm in results.arms)
     letters = max(VERDICT_LETTERS, *map(len, verdicts))
-    height, right = inches + below, VERDICT_AT / 72 + LETTER_INCHES * letters
+    return 0.25 + 0.083 * longest, VERDICT_AT / 72 + LETTER_INCHES * letters
+
+
+def forest_width(results: Results, width: float) -> float:
+    """Width in inches of a page for a forest plot: `width`, or more if names and verdicts need it."""
+    return max(width, PANEL_INCHES + sum(forest_margins(results)))
+
+
+def forest_place(results: Results, width: float, below: float) -> tuple[float, float, float, float]:
+    """Rectangle for add_axes of a forest plot on a page of this width, `below` inches above its bottom."""
+    inches, (left, right) = forest_inches(results), forest_margins(results)
+    height = inches + below
     return (
         left / width,
         (below + 0.7) / height,
@@ -144,8 +157,9 @@ def forest_place(results: Results, width: float, below: float) -> tuple[float, f
 
 def picture_of_forest(results: Results):
     """Draw the forest plot, filling the page."""
-    fig = style.load_matplotlib().figure(figsize=(13.5, forest_inches(results)))
-    draw_forest(fig.add_axes(forest_place(results, 13.5, 0)), results)
+    width = forest_width(results, 13.5)
+    fig = style.load_matplotlib().figure(figsize=(width, forest_inches(results)))
+    draw_forest(fig.add_axes(forest_place(results, width, 0)), results)
     return fig
 
 

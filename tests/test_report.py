@@ -731,6 +731,27 @@ def test_the_forest_shows_the_numbers(tmp_path, num_arms):
     assert num_arms < 12 or ax.get_xscale() == "symlog"
 
 
+@pytest.mark.parametrize("length", [48, 80, 160])
+def test_a_forest_of_long_tags_is_readable(length):
+    """Fails if names leave no room for the panel, run off the page or are cut to the same."""
+    tag = ("muon_weight_decay_0.025_and_warmup_300_" * 5)[:length]
+    middle = length // 2
+    tags = ["base", tag, tag[:middle] + "X" + tag[middle + 1 :], tag[:middle] + "Y" + tag[middle + 1 :]]
+    results = made_up(
+        {name: [3.2 + i / 10, 3.21 + i / 10, 3.25] for i, name in enumerate(tags)}, [1, 2, 3], "base"
+    )
+    results.versus, results.looks = dict.fromkeys(tags[2:], tag), style.looks_of(tags, "base")
+    results.arms[2].attempts.append(Attempt("x", 4, "crashed"))
+    figure = picture_of_forest(results)
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    assert ax.get_window_extent().width > 2 * figure.dpi
+    assert len({label.get_text() for label in ax.get_yticklabels()}) == len(tags)
+    boxes = [text.get_window_extent() for text in (*ax.texts, *ax.get_yticklabels(), ax.title)]
+    assert all(0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    assert figure.get_figwidth() < 18, "whole names would be wider than a screen"
+
+
 def test_arms_of_bare_logs_are_in_order_of_their_numbers(tmp_path):
     """Fails if lr_10 stands between lr_1 and lr_2."""
     names = ["base", "lr_2e-05", "lr_0.5", "lr_2", "lr_10"]
