@@ -60,7 +60,8 @@ def figure(results: Results):
     fig = plt.figure(figsize=(width, height))
     gap = 0.3 + 0.075 * min(MAX_NAME, max(len(item.label) for item in drawn))  # inches, for names
     widths = [3.9, gap, *[3.4] * len(rho)] if rho else [3.9]
-    edges = {"left": 0.07, "right": 0.98 if rho else 0.86, "bottom": 0.7 / height, "top": 4.6 / height}
+    right = 0.98 if rho else min(0.86, 1 - (gap + 0.5) / width)  # the names are beside the last panel
+    edges = {"left": 0.07, "right": right, "bottom": 0.7 / height, "top": 4.6 / height}
     row = fig.add_gridspec(1, len(widths), width_ratios=widths, **edges)
     ax = fig.add_subplot(row[0])
     if results.has_differences:

@@ -105,6 +105,15 @@ def test_nothing_overlaps(tmp_path, num_arms, seeds):
         assert len(single) == (num_arms if len(seeds) == 1 else 0)
 
 
+def test_long_names_end_within_the_page(tmp_path):
+    """Fails if a name beside the end of a curve is cut by the page's edge where no panel of rho follows."""
+    tag = "normuon_with_weight_decay_0.025_and_cooldown_0.7_and_lr_0.0"
+    arms = {f"{tag}{i}": (3.27 + i / 100, {"script": "train_gpt.py", "MUON_LR": i}) for i in (1, 2)}
+    figure, _ = draw(tmp_path, arms, control=f"{tag}1", seeds=(1, 2))
+    boxes = [ax.get_tightbbox() for ax in figure.axes]
+    assert len(boxes) == 2 and all(0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
 # ------------------------------------------------------------------------------------------------
 # The table
 # ------------------------------------------------------------------------------------------------
