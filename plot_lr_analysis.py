@@ -13,8 +13,8 @@ curves of each value). The same logs give the same tables, byte for byte.
 Losses are those of the last validation, in nats per token, means over seeds; perplexity is exp(mean loss).
 Every value gets a label by the rules below, in which "the fall" is how far the best value's loss fell from
 where training began. Values that cannot be told from the best are those of stats.contenders: the truly best
-one is among them in 95% of such sweeps. Where every value is a single run, how much runs differ by luck is
-unknown, and the output says so.
+one of those tested is among them in 95% of such sweeps. Single runs and values with failed runs are not
+tested. Where every value is a single run, how much runs differ by luck is unknown, and the output says so.
 """
 
 import sys
@@ -95,12 +95,13 @@ def best_sentence(analysis: Analysis, by: str) -> str:
     others, untested = [rate for rate in near if rate is not best], untested_values(analysis, by)
     if not analysis.contenders(by).df:
         text += "; how much runs differ by luck is unknown, so that none may be called better than another"
-    elif others:
-        text += f"; it cannot be told from {name_values(others)}"
-    elif len(untested) < len(analysis.rates) - 1:
-        text += f"; every other value{' tested' if untested else ''} is worse"
-    if untested:
-        text += f"; not tested (single or failed runs): {name_values(untested)}"
+    elif not analysis.results.count("missing"):  # else nothing may be claimed yet
+        if others:
+            text += f"; it cannot be told from {name_values(others)}"
+        elif len(untested) < len(analysis.rates) - 1:
+            text += f"; every other value{' tested' if untested else ''} is worse"
+        if untested:
+            text += f"; not tested (single or failed runs): {name_values(untested)}"
     edge = edge_of(best, analysis)
     return text + (f"; it is the {edge} value tried, so that a better one may lie beyond" if edge else "")
 
@@ -111,7 +112,8 @@ def sentences(analysis: Analysis) -> list[str]:
     total = len(analysis.results.attempts)
     lines = []
     if missing:
-        lines.append(f"{missing} of {total} runs have not ended: this is how it stands so far")
+        have = "has" if missing == 1 else "have"
+        lines.append(f"{missing} of {total} runs {have} not ended: this is how it stands so far")
     lines.append(best_sentence(analysis, "loss"))
     if any(rate.accuracy.n for rate in analysis.rates):
         lines.append(best_sentence(analysis, "accuracy"))

@@ -79,8 +79,9 @@ def draw_differences(ax, analysis: Analysis, by: str) -> None:
         mean = factor * (getattr(rate, by).mean - getattr(best, by).mean)
         half = factor * found.half_width(best.name, rate.name) if rate is not best else math.nan
         if math.isfinite(mean):
-            n, look = max(style.MIN_INTERVAL, getattr(rate, by).n), analysis.results.looks[rate.name]
-            # however few its runs: noise is estimated from all values' runs
+            n, look = getattr(rate, by).n, analysis.results.looks[rate.name]
+            if n > 1:  # however few its runs, if it is tested: noise is estimated from all values' runs
+                n = max(style.MIN_INTERVAL, n)
             style.draw_mean(ax, rate.value, mean, mean - half, mean + half, n, look)
             sizes += [mean, mean - half, mean + half]
             halves.append(half)
@@ -128,8 +129,8 @@ def picture_combined(analysis: Analysis):
             ax, word = panels[1, column], "lower" if by == "loss" else "higher"
             draw_differences(ax, analysis, by)
             ax.set_title(f"minus that of {format_value(analysis.best(by).value)}, the best; {word} is better")
-    below = "below: a value tied with the best reaches 0"
-    write_caption(fig, f"{style.MEAN_KEY}; grey: runs of one seed; {below}", 9)
+    below = "; below: a value tied with the best reaches 0" if rows == 2 else ""
+    write_caption(fig, f"{style.MEAN_KEY}; grey: runs of one seed{below}", 9)
     fig.tight_layout()
     return fig
 

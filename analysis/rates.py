@@ -136,9 +136,12 @@ class Analysis:
         return self.by_loss if by == "loss" else self.by_accuracy
 
     def best(self, by: str = "loss") -> Rate | None:
-        """Rate of lowest loss (highest accuracy) whose runs all finished; None if there is none."""
-        lowest = self.contenders(by).lowest
-        return next((rate for rate in self.rates if rate.name == lowest), None)
+        """Rate of lowest loss (highest accuracy) whose runs all finished; None if there is none.
+
+        A single run may be lucky: it is the best only if all rates are single runs.
+        """
+        best = self.contenders(by).reference
+        return next((rate for rate in self.rates if rate.name == best), None)
 
     def near_best(self, by: str = "loss") -> list[Rate]:
         """Rates statistically tied with the best, including the best."""
@@ -307,4 +310,5 @@ def is_unstable(rate: Rate, learnt: Sequence[Attempt], analysis: Analysis) -> bo
     if any(largest_rise(attempt) > LOST * fall for attempt in learnt):
         return True
     wide = max(SPREAD * analysis.by_loss.sd, (1 - GOOD) * fall)  # NaN if the noise is unknown: never exceeded
-    return analysis.noise_known and rate.loss.sd > wide
+    # like sd, without what the runs of a seed share; no value if the noise is unknown or a run failed
+    return analysis.by_loss.noise.get(rate.name, math.nan) > wide

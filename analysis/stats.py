@@ -251,19 +251,17 @@ class Contenders:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Arms statistically tied with the best, sorted by mean.
+        """Arms statistically tied with `reference`, sorted by mean; single runs are not tested.
 
-        The truly best arm is among them in at least 95% of sweeps. If the spread is unknown, they are
-        only the lowest mean.
+        The truly best of the arms tested is among them in at least 95% of sweeps. If the spread is unknown,
+        they are only the reference.
         """
-        if not self.df:
-            return tuple(self.means)[:1]
         best = self.reference
-        return tuple(
-            name
-            for name, mean in self.means.items()
-            if name == best or not mean - self.means[best] > self.half_width(name, best)
-        )
+        tested = [name for name, count in self.counts.items() if self.df and count > 1]
+        tied = {
+            name for name in tested if not self.means[name] - self.means[best] > self.half_width(name, best)
+        }
+        return tuple(name for name in self.means if name == best or name in tied)
 
     @cached_property
     def limit(self) -> float:

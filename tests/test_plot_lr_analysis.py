@@ -24,7 +24,7 @@ from analysis.rates import analyse as analyse_results
 from analysis.rates import diverged, start_of
 from analysis.reaching import smoothed
 from analysis.read_results import read_results
-from analysis.results import Attempt
+from analysis.results import Attempt, Results, SweepArm
 from analysis.run_log import Curve, format_value, list_logs, parse_log, read_log, read_runs, read_with_sources
 from analysis.stats import contenders
 from analysis.tables import as_json
@@ -119,6 +119,47 @@ def test_single_runs_are_called_so(tmp_path):
     assert [rate.label for rate in analysis.rates].count("optimal") == 1 and analysis.rates[0].sure is None
     text = plot_lr_analysis.markdown(analysis)
     assert "a single run); how much runs differ by luck is unknown" in text
+    (caption,) = PICTURES["combined_lr_analysis"](analysis).texts
+    assert "below" not in caption.get_text(), "there are no panels below"
+
+
+def test_a_single_run_is_not_the_best_of_several(tmp_path):
+    """Fails if a lucky run is called the best, tied with the best, or drawn as a mean with an interval."""
+    file = make_sweep(tmp_path, "lr", arms_of({0.01: 3.4, 0.02: 3.3, 0.04: 3.2}), val_every=40)
+    results = read_results([file], tmp_path / "logs")
+    lucky = results.arms[2]
+    lucky.attempts, lucky.runs = lucky.attempts[:1], lucky.runs[:1]
+    analysis = analyse_results(results)
+    text = plot_lr_analysis.markdown(analysis)
+    assert analysis.best().value == 0.02 and analysis.rates[2].label == "good"
+    assert not re.search("(cannot be|not) told from", text.partition("Labels,")[0])
+    assert "every other value tested is worse; not tested (single or failed runs): 0.04" in text
+    ax = next(ax for ax in PICTURES["combined_lr_analysis"](analysis).axes if "best" in ax.get_title("left"))
+    (mark,) = [line for line in ax.lines if list(line.get_xdata()) == [0.04]]
+    assert mark.get_markerfacecolor() == "white"
+    assert not [line for line in ax.lines if list(line.get_xdata()) == [0.04] * 2]
+
+
+def test_nothing_is_worse_while_runs_are_missing(tmp_path):
+    """Fails if a sweep under way makes claims, which checking after every run turns up in most sweeps."""
+    losses, ends = {0.01: 3.4, 0.02: 3.3, 0.03: 3.3, 0.04: 3.5}, {("lr_0.04", 3): "planned"}
+    text = plot_lr_analysis.markdown(analyse(tmp_path, losses, ends))
+    assert "1 of 12 runs has not ended: this is how it stands so far" in text
+    assert "Best by loss: MUON_LR = 0.0" in text
+    assert not re.search("is worse|cannot be told from|not tested", text.partition("|")[0])
+
+
+def test_what_the_runs_of_a_seed_share_makes_no_value_unstable():
+    """Fails if spreads with the seeds' effect are held against a noise without it."""
+    luck = [0.0, 0.5, 1.0]
+    own = {0.01: [0, 1, 0], 0.02: [0, 0, 1], 0.03: [1, 0, 0], 0.04: [0, 500, 0]}
+    arms = []
+    for rate, few in own.items():
+        losses = [3 + rate + shared + 0.001 * more for shared, more in zip(luck, few, strict=True)]
+        attempts = [Attempt("", seed, "finished", loss) for seed, loss in enumerate(losses)]
+        arms.append(SweepArm(f"{rate}", f"{rate}", [], attempts, settings={"muon_lr": rate}))
+    analysis = analyse_results(Results("made-up", arms))
+    assert [rate.label == "unstable" for rate in analysis.rates] == [False, False, False, True]
 
 
 def test_without_a_best_value_nothing_is_above_it(tmp_path):

@@ -145,6 +145,8 @@ def test_single_runs_and_survivors_are_not_tested_without_a_control():
     verdict = stats.judge(losses)
     assert verdict.worse == ("b",) and verdict.better == ("a",)
     assert all(math.isnan(verdict.p_best[name]) for name in ("one", "lost"))
+    assert stats.contenders({**losses, "one": [1.0]}).names == ("a",)
+    assert stats.contenders({"one": [1.0], "two": [2.0, 2.0]}).names == ("two",), "as the reference is"
     lower = stats.judge({**losses, "one": [1.0]})  # a single run below the best: nothing is the best
     assert lower.better == () and lower.worse == ("b",)
 
