@@ -33,7 +33,7 @@ import time
 import tty
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from analysis import command_line
 from analysis.arms import group_by_arm, unique_names
 from analysis.manifest import LOGS, Manifest, find_manifest, manifests_in, sweep_among
-from analysis.run_log import OPENERS, LogFollower, RunLog
+from analysis.run_log import OPENERS, LogFollower, RunLog, find_log
 from analysis.shown import clean
 from analysis.style import format_time, shorten_apart
 from analysis.tables import as_json, format_difference, format_loss, format_number
@@ -251,13 +251,16 @@ class Monitor:
         rows, by_arm = [], {}
         for log in self.follower.logs.values():
             for run in log.runs or [RunLog(log.path, clean(log.path.stem))]:
-                row = Row(run, "unreadable" if log.error else run.state, log.error or last_words(run))
                 manifest, plan = planned.get(run.name, (None, None))
+                if plan and not run.started:  # its log may hold no seed yet, and half of its source code
+                    run = replace(run, seed=plan.seed, source_hash=plan.source_hash)
+                row = Row(run, "unreadable" if log.error else run.state, log.error or last_words(run))
                 if plan:
                     row.sweep, row.tag = manifest.sweep, plan.tag
                     row.source = run.source_hash or plan.source_hash
                     row.control_tag = manifest.control_of(plan.tag)
-                unended = plan and row.state == "running" and not began_after(run, plan.ended)
+                is_open = row.state in ("running", "unknown")  # unknown: its log has no header yet
+                unended = plan and is_open and not began_after(run, plan.ended)
                 if unended and plan.state in LAUNCHER_STATES:
                     row.state = LAUNCHER_STATES[plan.state]
                     row.message = plan.reason or f"launcher: {plan.state}"
@@ -289,7 +292,7 @@ class Monitor:
         return rows
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
-        """Return the lines below the table: failures, unread lines, runs that have not started."""
+        """Return the lines below the table: failures, unread lines, runs without a log."""
         notes = []
         for row in rows:
             silence = f"no line for {format_time(1000 * row.age_s)}" if row.state == "stalled" else ""
@@ -302,7 +305,13 @@ class Monitor:
             notes.append(f"{total} lines could not be read in {len(unread)} logs, such as {unread[0].path}")
         started = {row.run.name for row in rows}
         for manifest in self.manifests:
-            states = [run.state for run in manifest.runs if run.run_id not in started]
+            silent = [run for run in manifest.runs if run.run_id not in started]
+            for run in silent:
+                has_ended = run.state in (*LAUNCHER_STATES, "refused")
+                if has_ended and find_log(manifest.path.parent, f"{run.run_id}.txt") is None:
+                    reason = run.reason or "it wrote no log"
+                    notes.append(f"{run.tag} seed {run.seed} {run.state}: {reason}")
+            states = [run.state for run in silent]
             waiting = states.count("planned") + states.count("submitted")
             if waiting:
                 total = len(manifest.runs)

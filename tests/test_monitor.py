@@ -207,6 +207,30 @@ def test_the_launcher_knows_of_killed_runs(tmp_path):
     assert "a seed 1 crashed: killed by signal 9" in text and "a seed 1 crashed: launcher: hung" in text
 
 
+def test_runs_that_ended_before_their_logs_began(tmp_path):
+    """Fails if a run that left no log, or only some of its source code, is not seen to have failed."""
+    write(tmp_path, "empty", "")
+    write(tmp_path, "cut", SOURCE[:40])
+    write(tmp_path, "runs", make_log("runs", 4, num_steps=STEPS, end=100, end_event=""))
+    write(tmp_path, "packed", "").rename(tmp_path / "packed.txt.xz")
+    failed = {"state": "crashed", "reason": "killed by signal 9"}
+    runs = [planned("empty", "a", 1, **failed), planned("cut", "a", 2, **failed), planned("runs", "a", 4)]
+    runs += [
+        planned("none", "b", 3, state="refused", reason="MUON_LR is -1"),
+        planned("packed", "c", **failed),
+    ]
+    for run in runs:
+        run.source_hash = hash_of(SOURCE)
+    write_manifest(tmp_path, None, runs)
+    monitor = Monitor(tmp_path)
+    found = {name: (row.name, row.seed, row.state) for name, row in records(monitor).items()}
+    ended = {"empty": ("a", 1, "crashed"), "cut": ("a", 2, "crashed")}
+    assert found == {**ended, "runs": ("a", 4, "running")}
+    lines = shown(monitor)
+    assert {f"a seed {seed} crashed: killed by signal 9" for seed in (1, 2)} <= set(lines)
+    assert "b seed 3 refused: MUON_LR is -1" in lines and not any(line.startswith("c ") for line in lines)
+
+
 @pytest.mark.parametrize("time, state", [("13:00:01+0100", "running"), ("11:59:59+0000", "stopped")])
 def test_a_run_of_a_stopped_sweep_that_is_resumed_is_running(tmp_path, time, state):
     """Fails if the manifest's old state hides a run resumed by hand, or a later end is overlooked."""
