@@ -261,7 +261,8 @@ def print_plan(sweep: Sweep, manifest: Manifest, why: dict[str, str], slots: lis
     width = max(len(arm.tag) for arm in sweep.arms)
     for arm in sweep.arms:
         parts = [f"  {arm.tag:<{width}}", f"{arm.script} seeds {','.join(map(str, arm.seeds))}"]
-        done = sum(run.tag == arm.tag and run.run_id not in why for run in runs)
+        kept = [run for run in runs if run.tag == arm.tag and run.run_id not in why]
+        done = sum(run.state != "running" for run in kept)
         if done:
             parts.append(f"({done} done)")
         if arm.tag == sweep.control:

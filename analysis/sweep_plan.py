@@ -1,5 +1,6 @@
 """Plan of a sweep: the runs still to be made, and the fate of those started before."""
 
+import math
 import platform
 import re
 import signal
@@ -166,7 +167,8 @@ def settle(run: Run, hang_minutes: float, act: bool) -> None:
     state, has_ended = found.state, run.state not in ("running", "submitted")
     if has_ended and (state == run.state or state not in ("finished", "diverged")):
         return  # else it was resumed by hand
-    if state == "running" and not here and time.time() - written < hang_minutes * 60:
+    limit = hang_minutes * 60 or math.inf  # 0: it never hangs
+    if state == "running" and not here and time.time() - written < limit:
         run.state = "running"  # on another machine
         return
     run.state = state if state in ("finished", "diverged", "crashed") else "stopped"

@@ -491,6 +491,23 @@ def test_a_run_that_was_resumed_by_hand_to_its_end_counts(place, state, end):
         assert again.runs[0].reason == "" and again.runs[0].ended > run.ended
 
 
+@pytest.mark.parametrize("minutes, runs_on", [(30, False), (90, True), (0, True)])
+def test_a_silent_run_on_another_machine_runs_until_the_limit(place, launch, minutes, runs_on):
+    """Fails if a second run is made beside it, as 0 means never, or if the plan counts it as done."""
+    sweep = read_sweep(sweep_file('script = "base.py"\nseeds = [1, 2]\n'), None)
+    found, _ = planned(sweep)
+    run = found.runs[0]
+    run.state, run.host = "running", "another machine"
+    Path("logs").mkdir()
+    Path(run.log).write_text(make_log(run.run_id, 1, num_steps=20, end=10, end_event=""))
+    hour_ago = time.time() - 3600
+    os.utime(run.log, (hour_ago, hour_ago))
+    found.save()
+    said = launch("trial.toml", "--dry-run", "--hang-minutes", str(minutes)).stdout
+    assert ("running already, not started again" in said) == ("2 runs, 1 to run" in said) == runs_on, said
+    assert "done)" not in said
+
+
 def test_a_resumed_run_does_not_tell_how_long_a_whole_one_takes(place):
     """Fails if a run that had one step left lets an hour look like seconds."""
     found, _ = planned(read_sweep(sweep_file('script = "base.py"\nseeds = [1, 2, 3]\n'), None))
