@@ -366,6 +366,9 @@ def test_a_new_record_of_packed_logs(tmp_path, monkeypatch, capsys):
         assert (len(stripped) < before.stat().st_size) == (before in logs[:2])
         assert read_with_sources(after) == before.read_bytes()
     assert (record / "results.md").exists() and (record / "REPORT.md").exists()
+    assert make_record.main(["records/y", "--new", "sweeps/lr.toml", "--logs", "records/x/logs"]) == 0
+    for before, after in zip(logs, list_logs("records/y/logs"), strict=True):
+        assert read_with_sources(after) == before.read_bytes(), "as the first record's"
     shutil.rmtree("logs")
     kept = next((record / "logs" / "sources").iterdir())
     source = lzma.decompress(kept.read_bytes())
