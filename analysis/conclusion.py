@@ -51,10 +51,13 @@ def conclusion(results: Results) -> str:
         found = verdict.summaries[lowest]
         return f"There is nothing to compare {lowest} with, whose final loss is {found}."
     if all(summary.n <= 1 for summary in verdict.summaries.values()):
-        return (
-            "No difference may be concluded, as every arm is a single run, and how much repeats of one arm "
-            f"differ is not known; the lowest loss is that of {lowest}, {verdict.summaries[lowest]}."
+        failed = any(summary.failed for summary in verdict.summaries.values())
+        why = "no arm has finished with two seeds" if failed else "every arm is a single run"
+        text = (
+            f"No difference may be concluded, as {why}, and how much repeats of one arm differ is not known; "
+            f"the lowest loss is that of {lowest}, {verdict.summaries[lowest]}"
         )
+        return "; ".join([text, *_facts(results)]) + "."
     may, may_not = _with_control(results) if verdict.control else _without_control(results)
     parts = [f"it may be concluded that {', and that '.join(may)}"] if may else []
     if verdict.control and not (verdict.better or verdict.worse):

@@ -364,7 +364,8 @@ def panel_differences(ax, found: Sequence[tuple[Drawn, Line]], axis: Axis, contr
     """Draw losses minus the control's over training, on an axis for both small and large ones."""
     few = len(found) <= MAX_BANDS
     title = f"validation loss minus that of {style.shorten(control, 36)}"
-    ax.set_title(f"{title}, 95% interval" if few else title)
+    bands = few and any(line.low is not None for _, line in found)
+    ax.set_title(f"{title}, 95% interval" if bands else title)
     values, noise, ends = [], [], [(axis.end, 0.0, style.shorten(control, MAX_NAME), "black")]
     names = style.shorten_apart([item.arm.label for item, _ in found], MAX_NAME)
     for (item, line), name in zip(found, names, strict=True):

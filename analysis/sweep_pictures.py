@@ -57,8 +57,7 @@ def draw_forest(ax, results: Results) -> None:
             style.draw_mean(ax, y, pair.difference, pair.low, pair.high, n, look, each, horizontal=True)
             values += [pair.difference, *each, *(style.ends_of(pair.low, pair.high, n) or ())]
             noise.append((pair.high - pair.low) / 2)
-        elif arm.label == results.reference:
-            n = results.summary(arm).n
+        elif arm.label == results.reference and (n := results.summary(arm).n):
             style.draw_mean(ax, y, 0.0, math.nan, math.nan, n, results.looks[arm.label], horizontal=True)
         write_row(ax, y, results, arm)
     ax.axvline(0, color="black", linewidth=1, zorder=1)
@@ -83,7 +82,7 @@ def draw_forest(ax, results: Results) -> None:
 def pair_by_pair(results: Results, arm: SweepArm) -> list[float]:
     """Return single seeds' differences from the arm's control."""
     control = next(other for other in results.arms if other.label == results.verdict.controls[arm.label])
-    theirs = dict(zip(*reversed(control.samples()), strict=True))
+    theirs = {seed: loss for loss, seed in zip(*control.samples(), strict=True) if math.isfinite(loss)}
     return [loss - theirs[seed] for loss, seed in zip(*arm.samples(), strict=True) if math.isfinite(loss)]
 
 

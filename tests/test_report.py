@@ -376,6 +376,18 @@ def test_one_single_run_among_arms(tmp_path):
     assert numbers["worse"] == ["spectral_lr_1"]
 
 
+def test_survivors_are_no_single_runs_and_lost_arms_are_named():
+    """Fails if arms of three runs, most of which failed, are said to be single runs."""
+    lost = math.nan
+    results = made_up({"a": [3.27, lost, lost], "b": [lost, lost, lost], "c": [3.3]})
+    assert conclusion(results) == (
+        "No difference may be concluded, as no arm has finished with two seeds, and how much repeats of one "
+        "arm differ is not known; the lowest loss is that of a, 3.2700 (a single run, 2 failed); all runs of "
+        "b failed."
+    )
+    assert "every arm is a single run" in conclusion(made_up({"a": [3.27], "c": [3.3]}))
+
+
 @pytest.mark.parametrize("runs", [[3.2735], [3.272, 3.272, math.nan], [3.9], [3.9, 3.9, math.nan]])
 def test_an_arm_that_is_not_tested_may_be_as_good_as_the_best(runs):
     """Fails if an arm is called better than every other although one of a like mean was not tested."""
@@ -773,6 +785,32 @@ def test_the_logs_of_a_sweep_are_compared_as_its_file_says(tmp_path):
     some = read_results([arm.runs[0].path for arm in planned.arms if arm.label != "c"])
     assert some.control is None and some.looks.keys() > {"a", "b"} and not some.planned
     assert any("compared with the lowest mean instead" in note for note in some.notes)
+
+
+def test_a_control_that_failed_and_was_run_again_is_paired_by_its_losses():
+    """Fails if a seed's tick is missing because its control also has a failed run of that seed."""
+    losses = {"base": [3.0, 3.1, 3.2], "a": [2.9, 3.01, 3.12]}
+    results = made_up(losses, SEEDS[:3], "base")
+    results.arms[0].attempts.append(Attempt("again", 1, "crashed"))
+    results.looks = style.looks_of(list(losses), "base")
+    (ticks,) = [line for line in picture_of_forest(results).axes[0].lines if line.get_marker() == "|"]
+    assert list(ticks.get_xdata()) == pytest.approx([-0.1, -0.09, -0.08])
+
+
+def test_a_control_without_a_finished_run_has_no_mark():
+    """Fails if a solid mark at 0 stands for a mean that does not exist."""
+    losses = {"base": [math.nan] * 3, "own": [3.0, 3.1, 3.2], "a": [2.9, 3.01, 3.12]}
+    results = made_up(losses, SEEDS[:3], "base")
+    results.versus, results.looks = {"a": "own"}, style.looks_of(list(losses), "base")
+    ax = picture_of_forest(results).axes[0]
+    assert not [line for line in ax.lines if line.get_marker() == style.CONTROL["marker"]]
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), (1, 2, 3)])
+def test_a_title_speaks_of_intervals_where_there_are_any(tmp_path, seeds):
+    file = make_sweep(tmp_path, "sweep", spectral_arms(0, 0.1), seeds=seeds, control="spectral_lr_0")
+    ax = picture_of_curves(read_results([file], tmp_path / "logs")).axes[0]
+    assert ("95% interval" in ax.get_title("left")) == bool(ax.collections) == (len(seeds) == 3)
 
 
 def test_an_interval_clear_of_zero_that_holm_rejects_says_so():
