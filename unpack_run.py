@@ -36,11 +36,16 @@ def write_sources(sources: dict[str, bytes], folder: Path):
             (path.parent / "__init__.py").touch()  # a log does not hold empty files
 
 
+def run_folder(run: RunLog) -> Path:
+    """Folder that the run was in, if its log is where it was written: logs/ in that folder."""
+    return run.path.absolute().parent.parent
+
+
 def command(run: RunLog, folder: Path) -> str:
     """Shell command that repeats the run in `folder`, with its ranks and all settings but the machine's."""
     skipped = DERIVED | NOT_REPEATED | set(run.affects["machine"])
     settings = {k.upper(): v for k, v in run.config.items() if k not in skipped and v not in (None, "")}
-    settings["DATA_PATH"] = run.config["data_path"]
+    settings["DATA_PATH"] = run_folder(run) / run.config["data_path"]  # an absolute one stays
     words = [f"{name}={shlex.quote(env_text(value))}" for name, value in settings.items()]
     num_ranks = int(run.started["world_size"])
     launcher = "python" if num_ranks == 1 else f"torchrun --standalone --nproc-per-node={num_ranks}"
@@ -63,7 +68,10 @@ def unpack(args: argparse.Namespace) -> None:
     write_sources(sources, args.folder)
     print(f"{len(sources)} files written to {args.folder}. The run again:\n")
     print(command(found, args.folder))
-    print(f"\nDATA_PATH is as the run had it; its data were {found.started['train_data']}")
+    had = "as the run had it"
+    if not Path(found.config["data_path"]).is_absolute():
+        had = f"the run's {found.config['data_path']!r}, relative to {run_folder(found)}, the folder of logs/"
+    print(f"\nDATA_PATH is {had}; its data were {found.started['train_data']}")
     print(f"and {found.started['val_data']}; packages: torch {found.started['torch']}")
 
 

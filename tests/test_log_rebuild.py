@@ -2,6 +2,7 @@
 the sources' hash."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -87,6 +88,20 @@ def test_an_unpacked_run_has_the_same_losses(logged, tmp_path, shards, capsys):
     for kind in ("val_loss", "train_loss"):
         found = losses(folder, "again", kind)
         assert found and found == losses(log.parent.parent, "first", kind)
+
+
+def test_a_relative_data_path_is_found_from_another_folder(logged, tmp_path, shards, monkeypatch, capsys):
+    """Fails if the printed command looks for the run's data in the folder of the unpacked files."""
+    log, _ = logged
+    text = log.read_text().replace(json.dumps(str(shards)), json.dumps(os.path.relpath(shards, tmp_path)))
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "here.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert unpack_run.main(["logs/here.txt", "rebuilt"]) == 0
+    out = capsys.readouterr().out
+    found = Path(re.search(r"^cd rebuilt && .*DATA_PATH=(\S+) ", out, re.M)[1])
+    assert found.is_absolute() and found.resolve() == shards.resolve()
+    assert f"relative to {tmp_path}, the folder of logs/" in out
 
 
 @pytest.mark.parametrize("text", ["step:1/2 train_loss:3\n", ""])
