@@ -69,14 +69,14 @@ from analysis.run_environment import (
     settings_of,
     share_out,
 )
-from analysis.run_log import LogFollower, RunLog, format_value
+from analysis.run_log import RunLog, format_value, read_log
 from analysis.shown import console
 from analysis.style import format_time
 from analysis.sweep_files import Sweep, read_sweep
 from analysis.sweep_plan import end_log, how_it_ended, plan_runs, sizes
 from analysis.trainers import TORCHRUN_SETS, env_text, read_trainer
 
-POLL_S = 0.2
+POLL_S = 0.2  # between two looks at the runs under way
 SLURM_SAVE_EVERY = "100"  # steps between checkpoints, for runs that may be preempted
 CORES_PER_GPU = 4  # asked of SLURM: for the rank, its threads and the compiler's workers
 
@@ -88,7 +88,7 @@ CORES_PER_GPU = 4  # asked of SLURM: for the rank, its threads and the compiler'
 
 @dataclass
 class Job:
-    """A run under way, and its log, which need not exist yet."""
+    """A run under way. Its log need not exist yet."""
 
     run: Run
     process: subprocess.Popen
@@ -96,19 +96,22 @@ class Job:
     before: list[int]  # sizes of the log and the console before it
 
     def __post_init__(self):
-        self.follower = LogFollower(self.run.log)
+        self.log_size = self.before[0]
         self.begin = self.last_growth = time.monotonic()
 
-    def read_log(self) -> None:
-        """Read what is new in the log."""
-        if self.follower.poll():
-            self.last_growth = time.monotonic()
+    def note_growth(self) -> None:
+        """Note the time if the log has grown since the last look, without reading it: see POLL_S."""
+        with contextlib.suppress(OSError):  # it does not exist yet
+            size = os.stat(self.run.log).st_size
+            if size != self.log_size:
+                self.log_size, self.last_growth = size, time.monotonic()
 
-    @property
-    def log(self) -> RunLog | None:
-        """Content of the log so far; None before it exists."""
-        followed = self.follower.logs.get(Path(self.run.log))
-        return followed.runs[-1] if followed and followed.runs else None
+    def read_log(self) -> RunLog | None:
+        """Read the log; None if there is none, or it cannot be read."""
+        try:
+            return read_log(self.run.log)[-1]
+        except OSError:
+            return None
 
     def roots(self) -> list[int]:
         """Return the process that was started for the run, while it lives."""
@@ -167,8 +170,8 @@ class Launcher:
         self.say_start(self.jobs[-1])
 
     def look_after(self, job: Job) -> None:
-        """Read what a run has logged, and act if it has ended or hangs."""
-        job.read_log()
+        """Act if a run has ended or hangs."""
+        job.note_growth()
         if job.process.poll() is not None:
             self.finish(job)
         elif self.hang_s and time.monotonic() - job.last_growth > self.hang_s:
@@ -182,8 +185,7 @@ class Launcher:
             say(f"{run.run_id}: process {min(left)} cannot be killed")
         run.exit_code, run.ended = job.process.poll(), now()
         reap_orphans()
-        job.read_log()
-        log = job.log
+        log = job.read_log()
         if not state or (log and log.state == "finished"):
             state, reason = how_it_ended(run, log, job.before)
         run.state, run.reason = state, reason

@@ -15,8 +15,8 @@ compared with the control that its manifest (logs/SWEEP.sweep.json) names: with 
 if there is one, else with the mean of the controls, at the last validation that both have reached. An arm's
 line has the means of its n finished runs; if none has finished, of its n runs under way, their validation
 loss and difference at the last validation that all of them have reached. A run has stalled if it has not
-ended and its log has not grown for --stalled-after seconds. Only new lines are read; compressed logs, as in
-records/, are not shown: `plot_loss.py` reads them.
+ended and its log has not grown for --stalled-after seconds. Compressed logs, as in records/, are not shown:
+`plot_loss.py` reads them.
 """
 
 import argparse

@@ -291,6 +291,23 @@ def test_a_hung_run_is_stopped_and_tried_again(place, launch, monkeypatch):
     assert [run["state"] for run in manifest()["earlier"]] == ["hung"]
 
 
+def test_a_log_is_read_once_however_long_its_run_takes(place, launch, monkeypatch):
+    """Fails if the launcher parses growing logs five times a second, or stops a slow run that does log."""
+    reads, looks, look_after = [], [], launcher.Launcher.look_after
+
+    def look(self, job):
+        looks.append(job)
+        self.hang_s = 2 if starts("stepped") else 0
+        look_after(self, job)
+
+    monkeypatch.setattr(launcher.Launcher, "look_after", look)
+    monkeypatch.setattr(launcher, "read_log", lambda path: (reads.append(path), read_log(path))[1])
+    text = 'script = "base.py"\nseeds = [1]\n[env]\nSTEP_SECONDS = 0.4\nNUM_SCHEDULED_ITERATIONS = 8\n'
+    assert launch(sweep_file(text)).returncode == 0
+    (run,) = manifest()["runs"]
+    assert run["state"] == "finished" and len(looks) > 5 and reads == [run["log"]]
+
+
 def test_descendants_are_found_without_environment_or_group(place):
     """Fails if a helper started with a clean environment keeps training after Ctrl-C."""
     code = "import time; time.sleep(60)"

@@ -1,4 +1,4 @@
-"""run_log: reads every format correctly, never fails, and reads only what is new."""
+"""run_log: reads every format correctly, never fails, and reads only logs that have changed."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from logs_for_tests import SEPARATOR, SOURCE, header, make_log, step_lines, with
 
 from analysis import run_log
 from analysis.arms import arm_key, group_by_arm
-from analysis.run_log import LogFollower, LogParser, embedded_sources, parse_log, read_log, read_runs
+from analysis.run_log import LogFollower, embedded_sources, parse_log, read_log, read_runs
 
 MORE = int(os.environ.get("FUZZ", 1))  # FUZZ=100 pytest ...: a long search
 ROOT = Path(run_log.__file__).parent.parent
@@ -122,14 +122,18 @@ def test_source_lookalikes_are_not_read():
 
 
 @pytest.mark.parametrize("cut", [50, len(SOURCE) // 2, len(SOURCE) - 5, len(SOURCE) + 40])
-def test_source_alone_has_no_steps(cut):
-    """A log cut off inside its header must show no steps from its source, even once it is continued."""
-    text = header()
-    parser = LogParser("x.txt")
-    parser.feed(text[:cut].encode())
-    parser.feed((text[cut:] + "step:1/9 train_loss:5.0 train_time:9ms\n").encode())
-    run = parser.runs()[0]
+def test_source_alone_has_no_steps(tmp_path, cut):
+    """A log first seen inside its header must show no steps from its source, once it is continued."""
+    text, log = header(), tmp_path / "run.txt"
+    log.write_text(text[:cut])
+    follower = LogFollower(tmp_path)
+    follower.poll()
+    with log.open("a") as file:
+        file.write(text[cut:] + "step:1/9 train_loss:5.0 train_time:9ms\n")
+    follower.poll()
+    (run,) = follower.logs[log].runs
     assert len(run.val) == 0 and run.train.loss.tolist() == [5.0] and run.events[0].name == "started"
+    assert run.unread_lines == 0 and run.source_hash == only(text).source_hash
     assert len(only(SOURCE).val) == 0  # ends with its source
     assert only(SOURCE).unread_lines > 0
 
@@ -137,12 +141,23 @@ def test_source_alone_has_no_steps(cut):
 def test_half_a_last_line_waits():
     """`val_loss:3.2` of `3.2781` must not be read as 3.2, nor be lost when the rest comes."""
     text = header() + "step:50/100 val_loss:3.31234 train_time:5ms\nstep:100/100 val_loss:3.2"
-    parser = LogParser()
-    parser.feed(text.encode())
-    assert parser.runs()[0].val.loss.tolist() == [3.31234] and parser.runs()[0].unread_lines == 0
-    parser.feed(b"7812 train_time:10ms\n")
-    assert parser.runs()[0].val.loss.tolist() == [3.31234, 3.27812]
-    assert only(text).val.loss.tolist() == [3.31234]
+    assert only(text).val.loss.tolist() == [3.31234] and only(text).unread_lines == 0
+    assert only(text + "7812 train_time:10ms\n").val.loss.tolist() == [3.31234, 3.27812]
+
+
+@settings(max_examples=50 * MORE, deadline=None, database=None)
+@given(st.integers(0, 10_000))
+def test_a_log_cut_anywhere_is_the_beginning_of_the_whole(cut):
+    """Fails if a log that is still being written shows a number that it will not have in the end."""
+    head, text = header(num_steps=100), make_log(num_steps=100)
+    written = text[len(head) :][:cut]
+    run, whole = only(head + written), only(text)
+    for key, column in run.columns.items():
+        end = whole.columns[key]
+        np.testing.assert_array_equal(column.step, end.step[: len(column.step)])
+        np.testing.assert_array_equal(column.value, end.value[: len(column.step)])
+    whole_lines = [line for line in written.split("\n")[:-1] if line.startswith("step:")]
+    assert len(run.val) + len(run.train) >= len(whole_lines) and run.unread_lines == 0
 
 
 def test_last_line_without_newline_counts_if_surely_whole():
@@ -516,20 +531,10 @@ def test_no_bytes_make_it_crash(data):
 
 
 @settings(max_examples=600 * MORE, deadline=None, database=None)
-@given(st.lists(PIECES, max_size=60), st.lists(st.integers(0, 400), max_size=4))
-def test_no_text_makes_it_crash_and_pieces_read_as_the_whole(pieces, cuts):
-    """Shuffled parts of real logs, whole and in pieces, must give the same result and no exception."""
-    data = "".join(pieces).encode()
-    check_invariants(parse_log(data, "x.txt"))
-    if b"import" in data:  # only the last line tells whether a text is source
-        return
-    whole, piecewise = LogParser("x.txt"), LogParser("x.txt")
-    whole.feed(data)
-    for begin, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(data)], strict=True):
-        piecewise.feed(data[begin:end] if begin <= end else b"")
-    if max(cuts, default=0) <= len(data):
-        for a, b in zip(whole.runs(), piecewise.runs(), strict=True):
-            same_run(a, b)
+@given(st.lists(PIECES, max_size=60))
+def test_no_text_makes_it_crash(pieces):
+    """Shuffled parts of real logs must give a result and no exception."""
+    check_invariants(parse_log("".join(pieces), "x.txt"))
 
 
 NUMBER = st.one_of(
@@ -648,20 +653,23 @@ def test_a_log_named_twice_is_read_once(tmp_path, monkeypatch):
         assert sorted(run.run_id for run in read_runs(paths)) == ["a", "b"]
 
 
-def test_follower_reads_only_what_is_new(tmp_path, monkeypatch):
-    """Rereading 1,000 whole logs every second would keep the machine busy."""
-    fed, feed = [], LogParser.feed
-    monkeypatch.setattr(LogParser, "feed", lambda parser, data: (fed.append(data), feed(parser, data)))
-    log = tmp_path / "run.txt"
+def test_follower_reads_only_logs_that_changed(tmp_path, monkeypatch):
+    """Rereading 1,000 logs every second would keep the machine busy."""
+    read = []
+    monkeypatch.setattr(run_log, "read_log", lambda path: (read.append(path), read_log(path))[1])
+    log, other = tmp_path / "run.txt", tmp_path / "other.txt"
     text = make_log("run", num_steps=300)
     cut = len(header("run", num_steps=300)) + 5000
     log.write_text(text[:cut])
-    follower = LogFollower(tmp_path)
-    assert follower.poll() == [log] and follower.poll() == []
+    other.write_text(text)
+    follower = LogFollower(tmp_path, log)
+    assert follower.poll() == [other, log] and follower.poll() == []
     with log.open("a") as file:
         file.write(text[cut:])
-    assert follower.poll() == [log] and fed == [text[:cut].encode(), text[cut:].encode()]
+    assert follower.poll() == [log] and read == [other, log, log]
     same_run(follower.logs[log].runs[0], read_log(log)[0])
+    other.unlink()
+    assert follower.poll() == [other]
     (tmp_path / "x.sweep.json").write_text("{}")
     assert follower.poll() == []
     log.unlink()
@@ -690,9 +698,30 @@ def test_follower_survives_what_it_cannot_read(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     (tmp_path / "nowhere.txt").symlink_to(tmp_path / "missing")
     (tmp_path / "garbage.txt").write_bytes(bytes(range(256)) * 10)
-    follower = LogFollower(tmp_path)
+    os.mkfifo(tmp_path / "pipe.txt")  # reading it would wait for ever
+    follower = LogFollower(tmp_path, tmp_path / "pipe.txt")
     assert follower.poll() == [tmp_path / "garbage.txt"]
     assert LogFollower(tmp_path / "missing").poll() == []
+
+
+def test_follower_tries_a_log_again_that_it_could_not_read(tmp_path, monkeypatch):
+    """Fails if one error of the disk hides a run for good, or takes its numbers from the table."""
+    log = tmp_path / "run.txt"
+    log.write_text(make_log("run", num_steps=100, end_event="", end=50))
+    follower = LogFollower(log)
+    follower.poll()
+    with log.open("a") as file:
+        file.write(step_lines(num_steps=100, begin=51))
+
+    def fail(path):
+        raise OSError("Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log, "read_log", fail)
+        assert follower.poll() == [log] and follower.logs[log].error == "Input/output error"
+        assert [run.last_step for run in follower.logs[log].runs] == [50]
+    assert follower.poll() == [log] and not follower.logs[log].error
+    assert [run.last_step for run in follower.logs[log].runs] == [100]
 
 
 def test_follower_takes_a_whole_last_line_without_a_line_break(tmp_path):
