@@ -20,7 +20,7 @@ import math
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,19 +66,20 @@ NUM_SHADES = 32
 
 @dataclass
 class Measured:
-    """A run's measurement: values[metric][projection, layer, step], NaN where there is none."""
+    """A run's measurement: values[metric][projection, layer, step], NaN where there is none.
+
+    All runs that are drawn together have the same layers and steps.
+    """
 
     arm: str
-    seed: int | None
     run: RunLog
-    steps: np.ndarray
     layers: list[int]
+    steps: np.ndarray
     values: dict[str, np.ndarray]
-    unread: int = 0
 
     @property
-    def name(self) -> str:
-        return f"{self.arm} seed {self.seed}"
+    def seed(self) -> int | None:
+        return self.run.seed
 
 
 # ------------------------------------------------------------------------------------------------
@@ -100,44 +101,64 @@ def read_lines(path: Path) -> tuple[list[dict], int]:
     return list(found.values()), unread
 
 
-def read_measured(run: RunLog, arm: str) -> Measured:
+def read_rows(run: RunLog) -> tuple[list[dict], int]:
+    """Read the lines of a run's measurement, and count unreadable ones; ValueError if it has none."""
     name = f"{log_stem(run.path)}.manifold.jsonl"
     path = find_log(run.path.parent, name)
     if path is None:
         raise ValueError(
             f"there is no {run.path.parent / name}: train with MANIFOLD_EVERY=250 (steps) to get one"
         )
-    rows, unread = read_lines(path)
-    steps = np.unique([row["step"] for row in rows])
-    layers = sorted({row["layer"] for row in rows})
-    shape = len(PROJECTIONS), len(layers), len(steps)
-    values = {}
-    for metric in (*METRICS, *CHANCE.values()):
-        total, count = np.zeros(shape), np.zeros(shape)
-        for row in rows:  # experts of one layer are averaged
-            value = row.get(metric)
-            if row["proj"] in PROJECTIONS and isinstance(value, (int, float)) and math.isfinite(value):
-                at = PROJECTIONS.index(row["proj"]), layers.index(row["layer"])
-                at = (*at, np.searchsorted(steps, row["step"]))
-                total[at] += value
-                count[at] += 1
-        values[metric] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return Measured(arm, run.seed, run, steps, layers, values, unread)
+    return read_lines(path)
 
 
 def read_all(results: Results) -> list[Measured]:
-    """The measurements of all runs, with a note on each run without one; ValueError if none has one."""
+    """The measurements of all runs, with notes on what cannot be read; ValueError if none has one."""
     found, lacking = [], []
     for arm in results.arms:
         for run in arm.runs:
             try:
-                found.append(read_measured(run, arm.label))
+                rows, unread = read_rows(run)
             except ValueError as error:
                 lacking.append(str(error))
+                continue
+            found.append((arm.label, run, rows))
+            if unread:
+                results.notes.append(f"{run.path.stem}: {unread} lines of its measurement could not be read")
     if not found:
         raise ValueError(lacking[0] if lacking else "none of these runs has a log: nothing to draw")
     results.notes += [f"{reason}; left out" for reason in lacking]
-    return found
+    layers = sorted({row["layer"] for _, _, rows in found for row in rows})
+    steps = step_grid(row["step"] for _, _, rows in found for row in rows)
+    return [Measured(arm, run, layers, steps, arrays_of(rows, layers, steps)) for arm, run, rows in found]
+
+
+def step_grid(measured: Iterable[int]) -> np.ndarray:
+    """The steps in order; if they are evenly spaced but for some missing ones, with these as well."""
+    steps = np.unique(list(measured))
+    if len(steps) < 2:
+        return steps
+    grid = np.arange(steps[0], steps[-1] + 1, np.diff(steps).min())
+    return grid if np.isin(steps, grid).all() else steps
+
+
+def arrays_of(rows: Sequence[dict], layers: list[int], steps: np.ndarray) -> dict[str, np.ndarray]:
+    """Place each metric's values at their projection, layer and step; experts of a layer are averaged."""
+    shape = len(PROJECTIONS), len(layers), len(steps)
+    totals = {metric: np.zeros(shape) for metric in (*METRICS, *CHANCE.values())}
+    counts = {metric: np.zeros(shape) for metric in totals}
+    for row in rows:
+        if row["proj"] not in PROJECTIONS:
+            continue
+        column = np.searchsorted(steps, row["step"])
+        place = PROJECTIONS.index(row["proj"]), layers.index(row["layer"]), column
+        for metric in totals:
+            value = row.get(metric)
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                totals[metric][place] += value
+                counts[metric][place] += 1
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: not measured
+        return {metric: total / counts[metric] for metric, total in totals.items()}
 
 
 def mean_over(values: np.ndarray, axes) -> np.ndarray:
@@ -150,23 +171,6 @@ def mean_over(values: np.ndarray, axes) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 # Heatmaps
 # ------------------------------------------------------------------------------------------------
-
-
-def step_grid(runs: Sequence[Measured]) -> np.ndarray:
-    """The steps of all runs; evenly spaced if they were measured so, and a missing one then leaves a gap."""
-    steps = np.unique(np.concatenate([run.steps for run in runs]))
-    if len(steps) < 2:
-        return steps
-    grid = np.arange(steps[0], steps[-1] + 1, np.diff(steps).min())
-    return grid if np.isin(steps, grid).all() else steps
-
-
-def on_grid(values: np.ndarray, run: Measured, grid: np.ndarray, layers: Sequence[int]) -> np.ndarray:
-    """A run's values[layer, step], at their places among all layers and steps."""
-    out = np.full((len(layers), len(grid)), np.nan)
-    rows = [layers.index(layer) for layer in run.layers]
-    out[np.ix_(rows, np.searchsorted(grid, run.steps))] = values
-    return out
 
 
 def colour_scale(values: Sequence[np.ndarray]):
@@ -182,13 +186,12 @@ def colour_scale(values: Sequence[np.ndarray]):
     return BoundaryNorm(edges, 256)
 
 
-def draw_heat(ax, values: np.ndarray, grid: np.ndarray, layers: Sequence[int], scale):
-    """Draw cells of layer x step; grey where nothing was measured."""
-    half = np.diff(grid).min() / 2 if len(grid) > 1 else 0.5
-    middles = (grid[1:] + grid[:-1]) / 2
-    edges = np.concatenate([[grid[0] - half], middles, [grid[-1] + half]])
-    ax.set_facecolor("#bbbbbb")
-    ax.grid(False)
+def draw_heat(ax, run: Measured, values: np.ndarray, scale):
+    """Draw a run's values[layer, step]; what was not measured stays blank."""
+    layers, steps = run.layers, run.steps
+    half = np.diff(steps).min() / 2 if len(steps) > 1 else 0.5
+    middles = (steps[1:] + steps[:-1]) / 2
+    edges = np.concatenate([[steps[0] - half], middles, [steps[-1] + half]])
     rows = np.arange(len(layers) + 1) - 0.5
     cells = np.ma.masked_invalid(values)
     image = ax.pcolormesh(edges, rows, cells, cmap="viridis", norm=scale, rasterized=True)
@@ -212,30 +215,39 @@ def _few_ticks():
     return MaxNLocator(nbins=5, steps=[1, 2, 5, 10], integer=True)
 
 
+def heat_grid(figure, cells: Sequence[tuple], rows: Sequence[str], columns: Sequence[str], label_size=None):
+    """Draw a grid of heatmaps with one colour scale, grey where nothing was measured.
+
+    Each cell is (row, column, run, values[layer, step]); `rows` and `columns` are labels. Return the axes
+    and an image for `add_scale`.
+    """
+    axes = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
+    for ax in axes.flat:
+        ax.set_facecolor("#bbbbbb")
+        ax.grid(False)
+    scale = colour_scale([values for *_, values in cells])
+    for row, column, run, values in cells:
+        image = draw_heat(axes[row, column], run, values, scale)
+    for ax, label in zip(axes[0], columns, strict=True):
+        ax.set_title(label, fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
+    for ax, label in zip(axes[:, 0], rows, strict=True):
+        ax.set_ylabel(f"{label}\nlayer", fontsize=label_size)
+    return axes, image
+
+
 def heatmap(runs: Sequence[Measured], metric: str):
     """A heatmap for each projection (down) and run (across)."""
     plt = style.load_matplotlib()
-    grid, layers = step_grid(runs), sorted({layer for run in runs for layer in run.layers})
-    scale = colour_scale([run.values[metric] for run in runs])
-    shape = len(PROJECTIONS), len(runs)
-    fig, axes = plt.subplots(
-        *shape,
-        figsize=(2.2 + 2.3 * len(runs), 1.4 * shape[0] + 1.2),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for row, projection in enumerate(PROJECTIONS):
-        for column, run in enumerate(runs):
-            ax = axes[row, column]
-            image = draw_heat(ax, on_grid(run.values[metric][row], run, grid, layers), grid, layers, scale)
-            if row == 0:
-                ax.set_title(f"{style.shorten(run.arm, 22)}\nseed {run.seed}", fontsize=9)
-            if column == 0:
-                ax.set_ylabel(f"{projection}\nlayer")
-            if row == shape[0] - 1:
-                ax.set_xlabel("step")
+    cells = [
+        (row, column, run, values)
+        for column, run in enumerate(runs)
+        for row, values in enumerate(run.values[metric])
+    ]
+    titles = [f"{style.shorten(run.arm, 22)}\nseed {run.seed}" for run in runs]
+    fig = plt.figure(figsize=(2.2 + 2.3 * len(runs), 1.4 * len(PROJECTIONS) + 1.2), layout="constrained")
+    axes, image = heat_grid(fig, cells, PROJECTIONS, titles)
     add_scale(fig, image, axes, fraction=0.15, aspect=40, pad=0.01)
     fig.suptitle(METRICS[metric], fontweight="bold")
     return fig
@@ -249,24 +261,16 @@ def seeds_of(runs: Sequence[Measured]) -> list:
 def quick_scan(runs: Sequence[Measured]):
     """A block of arms x seeds for each metric; each cell is a heatmap of the mean over projections."""
     plt = style.load_matplotlib()
-    grid, layers = step_grid(runs), sorted({layer for run in runs for layer in run.layers})
     arms, seeds = list(dict.fromkeys(run.arm for run in runs)), seeds_of(runs)
+    rows, columns = [style.shorten(arm, 16) for arm in arms], [f"seed {seed}" for seed in seeds]
     size = 2 * (1.2 + 2.0 * len(seeds)), 2 * (0.9 + 1.5 * len(arms))
     fig = plt.figure(figsize=size, layout="constrained")
     for block, metric in zip(fig.subfigures(2, 2).flat, SCANNED):
-        means = [mean_over(run.values[metric], 0) for run in runs]
-        scale = colour_scale(means)
-        axes = block.subplots(len(arms), len(seeds), squeeze=False, sharex=True, sharey=True)
-        for ax in axes.flat:
-            image = draw_heat(ax, np.full((len(layers), len(grid)), np.nan), grid, layers, scale)
-        for run, mean in zip(runs, means, strict=True):
-            ax = axes[arms.index(run.arm), seeds.index(run.seed)]
-            image = draw_heat(ax, on_grid(mean, run, grid, layers), grid, layers, scale)
-        for column, seed in enumerate(seeds):
-            axes[0, column].set_title(f"seed {seed}", fontsize=9)
-            axes[-1, column].set_xlabel("step")
-        for row, arm in enumerate(arms):
-            axes[row, 0].set_ylabel(f"{style.shorten(arm, 16)}\nlayer", fontsize=9)
+        cells = [
+            (arms.index(run.arm), seeds.index(run.seed), run, mean_over(run.values[metric], 0))
+            for run in runs
+        ]
+        axes, image = heat_grid(block, cells, rows, columns, label_size=9)
         add_scale(block, image, axes, fraction=0.08)
         block.suptitle(METRICS[metric], fontsize=11, fontweight="bold")
     return fig
@@ -280,8 +284,7 @@ def quick_scan(runs: Sequence[Measured]):
 def lines(runs: Sequence[Measured], by: str):
     """Metrics (down) of arms (across), a colour a projection or layer: thick the mean, thin each seed."""
     plt = style.load_matplotlib()
-    arms, grid = list(dict.fromkeys(run.arm for run in runs)), step_grid(runs)
-    layers = sorted({layer for run in runs for layer in run.layers})
+    arms, layers, steps = list(dict.fromkeys(run.arm for run in runs)), runs[0].layers, runs[0].steps
     groups = list(PROJECTIONS) if by == "projection" else layers
     fig, axes = plt.subplots(
         len(LINED),
@@ -302,15 +305,15 @@ def lines(runs: Sequence[Measured], by: str):
         for column, arm in enumerate(arms):
             ax, members = axes[row, column], [run for run in runs if run.arm == arm]
             for number, colour in enumerate(colours[: len(groups)]):
-                curves = np.stack([_curve(run, metric, by, number, grid, layers) for run in members])
+                curves = np.stack([_curve(run, metric, by, number) for run in members])
                 for curve in curves if len(curves) > 1 else ():
-                    ax.plot(grid, curve, color=colour, linewidth=0.6, alpha=0.5)
+                    ax.plot(steps, curve, color=colour, linewidth=0.6, alpha=0.5)
                 label = str(groups[number])
                 # a mean over fewer seeds would jump: where one of them lacks a step, it has a gap
-                ax.plot(grid, curves.mean(0), color=colour, label=label, marker=".", markersize=3)
+                ax.plot(steps, curves.mean(0), color=colour, label=label, marker=".", markersize=3)
                 if metric in CHANCE:
-                    chance = [_curve(run, CHANCE[metric], by, number, grid, layers) for run in members]
-                    ax.plot(grid, mean_over(np.stack(chance), 0), color=colour, linewidth=1, linestyle=":")
+                    chance = [_curve(run, CHANCE[metric], by, number) for run in members]
+                    ax.plot(steps, mean_over(np.stack(chance), 0), color=colour, linewidth=1, linestyle=":")
             if row == 0:
                 ax.set_title(style.shorten(arm, 34))
             if column == 0:
@@ -325,17 +328,10 @@ def lines(runs: Sequence[Measured], by: str):
     return fig
 
 
-def _curve(run: Measured, metric: str, by: str, number: int, grid, layers) -> np.ndarray:
-    """A run's mean for a projection (over layers) or a layer (over projections), on the grid."""
-    out, values = np.full(len(grid), np.nan), run.values[metric]
-    if by == "projection":
-        found = mean_over(values[number], 0)
-    elif layers[number] in run.layers:
-        found = mean_over(values[:, run.layers.index(layers[number])], 0)
-    else:
-        return out
-    out[np.searchsorted(grid, run.steps)] = found
-    return out
+def _curve(run: Measured, metric: str, by: str, number: int) -> np.ndarray:
+    """A run's mean for a projection (over layers) or a layer (over projections), by step."""
+    values = run.values[metric]
+    return mean_over(values[number] if by == "projection" else values[:, number], 0)
 
 
 def losses(results: Results):
@@ -386,11 +382,7 @@ def difference_table(runs: Sequence[Measured]) -> tuple[list[str], list[list]]:
 
 def _differences(a: Measured, b: Measured, metric: str) -> list[tuple]:
     """The largest differences of one pair of seeds."""
-    steps, layers = np.intersect1d(a.steps, b.steps), np.intersect1d(a.layers, b.layers)
-    x, y = (
-        run.values[metric][:, np.searchsorted(run.layers, layers)][:, :, np.searchsorted(run.steps, steps)]
-        for run in (a, b)
-    )
+    x, y = a.values[metric], b.values[metric]
     with np.errstate(invalid="ignore"):  # 0 / 0 is no difference
         size = np.nan_to_num(np.abs(x - y) / ((np.abs(x) + np.abs(y)) / 2))
     out = []
@@ -398,7 +390,7 @@ def _differences(a: Measured, b: Measured, metric: str) -> list[tuple]:
         at = np.unravel_index(place, size.shape)
         if size[at] > 0:
             p, l, t = at
-            where = int(layers[l]), PROJECTIONS[p], int(steps[t]), f"{a.seed} {b.seed}"
+            where = int(a.layers[l]), PROJECTIONS[p], int(a.steps[t]), f"{a.seed} {b.seed}"
             out.append((float(size[at]), *where, float(x[at]), float(y[at])))
     return out
 
@@ -437,9 +429,6 @@ def draw_measurements(options: Namespace) -> None:
     print(format_table(*final_table(results)))
     for note in results.notes:
         print(f"note: {note}")
-    for run in runs:
-        if run.unread:
-            print(f"note: {run.run.path.stem}: {run.unread} lines of its measurement could not be read")
     print("\n" + "\n".join(map(str, [*(out / f"{name}.png" for name in figures), *tables])))
 
 

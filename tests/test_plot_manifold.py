@@ -68,14 +68,31 @@ def test_everything_is_drawn_and_tabled(logs, tmp_path, capsys):
 
 
 def test_gaps_stay_gaps(logs):
-    """Fails if a step that a run lacks is interpolated or left out."""
-    results = read_results(logs)
-    runs = plot.read_all(results)
-    gapped = next(run for run in runs if run.seed == 2)
-    grid = plot.step_grid([gapped])
-    assert grid.tolist() == list(STEPS)
-    drawn = plot.on_grid(gapped.values["gap"][0], gapped, grid, [0, 1, 2])
-    assert np.isnan(drawn[:, 1]).all() and np.isfinite(drawn[:, [0, 2, 3]]).all()
+    """Fails if a step that a run lacks, or all of them lack, is interpolated or left out."""
+    for chosen in (logs, logs[1::2]):  # all runs, and those without step 100
+        runs = plot.read_all(read_results(chosen))
+        gapped = next(run for run in runs if run.seed == 2)
+        drawn = gapped.values["gap"][0]
+        assert gapped.steps.tolist() == list(STEPS)
+        assert np.isnan(drawn[:, 1]).all() and np.isfinite(drawn[:, [0, 2, 3]]).all()
+    assert plot.step_grid([100, 50, 175]).tolist() == [50, 100, 175]  # not evenly spaced: nothing is missing
+
+
+def test_runs_with_other_layers_and_steps_are_drawn_on_one_grid(tmp_path):
+    """Fails if a value lands at another run's layer or step, or a run has values at a layer it lacks."""
+    logs = [make_run(tmp_path, "muon", seed) for seed in (1, 2)]
+    path = logs[1].with_suffix(".manifold.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [{**row, "layer": row["layer"] + 1, "step": row["step"] + 50} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = plot.read_all(read_results(logs))
+    assert all(run.layers == [0, 1, 2, 3] and run.steps.tolist() == [50, 100, 150, 200, 250] for run in runs)
+    for row in rows:
+        place = plot.PROJECTIONS.index(row["proj"]), row["layer"], row["step"] // 50 - 1
+        assert runs[1].values["gap"][place] == row["gap"]
+    assert np.isnan(runs[1].values["gap"][:, 0]).all() and np.isnan(runs[1].values["gap"][:, :, 0]).all()
+    _, table = plot.difference_table(runs)
+    assert {row[2] for row in table} <= {1, 2} and {row[4] for row in table} <= {100, 150, 200}
 
 
 def test_one_colour_scale_for_all_runs():
@@ -114,15 +131,12 @@ def test_a_record_has_the_measurement(tmp_path, monkeypatch, capsys):
     plain = []
     for run in read_runs("logs"):
         write_measurement(run.path, run.seed)
-        plain.append(plot.read_measured(run, "an arm"))
+        plain.append(plot.read_rows(run))
     also = "plot_manifold.py duel.toml --out . --metrics gap"
     assert make_record.main(["records/x", "--new", "sweeps/duel.toml", "--also", also]) == 0
     assert len(list(Path("records/x/logs").glob("*.manifold.jsonl.xz"))) == len(plain) == 2
-    packed = [plot.read_measured(run, "an arm") for run in read_runs("records/x/logs")]
-    for one, other in zip(plain, packed, strict=True):
-        assert one.values.keys() == other.values.keys() and (one.layers, one.unread) == (other.layers, 0)
-        for metric, values in one.values.items():
-            np.testing.assert_array_equal(values, other.values[metric])
+    assert [plot.read_rows(run) for run in read_runs("records/x/logs")] == plain
+    assert [unread for _, unread in plain] == [0, 0]
     assert make_record.main(["records/x", "--check"]) == 0
     out = capsys.readouterr().out
     assert "differences.csv: the same" in out and "heatmap_gap.png: the same" in out
