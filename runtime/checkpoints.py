@@ -179,7 +179,8 @@ def find_origin(s, classes, config: dict, run_id: str) -> Origin:
     """Decide where the run begins, from RESUME and torchrun's restarts.
 
     s: the trainer's settings. classes: dataclasses of the settings and of the model's config. config: all
-    that decides the numbers of the run. run_id: as the user gave it, maybe empty.
+    that decides the numbers of the run, and the trainer's name as `script`. run_id: as the user gave it,
+    maybe empty.
     """
     same = SameTraining(classes, config)
     if is_restart():  # resume, if the worker that this one replaces got as far as a log
@@ -244,7 +245,7 @@ class SameTraining:
         *settings, model_class = classes
         defaults = {f.name: f.default for f in knobs(settings).values()}
         model_defaults = {f.name: f.default for f in dataclasses.fields(model_class)}
-        self.defaults = as_json({**defaults, "model_config": model_defaults})
+        self.defaults = as_json({**defaults, "model_config": model_defaults, "script": config["script"]})
         self.config = as_json(config)
         self.may_differ = {name for names in not_training(settings).values() for name in names}
 
@@ -260,7 +261,8 @@ class SameTraining:
     def differences(self, theirs: dict) -> list[str]:
         """Differences that change the training, in words.
 
-        A setting, or a field of the model's config, that `theirs` predates counts as its default.
+        A setting, or a field of the model's config, that `theirs` predates counts as its default; the
+        trainer's name, in checkpoints that lack it, as this trainer's.
         """
         old = {**self.defaults, **as_json(theirs)}
         old = flat({**old, "model_config": {**self.defaults["model_config"], **old["model_config"]}})

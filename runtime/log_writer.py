@@ -277,11 +277,15 @@ def last_event(log: Path) -> str:
 
 
 def logged_config(log: Path) -> dict:
-    """The settings in a log's header; {} if there is none."""
+    """The settings in a log's header, and the trainer's name as `script`; {} if there is none."""
     if not log.is_file():
         return {}
-    found = re.search(r"^config:(\{.*\})$", log.read_text(encoding="utf-8", errors="replace"), re.M)
-    return json.loads(found[1]) if found else {}
+    text = log.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"^config:(\{.*\})$", text, re.M)
+    script = re.search(r"^event:started .*? script:(.*?) source_hash:", text, re.M)
+    if not found:
+        return {}
+    return {**json.loads(found[1]), **({"script": script[1]} if script else {})}
 
 
 def begun_by_this_launch(log: Path) -> bool:

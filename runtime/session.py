@@ -250,7 +250,7 @@ class Session:
         """Write logs/RUN_ID/step_N.pt and a line about it. Whether the disk took it."""
         contents = {
             "format": checkpoints.FORMAT,
-            "config": self.config,
+            "config": {**self.config, "script": self.script.name},
             "run_id": self.s.run_id,
             "source_hash": source_hash(self.script),
             "step": step,

@@ -190,8 +190,9 @@ def prepare(module, env) -> Start:
     train_shards, val_shards = ranks.run_on_all(lambda: module.open_data(s, ranks.world_size))
     config = checking.describe_run(module, s, o, model_config, train_shards, val_shards, ranks.world_size)
     classes = (*module.SETTINGS, module.ModelConfig)
+    ours = {**config, "script": module.SCRIPT.name}  # which the log has in event:started
     origin = ranks.run_on_all(
-        lambda: checkpoints.find_origin(s, classes, config, run_id) if ranks.rank == 0 else None
+        lambda: checkpoints.find_origin(s, classes, ours, run_id) if ranks.rank == 0 else None
     )
     shared = ranks.broadcast_object(origin and origin._replace(contents=None))
     if ranks.rank != 0:

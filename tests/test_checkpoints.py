@@ -233,6 +233,7 @@ def resume_differences(trainer, config, theirs) -> list[str]:
     """List the differences for which a run of this config refuses theirs."""
     classes, model = (*trainer.SETTINGS, trainer.ModelConfig), dataclasses.asdict(trainer.ModelConfig())
     config, theirs = ({"model_config": model, **x} for x in (config, theirs))
+    config["script"] = trainer.SCRIPT.name  # which checkpoints may lack
     return checkpoints.SameTraining(classes, config).differences(theirs)
 
 

@@ -26,10 +26,11 @@ from helpers import (
     train,
     write_shard,
 )
-from jobs import Job, events, lines, refusal
+from jobs import Job, events, lines, refusal, run_here
 from safetensors.numpy import load_file
 
 import train_gpt
+import train_gpt_muon_ord
 from analysis.run_log import read_log
 from runtime import supervise
 from runtime.checkpoints import FORMAT, Origin, set_aside
@@ -302,6 +303,27 @@ def test_other_settings_are_refused_with_the_list(copy_of_saved, refused_resume)
     said = refused_resume(MUON_LR=0.5, SEED=3)
     assert "MUON_LR was 0.023, now 0.5" in said and "SEED was 0, now 3" in said
     assert "event:resumed" not in (copy_of_saved / "logs" / "saved.txt").read_text()
+
+
+def test_another_trainer_is_refused(copy_of_saved, shards, monkeypatch, capsys):
+    """Fails if a log goes on with the other twin, whose settings may all be the same or at their defaults."""
+    monkeypatch.chdir(copy_of_saved)
+    log, folder, env = Path("logs/saved.txt"), Path("logs/saved"), resume_env(shards)
+    before, said = log.read_bytes(), "settings: SCRIPT was train_gpt.py, now train_gpt_muon_ord.py. "
+    of_ord = {**env, "SPECTRAL_LR_MUL": "0.1"}  # that of the class, not of the preset: no other difference
+    branch = {"RUN_ID": "branch", "RESUME": str(folder / "step_00000008.pt")}
+    assert said in refusal(train_gpt_muon_ord, {**of_ord, **branch}, capsys)
+    for _ in ("with checkpoints", "without"):
+        assert said in refusal(train_gpt_muon_ord, of_ord, capsys)
+        assert supervise.main(train_gpt_muon_ord, ["--check-settings"], of_ord) == 2
+        assert said in capsys.readouterr().err
+        assert supervise.main(train_gpt, ["--check-settings"], env) == 0, "the right trainer is refused"
+        shutil.rmtree(folder, ignore_errors=True)
+    assert log.read_bytes() == before and not Path("logs/branch.txt").exists()
+    with run_here(train_gpt_muon_ord, base_env(shards, RUN_ID="ord")):
+        pass
+    said = refusal(train_gpt, resume_env(shards, RUN_ID="ord"), capsys)
+    assert "SCRIPT was train_gpt_muon_ord.py, now train_gpt.py" in said
 
 
 def test_how_often_to_save_or_validate_may_differ_and_other_code_is_said(copy_of_saved, shards):
