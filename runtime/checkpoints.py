@@ -17,7 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from runtime.log_writer import begun_by_this_launch, has_begun, last_event, logged_config, run_of_this_launch
+from runtime.log_writer import (
+    begun_by_this_launch,
+    has_begun,
+    last_beginning,
+    last_event,
+    logged_config,
+    run_of_this_launch,
+)
 from runtime.settings import SettingsError, is_file_name, knobs, not_training
 
 FORMAT, KEPT, MODEL_FILE = 2, 2, "model.safetensors"
@@ -208,7 +215,10 @@ def find_origin(s, classes, config: dict, run_id: str) -> Origin:
 
 
 def last_checkpoint(s, same: "SameTraining") -> Origin:
-    """RESUME=auto: the newest checkpoint that can be read; without any, the run from its start."""
+    """RESUME=auto: the newest checkpoint that can be read; else the one that the log last went on from.
+
+    Without either, the run from its start.
+    """
     same.require(s.log, logged_config(s.log))
     last, damaged = last_event(s.log), []
     lost_model = s.save_model and checkpoints_in(s.folder) and not (s.folder / MODEL_FILE).exists()
@@ -230,7 +240,18 @@ def last_checkpoint(s, same: "SameTraining") -> Origin:
             f"{s.folder} has no checkpoint that can be read: {found}. Remove the folder and {s.log} to begin "
             "the run anew"
         )
-    return Origin(s.run_id, has_begun(s.log))
+    path = Path(last_beginning(s.log).get("path") or "none")
+    is_removed = path.parent == s.folder and not path.exists()  # from the run's own folder, by its user
+    if str(path) == "none" or is_removed:
+        return Origin(s.run_id, has_begun(s.log))
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}, with which {s.log} went on, is gone, and {s.folder} has no checkpoint; put it back, or "
+            f"remove {s.log} to begin the run anew"
+        )
+    saved = read(path)
+    same.require(path, saved["config"])
+    return Origin(s.run_id, True, str(path), saved)
 
 
 def is_restart() -> bool:

@@ -282,10 +282,22 @@ def logged_config(log: Path) -> dict:
         return {}
     text = log.read_text(encoding="utf-8", errors="replace")
     found = re.search(r"^config:(\{.*\})$", text, re.M)
-    script = re.search(r"^event:started .*? script:(.*?) source_hash:", text, re.M)
     if not found:
         return {}
-    return {**json.loads(found[1]), **({"script": script[1]} if script else {})}
+    script = [begun["script"] for begun in beginnings(text)[:1]]
+    return {**json.loads(found[1]), **({"script": script[0]} if script else {})}
+
+
+def last_beginning(log: Path) -> dict[str, str | None]:
+    """Return `path` (the checkpoint's), `script` and `source_hash` of the last start, or {}."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return (beginnings(text) or [{}])[-1]
+
+
+def beginnings(text: str) -> list[dict[str, str | None]]:
+    """Return some fields of each start and resumption in a log. A path may contain blanks."""
+    begun = r"^event:(?:started .*?|resumed step:\d+ path:(?P<path>.*?)) time:\S+ script:(?P<script>.*?)"
+    return [m.groupdict() for m in re.finditer(begun + r" source_hash:(?P<source_hash>\w+)", text, re.M)]
 
 
 def begun_by_this_launch(log: Path) -> bool:

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from kernels import attention, fast_forms
 from runtime import checking, checkpoints
 from runtime.compiling import CACHE_HELP, choose_allocator, compiler_for, graphs_compiled
-from runtime.log_writer import LogWriter, last_event, provenance, show, source_hash
+from runtime.log_writer import LogWriter, last_beginning, last_event, provenance, show, source_hash
 from runtime.ranks import Ranks, check_launch, refuse_together
 from runtime.session import Diverged
 from runtime.settings import SettingsError, help_text, not_training, settings_json
@@ -222,9 +222,11 @@ def write_beginning(module, start: Start):
         log.warn(f"{text}; falling back to the one before it", "checkpoint_damaged", error=json.dumps(text))
     if origin.resumed:
         checkpoints.set_aside(origin, start.s.folder)
-        saved = origin.contents or {"step": 0, "source_hash": source_hash(start.script)}
-        if saved["source_hash"] != source_hash(start.script):
-            log.warn(f"the code is not that of the checkpoint (source_hash {saved['source_hash']})")
+        saved = origin.contents or {"step": 0, **last_beginning(log.path)}
+        hashed = saved.get("source_hash", started["source_hash"])
+        if hashed != started["source_hash"]:
+            what = "checkpoint" if origin.has_checkpoint else "run so far"
+            log.warn(f"the code is not that of the {what} (source_hash {hashed})")
         log.event("resumed", step=saved["step"], path=origin.path, **started)
         log.say(f"going on from step {saved['step']} ({origin.path})")
 

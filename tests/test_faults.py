@@ -33,8 +33,8 @@ import train_gpt
 import train_gpt_muon_ord
 from analysis.run_log import read_log
 from runtime import supervise
-from runtime.checkpoints import FORMAT, Origin, set_aside
-from runtime.log_writer import BAR, LogWriter, sources
+from runtime.checkpoints import FORMAT, CheckpointError, Origin, set_aside
+from runtime.log_writer import BAR, LogWriter, source_hash, sources
 from runtime.settings import SettingsError
 from runtime.supervise import StopRequest
 
@@ -334,6 +334,35 @@ def test_how_often_to_save_or_validate_may_differ_and_other_code_is_said(copy_of
     assert done.returncode == 0, done.stderr
     assert "step:8/14 val_loss" in log.read_text()
     assert "warning: the code is not that of the checkpoint" in done.stdout
+    assert "0123" in events(log, "warning")[0]
+
+
+def test_a_branch_without_a_checkpoint_goes_on_from_the_one_it_began_with(copy_of_saved, shards, monkeypatch):
+    """Fails if RESUME=auto silently begins at step 0 a run that was killed between RESUME=PATH and its first
+    checkpoint."""
+    monkeypatch.chdir(copy_of_saved)
+    path = Path("logs/step 8, a copy.pt")
+    shutil.copy("logs/saved/step_00000008.pt", path)
+    env = resume_env(shards, RUN_ID="branch")
+    for wish in (str(path), "auto", "auto"):
+        with run_here(train_gpt, {**env, "RESUME": wish}) as start:
+            assert (start.origin.path, start.origin.contents["step"]) == (str(path), 8)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="copy.pt, with which logs/branch.txt went on, is gone"):
+        supervise.prepare(train_gpt, env)
+
+
+def test_changed_code_is_said_without_a_checkpoint(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    log, env = Path("logs/mine.txt"), base_env(shards, RUN_ID="mine")
+    with run_here(train_gpt, env):
+        pass
+    for hashed, said in ((source_hash(train_gpt.SCRIPT), 0), ("0123", 1)):
+        log.write_text(re.sub(r"^(event:.* source_hash):\w+", rf"\1:{hashed}", log.read_text(), flags=re.M))
+        with run_here(train_gpt, {**env, "RESUME": "auto"}):
+            pass
+        assert capsys.readouterr().out.count("warning: the code is not that of the run so far") == said
+        assert len(events(log, "warning")) == said
     assert "0123" in events(log, "warning")[0]
 
 
