@@ -33,10 +33,15 @@ if [ ${#texts[@]} -gt 0 ]; then
     echo "logs/$RUN_ID.txt exists already; choose another RUN_ID, or RESUME=auto to go on with that run" >&2
     exit 2
   fi
-  # a small model on bytes, unless MODEL names another; long documents are split, not cut
+  # a small model on bytes, unless MODEL names another
   [ "${MODEL:-auto}" != auto ] || MODEL=tiny
   export MODEL DATA_PATH=${DATA_PATH:-data/own}
-  [ "$MODEL" = gpt2-small-2026-08 ] || export LONG_DOCS=${LONG_DOCS:-split}  # it has a limit for each stage
+  # long documents are split, not cut; train_gpt_simple.py never cuts them, and has no such setting
+  settings=$($python "$script" --settings-json)
+  case $MODEL$settings in
+    gpt2-small-2026-08*) ;;  # it has a limit for each stage
+    *'"LONG_DOCS"'*) export LONG_DOCS=${LONG_DOCS:-split} ;;
+  esac
   vocabulary=()
   case $MODEL in tiny* | moe-tiny) vocabulary=(--bytes) ;; esac
   $python data/tokenize_text.py "${texts[@]}" --out "$DATA_PATH" --force ${vocabulary[@]+"${vocabulary[@]}"}

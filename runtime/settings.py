@@ -17,6 +17,12 @@ from pathlib import Path
 OUR_PREFIXES = ("SPECTRAL_", "ORD_", "MUON_", "ADAM_", "MOE_", "LR_DECAY_", "VAL_LOSS_", "NUM_SCHEDULED_")
 # Names close to a short setting's that other programs may well use.
 NOT_MEANT = {"COMPILED", "COMPILER", "DEVICES", "KERNEL", "MODE", "MODELS", "SEEDS", "SPEED"}
+# Settings that some trainers lack, and whose names have no prefix of ours. Other programs may well use
+# KERNELS, SLICES, START and WITHOUT, so these are left out.
+OF_SOME_TRAINERS = {"ATTN_BACKEND", "BATCH_SIZES", "BATCH_TOKENS", "BETA_WARMUP_STEPS", "DISABLE_FP8"}
+OF_SOME_TRAINERS |= {"GRAD_CLIP", "LONG_DOCS", "LR_MULS", "MAX_DOC_TOKENS", "NGRAMS", "NGRAM_ROWS"}
+OF_SOME_TRAINERS |= {"NUM_EXPERTS", "NUM_EXTENSION_ITERATIONS", "PASS_TOKENS", "RESIDUAL_SCALE", "ROUTER_LR"}
+OF_SOME_TRAINERS |= {"ROUTER_NOISE", "ROW_TOKENS", "TRAIN_TOKENS", "VAL_BATCH_TOKENS", "WARMUP_STEPS"}
 TYPE_NAMES = {
     str: "str",
     bool: "bool",
@@ -232,12 +238,15 @@ def allowed_values(field: dataclasses.Field) -> str:
 
 
 def refuse_lookalikes(env: Mapping[str, str], known: list[str], script: str):
-    """Raise SettingsError for a variable that is nearly a setting: a typo would train something else.
+    """Raise SettingsError for a variable that is nearly a setting, or another trainer's.
 
+    A typo would train something else than was meant, and so would a setting that does nothing here.
     Nearly: it has one of our prefixes, or two letters of a long name are wrong, or one of a short name.
     Capitals do not count.
     """
     for name in sorted(set(env) - set(known)):
+        if name in OF_SOME_TRAINERS:
+            raise SettingsError(f"{name} is a setting of another trainer; {script} has none such. Unset it")
         capitals = name.upper()
         close = difflib.get_close_matches(capitals, known, n=1, cutoff=0.75)
         typo = bool(close) and is_typo(capitals, close[0])

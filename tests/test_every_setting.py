@@ -18,7 +18,7 @@ from helpers import (
 import train_gpt
 import train_gpt_muon_ord
 import train_gpt_simple
-from runtime.settings import knobs
+from runtime.settings import OF_SOME_TRAINERS, OUR_PREFIXES, SettingsError, knobs
 from runtime.supervise import Start, StopRequest
 
 ADAMW = {"OPTIMIZER": "adamw"}
@@ -134,6 +134,20 @@ def test_every_setting_has_a_row(trainer):
     affects = {name: field.metadata["affects"] for name, field in knobs(trainer.SETTINGS).items()}
     training = {name for name, kind in affects.items() if kind == "training"}
     assert training == TABLES[trainer].keys() | (ELSEWHERE.keys() & training)
+
+
+def test_settings_of_other_trainers_are_refused():
+    """Fails if a setting that one trainer has, and another lacks, is ignored there without a word. The four
+    names left out are words that other programs may well use."""
+    names = {trainer: set(knobs(trainer.SETTINGS)) for trainer in TABLES}
+    some = set.union(*names.values()) - set.intersection(*names.values())
+    some = {name for name in some if not name.startswith(OUR_PREFIXES)}
+    assert some - {"KERNELS", "SLICES", "START", "WITHOUT"} == OF_SOME_TRAINERS
+    for trainer, known in names.items():
+        for name in OF_SOME_TRAINERS - known:
+            said = f"^{name} is a setting of another trainer; {trainer.SCRIPT.name} has none such"
+            with pytest.raises(SettingsError, match=said):
+                trainer.read_settings({"DEVICE": "cpu", "MODEL": "tiny", name: "1"})
 
 
 @pytest.fixture(scope="module")

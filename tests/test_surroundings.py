@@ -82,6 +82,16 @@ def test_from_a_text_file_to_a_trained_model_and_a_sample(project, tmp_path):
     assert shell(project, *again, "--tokens", "3").returncode == 0, "the printed command fails"
 
 
+def test_a_text_trains_the_simple_trainer_too(project, tmp_path):
+    """Fails if run.sh sets LONG_DOCS for a trainer that lacks it, and so refuses it."""
+    (tmp_path / "mine.txt").write_text(TEXT)
+    env = dict(SHORT, SCRIPT="train_gpt_simple.py", RUN_ID="simple", DATA_PATH=str(tmp_path / "own"))
+    done = shell(project, "./run.sh", str(tmp_path / "mine.txt"), **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (log,) = read_log(project / "logs/simple.txt")
+    assert log.state == "finished" and log.config["train_files"] == "text_train_*.bin"
+
+
 def tokenize(monkeypatch, *arguments) -> int:
     """Run data/tokenize_text.py in this process, for bytes."""
     monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments), "--bytes", "--workers", "1"])
