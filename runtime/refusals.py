@@ -52,6 +52,14 @@ def check_settings(s, env, by_stage: tuple[str, ...], num_stages: int, val_slice
         s.train_tokens and "NUM_SCHEDULED_ITERATIONS" in env,
         "TRAIN_TOKENS and NUM_SCHEDULED_ITERATIONS both set the run's length; unset one",
     )
+    is_constant = s.lr_decay_type == "constant" and not s.lr_decay_second_type
+    for name, no_decay in (("COOLDOWN_FRAC", 0), ("LR_DECAY_FINAL", 1)):
+        value = getattr(s, name.lower())
+        refuse(
+            is_constant and name in env and value != no_decay,
+            f"{name}={value} does nothing with LR_DECAY_TYPE=constant and no second decay; unset it, or "
+            "choose another decay",
+        )
     check_machine(s)
 
 

@@ -232,6 +232,8 @@ def test_second_final_is_lr_decay_finals_unless_set():
     assert schedule(**env).lr_mul(1560) == pytest.approx(0.2)
     assert schedule(**env, LR_DECAY_SECOND_FINAL="").lr_mul(1560) == pytest.approx(0.2)
     assert schedule(**env, LR_DECAY_SECOND_FINAL=0).lr_mul(1560) == 0
+    constant = dict(LR_DECAY_TYPE="constant", LR_MULS="1,1,1,1", COOLDOWN_FRAC=0.5)  # which the switch needs
+    assert schedule(**constant, **env).lr_mul(1560) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("switch", ["", 701, 1560])
@@ -739,6 +741,8 @@ BAD_SETTINGS = [  # environment, what the message must say
     (dict(OPTIMIZER="adamw", MUON_LR="0.1"), ["MUON_LR=0.1 does nothing with OPTIMIZER=adamw"]),
     (dict(ADAM_MATRIX_LR="0.1"), ["ADAM_MATRIX_LR=0.1", "OPTIMIZER=normuon", "needs adamw"]),
     (dict(LR_DECAY_SWITCH_STEP="900"), ["LR_DECAY_SWITCH_STEP=900", "LR_DECAY_SECOND_TYPE=''", "linear"]),
+    (dict(LR_DECAY_TYPE="constant", COOLDOWN_FRAC="0.3"), ["COOLDOWN_FRAC=0.3 does nothing", "=constant"]),
+    (dict(MODEL="dense-88m", LR_DECAY_FINAL="0"), ["LR_DECAY_FINAL=0.0 does nothing", "=constant"]),
     # look-alikes
     (dict(SPECTRAL_LR_MULL="1"), ["SPECTRAL_LR_MULL", "not a setting", "nearest"]),
     (dict(SPECTRAL_LR_MUL="0"), ["SPECTRAL_LR_MUL", "train_gpt.py"]),
