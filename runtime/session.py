@@ -293,6 +293,8 @@ class Session:
         if contents is not None:  # on rank 0
             params = contents["params"]
             small = {k: v for k, v in contents.items() if k not in ("params", "config")}
+            target = contents["config"].get("target_loss", self.s.target_loss)
+            small["reached"] = small["reached"] and target == self.s.target_loss  # it may have changed
         small = self.ranks.broadcast_object(small)
         restore_all(self.buckets, params, small["counts"])
         self.trainer.go_to(small["step"])

@@ -376,6 +376,21 @@ def test_the_target_is_reached_once(tmp_path, monkeypatch):
     assert found == ["event:target_reached step:4 target:1.5 val_loss:1.40000"]
 
 
+@pytest.mark.parametrize("target, reached", [(1.5, []), (1.3, ["6"])])
+def test_a_target_changed_on_resuming_can_be_reached(target, reached, tmp_path, monkeypatch):
+    """Fails if the log never says that a lower target was reached, or says again that the same one was."""
+    monkeypatch.chdir(tmp_path)
+    saves = small_session(*small_trainer(train_gpt, tmp_path, 0, TARGET_LOSS=1.5))
+    saves.config = {"target_loss": 1.5}
+    saves.note_validation(2, 1.4, 0.5)
+    assert saves.save(2)
+    resumed = small_session(*small_trainer(train_gpt, tmp_path, 0, TARGET_LOSS=target), "resumed")
+    resumed.resume(checkpoints.read(tmp_path / "logs" / "mine" / "step_00000002.pt"))
+    for step, loss in ((4, 1.4), (6, 1.3), (8, 1.2)):
+        resumed.note_validation(step, loss, 0.5)
+    assert re.findall(r"^event:target_reached step:(\d+)", resumed.s.log.read_text(), re.M) == reached
+
+
 def test_a_clock_that_jumps_changes_no_figure(monkeypatch):
     """Fails if training time uses the wall clock, which NTP or a resumed virtual machine may set."""
     begin = time.perf_counter()
