@@ -319,11 +319,17 @@ class Session:
                 checkpoints.save_model(path, self.trainer.model, self.model_metadata())
             except Exception as error:  # safetensors has errors of its own
                 reason = f"{path} could not be written: {error}"
-                self.log.say(f"error: {reason}; make room, then RESUME=auto ends the run")
+                self.log.say(f"error: {reason}; make room, then RESUME=auto repeats {self.unsaved()}")
                 self.log.end("crashed", rank=0, error=json.dumps(reason))
                 return 1
         self.log.end("finished", model=path)
         return 0
+
+    def unsaved(self) -> str:
+        """Name the steps that resuming would repeat."""
+        saved = checkpoints.checkpoints_in(self.s.folder)
+        step = int(saved[-1].stem.removeprefix("step_")) if saved else self.first_step
+        return f"what follows step {step}" if step else "the whole run, which has no checkpoint"
 
     def model_metadata(self) -> dict:
         """Facts needed to build the model, and to run it."""

@@ -391,6 +391,22 @@ def test_a_target_changed_on_resuming_can_be_reached(target, reached, tmp_path, 
     assert re.findall(r"^event:target_reached step:(\d+)", resumed.s.log.read_text(), re.M) == reached
 
 
+@pytest.mark.parametrize(
+    "saved_at, said", [(0, "the whole run, which has no checkpoint"), (4, "what follows step 4")]
+)
+def test_without_room_for_the_model_the_run_says_what_is_repeated(
+    saved_at, said, tmp_path, monkeypatch, capsys
+):
+    """Fails if its user believes that resuming only writes the model, and it trains from step 0."""
+    monkeypatch.chdir(tmp_path)
+    ends = small_session(*small_trainer(train_gpt, tmp_path, 0))
+    ends.config = {"model_config": {}}
+    assert not saved_at or ends.save(saved_at)
+    fill_disk(monkeypatch)
+    assert ends.finish() == 1
+    assert f"No space left on device; make room, then RESUME=auto repeats {said}" in capsys.readouterr().out
+
+
 def test_a_clock_that_jumps_changes_no_figure(monkeypatch):
     """Fails if training time uses the wall clock, which NTP or a resumed virtual machine may set."""
     begin = time.perf_counter()
