@@ -8,6 +8,8 @@
 setup_env() {
   local base=${PYTHON:-python3} venv=.venv${TORCH:+-torch$TORCH}
   if [ "${VENV:-1}" = 0 ]; then
+    [ -z "${TORCH:-}" ] ||
+      { echo "TORCH=$TORCH with VENV=0: the python on PATH is used as it is, with its own torch; unset one" >&2; return 2; }
     take_python_on_path
     return
   fi

@@ -308,6 +308,10 @@ def test_another_torch_has_an_environment_of_its_own(tmp_path):
     assert done.stdout == ".venv-torch2.11.0/bin/python\n"
     done = shell(tmp_path, "bash", "-c", code, TORCH="2.10.0", **unable)
     assert done.returncode == 2 and "TORCH=2.10.0 is none of 2.11.0" in done.stderr
+    ours = f"{sys.prefix}/bin:{os.environ['PATH']}"
+    done = shell(tmp_path, "bash", "-c", code, TORCH="2.11.0", VENV="0", PATH=ours)
+    assert (done.returncode, done.stdout) == (2, ""), "the torch on PATH passes for that of TORCH"
+    assert done.stderr.startswith("TORCH=2.11.0 with VENV=0: ") and done.stderr.count("\n") == 1
 
 
 def test_every_script_starts_from_anywhere_with_a_safe_path(tmp_path):
