@@ -35,14 +35,8 @@ def check_settings(s, env, by_stage: tuple[str, ...], num_stages: int, val_slice
         f"MAX_DOC_TOKENS={as_text(s.max_doc_tokens)} changes with the stage, and LONG_DOCS=split would then "
         "renumber the documents in mid-run; use one value, or LONG_DOCS=cut",
     )
-    unit, val_unit = s.slices * 16, val_slices * 16
-    for stage, tokens in enumerate(s.batch_sizes, 1):
-        down = tokens // unit * unit
-        refuse(
-            tokens != down,
-            f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {s.slices} slices x 16 tokens; "
-            f"{down} or {down + unit} are",
-        )
+    check_batches(s, s.slices)
+    val_unit = val_slices * 16
     refuse(
         s.val_batch_tokens % val_unit or s.val_tokens % s.val_batch_tokens,
         f"VAL_TOKENS={s.val_tokens} must be a multiple of VAL_BATCH_TOKENS={s.val_batch_tokens}, which must "
@@ -61,6 +55,18 @@ def check_settings(s, env, by_stage: tuple[str, ...], num_stages: int, val_slice
             "choose another decay",
         )
     check_machine(s)
+
+
+def check_batches(s, num_slices: int, why: str = ""):
+    """Check that so many slices of a training batch have multiples of 16 tokens, as float8 products need."""
+    unit = num_slices * 16
+    for stage, tokens in enumerate(s.batch_sizes, 1):
+        down = tokens // unit * unit
+        refuse(
+            tokens != down,
+            f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {num_slices} slices x 16 tokens{why};"
+            f" {down} or {down + unit} are",
+        )
 
 
 def check_decays(s):
@@ -88,12 +94,16 @@ def check_slices(s, train: list, num_slices: int, val_slices: int, world_size: i
 
     Raises SettingsError or DataError. num_slices, val_slices: slices of a training and a validation batch.
     """
-    cut = [(t, num_slices) for t in s.batch_sizes] + [(s.val_batch_tokens, val_slices)]
     refuse(
-        any(n % world_size or tokens % n for tokens, n in cut),
-        f"{world_size} ranks do not divide {num_slices} slices, or the slices do not divide "
-        f"BATCH_SIZES={as_text(s.batch_sizes)} or VAL_BATCH_TOKENS={s.val_batch_tokens}; "
-        "use 1, 2, 4, 8 ranks, or batches that divide",
+        num_slices % world_size or val_slices % world_size,
+        f"{world_size} ranks do not divide {num_slices} slices of training, or {val_slices} of validation; "
+        "use 1, 2, 4 or 8 ranks",
+    )
+    check_batches(s, num_slices, f" with {world_size} ranks")
+    refuse(
+        s.val_batch_tokens % val_slices,  # no float8 there
+        f"VAL_BATCH_TOKENS={s.val_batch_tokens} is not a multiple of {val_slices} slices with {world_size} "
+        "ranks; use fewer, or another batch",
     )
     shortest, largest = min(s.max_doc_tokens), max(s.batch_sizes) // num_slices
     lengths = (shard.documents(shard.tokens, shortest, s.long_docs == "split")[1] for shard in train)

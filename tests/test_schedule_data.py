@@ -446,6 +446,23 @@ def test_sixteen_ranks_cut_sixteen_slices(tmp_path):
     assert len({passes[0].inputs_BT.numpy().tobytes() for passes in firsts}) == 16
 
 
+def test_slices_of_many_ranks_are_multiples_of_16_tokens(tmp_path):
+    """Fails if 16 ranks may cut a batch, which 8 slices divide, into slices that float8 cannot multiply."""
+    for name in ("train_0.bin", "val_0.bin"):
+        write_shard(tmp_path / name, **GOOD)
+    s = data_settings(tmp_path, BATCH_SIZES="1024,1152,1024,1024")
+    train_gpt.open_data(s, 8)
+    said = "BATCH_SIZES stage 2 = 1152 is not a multiple of 16 slices x 16 tokens with 16 ranks; 1024 or 1280"
+    with pytest.raises(SettingsError, match=said):
+        train_gpt.open_data(s, 16)
+    train_gpt.open_data(
+        data_settings(tmp_path, VAL_TOKENS=1152, VAL_BATCH_TOKENS=1152), 16
+    )  # no float8 there
+    twenty = dict(BATCH_SIZES="2560,2560,2560,2560", VAL_TOKENS=1152, VAL_BATCH_TOKENS=1152)
+    with pytest.raises(SettingsError, match="VAL_BATCH_TOKENS=1152 is not a multiple of 20 slices"):
+        train_gpt.open_data(data_settings(tmp_path, **twenty), 20)
+
+
 def one_epoch(s, num_tokens=128):
     """Return the first epoch's slices as (starts, lengths)."""
     data, slices = train_data(s), []
