@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.documents import DocumentStream
 from data.prefixes import prefix_tokens
-from data.shards import Ahead, DataError, Shard, check_validation, open_pair
+from data.shards import Shard, check_validation, open_pair
 from kernels import vectors
 from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing, draw_noise, load_fields
@@ -319,7 +320,9 @@ def layer_plans(c: ModelConfig) -> list[LayerPlan]:
 # ---------------------------------------------------------------------------------------------------
 
 VAL_SLICES = 8  # of a batch of validation, whatever SLICES is: all arms then validate alike
-INIT_STREAM, SHARD_STREAM, DOC_STREAM = 0, 1, 2  # of SEED; kernels/experts.py has 3, router noise
+# Random streams of SEED: 0 initial weights; 1 order of shards, 2 of documents (data/documents.py);
+# 3 router noise (kernels/experts.py). A new one takes the next number
+INIT_STREAM = 0
 
 
 class Batch(NamedTuple):
@@ -362,95 +365,41 @@ def stack_slices(slices: list, device, max_doc_tokens: int, pass_tokens: int = M
 
 
 class TrainData:
-    """Endless batches of shuffled documents. The last one of a slice is cut to fill it, its rest skipped.
+    """Endless training batches. The last document of a slice is cut to fill it, its rest skipped.
 
     Every rank plans all slices of a step and reads its own, so that 1, 2, 4 and 8 ranks see the same tokens.
-    The order of shards and documents is drawn from the seed, each epoch anew: `position`, where the step
-    after the last one handed out begins, is all the state there is.
+    A thread makes the next step's batch while this one is computed, so the documents are ahead of `position`:
+    where the step after the last one handed out begins.
     """
 
     def __init__(self, shards: list[Shard], s: Settings, ranks: Ranks, pass_tokens: int = MOST_TOKENS):
-        self.shards, self.seed, self.device, self.pass_tokens = shards, s.seed, ranks.device, pass_tokens
-        self.max_doc_tokens, self.split = s.max_doc_tokens, s.long_docs == "split"
-        self.longest = s.max_doc_tokens[0]  # the current stage's
+        self.max_doc_tokens, self.pass_tokens, self.device = s.max_doc_tokens, pass_tokens, ranks.device
+        self.documents = DocumentStream(shards, s.seed, s.max_doc_tokens[0], s.long_docs == "split")
         self.num_slices = count_slices(s, ranks.world_size)
         self.mine = my_slices(self.num_slices, ranks)
-        self.shard_index = None  # of the shard whose documents are being read
-        self.next_shard, self.prefetcher = Ahead(), Prefetcher(ranks.device)
-        self.seek((0, 0, 0))
+        self.prefetcher = Prefetcher(ranks.device)
+        self.position, self.next_batches = self.documents.position, None
 
     def seek(self, position: tuple[int, int, int]):
-        """Go to (epoch, place in its order of shards, document in that shard's order)."""
-        self.position = tuple(position)
-        self.epoch, self.place, self.cursor = self.position
-        self.load_shard()
-        self.next_batches = None  # those of the next step, while they are being read
-
-    def load_shard(self):
-        """Go to the documents of the current shard; those of the next one are indexed meanwhile."""
-        here = self.epoch, self.place
-        shard = self.next_shard.take(self.index_shard, *here, self.longest)
-        self.shard_index, self.tokens, self.starts, self.lengths = shard
-        self.mark = self.shards[self.shard_index].mark
-        self.ends = np.cumsum(self.lengths)  # of the documents, in tokens of this shard
-        self.next_shard.start(self.index_shard, *self.place_after(*here), self.longest)
-
-    def index_shard(self, epoch: int, place: int, longest: int) -> tuple:
-        """(number of the shard at this place, its tokens, starts and lengths of its documents in order)."""
-        order = np.random.default_rng([self.seed, SHARD_STREAM, epoch]).permutation(len(self.shards))
-        index = int(order[place])
-        shard = self.shards[index]
-        tokens = self.tokens if index == self.shard_index else shard.read()
-        starts, lengths = shard.documents(tokens, longest, self.split)
-        perm = np.random.default_rng([self.seed, DOC_STREAM, epoch, index]).permutation(len(starts))
-        return index, tokens, starts[perm], lengths[perm]
-
-    def place_after(self, epoch: int, place: int) -> tuple[int, int]:
-        """The next shard's place: in this epoch's order, or first in the next one's."""
-        return (epoch, place + 1) if place + 1 < len(self.shards) else (epoch + 1, 0)
-
-    def plan_slice(self, num_tokens: int) -> tuple:
-        """(tokens, starts, lengths) of the next slice: whole documents, the last one cut to fill it."""
-        for _ in range(2 * len(self.shards) + 1):  # the rest of this epoch, and all of the next
-            taken = self.ends[self.cursor - 1] if self.cursor else 0  # tokens of this shard so far
-            last = int(np.searchsorted(self.ends, taken + num_tokens))
-            if last < len(self.ends):
-                starts = self.starts[self.cursor : last + 1]
-                lengths = self.lengths[self.cursor : last + 1].copy()
-                too_far = self.ends[last] - taken - num_tokens
-                lengths[-1] -= too_far
-                self.cursor = last + 1
-                return self.tokens, starts, lengths
-            self.epoch, self.place = self.place_after(self.epoch, self.place)
-            self.cursor = 0
-            self.load_shard()
-        raise DataError(
-            f"no training shard fills a slice of {num_tokens} tokens now, as one did when the run began; "
-            "put the old files back, then RESUME=auto goes on"
-        )
-
-    def read_slice(self, tokens, starts, lengths) -> tuple:
-        """Inputs and the tokens that follow them; past the end of the shard follows a document mark."""
-        inputs = np.concatenate([tokens[s : s + n] for s, n in zip(starts, lengths)])
-        follows = [tokens[s + 1 : s + n + 1] for s, n in zip(starts, lengths)]
-        follows = [np.append(f, self.mark) if len(f) < n else f for f, n in zip(follows, lengths)]
-        return inputs, np.concatenate(follows), lengths
+        """Go to a position of the documents, as a checkpoint holds it."""
+        self.documents.seek(position)
+        self.position, self.next_batches = self.documents.position, None
 
     def make(self, batch_tokens: int, stage: int = 0) -> list[Batch]:
         """This rank's passes of the next step."""
-        if self.longest != self.max_doc_tokens[stage]:  # the same documents, cut at other lengths
-            self.longest = self.max_doc_tokens[stage]
-            self.load_shard()
-        slice_tokens = batch_tokens // self.num_slices
-        plans = [self.plan_slice(slice_tokens) for _ in range(self.num_slices)]
-        slices = [self.read_slice(*plans[i]) for i in self.mine]
-        return stack_slices(slices, self.device, min(self.longest, slice_tokens), self.pass_tokens)
+        longest, slice_tokens = self.max_doc_tokens[stage], batch_tokens // self.num_slices
+        self.documents.set_longest(longest)
+        plans = [self.documents.plan_slice(slice_tokens) for _ in range(self.num_slices)]
+        slices = [self.documents.read_slice(*plans[i]) for i in self.mine]
+        return stack_slices(slices, self.device, min(longest, slice_tokens), self.pass_tokens)
 
     def next(self, now: tuple[int, int], then: tuple[int, int] | None = None) -> list[Batch]:
         """This rank's passes of a step of (tokens, stage); those of the step after it are read meanwhile."""
-        batches = self.prefetcher.take(self.next_batches or self.prefetcher.start(self.make, *now))
-        self.position = self.epoch, self.place, self.cursor
-        self.doc_lengths = self.lengths  # of this shard: the thread below may go on to the next one
+        if self.next_batches is None:  # the first step, or the first after seek()
+            self.next_batches = self.prefetcher.start(self.make, *now)
+        batches = self.prefetcher.take(self.next_batches)
+        self.position = self.documents.position
+        self.doc_lengths = self.documents.lengths  # of this shard: the thread may go on to the next one
         self.next_batches = self.prefetcher.start(self.make, *then) if then else None
         return batches
 

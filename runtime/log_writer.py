@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BAR = "=" * 100
 FIRST_LINE = b"# file: "
 # What decides the numbers of a run beside the trainer itself: source_hash covers these.
-DECIDES_NUMBERS = ("kernels/*.py", "runtime/sharding.py", "runtime/stream_run.py", "data/shards.py")
-DECIDES_NUMBERS += ("data/prefixes.py", "runtime/presets.py")
+DECIDES_NUMBERS = ("kernels/*.py", "runtime/sharding.py", "runtime/stream_run.py", "runtime/presets.py")
+DECIDES_NUMBERS += ("data/shards.py", "data/documents.py", "data/prefixes.py")
 
 
 class LogWriter:

@@ -143,6 +143,7 @@ def printed_hash(capsys) -> str:
 
 DECIDES_NUMBERS = (BASELINE, "kernels/cpu.py", "kernels/experts.py", "runtime/sharding.py", "data/shards.py")
 DECIDES_NUMBERS += ("kernels/signals.py", "data/prefixes.py", "runtime/presets.py", "runtime/stream_run.py")
+DECIDES_NUMBERS += ("data/documents.py",)
 DECIDES_NONE = ("runtime/log_writer.py", "runtime/session.py", "data/hub.py")
 
 

@@ -504,8 +504,8 @@ def test_documents_change_their_length_with_the_stage(tmp_path):
     assert [batch.max_doc_tokens for batch in batches] == [40, 40, 40, 64, 64, 64]  # a slice has 64 tokens
     assert max(longest[:3]) == 40 and max(longest[3:]) > 40
     pieces = [piece for b in batches for piece in cut_at(b.inputs_BT.flatten(), b.cu_seqlens)]
-    text, at = data.tokens.astype(np.int64), 0
-    for start in data.starts.tolist():  # in the data's order, each once
+    text, at = data.documents.tokens.astype(np.int64), 0
+    for start in data.documents.starts.tolist():  # in the data's order, each once
         limit = 40 if at < first_of_stage(batches, 3) else 100
         document = text[start : start + limit].tolist()
         document = document[: next((i for i, x in enumerate(document) if x == 0 and i), limit)]

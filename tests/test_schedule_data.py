@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import train_gpt
 import train_gpt_muon_ord as ord_gpt
+from data.documents import DocumentStream
 from data.shards import DataError, TokenStream, open_shards
 from runtime import supervise
 from runtime.log_writer import source_hash
@@ -465,10 +466,10 @@ def test_slices_of_many_ranks_are_multiples_of_16_tokens(tmp_path):
 
 def one_epoch(s, num_tokens=128):
     """Return the first epoch's slices as (starts, lengths)."""
-    data, slices = train_data(s), []
+    documents, slices = train_data(s).documents, []
     while True:
-        _, starts, lengths = data.plan_slice(num_tokens)
-        if data.epoch:
+        _, starts, lengths = documents.plan_slice(num_tokens)
+        if documents.epoch:
             return slices
         slices.append((starts.tolist(), lengths.tolist()))
 
@@ -510,12 +511,12 @@ def test_seeds_differ_and_repeat(tmp_path):
 def test_epochs_are_shuffled_anew_and_hold_the_same_documents(tmp_path):
     """Fails if the second epoch repeats the first one's order, or reads other documents."""
     Source(tmp_path, LENGTHS)
-    data, orders = train_data(data_settings(tmp_path)), [[], []]
+    documents, orders = train_data(data_settings(tmp_path)).documents, [[], []]
     while True:
-        _, starts, _ = data.plan_slice(128)
-        if data.epoch == 2:
+        _, starts, _ = documents.plan_slice(128)
+        if documents.epoch == 2:
             break
-        orders[data.epoch] += starts.tolist()
+        orders[documents.epoch] += starts.tolist()
     pairs = [set(zip(order, order[1:])) for order in orders]
     assert len(pairs[0] & pairs[1]) < 0.05 * len(pairs[0])  # pairs of neighbours
     assert len(set(orders[0]) & set(orders[1])) > 0.95 * len(LENGTHS)
@@ -527,11 +528,11 @@ def test_all_shards_are_read_each_epoch(tmp_path):
         write_shard(tmp_path / f"train_{i}.bin", make_tokens([32] * 80, seed=i))
     orders = set()
     for seed in range(4):
-        data, order = train_data(data_settings(tmp_path, SEED=seed)), []
-        while data.epoch == 0:
-            data.plan_slice(128)
-            if data.epoch == 0:
-                order.append(data.shards[data.shard_index].path.name)
+        documents, order = train_data(data_settings(tmp_path, SEED=seed)).documents, []
+        while documents.epoch == 0:
+            documents.plan_slice(128)
+            if documents.epoch == 0:
+                order.append(documents.shards[documents.shard_index].path.name)
         blocks = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
         assert sorted(blocks) == [f"train_{i}.bin" for i in range(4)]
         orders.add(tuple(blocks))
@@ -579,7 +580,7 @@ def test_a_shard_cut_short_while_in_use_matters_when_it_is_read_again(tmp_path):
         write_shard(tmp_path / f"train_{i}.bin", make_tokens([30] * 60, seed=i))
     whole, data = (train_data(data_settings(tmp_path)) for _ in range(2))
     whole = [whole.make(640)[0] for _ in range(4)]  # two batches take 48 documents of a shard
-    data.next_shard.coming.result()
+    data.documents.next_shard.coming.result()
     for path in tmp_path.glob("train_*.bin"):
         os.truncate(path, 2000)
     for batch in whole:
@@ -598,13 +599,13 @@ def test_the_next_shard_is_indexed_before_it_is_needed(tmp_path):
 
     def index_shard(*place):
         told.append((place[:2], threading.current_thread() is threading.main_thread()))
-        return train_gpt.TrainData.index_shard(data, *place)
+        return DocumentStream.index_shard(data.documents, *place)
 
-    data.next_shard.coming.result()
-    data.index_shard = index_shard
+    data.documents.next_shard.coming.result()
+    data.documents.index_shard = index_shard
     for _ in range(16):
         data.make(640)
-    data.next_shard.coming.result()
+    data.documents.next_shard.coming.result()
     places = [(epoch, place) for epoch in range(3) for place in range(3)]
     assert told == [(place, False) for place in places[2 : 2 + len(told)]] and len(told) > 5
 
