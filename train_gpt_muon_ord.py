@@ -35,14 +35,7 @@ from kernels import vectors
 from kernels.attention import Documents
 from kernels.experts import MixtureOfExperts, Routing, draw_noise, load_fields
 from kernels.float8 import Float8Linear
-from kernels.heads import (
-    compose_heads,
-    grouped_shape,
-    in_head_order,
-    offset_keys,
-    pair_heads,
-    without_own_value,
-)
+from kernels.heads import compose_heads, grouped_shape, in_head_order, without_own_value
 from kernels.ngrams import embed_ngrams, sign_table
 from kernels.signals import NGRAM_START, RESID_START, Mudd, TokenNet, gate_signals, signal_names
 from runtime import refusals, settings, supervise
@@ -509,6 +502,21 @@ class Rotary(nn.Module):
         x = x_BTHD.float()
         swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # the two of each pair
         return (x * cos + swapped * sin).type_as(x_BTHD)
+
+
+def pair_heads(x_BTHD: Tensor) -> Tensor:
+    """Put heads h and h + H/2 one after the other along the sequence, at positions 2t and 2t + 1.
+
+    Returns a view, (B, 2T, H/2, D). The public record mixes the two by a view of the flat channels; this is
+    the clean form of its idea.
+    """
+    return x_BTHD.unflatten(2, (2, -1)).flatten(1, 2)
+
+
+def offset_keys(k_BTHD: Tensor) -> Tensor:
+    """Move the half of each key that rotary leaves still to the next position: heads see what came before."""
+    turning, still = k_BTHD.chunk(2, dim=-1)
+    return torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
 
 
 class Common(NamedTuple):

@@ -1,4 +1,4 @@
-"""Heads in pairs and groups, and what may happen to their outputs before their gates: XSA and composition.
+"""Parts of attention in later records: heads in groups; XSA and composition, before the heads' gates.
 
 Plain torch. The public record runs the composition in a kernel of its own; docs/differences.md says what that
 would bring.
@@ -13,21 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 XSA_EPS, COMPOSE_EPS = 1e-8, 1e-6
-
-
-def offset_keys(k_BTHD: Tensor) -> Tensor:
-    """Move the half of each key that rotary leaves still to the next position: heads see what came before."""
-    turning, still = k_BTHD.chunk(2, dim=-1)
-    return torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
-
-
-def pair_heads(x_BTHD: Tensor) -> Tensor:
-    """Put heads h and h + H/2 one after the other along the sequence, at positions 2t and 2t + 1.
-
-    Returns a view, (B, 2T, H/2, D). The public record mixes the two by a view of the flat channels; this is
-    the clean form of its idea.
-    """
-    return x_BTHD.unflatten(2, (2, -1)).flatten(1, 2)
 
 
 def grouped_shape(num_heads: int, c) -> tuple[int, ...]:
