@@ -516,6 +516,11 @@ def pair_heads(x_BTHD: Tensor) -> Tensor:
     return x_BTHD.unflatten(2, (2, -1)).flatten(1, 2)
 
 
+def unpair_heads(y_BTHD: Tensor) -> Tensor:
+    """Undo pair_heads: (B, T, H, D) of (B, 2T, H/2, D)."""
+    return y_BTHD.unflatten(1, (-1, 2)).flatten(2, 3)
+
+
 def offset_keys(k_BTHD: Tensor) -> Tensor:
     """Move the half of each key that rotary leaves still to the next position: heads see what came before."""
     turning, still = k_BTHD.chunk(2, dim=-1)
@@ -555,43 +560,33 @@ class Attention(nn.Module):
             self.value_gate = nn.Parameter(torch.zeros(c.num_kv_heads, GATE_CHANNELS))
         if plan.xsa and "xsa" not in plan.signals:
             self.xsa_alpha = nn.Parameter(torch.zeros(c.num_heads))
-        self.adds_input, self.gate_reads_table = not c.branch_factors, c.value_gate_reads_table
-        self.compose_tokens = c.compose_tokens
+        self.gate_reads_table, self.compose_tokens = c.value_gate_reads_table, c.compose_tokens
 
-    def forward(self, x_BTC: Tensor, value_BTC: Tensor | None, signals: dict, common: Common):
-        """Return x plus the branch, or with branch_factors the branch alone.
+    def forward(self, x_BTC: Tensor, value_BTC: Tensor | None, signals: dict, common: Common) -> Tensor:
+        """Return the branch, (B, T, C), which the block adds to the stream.
 
         value_BTC: the tokens' value embeddings. signals: {name: (B, T, size)}, what networks made for this
         layer.
         """
-        docs, rotary = common.docs, common.rotary
         B, T, _ = x_BTC.shape
-        positions, H, H_kv = T, self.num_heads, self.num_kv_heads
-        if self.plan.paired:
-            positions, H, H_kv = 2 * T, H // 2, H_kv // 2
         n_BTC = norm(x_BTC)
-        # being normed, q and k hardly feel the factor, which the public record has on them, too
-        qk = F.linear(n_BTC, self.qk_matrix() * self.qkv_lambda)
-        qk = norm(qk.view(B, positions, H + H_kv, self.head_dim))
+        q, k = self.queries_and_keys(n_BTC, common.rotary)
         v = F.linear(n_BTC, self.v * self.qkv_lambda).view(B, T, -1, self.head_dim)
         gate_in = n_BTC[..., :GATE_CHANNELS]
         if value_BTC is not None:
             v = v + self.gate_of_value(gate_in, value_BTC, signals).unsqueeze(-1) * value_BTC.view_as(v)
-        if "value" in signals:
+        if "value" in signals:  # from MUDD
             v = v + signals["value"].view_as(v)
         own_value = v
         if self.plan.paired:
             v = pair_heads(v)
-        q, k = rotary(qk).split((H, H_kv), dim=2)
-        if self.plan.long_window:
-            k = offset_keys(k)
-        window = common.windows[int(self.plan.long_window)]
-        y = docs.attend(q, k, v, window, self.plan.paired, rotary.scale)
+        window, scale = common.windows[int(self.plan.long_window)], common.rotary.scale
+        y = common.docs.attend(q, k, v, window, self.plan.paired, scale)
         if self.plan.paired:
-            y = y.view(B, T, 2, H, self.head_dim).flatten(2, 3)
+            y = unpair_heads(y)
         if self.plan.composed:
             shares = signals["compose_from"], signals["compose_into"]
-            y = y + compose_heads(q, k, v, docs.doc_BT, rotary.scale, self.compose_tokens, *shares)
+            y = y + compose_heads(q, k, v, common.docs.doc_BT, scale, self.compose_tokens, *shares)
         if self.plan.xsa:
             alpha = signals["xsa"] if self.xsa_alpha is None else self.xsa_alpha.to(y.dtype)
             y = without_own_value(y, own_value, alpha)
@@ -599,17 +594,21 @@ class Attention(nn.Module):
             y = y * torch.sigmoid(F.linear(gate_in, self.attn_gate)).unsqueeze(-1)
         elif "attn_gate" in signals:
             y = y * signals["attn_gate"].unsqueeze(-1)
-        branch = F.linear(y.flatten(2), self.o * (common.out_scale * self.o_lambda))
-        return x_BTC + branch if self.adds_input else branch
+        return F.linear(y.flatten(2), self.o * (common.out_scale * self.o_lambda))
 
-    def qk_matrix(self) -> Tensor:
-        """The matrices of q and k in one, so that the compiler norms and turns both in one pass."""
-        q, k = (in_head_order(w, self.head_dim) for w in (self.q, self.k))
-        if not self.plan.paired:
-            return torch.cat((q, k))
-        # the first halves of the heads come first: a token's two positions are a view
-        (q1, q2), (k1, k2) = q.chunk(2), k.chunk(2)
-        return torch.cat((q1, k1, q2, k2))
+    def queries_and_keys(self, n_BTC: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Normed and rotated q and k, (B, T, H, D); in a paired layer (B, 2T, H/2, D)."""
+        B, T, _ = n_BTC.shape
+        places = 2 if self.plan.paired else 1  # positions per token
+        q, k = (in_head_order(w, self.head_dim).chunk(places) for w in (self.q, self.k))
+        # One product for both, so that the compiler norms and rotates them in one pass. In a paired layer its
+        # rows are q1, k1, q2, k2 (1, 2: halves of the heads), so that a token's two positions are a view
+        weight = torch.cat([w for half in zip(q, k) for w in half])
+        # the norm cancels this factor but for its eps; the public record has it on q and k, too
+        qk = F.linear(n_BTC, weight * self.qkv_lambda)
+        qk = rotary(norm(qk.view(B, places * T, -1, self.head_dim)))
+        q, k = qk.split((self.num_heads // places, self.num_kv_heads // places), dim=2)
+        return q, offset_keys(k) if self.plan.long_window else k
 
     def gate_of_value(self, gate_in, value_BTC, signals: dict) -> Tensor:
         """Factor on the value embedding of each key head, (B, T, H)."""
@@ -666,7 +665,7 @@ class Block(nn.Module):
         """Return the stream after the layer. attn_source is for a FactoredBlock."""
         x = self.mix("resid", x, x0, ngram, signals)
         if self.attn is not None:
-            x = self.attn(x, value, signals, common)
+            x = x + self.attn(x, value, signals, common)
         if isinstance(self.mlp, MixtureOfExperts):
             return x + self.mlp(norm(x), common.out_scale, common.routing)
         return self.mlp(x, common.out_scale)  # norms and adds x itself, because its fast forms fuse that
