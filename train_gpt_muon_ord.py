@@ -534,6 +534,14 @@ class Common(NamedTuple):
     routing: Routing
 
 
+class Embeds(NamedTuple):
+    """What a layer takes from the tokens themselves, beside the stream; (B, T, C) each, None: nothing."""
+
+    x0: Tensor  # token embeddings, normed
+    ngram: Tensor | None
+    value: Tensor | None  # rows of the layer's own value table
+
+
 class Attention(nn.Module):
     """Causal self-attention within documents and a window; q and k normed, heads gated by their input.
 
@@ -653,16 +661,16 @@ class Block(nn.Module):
         """A number, or one for each token, (B, T, 1)."""
         return signals[name] if name in signals else getattr(self, f"{name}_lambda")
 
-    def mix(self, resid: str, x, x0, ngram, signals: dict) -> Tensor:
+    def mix(self, resid: str, x: Tensor, embeds: Embeds, signals: dict) -> Tensor:
         """The stream, times its factor `resid`, with some of the embedding and of the n-gram embedding."""
-        mixture = self.factor(resid, signals) * x + self.factor("x0", signals) * x0
-        return mixture if ngram is None else mixture + self.factor("ngram", signals) * ngram
+        mixture = self.factor(resid, signals) * x + self.factor("x0", signals) * embeds.x0
+        return mixture if embeds.ngram is None else mixture + self.factor("ngram", signals) * embeds.ngram
 
-    def forward(self, x, x0, ngram, value, attn_source, signals: dict, common: Common):
+    def forward(self, x, embeds: Embeds, attn_source, signals: dict, common: Common) -> Tensor:
         """Return the stream after the layer. attn_source is for a FactoredBlock."""
-        x = self.mix("resid", x, x0, ngram, signals)
+        x = self.mix("resid", x, embeds, signals)
         if self.attn is not None:
-            x = x + self.attn(x, value, signals, common)
+            x = x + self.attn(x, embeds.value, signals, common)
         if isinstance(self.mlp, MixtureOfExperts):
             return x + self.mlp(norm(x), common.out_scale, common.routing)
         return self.mlp(x, common.out_scale)  # norms and adds x itself, because its fast forms fuse that
@@ -678,12 +686,11 @@ class FactoredBlock(Block):
         mixed = {"resid_attn": RESID_START, "attn": 1.0, "x0": 0.0, "ngram": NGRAM_START}
         return (mixed if plan.attention else {}) | {"resid_mlp": RESID_START, "mlp": 1.0}
 
-    def forward(self, x, x0, ngram, value, attn_source, signals: dict, common: Common):
-        """Return the stream after the layer. attn_source: what attention reads in place of x, or None."""
+    def forward(self, x, embeds: Embeds, attn_source, signals: dict, common: Common) -> Tensor:
+        """Return the stream after the layer. attn_source: what attention reads, x or an earlier output."""
         if self.attn is not None:
-            source = x if attn_source is None else attn_source
-            branch = self.attn(source, value, signals, common)
-            x = self.mix("resid_attn", x, x0, ngram, signals) + self.factor("attn", signals) * branch
+            branch = self.attn(attn_source, embeds.value, signals, common)
+            x = self.mix("resid_attn", x, embeds, signals) + self.factor("attn", signals) * branch
         # this product first: autograd sums x's gradients in the order of these lines, and another order
         # changes the last digits
         resid = self.factor("resid_mlp", signals) * x
@@ -778,24 +785,25 @@ class GPT(nn.Module):
         values = {int(i): F.embedding(tokens_BT, table) for i, table in self.value_embeds.items()}
         outputs = {}  # of each layer; with branch_factors, what layer 0 reads, too
         gates = {}  # the gate networks' signals, by (layer, name)
-        for i, (block, plan) in enumerate(zip(self.blocks, self.plans)):
+        for i, block in enumerate(self.blocks):
             if i in c.gate_layers:
                 gates.update(self.gate_nets[str(i)](x))
-            signals = {name: gates[i, name] for name in plan.signals if (i, name) in gates}
-            mixed_x0, mixed_ngram = x0, ngram  # what this layer mixes into the stream
+            signals = {name: gate for (layer, name), gate in gates.items() if layer == i}
+            embeds = Embeds(x0, ngram, values.get(i))
             if i == 0 and c.branch_factors:  # here the n-grams join before attention, not after it
                 if ngram is not None:
                     x = x + block.factor("ngram", signals) * ngram
-                outputs[Mudd.FIRST_INPUT], mixed_ngram = x, None
+                outputs[Mudd.FIRST_INPUT] = x
+                embeds = embeds._replace(ngram=None)
             if c.skip and i == c.skip[1]:
                 gate = signals["skip"] if "skip" in signals else self.gate_of_skip(x0)
                 x = x + torch.sigmoid(self.skip_lambda) * gate * outputs[c.skip[0]]
             if c.mudd and i == c.num_layers - 1:
                 x, mudd_signals = self.mudd.enter(x, outputs)
                 signals |= mudd_signals  # no gate network makes those
-                mixed_x0 = outputs[Mudd.FIRST_INPUT]  # in place of the bare embedding
-            source = outputs.get(c.attn_source)
-            x = outputs[i] = block(x, mixed_x0, mixed_ngram, values.get(i), source, signals, common)
+                embeds = embeds._replace(x0=outputs[Mudd.FIRST_INPUT])  # not the bare embedding
+            source = outputs.get(c.attn_source, x)  # what attention reads
+            x = outputs[i] = block(x, embeds, source, signals, common)
         if c.mudd:
             x = self.mudd.leave(x, outputs, values[c.value_embed_layers[0]])
         if c.backout is not None:
