@@ -861,10 +861,9 @@ class GPT(nn.Module):
             self.expert_load_LE += torch.stack(routing.loads_E)
         loss, right = 0, 0
         x_MC, targets_M = x.flatten(0, 1), batch.targets_BT.flatten()
-        for x, targets in zip(x_MC.split(self.head_tokens), targets_M.split(self.head_tokens)):
-            logits = softcap(F.linear(x, self.head))
-            picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-            loss = loss + (logits.logsumexp(-1) - picked).sum()
+        for piece, targets in zip(x_MC.split(self.head_tokens), targets_M.split(self.head_tokens)):
+            logits = softcap(F.linear(piece, self.head))
+            loss = loss + (logits.logsumexp(-1) - target_logits(logits, targets)).sum()
             right = right + (logits.argmax(-1) == targets).sum()
         return loss, right
 
@@ -903,6 +902,11 @@ def softcap(logits: Tensor) -> Tensor:
     return gain * torch.sigmoid((logits.float() + shift) / width)
 
 
+def target_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """The logit of each target: (..., V) and (...) to (...)."""
+    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
 def multi_token_loss(logits_BTV: Tensor, targets_BT: Tensor, weights_K: Tensor) -> tuple[Tensor, Tensor]:
     """(sum_k w_k CE(logits_t, target_{t+k}), the plain CE detached), sums over tokens with such a target.
 
@@ -912,15 +916,15 @@ def multi_token_loss(logits_BTV: Tensor, targets_BT: Tensor, weights_K: Tensor) 
     logsumexp_BT = logits_BTV.logsumexp(-1)
     losses = []
     for k in range(len(weights_K)):
-        picked = logits_BTV[:, : T - k].gather(-1, targets_BT[:, k:].unsqueeze(-1)).squeeze(-1)
-        losses.append((logsumexp_BT[:, : T - k] - picked).sum())
+        losses_BT = logsumexp_BT[:, : T - k] - target_logits(logits_BTV[:, : T - k], targets_BT[:, k:])
+        losses.append(losses_BT.sum())
     return (weights_K * torch.stack(losses)).sum(), losses[0].detach()
 
 
 def prefix_loss(logits_BTV: Tensor, prefixes_BT: Tensor) -> Tensor:
     """Sum of the cross-entropies of prefixes, over the tokens that have one (-1: none)."""
-    picked = logits_BTV.gather(-1, prefixes_BT.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    return ((logits_BTV.logsumexp(-1) - picked) * (prefixes_BT >= 0)).sum()
+    losses_BT = logits_BTV.logsumexp(-1) - target_logits(logits_BTV, prefixes_BT.clamp_min(0))
+    return (losses_BT * (prefixes_BT >= 0)).sum()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ def cuda_forms() -> tuple[FastForm, ...]:
         FastForm(
             "GPT.head_loss",
             cuda.make_head_loss,
-            ("softcap", "multi_token_loss", "prefix_loss"),
-            "8ceeffdc3ab4",
+            ("softcap", "target_logits", "multi_token_loss", "prefix_loss"),
+            "4babd93ad44d",
         ),
         FastForm("step_muon", cuda.make_step_muon, muon, "96d18070b37b", cuda.covers_muon),
         FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "6dfe5b5c3005", cuda.covers_ord),
