@@ -1029,16 +1029,20 @@ def orthogonalize(G_NRK: Tensor, second_moment: Tensor | None, beta2: float, dty
 def with_decay(U: Tensor, W: Tensor, decay: Tensor, mode: str) -> Tensor:
     """The update with its decay, before the learning rate multiplies both.
 
+    none: no decay; param: of all weights; update: of the update instead of the weights; both: of both;
     cautious: of weights that the update does not let grow, U W >= 0 (arXiv 2510.12402); strict: of those that
-    it shrinks, U W > 0, so that what got no gradient keeps its weight; param: of all weights; update: of the
-    update instead of the weights; both; none.
+    it shrinks, U W > 0, so that what got no gradient keeps its weight.
     """
     if mode == "none":
         return U
-    if mode in ("cautious", "strict"):
-        shrinks = (U * W).ge_(0) if mode == "cautious" else (U * W).gt_(0)
-        return torch.addcmul(U, shrinks.mul_(W), decay)
-    return U + decay * {"param": W, "update": U, "both": W + U}[mode]
+    if mode == "param":
+        return U + decay * W
+    if mode == "update":
+        return U + decay * U
+    if mode == "both":
+        return U + decay * (W + U)
+    mask = (U * W).ge_(0) if mode == "cautious" else (U * W).gt_(0)  # else strict
+    return torch.addcmul(U, mask.mul_(W), decay)
 
 
 def step_muon(weight, mantissa, grad, state: dict, lr_N11, decay, mu, o: "OptimizerSettings"):

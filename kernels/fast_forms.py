@@ -53,8 +53,8 @@ def cuda_forms() -> tuple[FastForm, ...]:
             ("softcap", "target_logits", "multi_token_loss", "prefix_loss"),
             "4babd93ad44d",
         ),
-        FastForm("step_muon", cuda.make_step_muon, muon, "96d18070b37b", cuda.covers_muon),
-        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "6dfe5b5c3005", cuda.covers_ord),
+        FastForm("step_muon", cuda.make_step_muon, muon, "d89822448696", cuda.covers_muon),
+        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "73819684d6e9", cuda.covers_ord),
     )
 
 
