@@ -947,7 +947,7 @@ class Role:
 
 
 ROLES = (  # complete and disjoint: every parameter matches exactly one
-    # matrices take rate and decay from MatrixBucket; betas are for OPTIMIZER=adamw
+    # matrices take rate and decay from their bucket; betas are for OPTIMIZER=adamw
     Role("matrices", r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))", rule="matrix", betas=(0.9, 0.95)),
     Role(
         "scalars", r"(smear|skip|backout)_lambda|blocks\.\d+\.((resid|ngram)|attn\.(qkv|o))_lambda", lr_mul=5
@@ -1103,21 +1103,37 @@ class AdamBucket(Bucket):
         self.run(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "strict")
 
 
-class MatrixBucket(MatrixStack):
-    """Matrices updated by NorMuon, Muon or AdamW."""
+class AdamWBucket(MatrixStack):
+    """Matrices updated by AdamW (OPTIMIZER=adamw)."""
 
     def __init__(self, params: dict, ranks: Ranks, o: "OptimizerSettings", compiler):
         super().__init__(params, ranks)
-        self.o = o
+        self.o, self.run, self.betas = o, compiler(step_adam), find_role(next(iter(params))).betas
+        keys = ("momentum", "second_moment")  # Adam's m and v, under Muon's names
+        self.state = {key: torch.zeros_like(self.mine, dtype=torch.float32) for key in keys}
+
+    def update(self, lr_mul: float, mu: float, beta_frac: float, measure: bool):
+        """Move this rank's matrices. AdamW uses neither mu nor measure."""
+        lr, decay = vectors.scalar(self.o.adam_matrix_lr * lr_mul), vectors.scalar(self.o.adam_matrix_decay)
+        beta1, beta2 = (vectors.scalar(beta_frac * beta) for beta in self.betas)
+        moments = self.state["momentum"], self.state["second_moment"]
+        tensors = self.mine, self.mantissa, self.grad, *moments
+        self.run(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "param")
+
+
+class MatrixBucket(MatrixStack):
+    """Matrices updated by NorMuon or Muon."""
+
+    def __init__(self, params: dict, ranks: Ranks, o: "OptimizerSettings", compiler):
+        super().__init__(params, ranks)
+        self.o, self.run = o, compiler(step_muon)
         N, R, K = self.mine.shape
         self.rows_or_columns = (N, R, 1) if R >= K else (N, 1, K)
-        self.state = {"momentum": torch.zeros_like(self.mine, dtype=torch.float32)}  # AdamW's m, too
-        if o.optimizer != "muon":
-            shape = self.rows_or_columns if o.optimizer == "normuon" else self.mine.shape
-            self.state["second_moment"] = torch.zeros(shape, device=self.mine.device)
+        self.state = {"momentum": torch.zeros_like(self.mine, dtype=torch.float32)}
+        if o.optimizer == "normuon":
+            self.state["second_moment"] = torch.zeros(self.rows_or_columns, device=self.mine.device)
         lr = max(1, R / K) ** 0.5
         self.shape_lr_N11 = self.per_matrix(lambda name: lr * DOWN_LR if ".down" in name else lr)
-        self.run = compiler(step_adam if o.optimizer == "adamw" else step_muon)
 
     def per_matrix(self, value) -> Tensor:
         """(N, 1, 1): value(name) of each matrix that this rank owns, 0 for padding."""
@@ -1126,18 +1142,10 @@ class MatrixBucket(MatrixStack):
 
     def update(self, lr_mul: float, mu: float, beta_frac: float, measure: bool):
         """Move this rank's matrices. measure: take the statistics that the log wants."""
-        o = self.o
-        if o.optimizer == "adamw":
-            lr, decay = vectors.scalar(o.adam_matrix_lr * lr_mul), vectors.scalar(o.adam_matrix_decay)
-            beta1, beta2 = (vectors.scalar(beta_frac * b) for b in find_role(next(iter(self.params))).betas)
-            moments = self.state["momentum"], self.state["second_moment"]
-            tensors = self.mine, self.mantissa, self.grad, *moments
-            self.run(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "param")
-        else:
-            lr = o.muon_lr * lr_mul
-            # cautious decay takes the rate twice, here and in the step, as in the record; the others once
-            decay = o.muon_weight_decay * (lr if o.muon_decay_mode == "cautious" else 1)
-            self.step(lr * self.shape_lr_N11, vectors.scalar(decay), vectors.scalar(mu), measure)
+        lr = self.o.muon_lr * lr_mul
+        # cautious decay takes the rate twice, here and in the step, as in the record; the others once
+        decay = self.o.muon_weight_decay * (lr if self.o.muon_decay_mode == "cautious" else 1)
+        self.step(lr * self.shape_lr_N11, vectors.scalar(decay), vectors.scalar(mu), measure)
 
     def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
         """Apply the update rule."""
@@ -1181,19 +1189,20 @@ class Optimizer:
 
     def __init__(self, model: GPT, o: OptimizerSettings, ranks: Ranks, num_steps: int, compiler):
         self.o, self.ranks, self.num_steps = o, ranks, num_steps
+        matrix_bucket = AdamWBucket if o.optimizer == "adamw" else MatrixUpdate
         groups = {}
         for name, p in model.named_parameters():
             role = find_role(name)
             if role.rule == "matrix":
-                key = MatrixUpdate, tuple(p.shape[-2:])
+                key = matrix_bucket, tuple(p.shape[-2:])
             elif p.numel() >= SMALL or role.name == "head":  # untying copies head's bucket into embed's
                 key = AdamBucket, name
             else:
                 key = AdamBucket, p.dtype
             groups.setdefault(key, {})[name] = p
         self.buckets = [make(params, ranks, o, compiler) for (make, _), params in groups.items()]
-        self.buckets.sort(key=lambda b: (isinstance(b, MatrixBucket), b.size))
-        self.stacks = [b for b in self.buckets if isinstance(b, MatrixBucket)]
+        self.buckets.sort(key=lambda b: (isinstance(b, MatrixStack), b.size))
+        self.stacks = [b for b in self.buckets if isinstance(b, MatrixStack)]
         self.by_name = {name: b for b in self.buckets for name in b.params}
         self.before_update = None  # called when all gradients of a step are reduced and none has been used
         # of the last measured step: norm of the mean loss's gradient, over the parameters that it moved
