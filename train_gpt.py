@@ -16,7 +16,6 @@ follow the public records of the modded-nanogpt speedrun (Keller Jordan and cont
 """
 
 import functools
-import importlib.util
 import math
 import re
 import sys
@@ -47,9 +46,9 @@ from runtime.flops import flop_per_token
 from runtime.memory import MOST_TOKENS, Memory
 from runtime.prefetch import Prefetcher, to_device
 from runtime.presets import PRESET_CHANGES
-from runtime.ranks import Ranks, capability, find_device
+from runtime.ranks import Ranks, find_device
 from runtime.session import Session
-from runtime.settings import SettingsError, knob, machine_knob
+from runtime.settings import knob, machine_knob
 from runtime.sharding import (
     SMALL,
     Bucket,
@@ -169,7 +168,7 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     refusals.check_settings(s, env, BY_STAGE, NUM_STAGES, VAL_SLICES)
     refusals.check_model(s, o, config, PRESETS)
     check_optimizer_settings(o)
-    s = resolve(s)
+    s = refusals.resolve_machine(resolve_length(s))
     refusals.check_decays(s)
     return s, o, model_config(s, config)
 
@@ -198,19 +197,9 @@ def model_config(s: Settings, c: "ModelConfig") -> "ModelConfig":
     return replace(c, **changes)
 
 
-def resolve(s: Settings) -> Settings:
-    """Replace 'auto' and derived values in this trainer's own settings: back ends, kernels, run length."""
-    cuda = s.device == "cuda"
+def resolve_length(s: Settings) -> Settings:
+    """Turn TRAIN_TOKENS into steps; without an extension, its batch size counts for nothing."""
     changes = {}
-    if s.attn_backend == "auto":
-        changes["attn_backend"] = "varlen" if cuda and capability() >= (8, 0) else "sdpa"
-    if not cuda or capability() < (8, 9):
-        changes["disable_fp8"] = True
-    if s.kernels == "auto" and cuda:
-        has_triton = capability() >= (8, 0) and importlib.util.find_spec("triton")
-        changes["kernels"] = "triton" if has_triton else "torch"
-    elif s.kernels == "auto":
-        changes["kernels"] = "torch" if s.compile == "1" else "cpu"  # compiled, plain torch is faster
     if s.train_tokens:
         mean_batch = sum(s.batch_sizes[:-1]) / (NUM_STAGES - 1)
         num_steps = max(1, round(s.train_tokens / mean_batch))
@@ -1152,22 +1141,13 @@ class MatrixBucket(MatrixStack):
         self.run(self.mine, self.mantissa, self.grad, self.state, lr_N11, decay, mu, self.o)
 
 
-def check_decay(o: "OptimizerSettings"):
-    """Refuse a decay that is meant for another MUON_DECAY_MODE."""
-    if o.muon_decay_mode in ("param", "update", "both") and abs(o.muon_weight_decay) > 1:
-        raise SettingsError(
-            f"MUON_WEIGHT_DECAY={o.muon_weight_decay:g}, but MUON_DECAY_MODE={o.muon_decay_mode} takes it as "
-            "it is (the default is for cautious); set it between -1 and 1"
-        )
-
-
 # >>> optimizer
 # NorMuon as it is above. train_gpt_muon_ord.py has Muon + ORD in this place.
 
 OptimizerSettings = NorMuonSettings
 OPTIMIZER_PRESETS = {}  # preset -> defaults of the optimizer's settings that it changes
 MatrixUpdate = MatrixBucket
-check_optimizer_settings = check_decay
+check_optimizer_settings = refusals.check_decay
 
 
 MATRIX_STATS = ()  # columns of a bucket's `stats`, for the log: NorMuon has none

@@ -1,12 +1,14 @@
 """Checks of the twins' settings against each other, the machine and the data.
 
 Each check raises SettingsError, or DataError for data: what was found, what was wanted, what to do.
+resolve_machine fills in what the settings leave to the machine.
 """
 
+import dataclasses
 import importlib.util
 
 from data.shards import DataError
-from runtime.ranks import is_amd
+from runtime.ranks import capability, is_amd
 from runtime.settings import SettingsError, as_text, knobs
 
 OF_EXPERTS = ("NUM_EXPERTS", "MOE_TOP_K", "MOE_BALANCE_WEIGHT", "ROUTER_NOISE", "ROUTER_LR")
@@ -131,6 +133,31 @@ def check_machine(s):
     refuse(
         s.kernels == "cpu" and (s.device == "cuda" or s.compile == "1"),
         "KERNELS=cpu is for DEVICE=cpu and COMPILE=0; use KERNELS=torch or auto",
+    )
+
+
+def resolve_machine(s):
+    """Replace 'auto' in the back ends by what this machine has; without sm_89 there is no float8."""
+    cuda = s.device == "cuda"
+    changes = {}
+    if s.attn_backend == "auto":
+        changes["attn_backend"] = "varlen" if cuda and capability() >= (8, 0) else "sdpa"
+    if not cuda or capability() < (8, 9):
+        changes["disable_fp8"] = True
+    if s.kernels == "auto" and cuda:
+        has_triton = capability() >= (8, 0) and importlib.util.find_spec("triton")
+        changes["kernels"] = "triton" if has_triton else "torch"
+    elif s.kernels == "auto":
+        changes["kernels"] = "torch" if s.compile == "1" else "cpu"  # compiled, plain torch is faster
+    return dataclasses.replace(s, **changes)
+
+
+def check_decay(o):
+    """Refuse a decay that is meant for another MUON_DECAY_MODE. o: the optimizer's settings."""
+    refuse(
+        o.muon_decay_mode in ("param", "update", "both") and abs(o.muon_weight_decay) > 1,
+        f"MUON_WEIGHT_DECAY={o.muon_weight_decay:g}, but MUON_DECAY_MODE={o.muon_decay_mode} takes it as "
+        "it is (the default is for cautious); set it between -1 and 1",
     )
 
 
