@@ -1278,12 +1278,15 @@ class Schedule:
         self.num_steps = self.scheduled + s.num_extension_iterations
         thirds = [round(self.scheduled * i / (NUM_STAGES - 1)) for i in range(NUM_STAGES)]
         self.bounds = (*thirds, self.num_steps)  # stage i: from bounds[i] up to bounds[i + 1]
-        # the last step that trains embedding and head as one: one at which Adam moves, so an odd one
-        self.untie_step = round(self.scheduled * config.untie_frac) | 1 if config.untie_frac < 1 else None
+        self.untie_step = None  # the last step that trains embedding and head as one
+        if config.untie_frac < 1:
+            last = round(self.scheduled * config.untie_frac)
+            self.untie_step = last if last % 2 else last + 1  # odd: Adam moves at it (ADAM_EVERY)
 
     def stage(self, step: int) -> int:
         """Stage of a step; for num_steps, that of the last step."""
-        return sum(step >= end for end in self.bounds[1:NUM_STAGES] if end < self.num_steps)
+        step = min(step, self.num_steps - 1)
+        return sum(step >= end for end in self.bounds[1:NUM_STAGES])
 
     def tied(self, step: int) -> bool:
         """Return whether embedding and head share weights after `step` steps and in the next one."""
@@ -1459,8 +1462,9 @@ class Trainer:
 
     def go_to(self, step: int):
         """Restore what follows from `step`: stage and windows. The optimizer has its own state."""
-        for earlier in range(step):  # all of them: YaRN extends the windows one by one
-            self.enter(earlier)
+        for first in self.schedule.bounds:  # stage by stage: YaRN extends the windows one by one
+            if first < step:
+                self.enter(first)
 
     def model_metadata(self) -> dict:
         """Facts that forward needs beside weights and config."""
