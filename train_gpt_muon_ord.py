@@ -1063,7 +1063,7 @@ class AdamBucket(Bucket):
 
     def __init__(self, params: dict, ranks: Ranks, o: "OptimizerSettings", compiler):
         super().__init__(params, ranks, unit=1, every=ADAM_EVERY)
-        self.o, self.run = o, compiler(step_adam)
+        self.o, self.compiled_step = o, compiler(step_adam)
         self.state = {key: torch.zeros_like(self.mine, dtype=torch.float32) for key in ("m", "v")}
         roles = [find_role(name) for name in params]
         self.role_lr_mul = self.per_number([r.lr_mul for r in roles])
@@ -1086,7 +1086,7 @@ class AdamBucket(Bucket):
         decay = self.o.adam_weight_decay * lr * self.role_decay_mul  # and lr once more, in step_adam
         tensors = self.mine, self.mantissa, self.grad, self.state["m"], self.state["v"]
         beta1, beta2 = (beta_frac * beta for beta in self.betas)
-        self.run(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "strict")
+        self.compiled_step(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "strict")
 
 
 class AdamWBucket(MatrixStack):
@@ -1094,7 +1094,7 @@ class AdamWBucket(MatrixStack):
 
     def __init__(self, params: dict, ranks: Ranks, o: "OptimizerSettings", compiler):
         super().__init__(params, ranks)
-        self.o, self.run, self.betas = o, compiler(step_adam), find_role(next(iter(params))).betas
+        self.o, self.compiled_step, self.betas = o, compiler(step_adam), find_role(next(iter(params))).betas
         keys = ("momentum", "second_moment")  # Adam's m and v, under Muon's names
         self.state = {key: torch.zeros_like(self.mine, dtype=torch.float32) for key in keys}
 
@@ -1104,7 +1104,7 @@ class AdamWBucket(MatrixStack):
         beta1, beta2 = (vectors.scalar(beta_frac * beta) for beta in self.betas)
         moments = self.state["momentum"], self.state["second_moment"]
         tensors = self.mine, self.mantissa, self.grad, *moments
-        self.run(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "param")
+        self.compiled_step(*tensors, vectors.scalar(self.count), lr, decay, beta1, beta2, "param")
 
 
 class MatrixBucket(MatrixStack):
@@ -1112,7 +1112,7 @@ class MatrixBucket(MatrixStack):
 
     def __init__(self, params: dict, ranks: Ranks, o: "OptimizerSettings", compiler):
         super().__init__(params, ranks)
-        self.o, self.run = o, compiler(step_muon)
+        self.o, self.compiled_step = o, compiler(step_muon)
         N, R, K = self.mine.shape
         self.rows_or_columns = (N, R, 1) if R >= K else (N, 1, K)
         self.state = {"momentum": torch.zeros_like(self.mine, dtype=torch.float32)}
@@ -1131,11 +1131,11 @@ class MatrixBucket(MatrixStack):
         lr = self.o.muon_lr * lr_mul
         # cautious decay takes the rate twice, here and in the step, as in the record; the others once
         decay = self.o.muon_weight_decay * (lr if self.o.muon_decay_mode == "cautious" else 1)
-        self.step(lr * self.shape_lr_N11, vectors.scalar(decay), vectors.scalar(mu), measure)
+        self.apply_rule(lr * self.shape_lr_N11, vectors.scalar(decay), vectors.scalar(mu), measure)
 
-    def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
+    def apply_rule(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
         """Apply the update rule."""
-        self.run(self.mine, self.mantissa, self.grad, self.state, lr_N11, decay, mu, self.o)
+        self.compiled_step(self.mine, self.mantissa, self.grad, self.state, lr_N11, decay, mu, self.o)
 
 
 # >>> optimizer
@@ -1315,12 +1315,14 @@ class OrdBucket(MatrixBucket):
         strength = {part: o.spectral_lr_mul if a is None else a for part, a in strength.items()}
         self.a_N11 = self.per_matrix(lambda name: strength[name.split(".")[2]])
         self.state["rho_sum"] = torch.zeros_like(self.a_N11)
-        self.run = compiler(step_ord)
+        self.compiled_step = compiler(step_ord)
 
-    def step(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
+    def apply_rule(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
         tensors, rho_sum = (self.mine, self.mantissa, self.grad, self.state), self.state["rho_sum"]
         rho_0, settled = rho_sum / (RHO_END - RHO_START), vectors.scalar(self.count > RHO_END)
-        rho, self.stats = self.run(*tensors, lr_N11, decay, mu, self.a_N11, rho_0, settled, self.o, measure)
+        rho, self.stats = self.compiled_step(
+            *tensors, lr_N11, decay, mu, self.a_N11, rho_0, settled, self.o, measure
+        )
         if RHO_START < self.count <= RHO_END:
             rho_sum += rho
 

@@ -209,7 +209,7 @@ def matrix_steps():
             s, o, _ = trainer.read_settings({"MODEL": "gpt2-small", **env})
             with fast_forms.installed(trainer, s, o) as (_, warnings):
                 optimizer = trainer.Optimizer(run.model, o, run.ranks, 14, compiling.torch_compile)
-            found = [getattr(bucket.run, "runs_eagerly", False) for bucket in optimizer.stacks]
+            found = [getattr(bucket.compiled_step, "runs_eagerly", False) for bucket in optimizer.stacks]
             wanted = [way not in WAYS_NOT_FUSED] * 2  # two shapes of matrices
             assert found == wanted and not warnings, f"{trainer.__name__}, {way}: {found}, {warnings}"
 
