@@ -1206,8 +1206,22 @@ def check_optimizer_settings(o: OptimizerSettings):
     )
 
 
+# Symbols of the formulas. Inner products and norms are of the matrix or, by SPECTRAL_RHO_MODE, of each row or
+# column, so rho, r and s are numbers per matrix, row or column.
+#   W    fp32 master weight
+#   G    gradient averaged with its momentum (Nesterov)
+#   rho  <G, W> / (||W||^2 + eps); G_par = rho W, the radial part, and G_perp = G - G_par
+#   P()  polar factor, then variance reduction: orthogonalize
+#   a    SPECTRAL_LR_MUL (_ATTN, _MLP), perhaps adaptive: interpolate keeps a G_par from P and adds it after P
+#   r    <P(G), W> / ||W||^2: the radial part that P makes; post scales it by s, SPECTRAL_OUT or _IN
+#   U    the update, W -= lr U. Where rho or r is negative, W grows: "outward"
+
+
 def radial_strength(rho, a_N11: Tensor, rho_0: Tensor, settled: Tensor, o: OptimizerSettings) -> Tensor:
-    """a, or adaptively a clip(|rho| / rho_0, 0, 1) once rho_0, the mean |rho| of steps 10-50, is settled."""
+    """a, or adaptively a clip(|rho| / rho_0, 0, 1) once rho_0, the mean |rho| of steps 10-50, is settled.
+
+    settled: 1 once those steps are over; 0-d, because a bool would be a second version of compiled code.
+    """
     if o.spectral_schedule == "constant":
         return a_N11
     ratio = rho.abs().mean((-2, -1), keepdim=True) / rho_0.clamp_min(1e-30)
@@ -1249,12 +1263,13 @@ def ord_update(G, W, a, rho, state: dict, dtype, o: OptimizerSettings) -> Parts:
     dims = vectors.DIMS[o.spectral_rho_mode]
     if o.ord_mode == "post":
         P = orthogonalize(G, second_moment, o.muon_beta2, dtype)
-        r = vectors.ratio(vectors.inner(P, W, dims), vectors.inner(W, W, dims))
+        square = vectors.inner(W, W, dims)
+        r = vectors.ratio(vectors.inner(P, W, dims), square)
         s = torch.where(r < 0, o.spectral_out, o.spectral_in)
-        s = torch.where(vectors.inner(W, W, dims) > floor_square(W, dims), s, 1.0)
+        s = torch.where(square > floor_square(W, dims), s, 1.0)
         return Parts(P, factor=(s - 1) * r, shrink=s * r)
-    taken = rho if o.ord_mode == "project" else a * rho
-    P = orthogonalize(torch.addcmul(G, taken, W, value=-1), second_moment, o.muon_beta2, dtype)
+    removed = rho if o.ord_mode == "project" else a * rho
+    P = orthogonalize(torch.addcmul(G, removed, W, value=-1), second_moment, o.muon_beta2, dtype)
     return Parts(P, factor=a * radial_factor(G, W, rho, P, state, o))
 
 
@@ -1311,15 +1326,20 @@ class OrdBucket(MatrixBucket):
         super().__init__(params, ranks, o, compiler)
         if o.spectral_variance:
             self.state["radial_moment"] = torch.zeros(self.rows_or_columns, device=self.mine.device)
-        strength = {"attn": o.spectral_lr_mul_attn, "mlp": o.spectral_lr_mul_mlp}
-        strength = {part: o.spectral_lr_mul if a is None else a for part, a in strength.items()}
-        self.a_N11 = self.per_matrix(lambda name: strength[name.split(".")[2]])
-        self.state["rho_sum"] = torch.zeros_like(self.a_N11)
+        self.a_N11 = self.per_matrix(self.strength)
+        self.state["rho_sum"] = torch.zeros_like(self.a_N11)  # of |rho|, over steps 10-50
         self.compiled_step = compiler(step_ord)
+
+    def strength(self, name: str) -> float:
+        """a of a matrix, blocks.LAYER.PART.REST with PART attn or mlp."""
+        _, _, part, *_ = name.split(".")
+        own = self.o.spectral_lr_mul_attn if part == "attn" else self.o.spectral_lr_mul_mlp
+        return self.o.spectral_lr_mul if own is None else own
 
     def apply_rule(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
         tensors, rho_sum = (self.mine, self.mantissa, self.grad, self.state), self.state["rho_sum"]
-        rho_0, settled = rho_sum / (RHO_END - RHO_START), vectors.scalar(self.count > RHO_END)
+        rho_0 = rho_sum / (RHO_END - RHO_START)
+        settled = vectors.scalar(self.count > RHO_END)
         rho, self.stats = self.compiled_step(
             *tensors, lr_N11, decay, mu, self.a_N11, rho_0, settled, self.o, measure
         )

@@ -54,7 +54,7 @@ def cuda_forms() -> tuple[FastForm, ...]:
             "4babd93ad44d",
         ),
         FastForm("step_muon", cuda.make_step_muon, muon, "d89822448696", cuda.covers_muon),
-        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "73819684d6e9", cuda.covers_ord),
+        FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "7eeeb9121d57", cuda.covers_ord),
     )
 
 
