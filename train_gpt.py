@@ -304,7 +304,7 @@ def layer_plans(c: ModelConfig) -> list[LayerPlan]:
 # Batches: shards of documents -> slices of tokens
 # ---------------------------------------------------------------------------------------------------
 
-VAL_SLICES = 8  # of a batch of validation, whatever SLICES is: all arms then validate alike
+VAL_SLICES = 8  # of a batch of validation, or as many as there are ranks if that is more
 # Random streams of SEED: 0 initial weights; 1 order of shards, 2 of documents (data/documents.py);
 # 3 router noise (kernels/experts.py). A new one takes the next number
 INIT_STREAM = 0
@@ -322,6 +322,11 @@ class Batch(NamedTuple):
 def count_slices(s: Settings, world_size: int) -> int:
     """Number of slices in a batch of training: SLICES, or as many as there are ranks if that is more."""
     return max(s.slices, world_size)
+
+
+def count_val_slices(world_size: int) -> int:
+    """Number of slices in a batch of validation; independent of SLICES, so that arms validate alike."""
+    return max(VAL_SLICES, world_size)
 
 
 def my_slices(num_slices: int, ranks: Ranks) -> range:
@@ -396,7 +401,7 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int
     """
     need = s.val_tokens + 1
     tokens = np.concatenate([shard.head(need) for shard in shards])[:need]
-    num_slices = max(VAL_SLICES, ranks.world_size)
+    num_slices = count_val_slices(ranks.world_size)
     slice_tokens = s.val_batch_tokens // num_slices
     marks = np.flatnonzero(tokens[:-1] == shards[0].mark)
     edges = np.union1d(marks, np.arange(0, need, slice_tokens))  # of documents and slices
@@ -415,7 +420,7 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
     """Training and validation shards, checked against each other and against what the run needs."""
     train, val = open_pair(s.data_path, s.train_files, s.val_files)
     check_validation(val, s.val_tokens, "VAL_BATCH_TOKENS", s.val_batch_tokens)
-    num_slices, val_slices = count_slices(s, world_size), max(VAL_SLICES, world_size)
+    num_slices, val_slices = count_slices(s, world_size), count_val_slices(world_size)
     refusals.check_slices(s, train, num_slices, val_slices, world_size)
     if model_config(s, PRESETS[s.model][0]).predicts_prefixes:
         prefix_tokens(train[0].vocab_size)  # refuses what it does not know, before anything starts
@@ -1380,7 +1385,7 @@ class Trainer:
 
     def __init__(self, s: Settings, o: OptimizerSettings, config: ModelConfig, vocab_size: int, ranks: Ranks):
         self.s, self.ranks, self.schedule = s, ranks, Schedule(s, config)
-        num_slices, val_slices = count_slices(s, ranks.world_size), max(VAL_SLICES, ranks.world_size)
+        num_slices, val_slices = count_slices(s, ranks.world_size), count_val_slices(ranks.world_size)
         self.memory = Memory(s, o, config, vocab_size, num_slices, val_slices, ranks)
         self.model = build_model(s, config, vocab_size, ranks.device)
         self.model.head_tokens = self.memory.head_tokens

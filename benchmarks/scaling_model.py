@@ -34,7 +34,14 @@ sys.path.insert(0, str(ROOT))
 from analysis.tables import format_table  # noqa: E402
 from runtime.flops import flop_per_token, matrix_shapes, num_matrix_params, table_sizes  # noqa: E402
 from runtime.memory import GIB, MOST_TOKENS, Memory  # noqa: E402
-from train_gpt import ADAM_EVERY, PRESETS, VAL_SLICES, NorMuonSettings, Settings, count_slices  # noqa: E402
+from train_gpt import (  # noqa: E402
+    ADAM_EVERY,
+    PRESETS,
+    NorMuonSettings,
+    Settings,
+    count_slices,
+    count_val_slices,
+)
 
 VOCAB = 50257
 DOC_LENGTHS = np.random.default_rng(0).lognormal(math.log(420), math.sqrt(2 * math.log(700 / 420)), 20_000)
@@ -198,7 +205,7 @@ def dropped_share(slice_tokens: int) -> float:
 
 def forecast_gib(p: Preset, ranks: int) -> float:
     """Forecast a rank's memory as the trainer does, with the largest passes that still help."""
-    slices = count_slices(p.settings, ranks), max(VAL_SLICES, ranks)
+    slices = count_slices(p.settings, ranks), count_val_slices(ranks)
     sharing = SimpleNamespace(world_size=ranks, device=torch.device("cpu"))
     memory = Memory(p.settings, NorMuonSettings(), p.config, VOCAB, *slices, sharing)
     return max(memory.wanted(memory.largest_pass()), memory.validation()) / GIB
