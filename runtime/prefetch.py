@@ -35,13 +35,14 @@ class Prefetcher:
     def take(self, future: Future):
         """Wait for an item and make it usable on the current stream."""
         item, copied = future.result()
-        if copied is not None:
+        if item is not None and copied is not None:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_event(copied)
             batches = item if isinstance(item, list) else [item]
-            for x in (x for batch in batches if batch for x in batch if isinstance(x, Tensor)):
-                # the copying stream owns the memory and must not reuse it early
-                x.record_stream(computing)
+            for batch in batches:
+                for x in batch:
+                    if isinstance(x, Tensor):
+                        x.record_stream(computing)  # the copying stream, its owner, must not reuse it early
         return item
 
     def each(self, items):

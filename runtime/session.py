@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +58,17 @@ def to_host(x: Tensor, work) -> tuple[Tensor, Callable]:
     work.wait()
     x = x.to("cpu", non_blocking=True)  # now: a copy asked for later would queue behind the next update
     return x, torch.cuda.current_stream().record_event().synchronize
+
+
+class PendingLine(NamedTuple):
+    """A train_loss line whose loss is still being computed or summed over the ranks."""
+
+    step: int
+    sums: Tensor  # loss over the ranks' tokens, and number of ranks asked to stop; call wait() first
+    wait: Callable
+    batch_tokens: int
+    tokens: int  # trained on so far
+    ms: float
 
 
 class Session:
@@ -145,10 +157,14 @@ class Session:
 
     def gauges(self, ms: float) -> dict:
         """Fields of a validation's line: peak memory of any rank and, on CUDA, MFU. A collective."""
-        peaks = list(peak_memory_mib(self.ranks).values())  # the device's own comes last
-        fields = {"peak_mem_mb": f"{peaks[-1]:.0f}"}
-        mfu = self.utilization and self.utilization.take(ms)
-        return {**fields, "mfu": f"{mfu:.4f}"} if mfu else fields
+        peaks = peak_memory_mib(self.ranks)
+        peak = peaks.get("cuda_max_allocated_mib", peaks["peak_rss_mib"])
+        fields = {"peak_mem_mb": f"{peak:.0f}"}
+        if self.utilization:
+            mfu = self.utilization.take(ms)
+            if mfu is not None:
+                fields["mfu"] = f"{mfu:.4f}"
+        return fields
 
     def should_leave(self, step: int) -> bool:
         """Save a checkpoint if one is due. Return True if the run ends here: finished, or asked to stop."""
@@ -182,7 +198,7 @@ class Session:
         loss_sum = loss_sum.float()
         sums = torch.stack((loss_sum, torch.full_like(loss_sum, float(bool(self.stop.reason)))))
         sums, wait = to_host(sums, self.ranks.all_reduce(sums))
-        self.pending = (step, sums, wait, batch_tokens, self.tokens, self.clock.ms())
+        self.pending = PendingLine(step, sums, wait, batch_tokens, self.tokens, self.clock.ms())
         if self.ranks.device.type == "cpu":
             self.flush()
         self.note_compilation(step)

@@ -194,9 +194,12 @@ def prepare(module, env) -> Start:
     origin = ranks.run_on_all(
         lambda: checkpoints.find_origin(s, classes, ours, run_id) if ranks.rank == 0 else None
     )
-    shared = ranks.broadcast_object(origin and origin._replace(contents=None))
+    shared = None  # what the other ranks get: without the tensors, which rank 0 hands out
+    if ranks.rank == 0:
+        shared = origin._replace(contents=None)
+    shared = ranks.broadcast_object(shared)
     if ranks.rank != 0:
-        origin = shared  # without the tensors, which rank 0 hands out
+        origin = shared
     s = dataclasses.replace(s, run_id=origin.run_id)
     config["run_id"] = s.run_id
     log = None
@@ -311,7 +314,8 @@ class Supervisor:
         finally:
             self.watch.over.set()
             self.ranks.close()
-        return self.log.close() or code
+        lacks_lines = self.log.close()  # 1, then the exit code, if the disk did not take all of the log
+        return lacks_lines if lacks_lines else code
 
     def train(self) -> int:
         """Exit code."""
