@@ -50,9 +50,9 @@ def keys_per_token(c, lengths, windows: tuple[int, int]) -> float:
     total = 0.0
     for i in range(c.num_layers):
         if i not in c.no_attention:
-            window = windows[i in c.long_layers] * c.window_block
+            window = windows[1] if i in c.long_layers else windows[0]
             times = 2 if i in c.paired_layers else 1
-            total += c.num_heads * visible_keys(np.multiply(lengths, times), window)
+            total += c.num_heads * visible_keys(np.multiply(lengths, times), window * c.window_block)
     return total
 
 
@@ -74,18 +74,20 @@ class Forward(NamedTuple):
 def forward_flop(c, lengths, vocab: int, windows: tuple[int, int] | None = None) -> Forward:
     """Count one token's forward pass. windows: (short, long) in blocks; None: those of the first stage."""
     with_attention = [i for i in range(c.num_layers) if i not in c.no_attention]
-    gates = 0 if c.gate_layers else len(with_attention) * c.num_heads * c.attn_gate
+    gates = composition = 0
+    if c.attn_gate and not c.gate_layers:
+        gates = len(with_attention) * c.num_heads
     by_network = {c.num_layers - 1} if c.mudd else set()
     gates += c.num_kv_heads * len(set(with_attention) & set(c.value_embed_layers) - by_network)
+    if c.compose_tokens:
+        composition = composition_flop(c, visible_keys(lengths, c.compose_tokens - 1))
     return Forward(
         matrices=2 * active_matrix_params(c),
         head=2 * padded_vocab(vocab) * c.width,
         attention=4 * c.head_dim * keys_per_token(c, lengths, windows or c.windows[0]),
         gates=2 * GATE_CHANNELS * gates,
         networks=2 * HIDDEN * sum(c.width + n for n in network_outputs(c)),
-        composition=composition_flop(c, visible_keys(lengths, c.compose_tokens - 1))
-        if c.compose_tokens
-        else 0,
+        composition=composition,
     )
 
 

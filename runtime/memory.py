@@ -14,7 +14,7 @@ import math
 import torch
 
 from kernels.signals import HIDDEN
-from runtime.flops import matrix_shapes, network_outputs, padded_vocab, table_sizes
+from runtime.flops import matrix_shapes, network_outputs, num_matrix_params, padded_vocab, table_sizes
 from runtime.ranks import Ranks
 
 GIB = 1 << 30
@@ -52,7 +52,8 @@ def kept_bytes(c, vocab_size: int, fused: bool) -> float:
     hidden = 4 * width * (1 if fused else 2)
     if c.num_experts:  # a token's copies for its experts too; never compared with the compiler
         hidden = c.moe_top_k * (2 * c.expert_hidden + 2 * width)
-    kept = (1 + (c.ngram_rows > 0)) * width + len(c.value_embed_layers) * keys  # embeddings
+    embeddings = 2 if c.ngram_rows else 1
+    kept = embeddings * width + len(c.value_embed_layers) * keys
     for layer in range(c.num_layers):
         kept += hidden
         if layer in c.no_attention:
@@ -68,7 +69,9 @@ def kept_by_later_parts(c) -> float:
 
     MUDD's share is not derived but taken from what the compiler keeps with 6 and with 11 layers.
     """
-    kept = MUDD_WIDTHS * c.width * bool(c.mudd) + c.num_heads * c.head_dim * len(c.xsa_layers)
+    kept = c.num_heads * c.head_dim * len(c.xsa_layers)
+    if c.mudd:
+        kept += MUDD_WIDTHS * c.width
     if c.compose_tokens:  # probabilities in fp32 over two blocks of keys, and the heads' shares
         kept += 2 * c.num_heads * 2 * c.compose_tokens + c.num_heads * c.head_dim
     return kept + 2 * HIDDEN * len(network_outputs(c))
@@ -101,8 +104,7 @@ class Memory:
         self.per_token = kept_bytes(c, vocab_size, s.kernels == "triton") + 2 * padded_vocab(vocab_size)
         # what a pass's gradients take until they are added to those before, one table in fp32 too
         tables = table_sizes(c, vocab_size)
-        matrices = sum(n * rows * columns for (rows, columns), n in matrix_shapes(c).items())
-        self.gradients = 2 * (matrices + sum(tables.values())) + 4 * max(tables.values())
+        self.gradients = 2 * (num_matrix_params(c) + sum(tables.values())) + 4 * max(tables.values())
         # compiled, a pass of validation keeps a few layers' outputs, and its logits in pieces
         hidden = 4 * c.width * (1 if s.kernels == "triton" else 2)
         val_slice = s.val_batch_tokens // val_slices
