@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NOISE_STREAM = 3  # random stream of the seed; train_gpt.py lists all of them
 GROUP_MULTIPLE = 8  # rows of a group on CUDA: 16 bytes of bfloat16, which grouped_mm asks for
 
 
@@ -17,7 +18,8 @@ class Routing:
 
     def __init__(self, noise_LBTE: Tensor | None = None):
         self.noise_LBTE = noise_LBTE
-        self.balance = []  # E sum_i f_i P_i, summed over the slices; 1 per slice where the load is even
+        # E sum_i f_i P_i of MixtureOfExperts, summed over the slices; an even load is 1 per slice
+        self.balance = []
         self.loads_E = []  # tokens that went to each expert
 
 
@@ -63,7 +65,7 @@ def draw_noise(seed: int, step: int, slices: range, shape: tuple[int, int, int])
     Each step and slice of the global batch has a stream of its own: the ranks agree, and a resumed run needs
     no state for it.
     """
-    streams = (np.random.default_rng([seed, 3, step, i]) for i in slices)
+    streams = (np.random.default_rng([seed, NOISE_STREAM, step, i]) for i in slices)
     return torch.from_numpy(np.stack([stream.standard_normal(shape, np.float32) for stream in streams], 1))
 
 

@@ -66,10 +66,16 @@ def compose_heads(q, k, v, doc_BT, scale: float, reach: int, from_BTH: Tensor, i
 
 def token_blocks(x: Tensor, block: int, pad: int, fill: int = 0) -> Tensor:
     """(B, n, block, ...) of (B, T, ...), T lengthened by `pad`."""
-    return F.pad(x, (*(0, 0) * (x.ndim - 2), 0, pad), value=fill).unflatten(1, (-1, block))
+    return padded(x, 0, pad, fill).unflatten(1, (-1, block))
 
 
 def with_previous_block(x: Tensor, dim: int, fill: int = 0) -> Tensor:
     """Join each block, dimension 1, with the one before it along `dim`; `fill` stands before the first."""
-    before = F.pad(x, (*(0, 0) * (x.ndim - 2), 1, 0), value=fill)[:, :-1]
+    before = padded(x, 1, 0, fill)[:, :-1]
     return torch.cat((before, x), dim)
+
+
+def padded(x: Tensor, before: int, after: int, fill: int) -> Tensor:
+    """Lengthen dimension 1 by `fill` at both ends."""
+    later = [0, 0] * (x.ndim - 2)  # F.pad counts dimensions from the last one
+    return F.pad(x, (*later, before, after), value=fill)
