@@ -61,6 +61,15 @@ from runtime.sharding import (
 
 SCRIPT = Path(__file__).resolve()
 
+# Words used throughout:
+#   step    one batch and its update; its number counts the updates before it, from 0
+#   slice   equal part of a batch, read by one rank; the ranks share a batch's slices (count_slices)
+#   pass    forward (and backward) of some slices of one rank, stacked: as many as its memory takes
+#   stage   part of the schedule with its own batch size, windows and loss weights: three, then the extension
+#   stream  x, the residual stream (B, T, C), to which each layer adds its branches: attention, then MLP
+#   signal  numbers that a small network makes for each token, in place of a learned parameter of that name
+#   "the public record": the speedrun's record of 2026-01-19; a constant without a reason is as there
+
 # ---------------------------------------------------------------------------------------------------
 # Settings: one environment variable each, named as the field in capitals. A knob changes the numbers of
 # a run, a machine_knob where and how it runs. Those that any trainer has are in runtime/settings.py.
@@ -158,7 +167,7 @@ class NorMuonSettings:
 
 
 def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
-    """The settings of the environment over the preset's defaults; SettingsError names what is wrong."""
+    """Read the environment over the preset's defaults; SettingsError says what is wrong."""
     device = find_device(env)
     model = settings.choose_model(env, PRESETS, "gpt2-small" if device == "cuda" else "tiny")
     config, changes = PRESETS[model]
@@ -189,9 +198,9 @@ def model_config(s: Settings, c: "ModelConfig") -> "ModelConfig":
     if s.without:
         changes[s.without] = getattr(ModelConfig, s.without)
     if s.without == "mudd":
-        changes["backout"] = c.mudd[1]  # whose place it took
+        changes["backout"] = c.mudd[1]  # MUDD replaced backout: restore it
     if s.without == "gate_layers":
-        changes["compose_tokens"] = 0  # which they feed
+        changes["compose_tokens"] = 0  # composition needs the gate networks
     if c.num_experts:
         changes |= dict(num_experts=s.num_experts, moe_top_k=s.moe_top_k)
     return replace(c, **changes)
@@ -218,7 +227,10 @@ NUM_STAGES = 4  # three scheduled, and the extension
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and topology. Tuples of layers say which have a feature; windows are (short, long) in blocks."""
+    """Sizes and topology. Tuples of layers say which have a feature; windows are (short, long) in blocks.
+
+    The defaults are gpt2-small, which has all of the public record's parts.
+    """
 
     num_layers: int = 11
     width: int = 768
@@ -226,36 +238,36 @@ class ModelConfig:
     head_dim: int = 128
     num_kv_heads: int = 6
     window_block: int = 128
-    windows: tuple = ((1, 3), (3, 7), (5, 11), (6, 13))  # by stage
-    final_windows: tuple = (6, 20)  # at the last validation
-    long_layers: tuple = (3, 10)  # with the long window, and keys offset by a token
+    windows: tuple = ((1, 3), (3, 7), (5, 11), (6, 13))  # windows[stage]
+    final_windows: tuple = (6, 20)  # the last validation's; no step has them
+    long_layers: tuple = (3, 10)  # these have the long window, and keys offset by a token
     paired_layers: tuple = (0, 2, 5, 9)  # heads attend in pairs over a doubled sequence
-    value_embed_layers: tuple = (0, 1, 8, 9, 10)  # each with a table of its own, gated into the values
-    skip: tuple | None = (3, 6)  # layer 3's output is added, gated, to layer 6's input
+    value_embed_layers: tuple = (0, 1, 8, 9, 10)  # a table each, added to v (arXiv 2410.17897)
+    skip: tuple | None = (3, 6)  # output of layer 3 joins layer 6, gated, as in a U-Net
     no_attention: tuple = (6,)
-    backout: int | None = 7  # this layer's output, times a scalar, is subtracted at the end
-    ngram_rows: int = 5 * 50304  # of the hash embedding; 0: none
+    backout: int | None = 7  # this layer's output, times a learned scalar, is subtracted before the head
+    ngram_rows: int = 5 * 50304  # rows of the hash embedding; 0: none
     ngrams: tuple = (2,)  # how many last tokens are hashed into it
-    smear: bool = True  # each embedding gets some of the token before
-    attn_gate: bool = True  # on the output of each attention head; with gate_layers, of long_layers only
-    # weights of the losses on token t+1, t+2, ... by stage, each (at its start, at its end)
+    smear: bool = True  # each embedding gets some of the one before it, gated
+    attn_gate: bool = True  # gates heads' outputs (arXiv 2505.06708); if gate_layers, long_layers only
+    # predict[stage][k]: weight of the loss on token t+1+k, (at the stage's start, at its end)
     predict: tuple = (((1, 1), (0.5, 0.5), (0.25, 0)), ((1, 1), (0.5, 0)), ((1, 1),), ((1, 1),))
-    untie_frac: float = 2 / 3  # of the scheduled steps, then embedding and head part; 1: never
-    num_experts: int = 0  # in place of each MLP; 0: none
+    untie_frac: float = 2 / 3  # share of the scheduled steps; then embedding and head part; 1: never
+    num_experts: int = 0  # experts that replace each MLP; 0: none
     moe_top_k: int = 2
     expert_hidden: int = 0  # hidden width of one expert
     # parts of later records, 2026-02 to 2026-07; docs/differences.md says what each brought there
     qk_group: int = 0  # heads of q, or of k, that Muon orthogonalizes together; 0: all
-    value_std: float = 0.0  # of the value tables' first rows
+    value_std: float = 0.0  # initial standard deviation of the value tables
     value_gate_reads_table: bool = False  # half of what gates a value embedding comes from its own row
     ngram_signs: int = 0  # rows of fixed random signs that the n-gram embedding is multiplied by; 0: none
     branch_factors: bool = False  # learned, also on the stream before each branch; x0 joins after attention
     attn_source: int | None = None  # attention of all later layers reads this layer's output
     mudd: tuple | None = None  # two layers whose outputs come back, by token, in the last layer and after it
     xsa_layers: tuple = ()  # heads' outputs lose some of what lies along the token's own value
-    gate_layers: tuple = ()  # before each, a network makes the gates, by token, of the layers up to the next
-    compose_tokens: int = 0  # in the last layer heads mix their attention over so many positions; 0: no
-    prefix_weights: tuple = ((0, 0),) * 4  # of the loss on the next token's prefix, by stage, start and end
+    gate_layers: tuple = ()  # a network before each makes the gates of the layers up to the next, by token
+    compose_tokens: int = 0  # reach, in positions, of the mixture of the last layer's heads; 0: none
+    prefix_weights: tuple = ((0, 0),) * 4  # as predict, for the next token's prefix
 
     def __post_init__(self):
         later = self.mudd or self.gate_layers or self.attn_source is not None
@@ -304,7 +316,7 @@ def layer_plans(c: ModelConfig) -> list[LayerPlan]:
 # Batches: shards of documents -> slices of tokens
 # ---------------------------------------------------------------------------------------------------
 
-VAL_SLICES = 8  # of a batch of validation, or as many as there are ranks if that is more
+VAL_SLICES = 8  # slices of a validation batch; independent of SLICES, so that arms compare
 # Random streams of SEED: 0 initial weights; 1 order of shards, 2 of documents (data/documents.py);
 # 3 router noise (kernels/experts.py). A new one takes the next number
 INIT_STREAM = 0
@@ -315,7 +327,7 @@ class Batch(NamedTuple):
 
     inputs_BT: Tensor  # int32
     targets_BT: Tensor  # int64, the token that follows each input in the shard
-    cu_seqlens: Tensor  # int32: where documents begin in the B*T inputs, then B*T; its length is not fixed
+    cu_seqlens: Tensor  # int32: document starts in the B*T inputs, then B*T; length varies from pass to pass
     max_doc_tokens: int
 
 
@@ -325,7 +337,7 @@ def count_slices(s: Settings, world_size: int) -> int:
 
 
 def count_val_slices(world_size: int) -> int:
-    """Number of slices in a batch of validation; independent of SLICES, so that arms validate alike."""
+    """Number of slices in a batch of validation: VAL_SLICES, or one per rank if that is more."""
     return max(VAL_SLICES, world_size)
 
 
@@ -389,7 +401,7 @@ class TrainData:
             self.next_batches = self.prefetcher.start(self.make, *now)
         batches = self.prefetcher.take(self.next_batches)
         self.position = self.documents.position
-        self.doc_lengths = self.documents.lengths  # of this shard: the thread may go on to the next one
+        self.doc_lengths = self.documents.lengths  # this shard's: the thread may go on to the next one
         self.next_batches = self.prefetcher.start(self.make, *then) if then else None
         return batches
 
@@ -404,8 +416,8 @@ def val_batches(shards: list[Shard], s: Settings, ranks: Ranks, num_batches: int
     num_slices = count_val_slices(ranks.world_size)
     slice_tokens = s.val_batch_tokens // num_slices
     marks = np.flatnonzero(tokens[:-1] == shards[0].mark)
-    edges = np.union1d(marks, np.arange(0, need, slice_tokens))  # of documents and slices
-    longest = int(np.diff(edges).max())  # of all batches, because compiled code is made for this number
+    edges = np.union1d(marks, np.arange(0, need, slice_tokens))  # ends of documents and slices
+    longest = int(np.diff(edges).max())  # the longest of all batches: compiled code is made for it
     for batch_start in range(0, s.val_tokens, s.val_batch_tokens)[:num_batches]:
         slices = []
         for i in my_slices(num_slices, ranks):
@@ -437,13 +449,13 @@ def open_data(s: Settings, world_size: int) -> tuple[list[Shard], list[Shard]]:
 # ---------------------------------------------------------------------------------------------------
 
 # The first four, and the starts of the learned scalars below, are the public record's
-GATE_CHANNELS = 12  # gates read so many of their input's first channels
-SOFTCAP = (23.0, 5.0, 7.5)  # logits = 23 sigmoid((z + 5) / 7.5)
-ATTN_SCALE = 0.1  # of q k^T, whose rows are normed; before YaRN
+GATE_CHANNELS = 12  # gates read only the first 12 channels of their input
+SOFTCAP = (23.0, 5.0, 7.5)  # logits = 23 sigmoid((z + 5) / 7.5): Gemma 2's cap (arXiv 2408.00118), shifted
+ATTN_SCALE = 0.1  # factor on q k^T, before YaRN, for any head_dim; 1 / sqrt(128) is 0.088
 ROTARY_BASE = 1024  # the slowest pair turns by 1 / 1024 radians per token
 VOCAB_MULTIPLE = 128  # so that the head's product has aligned shapes
 INIT_GAIN = 0.5  # q, k, v, o and up start uniform with standard deviation INIT_GAIN / sqrt(width)
-ROUTER_STD = 0.02  # of a router's first weights
+ROUTER_STD = 0.02  # standard deviation of a router's first weights
 
 
 def norm(x: Tensor) -> Tensor:
@@ -466,7 +478,7 @@ class Rotary(nn.Module):
         super().__init__()
         freqs = (1 / ROTARY_BASE) ** torch.linspace(0, 1, head_dim // 4)
         self.register_buffer("freqs", freqs)  # radians per token
-        self.scale = ATTN_SCALE  # a constant of compiled code, which new windows compile anew in any case
+        self.scale = ATTN_SCALE  # a Python float: baked into compiled code, and new windows recompile anyway
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
 
@@ -492,7 +504,7 @@ class Rotary(nn.Module):
 
     def forward(self, x_BTHD: Tensor) -> Tensor:
         T, D = x_BTHD.shape[1], x_BTHD.shape[-1]
-        # of the half that stands still: 1 and 0, because slices and stacks would go through a GPU's memory
+        # identity (cos 1, sin 0) for the half that stands still; slicing would go through a GPU's memory
         cos, sin = F.pad(self.cos[:T], (0, D // 4), value=1.0), F.pad(self.sin[:T], (0, D // 4))
         cos = torch.stack((cos, cos), dim=-1).flatten(1).unsqueeze(1)
         sin = torch.stack((-sin, sin), dim=-1).flatten(1).unsqueeze(1)
@@ -504,8 +516,8 @@ class Rotary(nn.Module):
 def pair_heads(x_BTHD: Tensor) -> Tensor:
     """Put heads h and h + H/2 one after the other along the sequence, at positions 2t and 2t + 1.
 
-    Returns a view, (B, 2T, H/2, D). The public record mixes the two by a view of the flat channels; this is
-    the clean form of its idea.
+    Returns a view, (B, 2T, H/2, D). Each then attends to the other's keys, too. The public record mixes the
+    two by a view of the flat channels; this is the clean form of its idea.
     """
     return x_BTHD.unflatten(2, (2, -1)).flatten(1, 2)
 
@@ -516,7 +528,10 @@ def unpair_heads(y_BTHD: Tensor) -> Tensor:
 
 
 def offset_keys(k_BTHD: Tensor) -> Tensor:
-    """Move the half of each key that rotary leaves still to the next position: heads see what came before."""
+    """Move the half of each key that rotary leaves still to the next position.
+
+    A head that matches token t by this half reads the value of token t + 1. As the public record.
+    """
     turning, still = k_BTHD.chunk(2, dim=-1)
     return torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
 
@@ -540,7 +555,7 @@ class Embeds(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal self-attention within documents and a window; q and k normed, heads gated by their input.
+    """Causal self-attention within documents and a window; q and k normed (arXiv 2010.04245), heads gated.
 
     A signal, which a network makes by token, stands in for the parameter of that name. A layer that has
     neither lacks the part.
@@ -577,12 +592,13 @@ class Attention(nn.Module):
         gate_in = n_BTC[..., :GATE_CHANNELS]
         if value_BTC is not None:
             v = v + self.gate_of_value(gate_in, value_BTC, signals).unsqueeze(-1) * value_BTC.view_as(v)
-        if "value" in signals:  # from MUDD
+        if "value" in signals:  # MUDD makes it
             v = v + signals["value"].view_as(v)
         own_value = v
         if self.plan.paired:
             v = pair_heads(v)
-        window, scale = common.windows[int(self.plan.long_window)], common.rotary.scale
+        short, long = common.windows
+        window, scale = long if self.plan.long_window else short, common.rotary.scale
         y = common.docs.attend(q, k, v, window, self.plan.paired, scale)
         if self.plan.paired:
             y = unpair_heads(y)
@@ -632,7 +648,8 @@ class MLP(nn.Module):
 
     def forward(self, x_BTC: Tensor, out_scale: float) -> Tensor:
         hidden = F.linear(norm(x_BTC), self.up).relu().square()
-        down = self.down if out_scale == 1 else self.down * out_scale  # has fewer numbers than the output
+        # scale the weight: it is smaller than the activation
+        down = self.down if out_scale == 1 else self.down * out_scale
         return x_BTC + hidden @ down if self.adds_input else hidden @ down
 
 
@@ -646,6 +663,8 @@ class Block(nn.Module):
             self.mlp = MixtureOfExperts(c.width, c.num_experts, c.expert_hidden, c.moe_top_k)
         else:
             self.mlp = MLP(c)
+        # parameters resid_lambda, x0_lambda, ngram_lambda; in a FactoredBlock resid_attn_lambda, attn_lambda,
+        # x0_lambda, ngram_lambda, resid_mlp_lambda, mlp_lambda
         for name, start in self.factor_starts(plan).items():
             if name not in plan.signals and (name != "ngram" or c.ngram_rows):
                 setattr(self, f"{name}_lambda", learned_scalar(start))
@@ -710,7 +729,7 @@ class GPT(nn.Module):
         self.config, self.plans = c, layer_plans(c)
         self.backend, self.residual_scale = backend, residual_scale
         self.float8_head, self.balance_weight = float8_head, balance_weight
-        self.head_tokens = MOST_TOKENS  # whose logits validation makes at once; a Trainer sets what fits
+        self.head_tokens = MOST_TOKENS  # tokens per piece of the validation head; a Trainer sets what fits
         if c.num_experts:  # tokens that validation sent to each expert of each layer
             load = torch.zeros(c.num_layers, c.num_experts, dtype=torch.int64)
             self.register_buffer("expert_load_LE", load, persistent=False)
@@ -780,7 +799,7 @@ class GPT(nn.Module):
             signs = self.ngram_signs if c.ngram_signs else None
             ngram = embed_ngrams(tokens_BT, self.ngram_table, c.ngrams, signs)
         values = {int(i): F.embedding(tokens_BT, table) for i, table in self.value_embeds.items()}
-        outputs = {}  # of each layer; with branch_factors, what layer 0 reads, too
+        outputs = {}  # {layer: its output}; with branch_factors, what layer 0 reads, too
         gates = {}  # the gate networks' signals, by (layer, name)
         for i, block in enumerate(self.blocks):
             if i in c.gate_layers:
@@ -820,7 +839,7 @@ class GPT(nn.Module):
         x = self.trunk(batch.inputs_BT, Documents(batch, self.backend), windows, tied, routing)
         prefixes_BT = None if prefix_weight is None else self.prefixes_V[batch.targets_BT]
         loss, cross_entropy = self.head_loss(x, batch.targets_BT, weights_K, prefixes_BT, prefix_weight)
-        if routing.balance:  # in units of the summed cross-entropy: T tokens per slice
+        if routing.balance:  # times T: the cross-entropy is summed over a slice's tokens
             balance = torch.stack(routing.balance).sum()
             loss = loss + self.balance_weight * batch.inputs_BT.shape[1] * balance
         return loss, cross_entropy
@@ -832,7 +851,7 @@ class GPT(nn.Module):
 
         prefixes_BT: -1 where a target has no prefix; None: no loss on prefixes.
         """
-        if self.float8_head:
+        if self.float8_head:  # training alone, for speed; val_loss has a bfloat16 head
             logits = Float8Linear.apply(x_BTC.flatten(0, 1), self.head, HEAD_SCALES)
             logits = logits.view(*targets_BT.shape, -1)
         else:
@@ -887,7 +906,7 @@ def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch
 # Factor on the loss, which is summed over the batch. The public trainer doubles the loss and averages over 8
 # ranks. Adam and Muon do not depend on it, but for their eps; ORD's raw strengths do.
 LOSS_SCALE = 2 / 8
-# of input and weight (e4m3, which ends at 448) and gradient (e5m2)
+# e4m3, up to 448, holds inputs up to 100 and weights up to 1.6; the gradient is in e5m2
 HEAD_SCALES = (100 / 448, 1.6 / 448, LOSS_SCALE * 0.75 / 448)
 
 
@@ -924,6 +943,10 @@ def prefix_loss(logits_BTV: Tensor, prefixes_BT: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 # Optimizer: NorMuon for matrices, Adam for the rest, both sharded
 # N matrices of R rows and K columns (as stored); momentum, second moments and masters are fp32
+#
+# One step of the matrices of a shape: Bucket.reduce (gradients over ranks) -> MatrixBucket.update (rates) ->
+# apply_rule -> step_muon: nesterov -> orthogonalize (polar_express, reduce_variance) -> with_decay ->
+# write_master -> Bucket.gather (weights). Muon: Keller Jordan et al., kellerjordan.github.io/posts/muon
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -961,11 +984,12 @@ ROLES = (  # complete and disjoint: every parameter matches exactly one
     Role("head", r"head|embed", decay_mul=150, betas=(0.5, 0.95)),
 )
 
-ADAM_EVERY = 2  # Adam moves every second step, on the sum of both gradients; an odd last step's is not used
+# These, the schedule of the momentum and the roles (routers apart) are the public record's, or a later one's
+ADAM_EVERY = 2  # Adam moves every second step, on the sum of both gradients; a last, even step's is lost
 ADAM_EPS = 1e-10
 MUON_START_MOMENTUM, MUON_END_STEPS = 0.85, 50
-DOWN_LR = 2.0  # on the MLP's second matrix
-POLAR_SAFETY, POLAR_EPS = 1.02, 1e-6
+DOWN_LR = 2.0  # factor on the rate of the MLP's second matrix
+POLAR_SAFETY, POLAR_EPS = 1.02, 1e-6  # input / (1.02 ||G|| + 1e-6): no singular value above 1, no 0 / 0
 
 # Odd quintics that bring all singular values near 1: Polar Express (arXiv 2505.16932), 5 steps
 POLAR_COEFFICIENTS = (
@@ -1051,7 +1075,7 @@ def step_muon(weight, mantissa, grad, state: dict, lr_N11, decay, mu, o: "Optimi
 
 
 def adam_update(grad: Tensor, m: Tensor, v: Tensor, count: Tensor, beta1: Tensor, beta2: Tensor) -> Tensor:
-    """Bias-corrected Adam direction (arXiv 1412.6980); m, v change in place, count is the update's number."""
+    """Bias-corrected Adam direction (arXiv 1412.6980); m, v change in place. count: 1 at the first update."""
     grad = grad.float()
     m.lerp_(grad, 1 - beta1)
     v.lerp_(grad.square(), 1 - beta2)
@@ -1126,6 +1150,8 @@ class MatrixBucket(MatrixStack):
         self.state = {"momentum": torch.zeros_like(self.mine, dtype=torch.float32)}
         if o.optimizer == "normuon":
             self.state["second_moment"] = torch.zeros(self.rows_or_columns, device=self.mine.device)
+        # Muon's shape factor. An orthonormal (R, K) with R > K takes an input of root mean square 1 to one of
+        # sqrt(K / R); this undoes it. down, stored transposed, has it too, as in the public record
         lr = max(1, R / K) ** 0.5
         self.shape_lr_N11 = self.per_matrix(lambda name: lr * DOWN_LR if ".down" in name else lr)
 
@@ -1190,7 +1216,7 @@ class Optimizer:
         self.stacks = [b for b in self.buckets if isinstance(b, MatrixStack)]
         self.by_name = {name: b for b in self.buckets for name in b.params}
         self.before_update = None  # called when all gradients of a step are reduced and none has been used
-        # of the last measured step: norm of the mean loss's gradient, over the parameters that it moved
+        # norm of the mean loss's gradient over the parameters updated in the last step that measured it
         self.grad_norm = None
 
     def untie(self):
@@ -1222,7 +1248,7 @@ class Optimizer:
     def step(self, step: int, lr_mul: float, batch_tokens: int, measure: bool, tied: bool = True):
         """Reduce, update, gather. measure: the next line of the log wants log_fields(full=True)."""
         due = self.due(step, tied)
-        for bucket in due:  # in one order on all ranks
+        for bucket in due:  # the same order on all ranks
             bucket.reduce()
         if self.before_update:
             self.before_update()
@@ -1245,7 +1271,10 @@ class Optimizer:
             bucket.grad.mul_(factor)
 
     def log_fields(self, step: int, full: bool) -> dict:
-        """Fields of the step line; `full` at validations, and then a collective: every rank calls it."""
+        """Fields of the step line; `full` at validations, and then a collective: every rank calls it.
+
+        The log has one pair of betas, those of the head's role.
+        """
         beta1, beta2 = (self.beta_frac(step) * beta for beta in find_role("head").betas)
         fields = {
             "beta1": f"{beta1:.4f}",
@@ -1289,7 +1318,7 @@ class Schedule:
             self.untie_step = last if last % 2 else last + 1  # odd: Adam moves at it (ADAM_EVERY)
 
     def stage(self, step: int) -> int:
-        """Stage of a step; for num_steps, that of the last step."""
+        """Stage of a step; num_steps, after the last one, is in its stage."""
         step = min(step, self.num_steps - 1)
         return sum(step >= end for end in self.bounds[1:NUM_STAGES])
 
@@ -1394,7 +1423,7 @@ class Trainer:
         self.val_loss = compile_forward(self.model.val_loss, compiler)
         self.optimizer = Optimizer(self.model, o, ranks, self.schedule.num_steps, compiler)
         self.stage = 0
-        self.doc_lengths, self.flop_by_stage = None, {}  # of documents as this stage reads them, for MFU
+        self.doc_lengths, self.flop_by_stage = None, {}  # documents as this stage reads them, for MFU
 
     def enter(self, step: int):
         """Go to the stage of `step`, before its validation and update; YaRN follows the long window.
@@ -1458,7 +1487,7 @@ class Trainer:
         return load_fields(load, self.model.config.moe_top_k)
 
     def flop_per_token(self, step: int) -> float:
-        """FLOP of a token's forward and backward pass, in the mean over the documents."""
+        """FLOP of a token's forward and backward pass, averaged over the documents."""
         stage, c = self.schedule.stage(step), self.model.config
         if stage not in self.flop_by_stage:
             vocab_size, windows = len(self.model.head), c.windows[stage]
@@ -1541,5 +1570,8 @@ class Run:
         return step
 
 
+# supervise.main runs this module: read_settings -> process group -> open_data -> log; what a rank refuses
+# ends the run before its first step. If code is compiled, a Run rehearses every stage and is thrown away. The
+# next one has the Trainer, TrainData and Session that count: resume from a checkpoint, if any -> Run.train.
 if __name__ == "__main__":
     supervise.leave(supervise.main(sys.modules[__name__], sys.argv[1:]))

@@ -17,7 +17,7 @@ class DocumentStream:
     def __init__(self, shards: list[Shard], seed: int, longest: int, split: bool):
         """longest: tokens at which a document is cut. split: keep the rest as further documents."""
         self.shards, self.seed, self.longest, self.split = shards, seed, longest, split
-        self.shard_index = None  # of the shard whose documents are being read
+        self.shard_index = None  # index of the shard whose documents are being read
         self.next_shard = Ahead()
         self.seek((0, 0, 0))
 
@@ -42,7 +42,7 @@ class DocumentStream:
         shard = self.next_shard.take(self.index_shard, *here, self.longest)
         self.shard_index, self.tokens, self.starts, self.lengths = shard
         self.mark = self.shards[self.shard_index].mark
-        self.ends = np.cumsum(self.lengths)  # of the documents, in tokens of this shard
+        self.ends = np.cumsum(self.lengths)  # where the documents end, in tokens of this shard
         self.next_shard.start(self.index_shard, *self.place_after(*here), self.longest)
 
     def index_shard(self, epoch: int, place: int, longest: int) -> tuple:

@@ -26,10 +26,10 @@ from kernels import cpu
 class FastForm(NamedTuple):
     """Replacement of one function of a trainer."""
 
-    name: str  # of the function or method in the trainer, such as "MLP.forward"
+    name: str  # function or method in the trainer, such as "MLP.forward"
     make: Callable  # (module, compiler) -> the fast function; the trainer's own is still in place then
     repeats: tuple[str, ...]  # other definitions that the trainer has or imports, whose arithmetic it repeats
-    fingerprint: str  # of the text of all of these
+    fingerprint: str  # hash of the text of all of these
     covers: Callable = lambda o: True  # whether it knows these optimizer settings
 
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HIDDEN = 64  # width of a network
-SCALE = 0.1  # of what it makes, at first
+SCALE = 0.1  # first factor on the outputs; some networks learn it
 RESID_START = 1.1**0.5  # factor on the stream before each of a layer's two branches
-NGRAM_START = 0.05  # on the n-gram embedding
+NGRAM_START = 0.05  # factor on the n-gram embedding
 ATTN_GATE_START, SKIP_START = 0.25, 0.5
-BACKOUT_START = -0.5  # on the later of the two layers that MUDD takes up again
+BACKOUT_START = -0.5  # factor on the later of MUDD's two layers: what backout was
 
 
 class Signal(NamedTuple):

@@ -64,7 +64,7 @@ class Forward(NamedTuple):
     attention: float  # scores and mixing
     gates: float  # one per head, from 12 channels
     networks: float  # that make gates and MUDD's coefficients for each token
-    composition: float  # of the last layer's heads
+    composition: float  # mixing of the last layer's heads
 
     @property
     def total(self) -> float:

@@ -18,11 +18,11 @@ from runtime.flops import matrix_shapes, network_outputs, num_matrix_params, pad
 from runtime.ranks import Ranks
 
 GIB = 1 << 30
-MOST_TOKENS = 65_536  # of a pass; twice as many save 2% of a step (records/2026-11-26_first_hour_h100)
+MOST_TOKENS = 65_536  # tokens of a pass; twice as many save 2% of a step (records/2026-11-26_first_hour_h100)
 SLICES = (8, 16, 32, 64)
 RESERVED = 1.25 * GIB  # CUDA's context, NCCL's and cuBLAS's buffers
 MUDD_WIDTHS = 13  # its sources, and streams and branches around its coefficients
-USABLE = 0.92  # of the rest; freed blocks do not always fit what is wanted next
+USABLE = 0.92  # share of the rest; freed blocks do not always fit what is wanted next
 
 
 class OutOfMemory(RuntimeError):
@@ -119,7 +119,8 @@ class Memory:
         room = self.usable - self.held  # for a pass of training, or of validation with logits
         fitting = room / self.per_token, (room - self.per_val_token * self.val_tokens) / self.logits
         self.pass_tokens = s.pass_tokens or max(1, int(min(MOST_TOKENS, *fitting)))
-        self.head_tokens = max(self.pass_tokens, *self.slice_tokens)  # whose logits validation makes at once
+        # tokens per piece of the validation head
+        self.head_tokens = max(self.pass_tokens, *self.slice_tokens)
 
     def largest_pass(self) -> int:
         """Tokens of the largest pass of any stage."""

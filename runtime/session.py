@@ -91,9 +91,9 @@ class Session:
         self.last_save, self.last_save_worked = 0, True  # step of the last attempt, and its outcome
         self.validated_step = -1
         self.target_reached = False
-        self.stop_agreed = False  # by all ranks
+        self.stop_agreed = False  # all ranks know of a stop request
         self.pending = None  # the train_loss line that a GPU has not finished computing
-        self.utilization = None  # on a device whose rate was measured
+        self.utilization = None  # MFU, if the device's rate was measured
         self.highest_loss = self.s.diverged_above or 2 * math.log(trainer.model.head.shape[0])
         self.manifold = None
         if self.s.manifold_every:

@@ -74,7 +74,10 @@ class Bucket:
             self.work = self.ranks.all_reduce(self.grads)
 
     def square_norm(self) -> Tensor:
-        """Square norm of this rank's part of the gradient, a mean over steps; if unsharded, rank 0's only."""
+        """Square norm of this rank's part of the gradient, averaged over the `every` steps that it sums.
+
+        An unsharded gradient, which all ranks have, counts on rank 0 alone.
+        """
         self.work.wait()
         if self.sharded or self.ranks.rank == 0:
             return self.grad.float().square().sum() / self.every**2
@@ -176,7 +179,7 @@ class MatrixStack(Bucket):
         self.mine, self.grad = self.mine.view(-1, R, K), self.grad.view(-1, R, K)
         if self.mantissa is not None:
             self.mantissa = self.mantissa.view(-1, R, K)
-        self.stats = None  # for the log: a row for each of `names`
+        self.stats = None  # statistics that the log wants: a row for each of `names`
         self.all_names = [part for name, p in params.items() for part in matrix_names(name, p)]
         first = ranks.rank * len(self.mine)
         self.names = self.all_names[first : first + len(self.mine)]  # padding, at the end, has no name
