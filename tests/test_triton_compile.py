@@ -138,7 +138,8 @@ def test_every_preset_and_setting():
     assert len(launches) > 100
     applied = [x["constants"] for x in launches if x["kernel"] == "apply_kernel"]
     shapes = {(x["COLS"], x["TALL"]) for x in applied}
-    assert shapes == {(n, True) for n in (128, 256, 384, 512, 768, 1024, 2048)} | {(512, False), (768, False)}
+    wide = {(128, False), (512, False), (768, False)}  # grouped q and k (2026-08), and fewer keys (dense-88m)
+    assert shapes == {(n, True) for n in (128, 256, 384, 512, 768, 1024, 2048)} | wide
     check_spills(launches)
     check_resources(90, launches)
     check_products(90, launches)
