@@ -46,7 +46,6 @@ from analysis.curves import (
     panel_differences,
     panel_loss,
     panel_rho,
-    plan_legend,
     result_label,
     runs_of,
 )
@@ -208,30 +207,24 @@ def figure(results: Results, axis_kind: str, target: tuple[float, str] | None):
     axis = Axis(axis_kind, results.runs)
     compared = differences(drawn, controls, axis) if axis_kind != "time" else []
     below = small_panels(drawn, axis)
-    columns, inches = plan_legend([item.label for item in drawn], LEGEND_WIDTH)
-    inches += 0.35  # the legend's title
-    height = (9.4 if below else 6.5) + inches
-    fig = plt.figure(figsize=(16, height))
+    fig = plt.figure(figsize=(16, 9.4 if below else 6.5))
     rows = fig.add_gridspec(2 if below else 1, 1, height_ratios=(1.5, 1) if below else (1,))
-    top = rows[0].subgridspec(1, 2 if compared else 1, wspace=0.2)
+    top = rows[0].subgridspec(1, 2 if compared else 1)
     panel_loss(fig.add_subplot(top[0], label="loss"), drawn, axis, target)
+    if compared:
+        others = {controls[item.arm.label] for item, _ in compared}
+        ax = fig.add_subplot(top[1], label="differences")
+        panel_differences(ax, compared, axis, others.pop() if len(others) == 1 else "its control")
     if below:
         widths = [1.6 if name == "rho" else 1 for name in below]
-        bottom = rows[1].subgridspec(1, len(below), width_ratios=widths, wspace=0.35)
+        bottom = rows[1].subgridspec(1, len(below), width_ratios=widths)
         for place, (name, draw) in zip(bottom, below.items(), strict=True):
             ax = fig.add_subplot(place, label=name)
             draw(ax, drawn, axis)
             axis.fit(ax)
     pooled = any("±" in item.label for item in drawn)
-    add_legend(
-        fig, drawn, columns, "final validation loss" + (", mean ± half its 95% interval" if pooled else "")
-    )
-    fig.tight_layout(rect=(0, inches / height, 1, 1))
-    if compared:  # its names are spread apart by the panel's size, so only now; then they want room
-        others = {controls[item.arm.label] for item, _ in compared}
-        ax = fig.add_subplot(top[1], label="differences")
-        panel_differences(ax, compared, axis, others.pop() if len(others) == 1 else "its control")
-        fig.tight_layout(rect=(0, inches / height, 1, 1))
+    interval = ", mean ± half its 95% interval" if pooled else ""
+    add_legend(fig, drawn, LEGEND_WIDTH, f"final validation loss{interval}")
     return fig
 
 

@@ -22,19 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line, style
 from analysis.conclusion import conclusion
-from analysis.curves import MAX_NAME, differences, is_logged, panel_differences, panel_loss, panel_rho
+from analysis.curves import differences, is_logged, panel_differences, panel_loss, panel_rho
 from analysis.files import write_atomically
 from analysis.read_results import read_results
 from analysis.results import Results, SweepArm
 from analysis.run_log import format_value
-from analysis.sweep_pictures import (
-    axis_of,
-    draw_forest,
-    forest_inches,
-    forest_place,
-    forest_width,
-    what_to_draw,
-)
+from analysis.sweep_pictures import axis_of, draw_forest, forest_inches, what_to_draw
 from analysis.tables import (
     as_csv,
     format_difference,
@@ -55,23 +48,19 @@ def figure(results: Results):
     axis = axis_of(drawn)
     found = differences(drawn, results.verdict.controls, axis)
     rho = {key: what for key, what in RHO.items() if is_logged(drawn, [key], axis)}
-    inches = forest_inches(results) if results.has_differences else 0
-    height, width = inches + 5, forest_width(results, 15) if inches else 15
-    fig = plt.figure(figsize=(width, height))
-    gap = 0.3 + 0.075 * min(MAX_NAME, max(len(item.label) for item in drawn))  # inches, for names
-    widths = [3.9, gap, *[3.4] * len(rho)] if rho else [3.9]
-    right = 0.98 if rho else min(0.86, 1 - (gap + 0.5) / width)  # the names are beside the last panel
-    edges = {"left": 0.07, "right": right, "bottom": 0.7 / height, "top": 4.6 / height}
-    row = fig.add_gridspec(1, len(widths), width_ratios=widths, **edges)
-    ax = fig.add_subplot(row[0])
-    if results.has_differences:
-        draw_forest(fig.add_axes(forest_place(results, width, 5)), results)
+    heights = [forest_inches(results), 5] if results.has_differences else [5]
+    fig = plt.figure(figsize=(15, sum(heights)))
+    rows = fig.add_gridspec(len(heights), 1, height_ratios=heights)
+    below = rows[-1].subgridspec(1, 1 + len(rho), width_ratios=[1.15, *[1] * len(rho)])
+    ax = fig.add_subplot(below[0])
+    if results.has_differences:  # in a grid of its own, or its margins would be those of the panels below
+        draw_forest(fig.add_subplot(rows[0].subgridspec(1, 1)[0]), results)
     if found:
         panel_differences(ax, found, axis, results.compared_with)
     else:
         panel_loss(ax, drawn, axis)
-    for place, (key, what) in enumerate(rho.items(), 2):
-        panel_rho(fig.add_subplot(row[place]), drawn, axis, f"mean ρ of {what}", {key: what})
+    for number, (key, what) in enumerate(rho.items(), 1):
+        panel_rho(fig.add_subplot(below[number]), drawn, axis, f"mean ρ of {what}", {key: what})
     return fig
 
 

@@ -199,27 +199,16 @@ def result_label(name: str, result: Summary, remarks: Sequence[str]) -> str:
     return f"{name}: {format_loss(result.mean)}{interval} ({', '.join([count, *remarks])})"
 
 
-def plan_legend(labels: Sequence[str], width: int, gap: int = 8) -> tuple[int, float]:
-    """Choose columns and line length (inches) of a legend below a figure `width` characters wide."""
-    longest = max(map(len, labels), default=0)
-    columns = max(1, min(len(labels), width // (longest + gap)))
-    return columns, 0.2 * math.ceil(len(labels) / columns)
-
-
-def add_legend(fig, drawn: Sequence[Drawn], columns: int, title: str) -> None:
-    """Add a legend with all that is drawn below the panels."""
+def add_legend(fig, drawn: Sequence[Drawn], letters: int, title: str) -> None:
+    """Add a legend of all that is drawn below the panels, `letters` wide, and its height to the page."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **item.look, markersize=5, label=item.label) for item in drawn]
-    bold = {"weight": "bold"}
-    fig.legend(
-        handles=handles,
-        loc="lower center",
-        ncols=columns,
-        fontsize=9,
-        title=title,
-        title_fontproperties=bold,
-    )
+    longest = max(len(item.label) for item in drawn) + 8  # with its mark
+    place = {"loc": "outside lower center", "ncols": max(1, min(len(drawn), letters // longest))}
+    bold = {"title_fontproperties": {"weight": "bold"}}
+    legend = fig.legend(handles=handles, title=title, fontsize=9, **place, **bold)
+    fig.set_figheight(fig.get_figheight() + legend.get_window_extent().height / fig.dpi)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -363,7 +352,7 @@ def _measured(arm: Arm, axis: Axis) -> list[tuple[RunLog, Line]]:
 def panel_differences(ax, found: Sequence[tuple[Drawn, Line]], axis: Axis, control: str) -> None:
     """Draw losses minus the control's over training, on an axis for both small and large ones."""
     few = len(found) <= MAX_BANDS
-    title = f"validation loss minus that of {style.shorten(control, 36)}"
+    title = f"validation loss minus that of {style.shorten(control, 26)}"
     bands = few and any(line.low is not None for _, line in found)
     ax.set_title(f"{title}, 95% interval" if bands else title)
     values, noise, ends = [], [], [(axis.end, 0.0, style.shorten(control, MAX_NAME), "black")]
@@ -405,24 +394,24 @@ def label_ends(ax, ends: Sequence[tuple[float, float, str, str]]) -> None:
 
     Lines that reach the last end have their names to the right of the panel.
     """
-    last = max((x for x, *_ in ends), default=0.0)
-    box = ax.get_window_extent()
+    last, to_panel = max((x for x, *_ in ends), default=0.0), ax.transScale + ax.transLimits
+    ax.figure.draw_without_rendering()  # gives the panel its height
+    inches = ax.get_window_extent().height / ax.figure.dpi
     for x, together in groupby(sorted(ends), key=lambda end: end[0]):
         group = list(together)
-        heights = ax.transData.transform([(x, y) for _, y, *_ in group])[:, 1]
-        inches = box.height / ax.figure.dpi
         size = min(9.0, 0.8 * inches * 72 / len(group))
-        places, gap = (heights - box.y0) / box.height, 1.25 * size / 72 / inches
+        places, gap = to_panel.transform([(x, y) for _, y, *_ in group])[:, 1], 1.25 * size / 72 / inches
         for i in range(1, len(places)):  # push up, then back down as far as the top requires
             places[i] = max(places[i], places[i - 1] + gap)
         for i in reversed(range(len(places))):
             places[i] = min(places[i], places[i + 1] - gap if i + 1 < len(places) else 1.0)
-        across = (ax.transData.transform((x, 0))[0] - box.x0) / box.width + 0.03 if x < last else 1.04
+        across = to_panel.transform((x, 1))[0] + 0.03 if x < last else 1.04
         for (_, y, name, colour), place in zip(group, places, strict=True):
             arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "linestyle": ":"}
             text = {"color": colour, "fontsize": size, "va": "center", "annotation_clip": False}
             at = {"textcoords": "axes fraction", "arrowprops": {**arrow, "relpos": (0, 0.5)}}
             ax.annotate(name, (x, y), (across, place), **at, **text)
+    style.make_room(ax)
 
 
 def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[str, str]) -> None:

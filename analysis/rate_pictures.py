@@ -8,7 +8,6 @@ A value has its arm's colour and marker, as in all pictures of the sweep; its la
 """
 
 import math
-import textwrap
 from collections.abc import Callable
 from itertools import groupby
 
@@ -17,8 +16,6 @@ from analysis.curves import FINISHED, Axis, draw_lines, line_of, lines_of, loss_
 from analysis.rates import Analysis, Rate
 from analysis.results import Attempt, accuracy_of, loss_of
 from analysis.run_log import format_value
-
-LETTER_WIDTH = 0.55  # of a letter of a caption, relative to the font's size; on average, a little less
 
 
 def scale_x(ax, analysis: Analysis) -> None:
@@ -30,8 +27,8 @@ def scale_x(ax, analysis: Analysis) -> None:
     else:
         margin = 0.04 * (max(values) - min(values)) or abs(values[0]) * 0.1 or 1
         ax.set_xlim(min(values) - margin, max(values) + margin)
-    on_screen = ax.transData.transform([(value, 1) for value in values])
-    place = dict(zip(values, ax.transAxes.inverted().transform(on_screen)[:, 0], strict=True))
+    in_panel = (ax.transScale + ax.transLimits).transform([(value, 1) for value in values])
+    place = dict(zip(values, in_panel[:, 0], strict=True))
     best, kept = analysis.best(), []
     for value in sorted(values, key=lambda value: (best is None or value != best.value, value)):
         if all(abs(place[value] - place[other]) >= 0.055 for other in kept):
@@ -107,12 +104,6 @@ def draw_labels(ax, analysis: Analysis) -> None:
             ax.axvspan(low, high, color="#009E73", alpha=0.1, linewidth=0, zorder=0)
 
 
-def write_caption(fig, text: str, size: float) -> None:
-    """Write a caption below all panels, in as many lines as the figure's width requires."""
-    letters = fig.get_figwidth() * 72 / (LETTER_WIDTH * size)
-    fig.supxlabel(textwrap.fill(text, int(letters)), fontsize=size)
-
-
 def picture_combined(analysis: Analysis):
     """Plot loss and accuracy against the value; below, the differences from the best, with intervals."""
     plt = style.load_matplotlib()
@@ -130,8 +121,7 @@ def picture_combined(analysis: Analysis):
             draw_differences(ax, analysis, by)
             ax.set_title(f"minus that of {format_value(analysis.best(by).value)}, the best; {word} is better")
     below = "; below: a value tied with the best reaches 0" if rows == 2 else ""
-    write_caption(fig, f"{style.MEAN_KEY}; grey: runs of one seed{below}", 9)
-    fig.tight_layout()
+    fig.supxlabel(f"{style.MEAN_KEY}; grey: runs of one seed{below}", fontsize=9, wrap=True)
     return fig
 
 
@@ -158,8 +148,8 @@ def picture_of_each_rate(analysis: Analysis):
     style.scale_positive(panels[0, 0], axis.begin, axis.end)
     known = f"; grey: {analysis.setting.upper()} = {format_value(best.value)}, the best" if best else ""
     unit = style.loss_unit(analysis.results.runs)
-    write_caption(fig, f"step; validation loss in {unit}, a line a run, × where it broke off{known}", 10)
-    fig.tight_layout()
+    text = f"step; validation loss in {unit}, a line a run, × where it broke off{known}"
+    fig.supxlabel(text, fontsize=10, wrap=True)
     return fig
 
 

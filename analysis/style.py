@@ -21,6 +21,7 @@ GREY = "#777777"
 MIN_INTERVAL = 3  # the interval of two runs is wider than the plot; show the two runs instead
 MEAN_KEY = "mark: mean with its 95% interval; ticks: single seeds; hollow: a single run"
 NUM_COLOURS = 128  # in a PNG's palette
+PANEL_INCHES = 3.0  # least width of a panel beside long names
 SUFFIXES = (".png", ".svg", ".pdf")
 SPEEDRUN_TARGET = 3.28
 SHARED_LETTERS = 8  # before the place where names differ, shown to say what differs
@@ -38,6 +39,9 @@ def load_matplotlib():
 
     plt.rcParams.update(
         {
+            "figure.constrained_layout.use": True,
+            "figure.constrained_layout.h_pad": 0.1,  # inches
+            "figure.constrained_layout.w_pad": 0.1,
             "figure.dpi": 110,
             "savefig.dpi": 110,
             "font.size": 10,
@@ -257,6 +261,12 @@ def line_legend(ax, names: Sequence[str], **place) -> None:
     ax.legend(handles=handles, fontsize=8, framealpha=0.8, frameon=True, edgecolor="none", **place)
 
 
+def make_room(ax) -> None:
+    """Widen the page if a panel and what is written beside it need more."""
+    page, beside = ax.figure, ax.get_tightbbox().width - ax.get_window_extent().width
+    page.set_figwidth(max(page.get_figwidth(), PANEL_INCHES + beside / page.dpi))
+
+
 def check_suffix(path: Path) -> None:
     """Raise ValueError if a picture cannot be written under this name."""
     if path.suffix.lower() not in SUFFIXES:
@@ -264,10 +274,14 @@ def check_suffix(path: Path) -> None:
 
 
 def save(fig, path: Path) -> None:
-    """Write the figure atomically, making its folder."""
+    """Write the figure atomically, making its folder; the same figure is the same bytes."""
     import matplotlib.pyplot as plt
     from PIL import Image  # required by matplotlib
 
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")
+    for ax in fig.axes:  # the layout's last bits vary from call to call, and with them the names in an SVG
+        ax.set_position(np.round(ax.get_position().bounds, 6))
     with replacing(path) as temporary:
         fig.savefig(temporary, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
         if path.suffix.lower() == ".png":  # a palette saves two thirds of the bytes

@@ -27,8 +27,6 @@ VERDICTS = {"better": "#0072B2", "worse": "#D55E00"}
 # Columns beside the forest: heading, and right edge in points from the panel.
 COLUMNS = (("mean loss", 54), ("runs", 80), ("difference", 132), ("95% interval", 238))
 VERDICT_AT = 248
-VERDICT_LETTERS, LETTER_INCHES = 52, 0.066  # room for a verdict; more if one is longer
-PANEL_INCHES = 2.2  # at least; the page grows with long names and verdicts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -77,6 +75,7 @@ def draw_forest(ax, results: Results) -> None:
     if results.verdict.num_comparisons:
         method = "after Holm's correction" if results.control else "of Tukey's test"
         write(ax, -0.9, VERDICT_AT, f"verdict, with p {method}", color=style.GREY)
+    style.make_room(ax)
 
 
 def pair_by_pair(results: Results, arm: SweepArm) -> list[float]:
@@ -129,36 +128,10 @@ def verdict_words(results: Results, arm: SweepArm, pair: Comparison | None, p: f
     return ", ".join([words, *remarks])
 
 
-def forest_margins(results: Results) -> tuple[float, float]:
-    """Inches that a forest plot needs to the left and right of its panel, for names and verdicts."""
-    longest = max(len(name) for name in style.shorten_apart([arm.label for arm in results.arms], MAX_LABEL))
-    verdicts = (verdict_words(results, arm, *results.comparison(arm.label)) for arm in results.arms)
-    letters = max(VERDICT_LETTERS, *map(len, verdicts))
-    return 0.25 + 0.083 * longest, VERDICT_AT / 72 + LETTER_INCHES * letters
-
-
-def forest_width(results: Results, width: float) -> float:
-    """Width in inches of a page for a forest plot: `width`, or more if names and verdicts need it."""
-    return max(width, PANEL_INCHES + sum(forest_margins(results)))
-
-
-def forest_place(results: Results, width: float, below: float) -> tuple[float, float, float, float]:
-    """Rectangle for add_axes of a forest plot on a page of this width, `below` inches above its bottom."""
-    inches, (left, right) = forest_inches(results), forest_margins(results)
-    height = inches + below
-    return (
-        left / width,
-        (below + 0.7) / height,
-        (width - left - right) / width,
-        (inches - 1.05) / height,
-    )
-
-
 def picture_of_forest(results: Results):
     """Draw the forest plot, filling the page."""
-    width = forest_width(results, 13.5)
-    fig = style.load_matplotlib().figure(figsize=(width, forest_inches(results)))
-    draw_forest(fig.add_axes(forest_place(results, width, 0)), results)
+    fig, ax = style.load_matplotlib().subplots(figsize=(13.5, forest_inches(results)))
+    draw_forest(ax, results)
     return fig
 
 
@@ -197,5 +170,4 @@ def picture_of_curves(results: Results):
             if len(known):
                 ends.append((line.x[known[-1]], line.y[known[-1]], item.label, item.look["color"]))
         label_ends(ax, ends)
-    fig.tight_layout()
     return fig

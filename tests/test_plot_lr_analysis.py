@@ -262,6 +262,7 @@ def test_captions_are_whole(tmp_path, num_values):
     analysis = analyse_results(read_results([file], tmp_path / "logs"))
     for draw in PICTURES.values():
         figure = draw(analysis)
+        figure.draw_without_rendering()
         (caption,) = figure.texts
         box = caption.get_window_extent()
         assert box.x0 >= 0 and box.x1 <= figure.bbox.width

@@ -63,6 +63,7 @@ def test_panels_of_one_run(tmp_path):
     """Fails if a panel does not show the logged numbers, or the star is not where the target is first met."""
     write_arms(tmp_path / "logs", [0.1])
     figure, arms = draw(tmp_path / "logs")
+    figure.draw_without_rendering()
     run = arms[0].runs[0]
     names = ("loss", "rho", "time", "lr", "betas", "batch")
     assert [ax.get_label() for ax in figure.axes] == list(names)

@@ -764,6 +764,22 @@ def test_a_forest_of_long_tags_is_readable(length):
     assert figure.get_figwidth() < 18, "whole names would be wider than a screen"
 
 
+def test_names_that_cannot_be_shortened_widen_the_page(tmp_path):
+    """Fails if names of 150 letters beside the curves are cut by the page's edge, or leave no panel."""
+    part = "_muon_weight_decay_0.025_warmup_300_"
+    tags = [f"{part}{x}{part}{y}{part}{z}{part}" for x in "12" for y in "12" for z in "12"]
+    arms = {tag: (3.27 + i / 100, {"SPECTRAL_LR_MUL": i / 10}) for i, tag in enumerate(tags)}
+    file = make_sweep(tmp_path, "sweep", arms, control=tags[0], val_every=50)
+    results = read_results([file], tmp_path / "logs")
+    for draw in (picture_of_forest, picture_of_curves):
+        figure = draw(results)
+        figure.draw_without_rendering()
+        (ax,) = figure.axes
+        box = ax.get_tightbbox()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert ax.get_window_extent().width > 2 * figure.dpi
+
+
 def test_arms_of_bare_logs_are_in_order_of_their_numbers(tmp_path):
     """Fails if lr_10 stands between lr_1 and lr_2."""
     names = ["base", "lr_2e-05", "lr_0.5", "lr_2", "lr_10"]
