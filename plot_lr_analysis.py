@@ -72,38 +72,57 @@ def edge_of(rate: Rate, analysis: Analysis) -> str | None:
     return "lowest" if rate is analysis.rates[0] else "highest"
 
 
-def untested_values(analysis: Analysis, by: str) -> list[Rate]:
-    """Values that single or failed runs leave untested; none if the noise is unknown."""
-    found = analysis.contenders(by)
-    tested = {*found.names, *(name for name, count in found.counts.items() if count > 1)}
-    return [rate for rate in analysis.rates if found.df and rate.name not in tested]
+def superlative(by: str) -> str:
+    """Words for the extreme value, which need not be the best: it may be a single, lucky run."""
+    return "lowest loss" if by == "loss" else "highest accuracy"
+
+
+def evidence(rate: Rate, by: str) -> str:
+    """3.2741, 95% interval [3.2722, 3.2760], sd 0.0012, n = 4."""
+    factor, summary = (1, rate.loss) if by == "loss" else (100, rate.accuracy)
+    mean = f"{factor * summary.mean:.4f}{'' if by == 'loss' else '%'}"
+    if summary.n == 1:
+        return f"{mean}, a single run"
+    interval = format_interval(factor * summary.low, factor * summary.high, signed=False)
+    return f"{mean}, 95% interval {interval}, sd {factor * summary.sd:.4f}, n = {summary.n}"
 
 
 def best_sentence(analysis: Analysis, by: str) -> str:
-    best, near = analysis.best(by), analysis.near_best(by)
-    if best is None:
+    lowest = analysis.lowest(by)
+    if lowest is None:
         return f"no value can be called best by {by}: none has finished runs, none of which failed"
-    factor, summary = (1, best.loss) if by == "loss" else (100, best.accuracy)
-    unit = "" if by == "loss" else "%"
-    name = f"{analysis.setting.upper()} = {format_value(best.value)}"
-    text = f"best by {by}: {name} ({factor * summary.mean:.4f}{unit}"
-    if summary.n == 1:
-        text += ", a single run)"
+    name = f"{analysis.setting.upper()} = {format_value(lowest.value)}"
+    if analysis.lowest_is_best(by):
+        text = f"best by {by}: {name} ({evidence(lowest, by)})"
     else:
-        interval = format_interval(factor * summary.low, factor * summary.high, signed=False)
-        text += f", 95% interval {interval}, sd {factor * summary.sd:.4f}, n = {summary.n})"
-    others, untested = [rate for rate in near if rate is not best], untested_values(analysis, by)
+        text = f"{superlative(by)}: {name} ({evidence(lowest, by)}, not tested)"
+    text += claims(analysis, by)
+    edge, name = (
+        edge_of(lowest, analysis),
+        "it" if analysis.lowest_is_best(by) else format_value(lowest.value),
+    )
+    return text + (f"; {name} is the {edge} value tried, so that a better one may lie beyond" if edge else "")
+
+
+def claims(analysis: Analysis, by: str) -> str:
+    """What the test of the values says, to follow the name of the lowest; nothing while runs are missing."""
     if not analysis.contenders(by).df:
-        text += "; how much runs differ by luck is unknown, so that none may be called better than another"
-    elif not analysis.results.count("missing"):  # else nothing may be claimed yet
-        if others:
-            text += f"; it cannot be told from {name_values(others)}"
-        elif len(untested) < len(analysis.rates) - 1:
-            text += f"; every other value{' tested' if untested else ''} is worse"
-        if untested:
-            text += f"; not tested (single or failed runs): {name_values(untested)}"
-    edge = edge_of(best, analysis)
-    return text + (f"; it is the {edge} value tried, so that a better one may lie beyond" if edge else "")
+        return "; how much runs differ by luck is unknown, so that none may be called better than another"
+    if analysis.results.count("missing"):
+        return ""
+    best, untested = analysis.best(by), analysis.untested(by)
+    others = [rate for rate in analysis.near_best(by) if rate is not best]
+    text, told = "", "; it cannot be told from"
+    if analysis.may_claim(by) and not analysis.lowest_is_best(by):
+        text = f"; best of those tested: {format_value(best.value)} ({evidence(best, by)})"
+        told = ", which cannot be told from"
+    if others:
+        text += f"{told} {name_values(others)}"
+    elif analysis.may_claim(by):
+        text += f"; every other value{' tested' if untested else ''} is worse"
+    if untested:
+        text += f"; not tested (single or failed runs): {name_values(untested)}"
+    return text
 
 
 def sentences(analysis: Analysis) -> list[str]:
@@ -121,11 +140,14 @@ def sentences(analysis: Analysis) -> list[str]:
     if stable:
         low, high = format_value(stable[0].value), format_value(stable[-1].value)
         lines.append(f"stable from {low} to {high}" if len(stable) > 1 else f"stable at {low} only")
+    lowest, middle = analysis.lowest(), "the best"
+    if lowest and not analysis.lowest_is_best():
+        middle = format_value(lowest.value)
     if threshold:
         value = format_value(threshold.value)
-        lines.append(f"the lowest value above the best at which a run diverged is {value}")
-    elif analysis.best():
-        lines.append("no run above the best value diverged")
+        lines.append(f"the lowest value above {middle} at which a run diverged is {value}")
+    elif lowest:
+        lines.append(f"no run above {middle}{' value' if middle == 'the best' else ''} diverged")
     if analysis.noise_known:
         found = analysis.by_loss
         apart = ", what the runs of a seed share taken out," if found.paired else ""
@@ -139,9 +161,9 @@ def sentences(analysis: Analysis) -> list[str]:
 def remark(rate: Rate, analysis: Analysis) -> str:
     parts = []
     for by in ("loss", "accuracy"):
-        if rate is analysis.best(by):
-            parts.append(f"best by {by}")
-    if analysis.noise_known and rate in analysis.near_best() and rate is not analysis.best():
+        if rate is analysis.lowest(by):
+            parts.append(f"best by {by}" if analysis.lowest_is_best(by) else superlative(by))
+    if analysis.may_claim() and rate in analysis.near_best() and rate is not analysis.best():
         parts.append("not told from the best")
     if rate.sure is False:
         parts.append("near the limit of good")
@@ -186,8 +208,9 @@ def markdown(analysis: Analysis) -> str:
         "exp(mean loss); means and intervals are over seeds; minutes are of training on the machine that ran."
     ]
     parts += [f"![{name}]({name}.png)" for name in PICTURES]
+    lowest = "best" if analysis.lowest_is_best() else "lowest"
     parts += [
-        f"Labels, with the fall = {analysis.fall:.4f}, how far the best value's loss fell from where "
+        f"Labels, with the fall = {analysis.fall:.4f}, how far the {lowest} value's loss fell from where "
         f"training began ({analysis.start:.4f}):\n\n{RULES_TEXT}"
     ]
     if notes:
@@ -208,7 +231,7 @@ def rate_record(rate: Rate, analysis: Analysis) -> dict:
         "label": rate.label,
         "label_is_sure": rate.sure,
         "accuracy_percent_per_minute": rate.efficiency,
-        "not_told_from_best": analysis.noise_known and rate.name in analysis.by_loss.names,
+        "not_told_from_best": rate in analysis.near_best() if analysis.may_claim() else None,
         "n": rate.loss.n,
         "single_run": rate.loss.n == 1,
         "loss_sd": rate.loss.sd,
@@ -245,18 +268,29 @@ def ends(rates: Sequence[Rate]) -> list[float] | None:
     return [rates[0].value, rates[-1].value] if rates else None
 
 
-def best_record(analysis: Analysis, by: str) -> dict | None:
-    best = analysis.best(by)
-    if best is None:
-        return None
-    summary = best.loss if by == "loss" else best.accuracy
-    others = [rate.value for rate in analysis.near_best(by) if rate is not best]
+def best_records(analysis: Analysis, by: str) -> dict:
+    """The best value; if the lowest is a single run beside values of several, that, and the best tested."""
+    lowest, best = analysis.lowest(by), analysis.best(by)
+    if analysis.lowest_is_best(by):
+        return {f"best_by_{by}": record_by(best, analysis, by) if best else None}
     return {
-        "rate": best.value,
+        f"best_by_{by}": None,
+        superlative(by).replace(" ", "_"): record_by(lowest, analysis, by),
+        f"best_tested_by_{by}": record_by(best, analysis, by) if analysis.may_claim(by) else None,
+    }
+
+
+def record_by(rate: Rate, analysis: Analysis, by: str) -> dict:
+    summary = rate.loss if by == "loss" else rate.accuracy
+    tied = None
+    if analysis.may_claim(by) and rate is analysis.best(by):
+        tied = [other.value for other in analysis.near_best(by) if other is not rate]
+    return {
+        "rate": rate.value,
         **{key: value for key, value in asdict(summary).items() if key != "failed"},
         "single_run": summary.n == 1,
-        "cannot_be_told_from": others if analysis.contenders(by).df else None,
-        "edge_of_the_range": edge_of(best, analysis),
+        "cannot_be_told_from": tied,
+        "edge_of_the_range": edge_of(rate, analysis),
     }
 
 
@@ -271,8 +305,8 @@ def insights(analysis: Analysis) -> dict:
         "setting": analysis.setting.upper(),
         "tied_to_it": [name.upper() for name in results.tied(analysis.setting)],
         "found": sentences(analysis),
-        "best_by_loss": best_record(analysis, "loss"),
-        "best_by_accuracy": best_record(analysis, "accuracy"),
+        **best_records(analysis, "loss"),
+        **best_records(analysis, "accuracy"),
         "top_20_percent": {"rates": [rate.value for rate in top], "range": ends(top)},
         "good_range": ends(good),
         "stable_range": ends(stable),

@@ -29,8 +29,8 @@ def scale_x(ax, analysis: Analysis) -> None:
         ax.set_xlim(min(values) - margin, max(values) + margin)
     in_panel = (ax.transScale + ax.transLimits).transform([(value, 1) for value in values])
     place = dict(zip(values, in_panel[:, 0], strict=True))
-    best, kept = analysis.best(), []
-    for value in sorted(values, key=lambda value: (best is None or value != best.value, value)):
+    lowest, kept = analysis.lowest(), []
+    for value in sorted(values, key=lambda value: (lowest is None or value != lowest.value, value)):
         if all(abs(place[value] - place[other]) >= 0.055 for other in kept):
             kept.append(value)
     names = [format_value(value) for value in kept]
@@ -69,17 +69,17 @@ def draw_values(ax, analysis: Analysis, by: str) -> None:
 
 
 def draw_differences(ax, analysis: Analysis, by: str) -> None:
-    """Draw means minus the best one's; a value whose interval reaches 0 is tied with the best."""
-    best, found, sizes, halves = analysis.best(by), analysis.contenders(by), [], []
+    """Draw means minus the lowest one; if it was tested, a value whose interval reaches 0 is tied with it."""
+    lowest, found, sizes, halves = analysis.lowest(by), analysis.contenders(by), [], []
     factor = 1 if by == "loss" else 100
     for rate in analysis.rates:
-        mean = factor * (getattr(rate, by).mean - getattr(best, by).mean)
-        half = factor * found.half_width(best.name, rate.name) if rate is not best else math.nan
+        mean = factor * (getattr(rate, by).mean - getattr(lowest, by).mean)
+        half = factor * found.half_width(lowest.name, rate.name) if rate is not lowest else math.nan
         if math.isfinite(mean):
-            n, look = getattr(rate, by).n, analysis.results.looks[rate.name]
-            if n > 1:  # however few its runs, if it is tested: noise is estimated from all values' runs
-                n = max(style.MIN_INTERVAL, n)
-            style.draw_mean(ax, rate.value, mean, mean - half, mean + half, n, look)
+            shown_n, look = getattr(rate, by).n, analysis.results.looks[rate.name]
+            if shown_n > 1:  # however few its runs, if it is tested: noise is estimated from all values' runs
+                shown_n = max(style.MIN_INTERVAL, shown_n)
+            style.draw_mean(ax, rate.value, mean, mean - half, mean + half, shown_n, look)
             sizes += [mean, mean - half, mean + half]
             halves.append(half)
     ax.axhline(0, color="black", linewidth=1, zorder=1)
@@ -105,7 +105,7 @@ def draw_labels(ax, analysis: Analysis) -> None:
 
 
 def picture_combined(analysis: Analysis):
-    """Plot loss and accuracy against the value; below, the differences from the best, with intervals."""
+    """Plot loss and accuracy against the value; below, the differences from the lowest, with intervals."""
     plt = style.load_matplotlib()
     columns = [by for by in ("loss", "accuracy") if any(getattr(rate, by).n for rate in analysis.rates)]
     rows = 2 if analysis.noise_known else 1
@@ -116,26 +116,33 @@ def picture_combined(analysis: Analysis):
     for column, by in enumerate(columns):
         draw_values(panels[0, column], analysis, by)
         panels[0, column].set_title(f"final validation {by}, {units[by]}", pad=26)
-        if rows == 2 and analysis.best(by):
+        if rows == 2 and analysis.lowest(by):
             ax, word = panels[1, column], "lower" if by == "loss" else "higher"
             draw_differences(ax, analysis, by)
-            ax.set_title(f"minus that of {format_value(analysis.best(by).value)}, the best; {word} is better")
-    below = "; below: a value tied with the best reaches 0" if rows == 2 else ""
+            ax.set_title(f"minus that of {name_lowest(analysis, by)}; {word} is better")
+    tested = rows == 2 and all(analysis.may_claim(by) and analysis.lowest_is_best(by) for by in columns)
+    below = "; below: a value tied with the best reaches 0" if tested else ""
     fig.supxlabel(f"{style.MEAN_KEY}; grey: runs of one seed{below}", fontsize=9, wrap=True)
     return fig
 
 
+def name_lowest(analysis: Analysis, by: str = "loss") -> str:
+    """0.02, the best; or: 0.02, a single run."""
+    what = "the best" if analysis.lowest_is_best(by) else "a single run"
+    return f"{format_value(analysis.lowest(by).value)}, {what}"
+
+
 def picture_of_each_rate(analysis: Analysis):
-    """Plot a small panel of runs per value, with the best value's mean in grey; one scale for all."""
+    """Plot a small panel of runs per value, with the lowest value's mean in grey; one scale for all."""
     plt = style.load_matplotlib()
-    axis, best = Axis("steps", analysis.results.runs), analysis.best()
+    axis, lowest = Axis("steps", analysis.results.runs), analysis.lowest()
     columns = min(6, math.ceil(math.sqrt(1.5 * len(analysis.rates))))
     rows = math.ceil(len(analysis.rates) / columns)
     size = (2.5 * columns + 0.8, 2.1 * rows + 0.6)
     fig, panels = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
-    grey = lines_of(best.arm, "val_loss", axis)[0].since(axis.begin) if best else None
+    grey = lines_of(lowest.arm, "val_loss", axis)[0].since(axis.begin) if lowest else None
     for ax, rate in zip(panels.flat, analysis.rates, strict=False):
-        if grey and rate is not best:
+        if grey and rate is not lowest:
             ax.plot(grey.x, grey.y, color="#bbbbbb", linewidth=2.5)
         draw_rate(ax, rate, axis, analysis.results.looks[rate.name]["color"])
     for place, ax in list(enumerate(panels.flat))[len(analysis.rates) :]:
@@ -146,7 +153,7 @@ def picture_of_each_rate(analysis: Analysis):
     style.scale_losses(panels[0, 0], low, high)
     panels[0, 0].set_ylim(low, high)
     style.scale_positive(panels[0, 0], axis.begin, axis.end)
-    known = f"; grey: {analysis.setting.upper()} = {format_value(best.value)}, the best" if best else ""
+    known = f"; grey: {analysis.setting.upper()} = {name_lowest(analysis)}" if lowest else ""
     unit = style.loss_unit(analysis.results.runs)
     text = f"step; validation loss in {unit}, a line a run, × where it broke off{known}"
     fig.supxlabel(text, fontsize=10, wrap=True)

@@ -2,10 +2,11 @@
 
     from analysis.rates import analyse
     analysis = analyse(results)              # or analyse(results, "MUON_LR", ["MUON_DECAY_MODE=param"])
-    analysis.rates[0].label, analysis.best().value, analysis.near_best()
+    analysis.rates[0].label, analysis.lowest().value, analysis.near_best()
 
-RULES gives every value a label. "The fall" is how far the best value's loss fell from the start of training.
-Values statistically tied with the best are those of stats.contenders.
+RULES gives every value a label. "The fall" is how far the lowest mean loss fell from the start of training.
+Labels and ranges are held against the value of that loss. It is the best, unless it is a single run where
+others have several. Values statistically tied with the best are those of stats.contenders.
 """
 
 import math
@@ -129,23 +130,46 @@ class Analysis:
 
     @property
     def fall(self) -> float:
-        best = self.best()
-        return self.start - best.loss.mean if best else math.nan
+        lowest = self.lowest()
+        return self.start - lowest.loss.mean if lowest else math.nan
 
     def contenders(self, by: str = "loss") -> Contenders:
         return self.by_loss if by == "loss" else self.by_accuracy
 
-    def best(self, by: str = "loss") -> Rate | None:
-        """Rate of lowest loss (highest accuracy) whose runs all finished; None if there is none.
+    def lowest(self, by: str = "loss") -> Rate | None:
+        """Rate of lowest loss (highest accuracy), perhaps a single run; None if no rate's runs all finished.
 
-        A single run may be lucky: it is the best only if all rates are single runs.
+        Labels and ranges are held against it.
         """
-        best = self.contenders(by).reference
-        return next((rate for rate in self.rates if rate.name == best), None)
+        return self._named(self.contenders(by).lowest)
+
+    def best(self, by: str = "loss") -> Rate | None:
+        """Best rate of those tested, with which the others are compared; the lowest if all are single runs.
+
+        A single run may be lucky: beside rates of several runs it is not the best, even if it is the lowest.
+        """
+        return self._named(self.contenders(by).reference)
+
+    def lowest_is_best(self, by: str = "loss") -> bool:
+        return self.lowest(by) is self.best(by)
+
+    def _named(self, name: str | None) -> Rate | None:
+        return next((rate for rate in self.rates if rate.name == name), None)
+
+    def may_claim(self, by: str = "loss") -> bool:
+        """Whether rates may be called worse than the best, or tied with it: not while runs are missing."""
+        return len(self.contenders(by).tested) > 1 and not self.results.count("missing")
 
     def near_best(self, by: str = "loss") -> list[Rate]:
-        """Rates statistically tied with the best, including the best."""
+        """Rates statistically tied with the best, including it; none while runs are missing."""
+        if self.results.count("missing"):
+            return []
         return [rate for rate in self.rates if rate.name in self.contenders(by).names]
+
+    def untested(self, by: str = "loss") -> list[Rate]:
+        """Rates that single or failed runs leave untested; none if the noise is unknown."""
+        found = self.contenders(by)
+        return [rate for rate in self.rates if found.df and rate.name not in found.tested]
 
     def top(self) -> list[Rate]:
         """Fifth of the rates with the lowest mean loss, in order of value."""
@@ -154,20 +178,20 @@ class Analysis:
         return [rate for rate in self.rates if rate in chosen]
 
     def stable(self) -> list[Rate]:
-        """Rates around the best, up to the next that is unstable, diverged or without a result."""
-        best = self.best()
-        if best is None or best.label in ("unstable", "diverged"):
+        """Rates around the lowest, up to the next that is unstable, diverged or without a result."""
+        lowest = self.lowest()
+        if lowest is None or lowest.label in ("unstable", "diverged"):
             return []
-        place = self.rates.index(best)
+        place = self.rates.index(lowest)
         bad = [i for i, rate in enumerate(self.rates) if rate.label in ("unstable", "diverged", "no result")]
         low = max((i + 1 for i in bad if i < place), default=0)
         high = min((i for i in bad if i > place), default=len(self.rates))
         return self.rates[low:high]
 
     def threshold(self) -> Rate | None:
-        """Lowest rate above the best at which a run diverged; None without a best."""
-        best = self.best()
-        above = self.rates[self.rates.index(best) + 1 :] if best else []
+        """First rate above that of the lowest loss at which a run diverged; None without such a loss."""
+        lowest = self.lowest()
+        above = self.rates[self.rates.index(lowest) + 1 :] if lowest else []
         return next((rate for rate in above if rate.num_diverged), None)
 
     @property
@@ -265,6 +289,12 @@ def analyse(results: Results, asked: str | None = None, conditions: Sequence[str
     analysis = Analysis(results, setting, rates, by_loss, by_accuracy, start, notes)
     for rate in rates:
         rate.label, rate.sure = label_of(rate, analysis)
+    if not analysis.lowest_is_best():
+        lowest = format_value(analysis.lowest().value)
+        notes.append(
+            f"in the rules of labels, the best value is {lowest}, a single run; in that of optimal, it is "
+            "the best of those tested"
+        )
     return analysis
 
 
@@ -290,19 +320,19 @@ def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
     """Return the label by RULES, and whether being good, or not, is certain (None: not tested)."""
     done = [a for a in rate.arm.attempts if a.outcome == "done"]
     learnt = [attempt for attempt in done if not diverged(attempt)]
-    best, fall = analysis.best(), analysis.fall
+    lowest, fall = analysis.lowest(), analysis.fall
     if not learnt:
         return ("diverged" if rate.num_diverged else "no result"), None
-    if rate.num_diverged or best is None or is_unstable(rate, learnt, analysis):
+    if rate.num_diverged or lowest is None or is_unstable(rate, learnt, analysis):
         return "unstable", None
-    short, limit = rate.loss.mean - best.loss.mean, (1 - GOOD) * fall
-    width = analysis.by_loss.half_width(rate.name, best.name)
+    short, limit = rate.loss.mean - lowest.loss.mean, (1 - GOOD) * fall
+    width = analysis.by_loss.half_width(rate.name, lowest.name)
     sure = None
-    if math.isfinite(width):
-        sure = rate is best or abs(short - limit) > width
+    if math.isfinite(width) and not analysis.results.count("missing"):
+        sure = rate is lowest or abs(short - limit) > width
     if short <= limit:
-        return ("optimal" if rate.name in analysis.by_loss.names else "good"), sure
-    return ("too low" if rate.value < best.value else "declining"), sure
+        return ("optimal" if rate in analysis.near_best() else "good"), sure
+    return ("too low" if rate.value < lowest.value else "declining"), sure
 
 
 def is_unstable(rate: Rate, learnt: Sequence[Attempt], analysis: Analysis) -> bool:

@@ -250,6 +250,11 @@ class Contenders:
         return next((name for name in self.means if self.counts[name] > 1), self.lowest)
 
     @cached_property
+    def tested(self) -> tuple[str, ...]:
+        """Arms with several runs, sorted by mean; none if the spread is unknown."""
+        return tuple(name for name in self.means if self.df and self.counts[name] > 1)
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Arms statistically tied with `reference`, sorted by mean; single runs are not tested.
 
@@ -257,11 +262,13 @@ class Contenders:
         they are only the reference.
         """
         best = self.reference
-        tested = [name for name, count in self.counts.items() if self.df and count > 1]
-        tied = {
-            name for name in tested if not self.means[name] - self.means[best] > self.half_width(name, best)
-        }
-        return tuple(name for name in self.means if name == best or name in tied)
+        if not self.df:
+            return (best,) if self.means else ()
+        return tuple(
+            name
+            for name in self.tested
+            if not self.means[name] - self.means[best] > self.half_width(name, best)
+        )
 
     @cached_property
     def limit(self) -> float:

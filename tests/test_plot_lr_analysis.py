@@ -134,16 +134,46 @@ def test_a_single_run_is_not_the_best_of_several(tmp_path):
     assert analysis.best().value == 0.02 and analysis.rates[2].label == "good"
     assert not re.search("(cannot be|not) told from", text.partition("Labels,")[0])
     assert "every other value tested is worse; not tested (single or failed runs): 0.04" in text
-    ax = next(ax for ax in PICTURES["combined_lr_analysis"](analysis).axes if "best" in ax.get_title("left"))
+    assert (
+        "Lowest loss: MUON_LR = 0.04 (3.1994, a single run, not tested)" in text
+        and "best of those tested: 0.02 (3.3" in text
+    )
+    assert "Best by" not in text and plot_lr_analysis.insights(analysis)["best_by_loss"] is None
+    combined = PICTURES["combined_lr_analysis"](analysis)
+    assert "tied with the best" not in combined.texts[0].get_text()
+    ax = next(ax for ax in combined.axes if "minus" in ax.get_title("left"))
+    assert "0.04, a single run" in ax.get_title("left")
     (mark,) = [line for line in ax.lines if list(line.get_xdata()) == [0.04]]
     assert mark.get_markerfacecolor() == "white"
     assert not [line for line in ax.lines if list(line.get_xdata()) == [0.04] * 2]
 
 
+def test_the_worst_value_is_not_best_for_being_repeated(tmp_path):
+    """Fails if labels are held against the only value of several runs, as the default's often is."""
+    losses = {0.001: 6.0, 0.01: 3.4, 0.02: 3.0, 0.04: 3.1}
+    once = {(f"lr_{rate:g}", seed): "planned" for rate in losses for seed in (2, 3)}
+    del once["lr_0.001", 2]
+    under_way = analyse(tmp_path, losses, once)
+    whole = under_way.results
+    for arm in whole.arms:
+        arm.attempts = [attempt for attempt in arm.attempts if attempt.state == "finished"]
+    for analysis in (under_way, analyse_results(whole)):
+        assert [rate.label for rate in analysis.rates] == ["too low", "too low", "good", "good"]
+        found = plot_lr_analysis.insights(analysis)
+        assert found["good_range"] == [0.02, 0.04] and found["fall"] == pytest.approx(7.8, abs=0.02)
+        assert found["best_by_loss"] is None and found["lowest_loss"]["rate"] == 0.02
+        assert "Best by" not in plot_lr_analysis.markdown(analysis)
+
+
 def test_nothing_is_worse_while_runs_are_missing(tmp_path):
     """Fails if a sweep under way makes claims, which checking after every run turns up in most sweeps."""
     losses, ends = {0.01: 3.4, 0.02: 3.3, 0.03: 3.3, 0.04: 3.5}, {("lr_0.04", 3): "planned"}
-    text = plot_lr_analysis.markdown(analyse(tmp_path, losses, ends))
+    analysis = analyse(tmp_path, losses, ends)
+    text = plot_lr_analysis.markdown(analysis)
+    assert not re.search("optimal|not told|near the limit", text.partition("Labels,")[0])
+    assert plot_lr_analysis.insights(analysis)["best_by_loss"]["cannot_be_told_from"] is None
+    for record in plot_lr_analysis.final_results(analysis)["results"]:
+        assert record["not_told_from_best"] is None and record["label_is_sure"] is None
     assert "1 of 12 runs has not ended: this is how it stands so far" in text
     assert "Best by loss: MUON_LR = 0.0" in text
     assert not re.search("is worse|cannot be told from|not tested", text.partition("|")[0])
