@@ -340,5 +340,5 @@ def is_unstable(rate: Rate, learnt: Sequence[Attempt], analysis: Analysis) -> bo
     if any(largest_rise(attempt) > LOST * fall for attempt in learnt):
         return True
     wide = max(SPREAD * analysis.by_loss.sd, (1 - GOOD) * fall)  # NaN if the noise is unknown: never exceeded
-    # like sd, without what the runs of a seed share; no value if the noise is unknown or a run failed
-    return analysis.by_loss.noise.get(rate.name, math.nan) > wide
+    # like sd, without what the runs of a seed share; a value with a failed run has only its survivors' spread
+    return analysis.by_loss.noise.get(rate.name, rate.loss.sd) > wide

@@ -19,6 +19,7 @@ from sweeps_for_tests import STEPS, make_sweep
 
 import make_record
 import plot_lr_analysis
+from analysis import rates
 from analysis.rate_pictures import PICTURES
 from analysis.rates import analyse as analyse_results
 from analysis.rates import diverged, start_of
@@ -190,6 +191,20 @@ def test_what_the_runs_of_a_seed_share_makes_no_value_unstable():
         arms.append(SweepArm(f"{rate}", f"{rate}", [], attempts, settings={"muon_lr": rate}))
     analysis = analyse_results(Results("made-up", arms))
     assert [rate.label == "unstable" for rate in analysis.rates] == [False, False, False, True]
+
+
+def test_a_value_with_a_failed_run_is_unstable_by_its_spread():
+    """Fails if a crashed run hides that the others are far apart."""
+    losses = {0.01: [3.0, 3.004, 3.002], 0.02: [3.1, 3.101, 3.106], 0.04: [2.75, 3.25, np.nan]}
+    arms = []
+    for rate, few in losses.items():
+        states = ["finished" if np.isfinite(loss) else "crashed" for loss in few]
+        attempts = [Attempt("", seed, *end) for seed, end in enumerate(zip(states, few, strict=True))]
+        arms.append(SweepArm(f"{rate}", f"{rate}", [], attempts, settings={"muon_lr": rate}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "start_of", lambda attempt: 10.0)
+        analysis = analyse_results(Results("made-up", arms))
+    assert [rate.label for rate in analysis.rates] == ["optimal", "good", "unstable"]
 
 
 def test_without_a_best_value_nothing_is_above_it(tmp_path):
