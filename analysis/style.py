@@ -202,8 +202,9 @@ def loss_unit(runs) -> str:
 
 
 def token_name(runs) -> str:
-    """Name of a token: byte if all runs whose logs have settings use bytes, else token."""
-    sizes = {run.config.get("vocab_size", _vocabulary_of_old(run)) for run in runs if run.config}
+    """Name of a token: byte if all runs use bytes, else token. A log cut before its settings says nothing."""
+    known = [run for run in runs if run.config or run.last_step >= 0]
+    sizes = {run.config.get("vocab_size", _vocabulary_of_old(run)) for run in known}
     return "byte" if sizes == {BYTES} else "token"
 
 

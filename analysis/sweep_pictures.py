@@ -115,7 +115,8 @@ def verdict_words(results: Results, arm: SweepArm, pair: Comparison | None, p: f
         return ", ".join(remarks)
     words, other = results.call(arm.label), results.verdict.controls[arm.label]
     if other != results.reference:
-        other = style.shorten(other, MAX_OTHER)
+        others = sorted(set(results.verdict.controls.values()))
+        other = style.shorten_apart(others, MAX_OTHER)[others.index(other)]
         words += f" against {other}" if words == "undecided" else f" than {other}"
     if pair.difference == 0 and pair.sd == 0:
         words = "the same losses, bit for bit"

@@ -18,7 +18,8 @@ from analysis.conclusion import conclusion
 from analysis.reaching import choose_target, common_grid, reach
 from analysis.read_results import read_results
 from analysis.results import Attempt, Results, SweepArm
-from analysis.sweep_pictures import VERDICTS, picture_of_curves, picture_of_forest
+from analysis.run_log import parse_log
+from analysis.sweep_pictures import VERDICTS, picture_of_curves, picture_of_forest, verdict_words
 from analysis.tables import without_nan
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -889,3 +890,29 @@ def test_the_unit_is_that_of_the_data(tmp_path, fields, unit):
     target = choose_target(results, None)
     text = report_sweep.report(results, report_sweep.rows_of(results, target), target, [])
     assert f"in nats per {unit}; n counts" in text and style.loss_unit(results.runs) == f"nats per {unit}"
+
+
+def test_a_public_log_beside_bytes_counts_tokens():
+    """Fails if a log without settings, whose losses are per token, is not counted."""
+    steps = [f"step:{step}/90 val_loss:3.2 train_time:{step}ms" for step in range(0, 91, 10)]
+    public, own = parse_log("\n".join([*steps, ""])), parse_log(make_log("b", 1, {"vocab_size": 256}, STEPS))
+    assert style.loss_unit(own) == "nats per byte" and style.loss_unit([*public, *own]) == "nats per token"
+
+
+def test_own_controls_look_different_in_verdicts():
+    """Fails if two long names of controls are cut to the same text."""
+    names = [f"muon_weight_decay_0.0{size}_and_warmup_300" for size in ("25", "50")]
+    losses = {
+        "base": [3.0, 3.1],
+        names[0]: [3.0, 3.11],
+        names[1]: [3.1, 3.12],
+        "a": [2.9, 3.0],
+        "b": [2.9, 3.0],
+    }
+    arms = [
+        SweepArm(name, name, [], [Attempt(name, seed, "finished", loss) for seed, loss in enumerate(few)])
+        for name, few in losses.items()
+    ]
+    results = Results("made-up", arms, "base", versus=dict(zip("ab", names, strict=True)))
+    words = [verdict_words(results, arm, *results.comparison(arm.label)) for arm in arms[3:]]
+    assert len({text.partition(",")[0] for text in words}) == 2
