@@ -32,7 +32,7 @@ import termios
 import time
 import tty
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -292,7 +292,7 @@ class Monitor:
         return rows
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
-        """Return the lines below the table: failures, unread lines, runs without a log."""
+        """Return the lines below the table: failures, unread lines, errors, runs without a log."""
         notes = []
         for row in rows:
             silence = f"no line for {format_time(1000 * row.age_s)}" if row.state == "stalled" else ""
@@ -305,20 +305,29 @@ class Monitor:
             notes.append(f"{total} lines could not be read in {len(unread)} logs, such as {unread[0].path}")
         started = {row.run.name for row in rows}
         for manifest in self.manifests:
-            silent = [run for run in manifest.runs if run.run_id not in started]
-            for run in silent:
-                has_ended = run.state in (*LAUNCHER_STATES, "refused")
-                if has_ended and find_log(manifest.path.parent, f"{run.run_id}.txt") is None:
-                    reason = run.reason or "it wrote no log"
-                    notes.append(f"{run.tag} seed {run.seed} {run.state}: {reason}")
-            states = [run.state for run in silent]
+            states = [run.state for run in manifest.runs if run.run_id not in started]
             waiting = states.count("planned") + states.count("submitted")
             if waiting:
                 total = len(manifest.runs)
                 notes.append(f"sweep {manifest.sweep}: {waiting} of {total} runs have not started")
         if self.sweep and not self.manifests:
             notes.append(f"there is no {self.sweep} yet: launch the sweep")
-        return notes + self.errors
+        shown = {row.sweep for row in rows}
+        asked = [manifest for manifest in self.manifests if self.sweep or manifest.sweep in shown]
+        return notes + self.errors + [note for m in asked if (note := note_without_logs(m, started))]
+
+
+def note_without_logs(manifest: Manifest, started: Collection[str]) -> str:
+    """Note the runs of a sweep that failed without a log; empty if there are none. `started`: with a row."""
+    states = {"refused", *LAUNCHER_STATES} - {"stopped"}  # the user stopped those
+    failed = [run for run in manifest.runs if run.state in states and run.run_id not in started]
+    failed = [run for run in failed if find_log(manifest.path.parent, f"{run.run_id}.txt") is None]
+    if not failed:
+        return ""
+    first = failed[0]
+    count = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+    example = f"{first.tag} seed {first.seed} {first.state}: {first.reason or 'it has no log here'}"
+    return f"{manifest.sweep}: {count} ended without a log, such as {example}"
 
 
 def place_of(row: Row) -> tuple:

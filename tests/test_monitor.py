@@ -228,7 +228,26 @@ def test_runs_that_ended_before_their_logs_began(tmp_path):
     assert found == {**ended, "runs": ("a", 4, "running")}
     lines = shown(monitor)
     assert {f"a seed {seed} crashed: killed by signal 9" for seed in (1, 2)} <= set(lines)
-    assert "b seed 3 refused: MUON_LR is -1" in lines and not any(line.startswith("c ") for line in lines)
+    ended = "lr: 1 run ended without a log, such as b seed 3 refused: MUON_LR is -1"
+    assert ended in lines and not any(line.startswith("c ") for line in lines)
+
+
+def test_runs_without_a_log_are_one_line(tmp_path):
+    """Fails if the runs of a sweep whose logs were deleted, or that the user stopped, flood the table."""
+    lost = [planned(f"old{seed}", "o", seed, state="diverged") for seed in range(9)]
+    write_manifest(tmp_path, None, lost, name="old")
+    failed = [planned(f"a{seed}", "a", seed, state="refused", reason="MUON_LR is -1") for seed in (1, 2, 3)]
+    failed += [planned("b1", "b", 1), planned("b2", "b", 2, state="stopped", reason="stopped by SIGINT")]
+    write_manifest(tmp_path, None, failed)
+    write(tmp_path, "b1", make_log("b1", 1, num_steps=STEPS))
+    (tmp_path / "broken.sweep.json").write_text("{")
+    monitor = Monitor(tmp_path)
+    *notes, error, without = monitor.notes(monitor.poll())
+    assert without == "lr: 3 runs ended without a log, such as a seed 1 refused: MUON_LR is -1"
+    assert "broken.sweep.json" in error and not notes
+    monitor = Monitor(tmp_path / "old.sweep.json")
+    ended = "old: 9 runs ended without a log, such as o seed 0 diverged: it has no log here"
+    assert monitor.notes(monitor.poll())[1:] == [ended]
 
 
 @pytest.mark.parametrize("time, state", [("13:00:01+0100", "running"), ("11:59:59+0000", "stopped")])
