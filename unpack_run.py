@@ -9,6 +9,7 @@ must hold.
 """
 
 import argparse
+import glob
 import shlex
 import sys
 from pathlib import Path
@@ -37,15 +38,25 @@ def write_sources(sources: dict[str, bytes], folder: Path):
 
 
 def run_folder(run: RunLog) -> Path:
-    """Folder that the run was in, if its log is where it was written: logs/ in that folder."""
+    """Folder that holds the log's logs/ folder: where the run was started, unless the log was moved."""
     return run.path.absolute().parent.parent
 
 
+def data_folder(run: RunLog) -> Path | None:
+    """The run's DATA_PATH as a whole path; None if the training files are not there."""
+    folder = run_folder(run) / run.config["data_path"]  # an absolute data_path wins
+    return folder if glob.glob(run.config["train_files"], root_dir=folder) else None
+
+
 def command(run: RunLog, folder: Path) -> str:
-    """Shell command that repeats the run in `folder`, with its ranks and all settings but the machine's."""
+    """Shell command that repeats the run in `folder`, with its ranks and all settings but the machine's.
+
+    DATA_PATH is among them if the training files are there.
+    """
     skipped = DERIVED | NOT_REPEATED | set(run.affects["machine"])
     settings = {k.upper(): v for k, v in run.config.items() if k not in skipped and v not in (None, "")}
-    settings["DATA_PATH"] = run_folder(run) / run.config["data_path"]  # an absolute one stays
+    if data := data_folder(run):
+        settings["DATA_PATH"] = data
     words = [f"{name}={shlex.quote(env_text(value))}" for name, value in settings.items()]
     num_ranks = int(run.started["world_size"])
     launcher = "python" if num_ranks == 1 else f"torchrun --standalone --nproc-per-node={num_ranks}"
@@ -68,10 +79,12 @@ def unpack(args: argparse.Namespace) -> None:
     write_sources(sources, args.folder)
     print(f"{len(sources)} files written to {args.folder}. The run again:\n")
     print(command(found, args.folder))
-    had = "as the run had it"
-    if not Path(found.config["data_path"]).is_absolute():
-        had = f"the run's {found.config['data_path']!r}, relative to {run_folder(found)}, the folder of logs/"
-    print(f"\nDATA_PATH is {had}; its data were {found.started['train_data']}")
+    had, place = found.config["data_path"], "as the run had it"
+    if data_folder(found) is None:
+        place = f"to be set to the folder that has {found.config['train_files']}; the run had {had!r}"
+    elif not Path(had).is_absolute():
+        place = f"the run's {had!r}, relative to {run_folder(found)}, the parent of its logs/ folder"
+    print(f"\nDATA_PATH is {place}; its data were {found.started['train_data']}")
     print(f"and {found.started['val_data']}; packages: torch {found.started['torch']}")
 
 

@@ -101,7 +101,19 @@ def test_a_relative_data_path_is_found_from_another_folder(logged, tmp_path, sha
     out = capsys.readouterr().out
     found = Path(re.search(r"^cd rebuilt && .*DATA_PATH=(\S+) ", out, re.M)[1])
     assert found.is_absolute() and found.resolve() == shards.resolve()
-    assert f"relative to {tmp_path}, the folder of logs/" in out
+    assert f"relative to {tmp_path}, the parent of its logs/ folder" in out
+
+
+def test_a_moved_log_names_no_folder_without_data(logged, tmp_path, capsys):
+    """Fails if the command for a log in a record takes the record's folder for that of the data."""
+    log, _ = logged
+    config = re.search('"data_path": "[^"]*"', log.read_text())[0]
+    moved = tmp_path / "logs" / "moved.txt"
+    moved.parent.mkdir()
+    moved.write_text(log.read_text().replace(config, '"data_path": "."'))
+    assert unpack_run.main([str(moved), str(tmp_path / "new")]) == 0
+    out = capsys.readouterr().out
+    assert "DATA_PATH=" not in out and "DATA_PATH is to be set to the folder that has " in out
 
 
 @pytest.mark.parametrize("text", ["step:1/2 train_loss:3\n", ""])
