@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -101,15 +102,15 @@ def read_lines(path: Path) -> tuple[list[dict], int]:
     return list(found.values()), unread
 
 
-def read_rows(run: RunLog) -> tuple[list[dict], int]:
-    """Read the lines of a run's measurement, and count unreadable ones; ValueError if it has none."""
+def find_measurement(run: RunLog) -> Path:
+    """The file of a run's measurement; ValueError if it has none."""
     name = f"{log_stem(run.path)}.manifold.jsonl"
     path = find_log(run.path.parent, name)
     if path is None:
         raise ValueError(
             f"there is no {run.path.parent / name}: train with MANIFOLD_EVERY=250 (steps) to get one"
         )
-    return read_lines(path)
+    return path
 
 
 def read_all(results: Results) -> list[Measured]:
@@ -118,7 +119,7 @@ def read_all(results: Results) -> list[Measured]:
     for arm in results.arms:
         for run in arm.runs:
             try:
-                rows, unread = read_rows(run)
+                rows, unread = read_lines(find_measurement(run))
             except ValueError as error:
                 lacking.append(str(error))
                 continue
@@ -128,13 +129,14 @@ def read_all(results: Results) -> list[Measured]:
     if not found:
         raise ValueError(lacking[0] if lacking else "none of these runs has a log: nothing to draw")
     results.notes += [f"{reason}; left out" for reason in lacking]
-    layers = sorted({row["layer"] for _, _, rows in found for row in rows})
-    steps = step_grid(row["step"] for _, _, rows in found for row in rows)
+    every_row = [row for _, _, rows in found for row in rows]
+    layers = sorted({row["layer"] for row in every_row})
+    steps = step_grid(row["step"] for row in every_row)
     return [Measured(arm, run, layers, steps, arrays_of(rows, layers, steps)) for arm, run, rows in found]
 
 
 def step_grid(measured: Iterable[int]) -> np.ndarray:
-    """The steps in order; if they are evenly spaced but for some missing ones, with these as well."""
+    """All measured steps; if they lie on an even grid, its missing steps too."""
     steps = np.unique(list(measured))
     if len(steps) < 2:
         return steps
@@ -215,19 +217,27 @@ def _few_ticks():
     return MaxNLocator(nbins=5, steps=[1, 2, 5, 10], integer=True)
 
 
-def heat_grid(figure, cells: Sequence[tuple], rows: Sequence[str], columns: Sequence[str], label_size=None):
+class Cell(NamedTuple):
+    """A heatmap's place in a grid, and what it shows: values[layer, step]."""
+
+    row: int
+    column: int
+    run: Measured
+    values: np.ndarray
+
+
+def heat_grid(figure, cells: Sequence[Cell], rows: Sequence[str], columns: Sequence[str], label_size=None):
     """Draw a grid of heatmaps with one colour scale, grey where nothing was measured.
 
-    Each cell is (row, column, run, values[layer, step]); `rows` and `columns` are labels. Return the axes
-    and an image for `add_scale`.
+    `rows` and `columns` are labels. Return the axes and an image for `add_scale`.
     """
     axes = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat:
         ax.set_facecolor("#bbbbbb")
         ax.grid(False)
-    scale = colour_scale([values for *_, values in cells])
-    for row, column, run, values in cells:
-        image = draw_heat(axes[row, column], run, values, scale)
+    scale = colour_scale([cell.values for cell in cells])
+    for cell in cells:
+        image = draw_heat(axes[cell.row, cell.column], cell.run, cell.values, scale)
     for ax, label in zip(axes[0], columns, strict=True):
         ax.set_title(label, fontsize=9)
     for ax in axes[-1]:
@@ -241,7 +251,7 @@ def heatmap(runs: Sequence[Measured], metric: str):
     """A heatmap for each projection (down) and run (across)."""
     plt = style.load_matplotlib()
     cells = [
-        (row, column, run, values)
+        Cell(row, column, run, values)
         for column, run in enumerate(runs)
         for row, values in enumerate(run.values[metric])
     ]
@@ -267,7 +277,7 @@ def quick_scan(runs: Sequence[Measured]):
     fig = plt.figure(figsize=size, layout="constrained")
     for block, metric in zip(fig.subfigures(2, 2).flat, SCANNED):
         cells = [
-            (arms.index(run.arm), seeds.index(run.seed), run, mean_over(run.values[metric], 0))
+            Cell(arms.index(run.arm), seeds.index(run.seed), run, mean_over(run.values[metric], 0))
             for run in runs
         ]
         axes, image = heat_grid(block, cells, rows, columns, label_size=9)

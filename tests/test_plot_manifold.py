@@ -131,11 +131,11 @@ def test_a_record_has_the_measurement(tmp_path, monkeypatch, capsys):
     plain = []
     for run in read_runs("logs"):
         write_measurement(run.path, run.seed)
-        plain.append(plot.read_rows(run))
+        plain.append(plot.read_lines(plot.find_measurement(run)))
     also = "plot_manifold.py duel.toml --out . --metrics gap"
     assert make_record.main(["records/x", "--new", "sweeps/duel.toml", "--also", also]) == 0
     assert len(list(Path("records/x/logs").glob("*.manifold.jsonl.xz"))) == len(plain) == 2
-    assert [plot.read_rows(run) for run in read_runs("records/x/logs")] == plain
+    assert [plot.read_lines(plot.find_measurement(run)) for run in read_runs("records/x/logs")] == plain
     assert [unread for _, unread in plain] == [0, 0]
     assert make_record.main(["records/x", "--check"]) == 0
     out = capsys.readouterr().out
