@@ -12,7 +12,7 @@ s, `step_avg:nanms`), keys in any order, and llm.c's lines (`s:250 tel:3.45`, `s
 compressed (run.txt.xz, run.txt.gz), as in records/.
 
 A log begins with the source code of its trainer, which contains lines that look like steps;
-`LogParser._read_chunk` distinguishes them, and analysis/step_lines.py reads the steps. No content makes the
+`_LogParser._read_chunk` distinguishes them, and analysis/step_lines.py reads the steps. No content makes the
 reader fail: unreadable lines are counted in `RunLog.unread_lines`. Times are in milliseconds, losses in nats
 per token, steps are integers.
 """
@@ -46,7 +46,8 @@ OPENERS = {".xz": lzma.open, ".gz": gzip.open}  # for compressed logs, by suffix
 END_EVENTS = ("finished", "stopped", "crashed", "diverged")
 FINISHED = ("finished", "unknown")  # states; llm.c's logs do not say whether they are complete: assume so
 SEPARATOR_WIDTH = 80  # our logs and the public ones write 100 '='; no other line of '=' is this long
-MAX_EXAMPLES = 3  # of unreadable lines, each different
+MAX_EXAMPLES = 3  # distinct unreadable lines kept as examples
+EXAMPLE_LETTERS = 200  # kept of each
 _SOURCE_OPENING = re.compile(rb"""^(?:r?\"{3}|'{3}|#|import |from |def |class )""", re.MULTILINE)
 _EMBEDDED_FILE = re.compile(rb"\n?# file: (\S+), (\d{1,9}) bytes\n")
 _SOURCES_MOVED = re.compile(rb"The source code that stood here is in (sources/\w+\.txt\.xz)[^\n]*\n")
@@ -192,7 +193,7 @@ def not_training(affects: Mapping[str, Sequence[str]] = AFFECTS) -> frozenset[st
 
 def parse_log(data: bytes | str, path: str | Path | None = None) -> list[RunLog]:
     """Parse the runs in a log's text, at least one (perhaps empty). No content makes it fail."""
-    return LogParser(path).parse(data.encode(errors="replace") if isinstance(data, str) else bytes(data))
+    return _LogParser(path).parse(data.encode(errors="replace") if isinstance(data, str) else bytes(data))
 
 
 def read_log(path: str | Path) -> list[RunLog]:
@@ -394,8 +395,8 @@ class _Chunk:
     unread: list[str] = field(default_factory=list)  # lines
 
 
-class LogParser:
-    """Parser of one log: `LogParser(path).parse(data)`."""
+class _LogParser:
+    """Parser of one log, for `parse_log`."""
 
     def __init__(self, path: str | Path | None = None):
         self.path = Path(path) if path is not None else None
@@ -532,7 +533,7 @@ class LogParser:
         source_hash = config.get("source_hash") or started.get("source_hash") or header.get("source_hash")
         seed = config.get("seed", started.get("seed", header.get("seed")))
         unread = self._unread + self._chunk.unread
-        examples = list(dict.fromkeys(unread))[:MAX_EXAMPLES]
+        examples = list(dict.fromkeys(line[:EXAMPLE_LETTERS] for line in unread))[:MAX_EXAMPLES]
         return RunLog(
             path=self.path,
             run_id=run_id if len(self._trials) == 1 else f"{run_id}#{number + 1}",
@@ -550,7 +551,7 @@ class LogParser:
             columns=columns,
             events=trial.events,
             unread_lines=len(unread),
-            unread_examples=[clean(line[:200]) for line in examples],
+            unread_examples=[clean(line) for line in examples],
         )
 
 
@@ -625,7 +626,8 @@ class FollowedLog:
     path: Path
     runs: list[RunLog]
     mtime: float
-    identity: tuple = ()  # of what was read; () of a log that could not be read: try again
+    # inode, size, mtime of the file as read; () after an error, so that the next poll retries
+    identity: tuple = ()
     error: str = ""
 
 

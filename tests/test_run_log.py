@@ -593,6 +593,13 @@ BROKEN = [
 ]
 
 
+def test_examples_of_unreadable_lines_differ_as_shown():
+    """Fails if lines that differ only beyond what is kept of them take the place of others."""
+    lines = ["step:1/9 val_loss:3.2 train_time:9ms", *(f"{'x' * 200}{i}" for i in range(3)), "y"]
+    run = only("\n".join([*lines, ""]))
+    assert run.unread_lines == 4 and run.unread_examples == ["x" * 200, "y"]
+
+
 @pytest.mark.parametrize("good, bad", BROKEN)
 def test_a_broken_line_among_good_ones(good, bad):
     """Lines with the same letters but digits elsewhere must not shift numbers into the next column."""
