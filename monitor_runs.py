@@ -252,8 +252,8 @@ class Monitor:
         for log in self.follower.logs.values():
             for run in log.runs or [RunLog(log.path, clean(log.path.stem))]:
                 manifest, plan = planned.get(run.name, (None, None))
-                if plan and not run.started:  # its log may hold no seed yet, and half of its source code
-                    run = replace(run, seed=plan.seed, source_hash=plan.source_hash)
+                if plan and not run.started:  # its header is incomplete: no seed, source cut short
+                    run = replace(run, seed=plan.seed, source_hash="")
                 row = Row(run, "unreadable" if log.error else run.state, log.error or last_words(run))
                 if plan:
                     row.sweep, row.tag = manifest.sweep, plan.tag

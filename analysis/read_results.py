@@ -81,13 +81,14 @@ def _read_sweep(manifest: Manifest, file: Path, pool_sources: bool) -> Results:
 def _groups(attempts: Sequence[Attempt], pool_sources: bool) -> dict[tuple[str, str], list[Attempt]]:
     """Group runs by tag, source and data, with key (label, source).
 
-    A run whose log is missing, or was cut before event:started, does not say these: it joins its tag.
+    A run without event:started in its log has no reliable source or data; it joins its tag's most common
+    group.
     """
     usual = _usual_place(attempts)
     groups: dict[tuple, list[Attempt]] = {}
     for attempt in attempts:
         place = attempt.source, attempt.data
-        if not (attempt.log and attempt.log.started):
+        if not attempt.has_started:
             place = usual.get(attempt.tag, place)
         source, data = place
         groups.setdefault((attempt.tag, "" if pool_sources else source, data), []).append(attempt)
@@ -105,10 +106,10 @@ def _groups(attempts: Sequence[Attempt], pool_sources: bool) -> dict[tuple[str, 
 
 
 def _usual_place(attempts: Sequence[Attempt]) -> dict[str, tuple[str, str]]:
-    """Return the source and data of most runs of each tag, of those whose logs say that they started."""
+    """Return the source and data of most runs of each tag, of those whose logs have event:started."""
     counts: dict[str, Counter] = {}
     for attempt in attempts:
-        if attempt.log and attempt.log.started:
+        if attempt.has_started:
             counts.setdefault(attempt.tag, Counter())[attempt.source, attempt.data] += 1
     return {tag: places.most_common(1)[0][0] for tag, places in counts.items()}
 
@@ -141,7 +142,7 @@ def _attempt(record: Run, folder: Path) -> Attempt:
     attempt = Attempt(record.run_id, record.seed, record.state, math.nan, record.tag, record.reason)
     attempt.source, attempt.log = record.source_hash, log
     if log:
-        if log.started:  # else its source code may be cut
+        if attempt.has_started:
             attempt.source = log.source_hash or record.source_hash
         attempt.seed = record.seed if log.seed is None else log.seed
         ends = ("finished", "diverged")  # also of a run that crashed, if it was resumed by hand

@@ -56,6 +56,11 @@ class Attempt:
         return "failed" if self.state in FAILED else "missing"
 
     @property
+    def has_started(self) -> bool:
+        """True if its log has event:started; one cut before it has no reliable source or data."""
+        return bool(self.log and self.log.started)
+
+    @property
     def data(self) -> str:
         """Data that the log says the run used; empty if it does not say."""
         parts = [self.log.started.get(name, "") for name in DATA] if self.log else []
