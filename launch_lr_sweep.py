@@ -76,7 +76,7 @@ from analysis.sweep_files import Sweep, read_sweep
 from analysis.sweep_plan import end_log, how_it_ended, plan_runs, sizes
 from analysis.trainers import TORCHRUN_SETS, env_text, read_trainer
 
-POLL_S = 0.2  # between two looks at the runs under way
+POLL_S = 0.2  # seconds between checks; too often to parse the logs each time
 SLURM_SAVE_EVERY = "100"  # steps between checkpoints, for runs that may be preempted
 CORES_PER_GPU = 4  # asked of SLURM: for the rank, its threads and the compiler's workers
 
@@ -88,7 +88,7 @@ CORES_PER_GPU = 4  # asked of SLURM: for the rank, its threads and the compiler'
 
 @dataclass
 class Job:
-    """A run under way. Its log need not exist yet."""
+    """A running job; its log may not exist yet."""
 
     run: Run
     process: subprocess.Popen
@@ -263,10 +263,9 @@ def print_plan(sweep: Sweep, manifest: Manifest, why: dict[str, str], slots: lis
     width = max(len(arm.tag) for arm in sweep.arms)
     for arm in sweep.arms:
         parts = [f"  {arm.tag:<{width}}", f"{arm.script} seeds {','.join(map(str, arm.seeds))}"]
-        kept = [run for run in runs if run.tag == arm.tag and run.run_id not in why]
-        done = sum(run.state != "running" for run in kept)
+        done = [r for r in runs if r.tag == arm.tag and r.run_id not in why and r.state != "running"]
         if done:
-            parts.append(f"({done} done)")
+            parts.append(f"({len(done)} done)")
         if arm.tag == sweep.control:
             parts.append("control")
         if arm.versus:

@@ -177,7 +177,7 @@ def pack_run(run: Run, logs: Path, folder: Path) -> None:
 
 def pack_log(path: Path, folder: Path) -> Path:
     """Write a log, compressed, into a folder; its source code, if it names its files, into folder/sources."""
-    data = read_with_sources(path)  # also a log that was packed before
+    data = read_with_sources(path)  # of a log packed before, too
     source, line, rest = data.partition(b"\n" + b"=" * SEPARATOR_WIDTH)
     if line and data.startswith(b"# file: "):
         name = sha256(source).hexdigest()[:16]

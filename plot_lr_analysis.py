@@ -11,10 +11,11 @@ combined_lr_analysis.png (loss and accuracy against the value) and all_lr_loss_v
 curves of each value). The same logs give the same tables, byte for byte.
 
 Losses are those of the last validation, in nats per token, means over seeds; perplexity is exp(mean loss).
-Every value gets a label by the rules below, in which "the fall" is how far the best value's loss fell from
-where training began. Values that cannot be told from the best are those of stats.contenders: the truly best
-one of those tested is among them in 95% of such sweeps. Single runs and values with failed runs are not
-tested. Where every value is a single run, how much runs differ by luck is unknown, and the output says so.
+Every value gets a label by the rules below, in which "the fall" is how far the lowest mean loss fell from
+where training began. Values that cannot be told from the best are those of stats.contenders: among the
+values tested, the truly best is in this set in 95% of sweeps. Values of single or failed runs are not tested;
+beside others, a single run that is lowest is called so, not best. Where every value is a single run, how much
+runs differ by luck is unknown, and the output says so.
 """
 
 import sys
@@ -97,10 +98,8 @@ def best_sentence(analysis: Analysis, by: str) -> str:
     else:
         text = f"{superlative(by)}: {name} ({evidence(lowest, by)}, not tested)"
     text += claims(analysis, by)
-    edge, name = (
-        edge_of(lowest, analysis),
-        "it" if analysis.lowest_is_best(by) else format_value(lowest.value),
-    )
+    edge = edge_of(lowest, analysis)
+    name = "it" if analysis.lowest_is_best(by) else format_value(lowest.value)
     return text + (f"; {name} is the {edge} value tried, so that a better one may lie beyond" if edge else "")
 
 

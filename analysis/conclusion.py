@@ -52,7 +52,7 @@ def conclusion(results: Results) -> str:
         return f"There is nothing to compare {lowest} with, whose final loss is {found}."
     if all(summary.n <= 1 for summary in verdict.summaries.values()):
         failed = any(summary.failed for summary in verdict.summaries.values())
-        why = "no arm has finished with two seeds" if failed else "every arm is a single run"
+        why = "no arm has two finished runs" if failed else "every arm is a single run"
         text = (
             f"No difference may be concluded, as {why}, and how much repeats of one arm differ is not known; "
             f"the lowest loss is that of {lowest}, {verdict.summaries[lowest]}"

@@ -24,7 +24,7 @@ NUM_COLOURS = 128  # in a PNG's palette
 PANEL_INCHES = 3.0  # least width of a panel beside long names
 SUFFIXES = (".png", ".svg", ".pdf")
 SPEEDRUN_TARGET = 3.28
-SHARED_LETTERS = 8  # before the place where names differ, shown to say what differs
+SHARED_LETTERS = 8  # letters shown before the first difference
 BYTES = 256  # vocabulary size of byte tokens
 
 
@@ -162,17 +162,16 @@ def shorten_apart(texts: Sequence[str], width: int) -> list[str]:
     """
     begin = re.match(r"(.*[ _-])?", os.path.commonprefix(list(texts)))[0]
     rests = [f"…{text[len(begin) :]}" for text in texts] if begin else texts
-    for candidates in (texts, rests):
-        short = [shorten(text, width) for text in candidates]
-        if len(set(short)) == len(set(texts)):
-            return short
-    short = _around_differences(texts, width)
-    return short if len(set(short)) == len(set(texts)) else list(texts)
+    candidates = [[shorten(text, width) for text in some] for some in (texts, rests)]
+    candidates.append(_around_differences(texts, width))
+    return next((short for short in candidates if len(set(short)) == len(set(texts))), list(texts))
 
 
 def _around_differences(texts: Sequence[str], width: int) -> list[str]:
-    """Keep each text's beginning, a third of `width`, and the place where it differs from its like."""
-    ordered, head, found = sorted(set(texts)), width // 3, {}
+    """Keep each text's beginning and where it first differs from its neighbours in sorted order."""
+    ordered = sorted(set(texts))
+    head = width // 3
+    found = {}
     for number, text in enumerate(ordered):
         beside = ordered[max(0, number - 1) : number] + ordered[number + 1 : number + 2]
         shared = max((len(os.path.commonprefix([text, other])) for other in beside), default=0)

@@ -22,7 +22,7 @@ from analysis.stats import Comparison
 from analysis.tables import format_difference, format_interval, format_loss, state_p
 
 MAX_LABEL = 44  # characters of an arm's name beside a picture
-MAX_OTHER = 24  # characters of its control's name in its verdict
+MAX_OTHER = 24  # characters of the control's name in an arm's verdict
 VERDICTS = {"better": "#0072B2", "worse": "#D55E00"}
 # Columns beside the forest: heading, and right edge in points from the panel.
 COLUMNS = (("mean loss", 54), ("runs", 80), ("difference", 132), ("95% interval", 238))

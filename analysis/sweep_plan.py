@@ -167,7 +167,7 @@ def settle(run: Run, hang_minutes: float, act: bool) -> None:
     state, has_ended = found.state, run.state not in ("running", "submitted")
     if has_ended and (state == run.state or state not in ("finished", "diverged")):
         return  # else it was resumed by hand
-    limit = hang_minutes * 60 or math.inf  # 0: it never hangs
+    limit = hang_minutes * 60 if hang_minutes else math.inf  # 0: it never hangs
     if state == "running" and not here and time.time() - written < limit:
         run.state = "running"  # on another machine
         return

@@ -382,7 +382,7 @@ def test_survivors_are_no_single_runs_and_lost_arms_are_named():
     lost = math.nan
     results = made_up({"a": [3.27, lost, lost], "b": [lost, lost, lost], "c": [3.3]})
     assert conclusion(results) == (
-        "No difference may be concluded, as no arm has finished with two seeds, and how much repeats of one "
+        "No difference may be concluded, as no arm has two finished runs, and how much repeats of one "
         "arm differ is not known; the lowest loss is that of a, 3.2700 (a single run, 2 failed); all runs of "
         "b failed."
     )
