@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from runtime.log_writer import (
+    beginnings,
     begun_by_this_launch,
     has_begun,
-    last_beginning,
     last_event,
     logged_config,
     run_of_this_launch,
@@ -240,9 +240,8 @@ def last_checkpoint(s, same: "SameTraining") -> Origin:
             f"{s.folder} has no checkpoint that can be read: {found}. Remove the folder and {s.log} to begin "
             "the run anew"
         )
-    path = Path(last_beginning(s.log).get("path") or "none")
-    is_removed = path.parent == s.folder and not path.exists()  # from the run's own folder, by its user
-    if str(path) == "none" or is_removed:
+    path = branched_from(s)
+    if path is None:
         return Origin(s.run_id, has_begun(s.log))
     if not path.exists():
         raise CheckpointError(
@@ -252,6 +251,20 @@ def last_checkpoint(s, same: "SameTraining") -> Origin:
     saved = read(path)
     same.require(path, saved["config"])
     return Origin(s.run_id, True, str(path), saved)
+
+
+def branched_from(s) -> Path | None:
+    """The newest checkpoint that the log went on from, of another folder; None if there is none.
+
+    One of the run's own folder counts while it exists: its user may have removed it, to begin the run anew.
+    """
+    for begun in reversed(beginnings(s.log)):
+        if begun["path"] in (None, "none"):
+            continue
+        path = Path(begun["path"])
+        if path.exists() or path.parent.resolve() != s.folder.resolve():
+            return path
+    return None
 
 
 def is_restart() -> bool:

@@ -284,18 +284,21 @@ def logged_config(log: Path) -> dict:
     found = re.search(r"^config:(\{.*\})$", text, re.M)
     if not found:
         return {}
-    script = [begun["script"] for begun in beginnings(text)[:1]]
-    return {**json.loads(found[1]), **({"script": script[0]} if script else {})}
+    config = json.loads(found[1])
+    begun = beginnings(log)
+    if begun:
+        config["script"] = begun[0]["script"]
+    return config
 
 
-def last_beginning(log: Path) -> dict[str, str | None]:
-    """Return `path` (the checkpoint's), `script` and `source_hash` of the last start, or {}."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    return (beginnings(text) or [{}])[-1]
+def beginnings(log: Path) -> list[dict[str, str | None]]:
+    """Each start and resumption in a log: `path` (the checkpoint's), `script` and `source_hash`.
 
-
-def beginnings(text: str) -> list[dict[str, str | None]]:
-    """Return some fields of each start and resumption in a log. A path may contain blanks."""
+    `path` is None for a start, "none" for a resumption without a checkpoint; it may contain blanks.
+    """
+    if not log.is_file():
+        return []
+    text = log.read_text(encoding="utf-8", errors="replace")
     begun = r"^event:(?:started .*?|resumed step:\d+ path:(?P<path>.*?)) time:\S+ script:(?P<script>.*?)"
     return [m.groupdict() for m in re.finditer(begun + r" source_hash:(?P<source_hash>\w+)", text, re.M)]
 

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from kernels import attention, fast_forms
 from runtime import checking, checkpoints
 from runtime.compiling import CACHE_HELP, choose_allocator, compiler_for, graphs_compiled
-from runtime.log_writer import LogWriter, last_beginning, last_event, provenance, show, source_hash
+from runtime.log_writer import LogWriter, beginnings, last_event, provenance, show, source_hash
 from runtime.ranks import Ranks, check_launch, refuse_together
 from runtime.session import Diverged
 from runtime.settings import SettingsError, help_text, not_training, settings_json
@@ -225,13 +225,16 @@ def write_beginning(module, start: Start):
         log.warn(f"{text}; falling back to the one before it", "checkpoint_damaged", error=json.dumps(text))
     if origin.resumed:
         checkpoints.set_aside(origin, start.s.folder)
-        saved = origin.contents or {"step": 0, **last_beginning(log.path)}
-        hashed = saved.get("source_hash", started["source_hash"])
+        if origin.has_checkpoint:
+            step, hashed = origin.contents["step"], origin.contents["source_hash"]
+        else:
+            begun = beginnings(log.path)
+            step, hashed = 0, begun[-1]["source_hash"] if begun else started["source_hash"]
         if hashed != started["source_hash"]:
             what = "checkpoint" if origin.has_checkpoint else "run so far"
             log.warn(f"the code is not that of the {what} (source_hash {hashed})")
-        log.event("resumed", step=saved["step"], path=origin.path, **started)
-        log.say(f"going on from step {saved['step']} ({origin.path})")
+        log.event("resumed", step=step, path=origin.path, **started)
+        log.say(f"going on from step {step} ({origin.path})")
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -352,6 +352,26 @@ def test_a_branch_without_a_checkpoint_goes_on_from_the_one_it_began_with(copy_o
         supervise.prepare(train_gpt, env)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_branch_resumed_since_goes_on_from_where_it_branched_off(
+    absolute, copy_of_saved, shards, monkeypatch
+):
+    """Fails if a branch that was resumed from a checkpoint of its own, since removed, silently begins at step
+    0, or is refused because that checkpoint is gone."""
+    monkeypatch.chdir(copy_of_saved)
+    begun, env = "logs/saved/step_00000004.pt", resume_env(shards, RUN_ID="branch")
+    with run_here(train_gpt, {**env, "RESUME": begun}):
+        pass
+    own = Path("logs/branch/step_00000008.pt")
+    own.parent.mkdir()
+    shutil.copy("logs/saved/step_00000008.pt", own)
+    with run_here(train_gpt, {**env, "RESUME": str(own.resolve()) if absolute else "auto"}) as start:
+        assert start.origin.contents["step"] == 8
+    own.unlink()
+    with run_here(train_gpt, env) as start:
+        assert (start.origin.path, start.origin.contents["step"]) == (begun, 4)
+
+
 def test_changed_code_is_said_without_a_checkpoint(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     log, env = Path("logs/mine.txt"), base_env(shards, RUN_ID="mine")
