@@ -127,8 +127,11 @@ class LogWriter:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(bool(self.unwritten))
 
-    def header(self, config: dict, affects: dict, started: dict):
-        """Write sources, settings and event:started in one call: has_begun() knows a header cut short."""
+    def header(self, config: dict, affects: dict, started: dict, resumed: dict | None = None):
+        """Write sources, settings and event:started, and the line of a run that begins from a checkpoint.
+
+        In one call: has_begun() knows a header cut short, and no kill comes between the two events.
+        """
         lines = [
             sources().decode() + BAR,
             "config:" + json.dumps(config),
@@ -136,6 +139,8 @@ class LogWriter:
             event_line("started", started),
             BAR,
         ]
+        if resumed:
+            lines.append(event_line("resumed", resumed))
         self.write("\n".join(lines))
 
     def event(self, name: str, **fields):

@@ -212,28 +212,33 @@ def prepare(module, env) -> Start:
 
 
 def write_beginning(module, start: Start):
-    """Write the log's header, or its line about going on."""
+    """Write the log's header, its line about going on, or both."""
     log, origin, config = start.log, start.origin, start.config
     started = {
         **provenance(start.script, start.ranks),
         **{k: config[k] for k in ("train_data", "val_data")},
     }
-    if not log.existed:
-        affects = not_training(module.SETTINGS)
-        log.header(config, affects, {"run_id": start.s.run_id, **started})
-    for _, text in origin.damaged:
-        log.warn(f"{text}; falling back to the one before it", "checkpoint_damaged", error=json.dumps(text))
+    begun = beginnings(log.path)
+    step, hashed = 0, started["source_hash"]
+    if origin.has_checkpoint:
+        step, hashed = origin.contents["step"], origin.contents["source_hash"]
+    elif begun:
+        hashed = begun[-1]["source_hash"]
+    resumed = None
     if origin.resumed:
         checkpoints.set_aside(origin, start.s.folder)
-        if origin.has_checkpoint:
-            step, hashed = origin.contents["step"], origin.contents["source_hash"]
-        else:
-            begun = beginnings(log.path)
-            step, hashed = 0, begun[-1]["source_hash"] if begun else started["source_hash"]
-        if hashed != started["source_hash"]:
-            what = "checkpoint" if origin.has_checkpoint else "run so far"
-            log.warn(f"the code is not that of the {what} (source_hash {hashed})")
-        log.event("resumed", step=step, path=origin.path, **started)
+        resumed = {"step": step, "path": origin.path, **started}
+    if log.existed:
+        log.event("resumed", **resumed)
+    else:
+        affects = not_training(module.SETTINGS)
+        log.header(config, affects, {"run_id": start.s.run_id, **started}, resumed)
+    for _, text in origin.damaged:
+        log.warn(f"{text}; falling back to the one before it", "checkpoint_damaged", error=json.dumps(text))
+    if hashed != started["source_hash"]:
+        what = "checkpoint" if origin.has_checkpoint else "run so far"
+        log.warn(f"the code is not that of the {what} (source_hash {hashed})")
+    if origin.resumed:
         log.say(f"going on from step {step} ({origin.path})")
 
 

@@ -352,6 +352,25 @@ def test_a_branch_without_a_checkpoint_goes_on_from_the_one_it_began_with(copy_o
         supervise.prepare(train_gpt, env)
 
 
+def test_a_branch_killed_at_its_first_write_goes_on_from_the_checkpoint(copy_of_saved, shards, monkeypatch):
+    """Fails if the log is written in pieces, the first of which does not say where the run began."""
+    monkeypatch.chdir(copy_of_saved)
+    begun, env = "logs/saved/step_00000008.pt", resume_env(shards, RUN_ID="branch")
+    write = os.write
+
+    def write_and_die(file, data):
+        write(file, data)
+        raise KeyboardInterrupt
+
+    start = supervise.prepare(train_gpt, {**env, "RESUME": begun})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "write", write_and_die)
+        supervise.write_beginning(train_gpt, start)
+    os.close(start.log.file)
+    with run_here(train_gpt, env) as start:
+        assert start.origin.path == begun
+
+
 @pytest.mark.parametrize("absolute", [False, True])
 def test_a_branch_resumed_since_goes_on_from_where_it_branched_off(
     absolute, copy_of_saved, shards, monkeypatch
