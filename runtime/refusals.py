@@ -49,10 +49,10 @@ def check_settings(s, env, by_stage: tuple[str, ...], num_stages: int, val_slice
         "TRAIN_TOKENS and NUM_SCHEDULED_ITERATIONS both set the run's length; unset one",
     )
     is_constant = s.lr_decay_type == "constant" and not s.lr_decay_second_type
-    for name, no_decay in (("COOLDOWN_FRAC", 0), ("LR_DECAY_FINAL", 1)):
+    for name, harmless in (("COOLDOWN_FRAC", 0), ("LR_DECAY_FINAL", 1)):
         value = getattr(s, name.lower())
         refuse(
-            is_constant and name in env and value != no_decay,
+            is_constant and name in env and value != harmless and not s.resume,  # older runs may have it
             f"{name}={value} does nothing with LR_DECAY_TYPE=constant and no second decay; unset it, or "
             "choose another decay",
         )
@@ -60,14 +60,14 @@ def check_settings(s, env, by_stage: tuple[str, ...], num_stages: int, val_slice
 
 
 def check_batches(s, num_slices: int, why: str = ""):
-    """Check that so many slices of a training batch have multiples of 16 tokens, as float8 products need."""
+    """Check that each of num_slices slices has a multiple of 16 tokens, as float8 products need."""
     unit = num_slices * 16
     for stage, tokens in enumerate(s.batch_sizes, 1):
-        down = tokens // unit * unit
+        near = max(unit, tokens // unit * unit)
         refuse(
-            tokens != down,
+            tokens % unit,
             f"BATCH_SIZES stage {stage} = {tokens} is not a multiple of {num_slices} slices x 16 tokens{why};"
-            f" {down} or {down + unit} are",
+            f" {near} or {near + unit} are",
         )
 
 
@@ -96,10 +96,11 @@ def check_slices(s, train: list, num_slices: int, val_slices: int, world_size: i
 
     Raises SettingsError or DataError. num_slices, val_slices: slices of a training and a validation batch.
     """
+    fitting = [str(n) for n in (1, 2, 4, 8) if s.slices % n == 0]
     refuse(
         num_slices % world_size or val_slices % world_size,
         f"{world_size} ranks do not divide {num_slices} slices of training, or {val_slices} of validation; "
-        "use 1, 2, 4 or 8 ranks",
+        f"use {' or '.join(fitting)} ranks",
     )
     check_batches(s, num_slices, f" with {world_size} ranks")
     refuse(

@@ -245,9 +245,11 @@ def refuse_lookalikes(env: Mapping[str, str], known: list[str], script: str):
     Capitals do not count.
     """
     for name in sorted(set(env) - set(known)):
-        if name in OF_SOME_TRAINERS:
-            raise SettingsError(f"{name} is a setting of another trainer; {script} has none such. Unset it")
         capitals = name.upper()
+        if capitals in OF_SOME_TRAINERS.difference(known):
+            raise SettingsError(
+                f"{name} is a setting of another trainer; {script} has no such setting. Unset it"
+            )
         close = difflib.get_close_matches(capitals, known, n=1, cutoff=0.75)
         typo = bool(close) and is_typo(capitals, close[0])
         if typo or capitals.startswith(OUR_PREFIXES):

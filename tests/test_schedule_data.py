@@ -697,8 +697,11 @@ def test_data_that_does_not_fit_together_is_refused(tmp_path):
     train_gpt.open_data(data_settings(tmp_path), 1)
     with pytest.raises(DataError, match="VAL_TOKENS=4096.*4000"):
         train_gpt.open_data(data_settings(tmp_path, VAL_TOKENS=4096), 1)
-    with pytest.raises(SettingsError, match="3 ranks"):
+    with pytest.raises(SettingsError, match="3 ranks do not divide 8 slices.*; use 1 or 2 or 4 or 8 ranks"):
         train_gpt.open_data(data_settings(tmp_path), 3)
+    twelve = data_settings(tmp_path, SLICES=12, BATCH_SIZES="1152,1152,1152,1152")
+    with pytest.raises(SettingsError, match="8 ranks do not divide 12 slices.*; use 1 or 2 or 4 ranks"):
+        train_gpt.open_data(twelve, 8)
     write_shard(tmp_path / "train_1.bin", **GOOD, vocab_size=300)
     with pytest.raises(DataError, match="train_1.bin 300"):
         train_gpt.open_data(data_settings(tmp_path), 1)
@@ -753,6 +756,7 @@ BAD_SETTINGS = [  # environment, what the message must say
     (dict(NGRAMS="2,3", NGRAM_ROWS="0"), ["NGRAMS=2,3", "does nothing", "NGRAM_ROWS"]),
     (dict(NGRAMS="2", MODEL="dense-88m"), ["NGRAMS=2", "does nothing", "NGRAM_ROWS"]),
     (dict(SLICES=12), ["not a multiple of 12 slices"]),
+    (dict(SLICES=16, BATCH_SIZES="128,256,256,256"), ["= 128 is not a multiple of 16", "; 256 or 512 are"]),
     (dict(SLICES=4), ["SLICES", "at least 8"]),
     (dict(SLICES=128), ["SLICES", "at most 64"]),
     # settings that do nothing with the others
@@ -775,6 +779,7 @@ BAD_SETTINGS = [  # environment, what the message must say
     (dict(LR_MUL="2"), ["nearest is LR_MULS"]),
     (dict(RUNID="x"), ["nearest is RUN_ID"]),
     (dict(muon_lr="2"), ["nearest is MUON_LR"]),
+    (dict(batch_sizes="1024"), ["nearest is BATCH_SIZES"]),
     (dict(Modell="x"), ["nearest is MODEL"]),
     # a mixture of experts
     (dict(NUM_EXPERTS=4), ["NUM_EXPERTS=4 does nothing with MODEL=tiny"]),
@@ -820,6 +825,12 @@ def test_bad_settings_are_refused_with_what_was_found_and_wanted(trainer, env, s
         read(trainer, **env)
     for words in said:
         assert words in str(error.value)
+
+
+def test_a_run_with_a_setting_that_does_nothing_can_be_resumed():
+    """Fails if a run that began before such settings were refused can neither keep nor drop its own."""
+    env = dict(LR_DECAY_TYPE="constant", COOLDOWN_FRAC="0.4", RUN_ID="old", RESUME="auto")
+    assert read(train_gpt, **env)[0].cooldown_frac == 0.4
 
 
 def test_other_programs_variables_are_left_alone():
