@@ -612,18 +612,23 @@ class Attention(nn.Module):
         return F.linear(y.flatten(2), self.o * (common.out_scale * self.o_lambda))
 
     def queries_and_keys(self, n_BTC: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Normed and rotated q and k, (B, T, H, D); in a paired layer (B, 2T, H/2, D)."""
+        """Normed and rotated q and k, (B, T, H, D), where k has H_kv heads; if paired (B, 2T, H/2, D)."""
         B, T, _ = n_BTC.shape
         places = 2 if self.plan.paired else 1  # positions per token
-        q, k = (in_head_order(w, self.head_dim).chunk(places) for w in (self.q, self.k))
-        # One product for both, so that the compiler norms and rotates them in one pass. In a paired layer its
-        # rows are q1, k1, q2, k2 (1, 2: halves of the heads), so that a token's two positions are a view
-        weight = torch.cat([w for half in zip(q, k) for w in half])
+        q, k = in_head_order(self.q, self.head_dim), in_head_order(self.k, self.head_dim)
+        # One product for both, so that the compiler norms and rotates them in one pass
+        if self.plan.paired:  # halves of the heads take turns, so that a token's two positions are a view
+            (q1, q2), (k1, k2) = q.chunk(2), k.chunk(2)
+            weight = torch.cat((q1, k1, q2, k2))
+        else:
+            weight = torch.cat((q, k))
         # the norm cancels this factor but for its eps; the public record has it on q and k, too
         qk = F.linear(n_BTC, weight * self.qkv_lambda)
         qk = rotary(norm(qk.view(B, places * T, -1, self.head_dim)))
         q, k = qk.split((self.num_heads // places, self.num_kv_heads // places), dim=2)
-        return q, offset_keys(k) if self.plan.long_window else k
+        if self.plan.long_window:
+            k = offset_keys(k)
+        return q, k
 
     def gate_of_value(self, gate_in, value_BTC, signals: dict) -> Tensor:
         """Factor on the value embedding of each key head, (B, T, H)."""

@@ -130,6 +130,25 @@ def test_gradients_equal_the_slow_models(variant, forms):
     assert_gradients_equal(model, reference, wanted, unused)
 
 
+def operations(*outputs) -> set[str]:
+    """Names of the operations that a backward pass of these tensors takes."""
+    found, left = set(), [y.grad_fn for y in outputs]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += [next_node for next_node, _ in node.next_functions if next_node]
+    return {node.name() for node in found}
+
+
+def test_only_paired_layers_part_their_matrices():
+    """Fails if the backward pass of a layer that does not pair heads copies the gradients of q and k."""
+    model = small_model(train_gpt)
+    for attn in (model.blocks[0].attn, model.blocks[1].attn):
+        q, k = attn.queries_and_keys(torch.ones(1, 16, 16), model.rotary)
+        assert ("SplitBackward0" in operations(q, k)) == attn.plan.paired
+
+
 # ------------------------------------------------------------------------------------------------ attention
 
 
