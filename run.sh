@@ -36,12 +36,11 @@ if [ ${#texts[@]} -gt 0 ]; then
   # a small model on bytes, unless MODEL names another
   [ "${MODEL:-auto}" != auto ] || MODEL=tiny
   export MODEL DATA_PATH=${DATA_PATH:-data/own}
-  # long documents are split, not cut; train_gpt_simple.py never cuts them, and has no such setting
-  settings=$($python "$script" --settings-json)
-  case $MODEL$settings in
-    gpt2-small-2026-08*) ;;  # it has a limit for each stage
-    *'"LONG_DOCS"'*) export LONG_DOCS=${LONG_DOCS:-split} ;;
-  esac
+  # long documents are split, not cut; but gpt2-small-2026-08 limits them by stage, and train_gpt_simple.py, which never
+  # cuts any, has no such setting
+  if [[ $MODEL != gpt2-small-2026-08* ]] && [ "$(basename -- "$script")" != train_gpt_simple.py ]; then
+    export LONG_DOCS=${LONG_DOCS:-split}
+  fi
   vocabulary=()
   case $MODEL in tiny* | moe-tiny) vocabulary=(--bytes) ;; esac
   $python data/tokenize_text.py "${texts[@]}" --out "$DATA_PATH" --force ${vocabulary[@]+"${vocabulary[@]}"}
