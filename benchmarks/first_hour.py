@@ -264,9 +264,8 @@ def part_d(steps: Steps, scratch: Path, dry: bool) -> list[str]:
 def checkpoint_to_resume(log: Path) -> Path | None:
     """Choose the newest from which the run itself did not go on: comparing that would prove nothing."""
     used = [Path(event.fields["path"]).name for event in read_log(log)[0].events if event.name == "resumed"]
-    return max(
-        (path for path in log.with_suffix("").glob("step_*.pt") if path.name not in used), default=None
-    )
+    unused = [path for path in log.with_suffix("").glob("step_*.pt") if path.name not in used]
+    return max(unused, default=None)
 
 
 def check_run(run, again) -> dict:

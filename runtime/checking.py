@@ -100,8 +100,7 @@ def check_settings(module, env) -> int:
         subprocess.run([sys.executable, MAKE_CORPUS, "--out", pattern.parent], stdout=sys.stderr, check=True)
     train, val = module.open_data(s, s.nproc_per_node)
     config = describe_run(module, s, o, model_config, train, val, s.nproc_per_node)
-    config["script"] = module.SCRIPT.name
-    origin = checkpoints.find_origin(s, (*module.SETTINGS, module.ModelConfig), config, env.get("RUN_ID", ""))
+    origin = checkpoints.find_origin(module, s, config, env.get("RUN_ID", ""))
     if not origin.resumed and origin.exit_code is None:
         refuse_existing(s.log)
     found = {"MODEL": s.model, "RUN_ID": origin.run_id, "NPROC_PER_NODE": str(s.nproc_per_node)}

@@ -175,21 +175,21 @@ class Origin(NamedTuple):
     path: str = "none"  # the checkpoint's
     contents: dict | None = None  # the checkpoint's, on rank 0; None on the others and without a checkpoint
     damaged: tuple[tuple[Path, str], ...] = ()  # checkpoints that were passed over, and why
-    exit_code: int | None = None  # of a run that is over already
+    exit_code: int | None = None  # the run is over already, with this code
 
     @property
     def has_checkpoint(self) -> bool:
         return self.path != "none"
 
 
-def find_origin(s, classes, config: dict, run_id: str) -> Origin:
+def find_origin(module, s, config: dict, run_id: str) -> Origin:
     """Decide where the run begins, from RESUME and torchrun's restarts.
 
-    s: the trainer's settings. classes: dataclasses of the settings and of the model's config. config: all
-    that decides the numbers of the run, and the trainer's name as `script`. run_id: as the user gave it,
-    maybe empty.
+    module: the trainer. s: its settings. config: all that decides the numbers of the run. run_id: as the user
+    gave it, maybe empty.
     """
-    same = SameTraining(classes, config)
+    classes = (*module.SETTINGS, module.ModelConfig)
+    same = SameTraining(classes, {**config, "script": module.SCRIPT.name})
     if is_restart():  # resume, if the worker that this one replaces got as far as a log
         s = dataclasses.replace(s, run_id=run_id or run_of_this_launch() or s.run_id)
         if begun_by_this_launch(s.log) and (not s.resume or checkpoints_in(s.folder)):
@@ -215,7 +215,7 @@ def find_origin(s, classes, config: dict, run_id: str) -> Origin:
 
 
 def last_checkpoint(s, same: "SameTraining") -> Origin:
-    """RESUME=auto: the newest checkpoint that can be read; else the one that the log last went on from.
+    """RESUME=auto: the run's newest checkpoint that can be read, else the one that it branched from.
 
     Without either, the run from its start.
     """
@@ -228,12 +228,9 @@ def last_checkpoint(s, same: "SameTraining") -> Origin:
         return Origin(s.run_id, exit_code=3)
     for path in reversed(checkpoints_in(s.folder)):
         try:
-            saved = read(path)
+            return same.origin(s.run_id, path, damaged)
         except CheckpointError as error:
             damaged.append((path, str(error)))
-            continue
-        same.require(path, saved["config"])
-        return Origin(s.run_id, True, str(path), saved, tuple(damaged))
     if damaged:
         found = "; ".join(text for _, text in damaged)
         raise CheckpointError(
@@ -245,16 +242,14 @@ def last_checkpoint(s, same: "SameTraining") -> Origin:
         return Origin(s.run_id, has_begun(s.log))
     if not path.exists():
         raise CheckpointError(
-            f"{path}, with which {s.log} went on, is gone, and {s.folder} has no checkpoint; put it back, or "
+            f"{path}, from which {s.log} resumed, is gone, and {s.folder} has no checkpoint; put it back, or "
             f"remove {s.log} to begin the run anew"
         )
-    saved = read(path)
-    same.require(path, saved["config"])
-    return Origin(s.run_id, True, str(path), saved)
+    return same.origin(s.run_id, path)
 
 
 def branched_from(s) -> Path | None:
-    """The newest checkpoint that the log went on from, of another folder; None if there is none.
+    """The newest checkpoint of another folder that the log resumed from; None if there is none.
 
     One of the run's own folder counts while it exists: its user may have removed it, to begin the run anew.
     """
@@ -282,6 +277,12 @@ class SameTraining:
         self.defaults = as_json({**defaults, "model_config": model_defaults, "script": config["script"]})
         self.config = as_json(config)
         self.may_differ = {name for names in not_training(settings).values() for name in names}
+
+    def origin(self, run_id: str, path: Path, damaged=()) -> Origin:
+        """The beginning of a run from this checkpoint, which is read and checked."""
+        saved = read(path)
+        self.require(path, saved["config"])
+        return Origin(run_id, True, str(path), saved, tuple(damaged))
 
     def require(self, where, theirs: dict):
         """Raise SettingsError if `theirs`, the config of a checkpoint or log, differs. {}: there is none."""
@@ -326,6 +327,6 @@ def set_aside(origin: Origin, folder: Path):
     for path in checkpoints_in(folder):
         if path > folder / f"step_{origin.contents['step']:08d}.pt":
             kind = ".damaged" if path in dict(origin.damaged) else ".superseded"
-            earlier = len(list(folder.glob(f"{path.stem}{kind}*")))  # of an earlier resumption
+            earlier = len(list(folder.glob(f"{path.stem}{kind}*")))  # set aside by an earlier resumption
             with contextlib.suppress(OSError):
                 path.rename(path.with_suffix(f"{kind}{earlier or ''}"))

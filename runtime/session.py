@@ -310,7 +310,8 @@ class Session:
             params = contents["params"]
             small = {k: v for k, v in contents.items() if k not in ("params", "config")}
             target = contents["config"].get("target_loss", self.s.target_loss)
-            small["reached"] = small["reached"] and target == self.s.target_loss  # it may have changed
+            if target != self.s.target_loss:
+                small["reached"] = False  # another target is to be reached anew
         small = self.ranks.broadcast_object(small)
         restore_all(self.buckets, params, small["counts"])
         self.trainer.go_to(small["step"])
@@ -324,7 +325,8 @@ class Session:
     def finish(self) -> int:
         """Save the model for use elsewhere and write the last log line; exit code.
 
-        Without its model a run is not finished: RESUME=auto then repeats what follows the last checkpoint.
+        Without its model a run is not finished: RESUME=auto then repeats what follows its last checkpoint; if
+        it has none, what follows the one that it began from (RESUME=PATH), or the whole run.
         """
         if not self.s.save_model:
             self.log.end("finished")

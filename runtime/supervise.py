@@ -174,7 +174,7 @@ class Start(NamedTuple):
     ranks: Ranks
     origin: checkpoints.Origin
     log: LogWriter | None  # None if the run is over already
-    notes: tuple[str, ...] = ()  # on the data, for the log
+    notes: tuple[str, ...] = ()  # remarks on the data, for the log
 
 
 def prepare(module, env) -> Start:
@@ -189,10 +189,8 @@ def prepare(module, env) -> Start:
     ranks = Ranks(s.device, s.dist_timeout, {**config, "run_id": run_id})
     train_shards, val_shards = ranks.run_on_all(lambda: module.open_data(s, ranks.world_size))
     config = checking.describe_run(module, s, o, model_config, train_shards, val_shards, ranks.world_size)
-    classes = (*module.SETTINGS, module.ModelConfig)
-    ours = {**config, "script": module.SCRIPT.name}  # which the log has in event:started
     origin = ranks.run_on_all(
-        lambda: checkpoints.find_origin(s, classes, ours, run_id) if ranks.rank == 0 else None
+        lambda: checkpoints.find_origin(module, s, config, run_id) if ranks.rank == 0 else None
     )
     shared = None  # what the other ranks get: without the tensors, which rank 0 hands out
     if ranks.rank == 0:

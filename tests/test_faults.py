@@ -348,7 +348,7 @@ def test_a_branch_without_a_checkpoint_goes_on_from_the_one_it_began_with(copy_o
         with run_here(train_gpt, {**env, "RESUME": wish}) as start:
             assert (start.origin.path, start.origin.contents["step"]) == (str(path), 8)
     path.unlink()
-    with pytest.raises(CheckpointError, match="copy.pt, with which logs/branch.txt went on, is gone"):
+    with pytest.raises(CheckpointError, match="copy.pt, from which logs/branch.txt resumed, is gone"):
         supervise.prepare(train_gpt, env)
 
 
