@@ -68,7 +68,7 @@ SCRIPT = Path(__file__).resolve()
 #   stage   part of the schedule with its own batch size, windows and loss weights: three, then the extension
 #   stream  x, the residual stream (B, T, C), to which each layer adds its branches: attention, then MLP
 #   signal  numbers that a small network makes for each token, in place of a learned parameter of that name
-#   "the public record": the speedrun's record of 2026-01-19; a constant without a reason is as there
+#   "the public record": the speedrun's of 2026-01-19; constants without a stated reason are taken from it
 
 # ---------------------------------------------------------------------------------------------------
 # Settings: one environment variable each, named as the field in capitals. A knob changes the numbers of
@@ -547,11 +547,11 @@ class Common(NamedTuple):
 
 
 class Embeds(NamedTuple):
-    """What a layer takes from the tokens themselves, beside the stream; (B, T, C) each, None: nothing."""
+    """What a layer takes from the tokens themselves, beside the stream. None where the layer has none."""
 
-    x0: Tensor  # token embeddings, normed
-    ngram: Tensor | None
-    value: Tensor | None  # rows of the layer's own value table
+    x0: Tensor  # token embeddings, normed, (B, T, C)
+    ngram: Tensor | None  # (B, T, C)
+    value: Tensor | None  # rows of the layer's own value table, num_kv_heads * head_dim wide
 
 
 class Attention(nn.Module):
@@ -598,7 +598,8 @@ class Attention(nn.Module):
         if self.plan.paired:
             v = pair_heads(v)
         short, long = common.windows
-        window, scale = long if self.plan.long_window else short, common.rotary.scale
+        window = long if self.plan.long_window else short
+        scale = common.rotary.scale
         y = common.docs.attend(q, k, v, window, self.plan.paired, scale)
         if self.plan.paired:
             y = unpair_heads(y)
@@ -989,8 +990,8 @@ ROLES = (  # complete and disjoint: every parameter matches exactly one
     Role("head", r"head|embed", decay_mul=150, betas=(0.5, 0.95)),
 )
 
-# These, the schedule of the momentum and the roles (routers apart) are the public record's, or a later one's
-ADAM_EVERY = 2  # Adam moves every second step, on the sum of both gradients; a last, even step's is lost
+# ADAM_EVERY to POLAR_EPS, the momentum schedule and ROLES (except routers) come from the public records
+ADAM_EVERY = 2  # Adam sums two steps' gradients; if the last step is even-numbered, its own is never used
 ADAM_EPS = 1e-10
 MUON_START_MOMENTUM, MUON_END_STEPS = 0.85, 50
 DOWN_LR = 2.0  # factor on the rate of the MLP's second matrix
@@ -1323,7 +1324,7 @@ class Schedule:
             self.untie_step = last if last % 2 else last + 1  # odd: Adam moves at it (ADAM_EVERY)
 
     def stage(self, step: int) -> int:
-        """Stage of a step; num_steps, after the last one, is in its stage."""
+        """Stage of a step; num_steps counts as part of the last stage."""
         step = min(step, self.num_steps - 1)
         return sum(step >= end for end in self.bounds[1:NUM_STAGES])
 
@@ -1576,7 +1577,7 @@ class Run:
 
 
 # supervise.main runs this module: read_settings -> process group -> open_data -> log; what a rank refuses
-# ends the run before its first step. If code is compiled, a Run rehearses every stage and is thrown away. The
-# next one has the Trainer, TrainData and Session that count: resume from a checkpoint, if any -> Run.train.
+# ends the run before its first step. On CUDA, or if code is compiled, a Run rehearses every stage and is
+# thrown away. The next Run is the one that counts: resume from a checkpoint, if any -> Run.train.
 if __name__ == "__main__":
     supervise.leave(supervise.main(sys.modules[__name__], sys.argv[1:]))

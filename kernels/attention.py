@@ -33,7 +33,7 @@ class Documents:
         max_doc_tokens."""
         self.cu_seqlens, self.max_doc_tokens, self.backend = batch.cu_seqlens, batch.max_doc_tokens, backend
         self.B, self.T = batch.inputs_BT.shape
-        self.bands, self.block_masks = {}, {}  # by (window, paired), for sdpa and flex
+        self.bands, self.block_masks = {}, {}  # keys: (window, paired); for sdpa and flex
         at = torch.arange(self.B * self.T, device=self.cu_seqlens.device, dtype=self.cu_seqlens.dtype)
         self.doc_BT = torch.searchsorted(self.cu_seqlens, at, right=True).view(self.B, self.T)
 
@@ -125,7 +125,7 @@ def in_blocks(x_BHTD: Tensor, block: int) -> Tensor:
 class Package(NamedTuple):
     """Faster kernels for varlen_attn, which torch takes from a package that is installed."""
 
-    name: str  # of the implementation, in torch and in the log
+    name: str  # the implementation's, in torch and in the log
     module: str
     majors: tuple[int, ...]  # compute capabilities that torch gives it, by their first number
 

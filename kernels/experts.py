@@ -95,7 +95,7 @@ def sort_by_expert(experts_Mk: Tensor, counts_E: Tensor, multiple: int) -> tuple
     else:
         sizes = (counts_E + multiple - 1).clamp_min(multiple) // multiple * multiple
         ends, num_rows = sizes.cumsum(0), M * k + multiple * (len(counts_E) + 1)
-        shift = (ends - sizes) - (counts_E.cumsum(0) - counts_E)  # of a group, by the padding before it
+        shift = (ends - sizes) - (counts_E.cumsum(0) - counts_E)  # each group moves by the padding before it
         rows = torch.arange(M * k, device=flat.device) + shift[flat[order]]
     token_P = torch.full((num_rows,), M, device=flat.device).scatter(0, rows, order // k)
     row_Mk = torch.empty_like(rows).scatter(0, order, rows).view(M, k)

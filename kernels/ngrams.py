@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# of the last token of an n-gram, the one before, ... Primes; the first two are the public record's. Times any
-# token of GPT-2 they fit int32.
+# Factors of an n-gram's last token, the one before, ... Primes; the first two are the public record's. Times
+# any token of GPT-2 they fit int32.
 HASH_MULTIPLIERS = (36313, 27191, 40693, 32467, 24281)
 SIGN_SEED = 0  # the table of signs is the same in every run
 

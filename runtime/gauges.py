@@ -9,7 +9,7 @@ import torch
 
 from runtime.ranks import Ranks
 
-SIDE_CUDA, SIDE_CPU = 8192, 1024  # of the square matrices whose product is timed
+SIDE_CUDA, SIDE_CPU = 8192, 1024  # sides of the square matrices whose product is timed
 REPEATS = 20
 
 

@@ -95,7 +95,10 @@ class Memory:
     """
 
     def __init__(self, s, o, c, vocab_size: int, num_slices: int, val_slices: int, ranks: Ranks):
-        """s, o, c: the twins' settings and model config. num_slices, val_slices: of batches of both kinds."""
+        """s, o, c: the twins' settings and model config.
+
+        num_slices, val_slices: numbers of slices in a training and in a validation batch.
+        """
         self.s, self.c, self.world_size = s, c, ranks.world_size
         self.slice_tokens = [batch // num_slices for batch in s.batch_sizes]  # by stage
         self.slices_per_rank = num_slices // ranks.world_size
@@ -108,7 +111,7 @@ class Memory:
         # compiled, a pass of validation keeps a few layers' outputs, and its logits in pieces
         hidden = 4 * c.width * (1 if s.kernels == "triton" else 2)
         val_slice = s.val_batch_tokens // val_slices
-        self.val_tokens = stacked(val_slice, val_slices // ranks.world_size, MOST_TOKENS)  # of a pass
+        self.val_tokens = stacked(val_slice, val_slices // ranks.world_size, MOST_TOKENS)  # one pass's
         self.per_val_token = 2 * (7 * c.width + hidden)
         self.logits = 4 * padded_vocab(vocab_size)
         self.device_bytes = self.usable = math.inf

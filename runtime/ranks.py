@@ -129,7 +129,7 @@ class Ranks:
             if not threads or (threads == "1" and self.local_world_size > 1):  # torchrun's own default
                 torch.set_num_threads(max(1, usable_cores() // self.local_world_size))
         self.parent = os.getppid()  # read before its store answers, which proves that it is alive
-        self.launched = "RANK" in os.environ  # by torchrun, even with a single rank
+        self.launched = "RANK" in os.environ  # torchrun started this process, maybe as its only rank
         self.watched = threading.Event()  # set once supervise.Watch looks after this process
 
     def rendezvous(self, timeout_s: float) -> dist.Store:
