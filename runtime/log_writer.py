@@ -283,10 +283,7 @@ def last_event(log: Path) -> str:
 
 def logged_config(log: Path) -> dict:
     """The settings in a log's header, and the trainer's name as `script`; {} if there is none."""
-    if not log.is_file():
-        return {}
-    text = log.read_text(encoding="utf-8", errors="replace")
-    found = re.search(r"^config:(\{.*\})$", text, re.M)
+    found = re.match(r"config:(\{.*\})$", own_lines(log), re.M)
     if not found:
         return {}
     config = json.loads(found[1])
@@ -296,16 +293,24 @@ def logged_config(log: Path) -> dict:
     return config
 
 
+def own_lines(log: Path) -> str:
+    """A log from its settings on: lines of the source code before them may look like any of its own."""
+    if not log.is_file():
+        return ""
+    text = "\n" + log.read_text(encoding="utf-8", errors="replace")
+    start = text.rfind("\nconfig:{")
+    return text[start + 1 :] if start >= 0 else ""
+
+
 def beginnings(log: Path) -> list[dict[str, str | None]]:
     """Each start and resumption in a log: `path` (the checkpoint's), `script` and `source_hash`.
 
     `path` is None for a start, "none" for a resumption without a checkpoint; it may contain blanks.
     """
-    if not log.is_file():
-        return []
-    text = log.read_text(encoding="utf-8", errors="replace")
     begun = r"^event:(?:started .*?|resumed step:\d+ path:(?P<path>.*?)) time:\S+ script:(?P<script>.*?)"
-    return [m.groupdict() for m in re.finditer(begun + r" source_hash:(?P<source_hash>\w+)", text, re.M)]
+    return [
+        m.groupdict() for m in re.finditer(begun + r" source_hash:(?P<source_hash>\w+)", own_lines(log), re.M)
+    ]
 
 
 def begun_by_this_launch(log: Path) -> bool:

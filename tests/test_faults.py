@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import logs_for_tests
 import pytest
 import torch
 from forked import PATIENCE_S, wait_until
@@ -392,6 +393,8 @@ def test_a_branch_resumed_since_goes_on_from_where_it_branched_off(
 
 
 def test_changed_code_is_said_without_a_checkpoint(shards, tmp_path, monkeypatch, capsys):
+    """Fails, too, if the log's source code, which has logs_for_tests in it, is taken for its own lines."""
+    assert logs_for_tests.__file__
     monkeypatch.chdir(tmp_path)
     log, env = Path("logs/mine.txt"), base_env(shards, RUN_ID="mine")
     with run_here(train_gpt, env):
