@@ -104,7 +104,7 @@ def best_sentence(analysis: Analysis, by: str) -> str:
 
 
 def claims(analysis: Analysis, by: str) -> str:
-    """What the test of the values says, to follow the name of the lowest; nothing while runs are missing."""
+    """Say what the test of the values shows, after the name of the lowest; nothing while runs are missing."""
     if not analysis.contenders(by).df:
         return "; how much runs differ by luck is unknown, so that none may be called better than another"
     if analysis.results.count("missing"):

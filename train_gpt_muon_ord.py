@@ -544,7 +544,7 @@ class Common(NamedTuple):
 
 
 class Embeds(NamedTuple):
-    """What a layer takes from the tokens themselves, beside the stream. None where the layer has none."""
+    """Inputs of a layer from the tokens themselves, beside the stream. None where the layer has none."""
 
     x0: Tensor  # token embeddings, normed, (B, T, C)
     ngram: Tensor | None  # (B, T, C)

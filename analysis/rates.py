@@ -157,7 +157,7 @@ class Analysis:
         return next((rate for rate in self.rates if rate.name == name), None)
 
     def may_claim(self, by: str = "loss") -> bool:
-        """Whether rates may be called worse than the best, or tied with it: not while runs are missing."""
+        """True if rates may be called worse than the best or tied with it; not while runs are missing."""
         return len(self.contenders(by).tested) > 1 and not self.results.count("missing")
 
     def near_best(self, by: str = "loss") -> list[Rate]:
