@@ -256,7 +256,7 @@ def heatmap(runs: Sequence[Measured], metric: str):
         for row, values in enumerate(run.values[metric])
     ]
     titles = [f"{style.shorten(run.arm, 22)}\nseed {run.seed}" for run in runs]
-    fig = plt.figure(figsize=(2.2 + 2.3 * len(runs), 1.4 * len(PROJECTIONS) + 1.2), layout="constrained")
+    fig = plt.figure(figsize=(2.2 + 2.3 * len(runs), 1.4 * len(PROJECTIONS) + 1.2))
     axes, image = heat_grid(fig, cells, PROJECTIONS, titles)
     add_scale(fig, image, axes, fraction=0.15, aspect=40, pad=0.01)
     fig.suptitle(METRICS[metric], fontweight="bold")
@@ -274,7 +274,7 @@ def quick_scan(runs: Sequence[Measured]):
     arms, seeds = list(dict.fromkeys(run.arm for run in runs)), seeds_of(runs)
     rows, columns = [style.shorten(arm, 16) for arm in arms], [f"seed {seed}" for seed in seeds]
     size = 2 * (1.2 + 2.0 * len(seeds)), 2 * (0.9 + 1.5 * len(arms))
-    fig = plt.figure(figsize=size, layout="constrained")
+    fig = plt.figure(figsize=size)
     for block, metric in zip(fig.subfigures(2, 2).flat, SCANNED):
         cells = [
             Cell(arms.index(run.arm), seeds.index(run.seed), run, mean_over(run.values[metric], 0))
@@ -303,7 +303,6 @@ def lines(runs: Sequence[Measured], by: str):
         sharex=True,
         sharey="row",
         squeeze=False,
-        layout="constrained",
     )
     cmap = plt.get_cmap("viridis")
     colours = (
@@ -348,7 +347,7 @@ def losses(results: Results):
     """Validation loss and accuracy, means with their 95% interval, from the first validation on."""
     plt = style.load_matplotlib()
     drawn, axis = what_to_draw(results), Axis("steps", results.runs)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6))
     panel_loss(left, drawn, axis)
     draw_since(right, drawn, "val_acc", axis)
     right.set_title(f"validation accuracy, share of {style.token_name(results.runs)}s; bands: 95% interval")
