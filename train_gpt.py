@@ -1248,7 +1248,7 @@ class Optimizer:
     def due(self, step: int, tied: bool) -> list[Bucket]:
         """The buckets that move at this step. tied: the head is the embedding, whose own table then rests."""
         resting = self.by_name.get("embed") if tied else None
-        return [b for b in self.buckets if step % b.every == b.every - 1 and b is not resting]
+        return [b for b in self.buckets if (step + 1) % b.every == 0 and b is not resting]
 
     @torch.no_grad()
     def step(self, step: int, lr_mul: float, batch_tokens: int, measure: bool, tied: bool = True):
@@ -1320,8 +1320,7 @@ class Schedule:
         self.bounds = (*thirds, self.num_steps)  # stage i: from bounds[i] up to bounds[i + 1]
         self.untie_step = None  # the last step that trains embedding and head as one
         if config.untie_frac < 1:
-            last = round(self.scheduled * config.untie_frac)
-            self.untie_step = last if last % 2 else last + 1  # odd: Adam moves at it (ADAM_EVERY)
+            self.untie_step = round(self.scheduled * config.untie_frac) | 1  # odd: Adam moves (ADAM_EVERY)
 
     def stage(self, step: int) -> int:
         """Stage of a step; num_steps counts as part of the last stage."""
@@ -1352,8 +1351,9 @@ class Schedule:
     def prefix_weight(self, step: int) -> Tensor | None:
         """Weight of the loss on the next token's prefix, linear within the stage; None in a stage without."""
         start, end = self.config.prefix_weights[self.stage(step)]
-        weight = interpolate("linear", start, end, self.share_of_stage(step))
-        return vectors.scalar(weight) if start or end else None
+        if not start and not end:
+            return None
+        return vectors.scalar(interpolate("linear", start, end, self.share_of_stage(step)))
 
     def share_of_stage(self, step: int) -> float:
         """Share of the stage's steps that lies before `step`."""
@@ -1545,8 +1545,8 @@ class Run:
         trainer, schedule = self.trainer, self.trainer.schedule
         trainer.memory.announce(self.start.log)
         last, untie = schedule.num_steps, schedule.untie_step or 0
-        firsts = {*schedule.bounds, untie, untie + 1}
-        for step in sorted(firsts | {i + 1 for i in firsts}):  # two steps each: Adam moves on every second
+        firsts = (*schedule.bounds, untie, untie + 1)  # steps that differ from those before them
+        for step in sorted({i + n for i in firsts for n in (0, 1)}):  # two each: Adam moves on every second
             if step > last or self.session.asked_to_stop():
                 break
             trainer.enter(step)

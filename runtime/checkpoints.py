@@ -62,18 +62,10 @@ def read(path: Path) -> dict:
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} is no regular file; a checkpoint (step_*.pt) is wanted")
     try:
-        with zipfile.ZipFile(path) as file:
-            bad = file.testzip()
-            # torch takes a record marked as a folder for one, and leaves its tensor uninitialised
-            if not bad:
-                bad = next((part.filename for part in file.infolist() if part.external_attr), None)
-        if bad:
-            raise CheckpointError(f"{path} is damaged ({bad}); use an earlier checkpoint")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        bad = damaged_record(path)
+        saved = None if bad else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"RESUME: there is no {path}; give auto, or the path of a step_*.pt") from None
-    except CheckpointError:
-        raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a file of any content can make them raise anything
@@ -81,8 +73,18 @@ def read(path: Path) -> dict:
         raise CheckpointError(
             f"{path} is no checkpoint, or was cut short ({text[:120]}); use another"
         ) from None
+    if bad:
+        raise CheckpointError(f"{path} is damaged ({bad}); use an earlier checkpoint")
     check_contents(path, saved)
     return saved
+
+
+def damaged_record(path: Path) -> str | None:
+    """Name of the first damaged record of a checkpoint, a zip file; None if all are whole."""
+    with zipfile.ZipFile(path) as file:
+        # torch takes a record marked as a folder for one, and leaves its tensor uninitialised
+        folders = [record.filename for record in file.infolist() if record.external_attr]
+        return file.testzip() or next(iter(folders), None)
 
 
 def check_contents(path: Path, saved):
@@ -300,13 +302,11 @@ class SameTraining:
         trainer's name, in checkpoints that lack it, as this trainer's.
         """
         old = {**self.defaults, **as_json(theirs)}
-        old = flat({**old, "model_config": {**self.defaults["model_config"], **old["model_config"]}})
-        new = flat(self.config)
-        return [
-            f"{key.upper()} was {old.get(key)}, now {new.get(key)}{HINTS.get(key, '')}"
-            for key in sorted({*old, *new} - self.may_differ)
-            if old.get(key) != new.get(key)
-        ]
+        old["model_config"] = {**self.defaults["model_config"], **old["model_config"]}
+        old, new = flat(old), flat(self.config)
+        names = sorted({*old, *new} - self.may_differ)
+        changed = [name for name in names if old.get(name) != new.get(name)]
+        return [f"{n.upper()} was {old.get(n)}, now {new.get(n)}{HINTS.get(n, '')}" for n in changed]
 
 
 def flat(config: dict) -> dict:

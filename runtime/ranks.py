@@ -263,7 +263,10 @@ def agree_on_settings(store: dist.Store, rank: int, world_size: int, mine: dict 
     store.set(f"settings{rank}", json.dumps({"refused": str(mine)} if refused else mine))
     keys = [f"settings{rank}" for rank in range(world_size)]
     try:
-        store.wait(keys, *([soon] if refused else []))
+        if refused:
+            store.wait(keys, soon)  # one that ends anyway waits less for the others
+        else:
+            store.wait(keys)
     except dist.DistError as error:
         if refused:
             raise mine from None

@@ -172,9 +172,10 @@ class Session:
             return True
         every = self.s.save_every
         due = every > 0 and step // every > self.last_save // every
-        nothing_new = step == self.first_step
-        if nothing_new or not (due or self.stop_agreed) or self.trainer.optimizer.is_pending(step):
+        if not due and not self.stop_agreed:
             return False
+        if step == self.first_step or self.trainer.optimizer.is_pending(step):
+            return False  # nothing new, or gradients that wait for their update
         self.last_save, self.last_save_worked = step, self.save(step)
         return self.stop_agreed
 

@@ -250,15 +250,15 @@ def stats_by_layer(keys: Sequence[str], stacks: list[MatrixStack], ranks: Ranks)
         for name, row in zip(b.names, b.stats):
             table[names.index(name)] = row
     ranks.all_reduce(table).wait()
-    layers = {}
+    rows = {}  # rows[part][layer]: those of its matrices
     for name, row in zip(names, table.tolist()):
         _, layer, part, *_ = name.split(".")
-        layers.setdefault((part, int(layer)), []).append(row)
+        rows.setdefault(part, {}).setdefault(int(layer), []).append(row)
     fields = {}
     for i, key in enumerate(keys):
-        for part in sorted({part for part, _ in layers}):
-            columns = [[row[i] for row in layers[place]] for place in sorted(layers) if place[0] == part]
-            fields[f"{key}_{part}"] = "[" + ",".join(f"{sum(c) / len(c):.5g}" for c in columns) + "]"
+        for part, by_layer in sorted(rows.items()):
+            means = [sum(row[i] for row in layer) / len(layer) for _, layer in sorted(by_layer.items())]
+            fields[f"{key}_{part}"] = "[" + ",".join(f"{mean:.5g}" for mean in means) + "]"
     return fields
 
 
