@@ -313,8 +313,13 @@ class Monitor:
         if self.sweep and not self.manifests:
             notes.append(f"there is no {self.sweep} yet: launch the sweep")
         shown = {row.sweep for row in rows}
-        asked = [manifest for manifest in self.manifests if self.sweep or manifest.sweep in shown]
+        asked = [m for m in self.manifests if self.sweep or m.sweep in shown or not has_ended(m)]
         return notes + self.errors + [note for m in asked if (note := note_without_logs(m, started))]
+
+
+def has_ended(manifest: Manifest) -> bool:
+    """Return whether no run of a sweep is still to come or under way."""
+    return all(run.state not in ("planned", "submitted", "running") for run in manifest.runs)
 
 
 def note_without_logs(manifest: Manifest, started: Collection[str]) -> str:

@@ -36,9 +36,9 @@ if [ ${#texts[@]} -gt 0 ]; then
   # a small model on bytes, unless MODEL names another
   [ "${MODEL:-auto}" != auto ] || MODEL=tiny
   export MODEL DATA_PATH=${DATA_PATH:-data/own}
-  # long documents are split, not cut; but gpt2-small-2026-08 limits them by stage, and train_gpt_simple.py, which never
-  # cuts any, has no such setting
-  if [[ $MODEL != gpt2-small-2026-08* ]] && [ "$(basename -- "$script")" != train_gpt_simple.py ]; then
+  # long documents are split, not cut; but gpt2-small-2026-08 limits them by stage, and a trainer like train_gpt_simple.py,
+  # which never cuts any, has no such setting
+  if [[ $MODEL != gpt2-small-2026-08* ]] && grep -q 'long_docs:' -- "$script"; then
     export LONG_DOCS=${LONG_DOCS:-split}
   fi
   vocabulary=()

@@ -34,7 +34,7 @@ def conclusion(results: Results) -> str:
     """Say in a sentence what may be concluded from the final losses, and what may not."""
     verdict, missing, done = results.verdict, results.count("missing"), results.count("done")
     total = len(results.attempts)
-    lowest = verdict.best or verdict.lowest
+    lowest = verdict.lowest
     if not lowest:
         which = "no run that can be compared" if done else f"none of {total} runs"
         return f"Nothing may be concluded: {which} has finished."
@@ -133,7 +133,8 @@ def _without_control(results: Results) -> tuple[list[str], list[str]]:
     tied = [name for name, p in verdict.p_best.items() if not math.isnan(p) and name not in verdict.worse]
     if tied:
         unseen = _unseen([verdict.versus_best[name] for name in tied], verdict)
-        may_not.append(f"that {best}, whose mean is lowest, differs from {_names(tied)}{unseen}")
+        lowest = "lowest" if best == verdict.lowest else "lowest of those tested"
+        may_not.append(f"that {best}, whose mean is {lowest}, differs from {_names(tied)}{unseen}")
     return may, may_not
 
 

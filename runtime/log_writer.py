@@ -284,7 +284,7 @@ def last_event(log: Path) -> str:
 def logged_config(log: Path) -> dict:
     """The settings in a log's header, and the trainer's name as `script`; {} if there is none."""
     found = re.match(r"config:(\{.*\})$", own_lines(log), re.M)
-    if not found:
+    if not found or not has_begun(log):  # of a header cut short, nothing counts
         return {}
     config = json.loads(found[1])
     begun = beginnings(log)

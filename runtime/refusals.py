@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 
 from data.shards import DataError
+from runtime.log_writer import has_begun
 from runtime.ranks import capability, is_amd
 from runtime.settings import SettingsError, as_text, knobs
 
@@ -48,11 +49,13 @@ def check_settings(s, env, by_stage: tuple[str, ...], num_stages: int, val_slice
         s.train_tokens and "NUM_SCHEDULED_ITERATIONS" in env,
         "TRAIN_TOKENS and NUM_SCHEDULED_ITERATIONS both set the run's length; unset one",
     )
+    # older runs may have what a new one is refused; RESUME=auto also begins a new one, as the launcher's do
+    is_resumed = s.resume and (s.resume != "auto" or has_begun(s.log))
     is_constant = s.lr_decay_type == "constant" and not s.lr_decay_second_type
     for name, harmless in (("COOLDOWN_FRAC", 0), ("LR_DECAY_FINAL", 1)):
         value = getattr(s, name.lower())
         refuse(
-            is_constant and name in env and value != harmless and not s.resume,  # older runs may have it
+            is_constant and name in env and value != harmless and not is_resumed,
             f"{name}={value} does nothing with LR_DECAY_TYPE=constant and no second decay; unset it, or "
             "choose another decay",
         )

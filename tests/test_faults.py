@@ -35,7 +35,7 @@ import train_gpt_muon_ord
 from analysis.run_log import read_log
 from runtime import supervise
 from runtime.checkpoints import FORMAT, CheckpointError, Origin, set_aside
-from runtime.log_writer import BAR, LogWriter, source_hash, sources
+from runtime.log_writer import BAR, LogWriter, has_begun, logged_config, source_hash, sources
 from runtime.settings import SettingsError
 from runtime.supervise import StopRequest
 
@@ -433,6 +433,21 @@ def test_a_log_that_was_only_begun_does_not_block_its_name(tmp_path, part):
     assert log.close() == 0
     (found,) = read_log(torn)
     assert found.state == "finished" and found.config["run_id"] == "torn"
+
+
+def test_a_header_cut_anywhere_says_nothing_of_settings(tmp_path):
+    """Fails if RESUME=auto is refused for settings of a header that a kill cut short, or cannot read them."""
+    log = LogWriter(tmp_path / "whole.txt", 0, 9)
+    log.header(
+        {"model_config": {"width": 8}, "seed": 1}, {"recording": [], "machine": []}, {"script": "x.py"}
+    )
+    assert log.close() == 0
+    whole = (tmp_path / "whole.txt").read_bytes()
+    assert logged_config(tmp_path / "whole.txt")["seed"] == 1
+    cut = tmp_path / "cut.txt"
+    for end in range(whole.rindex(b"\nconfig:"), len(whole)):
+        cut.write_bytes(whole[:end])
+        assert has_begun(cut) or logged_config(cut) == {}
 
 
 def test_a_line_cut_by_a_crash_is_ended_when_the_run_resumes(tmp_path):

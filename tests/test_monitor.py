@@ -245,6 +245,12 @@ def test_runs_without_a_log_are_one_line(tmp_path):
     *notes, error, without = monitor.notes(monitor.poll())
     assert without == "lr: 3 runs ended without a log, such as a seed 1 refused: MUON_LR is -1"
     assert "broken.sweep.json" in error and not notes
+    lost[0] = planned("old0", "o", 0)  # still to come: the sweep is no old one
+    write_manifest(tmp_path, None, lost, name="old")
+    monitor = Monitor(tmp_path)
+    assert any("old: 8 runs ended without a log" in note for note in monitor.notes(monitor.poll()))
+    lost[0] = planned("old0", "o", 0, state="diverged")
+    write_manifest(tmp_path, None, lost, name="old")
     monitor = Monitor(tmp_path / "old.sweep.json")
     ended = "old: 9 runs ended without a log, such as o seed 0 diverged: it has no log here"
     assert monitor.notes(monitor.poll())[1:] == [ended]

@@ -827,9 +827,15 @@ def test_bad_settings_are_refused_with_what_was_found_and_wanted(trainer, env, s
         assert words in str(error.value)
 
 
-def test_a_run_with_a_setting_that_does_nothing_can_be_resumed():
-    """Fails if a run that began before such settings were refused can neither keep nor drop its own."""
+def test_a_run_with_a_setting_that_does_nothing_can_be_resumed(tmp_path, monkeypatch):
+    """Fails if a run that began before such settings were refused can neither keep nor drop its own, or if
+    RESUME=auto, which the launcher sets, lets a new run have them."""
+    monkeypatch.chdir(tmp_path)
     env = dict(LR_DECAY_TYPE="constant", COOLDOWN_FRAC="0.4", RUN_ID="old", RESUME="auto")
+    with pytest.raises(SettingsError, match="COOLDOWN_FRAC=0.4 does nothing"):
+        read(train_gpt, **env)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "old.txt").write_text("config:{}\nevent:started\n")
     assert read(train_gpt, **env)[0].cooldown_frac == 0.4
 
 
