@@ -104,10 +104,11 @@ def unpack_shards(source: Path, folder: Path) -> Path:
 
 
 def settings(shards: Path, tokens: Path | None, cache: Path, dry: bool) -> dict[str, str]:
-    """Environment of all steps: gpt2-small, or small steps of `tiny`, with validation to fit the shards."""
+    """Environment of all steps: MODEL or gpt2-small, or small steps of `tiny`; validation fits the shards."""
     batch = 1024 if dry else 524_288
     have = count_tokens(str(shards), own_shards(str(shards))[1]) - 1
-    env = dict(MODEL="gpt2-small", DEVICE="cuda", DATA_PATH=str(shards), VAL_BATCH_TOKENS=str(batch))
+    env = dict(MODEL=os.environ.get("MODEL", "gpt2-small"), DEVICE="cuda", DATA_PATH=str(shards))
+    env["VAL_BATCH_TOKENS"] = str(batch)
     env["VAL_TOKENS"] = str(batch * max(1, min(3, have // batch)))
     env |= {f"{name}_CACHE_DIR": str(cache / name) for name in ("TORCHINDUCTOR", "TRITON")}
     env["PYTHONUNBUFFERED"] = "1"

@@ -202,7 +202,7 @@ def check_varlen(device: torch.device):
         draw = torch.Generator().manual_seed(0)
         T = 2048 if paired else 1024
         shapes = ((1, T, heads, head_dim) for heads in (2, kv_heads, kv_heads, 2))
-        *qkv, grad = (torch.randn(x, generator=draw).to(device, torch.bfloat16) for x in shapes)
+        *qkv, grad = (torch.randn(x, generator=draw, device="cpu").to(device, torch.bfloat16) for x in shapes)
         results = []
         for backend, dtype in (("varlen", torch.bfloat16), ("sdpa", torch.float32)):
             leaves = [x.to(dtype, copy=True).requires_grad_() for x in qkv]

@@ -315,6 +315,20 @@ def test_a_wrong_attention_kernel_is_found_out(monkeypatch):
                     attention.check_varlen(cpu)
 
 
+def test_the_check_of_attention_works_under_a_default_device(monkeypatch):
+    """Fails if it draws on the default device, which refuses the CPU's generator where it is a GPU."""
+
+    class Drawn(Exception):
+        pass
+
+    def documents(*args):
+        raise Drawn
+
+    monkeypatch.setattr(attention, "Documents", documents)
+    with torch.device("meta"), pytest.raises(Drawn):
+        attention.check_varlen(torch.device("cpu"))
+
+
 FA3_PACKAGE = """
 import torch
 library = torch.library.Library("flash_attn_3", "FRAGMENT")
