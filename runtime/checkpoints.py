@@ -83,8 +83,8 @@ def damaged_record(path: Path) -> str | None:
     """Name of the first damaged record of a checkpoint, a zip file; None if all are whole."""
     with zipfile.ZipFile(path) as file:
         # torch takes a record marked as a folder for one, and leaves its tensor uninitialised
-        folders = [record.filename for record in file.infolist() if record.external_attr]
-        return file.testzip() or next(iter(folders), None)
+        folder = next((record.filename for record in file.infolist() if record.external_attr), None)
+        return file.testzip() or folder
 
 
 def check_contents(path: Path, saved):
