@@ -128,7 +128,8 @@ def explanation(results: Results) -> str:
 
 def markdown(results: Results, picture: str) -> str:
     header, rows = table(results)
-    parts = [f"# {results.name}: final validation loss", conclusion(results), f"![the sweep]({picture})"]
+    found = "\n".join(f"* {line}" for line in conclusion(results))
+    parts = [f"# {results.name}: final validation loss", found, f"![the sweep]({picture})"]
     parts += [format_markdown(header, rows), explanation(results)]
     parts += ["\n".join(f"* {note}" for note in results.notes)] if results.notes else []
     return "\n\n".join(parts) + "\n"
@@ -174,7 +175,8 @@ def draw_sweep(options: Namespace) -> None:
     style.save(figure(results), out)
     write_atomically(out.with_suffix(".md"), markdown(results, out.name))
     write_atomically(out.with_suffix(".csv"), csv_of(results))
-    print(f"{format_table(*table(results))}\n\n{explanation(results)}\n\n{conclusion(results)}")
+    print(f"{format_table(*table(results))}\n\n{explanation(results)}\n")
+    print(*conclusion(results), sep="\n")
     for note in results.notes:
         print(f"note: {note}")
     print(f"\n{out}\n{out.with_suffix('.md')}\n{out.with_suffix('.csv')}")

@@ -7,10 +7,10 @@
 
 The table ranks the arms by their mean final loss, with the difference to the control (without one, to the
 best arm), its interval, p corrected for the number of arms (by Holm's method; without a control, by Tukey's),
-the effect's size, and how many more runs would settle it.
-One computed sentence says what may be concluded and what may not. Runs that failed count as runs; runs of
-other source code are kept apart unless --pool-sources. Tokens and minutes to a target loss are read on a grid
-common to all runs. The same logs give the same report, byte for byte.
+the effect's size, and how many more runs would settle it. The lines above it say what may be concluded and
+what may not. Runs that failed count as runs; runs of other source code are kept apart unless --pool-sources.
+Tokens and minutes to a target loss are read on a grid common to all runs. The same logs give the same report,
+byte for byte.
 """
 
 import math
@@ -305,8 +305,8 @@ def report(results: Results, rows: Sequence[ArmRow], target: Target, pictures: S
     parts = [f"# {results.name}{scale}"]
     if results.question:
         parts.append(f"> {results.question}")
-    parts += [f"**{conclusion(results)}**", "## Final validation loss", main_table(results, rows)]
-    parts.append(table_notes(results))
+    parts.append("\n".join(f"* {line}" for line in conclusion(results)))
+    parts += ["## Final validation loss", main_table(results, rows), table_notes(results)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     if target.proof:
         parts.append(proof_section(results, rows, target))
@@ -424,7 +424,8 @@ def write_report(options: Namespace) -> None:
     pictures = save_pictures(results, folder)
     write_atomically(folder / "REPORT.md", report(results, rows, target, pictures))
     write_atomically(folder / "summary.json", as_json(summary(results, rows, target)))
-    print(f"{conclusion(results)}\n\n{folder / 'REPORT.md'}\n{folder / 'summary.json'}")
+    print(*conclusion(results), "", sep="\n")
+    print(f"{folder / 'REPORT.md'}\n{folder / 'summary.json'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -166,16 +166,16 @@ def test_without_a_control_the_words_the_table_and_the_colours_agree():
         losses["a2"] = losses["a2"] - (0.02 if number % 3 == 1 else 0.0)
         losses["a3"] = losses["a3"] + (0.02 if number % 3 == 2 else 0.0)
         results = made_up(losses)
-        text, verdict = conclusion(results), results.verdict
+        text, verdict = "\n".join(conclusion(results)), results.verdict
         assert set(verdict.ties.names) == set(losses) - set(verdict.worse)
         for name, pair in verdict.versus_best.items():
             assert (results.call(name) == "worse") == (name in verdict.worse) == (pair.p < 0.05)
             assert (pair.low > 0) == (pair.p < 0.05)
-        assert ("is better than every other arm" in text) == bool(verdict.better)
+        assert ("Better than every other arm: " in text) == bool(verdict.better)
         assert bool(verdict.better) == (len(verdict.worse) == 3)
-        assert ("no arm may be called the best" in text.lower()) == (not verdict.better)
-        assert (" worse than " in text) == bool(verdict.worse and not verdict.better)
-        assert ("differs from" in text) == (len(verdict.worse) < 3)
+        assert ("Lowest mean, perhaps by luck: " in text) == (not verdict.better)
+        assert ("Worse than " in text) == bool(verdict.worse)
+        assert (f"Undecided against {verdict.best}: " in text) == (len(verdict.worse) < 3)
 
 
 def test_an_arm_about_to_diverge_does_not_drown_the_others():
@@ -202,7 +202,7 @@ def test_a_real_effect_is_found():
         found += "a3" in results.verdict.better
         false += bool(set(results.verdict.better) - {"a3"})
         if results.verdict.better == ("a3",):
-            assert conclusion(results).startswith("It may be concluded that a3 is better than a0 (by 0.00")
+            assert conclusion(results)[0].startswith("Better than a0: a3 (-0.00")
     least = stats.power(size, sd, 5, alpha=0.05 / 5)  # Holm's first step is the strictest
     assert found / 300 > least - 0.04 and least > 0.9
     assert false / 300 <= 0.065
@@ -215,12 +215,18 @@ def test_the_sentence_says_what_the_verdict_says():
         losses = {f"a{i}": 3.27 + 0.001 * rng.normal(size=4) for i in range(4)}
         losses["a2"] = losses["a2"] + (0.006 if number % 2 else 0.0)
         results = made_up(losses, None, "a0")
-        text, verdict = conclusion(results), results.verdict
-        assert (" better than a0 (" in text) == bool(verdict.better)
-        assert (" worse than a0 (" in text) == bool(verdict.worse)
-        assert ("no arm may be called" in text.lower()) == (not verdict.better and not verdict.worse)
-        undecided = {"a1", "a2", "a3"} - set(verdict.better) - set(verdict.worse)
-        assert ("or that" in text) == bool(undecided)
+        verdict = results.verdict
+        undecided = sorted({"a1", "a2", "a3"} - set(verdict.better) - set(verdict.worse))
+        wanted = {
+            "Better than a0": verdict.better,
+            "Worse than a0": verdict.worse,
+            "Undecided against a0": undecided,
+        }
+        found = dict(line.split(": ", 1) for line in conclusion(results))
+        found.pop("Lowest mean, perhaps by luck", None)
+        assert {name: re.findall(r"a\d", arms) for name, arms in found.items()} == {
+            name: list(arms) for name, arms in wanted.items() if arms
+        }
 
 
 def test_more_runs_and_unseen_differences_follow_from_power(tmp_path):
@@ -237,7 +243,7 @@ def test_more_runs_and_unseen_differences_follow_from_power(tmp_path):
     assert too_few < 0.8 <= enough and f"| {more} |" in text
     seen = stats.detectable(pair.sd, 5, 0.05, pairs=True)
     assert stats.power(seen, pair.sd, 5, pairs=True) == pytest.approx(0.8, abs=1e-6)
-    assert f"differences below about {seen:.2g} can go unseen" in numbers["conclusion"]
+    assert f"differences below about {seen:.2g} can go unseen" in " ".join(numbers["conclusion"])
     assert math.isnan(stats.detectable(math.nan, 5)) and math.isnan(stats.detectable(0.1, 1))
 
 
@@ -257,8 +263,8 @@ def test_an_arm_that_loses_runs_is_not_called_better(tmp_path):
     results, rows, text, numbers = sweep(tmp_path, arms, target=3.28, seeds=SEEDS, control="base", ends=ends)
     assert numbers["arms"][0]["difference"]["p_holm"] < 0.001  # it would win by its survivors
     assert not numbers["better"] and not numbers["worse"]
-    assert "that risky is better (1 of 5 runs of risky failed)" in numbers["conclusion"]
-    assert "all runs of dead failed" in numbers["conclusion"]
+    assert numbers["conclusion"][0].startswith("Not claimed against base, because runs failed: risky (-0.")
+    assert numbers["conclusion"][1] == "All runs failed: dead"
     assert numbers["runs"] == {"done": 8, "failed": 7, "missing": 0}
     assert numbers["arms"][0]["target_test"]["p"] == 1 and rows["risky"].result.failed == 1
     assert "5 of 5 failed" in text and "Failed (7)" in text and "No arm is proven" in text
@@ -276,7 +282,7 @@ def test_a_run_killed_before_its_first_event_is_a_failure_of_its_arm(tmp_path, c
     log.write_text(log.read_text().partition(cut)[0] if cut == "event:started" else cut)
     results, rows, text, numbers = report_of(file, logs=tmp_path / "logs")
     assert set(rows) == {"base", "risky"} and rows["risky"].result.failed == 1 and not numbers["better"]
-    assert "that risky is better (1 of 5 runs of risky failed)" in numbers["conclusion"]
+    assert numbers["conclusion"][0].startswith("Not claimed against base, because runs failed: risky (-0.")
     assert style.loss_unit(results.runs) == "nats per byte" and "nats per token" not in text
 
 
@@ -294,8 +300,8 @@ def test_arms_with_their_own_controls(tmp_path):
         assert pair.difference == pytest.approx(np.mean(np.subtract(losses[name], losses[control])))
         assert pair.p == pytest.approx(scipy_stats.ttest_rel(losses[name], losses[control]).pvalue)
     assert (numbers["better"], numbers["worse"]) == (["slow_1", "fast_0"], ["fast_1"])
-    assert "slow_1 and fast_0 are better than slow_0" in numbers["conclusion"]
-    assert "fast_1 is worse than fast_0 (by 0.0" in numbers["conclusion"]
+    assert re.match("Better than slow_0: slow_1 \\(-0.0.*\\), fast_0 \\(-0.1", numbers["conclusion"][0])
+    assert numbers["conclusion"][1].startswith("Worse than fast_0: fast_1 (+0.0")
     assert numbers["versus"] == given["versus"] and "The difference is to the control" in text
     assert re.search(r"\| fast_1 \|.*\| fast_0 \| \+0\.0", text)
     to_target = re.search(r"\| fast_0 \| 5 of 5 \|.*?\| ([-+.\d]+%)", text)
@@ -307,9 +313,8 @@ def test_arms_with_their_own_controls(tmp_path):
 def test_nothing_is_worse_than_a_control_that_loses_runs(tmp_path):
     arms = {"base": (3.20, {"MUON_LR": 0.02}), "other": (3.30, {"MUON_LR": 0.01})}
     _, _, _, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="base", ends={("base", 1): "crashed"})
-    assert (
-        not numbers["worse"] and "that other is worse (1 of 5 runs of base failed)" in numbers["conclusion"]
-    )
+    assert not numbers["worse"]
+    assert numbers["conclusion"][0].startswith("Not claimed against base, because runs failed: other (+0.")
 
 
 def test_an_unfinished_sweep_allows_no_conclusion(tmp_path):
@@ -318,9 +323,8 @@ def test_an_unfinished_sweep_allows_no_conclusion(tmp_path):
     ends = {("spectral_lr_1", 5): "planned", ("baseline_std_0", 4): "gone", ("spectral_lr_0.1", 2): "stopped"}
     results, rows, text, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="spectral_lr_0", ends=ends)
     assert results.verdict.worse == ("spectral_lr_1",)  # something had to be held back
-    assert conclusion(results).startswith(
-        "Nothing may be concluded yet, as 3 of 20 planned runs have not ended"
-    )
+    wanted = "Nothing may be concluded yet: 3 of 20 planned runs have not ended"
+    assert conclusion(results)[0].startswith(wanted)
     assert not numbers["worse"] and "**worse**" not in text and rows["spectral_lr_1"].verdict == "undecided"
     assert "Planned: 20; 17 finished, 1 log gone, 1 planned, 1 stopped." in text
     assert "| spectral_lr_0.1 | 5 | 4 | 0 | 1 | 1 3 4 5 |" in text
@@ -332,7 +336,7 @@ def test_no_finished_run_at_all(tmp_path):
     ends = {(tag, seed): "planned" for tag in ("a", "b") for seed in (1, 2)}
     arms = {"a": (3.3, {"MUON_LR": 0.1}), "b": (3.3, {"MUON_LR": 0.2})}
     _, _, text, numbers = sweep(tmp_path, arms, seeds=(1, 2), control="a", ends=ends)
-    assert numbers["conclusion"] == "Nothing may be concluded: none of 4 runs has finished."
+    assert numbers["conclusion"] == ["Nothing may be concluded: none of 4 runs has finished."]
     assert "| a | 0.1 | 0 | - |" in text
 
 
@@ -353,15 +357,15 @@ def test_a_run_that_was_resumed_by_hand_to_its_end_is_done(tmp_path, state):
 def test_single_runs_are_called_single(tmp_path):
     """Two runs of one setting differ, too: the lower of two single runs is not the better arm."""
     results, rows, text, numbers = sweep(tmp_path, spectral_arms(0, 0.1), seeds=(1,), control="spectral_lr_0")
-    assert numbers["conclusion"].startswith("No difference may be concluded, as every arm is a single run")
+    untested, lowest = numbers["conclusion"]
+    assert untested.startswith("Not tested against spectral_lr_0 (single runs, failed runs, or no spread): ")
+    assert lowest.startswith("Lowest mean, perhaps by luck: ")
     assert results.verdict.best is None and "best" not in text.replace("best arm", "")
     assert text.count("a single run") >= 4 and not numbers["better"]
     assert all(row.result.n == 1 and math.isnan(row.result.low) for row in rows.values())
     alone = sweep(tmp_path / "alone", {"a": (3.27, {})}, seeds=(1,))[3]
-    assert (
-        alone["conclusion"]
-        == f"There is nothing to compare a with, whose final loss is {_loss(alone)} (a single run)."
-    )
+    lowest = f"Lowest mean, perhaps by luck: a, {_loss(alone)} (a single run)"
+    assert alone["conclusion"] == ["There is nothing to compare with", lowest]
 
 
 def _loss(numbers):
@@ -373,7 +377,7 @@ def test_one_single_run_among_arms(tmp_path):
     _, _, _, numbers = sweep(
         tmp_path, spectral_arms(0, 0.1, 1), seeds=SEEDS, control="spectral_lr_0", ends=ends
     )
-    assert "nothing may be concluded from spectral_lr_0.1 (a single run)" in numbers["conclusion"]
+    assert numbers["conclusion"][-1].endswith("(single runs, failed runs, or no spread): spectral_lr_0.1")
     assert numbers["worse"] == ["spectral_lr_1"]
 
 
@@ -381,29 +385,28 @@ def test_survivors_are_no_single_runs_and_lost_arms_are_named():
     """Fails if arms of three runs, most of which failed, are said to be single runs."""
     lost = math.nan
     results = made_up({"a": [3.27, lost, lost], "b": [lost, lost, lost], "c": [3.3]})
-    assert conclusion(results) == (
-        "No difference may be concluded, as no arm has two finished runs, and how much repeats of one "
-        "arm differ is not known; the lowest loss is that of a, 3.2700 (a single run, 2 failed); all runs of "
-        "b failed."
-    )
-    assert "every arm is a single run" in conclusion(made_up({"a": [3.27], "c": [3.3]}))
+    assert conclusion(results) == [
+        "Not tested against a (single runs, failed runs, or no spread): c",
+        "All runs failed: b",
+        "Lowest mean, perhaps by luck: a, 3.2700 (a single run, 2 failed)",
+    ]
 
 
 @pytest.mark.parametrize("runs", [[3.2735], [3.272, 3.272, math.nan], [3.9], [3.9, 3.9, math.nan]])
 def test_an_arm_that_is_not_tested_may_be_as_good_as_the_best(runs):
     """Fails if an arm is called better than every other although one of a like mean was not tested."""
     results = made_up({"a": [3.27, 3.271, 3.272], "b": [3.3, 3.301, 3.302], "few": runs})
-    text, is_near = conclusion(results), runs[0] < 3.3
-    assert ("no arm may be called the best" in text) == (results.call("a") == "undecided") == is_near
-    assert ("a is better than every other arm tested" in text) == (not is_near)
-    assert results.call("b") == "worse" and "nothing may be concluded from few" in text
+    text, is_near = "\n".join(conclusion(results)), runs[0] < 3.3
+    assert ("Lowest mean, perhaps by luck" in text) == (results.call("a") == "undecided") == is_near
+    assert ("Better than every other arm tested: a, " in text) == (not is_near)
+    assert results.call("b") == "worse" and "no spread): few" in text
 
 
 def test_arms_that_are_the_same_bit_for_bit(tmp_path):
     """a = 0 is bit-identical to the baseline: that is a fact, not a test, and gets no p."""
     arms = {"x": (3.27, {"MUON_LR": 0.1}), "y": (3.27, {"MUON_LR": 0.2}), "z": (3.4, {"MUON_LR": 0.3})}
     _, _, _, numbers = sweep(tmp_path, arms, seeds=SEEDS, control="x", noise=0.0)
-    assert "y gave the very losses of x" in numbers["conclusion"]
+    assert "The very losses of x: y" in numbers["conclusion"]
     by_name = {arm["arm"]: arm["difference"] for arm in numbers["arms"]}
     assert by_name["y"]["p"] is None and by_name["y"]["difference"] == 0
     assert by_name["y"]["more_runs"] is None
@@ -414,7 +417,7 @@ def test_the_reason_why_nothing_can_be_tested(control):
     """Fails if arms of two runs each are said to have fewer, where it is the spread that is lacking."""
     several = made_up({"x": [3.27, 3.27], "y": [3.28, 3.28]}, control=control)
     assert "failed runs or no spread" in report_sweep.table_notes(several)
-    assert "from y (runs or differences do not vary)" in conclusion(several)
+    assert conclusion(several)[0].startswith("Not tested against x (") and " y" in conclusion(several)[0]
     single = made_up({"x": [3.27, 3.28], "y": [3.28]}, control=control)
     assert "no two arms have two runs each" in report_sweep.table_notes(single)
 
@@ -431,7 +434,7 @@ def test_repeats_of_one_seed_count_once(tmp_path):
     results, rows, text, _ = report_of(folder, 3.3)
     for row in rows.values():
         assert (row.result.n, row.x_to_target.n, row.minutes_to_target.n, row.reached) == (1, 1, 1, 3)
-    assert "every arm is a single run" in conclusion(results)
+    assert conclusion(results)[0].startswith("Not tested against ")
     assert text.count("3 runs of seed 1 count as one") == 2 and text.count("of seed 1") == 2  # an arm, a note
     last = [arm.runs[0].val.loss[-1] for arm in results.arms]
     assert results.arms[0].samples()[0] == pytest.approx([last[0] + 0.0001])
@@ -453,7 +456,8 @@ def test_other_source_code_is_kept_apart(tmp_path):
     assert [arm.count("done") for arm in results.arms] == [5, 3, 2]
     other = rows["spectral_lr_0.1 (source deadbeef)"]
     assert other.arm.foreign and "not compared" in text and other.arm.label not in results.verdict.summaries
-    assert "spectral_lr_0.1 (source deadbeef) (other source code or data)" in numbers["conclusion"]
+    wanted = "Not compared (other source code or data): spectral_lr_0.1 (source deadbeef)"
+    assert wanted in numbers["conclusion"]
     assert results.comparison(other.arm.label)[0] is None
     pooled, _, text, _ = report_of(file, logs=tmp_path / "logs", pool_sources=True)
     assert [arm.count("done") for arm in pooled.arms] == [5, 5]
@@ -470,7 +474,7 @@ def test_only_runs_that_are_not_compared_have_finished(tmp_path, others):
     }
     ends = {(tag, seed): "diverged" for tag in ("a", *others) for seed in SEEDS}
     text = sweep(tmp_path, arms, seeds=SEEDS, control="a", ends=ends)[2]
-    assert "**Nothing may be concluded: no run that can be compared has finished.**" in text
+    assert "* Nothing may be concluded: no run that can be compared has finished." in text
 
 
 def test_other_data_is_kept_apart(tmp_path):
