@@ -32,17 +32,23 @@ LAUNCHER_SETS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class PlannedArm:
-    """Runs that differ only in their seed."""
+    """Runs that differ only in their seed; `check_values` completes it. places: where the settings stand."""
 
     tag: str
     script: str
     seeds: list[int]
     settings: dict
-    settings_hash: str
+    places: dict[str, str]
     versus: str | None = None  # tag of the arm to compare it with, if not the control
+    settings_hash: str = ""
     lacks: str = ""  # what is wrong with the data files, if anything
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Settings as environment variables."""
+        return {name: env_text(value) for name, value in self.settings.items()}
 
     def run(self, seed: int) -> Run:
         """Return the arm's run with a seed, not yet named."""
@@ -90,8 +96,8 @@ def read_sweep(
     check_shape(document)
     if scale is not None:
         apply_scale(document, scale)
-    drafts, notes = expand(document)
-    arms = check_drafts(drafts, given or {}, elsewhere)
+    arms, notes = expand(document)
+    check_values(arms, given or {}, elsewhere)
     check_different(arms)
     control = document.get("control")
     tags = [arm.tag for arm in arms]
@@ -224,7 +230,7 @@ def apply_scale(document: dict, name: str) -> None:
     document["env"] = {**document.get("env", {}), **scale}
 
 
-def expand(document: dict) -> tuple[list["Draft"], list[str]]:
+def expand(document: dict) -> tuple[list[PlannedArm], list[str]]:
     """Return arms times grid, and notes on which settings were left out for which arms."""
     grid, common = document.get("grid", {}), document.get("env", {})
     for name in grid:
@@ -242,12 +248,12 @@ def expand(document: dict) -> tuple[list["Draft"], list[str]]:
     for name in (*common, *grid):
         if not any(name in trainer.settings for trainer in trainers.values()):
             raise unknown_setting(name, "[env], [grid] or [scale]", trainers)
-    drafts = []
-    for arm, script in zip(tables, scripts):
-        ours = draft_arms(arm, script, common, grid, arm.get("seeds", document.get("seeds", [0])))
-        drafts += ours
-        who, known = arm.get("tag", script), trainers[script].settings
-        lacking = [name for name in (*common, *grid) if not all(name in draft.settings for draft in ours)]
+    arms = []
+    for table, script in zip(tables, scripts):
+        ours = multiply(table, script, common, grid, table.get("seeds", document.get("seeds", [0])))
+        arms += ours
+        who, known = table.get("tag", script), trainers[script].settings
+        lacking = [name for name in (*common, *grid) if not all(name in arm.settings for arm in ours)]
         for names, why in (
             ([name for name in lacking if name not in known], f"as {script} has no such settings"),
             ([name for name in lacking if name in known], "where they do nothing with its other settings"),
@@ -255,11 +261,11 @@ def expand(document: dict) -> tuple[list["Draft"], list[str]]:
             if names:
                 notes.append(f"left out for {who}, {why}: {', '.join(names)}")
     for name in document.get("env", {}):
-        if not any(name in draft.settings for draft in drafts):
+        if not any(name in arm.settings for arm in arms):
             raise ValueError(
                 f"{name} in [env] or [scale] does nothing in any arm; --help says with what it does"
             )
-    return drafts, notes
+    return arms, notes
 
 
 def from_environment(trainers: Iterable[TrainerInfo], in_file: set[str]) -> tuple[dict, list[str]]:
@@ -293,107 +299,70 @@ def unknown_setting(name: str, where: str, trainers: dict[str, TrainerInfo]) -> 
     return ValueError(f"{name} in {where} is not a setting of {' or '.join(trainers)}; {hint}")
 
 
-@dataclass
-class Draft:
-    """Arm as written in the file. places: where each setting is in it. arm: as its trainer reads it."""
-
-    table: dict
-    script: str
-    seeds: list[int]
-    settings: dict
-    places: dict[str, str]
-    axes: tuple[str, ...]  # the settings that [grid] varies
-    arm: PlannedArm | None = None
-
-    def texts(self) -> dict[str, str]:
-        """Return the settings as environment variables."""
-        return {name: env_text(value) for name, value in self.settings.items()}
-
-    def identity(self) -> dict[str, str]:
-        """Return SEED and RUN_ID similar to those of the arm's runs."""
-        run_id = f"x{self.tagged('tag', self.settings)}"
-        return {"SEED": str(self.seeds[0]), "RUN_ID": run_id[:100]}
-
-    def tagged(self, key: str, settings: dict) -> str:
-        """Return the arm's tag, or its control's, with the grid's values."""
-        values = [f"{name.lower()}_{format_value(settings[name])}" for name in self.axes]
-        return grid_name([self.table[key], *values] if key in self.table else values)
-
-
-def draft_arms(arm: dict, script: str, common: dict, grid: dict, seeds: list[int]) -> list[Draft]:
+def multiply(table: dict, script: str, common: dict, grid: dict, seeds: list[int]) -> list[PlannedArm]:
     """Multiply an arm by [grid], for settings that its script knows and that it does not set itself.
 
     Of the common settings it takes those that do something with its own.
     """
     trainer = read_trainer(script)
-    own = {name: value for name, value in arm.items() if name not in ARM_KEYS}
-    where = f"arm {arm.get('tag')!r}"
+    own = {name: value for name, value in table.items() if name not in ARM_KEYS}
+    where = f"arm {table.get('tag')!r}"
     for name in own:
         if name not in trainer.settings:
             raise unknown_setting(name, where, {script: trainer})
     shared = {name: value for name, value in common.items() if name in trainer.settings}
     axes = {name: values for name, values in grid.items() if name in trainer.settings and name not in own}
-    drafts = []
+    arms = []
     for combination in itertools.product(*axes.values()):
-        settings, places = {}, {}
-        for table, place in ((shared, "[env]"), (dict(zip(axes, combination)), "[grid]"), (own, where)):
-            settings |= table
-            places |= dict.fromkeys(table, place)
+        varied = dict(zip(axes, combination))
+        settings = {**shared, **varied, **own}
+        places = dict.fromkeys(shared, "[env]") | dict.fromkeys(varied, "[grid]") | dict.fromkeys(own, where)
         idle = [name for name in shared if name not in own and trainer.is_idle(name, settings)]
         for name in idle:
             del settings[name], places[name]
         for name in settings:
             if name in LAUNCHER_SETS:
                 raise ValueError(f"{name} in {places[name]}: {LAUNCHER_SETS[name]}")
-        drafts.append(Draft(arm, script, seeds, settings, places, tuple(axes)))
-    return drafts
+        values = [f"{name.lower()}_{format_value(value)}" for name, value in varied.items()]
+        tag = in_file_name([table["tag"], *values] if "tag" in table else values or ["all"])
+        versus = in_file_name([table["versus"], *values]) if "versus" in table else None
+        arms.append(PlannedArm(tag, script, seeds, settings, places, versus))
+    return arms
 
 
-def check_drafts(drafts: list[Draft], given: dict[str, str], elsewhere: bool) -> list[PlannedArm]:
-    """Return the arms with values as the trainers read them; ValueError if a trainer refuses one."""
-
-    def environment(draft: Draft) -> dict[str, str]:
-        trainer = read_trainer(draft.script)
-        added = {name: value for name, value in given.items() if name in trainer.settings}
-        env = {**added, **draft.texts(), **draft.identity()}
-        return {**trainer.without_machine(env), "DEVICE": "cpu"} if elsewhere else env
-
-    for script in dict.fromkeys(draft.script for draft in drafts):
-        ours = [draft for draft in drafts if draft.script == script]
-        answers = read_trainer(script).check([environment(draft) for draft in ours])
-        for draft, answer in zip(ours, answers, strict=True):
-            draft.arm = planned_arm(draft, answer, elsewhere)
-    return [draft.arm for draft in drafts]
+def in_file_name(parts: list[str]) -> str:
+    """Join the parts of an arm's tag, in characters that may stand in a file's name."""
+    return re.sub(r"[^\w.=,+-]", "_", "-".join(parts), flags=re.ASCII)
 
 
-def planned_arm(draft: Draft, answer: dict, elsewhere: bool) -> PlannedArm:
-    """Return an arm with the values that its trainer read; ValueError if the trainer refused them."""
-    if answer["refused"]:
-        raise ValueError(refusal(draft, answer["refused"]))
-    values = {name: value for name, value in answer["values"].items() if name in draft.settings}
-    if elsewhere:
-        values.pop("DEVICE", None)
-    settings = draft.settings | values
-    tag = draft.tagged("tag", settings) or "all"
-    versus = draft.tagged("versus", settings) if "versus" in draft.table else None
-    hashed = hash_settings(read_trainer(draft.script), settings)
-    return PlannedArm(tag, draft.script, draft.seeds, settings, hashed, versus, answer["data"] or "")
+def check_values(arms: list[PlannedArm], given: dict[str, str], elsewhere: bool) -> None:
+    """Give the arms their settings as the trainers read them; ValueError if a trainer refuses one."""
+    for script in dict.fromkeys(arm.script for arm in arms):
+        trainer, ours = read_trainer(script), [arm for arm in arms if arm.script == script]
+        environments = []
+        for arm in ours:
+            added = {name: value for name, value in given.items() if name in trainer.settings}
+            env = {**added, **arm.env, "SEED": str(arm.seeds[0]), "RUN_ID": f"x{arm.tag}"[:100]}
+            environments.append({**trainer.without_machine(env), "DEVICE": "cpu"} if elsewhere else env)
+        for arm, answer in zip(ours, trainer.check(environments), strict=True):
+            if answer["refused"]:
+                raise ValueError(refusal(arm, answer["refused"]))
+            values = {name: value for name, value in answer["values"].items() if name in arm.settings}
+            if elsewhere:
+                values.pop("DEVICE", None)
+            arm.settings |= values
+            arm.settings_hash = hash_settings(trainer, arm.settings)
+            arm.lacks = answer["data"] or ""
 
 
-def refusal(draft: Draft, said: str) -> str:
+def refusal(arm: PlannedArm, said: str) -> str:
     """Return a trainer's objection to an arm, and where the setting that it names is in the file."""
-    text = draft.texts()
-    for name, place in draft.places.items():
+    text = arm.env
+    for name, place in arm.places.items():
         for shown in (f"{name}={text[name]!r}", f"{name}={text[name]}"):
             if said.startswith(f"{shown}:") or said.startswith(f"{shown} "):
                 return said.replace(shown, f"{shown} in {place}", 1)
-    who = f"arm {draft.table['tag']!r}: " if "tag" in draft.table else ""
-    return f"{who}{said}"
-
-
-def grid_name(parts: list[str]) -> str:
-    """Return an arm's tag: its own, then the values of the grid."""
-    return re.sub(r"[^\w.=,+-]", "_", "-".join(parts), flags=re.ASCII)
+    return f"arm {arm.tag!r}: {said}"
 
 
 def hash_settings(trainer: TrainerInfo, settings: dict) -> str:
