@@ -119,22 +119,18 @@ def left_a_checkpoint(run: Run) -> bool:
 
 
 def recorded_otherwise(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
-    """Return a line for each recording setting in which a finished run differs from its planned one.
-
-    `pairs` are planned and finished runs.
-    """
+    """Return a line for each difference in recording settings; pairs are planned and finished runs."""
     logs: dict[str, list[str]] = {}
     for new, old in pairs:
         trainer = read_trainer(new.script)
         was, wanted = (trainer.affecting("recording", given_settings(run)) for run in (old, new))
-        different = [name for name in wanted if was[name] != wanted[name]]
-        if different:
-            with_what = ", ".join(f"{name}={format_value(was[name])}" for name in different)
-            without = ", ".join(format_value(wanted[name]) for name in different)
-            logs.setdefault(f"{with_what} (now {without})", []).append(old.log)
+        for name in wanted:
+            if was[name] != wanted[name]:
+                change = f"{name}={format_value(was[name])} (now {format_value(wanted[name])})"
+                logs.setdefault(change, []).append(old.log)
     return [
-        f"recorded with {what}, and not run again: {', '.join(paths)}; delete a log to run it again"
-        for what, paths in logs.items()
+        f"recorded with {change}, and not run again: {', '.join(paths)}; delete a log to run it again"
+        for change, paths in logs.items()
     ]
 
 
