@@ -1,6 +1,5 @@
-"""Text files: read in any encoding that editors use, written atomically."""
+"""Text files: read as UTF-8, written atomically."""
 
-import codecs
 import contextlib
 import os
 from collections.abc import Iterator
@@ -8,17 +7,12 @@ from pathlib import Path
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 or UTF-16 file, without its byte order mark; ValueError if it is neither."""
-    raw = path.read_bytes()
-    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    """Return the text of a UTF-8 file, without a byte order mark; ValueError if it is not UTF-8."""
     try:
-        text = raw.decode("utf-16" if utf16 else "utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {line}: not UTF-8 (found byte {raw[error.start]:#04x}); save it as UTF-8"
-        ) from None
-    return text.replace("\r\n", "\n")
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8; save it as UTF-8") from None
 
 
 @contextlib.contextmanager

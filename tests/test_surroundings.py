@@ -662,10 +662,16 @@ def test_a_plan_can_be_looked_at_on_any_machine(place, launch, trainers_here):
     assert "gpus" not in script and "#SBATCH --cpus-per-task=1\n" in script and "SAVE_EVERY=100" in script
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_sweep_file_from_windows(place, encoding):
-    Path("trial.toml").write_text("# ρ\n" + TWO_ARMS, encoding=encoding, newline="\r\n")
+def test_a_sweep_file_from_windows(place):
+    Path("trial.toml").write_text("# ρ\n" + TWO_ARMS, encoding="utf-8-sig", newline="\r\n")
     assert [arm.tag for arm in read_sweep("trial.toml").arms] == ["base", "spectral_lr_0.1"]
+
+
+@pytest.mark.parametrize("encoding, line", [("utf-16", 1), ("latin-1", 2)])
+def test_a_sweep_file_that_is_not_utf8(place, encoding, line):
+    Path("trial.toml").write_text("# one\n# Zoë\n" + TWO_ARMS, encoding=encoding)
+    with pytest.raises(ValueError, match=f"trial.toml, line {line}: not UTF-8; save it as UTF-8"):
+        read_sweep("trial.toml")
 
 
 def test_files_are_utf8_whatever_the_locale(place):
