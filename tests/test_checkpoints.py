@@ -160,10 +160,9 @@ def test_only_the_last_two_are_kept_and_a_failed_write_changes_nothing(tmp_path,
 
 def checkpoint_bytes(**changes) -> bytes:
     """Return a checkpoint's bytes with these changes to its contents."""
-    contents = {key: kind() for key, kind in checkpoints.KEYS.items()}
-    contents |= {"format": checkpoints.FORMAT, "run_id": "mine", "position": [0, 0, 0]}
+    contents = {"format": checkpoints.FORMAT, "run_id": "mine", "params": {"a": {"master": torch.ones(50)}}}
     file = io.BytesIO()
-    torch.save({**contents, "params": {"a": {"master": torch.ones(50)}}, **changes}, file)
+    torch.save({**contents, **changes}, file)
     return file.getvalue()
 
 
@@ -206,19 +205,9 @@ def test_any_bytes_are_a_checkpoint_or_a_checkpoint_error(data, tmp_path):
     [
         {"run_id": "../../elsewhere"},  # else a stranger's file chooses where log and model are written
         {"run_id": ""},
-        {"config": {"seed": torch.ones(2)}},
-        {"config": {(1, 2): 3}},
-        {"step": -1},
         {"format": 1},  # of the trainers before this format
         {"format": 3},
-        {"tokens": -1},
-        {"counts": []},
-        {"reached": 1},
-        {"train_ms": 5},
-        {"position": [0, -1, 0]},
-        {"position": [0]},
-        {"position": [0, 0, "a"]},
-        {"params": []},
+        {"format": None},
     ],
     ids=str,
 )
