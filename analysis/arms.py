@@ -149,24 +149,18 @@ def unique_names(names: Sequence[str], runs: Sequence[RunLog]) -> list[str]:
 
 
 def _by_settings(arms: Sequence[Sequence[RunLog]]) -> list[str]:
-    """Name each arm by few settings that tell all apart; if they are many, by those unlike most arms'.
+    """Name each arm by the settings that tell all apart; if they are many, by those unlike most arms'.
 
-    A setting varies if it does among the arms that have it: ORD's settings, which the baseline lacks, do not
-    distinguish ORD from the baseline, but the script does.
+    An arm without any of these is named by its script.
     """
     parts = [_parts(runs[0]) for runs in arms]
     chosen, names = _telling_apart(parts), []
     usual = {name: Counter(p[name] for p in parts if name in p).most_common(1)[0][0] for name in chosen}
-    scripts_differ = "script" in _varying(parts)
     for part in parts:
         own = [name for name in chosen if name in part]
         shown = own if len(own) <= MAX_SETTINGS else [name for name in own if part[name] != usual[name]]
-        if shown:
-            names.append(" ".join(part[name] for name in shown))
-        elif own:
-            names.append(f"{part[own[0]]}, else as most")
-        else:
-            names.append(part["script"] if scripts_differ else "")
+        script = part.get("script", "") if chosen else ""
+        names.append(" ".join(part[name] for name in shown) or script)
     return names
 
 
@@ -182,7 +176,10 @@ def _parts(run: RunLog) -> dict[str, str]:
 
 
 def _varying(parts: Sequence[dict[str, str]]) -> list[str]:
-    """Return the settings that vary among the arms that have them."""
+    """Return the settings that vary among the arms that have them.
+
+    ORD's, which the baseline lacks, do not tell ORD from the baseline; the script does.
+    """
     names = dict.fromkeys(name for part in parts for name in part)
     return [name for name in names if len({part[name] for part in parts if name in part}) > 1]
 
@@ -197,19 +194,18 @@ def _left_out(arms: Sequence[Arm]) -> list[str]:
 
 
 def _telling_apart(parts: Sequence[dict[str, str]]) -> list[str]:
-    """Choose few settings that together distinguish all arms, as far as possible, most distinctive first.
+    """Choose few settings that together distinguish all arms, as far as possible.
 
-    Of settings that vary together (ADAM_LR = 0.1 x MUON_LR) only the shortest to write is kept.
+    Those of most values come first, of equals the shortest to write. Of settings that vary together (ADAM_LR
+    = 0.1 x MUON_LR) one is chosen.
     """
-    left, chosen, groups = _varying(parts), [], 1
-    while left:
-        counts = {n: len({tuple(part.get(c) for c in (*chosen, n)) for part in parts}) for n in left}
-        lengths = {n: sum(len(part.get(n, "")) for part in parts) for n in left}
-        best = min(left, key=lambda n: (n == "script", -counts[n], lengths[n]))
-        if counts[best] == groups:
-            left.remove(best)
-            continue
-        chosen.append(best)
-        left.remove(best)
-        groups = counts[best]
+
+    def num_groups(*names):
+        return len({tuple(part.get(name) for name in names) for part in parts})
+
+    by_length = sorted(_varying(parts), key=lambda name: sum(len(part.get(name, "")) for part in parts))
+    chosen = []
+    for name in sorted(by_length, key=num_groups, reverse=True):
+        if num_groups(*chosen, name) > num_groups(*chosen):
+            chosen.append(name)
     return chosen

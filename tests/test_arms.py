@@ -41,7 +41,7 @@ def names_of(*settings, scripts=None):
         ),
         (
             [{"a": 1, "b": 1, "c": 1, "d": 1}, *({"a": 1, "b": 1, "c": 1, "d": 1, x: 2} for x in "abcd")],
-            ["d=1, else as most", "a=2", "b=2", "c=2", "d=2"],
+            ["train_gpt", "a=2", "b=2", "c=2", "d=2"],
         ),
         ([{}], ["run0"]),
         ([{"model_facts": {"width": 1}}, {"model_facts": {"width": 2}}], ["run0", "run1"]),
