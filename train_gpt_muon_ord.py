@@ -1522,7 +1522,7 @@ class Schedule:
     def stage(self, step: int) -> int:
         """Stage of a step; num_steps counts as part of the last stage."""
         step = min(step, self.num_steps - 1)
-        return sum(step >= end for end in self.bounds[1:NUM_STAGES])
+        return next(stage for stage, end in enumerate(self.bounds[1:]) if step < end)
 
     def tied(self, step: int) -> bool:
         """Return whether embedding and head share weights after `step` steps and in the next one."""

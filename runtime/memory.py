@@ -119,9 +119,10 @@ class Memory:
         if self.forecasts:
             self.device_bytes = torch.cuda.get_device_properties(ranks.device).total_memory
             self.usable = usable_bytes(self.device_bytes)
-        room = self.usable - self.held  # for a pass of training, or of validation with logits
-        fitting = room / self.per_token, (room - self.per_val_token * self.val_tokens) / self.logits
-        self.pass_tokens = s.pass_tokens or max(1, int(min(MOST_TOKENS, *fitting)))
+        room = self.usable - self.held
+        fit_pass = room / self.per_token  # tokens of training
+        fit_head = (room - self.per_val_token * self.val_tokens) / self.logits  # of validation with logits
+        self.pass_tokens = s.pass_tokens or max(1, int(min(MOST_TOKENS, fit_pass, fit_head)))
         # tokens per piece of the validation head
         self.head_tokens = max(self.pass_tokens, *self.slice_tokens)
 

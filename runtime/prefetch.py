@@ -48,10 +48,11 @@ class Prefetcher:
     def each(self, items):
         """Yield the items of an iterator, each made while the one before it is in use."""
         items = iter(items)
-        future = self.start(next, items, None)
-        while (item := self.take(future)) is not None:
-            future = self.start(next, items, None)
+        item = self.take(self.start(next, items, None))
+        while item is not None:
+            coming = self.start(next, items, None)
             yield item
+            item = self.take(coming)
 
     def close(self):
         self.worker.shutdown()

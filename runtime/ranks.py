@@ -246,30 +246,30 @@ def refuse_together(error: SettingsError):
     ranks = Ranks.__new__(Ranks)
     ranks.find_place("cpu")
     if ranks.launched:
-        with contextlib.suppress(dist.DistError):  # without the store nobody can be told
-            agree_on_settings(ranks.rendezvous(60), ranks.rank, ranks.world_size, error)
+        # what the others say, or a store that is gone, matters less than this rank's own error
+        with contextlib.suppress(dist.DistError, SettingsError, TimeoutError):
+            settings = {"refused": str(error)}
+            agree_on_settings(ranks.rendezvous(60), ranks.rank, ranks.world_size, settings)
     raise error
 
 
-def agree_on_settings(store: dist.Store, rank: int, world_size: int, mine: dict | SettingsError):
+def agree_on_settings(store: dist.Store, rank: int, world_size: int, settings: dict):
     """Raise SettingsError on all ranks if one has no settings, or others than the rest.
 
     Raises TimeoutError if a rank does not start. Uses the store alone, before a process group forms: ranks
     with wrong settings, or on different devices, would make that hang.
 
-    mine: this rank's settings, or its error.
+    settings: this rank's, or {"refused": why it has none}.
     """
-    refused, soon = isinstance(mine, SettingsError), datetime.timedelta(seconds=30)
-    store.set(f"settings{rank}", json.dumps({"refused": str(mine)} if refused else mine))
+    soon = datetime.timedelta(seconds=30)
+    store.set(f"settings{rank}", json.dumps(settings))
     keys = [f"settings{rank}" for rank in range(world_size)]
     try:
-        if refused:
+        if "refused" in settings:
             store.wait(keys, soon)  # one that ends anyway waits less for the others
         else:
             store.wait(keys)
     except dist.DistError as error:
-        if refused:
-            raise mine from None
         absent = [str(i) for i, key in enumerate(keys) if not store.check([key])]
         raise TimeoutError(
             f"of {world_size} ranks, {', '.join(absent)} did not start in time (1.5 x DIST_TIMEOUT); look "
@@ -281,7 +281,7 @@ def agree_on_settings(store: dist.Store, rank: int, world_size: int, mine: dict 
         with contextlib.suppress(dist.DistError):  # the store may go with this rank: let all read first
             store.set(f"read{rank}", "")
             store.wait([f"read{rank}" for rank in range(world_size)], soon)
-        raise mine if refused else SettingsError(next(filter(None, texts)))
+        raise SettingsError(next(filter(None, texts)))
 
 
 def settings_apart(rank: int, theirs: dict, first: dict) -> str:

@@ -165,13 +165,14 @@ def read(classes, env: Mapping[str, str], defaults: dict, script: str) -> list:
     """
     fields = knobs(classes)
     refuse_lookalikes(env, list(fields), script)
-    start = {f.name: defaults.get(f.name, f.default) for f in fields.values()}
-    values = start | {f.name: parse_value(name, env[name], f) for name, f in fields.items() if name in env}
+    unset = {f.name: defaults.get(f.name, f.default) for f in fields.values()}
+    given = {f.name: parse_value(name, env[name], f) for name, f in fields.items() if name in env}
+    values = {**unset, **given}
     for name, f in fields.items():
         if f.metadata["only"] is None:
             continue
         other, wanted = f.metadata["only"]
-        if values[other] not in wanted and values[f.name] != start[f.name]:
+        if values[other] not in wanted and values[f.name] != unset[f.name]:
             value, having = as_text(values[f.name]), as_text(values[other]) or "''"
             raise SettingsError(
                 f"{name}={value} does nothing with {other.upper()}={having}; it needs {' or '.join(wanted)}"
