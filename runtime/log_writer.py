@@ -282,15 +282,12 @@ def last_event(log: Path) -> str:
 
 
 def logged_config(log: Path) -> dict:
-    """The settings in a log's header, and the trainer's name as `script`; {} if there is none."""
-    found = re.match(r"config:(\{.*\})$", own_lines(log), re.M)
-    if not found or not has_begun(log):  # of a header cut short, nothing counts
-        return {}
-    config = json.loads(found[1])
+    """The settings in a log's header, and the trainer's name as `script`; {} if no run has begun in it."""
     begun = beginnings(log)
-    if begun:
-        config["script"] = begun[0]["script"]
-    return config
+    if not begun:
+        return {}
+    config = own_lines(log).partition("\n")[0].removeprefix("config:")
+    return {**json.loads(config), "script": begun[0]["script"]}
 
 
 def own_lines(log: Path) -> str:

@@ -438,12 +438,12 @@ def test_a_log_that_was_only_begun_does_not_block_its_name(tmp_path, part):
 def test_a_header_cut_anywhere_says_nothing_of_settings(tmp_path):
     """Fails if RESUME=auto is refused for settings of a header that a kill cut short, or cannot read them."""
     log = LogWriter(tmp_path / "whole.txt", 0, 9)
-    log.header(
-        {"model_config": {"width": 8}, "seed": 1}, {"recording": [], "machine": []}, {"script": "x.py"}
-    )
+    started = {"run_id": "whole", "time": "now", "script": "x.py", "source_hash": "1"}
+    log.header({"model_config": {"width": 8}, "seed": 1}, {"recording": [], "machine": []}, started)
     assert log.close() == 0
     whole = (tmp_path / "whole.txt").read_bytes()
-    assert logged_config(tmp_path / "whole.txt")["seed"] == 1
+    config = logged_config(tmp_path / "whole.txt")
+    assert config == {"model_config": {"width": 8}, "seed": 1, "script": "x.py"}
     cut = tmp_path / "cut.txt"
     for end in range(whole.rindex(b"\nconfig:"), len(whole)):
         cut.write_bytes(whole[:end])
