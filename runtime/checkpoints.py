@@ -169,7 +169,9 @@ def find_origin(module, s, config: dict, run_id: str) -> Origin:
     """
     classes = (*module.SETTINGS, module.ModelConfig)
     same = SameTraining(classes, {**config, "script": module.SCRIPT.name})
-    if is_restart():  # resume, if the worker that this one replaces got as far as a log
+    # a restarted worker resumes if the one that it replaces had begun a log; RESUME=PATH begins there again
+    # until the run has a checkpoint of its own
+    if is_restart():
         s = dataclasses.replace(s, run_id=run_id or run_of_this_launch() or s.run_id)
         if begun_by_this_launch(s.log) and (not s.resume or checkpoints_in(s.folder)):
             return last_checkpoint(s, same)

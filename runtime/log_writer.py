@@ -201,13 +201,11 @@ def show(text: str, file=None, end: str = "\n"):
 def sources() -> bytes:
     """The project's source files that this process has imported, each after a line with name and size."""
     paths = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-    paths = {p.resolve() for p in paths if p.is_absolute()}  # torch.ops is "_ops.py", which is nowhere
+    paths = {p.resolve() for p in paths if p.is_absolute() and p.is_file()}  # torch.ops is "_ops.py", nowhere
     ours = sorted(p for p in paths if p.is_relative_to(ROOT) and "site-packages" not in p.parts)
-    # torch.classes and torch.ops have a __file__ that does not exist, in the current folder
-    ours = [p for p in ours if p.suffix == ".py" and p.is_file() and p.stat().st_size]
-    files = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in ours}
+    files = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in ours if p.suffix == ".py"}
     return b"".join(
-        FIRST_LINE + f"{name}, {len(code)} bytes\n".encode() + code for name, code in files.items()
+        FIRST_LINE + f"{name}, {len(code)} bytes\n".encode() + code for name, code in files.items() if code
     )
 
 
@@ -257,8 +255,8 @@ def has_begun(log: Path) -> bool:
     if not log.is_file():
         return False
     text = log.read_bytes()
-    is_piece_of_header = not text or text.startswith(FIRST_LINE) or FIRST_LINE.startswith(text)
-    return not is_piece_of_header or b"\nevent:started " in text
+    may_be_cut = text.startswith(FIRST_LINE) or FIRST_LINE.startswith(text)
+    return b"\nevent:started " in text or not may_be_cut
 
 
 def refuse_existing(log: Path):

@@ -171,6 +171,7 @@ class Session:
         if step == self.num_steps:
             return True
         every = self.s.save_every
+        # a multiple of SAVE_EVERY has passed: that step itself may not have been one to save at
         due = every > 0 and step // every > self.last_save // every
         if not due and not self.stop_agreed:
             return False
@@ -197,7 +198,8 @@ class Session:
             self.manifold.measure(step, self.tokens)
         self.flush()
         loss_sum = loss_sum.float()
-        sums = torch.stack((loss_sum, torch.full_like(loss_sum, float(bool(self.stop.reason)))))
+        asked_to_stop = torch.full_like(loss_sum, 1.0 if self.stop.reason else 0.0)
+        sums = torch.stack((loss_sum, asked_to_stop))
         sums, wait = to_host(sums, self.ranks.all_reduce(sums))
         self.pending = PendingLine(step, sums, wait, batch_tokens, self.tokens, self.clock.ms())
         if self.ranks.device.type == "cpu":

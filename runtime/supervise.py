@@ -100,7 +100,7 @@ class Watch(threading.Thread):
         return 0 in self.pids and all(rank in missing for rank in self.pids if rank < self.ranks.rank)
 
     def run(self):
-        gone_since, polled = None, time.monotonic()
+        complete_at = polled = time.monotonic()  # complete_at: when last no rank was gone
         while not self.over.wait(self.POLL_S):
             now, missing = time.monotonic(), self.missing()
             was_asleep = now - polled > 10 * self.POLL_S  # SIGSTOP, or a suspended machine
@@ -110,14 +110,12 @@ class Watch(threading.Thread):
             if self.ranks.is_orphan() and not self.stop_request.reason:
                 self.stop_request.reason = "its launcher is gone"
             gone = [text for text in missing.values() if text.endswith("gone")]
-            if not gone:
-                gone_since = None
-            elif gone_since is None:
-                gone_since = now
+            if was_asleep or not gone:
+                complete_at = now
             silent_s = now - self.ranks.last_beat
             if silent_s > self.timeout_s:
                 self.on_crash(missing, self.why_silent(silent_s, missing))
-            elif gone and now - gone_since > self.GRACE_S and silent_s > self.GRACE_S:
+            elif min(now - complete_at, silent_s) > self.GRACE_S:
                 self.on_crash(missing, ", ".join(gone))
 
     def why_silent(self, silent_s: float, missing: dict[int, str]) -> str:
@@ -143,16 +141,12 @@ def process_state(pid: int) -> str:
     """State of a process: "alive", "stopped" (by SIGSTOP) or "gone"."""
     try:
         os.kill(pid, 0)
-        state = (
-            Path(f"/proc/{pid}/stat")
-            .read_text(encoding="utf-8", errors="replace")
-            .rpartition(")")[2]
-            .split()[0]
-        )
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except ProcessLookupError:
         return "gone"
     except OSError:  # no /proc on this system: alive is all that can be said
         return "alive"
+    state = stat.rpartition(")")[2].split()[0]  # follows the name, which may hold anything
     return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(state, "alive")
 
 
@@ -320,8 +314,8 @@ class Supervisor:
         finally:
             self.watch.over.set()
             self.ranks.close()
-        lacks_lines = self.log.close()  # 1, then the exit code, if the disk did not take all of the log
-        return lacks_lines if lacks_lines else code
+        lost_lines = self.log.close()
+        return lost_lines or code
 
     def train(self) -> int:
         """Exit code."""
