@@ -230,7 +230,7 @@ def rate_record(rate: Rate, analysis: Analysis) -> dict:
         "label": rate.label,
         "label_is_sure": rate.sure,
         "accuracy_percent_per_minute": rate.efficiency,
-        "not_told_from_best": rate in analysis.near_best() if analysis.may_claim() else None,
+        "not_told_from_best": rate in analysis.near_best() if analysis.is_tested(rate) else None,
         "n": rate.loss.n,
         "single_run": rate.loss.n == 1,
         "loss_sd": rate.loss.sd,

@@ -33,7 +33,8 @@ RULES = {
     f"than {LOST:.0%} of the fall above its lowest until then; or its runs' sd exceeds {SPREAD:g} times the "
     f"sweep's noise and {1 - GOOD:.0%} of the fall",
     "diverged": "all its runs diverged, or ended no lower than they began",
-    "no result": "no run has finished and none diverged: they crashed, hung or have not ended",
+    "no result": "no run has finished and none diverged: they crashed, hung or have not ended; or all "
+    "values with finished runs have failed ones too, so that there is nothing to compare with",
 }
 
 
@@ -159,6 +160,9 @@ class Analysis:
     def may_claim(self, by: str = "loss") -> bool:
         """True if rates may be called worse than the best or tied with it; not while runs are missing."""
         return len(self.contenders(by).tested) > 1 and not self.results.count("missing")
+
+    def is_tested(self, rate: Rate) -> bool:
+        return self.may_claim() and rate.name in self.by_loss.tested
 
     def near_best(self, by: str = "loss") -> list[Rate]:
         """Rates statistically tied with the best, including it; none while runs are missing."""
@@ -323,12 +327,14 @@ def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
     lowest, fall = analysis.lowest(), analysis.fall
     if not learnt:
         return ("diverged" if rate.num_diverged else "no result"), None
-    if rate.num_diverged or lowest is None or is_unstable(rate, learnt, analysis):
+    if rate.num_diverged or is_unstable(rate, learnt, analysis):
         return "unstable", None
+    if lowest is None:
+        return "no result", None
     short, limit = rate.loss.mean - lowest.loss.mean, (1 - GOOD) * fall
     width = analysis.by_loss.half_width(rate.name, lowest.name)
     sure = None
-    if math.isfinite(width) and not analysis.results.count("missing"):
+    if analysis.is_tested(rate) and analysis.is_tested(lowest):
         sure = rate is lowest or abs(short - limit) > width
     if short <= limit:
         return ("optimal" if rate in analysis.near_best() else "good"), sure
@@ -340,5 +346,8 @@ def is_unstable(rate: Rate, learnt: Sequence[Attempt], analysis: Analysis) -> bo
     if any(largest_rise(attempt) > LOST * fall for attempt in learnt):
         return True
     wide = max(SPREAD * analysis.by_loss.sd, (1 - GOOD) * fall)  # NaN if the noise is unknown: never exceeded
-    # like sd, without what the runs of a seed share; a value with a failed run has only its survivors' spread
-    return analysis.by_loss.noise.get(rate.name, rate.loss.sd) > wide
+    losses, seeds = rate.arm.samples()
+    shared = analysis.by_loss.shared
+    if shared:  # the noise is without what the runs of a seed share
+        losses = [loss - shared.get(seed, math.nan) for loss, seed in zip(losses, seeds, strict=True)]
+    return summarize(losses).sd > wide

@@ -230,7 +230,8 @@ class Contenders:
     """Simultaneous comparison of all arms with each other, and the arms that may be the best.
 
     `means` are sorted, lowest first. `noise` is each arm's standard deviation of one run, in units of the
-    loss; `sd` (NaN: unknown) is the pooled one, with `df` degrees of freedom.
+    loss; `sd` (NaN: unknown) is the pooled one, with `df` degrees of freedom. `shared` is each seed's mean
+    loss, which the noise does not include; it is empty unless all arms have the same seeds.
     """
 
     means: dict[str, float]
@@ -238,7 +239,11 @@ class Contenders:
     noise: dict[str, float]
     sd: float
     df: int
-    paired: bool
+    shared: dict[Hashable, float]
+
+    @property
+    def paired(self) -> bool:
+        return bool(self.shared)
 
     @property
     def lowest(self) -> str | None:
@@ -337,11 +342,12 @@ def contenders(
     if paired:
         rows = [np.array([table[seed] for seed in tables[0]]) for table in tables]
         by_seed = dict(zip(order, rows, strict=True))
-        shared = np.array([by_seed[name] for name in pool]).mean(0)
-        left = {name: by_seed[name] - shared for name in order}
+        seed_means = np.array([by_seed[name] for name in pool]).mean(0)
+        left = {name: by_seed[name] - seed_means for name in order}
+        shared = dict(zip(tables[0], seed_means, strict=True))
         df = (len(pool) - 1) * (counts[order[0]] - 1)
     else:
-        left = finite
+        left, shared = finite, {}
         df = sum(counts[name] - 1 for name in pool)
     squares = sum(((left[name] - left[name].mean()) ** 2).sum() for name in pool)
     sd = _unless_rounding(math.sqrt(squares / df), list(means.values())) if df else 0.0
@@ -349,7 +355,7 @@ def contenders(
         sd, df = math.nan, 0
     own = {name: _sd(left[name]) for name in several}
     noise = {name: max(sd, own.get(name, 0.0)) for name in order} if df else {}
-    return Contenders(means, counts, noise, sd, df, paired)
+    return Contenders(means, counts, noise, sd, df, shared)
 
 
 @dataclass(frozen=True)

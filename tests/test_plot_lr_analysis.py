@@ -180,22 +180,8 @@ def test_nothing_is_worse_while_runs_are_missing(tmp_path):
     assert not re.search("is worse|cannot be told from|not tested", text.partition("|")[0])
 
 
-def test_what_the_runs_of_a_seed_share_makes_no_value_unstable():
-    """Fails if spreads with the seeds' effect are held against a noise without it."""
-    luck = [0.0, 0.5, 1.0]
-    own = {0.01: [0, 1, 0], 0.02: [0, 0, 1], 0.03: [1, 0, 0], 0.04: [0, 500, 0]}
-    arms = []
-    for rate, few in own.items():
-        losses = [3 + rate + shared + 0.001 * more for shared, more in zip(luck, few, strict=True)]
-        attempts = [Attempt("", seed, "finished", loss) for seed, loss in enumerate(losses)]
-        arms.append(SweepArm(f"{rate}", f"{rate}", [], attempts, settings={"muon_lr": rate}))
-    analysis = analyse_results(Results("made-up", arms))
-    assert [rate.label == "unstable" for rate in analysis.rates] == [False, False, False, True]
-
-
-def test_a_value_with_a_failed_run_is_unstable_by_its_spread():
-    """Fails if a crashed run hides that the others are far apart."""
-    losses = {0.01: [3.0, 3.004, 3.002], 0.02: [3.1, 3.101, 3.106], 0.04: [2.75, 3.25, np.nan]}
+def analyse_losses(losses):
+    """Analyse made-up final losses, by value and seed, of runs that began at 10; NaN: the run crashed."""
     arms = []
     for rate, few in losses.items():
         states = ["finished" if np.isfinite(loss) else "crashed" for loss in few]
@@ -203,8 +189,38 @@ def test_a_value_with_a_failed_run_is_unstable_by_its_spread():
         arms.append(SweepArm(f"{rate}", f"{rate}", [], attempts, settings={"muon_lr": rate}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rates, "start_of", lambda attempt: 10.0)
-        analysis = analyse_results(Results("made-up", arms))
-    assert [rate.label for rate in analysis.rates] == ["optimal", "good", "unstable"]
+        return analyse_results(Results("made-up", arms))
+
+
+def labels_of(losses):
+    return [rate.label for rate in analyse_losses(losses).rates]
+
+
+def test_what_the_runs_of_a_seed_share_makes_no_value_unstable():
+    """Fails if spreads with the seeds' effect are held against a noise without it, or seeds are mixed up."""
+    luck = np.array([3.0, 3.5, 4.0])
+    losses = {0.01: luck + [0, 0.001, 0], 0.02: luck + [0, 0, 0.001], 0.03: luck + [0.001, 0, 0]}
+    losses |= {0.04: luck + [0, 0.5, 0], 0.05: luck + [np.nan, 0.001, 0], 0.06: luck + [0.5, np.nan, 0]}
+    assert [label == "unstable" for label in labels_of(losses)] == [False, False, False, True, False, True]
+
+
+def test_a_value_with_a_failed_run_is_unstable_by_its_spread():
+    """Fails if a crashed run hides that the others are far apart."""
+    losses = {0.01: [3.0, 3.004, 3.002], 0.02: [3.1, 3.101, 3.106], 0.04: [2.75, 3.25, np.nan]}
+    assert labels_of(losses) == ["optimal", "good", "unstable"]
+
+
+def test_nothing_to_compare_with_makes_no_value_unstable():
+    """Fails if a crash in each value, as of one bad machine, reads as instability of all learning rates."""
+    assert labels_of({0.01: [3.0, 3.1, np.nan], 0.02: [np.nan, 3.1, 3.2]}) == ["no result"] * 2
+
+
+def test_what_was_not_tested_is_null():
+    """Fails if final_results.json says `false` of single and failed runs, as if a test had found it."""
+    analysis = analyse_losses({0.01: [3.0, 3.01], 0.02: [3.5, 3.51], 0.04: [3.6], 0.08: [3.7, np.nan]})
+    records = plot_lr_analysis.final_results(analysis)["results"]
+    assert [record["label_is_sure"] for record in records] == [True, True, None, None]
+    assert [record["not_told_from_best"] for record in records] == [True, False, None, None]
 
 
 def test_without_a_best_value_nothing_is_above_it(tmp_path):
