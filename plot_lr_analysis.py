@@ -41,7 +41,7 @@ from analysis.rates import (
 from analysis.read_results import read_results
 from analysis.results import accuracy_of
 from analysis.run_log import format_value
-from analysis.stats import ALPHA
+from analysis.stats import ALPHA, Summary
 from analysis.tables import (
     as_csv,
     as_json,
@@ -73,51 +73,45 @@ def edge_of(rate: Rate, analysis: Analysis) -> str | None:
     return "lowest" if rate is analysis.rates[0] else "highest"
 
 
-def superlative(by: str) -> str:
-    """Words for the extreme value, which need not be the best: it may be a single, lucky run."""
-    return "lowest loss" if by == "loss" else "highest accuracy"
-
-
-def evidence(rate: Rate, by: str) -> str:
+def evidence(summary: Summary, factor: float = 1, unit: str = "") -> str:
     """3.2741, 95% interval [3.2722, 3.2760], sd 0.0012, n = 4."""
-    factor, summary = (1, rate.loss) if by == "loss" else (100, rate.accuracy)
-    mean = f"{factor * summary.mean:.4f}{'' if by == 'loss' else '%'}"
+    mean = f"{factor * summary.mean:.4f}{unit}"
     if summary.n == 1:
         return f"{mean}, a single run"
     interval = format_interval(factor * summary.low, factor * summary.high, signed=False)
     return f"{mean}, 95% interval {interval}, sd {factor * summary.sd:.4f}, n = {summary.n}"
 
 
-def best_sentence(analysis: Analysis, by: str) -> str:
-    lowest = analysis.lowest(by)
+def best_sentence(analysis: Analysis) -> str:
+    lowest = analysis.lowest()
     if lowest is None:
-        return f"no value can be called best by {by}: none has finished runs, none of which failed"
+        return "no value can be called best by loss: none has finished runs, none of which failed"
     name = f"{analysis.setting.upper()} = {format_value(lowest.value)}"
-    if analysis.lowest_is_best(by):
-        text = f"best by {by}: {name} ({evidence(lowest, by)})"
+    if analysis.lowest_is_best():
+        text = f"best by loss: {name} ({evidence(lowest.loss)})"
     else:
-        text = f"{superlative(by)}: {name} ({evidence(lowest, by)}, not tested)"
-    text += claims(analysis, by)
+        text = f"lowest loss: {name} ({evidence(lowest.loss)}, not tested)"
+    text += claims(analysis)
     edge = edge_of(lowest, analysis)
-    name = "it" if analysis.lowest_is_best(by) else format_value(lowest.value)
+    name = "it" if analysis.lowest_is_best() else format_value(lowest.value)
     return text + (f"; {name} is the {edge} value tried, so that a better one may lie beyond" if edge else "")
 
 
-def claims(analysis: Analysis, by: str) -> str:
+def claims(analysis: Analysis) -> str:
     """Say what the test of the values shows, after the name of the lowest; nothing while runs are missing."""
-    if not analysis.contenders(by).df:
+    if not analysis.noise_known:
         return "; how much runs differ by luck is unknown, so that none may be called better than another"
     if analysis.results.count("missing"):
         return ""
-    best, untested = analysis.best(by), analysis.untested(by)
-    others = [rate for rate in analysis.near_best(by) if rate is not best]
+    best, untested = analysis.best(), analysis.untested()
+    others = [rate for rate in analysis.near_best() if rate is not best]
     text, told = "", "; it cannot be told from"
-    if analysis.may_claim(by) and not analysis.lowest_is_best(by):
-        text = f"; best of those tested: {format_value(best.value)} ({evidence(best, by)})"
+    if analysis.may_claim() and not analysis.lowest_is_best():
+        text = f"; best of those tested: {format_value(best.value)} ({evidence(best.loss)})"
         told = ", which cannot be told from"
     if others:
         text += f"{told} {name_values(others)}"
-    elif analysis.may_claim(by):
+    elif analysis.may_claim():
         text += f"; every other value{' tested' if untested else ''} is worse"
     if untested:
         text += f"; not tested (single or failed runs): {name_values(untested)}"
@@ -132,9 +126,13 @@ def sentences(analysis: Analysis) -> list[str]:
     if missing:
         have = "has" if missing == 1 else "have"
         lines.append(f"{missing} of {total} runs {have} not ended: this is how it stands so far")
-    lines.append(best_sentence(analysis, "loss"))
-    if any(rate.accuracy.n for rate in analysis.rates):
-        lines.append(best_sentence(analysis, "accuracy"))
+    lines.append(best_sentence(analysis))
+    most_accurate = analysis.most_accurate()
+    if most_accurate:
+        name = f"{analysis.setting.upper()} = {format_value(most_accurate.value)}"
+        lines.append(
+            f"highest mean accuracy, untested: {name} ({evidence(most_accurate.accuracy, 100, '%')})"
+        )
     stable, threshold = analysis.stable(), analysis.threshold()
     if stable:
         low, high = format_value(stable[0].value), format_value(stable[-1].value)
@@ -148,7 +146,7 @@ def sentences(analysis: Analysis) -> list[str]:
     elif lowest:
         lines.append(f"no run above {middle}{' value' if middle == 'the best' else ''} diverged")
     if analysis.noise_known:
-        found = analysis.by_loss
+        found = analysis.ties
         apart = ", what the runs of a seed share taken out," if found.paired else ""
         lines.append(
             f"noise: a run's loss varies by {found.sd:.4f} (sd{apart} of the better half of the values, "
@@ -159,9 +157,10 @@ def sentences(analysis: Analysis) -> list[str]:
 
 def remark(rate: Rate, analysis: Analysis) -> str:
     parts = []
-    for by in ("loss", "accuracy"):
-        if rate is analysis.lowest(by):
-            parts.append(f"best by {by}" if analysis.lowest_is_best(by) else superlative(by))
+    if rate is analysis.lowest():
+        parts.append("best by loss" if analysis.lowest_is_best() else "lowest loss")
+    if rate is analysis.most_accurate():
+        parts.append("highest mean accuracy")
     if analysis.may_claim() and rate in analysis.near_best() and rate is not analysis.best():
         parts.append("not told from the best")
     if rate.sure is False:
@@ -267,28 +266,28 @@ def ends(rates: Sequence[Rate]) -> list[float] | None:
     return [rates[0].value, rates[-1].value] if rates else None
 
 
-def best_records(analysis: Analysis, by: str) -> dict:
+def best_by_loss(analysis: Analysis) -> dict:
     """The best value; if the lowest is a single run beside values of several, that, and the best tested."""
-    lowest, best = analysis.lowest(by), analysis.best(by)
-    if analysis.lowest_is_best(by):
-        return {f"best_by_{by}": record_by(best, analysis, by) if best else None}
+    lowest, best, may_claim = analysis.lowest(), analysis.best(), analysis.may_claim()
+    if best is None:
+        return {"best_by_loss": None}
+    tied = [rate.value for rate in analysis.near_best() if rate is not best] if may_claim else None
+    record = record_of(best, best.loss, analysis) | {"cannot_be_told_from": tied}
+    if best is lowest:
+        return {"best_by_loss": record}
     return {
-        f"best_by_{by}": None,
-        superlative(by).replace(" ", "_"): record_by(lowest, analysis, by),
-        f"best_tested_by_{by}": record_by(best, analysis, by) if analysis.may_claim(by) else None,
+        "best_by_loss": None,
+        "lowest_loss": record_of(lowest, lowest.loss, analysis),
+        "best_tested_by_loss": record if may_claim else None,
     }
 
 
-def record_by(rate: Rate, analysis: Analysis, by: str) -> dict:
-    summary = rate.loss if by == "loss" else rate.accuracy
-    tied = None
-    if analysis.may_claim(by) and rate is analysis.best(by):
-        tied = [other.value for other in analysis.near_best(by) if other is not rate]
+def record_of(rate: Rate, summary: Summary, analysis: Analysis) -> dict:
+    """A value's entry in comprehensive_insights.json, with its loss or accuracy."""
     return {
         "rate": rate.value,
         **{key: value for key, value in asdict(summary).items() if key != "failed"},
         "single_run": summary.n == 1,
-        "cannot_be_told_from": tied,
         "edge_of_the_range": edge_of(rate, analysis),
     }
 
@@ -296,7 +295,7 @@ def record_by(rate: Rate, analysis: Analysis, by: str) -> dict:
 def insights(analysis: Analysis) -> dict:
     """The content of comprehensive_insights.json: everything computed."""
     results, top, stable = analysis.results, analysis.top(), analysis.stable()
-    threshold = analysis.threshold()
+    threshold, most_accurate = analysis.threshold(), analysis.most_accurate()
     good = [rate for rate in analysis.rates if rate.label in ("good", "optimal")]
     return {
         "sweep": results.name,
@@ -304,8 +303,8 @@ def insights(analysis: Analysis) -> dict:
         "setting": analysis.setting.upper(),
         "tied_to_it": [name.upper() for name in results.tied(analysis.setting)],
         "found": sentences(analysis),
-        **best_records(analysis, "loss"),
-        **best_records(analysis, "accuracy"),
+        **best_by_loss(analysis),
+        "best_by_accuracy": most_accurate and record_of(most_accurate, most_accurate.accuracy, analysis),
         "top_20_percent": {"rates": [rate.value for rate in top], "range": ends(top)},
         "good_range": ends(good),
         "stable_range": ends(stable),
@@ -319,9 +318,9 @@ def insights(analysis: Analysis) -> dict:
             "labels": {label: sum(rate.label == label for rate in analysis.rates) for label in RULES},
         },
         "noise": {
-            "sd_of_a_run": analysis.by_loss.sd,
-            "degrees_of_freedom": analysis.by_loss.df,
-            "without_what_a_seed_shares": analysis.by_loss.paired and analysis.noise_known,
+            "sd_of_a_run": analysis.ties.sd,
+            "degrees_of_freedom": analysis.ties.df,
+            "without_what_a_seed_shares": analysis.ties.paired and analysis.noise_known,
             "alpha": ALPHA,
         },
         "start_loss": analysis.start,

@@ -62,21 +62,20 @@ def draw_values(ax, analysis: Analysis, by: str) -> None:
             ends = factor * found.low, factor * found.high
             style.draw_mean(ax, rate.value, factor * found.mean, *ends, found.n, look, runs)
             means.append(found.mean)
-    if by == "loss":
+    if means and by == "loss":
         style.scale_losses(ax, min(means), max(means))
     scale_x(ax, analysis)
     draw_labels(ax, analysis)
 
 
-def draw_differences(ax, analysis: Analysis, by: str) -> None:
-    """Draw means minus the lowest one; if it was tested, a value whose interval reaches 0 is tied with it."""
-    lowest, found, sizes, halves = analysis.lowest(by), analysis.contenders(by), [], []
-    factor = 1 if by == "loss" else 100
+def draw_differences(ax, analysis: Analysis) -> None:
+    """Draw mean losses minus the lowest; if that was tested, intervals of values tied with it reach 0."""
+    lowest, sizes, halves = analysis.lowest(), [], []
     for rate in analysis.rates:
-        mean = factor * (getattr(rate, by).mean - getattr(lowest, by).mean)
-        half = factor * found.half_width(lowest.name, rate.name) if rate is not lowest else math.nan
+        mean = rate.loss.mean - lowest.loss.mean
+        half = analysis.ties.half_width(lowest.name, rate.name) if rate is not lowest else math.nan
         if math.isfinite(mean):
-            shown_n, look = getattr(rate, by).n, analysis.results.looks[rate.name]
+            shown_n, look = rate.loss.n, analysis.results.looks[rate.name]
             if shown_n > 1:  # however few its runs, if it is tested: noise is estimated from all values' runs
                 shown_n = max(style.MIN_INTERVAL, shown_n)
             style.draw_mean(ax, rate.value, mean, mean - half, mean + half, shown_n, look)
@@ -105,31 +104,33 @@ def draw_labels(ax, analysis: Analysis) -> None:
 
 
 def picture_combined(analysis: Analysis):
-    """Plot loss and accuracy against the value; below, the differences from the lowest, with intervals."""
+    """Plot loss and accuracy against the value; below, differences from the lowest loss, with intervals."""
     plt = style.load_matplotlib()
-    columns = [by for by in ("loss", "accuracy") if any(getattr(rate, by).n for rate in analysis.rates)]
-    rows = 2 if analysis.noise_known else 1
-    size = (7.2 * max(1, len(columns)), 0.8 + 4.2 * rows)
-    fig, panels = plt.subplots(rows, max(1, len(columns)), figsize=size, squeeze=False)
+    measures = [by for by in ("loss", "accuracy") if any(getattr(rate, by).n for rate in analysis.rates)]
+    measures = measures or ["loss"]
+    rows = [measures, ["differences"] * len(measures)] if analysis.noise_known else [measures]
+    size = (7.2 * len(measures), 0.8 + 4.2 * len(rows))
+    fig, panels = plt.subplot_mosaic(rows, figsize=size)
     word = style.token_name(analysis.results.runs)
     units = {"loss": f"nats per {word}", "accuracy": f"% of {word}s"}
-    for column, by in enumerate(columns):
-        draw_values(panels[0, column], analysis, by)
-        panels[0, column].set_title(f"final validation {by}, {units[by]}", pad=26)
-        if rows == 2 and analysis.lowest(by):
-            ax, word = panels[1, column], "lower" if by == "loss" else "higher"
-            draw_differences(ax, analysis, by)
-            ax.set_title(f"minus that of {name_lowest(analysis, by)}; {word} is better")
-    tested = rows == 2 and all(analysis.may_claim(by) and analysis.lowest_is_best(by) for by in columns)
-    below = "; below: a value tied with the best reaches 0" if tested else ""
+    for by in measures:
+        draw_values(panels[by], analysis, by)
+        panels[by].set_title(f"final validation {by}, {units[by]}", pad=26)
+    below = ""
+    if analysis.noise_known:
+        ax = panels["differences"]
+        draw_differences(ax, analysis)
+        ax.set_title(f"loss minus that of {name_lowest(analysis)}; lower is better")
+        if analysis.may_claim() and analysis.lowest_is_best():
+            below = "; below: a value tied with the best reaches 0"
     fig.supxlabel(f"{style.MEAN_KEY}; grey: runs of one seed{below}", fontsize=9, wrap=True)
     return fig
 
 
-def name_lowest(analysis: Analysis, by: str = "loss") -> str:
+def name_lowest(analysis: Analysis) -> str:
     """0.02, the best; or: 0.02, a single run."""
-    what = "the best" if analysis.lowest_is_best(by) else "a single run"
-    return f"{format_value(analysis.lowest(by).value)}, {what}"
+    what = "the best" if analysis.lowest_is_best() else "a single run"
+    return f"{format_value(analysis.lowest().value)}, {what}"
 
 
 def picture_of_each_rate(analysis: Analysis):

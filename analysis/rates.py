@@ -2,11 +2,12 @@
 
     from analysis.rates import analyse
     analysis = analyse(results)              # or analyse(results, "MUON_LR", ["MUON_DECAY_MODE=param"])
-    analysis.rates[0].label, analysis.lowest().value, analysis.near_best()
+    analysis.rates[0].label, analysis.lowest().value, analysis.near_best(), analysis.most_accurate()
 
 RULES gives every value a label. "The fall" is how far the lowest mean loss fell from the start of training.
 Labels and ranges are held against the value of that loss. It is the best, unless it is a single run where
-others have several. Values statistically tied with the best are those of stats.contenders.
+others have several. Values statistically tied with the best are those of stats.contenders. Only losses are
+tested; accuracies are described.
 """
 
 import math
@@ -124,8 +125,7 @@ class Analysis:
     results: Results
     setting: str
     rates: list[Rate]
-    by_loss: Contenders
-    by_accuracy: Contenders
+    ties: Contenders  # the test of their losses
     start: float  # loss at the start of training, mean over runs
     notes: list[str] = field(default_factory=list)
 
@@ -134,46 +134,47 @@ class Analysis:
         lowest = self.lowest()
         return self.start - lowest.loss.mean if lowest else math.nan
 
-    def contenders(self, by: str = "loss") -> Contenders:
-        return self.by_loss if by == "loss" else self.by_accuracy
-
-    def lowest(self, by: str = "loss") -> Rate | None:
-        """Rate of lowest loss (highest accuracy), perhaps a single run; None if no rate's runs all finished.
+    def lowest(self) -> Rate | None:
+        """Rate of lowest loss, perhaps a single run; None if no rate's runs all finished.
 
         Labels and ranges are held against it.
         """
-        return self._named(self.contenders(by).lowest)
+        return self._named(self.ties.lowest)
 
-    def best(self, by: str = "loss") -> Rate | None:
+    def best(self) -> Rate | None:
         """Best rate of those tested, with which the others are compared; the lowest if all are single runs.
 
         A single run may be lucky: beside rates of several runs it is not the best, even if it is the lowest.
         """
-        return self._named(self.contenders(by).reference)
+        return self._named(self.ties.reference)
 
-    def lowest_is_best(self, by: str = "loss") -> bool:
-        return self.lowest(by) is self.best(by)
+    def lowest_is_best(self) -> bool:
+        return self.lowest() is self.best()
+
+    def most_accurate(self) -> Rate | None:
+        """Rate of highest mean accuracy of those whose runs all finished; not tested."""
+        known = [rate for rate in self.rates if rate.accuracy.n and not rate.accuracy.failed]
+        return max(known, key=lambda rate: rate.accuracy.mean, default=None)
 
     def _named(self, name: str | None) -> Rate | None:
         return next((rate for rate in self.rates if rate.name == name), None)
 
-    def may_claim(self, by: str = "loss") -> bool:
+    def may_claim(self) -> bool:
         """True if rates may be called worse than the best or tied with it; not while runs are missing."""
-        return len(self.contenders(by).tested) > 1 and not self.results.count("missing")
+        return len(self.ties.tested) > 1 and not self.results.count("missing")
 
     def is_tested(self, rate: Rate) -> bool:
-        return self.may_claim() and rate.name in self.by_loss.tested
+        return self.may_claim() and rate.name in self.ties.tested
 
-    def near_best(self, by: str = "loss") -> list[Rate]:
+    def near_best(self) -> list[Rate]:
         """Rates statistically tied with the best, including it; none while runs are missing."""
         if self.results.count("missing"):
             return []
-        return [rate for rate in self.rates if rate.name in self.contenders(by).names]
+        return [rate for rate in self.rates if rate.name in self.ties.names]
 
-    def untested(self, by: str = "loss") -> list[Rate]:
+    def untested(self) -> list[Rate]:
         """Rates that single or failed runs leave untested; none if the noise is unknown."""
-        found = self.contenders(by)
-        return [rate for rate in self.rates if found.df and rate.name not in found.tested]
+        return [rate for rate in self.rates if self.ties.df and rate.name not in self.ties.tested]
 
     def top(self) -> list[Rate]:
         """Fifth of the rates with the lowest mean loss, in order of value."""
@@ -200,7 +201,7 @@ class Analysis:
 
     @property
     def noise_known(self) -> bool:
-        return bool(self.by_loss.df)
+        return bool(self.ties.df)
 
 
 def select(results: Results, conditions: Sequence[str]) -> Results:
@@ -284,13 +285,10 @@ def analyse(results: Results, asked: str | None = None, conditions: Sequence[str
         Rate(float(arm.settings[setting]), arm, *(summarize(arm.samples(m)[0]) for m in MEASURES.values()))
         for arm in sorted(arms, key=lambda arm: float(arm.settings[setting]))
     ]
-    in_order = [rate.arm for rate in rates]
-    by_loss = contenders(*samples_of(in_order))
-    by_accuracy = contenders(*samples_of(in_order, lambda attempt: -accuracy_of(attempt)))
     starts = [start_of(attempt) for attempt in results.attempts]
     starts = [start for start in starts if math.isfinite(start)]
     start = math.fsum(starts) / len(starts) if starts else math.nan
-    analysis = Analysis(results, setting, rates, by_loss, by_accuracy, start, notes)
+    analysis = Analysis(results, setting, rates, contenders(*samples_of(arms)), start, notes)
     for rate in rates:
         rate.label, rate.sure = label_of(rate, analysis)
     if not analysis.lowest_is_best():
@@ -332,7 +330,7 @@ def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
     if lowest is None:
         return "no result", None
     short, limit = rate.loss.mean - lowest.loss.mean, (1 - GOOD) * fall
-    width = analysis.by_loss.half_width(rate.name, lowest.name)
+    width = analysis.ties.half_width(rate.name, lowest.name)
     sure = None
     if analysis.is_tested(rate) and analysis.is_tested(lowest):
         sure = rate is lowest or abs(short - limit) > width
@@ -345,9 +343,9 @@ def is_unstable(rate: Rate, learnt: Sequence[Attempt], analysis: Analysis) -> bo
     fall = analysis.fall
     if any(largest_rise(attempt) > LOST * fall for attempt in learnt):
         return True
-    wide = max(SPREAD * analysis.by_loss.sd, (1 - GOOD) * fall)  # NaN if the noise is unknown: never exceeded
+    wide = max(SPREAD * analysis.ties.sd, (1 - GOOD) * fall)  # NaN if the noise is unknown: never exceeded
     losses, seeds = rate.arm.samples()
-    shared = analysis.by_loss.shared
+    shared = analysis.ties.shared
     if shared:  # the noise is without what the runs of a seed share
         losses = [loss - shared.get(seed, math.nan) for loss, seed in zip(losses, seeds, strict=True)]
     return summarize(losses).sd > wide

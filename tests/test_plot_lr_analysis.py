@@ -104,12 +104,15 @@ def test_a_run_first_validated_late_began_where_its_training_began(loss, is_lost
 
 
 def test_a_value_with_a_failed_run_is_not_tested(tmp_path):
-    """Fails if the best is said to beat survivors with a lower mean, or these to be near a limit."""
+    """Fails if survivors with a lower mean are worse than the best, near a limit, or the most accurate."""
     losses, ends = {0.01: 3.4, 0.02: 3.3, 0.04: 3.2}, {("lr_0.04", 2): "crashed"}
     analysis = analyse(tmp_path, losses, ends)
     text = plot_lr_analysis.markdown(analysis)
     assert "every other value tested is worse; not tested (single or failed runs): 0.04" in text
     assert analysis.rates[2].sure is None and "near the limit" not in text
+    assert "* Highest mean accuracy, untested: MUON_LR = 0.02 (" in text
+    assert plot_lr_analysis.insights(analysis)["best_by_accuracy"]["mean"] == analysis.rates[1].accuracy.mean
+    assert analysis.rates[2].accuracy.mean > analysis.rates[1].accuracy.mean
 
 
 def test_single_runs_are_called_so(tmp_path):
@@ -232,6 +235,14 @@ def test_without_a_best_value_nothing_is_above_it(tmp_path):
     text = plot_lr_analysis.markdown(analysis)
     assert "No value can be called best" in text and "above the best" not in text
     assert plot_lr_analysis.insights(analysis)["divergence_threshold"] is None
+
+
+def test_pictures_without_a_finished_run(tmp_path):
+    """Fails if a sweep whose runs all crashed has no picture of how far they came."""
+    ends = {(f"lr_{rate}", seed): "crashed" for rate in (0.01, 0.02) for seed in (1, 2)}
+    analysis = analyse(tmp_path, {0.01: 3.4, 0.02: 3.3}, ends, seeds=(1, 2))
+    for draw in PICTURES.values():
+        draw(analysis).draw_without_rendering()
 
 
 def test_the_best_at_the_edge_is_said(tmp_path):
