@@ -8,7 +8,7 @@ Panels: the final loss minus the control's, paired by seed, with its 95% interva
 the order of the plan; the same over training; the mean over layers of rho = <G,W> / ||W||^2 of
 attention and of MLP matrices, with its sign. Runs that differ only in their seed are one arm. The ranked
 table, with differences to the best arm and to the control (a = 0 unless the sweep or --control names
-another), is printed and saved as .md and .csv beside logs/spectral_sweep_{n}runs_{YYYYmmdd-HHMMSS}.png.
+another), is printed and saved as .md beside logs/spectral_sweep_{n}runs_{YYYYmmdd-HHMMSS}.png.
 """
 
 import math
@@ -29,7 +29,6 @@ from analysis.results import Results, SweepArm
 from analysis.run_log import format_value
 from analysis.sweep_pictures import axis_of, draw_forest, forest_inches, what_to_draw
 from analysis.tables import (
-    as_csv,
     format_difference,
     format_interval,
     format_loss,
@@ -135,27 +134,6 @@ def markdown(results: Results, picture: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def csv_of(results: Results) -> str:
-    """A line for each arm, with numbers to the last digit."""
-    verdict = results.verdict
-    header = ["rank", "arm", "a", "n", "failed", "missing", "mean", "sd", "low", "high"]
-    for other in ("best", "control"):
-        header += [f"to_{other}", f"to_{other}_low", f"to_{other}_high", f"to_{other}_p"]
-    header += ["to_control_test", "remark"]
-    rows = []
-    for rank, arm in enumerate(results.ranked(), 1):
-        result = results.summary(arm)
-        row = [rank if result.n and not arm.foreign else None, arm.label, arm.strength, result.n]
-        row += [arm.count("failed"), arm.count("missing"), result.mean, result.sd, result.low, result.high]
-        for pairs, p in ((verdict.versus_best, verdict.p_best), (verdict.versus_control, verdict.p_control)):
-            pair = pairs.get(arm.label)
-            row += [pair.difference, pair.low, pair.high, p[arm.label]] if pair else [None] * 4
-        pair = verdict.versus_control.get(arm.label)
-        tested = pair is not None and not math.isnan(pair.p)
-        rows.append([*row, pair.method if tested else None, remark(results, arm)])
-    return as_csv(header, rows)
-
-
 def default_out(results: Results, now: float) -> Path:
     """logs/spectral_sweep_{n}runs_{time}.png, in the folder of the logs."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
@@ -174,12 +152,11 @@ def draw_sweep(options: Namespace) -> None:
     out = options.out or default_out(results, time.time())
     style.save(figure(results), out)
     write_atomically(out.with_suffix(".md"), markdown(results, out.name))
-    write_atomically(out.with_suffix(".csv"), csv_of(results))
     print(f"{format_table(*table(results))}\n\n{explanation(results)}\n")
     print(*conclusion(results), sep="\n")
     for note in results.notes:
         print(f"note: {note}")
-    print(f"\n{out}\n{out.with_suffix('.md')}\n{out.with_suffix('.csv')}")
+    print(f"\n{out}\n{out.with_suffix('.md')}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
