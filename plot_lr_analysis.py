@@ -15,7 +15,7 @@ Every value gets a label by the rules below, in which "the fall" is how far the 
 where training began. Values that cannot be told from the best are those of stats.contenders: among the
 values tested, the truly best is in this set in 95% of sweeps. Values of single or failed runs are not tested;
 beside others, a single run that is lowest is called so, not best. Where every value is a single run, how much
-runs differ by luck is unknown, and the output says so.
+runs differ by luck is unknown, and the output says so. Accuracies are not tested.
 """
 
 import sys
@@ -86,15 +86,17 @@ def best_sentence(analysis: Analysis) -> str:
     lowest = analysis.lowest()
     if lowest is None:
         return "no value can be called best by loss: none has finished runs, none of which failed"
-    name = f"{analysis.setting.upper()} = {format_value(lowest.value)}"
+    value = format_value(lowest.value)
     if analysis.lowest_is_best():
-        text = f"best by loss: {name} ({evidence(lowest.loss)})"
+        text, subject = f"best by loss: {analysis.setting.upper()} = {value} ({evidence(lowest.loss)})", "it"
     else:
-        text = f"lowest loss: {name} ({evidence(lowest.loss)}, not tested)"
+        text = f"lowest loss: {analysis.setting.upper()} = {value} ({evidence(lowest.loss)}, not tested)"
+        subject = value
     text += claims(analysis)
     edge = edge_of(lowest, analysis)
-    name = "it" if analysis.lowest_is_best() else format_value(lowest.value)
-    return text + (f"; {name} is the {edge} value tried, so that a better one may lie beyond" if edge else "")
+    if edge:
+        text += f"; {subject} is the {edge} value tried, so that a better one may lie beyond"
+    return text
 
 
 def claims(analysis: Analysis) -> str:
@@ -127,24 +129,21 @@ def sentences(analysis: Analysis) -> list[str]:
         have = "has" if missing == 1 else "have"
         lines.append(f"{missing} of {total} runs {have} not ended: this is how it stands so far")
     lines.append(best_sentence(analysis))
-    most_accurate = analysis.most_accurate()
-    if most_accurate:
-        name = f"{analysis.setting.upper()} = {format_value(most_accurate.value)}"
-        lines.append(
-            f"highest mean accuracy, untested: {name} ({evidence(most_accurate.accuracy, 100, '%')})"
-        )
-    stable, threshold = analysis.stable(), analysis.threshold()
+    most = analysis.most_accurate()
+    if most:
+        name = f"{analysis.setting.upper()} = {format_value(most.value)}"
+        lines.append(f"highest mean accuracy, untested: {name} ({evidence(most.accuracy, 100, '%')})")
+    stable = analysis.stable()
     if stable:
         low, high = format_value(stable[0].value), format_value(stable[-1].value)
         lines.append(f"stable from {low} to {high}" if len(stable) > 1 else f"stable at {low} only")
-    lowest, middle = analysis.lowest(), "the best"
-    if lowest and not analysis.lowest_is_best():
-        middle = format_value(lowest.value)
-    if threshold:
-        value = format_value(threshold.value)
-        lines.append(f"the lowest value above {middle} at which a run diverged is {value}")
-    elif lowest:
-        lines.append(f"no run above {middle}{' value' if middle == 'the best' else ''} diverged")
+    lowest, threshold = analysis.lowest(), analysis.threshold()
+    if lowest:
+        place = "the best value" if analysis.lowest_is_best() else format_value(lowest.value)
+        if threshold:
+            lines.append(f"above {place}, a run first diverged at {format_value(threshold.value)}")
+        else:
+            lines.append(f"no run above {place} diverged")
     if analysis.noise_known:
         found = analysis.ties
         apart = ", what the runs of a seed share taken out," if found.paired else ""
@@ -295,7 +294,7 @@ def record_of(rate: Rate, summary: Summary, analysis: Analysis) -> dict:
 def insights(analysis: Analysis) -> dict:
     """The content of comprehensive_insights.json: everything computed."""
     results, top, stable = analysis.results, analysis.top(), analysis.stable()
-    threshold, most_accurate = analysis.threshold(), analysis.most_accurate()
+    threshold, most = analysis.threshold(), analysis.most_accurate()
     good = [rate for rate in analysis.rates if rate.label in ("good", "optimal")]
     return {
         "sweep": results.name,
@@ -304,7 +303,7 @@ def insights(analysis: Analysis) -> dict:
         "tied_to_it": [name.upper() for name in results.tied(analysis.setting)],
         "found": sentences(analysis),
         **best_by_loss(analysis),
-        "best_by_accuracy": most_accurate and record_of(most_accurate, most_accurate.accuracy, analysis),
+        "best_by_accuracy": record_of(most, most.accuracy, analysis) if most else None,
         "top_20_percent": {"rates": [rate.value for rate in top], "range": ends(top)},
         "good_range": ends(good),
         "stable_range": ends(stable),

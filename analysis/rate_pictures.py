@@ -91,10 +91,11 @@ def draw_labels(ax, analysis: Analysis) -> None:
     values = [rate.value for rate in analysis.rates]
     log = ax.get_xscale() == "log"
     middles = [math.sqrt(a * b) if log else (a + b) / 2 for a, b in zip(values, values[1:], strict=False)]
-    edges, at = [ax.get_xlim()[0], *middles, ax.get_xlim()[1]], 0
-    for number, (label, rates) in enumerate(groupby(analysis.rates, key=lambda rate: rate.label)):
-        begin, at = at, at + len(list(rates))
-        low, high = edges[begin], edges[at]
+    edges = [ax.get_xlim()[0], *middles, ax.get_xlim()[1]]
+    stretches = groupby(range(len(values)), key=lambda place: analysis.rates[place].label)
+    for number, (label, places) in enumerate(stretches):
+        places = list(places)
+        low, high = edges[places[0]], edges[places[-1] + 1]
         middle = math.sqrt(low * high) if log else (low + high) / 2
         place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
         ax.annotate(label, (middle, 1), (0, 3 + 10 * (number % 2)), fontsize=8.5, color="#444444", **place)

@@ -11,7 +11,7 @@ tested; accuracies are described.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -178,9 +178,8 @@ class Analysis:
 
     def top(self) -> list[Rate]:
         """Fifth of the rates with the lowest mean loss, in order of value."""
-        known = sorted((r for r in self.rates if r.loss.n), key=lambda rate: (rate.loss.mean, rate.value))
-        chosen = known[: math.ceil(TOP * len(known))]
-        return [rate for rate in self.rates if rate in chosen]
+        known = sorted((rate for rate in self.rates if rate.loss.n), key=lambda rate: rate.loss.mean)
+        return sorted(known[: math.ceil(TOP * len(known))], key=lambda rate: rate.value)
 
     def stable(self) -> list[Rate]:
         """Rates around the lowest, up to the next that is unstable, diverged or without a result."""
@@ -259,13 +258,6 @@ def choose_setting(results: Results, asked: str | None) -> str:
     return max(varied, key=lambda name: (len(values[name]), name))
 
 
-MEASURES: dict[str, Callable[[Attempt], float]] = {
-    "loss": loss_of,
-    "accuracy": accuracy_of,
-    "minutes": minutes_of,
-}
-
-
 def analyse(results: Results, asked: str | None = None, conditions: Sequence[str] = ()) -> Analysis:
     """Analyse a sweep. Raises ValueError if no such setting varies, or several arms share a value."""
     results = select(results, conditions)
@@ -281,12 +273,8 @@ def analyse(results: Results, asked: str | None = None, conditions: Sequence[str
     others = beside(results, setting)
     if others:
         notes.append(f"values differ also in {', '.join(name.upper() for name in others)}")
-    rates = [
-        Rate(float(arm.settings[setting]), arm, *(summarize(arm.samples(m)[0]) for m in MEASURES.values()))
-        for arm in sorted(arms, key=lambda arm: float(arm.settings[setting]))
-    ]
-    starts = [start_of(attempt) for attempt in results.attempts]
-    starts = [start for start in starts if math.isfinite(start)]
+    rates = sorted((rate_of(arm, setting) for arm in arms), key=lambda rate: rate.value)
+    starts = [start for start in map(start_of, results.attempts) if math.isfinite(start)]
     start = math.fsum(starts) / len(starts) if starts else math.nan
     analysis = Analysis(results, setting, rates, contenders(*samples_of(arms)), start, notes)
     for rate in rates:
@@ -300,52 +288,54 @@ def analyse(results: Results, asked: str | None = None, conditions: Sequence[str
     return analysis
 
 
+def rate_of(arm: SweepArm, setting: str) -> Rate:
+    loss, accuracy, minutes = (
+        summarize(arm.samples(measure)[0]) for measure in (loss_of, accuracy_of, minutes_of)
+    )
+    return Rate(float(arm.settings[setting]), arm, loss, accuracy, minutes)
+
+
 def check_one_arm_a_value(results: Results, setting: str) -> None:
     arms: dict[float, SweepArm] = {}
     for arm in results.arms:
         value = float(arm.settings[setting])
-        if value in arms:
-            names = beside(results, setting)
-            hints = [
-                f"--where {name.upper()}={format_value(arm.settings[name])}"
-                for name in names
-                if arm.settings.get(name) != arms[value].settings.get(name) and name in arm.settings
-            ]
-            raise ValueError(
-                f"{arms[value].label} and {arm.label} both have {setting.upper()}={value:g}: choose between "
-                f"them{f', as with {hints[0]}' if hints else ' by naming another --setting'}"
-            )
-        arms[value] = arm
+        other = arms.setdefault(value, arm)
+        if other is arm:
+            continue
+        hint = "by naming another --setting"
+        for name in beside(results, setting):
+            if name in arm.settings and arm.settings[name] != other.settings.get(name):
+                hint = f"as with --where {name.upper()}={format_value(arm.settings[name])}"
+                break
+        both = f"{other.label} and {arm.label} both have {setting.upper()}={value:g}"
+        raise ValueError(f"{both}: choose between them, {hint}")
 
 
 def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
     """Return the label by RULES, and whether being good, or not, is certain (None: not tested)."""
-    done = [a for a in rate.arm.attempts if a.outcome == "done"]
-    learnt = [attempt for attempt in done if not diverged(attempt)]
-    lowest, fall = analysis.lowest(), analysis.fall
+    learnt = [a for a in rate.arm.attempts if a.outcome == "done" and not diverged(a)]
+    lowest = analysis.lowest()
     if not learnt:
         return ("diverged" if rate.num_diverged else "no result"), None
     if rate.num_diverged or is_unstable(rate, learnt, analysis):
         return "unstable", None
     if lowest is None:
         return "no result", None
-    short, limit = rate.loss.mean - lowest.loss.mean, (1 - GOOD) * fall
-    width = analysis.ties.half_width(rate.name, lowest.name)
+    short, limit = rate.loss.mean - lowest.loss.mean, (1 - GOOD) * analysis.fall
     sure = None
     if analysis.is_tested(rate) and analysis.is_tested(lowest):
-        sure = rate is lowest or abs(short - limit) > width
+        sure = rate is lowest or abs(short - limit) > analysis.ties.half_width(rate.name, lowest.name)
     if short <= limit:
         return ("optimal" if rate in analysis.near_best() else "good"), sure
     return ("too low" if rate.value < lowest.value else "declining"), sure
 
 
 def is_unstable(rate: Rate, learnt: Sequence[Attempt], analysis: Analysis) -> bool:
-    fall = analysis.fall
+    fall, ties = analysis.fall, analysis.ties
     if any(largest_rise(attempt) > LOST * fall for attempt in learnt):
         return True
-    wide = max(SPREAD * analysis.ties.sd, (1 - GOOD) * fall)  # NaN if the noise is unknown: never exceeded
     losses, seeds = rate.arm.samples()
-    shared = analysis.ties.shared
-    if shared:  # the noise is without what the runs of a seed share
-        losses = [loss - shared.get(seed, math.nan) for loss, seed in zip(losses, seeds, strict=True)]
-    return summarize(losses).sd > wide
+    if ties.shared:  # the noise is without what the runs of a seed share
+        losses = [loss - ties.shared.get(seed, math.nan) for loss, seed in zip(losses, seeds, strict=True)]
+    sd = summarize(losses).sd
+    return sd > SPREAD * ties.sd and sd > (1 - GOOD) * fall  # False if the noise is unknown (NaN)
