@@ -105,7 +105,8 @@ def claims(analysis: Analysis) -> str:
         return "; how much runs differ by luck is unknown, so that none may be called better than another"
     if analysis.results.count("missing"):
         return ""
-    best, untested = analysis.best(), analysis.untested()
+    best = analysis.best()
+    untested = [rate for rate in analysis.rates if rate.name not in analysis.ties.tested]
     others = [rate for rate in analysis.near_best() if rate is not best]
     text, told = "", "; it cannot be told from"
     if analysis.may_claim() and not analysis.lowest_is_best():
@@ -216,12 +217,13 @@ def markdown(analysis: Analysis) -> str:
 
 
 def rate_record(rate: Rate, analysis: Analysis) -> dict:
-    """A value's entry in final_results.json."""
+    """A value's entry in final_results.json and line in results.csv."""
+    loss, accuracy = rate.loss, rate.accuracy
     return {
         "rate": rate.value,
         **{name: rate.arm.settings[name] for name in analysis.results.tied(analysis.setting)},
-        "loss": rate.loss.mean,
-        "accuracy": rate.accuracy.mean,
+        "loss": loss.mean,
+        "accuracy": accuracy.mean,
         "perplexity": rate.perplexity,
         "time_minutes": rate.minutes.mean,
         "status": rate.status,
@@ -229,14 +231,18 @@ def rate_record(rate: Rate, analysis: Analysis) -> dict:
         "label_is_sure": rate.sure,
         "accuracy_percent_per_minute": rate.efficiency,
         "not_told_from_best": rate in analysis.near_best() if analysis.is_tested(rate) else None,
-        "n": rate.loss.n,
-        "single_run": rate.loss.n == 1,
-        "loss_sd": rate.loss.sd,
-        "loss_interval": [rate.loss.low, rate.loss.high],
-        "accuracy_sd": rate.accuracy.sd,
-        "accuracy_interval": [rate.accuracy.low, rate.accuracy.high],
-        "perplexity_interval": [perplexity(rate.loss.low), perplexity(rate.loss.high)],
+        "n": loss.n,
+        "single_run": loss.n == 1,
+        "loss_sd": loss.sd,
+        "loss_low": loss.low,
+        "loss_high": loss.high,
+        "accuracy_sd": accuracy.sd,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "perplexity_low": perplexity(loss.low),
+        "perplexity_high": perplexity(loss.high),
         "time_minutes_sd": rate.minutes.sd,
+        "remark": remark(rate, analysis),
     }
 
 
@@ -332,12 +338,7 @@ def insights(analysis: Analysis) -> dict:
 
 def csv_of(analysis: Analysis) -> str:
     """A line for each value, with numbers to the last digit."""
-    records = []
-    for rate in analysis.rates:
-        record = rate_record(rate, analysis)
-        for name in ("loss", "accuracy", "perplexity"):
-            record[f"{name}_low"], record[f"{name}_high"] = record.pop(f"{name}_interval")
-        records.append({**record, "remark": remark(rate, analysis)})
+    records = [rate_record(rate, analysis) for rate in analysis.rates]
     return as_csv(list(records[0]), [list(record.values()) for record in records])
 
 

@@ -172,10 +172,6 @@ class Analysis:
             return []
         return [rate for rate in self.rates if rate.name in self.ties.names]
 
-    def untested(self) -> list[Rate]:
-        """Rates that single or failed runs leave untested; none if the noise is unknown."""
-        return [rate for rate in self.rates if self.ties.df and rate.name not in self.ties.tested]
-
     def top(self) -> list[Rate]:
         """Fifth of the rates with the lowest mean loss, in order of value."""
         known = sorted((rate for rate in self.rates if rate.loss.n), key=lambda rate: rate.loss.mean)
