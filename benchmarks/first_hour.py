@@ -7,10 +7,11 @@
 
 Made for a machine that may vanish at any minute and on which nothing can be installed. Each step is a
 process: its output goes to out/STEP.txt, which ends with a line that says how it went, and its numbers to
-out/STEP.json. A step that fails or hangs does not stop the next one. After --minutes, the running step gets
-SIGTERM, at which a trainer saves and stops. The same command then does the rest; finished steps are not
-repeated, even failed ones (delete a step's .txt to repeat it). On another machine, --given names the folder
-with the earlier call's files. The compile cache is among them, in out/cache.tar.xz.N.
+out/STEP.json; out/clocks.csv has the GPU's clock meanwhile. A step that fails or hangs does not stop the next
+one. After --minutes, the running step gets SIGTERM, at which a trainer saves and stops. The same command then
+does the rest; finished steps are not repeated, even failed ones (delete a step's .txt to repeat it). On
+another machine, --given names the folder with the earlier call's files. The compile cache is among them, in
+out/cache.tar.xz.N.
 
 --tokens: a folder with NAME_train_*.bin and NAME_val_*.bin, plain or .xz, and optionally tiktoken_cache/, to
 sample. Without it, random tokens with FineWeb's document lengths.
@@ -104,12 +105,14 @@ def unpack_shards(source: Path, folder: Path) -> Path:
 
 
 def settings(shards: Path, tokens: Path | None, cache: Path, dry: bool) -> dict[str, str]:
-    """Environment of all steps: MODEL or gpt2-small, or small steps of `tiny`; validation fits the shards."""
-    batch = 1024 if dry else 524_288
+    """Environment of all steps: MODEL or gpt2-small, or small steps of `tiny`; one batch of validation.
+
+    It is as near to the default size as the shards allow, for the memory of a run's validation.
+    """
     have = count_tokens(str(shards), own_shards(str(shards))[1]) - 1
+    batch = 1024 if dry else min(2_097_152, max(1, have // 65_536) * 65_536)
     env = dict(MODEL=os.environ.get("MODEL", "gpt2-small"), DEVICE="cuda", DATA_PATH=str(shards))
-    env["VAL_BATCH_TOKENS"] = str(batch)
-    env["VAL_TOKENS"] = str(batch * max(1, min(3, have // batch)))
+    env |= dict(VAL_BATCH_TOKENS=str(batch), VAL_TOKENS=str(batch))
     env |= {f"{name}_CACHE_DIR": str(cache / name) for name in ("TORCHINDUCTOR", "TRITON")}
     env["PYTHONUNBUFFERED"] = "1"
     if dry:
@@ -141,6 +144,22 @@ def stop(child: subprocess.Popen):
     wait(child, 5)  # not for ever: a broken driver can keep a killed process
 
 
+@contextlib.contextmanager
+def clocks_to(path: Path):
+    """Append the GPU's clock, power and temperature to a file every 2 s, if nvidia-smi is there to ask."""
+    if not shutil.which("nvidia-smi"):
+        yield
+        return
+    query = "--query-gpu=timestamp,clocks.sm,power.draw,temperature.gpu"
+    with path.open("ab") as file:
+        command = ["nvidia-smi", query, "--format=csv", "-l", "2"]
+        watch = subprocess.Popen(command, stdout=file, process_group=0)
+        try:
+            yield
+        finally:
+            stop(watch)
+
+
 class Steps:
     """Steps of a call, one after the other until its time is up."""
 
@@ -160,7 +179,7 @@ class Steps:
         print(f"\n{name}: {' '.join(command)}", flush=True)
         path.with_suffix(".json").unlink(missing_ok=True)
         start, pipes = time.monotonic(), dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-        with path.open("wb") as file:
+        with path.open("wb") as file, clocks_to(self.out / "clocks.csv"):
             child = subprocess.Popen(command, env=env, cwd=folder, stdout=file, process_group=0, **pipes)
             try:
                 in_time = wait(child, seconds)
@@ -285,8 +304,8 @@ def check_run(run, again) -> dict:
     bad = "warning", "recompiled", "save_failed"
     warnings = [f"{event.name} {event.fields}" for event in run.events if event.name in bad]
     losses = {"first_val_loss": first, "last_val_loss": last, "resumed_val_loss": resumed}
-    times = {"train_ms": ms, "tokens_per_s": 1000 * tokens / ms}
-    return {"checks": checks, **losses, **times, "warnings": warnings}
+    costs = {"train_ms": ms, "tokens_per_s": 1000 * tokens / ms, "peak_mem_mb": run.last("peak_mem_mb")}
+    return {"checks": checks, **losses, **costs, "warnings": warnings}
 
 
 # ---------------------------------------------------------------------------------------------------

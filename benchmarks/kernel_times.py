@@ -3,7 +3,8 @@
     python benchmarks/kernel_times.py --json FILE
 
 Settings are the trainer's environment variables: sizes of its model, and real batches of its shards. A time
-is the median of many calls, each after flushing the L2 cache; on a CPU, of a single call, a rough figure.
+is the median of many calls, each after flushing the L2 cache (but for "updates", whose buffers are larger);
+on a CPU it is that of a single call, a rough figure.
 Elementwise work is missing, because torch's compiler generates its kernels with the model. What fails is
 named, does not stop the rest, and makes the exit code 1.
 
@@ -86,7 +87,8 @@ def product_cases(c, M: int) -> list[Case]:
     x, grad, up, down = normal(M, C), normal(M, C), normal(hidden_width, C), normal(hidden_width, C)
     hidden, flop = normal(M, hidden_width).square_(), 2 * M * C * hidden_width
     attention = [
-        *linear_cases("qkv", attending, x, queries + 2 * keys),
+        *linear_cases("q and k", attending, x, queries + keys),
+        *linear_cases("v", attending, x, keys),
         *linear_cases("attention's output", attending, normal(M, queries), C),
     ]
     mlp = [
@@ -164,8 +166,10 @@ def attention_cases(c, batch, backend: str, windows: tuple[int, int]) -> list[Ca
     docs, (B, T), cases = Documents(batch, backend), batch.inputs_BT.shape, []
     for (long, paired), times in Counter((plan.long_window, plan.paired) for plan in plans).items():
         factor = 2 if paired else 1
-        heads = [c.num_heads // factor, *[c.num_kv_heads // factor] * 2, c.num_heads // factor]
-        *qkv, grad = (normal(B, factor * T, h, c.head_dim) for h in heads)
+        heads, kv_heads, shape = c.num_heads // factor, c.num_kv_heads // factor, (B, factor * T)
+        qk = normal(*shape, heads + kv_heads, c.head_dim)  # of one product, as in the model
+        v, grad = normal(*shape, kv_heads, c.head_dim), normal(*shape, heads, c.head_dim)
+        qkv = [x.detach().requires_grad_() for x in (*qk.split((heads, kv_heads), dim=2), v)]
         known = windows[long], paired, train_gpt.ATTN_SCALE
 
         def forward(qkv=qkv, known=known):
@@ -175,8 +179,6 @@ def attention_cases(c, batch, backend: str, windows: tuple[int, int]) -> list[Ca
             return torch.autograd.grad(forward(), qkv, grad)
 
         name = f"window {windows[long]}{', paired' if paired else ''}"
-        for x in qkv:
-            x.requires_grad_()
         cases += [Case(f"{name}, forward", 0, forward), Case(f"{name}, forward and backward", times, both)]
     return cases
 
@@ -237,9 +239,14 @@ def make_parts(env: dict) -> tuple[str, dict[str, Callable]]:
     }
 
 
-def measure(case: Case, on_cuda: bool) -> dict:
-    """Time a case. Its rate counts only the work that the arithmetic needs."""
-    if on_cuda:
+def measure(case: Case, on_cuda: bool, as_graph: bool = False) -> dict:
+    """Time a case. Its rate counts only the work that the arithmetic needs.
+
+    as_graph: many calls as one CUDA graph, for kernels that take less time than their launch from Python.
+    """
+    if on_cuda and as_graph:
+        ms = triton.testing.do_bench_cudagraph(case.run, rep=60, return_mode="median")
+    elif on_cuda:
         ms = triton.testing.do_bench(case.run, warmup=10, rep=60, return_mode="median")
     else:
         start = time.perf_counter()
@@ -273,7 +280,7 @@ def main(argv: list[str]) -> int:
             found[part] = []
             try:
                 for case in make():
-                    found[part].append(measure(case, device == "cuda"))
+                    found[part].append(measure(case, device == "cuda", as_graph=part == "updates"))
             except Exception:
                 traceback.print_exc()
                 failed.append(part)

@@ -259,6 +259,10 @@ class Timed:
 def build(script: str, env: dict, ranks=None) -> Timed:
     """Build a script's trainer with these settings. ranks: the process's Ranks, if it has one already."""
     module = importlib.import_module(script)
+    if not hasattr(module, "Trainer"):
+        raise ValueError(
+            f"--script {script}.py has no Trainer to time: wanted train_gpt.py, its twin or a copy"
+        )
     if script == TWINS[0]:  # it refuses the other twin's settings
         env = {k: v for k, v in env.items() if not k.startswith(("SPECTRAL_", "ORD_"))}
     s, o, config, notes = read_run(module, env)

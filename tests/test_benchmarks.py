@@ -379,6 +379,8 @@ def test_steps_are_timed_with_the_trainers_allocator(given, monkeypatch):
 def test_step_time_refuses_a_stage_without_steps(tiny_env, capsys):
     assert step_time.main(["--stages", "4"], tiny_env) == 2
     assert "wanted some of 1,2,3" in capsys.readouterr().err
+    assert step_time.main(["--script", "train_gpt_simple.py"], tiny_env) == 2
+    assert "train_gpt_simple.py has no Trainer to time" in capsys.readouterr().err
     assert step_time.main([], {**tiny_env, "BATCH_SIZES": "7"}) == 2
     assert "BATCH_SIZES" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import os
 import shutil
 import sys
 import time
@@ -66,8 +67,14 @@ def test_part_b_times_stage_1_and_the_twins_once(call, tmp_path):
     assert before == after
 
 
-def test_part_c_times_stages_2_and_3(call, tmp_path):
+def test_part_c_times_stages_2_and_3_and_keeps_the_clocks(call, tmp_path, monkeypatch):
+    smi = tmp_path / "bin/nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 1980 MHz\nexec sleep 600\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
     assert call("c") == 0
+    assert (tmp_path / "out/clocks.csv").read_text() == "1980 MHz\n"
     stages = results(tmp_path, "c_stages")["stages"]
     assert [(r["stage"], r["batch_tokens"]) for r in stages] == [(2, 256), (3, 384)]
 
@@ -93,7 +100,7 @@ def test_part_d_goes_on_where_it_was_cut_off(call, tmp_path, monkeypatch):
     log = (tmp_path / "out/d_log.txt").read_text()
     assert "\nevent:stopped " in log and "\nevent:resumed " in log and "\nevent:finished " in log
     found = results(tmp_path, "d")
-    assert set(found["checks"].values()) == {True}, found
+    assert set(found["checks"].values()) == {True} and found["peak_mem_mb"] > 0, found
     assert found["resumed_val_loss"] == pytest.approx(found["last_val_loss"], abs=1e-4)
     assert "going on from step 12" in (tmp_path / "out/d_resumed.txt").read_text()
     assert "The history of" in (tmp_path / "out/d_sample.txt").read_text()
