@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis import command_line
 from analysis.arms import group_by_arm, unique_names
-from analysis.manifest import LOGS, Manifest, find_manifest, manifests_in, sweep_among
+from analysis.manifest import LOGS, Manifest, Run, find_manifest, manifests_in, sweep_among
 from analysis.run_log import OPENERS, LogFollower, RunLog, find_log
 from analysis.shown import clean
 from analysis.style import format_time, shorten_apart
@@ -248,47 +248,12 @@ class Monitor:
     def _all_rows(self) -> list[Row]:
         """Return the runs with all but their age, which alone changes while nothing is written."""
         planned = {run.run_id: (manifest, run) for manifest in self.manifests for run in manifest.runs}
-        rows, by_arm = [], {}
+        rows = []
         for log in self.follower.logs.values():
             for run in log.runs or [RunLog(log.path, clean(log.path.stem))]:
-                manifest, plan = planned.get(run.name, (None, None))
-                if plan and not run.started:  # its header is incomplete: no seed, source cut short
-                    run = replace(run, seed=plan.seed, source_hash="")
-                row = Row(run, "unreadable" if log.error else run.state, log.error or last_words(run))
-                if plan:
-                    row.sweep, row.tag = manifest.sweep, plan.tag
-                    row.source = run.source_hash or plan.source_hash
-                    row.control_tag = manifest.control_of(plan.tag)
-                is_open = row.state in ("running", "unknown")  # unknown: its log has no header yet
-                unended = plan and is_open and not began_after(run, plan.ended)
-                if unended and plan.state in LAUNCHER_STATES:
-                    row.state = LAUNCHER_STATES[plan.state]
-                    row.message = plan.reason or f"launcher: {plan.state}"
-                by_arm.setdefault((row.sweep, row.tag), []).append(run)
-                rows.append(row)
-        chosen = [row.run for row in rows if self.control and self.control in row.run.run_id]
-        arms, _ = group_by_arm([row.run for row in rows if not row.tag], tags={})
-        labels = {id(run): arm.label for arm in arms for run in arm.runs}
-        sources: dict[tuple[str, str], set[str]] = {}
-        for row in rows:
-            sources.setdefault((row.sweep, row.tag), set()).add(row.source)
-        for row in rows:
-            row.arm = row.tag or labels[id(row.run)]
-            if row.tag and len(sources[row.sweep, row.tag]) > 1:
-                row.arm += f" (source {row.source[:8] or 'unknown'})"
-            controls = chosen or (by_arm.get((row.sweep, row.control_tag), []) if row.control_tag else [])
-            row.is_control = any(row.run is control for control in controls)
-            if not row.is_control:
-                controls = [control for control in controls if len(control.val)]
-                seed = row.run.seed
-                same_seed = [control for control in controls if seed is not None and control.seed == seed]
-                row.controls = same_seed[:1] or controls
-        runs_of = Counter(row.arm for row in rows)
-        unnamed = [row for row in rows if not row.tag and row.run.seed is None and runs_of[row.arm] > 1]
-        own = unique_names([row.run.run_id for row in unnamed], [row.run for row in unnamed])
-        own_names = {id(row): name for row, name in zip(unnamed, own, strict=True)}
-        for row in rows:
-            row.name = own_names.get(id(row), row.arm)
+                rows.append(row_of(run, log.error, *planned.get(run.name, (None, None))))
+        name_rows(rows)
+        find_controls(rows, self.control)
         return rows
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
@@ -315,6 +280,54 @@ class Monitor:
         shown = {row.sweep for row in rows}
         asked = [m for m in self.manifests if self.sweep or m.sweep in shown or not has_ended(m)]
         return notes + self.errors + [note for m in asked if (note := note_without_logs(m, started))]
+
+
+def row_of(run: RunLog, error: str, manifest: Manifest | None, plan: Run | None) -> Row:
+    """Make the row of a run. error: of its log. manifest, plan: its sweep and what that planned, if any."""
+    if plan and not run.started:  # its header is incomplete: no seed, source cut short
+        run = replace(run, seed=plan.seed, source_hash="")
+    row = Row(run, "unreadable" if error else run.state, error or last_words(run))
+    if plan:
+        row.sweep, row.tag, row.control_tag = manifest.sweep, plan.tag, manifest.control_of(plan.tag)
+        row.source = run.source_hash or plan.source_hash
+        is_open = row.state in ("running", "unknown")  # unknown: its log has no header yet
+        if is_open and plan.state in LAUNCHER_STATES and not began_after(run, plan.ended):
+            row.state = LAUNCHER_STATES[plan.state]
+            row.message = plan.reason or f"launcher: {plan.state}"
+    return row
+
+
+def name_rows(rows: Sequence[Row]) -> None:
+    """Set each row's arm and name."""
+    arms, _ = group_by_arm([row.run for row in rows if not row.tag], tags={})
+    labels = {id(run): arm.label for arm in arms for run in arm.runs}
+    sources: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        sources.setdefault((row.sweep, row.tag), set()).add(row.source)
+    for row in rows:
+        row.name = row.arm = row.tag or labels[id(row.run)]
+        if row.tag and len(sources[row.sweep, row.tag]) > 1:
+            row.name = row.arm = f"{row.arm} (source {row.source[:8] or 'unknown'})"
+    counts = Counter(row.arm for row in rows)
+    unnamed = [row for row in rows if not row.tag and row.run.seed is None and counts[row.arm] > 1]
+    names = unique_names([row.run.run_id for row in unnamed], [row.run for row in unnamed])
+    for row, name in zip(unnamed, names, strict=True):
+        row.name = name
+
+
+def find_controls(rows: Sequence[Row], wanted: str) -> None:
+    """Set what each row is compared with: the runs whose run id contains `wanted`, else as its sweep says."""
+    chosen = [row.run for row in rows if wanted and wanted in row.run.run_id]
+    by_arm: dict[tuple[str, str], list[RunLog]] = {}
+    for row in rows:
+        by_arm.setdefault((row.sweep, row.tag), []).append(row.run)
+    for row in rows:
+        controls = chosen or by_arm.get((row.sweep, row.control_tag), [])
+        row.is_control = any(row.run is control for control in controls)
+        if not row.is_control:
+            controls = [control for control in controls if len(control.val)]
+            same_seed = [run for run in controls if run.seed is not None and run.seed == row.run.seed]
+            row.controls = same_seed[:1] or controls
 
 
 def has_ended(manifest: Manifest) -> bool:
