@@ -3,8 +3,8 @@
     python benchmarks/kernel_times.py --json FILE
 
 Settings are the trainer's environment variables: sizes of its model, and real batches of its shards. A time
-is the median of many calls, each after flushing the L2 cache (but for "updates", whose buffers are larger);
-on a CPU it is that of a single call, a rough figure.
+is the median of many calls, each after flushing the L2 cache; for updates, of a CUDA graph's replays without
+that, because the host would take longer to call them. On a CPU it is a single call's, a rough figure.
 Elementwise work is missing, because torch's compiler generates its kernels with the model. What fails is
 named, does not stop the rest, and makes the exit code 1.
 
@@ -160,16 +160,16 @@ def gate_cases(c, M: int) -> list[Case]:
 
 
 def attention_cases(c, batch, backend: str, windows: tuple[int, int]) -> list[Case]:
-    """Attention of each kind of layer, on the documents of this batch."""
+    """Attention of each kind of layer, on the documents of this batch; q, k, v lie in memory as a layer's."""
     activate(backend)
     plans = [plan for plan in train_gpt.layer_plans(c) if plan.attention]
     docs, (B, T), cases = Documents(batch, backend), batch.inputs_BT.shape, []
     for (long, paired), times in Counter((plan.long_window, plan.paired) for plan in plans).items():
         factor = 2 if paired else 1
-        heads, kv_heads, shape = c.num_heads // factor, c.num_kv_heads // factor, (B, factor * T)
-        qk = normal(*shape, heads + kv_heads, c.head_dim)  # of one product, as in the model
-        v, grad = normal(*shape, kv_heads, c.head_dim), normal(*shape, heads, c.head_dim)
-        qkv = [x.detach().requires_grad_() for x in (*qk.split((heads, kv_heads), dim=2), v)]
+        heads = c.num_heads // factor, c.num_kv_heads // factor
+        qk, v, grad = (normal(B, factor * T, h, c.head_dim) for h in (sum(heads), heads[1], heads[0]))
+        q, k = qk.split(heads, dim=2)
+        qkv = q, train_gpt.offset_keys(k) if long else k, v
         known = windows[long], paired, train_gpt.ATTN_SCALE
 
         def forward(qkv=qkv, known=known):
@@ -179,6 +179,8 @@ def attention_cases(c, batch, backend: str, windows: tuple[int, int]) -> list[Ca
             return torch.autograd.grad(forward(), qkv, grad)
 
         name = f"window {windows[long]}{', paired' if paired else ''}"
+        for x in qkv:
+            x.requires_grad_()
         cases += [Case(f"{name}, forward", 0, forward), Case(f"{name}, forward and backward", times, both)]
     return cases
 
@@ -234,18 +236,15 @@ def make_parts(env: dict) -> tuple[str, dict[str, Callable]]:
         "loss": lambda: loss_cases(c, first.targets_BT, V, len(c.predict[0])),
         "tables": lambda: table_cases(c, first.inputs_BT.flatten().long(), V),
         "polar": lambda: polar_cases(shapes),
-        "updates": lambda: update_cases(shapes),
         "gates": lambda: gate_cases(c, M),
+        "updates": lambda: update_cases(shapes),
     }
 
 
-def measure(case: Case, on_cuda: bool, as_graph: bool = False) -> dict:
-    """Time a case. Its rate counts only the work that the arithmetic needs.
-
-    as_graph: many calls as one CUDA graph, for kernels that take less time than their launch from Python.
-    """
-    if on_cuda and as_graph:
-        ms = triton.testing.do_bench_cudagraph(case.run, rep=60, return_mode="median")
+def measure(case: Case, on_cuda: bool, in_graph: bool) -> dict:
+    """Time a case. Its rate counts only the work that the arithmetic needs."""
+    if on_cuda and in_graph:
+        ms = triton.testing.do_bench_cudagraph(case.run, return_mode="median")
     elif on_cuda:
         ms = triton.testing.do_bench(case.run, warmup=10, rep=60, return_mode="median")
     else:
@@ -280,7 +279,7 @@ def main(argv: list[str]) -> int:
             found[part] = []
             try:
                 for case in make():
-                    found[part].append(measure(case, device == "cuda", as_graph=part == "updates"))
+                    found[part].append(measure(case, device == "cuda", part == "updates"))
             except Exception:
                 traceback.print_exc()
                 failed.append(part)

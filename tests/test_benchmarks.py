@@ -1,5 +1,5 @@
 """Benchmarks: FLOP against torch's counter on the real model, the scaling model against measured steps and
-the trainers' own sharding, step_time.py on a tiny run."""
+the trainers' own sharding, step_time.py on a tiny run, what kernel_times.py times."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -518,3 +519,40 @@ def test_interval_of_the_median():
         found = step_time.median_interval(rng.exponential(size=21))
         hits += found["low"] <= math.log(2) <= found["high"]
     assert hits / 400 == pytest.approx(found["confidence"], abs=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------
+# kernel_times.py
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_is_timed_on_tensors_that_lie_as_in_a_layer(kind, monkeypatch):
+    """Fails if kernel_times.py gives attention other shapes or strides than the trainer's layers do."""
+    kernel_times = pytest.importorskip("kernel_times", reason="triton is not installed")
+    model, batch = small_model(train_gpt, vocab_size=VOCAB, **KINDS[kind]), make_batch([9, 23])
+    attend, seen = Documents.attend, set()
+
+    def spy(self, q, k, v, *known):
+        seen.add((known[:2], *((x.shape, x.stride()) for x in (q, k, v))))
+        return attend(self, q, k, v, *known)
+
+    monkeypatch.setattr(Documents, "attend", spy)
+    c = model.config
+    windows = tuple(w * c.window_block for w in c.windows[0])
+    model.train_loss(batch, windows, True, torch.ones(1))
+    wanted = seen.copy()
+    seen.clear()
+    for case in kernel_times.attention_cases(c, batch, "sdpa", windows):
+        case.run()
+    assert seen == wanted
+
+
+def test_updates_are_timed_in_a_graph(monkeypatch):
+    """Fails if many small launches are timed at the host's pace, or triton's timer takes other arguments."""
+    kernel_times = pytest.importorskip("kernel_times", reason="triton is not installed")
+    for name, ms in (("do_bench", 1.0), ("do_bench_cudagraph", 2.0)):
+        real = getattr(kernel_times.triton.testing, name)
+        monkeypatch.setattr(kernel_times.triton.testing, name, mock.create_autospec(real, return_value=ms))
+    case = kernel_times.Case("x", 1, print)
+    assert [kernel_times.measure(case, True, in_graph)["ms"] for in_graph in (False, True)] == [1.0, 2.0]
