@@ -7,9 +7,9 @@
 
 Made for a machine that may vanish at any minute and on which nothing can be installed. Each step is a
 process: its output goes to out/STEP.txt, which ends with a line that says how it went, and its numbers to
-out/STEP.json; out/clocks.csv has the GPU's clock meanwhile. A step that fails or hangs does not stop the next
-one. After --minutes, the running step gets SIGTERM, at which a trainer saves and stops. The same command then
-does the rest; finished steps are not repeated, even failed ones (delete a step's .txt to repeat it). On
+out/STEP.json; out/clocks.csv has the GPU's clock during timings. A step that fails or hangs does not stop the
+next one. After --minutes, the running step gets SIGTERM, at which a trainer saves and stops. The same command
+then does the rest; finished steps are not repeated, even failed ones (delete a step's .txt to repeat it). On
 another machine, --given names the folder with the earlier call's files. The compile cache is among them, in
 out/cache.tar.xz.N.
 
@@ -179,7 +179,7 @@ class Steps:
         print(f"\n{name}: {' '.join(command)}", flush=True)
         path.with_suffix(".json").unlink(missing_ok=True)
         start, pipes = time.monotonic(), dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-        with path.open("wb") as file, clocks_to(self.out / "clocks.csv"):
+        with path.open("wb") as file:
             child = subprocess.Popen(command, env=env, cwd=folder, stdout=file, process_group=0, **pipes)
             try:
                 in_time = wait(child, seconds)
@@ -229,13 +229,15 @@ def part_a(steps: Steps, scratch: Path, dry: bool) -> list[str]:
     command = ["-m", "pytest", "-v", "--tb=short", "--durations=0", "-p", "no:cacheprovider", "-k", wanted]
     steps.run("a_checks", [*command, ROOT / "tests/offgpu/numerics.py"], 300, **numerics)
     command = [ROOT / "benchmarks/kernel_times.py", "--json", steps.out / "a_kernels.json"]
-    steps.run("a_kernels", command, 240, TRITON_INTERPRET=str(int(dry)))
+    with clocks_to(steps.out / "clocks.csv"):
+        steps.run("a_kernels", command, 240, TRITON_INTERPRET=str(int(dry)))
     return []
 
 
 def time_stages(steps: Steps, name: str, limit_s: float, *options):
     command = [ROOT / "benchmarks/step_time.py", "--no-evaluation", "--json", steps.out / f"{name}.json"]
-    steps.run(name, [*command, *options], limit_s)
+    with clocks_to(steps.out / "clocks.csv"):
+        steps.run(name, [*command, *options], limit_s)
 
 
 def part_b(steps: Steps, scratch: Path, dry: bool) -> list[str]:
