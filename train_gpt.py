@@ -109,9 +109,7 @@ class Settings(settings.RunSettings):
     # length and shape of the run; one value per stage: three scheduled thirds, then the extension
     num_scheduled_iterations: int = knob(1560, "steps of the three scheduled stages", low=1)
     num_extension_iterations: int = knob(40, "steps after them, with longer windows", low=0)
-    train_tokens: int = knob(
-        0, "tokens of the scheduled stages; sets NUM_SCHEDULED_ITERATIONS; 0: off", low=0
-    )
+    train_tokens: int = knob(0, "scheduled tokens; sets NUM_SCHEDULED_ITERATIONS; 0: off", low=0)
     batch_sizes: tuple[int, ...] = knob((131072, 262144, 393216, 393216), "tokens per step", low=128)
     slices: int = knob(8, "slices that a batch is cut into; more of them take less memory", low=8, high=64)
     pass_tokens: int = machine_knob(0, "most tokens of a pass of several slices; 0: by memory", low=0)
@@ -172,7 +170,7 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     model = settings.choose_model(env, PRESETS, "gpt2-small" if device == "cuda" else "tiny")
     config, changes = PRESETS[model]
     s, o = settings.read(SETTINGS, env, changes, SCRIPT.name)
-    s = replace(s, **{name: stages(name, getattr(s, name), changes) for name in BY_STAGE})
+    s = replace(s, **{name: one_per_stage(name, getattr(s, name), changes) for name in BY_STAGE})
     s = s.resolved(model, device, SCRIPT)
     refusals.check_settings(s, env, BY_STAGE, NUM_STAGES, VAL_SLICES)
     refusals.check_model(s, o, config, PRESETS)
@@ -182,7 +180,7 @@ def read_settings(env) -> tuple[Settings, "OptimizerSettings", "ModelConfig"]:
     return s, o, model_config(s, config)
 
 
-def stages(name: str, values: tuple, changes: dict) -> tuple:
+def one_per_stage(name: str, values: tuple, changes: dict) -> tuple:
     """A value for each stage, of the setting `name`. changes: the preset's defaults."""
     if name == "max_doc_tokens" and len(values) == 1:
         return values * NUM_STAGES
@@ -332,12 +330,12 @@ class Batch(NamedTuple):
 
 
 def count_slices(s: Settings, world_size: int) -> int:
-    """Number of slices in a batch of training: SLICES, or as many as there are ranks if that is more."""
+    """Number of slices in a training batch: SLICES, or as many as there are ranks if that is more."""
     return max(s.slices, world_size)
 
 
 def count_val_slices(world_size: int) -> int:
-    """Number of slices in a batch of validation: VAL_SLICES, or one per rank if that is more."""
+    """Number of slices in a validation batch: VAL_SLICES, or one per rank if that is more."""
     return max(VAL_SLICES, world_size)
 
 
@@ -356,13 +354,10 @@ def stack_slices(slices: list, device, max_doc_tokens: int, pass_tokens: int = M
     batches = []
     for start in range(0, len(slices), per_pass):
         inputs, targets, lengths = zip(*slices[start : start + per_pass])
-        cu_seqlens = np.cumsum(np.concatenate([[0], *lengths]))
-        arrays = (
-            np.stack(inputs).astype(np.int32),
-            np.stack(targets).astype(np.int64),
-            cu_seqlens.astype(np.int32),
-        )
-        batches.append(Batch(*(to_device(torch.from_numpy(a), device) for a in arrays), max_doc_tokens))
+        inputs, targets = np.stack(inputs).astype(np.int32), np.stack(targets).astype(np.int64)
+        cu_seqlens = np.cumsum(np.concatenate([[0], *lengths])).astype(np.int32)
+        tensors = (to_device(torch.from_numpy(x), device) for x in (inputs, targets, cu_seqlens))
+        batches.append(Batch(*tensors, max_doc_tokens))
     return batches
 
 
@@ -723,13 +718,7 @@ class GPT(nn.Module):
     """The speedrun's GPT. Knows nothing of ranks or optimizers."""
 
     def __init__(
-        self,
-        c: ModelConfig,
-        vocab_size: int,
-        backend: str,
-        residual_scale: float = 1.0,
-        float8_head: bool = False,
-        balance_weight: float = 0.0,
+        self, c: ModelConfig, vocab_size, backend, residual_scale=1.0, float8_head=False, balance_weight=0.0
     ):
         super().__init__()
         self.config, self.plans = c, layer_plans(c)
@@ -749,8 +738,8 @@ class GPT(nn.Module):
             self.smear_gate, self.smear_lambda = nn.Parameter(torch.zeros(GATE_CHANNELS)), learned_scalar(0.0)
         if c.skip:
             self.skip_lambda = learned_scalar(-1.5)
-        if c.skip and not c.gate_layers:
-            self.skip_gate = nn.Parameter(torch.zeros(GATE_CHANNELS))
+            if not c.gate_layers:
+                self.skip_gate = nn.Parameter(torch.zeros(GATE_CHANNELS))
         if c.backout is not None:
             self.backout_lambda = learned_scalar(0.5)
         self.rotary = Rotary(c.head_dim)
@@ -838,25 +827,20 @@ class GPT(nn.Module):
     def train_loss(self, batch: Batch, windows, tied: bool, weights_K, noise_LBTE=None, prefix_weight=None):
         """One training pass: (loss, cross-entropy of the next token, detached), sums over tokens in nats.
 
-        The loss counts the tokens after the next too, weighted, the next token's prefix if it has a weight (a
-        number, else None), and the experts' balance. noise_LBTE is added to the router logits.
+        The loss sums, each with its weight, the cross-entropies of the next tokens (weights_K), that of the
+        next token's prefix (prefix_weight; None: not in this stage) and the experts' balance. noise_LBTE is
+        added to the router logits.
         """
         routing = Routing(noise_LBTE)
         x = self.trunk(batch.inputs_BT, Documents(batch, self.backend), windows, tied, routing)
-        prefixes_BT = None if prefix_weight is None else self.prefixes_V[batch.targets_BT]
-        loss, cross_entropy = self.head_loss(x, batch.targets_BT, weights_K, prefixes_BT, prefix_weight)
+        loss, cross_entropy = self.head_loss(x, batch.targets_BT, weights_K, prefix_weight)
         if routing.balance:  # times T: the cross-entropy is summed over a slice's tokens
             balance = torch.stack(routing.balance).sum()
             loss = loss + self.balance_weight * batch.inputs_BT.shape[1] * balance
         return loss, cross_entropy
 
-    def head_loss(
-        self, x_BTC: Tensor, targets_BT: Tensor, weights_K: Tensor, prefixes_BT=None, prefix_weight=None
-    ) -> tuple[Tensor, Tensor]:
-        """(weighted loss, plain cross-entropy of the next token, detached), summed over tokens.
-
-        prefixes_BT: -1 where a target has no prefix; None: no loss on prefixes.
-        """
+    def head_loss(self, x_BTC: Tensor, targets_BT: Tensor, weights_K: Tensor, prefix_weight=None):
+        """(weighted loss, plain cross-entropy of the next token, detached), summed over tokens."""
         if self.float8_head:  # training alone, for speed; val_loss has a bfloat16 head
             logits = Float8Linear.apply(x_BTC.flatten(0, 1), self.head, HEAD_SCALES)
             logits = logits.view(*targets_BT.shape, -1)
@@ -864,15 +848,15 @@ class GPT(nn.Module):
             logits = F.linear(x_BTC, self.head)
         logits = softcap(logits)
         loss, cross_entropy = multi_token_loss(logits, targets_BT, weights_K)
-        if prefixes_BT is not None:
-            loss = loss + prefix_weight * prefix_loss(logits, prefixes_BT)
+        if prefix_weight is not None:
+            loss = loss + prefix_weight * prefix_loss(logits, self.prefixes_V[targets_BT])
         return loss, cross_entropy
 
     def val_loss(self, batch: Batch, windows, tied: bool) -> tuple[Tensor, Tensor]:
         """One validation pass: (cross-entropy in nats, right guesses), sums over tokens.
 
         The head runs in pieces: a slice of validation is longer than a pass of training, and the logits of
-        all of it (262,144 x 50,304) would not fit beside each other.
+        all of it (262,144 x 50,304) would not fit in memory at once.
         """
         routing = Routing()
         x = self.trunk(batch.inputs_BT, Documents(batch, self.backend), windows, tied, routing)
@@ -889,8 +873,7 @@ class GPT(nn.Module):
 
 def build_model(s: Settings, config: ModelConfig, vocab_size: int, device: torch.device) -> GPT:
     """A freshly initialised model; on CUDA matrices and tables are bfloat16, scalars and routers fp32."""
-    scale, float8_head = s.residual_scale, not s.disable_fp8
-    model = GPT(config, vocab_size, s.attn_backend, scale, float8_head, s.moe_balance_weight)
+    model = GPT(config, vocab_size, s.attn_backend, s.residual_scale, not s.disable_fp8, s.moe_balance_weight)
     seed = np.random.SeedSequence([s.seed, INIT_STREAM]).generate_state(1, np.uint64)[0]
     model.init_weights(torch.Generator().manual_seed(int(seed) >> 1))  # torch takes 63 bits
     if config.predicts_prefixes:
@@ -1174,7 +1157,7 @@ class MatrixBucket(MatrixStack):
         self.apply_rule(lr * self.shape_lr_N11, vectors.scalar(decay), vectors.scalar(mu), measure)
 
     def apply_rule(self, lr_N11: Tensor, decay: Tensor, mu: Tensor, measure: bool):
-        """Apply the update rule."""
+        """Step this rank's matrices. ORD has its own."""
         self.compiled_step(self.mine, self.mantissa, self.grad, self.state, lr_N11, decay, mu, self.o)
 
 
@@ -1185,11 +1168,7 @@ OptimizerSettings = NorMuonSettings
 OPTIMIZER_PRESETS = {}  # preset -> defaults of the optimizer's settings that it changes
 MatrixUpdate = MatrixBucket
 check_optimizer_settings = refusals.check_decay
-
-
 MATRIX_STATS = ()  # columns of a bucket's `stats`, for the log: NorMuon has none
-
-
 # <<< optimizer
 SETTINGS = (Settings, OptimizerSettings)
 PRESETS = {  # MODEL -> (ModelConfig, defaults of settings that the preset changes)
@@ -1261,7 +1240,9 @@ class Optimizer:
         if due and (self.o.grad_clip or measure):
             self.grad_norm = gradient_norm(due, self.ranks) / (LOSS_SCALE * batch_tokens)
         if due and self.o.grad_clip:
-            self.clip(due)
+            factor = (self.o.grad_clip / self.grad_norm).clamp(max=1)
+            for bucket in due:
+                bucket.grad.mul_(factor)
         for bucket in due:
             bucket.work.wait()
             bucket.count += 1
@@ -1270,27 +1251,19 @@ class Optimizer:
         for bucket in due:
             bucket.finish()
 
-    def clip(self, due: list[Bucket]):
-        """Scale the gradients so that grad_norm is at most GRAD_CLIP."""
-        factor = (self.o.grad_clip / self.grad_norm).clamp(max=1)
-        for bucket in due:
-            bucket.grad.mul_(factor)
-
     def log_fields(self, step: int, full: bool) -> dict:
         """Fields of the step line; `full` at validations, and then a collective: every rank calls it.
 
         The log has one pair of betas, those of the head's role.
         """
         beta1, beta2 = (self.beta_frac(step) * beta for beta in find_role("head").betas)
-        fields = {
-            "beta1": f"{beta1:.4f}",
-            "beta2": f"{beta2:.4f}",
-            "muon_momentum": f"{self.momentum(step):.4f}",
-        }
-        if not full:
-            return fields
-        norm = {} if self.grad_norm is None else {"grad_norm": f"{float(self.grad_norm):.6g}"}
-        return {**fields, **norm, **stats_by_layer(MATRIX_STATS, self.stacks, self.ranks)}
+        fields = {"beta1": f"{beta1:.4f}", "beta2": f"{beta2:.4f}"}
+        fields["muon_momentum"] = f"{self.momentum(step):.4f}"
+        if full and self.grad_norm is not None:
+            fields["grad_norm"] = f"{float(self.grad_norm):.6g}"
+        if full:
+            fields |= stats_by_layer(MATRIX_STATS, self.stacks, self.ranks)
+        return fields
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1316,11 +1289,12 @@ class Schedule:
         self.s, self.config = s, config
         self.scheduled = s.num_scheduled_iterations
         self.num_steps = self.scheduled + s.num_extension_iterations
-        thirds = [round(self.scheduled * i / (NUM_STAGES - 1)) for i in range(NUM_STAGES)]
-        self.bounds = (*thirds, self.num_steps)  # stage i: from bounds[i] up to bounds[i + 1]
+        starts = [round(self.scheduled * i / (NUM_STAGES - 1)) for i in range(NUM_STAGES)]
+        self.bounds = (*starts, self.num_steps)  # stage i: from bounds[i] up to bounds[i + 1]
         self.untie_step = None  # the last step that trains embedding and head as one
         if config.untie_frac < 1:
-            self.untie_step = round(self.scheduled * config.untie_frac) | 1  # odd: Adam moves (ADAM_EVERY)
+            # odd, so that Adam moves in it (ADAM_EVERY) and what untying copies has just been updated
+            self.untie_step = round(self.scheduled * config.untie_frac) | 1
 
     def stage(self, step: int) -> int:
         """Stage of a step; num_steps counts as part of the last stage."""
@@ -1375,7 +1349,7 @@ class Schedule:
         return interpolate(shape, peak, end, self.share_done(step, self.s.cooldown_start))
 
     def second_decay(self, step: int, peak: float) -> float:
-        """Go on from what the first decay would have made of this stage's peak by LR_DECAY_SWITCH_STEP."""
+        """Decay from where the first decay would be at LR_DECAY_SWITCH_STEP, had it begun at this peak."""
         s, switch = self.s, self.s.lr_decay_switch_step
         final = s.lr_decay_final if s.lr_decay_second_final is None else s.lr_decay_second_final
         reached, done = self.first_decay(switch, peak), self.share_done(step, switch)
@@ -1451,11 +1425,8 @@ class Trainer:
         weights = to_device(schedule.predict_weights(step), self.ranks.device)
         windows, prefix_weight = schedule.windows(self.stage), schedule.prefix_weight(step)
         tied = schedule.tied(step)
-        next_slice = my_slices(count_slices(self.s, self.ranks.world_size), self.ranks).start
-        for batch in batches:
+        for batch, noise in zip(batches, self.router_noise(step, batches)):
             self.ranks.beat()
-            noise = self.router_noise(step, batch, next_slice)
-            next_slice += len(batch.inputs_BT)
             loss, cross_entropy = self.train_loss(batch, windows, tied, weights, noise, prefix_weight)
             (LOSS_SCALE * loss).backward()
             loss_sum = loss_sum + cross_entropy
@@ -1465,15 +1436,18 @@ class Trainer:
             self.optimizer.untie()
         return loss_sum
 
-    def router_noise(self, step: int, batch: Batch, first_slice: int) -> Tensor | None:
-        """Noise for the router logits of a pass, (L, B, T, E), drawn by slice; None without experts."""
-        c = self.model.config
-        if not c.num_experts or not self.s.router_noise:
-            return None
-        B, T = batch.inputs_BT.shape
-        slices, shape = range(first_slice, first_slice + B), (c.num_layers, T, c.num_experts)
-        noise = draw_noise(self.s.seed, step, slices, shape)
-        return to_device(self.s.router_noise * noise, self.ranks.device)
+    def router_noise(self, step: int, batches: list[Batch]):
+        """Yield each pass's router noise, (L, B, T, E), drawn by slice; None without experts."""
+        c, scale = self.model.config, self.s.router_noise
+        first = my_slices(count_slices(self.s, self.ranks.world_size), self.ranks).start
+        for batch in batches:
+            B, T = batch.inputs_BT.shape
+            slices, first = range(first, first + B), first + B
+            if c.num_experts and scale:
+                noise = draw_noise(self.s.seed, step, slices, (c.num_layers, T, c.num_experts))
+                yield to_device(scale * noise, self.ranks.device)
+            else:
+                yield None
 
     def log_fields(self, step: int, full: bool) -> dict:
         """Fields of the line about the update of `step`, in the log's order. A collective if full."""
@@ -1530,11 +1504,9 @@ class Run:
     def validate(self, step: int, num_batches: int | None = None) -> tuple[float, float]:
         """(loss, accuracy) after `step` steps, over all batches or the first num_batches."""
         trainer, start, schedule = self.trainer, self.start, self.trainer.schedule
-        last = step == schedule.num_steps
-        windows = schedule.windows(NUM_STAGES if last else trainer.stage)
-        batches = val_batches(start.val_shards, start.s, start.ranks, num_batches)
-        batches = self.data.prefetcher.each(batches)
-        return evaluate(trainer.val_loss, batches, windows, schedule.tied(step), start.ranks)
+        stage = NUM_STAGES if step == schedule.num_steps else trainer.stage
+        batches = self.data.prefetcher.each(val_batches(start.val_shards, start.s, start.ranks, num_batches))
+        return evaluate(trainer.val_loss, batches, schedule.windows(stage), schedule.tied(step), start.ranks)
 
     def rehearse(self):
         """Compile and autotune all that a run will meet; call it on a run that is then thrown away.
@@ -1545,8 +1517,8 @@ class Run:
         trainer, schedule = self.trainer, self.trainer.schedule
         trainer.memory.announce(self.start.log)
         last, untie = schedule.num_steps, schedule.untie_step or 0
-        firsts = (*schedule.bounds, untie, untie + 1)  # steps that differ from those before them
-        for step in sorted({i + n for i in firsts for n in (0, 1)}):  # two each: Adam moves on every second
+        firsts = (*schedule.bounds, untie, untie + 1)  # steps at which what is compiled changes
+        for step in sorted({first + n for first in firsts for n in (0, 1)}):  # two each: Adam moves in one
             if step > last or self.session.asked_to_stop():
                 break
             trainer.enter(step)

@@ -813,9 +813,10 @@ def make_mlp_forward(module, compiler):
 
 
 def make_head_loss(module, compiler):
-    def fused(self, x_BTC, targets_BT, weights_K, prefixes_BT=None, prefix_weight=None):
-        scales, weights = module.HEAD_SCALES if self.float8_head else None, weights_K
-        if prefixes_BT is not None:
+    def fused(self, x_BTC, targets_BT, weights_K, prefix_weight=None):
+        scales, weights, prefixes_BT = module.HEAD_SCALES if self.float8_head else None, weights_K, None
+        if prefix_weight is not None:
+            prefixes_BT = self.prefixes_V[targets_BT]
             weights = torch.cat((weights_K, torch.zeros_like(weights_K[:1]) + prefix_weight))
         known = x_BTC.flatten(0, 1), self.head, targets_BT, weights, module.SOFTCAP, scales
         return head_loss(*known, prefixes_BT)

@@ -51,7 +51,7 @@ def cuda_forms() -> tuple[FastForm, ...]:
             "GPT.head_loss",
             cuda.make_head_loss,
             ("softcap", "target_logits", "multi_token_loss", "prefix_loss"),
-            "4babd93ad44d",
+            "2f5b216a8621",
         ),
         FastForm("step_muon", cuda.make_step_muon, muon, "d89822448696", cuda.covers_muon),
         FastForm("step_ord", cuda.make_step_ord, (*ord_parts, *muon), "7eeeb9121d57", cuda.covers_ord),

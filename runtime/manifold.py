@@ -229,7 +229,7 @@ class Manifold:
 
     def expect(self, step: int):
         """Arm the measurement if `step` is due. Call before the update that completes `step`."""
-        self.optimizer.before_update = self.look if self.every and step % self.every == 0 else None
+        self.optimizer.before_update = self.look if step % self.every == 0 else None
 
     def look(self):
         """Keep what the update will overwrite. The optimizer calls this."""
@@ -253,17 +253,9 @@ class Manifold:
                 self.ranks.beat()
                 part = slice(i, i + at_once)
                 facts = measure_matrices(W[part], after[part] - W[part])
-                rows += [
-                    {
-                        "step": step,
-                        "tokens": tokens,
-                        **place(name),
-                        "shape": list(W.shape[1:]),
-                        "grad_norm": norm,
-                        **row,
-                    }
-                    for name, norm, row in zip(names[part], grad_norms[part], facts)
-                ]
+                for name, norm, row in zip(names[part], grad_norms[part], facts):
+                    about = {"step": step, "tokens": tokens, **place(name), "shape": list(W.shape[1:])}
+                    rows.append({**about, "grad_norm": norm, **row})
         self.before = None
         rows = sorted((row for part in self.ranks.all_gather_object(rows) for row in part), key=order)
         self.on_disk(step, lambda: append(self.path, rows))

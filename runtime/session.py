@@ -97,10 +97,8 @@ class Session:
         self.highest_loss = self.s.diverged_above or 2 * math.log(trainer.model.head.shape[0])
         self.manifold = None
         if self.s.manifold_every:
-            path = self.s.log.with_suffix(".manifold.jsonl")
-            self.manifold = Manifold(
-                path, self.s.manifold_every, trainer.optimizer, self.ranks, self.clock, self.log
-            )
+            path, every = self.s.log.with_suffix(".manifold.jsonl"), self.s.manifold_every
+            self.manifold = Manifold(path, every, trainer.optimizer, self.ranks, self.clock, self.log)
 
     # The loop's questions and reports, in the order in which it makes them
 

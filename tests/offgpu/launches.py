@@ -64,7 +64,8 @@ def train_step(trainer, float8: bool, preset: str = "gpt2-small"):
             loss, _ = model.train_loss(batch, (128, 384), True, torch.ones(K))
             loss.backward()
         x = torch.zeros(SLICES, TOKENS, model.config.width, dtype=torch.bfloat16, requires_grad=True)
-        model.head_loss(x, tokens, torch.ones(1), tokens, 0.25)[0].backward()  # with prefixes
+        model.prefixes_V = torch.zeros(GPT2_VOCABULARY, dtype=torch.int64)
+        model.head_loss(x, tokens, torch.ones(1), 0.25)[0].backward()  # with prefixes
         for measure in (False, True):
             optimizer.step(0, 1.0, SLICES * TOKENS, measure)
 
