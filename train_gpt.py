@@ -365,8 +365,8 @@ class TrainData:
     """Endless training batches. The last document of a slice is cut to fill it, its rest skipped.
 
     Every rank plans all slices of a step and reads its own, so that 1, 2, 4 and 8 ranks see the same tokens.
-    A thread makes the next step's batch while this one is computed, so the documents are ahead of `position`:
-    where the step after the last one handed out begins.
+    A thread makes the next step's batch while this one is computed. So `documents` is a step ahead of
+    `position`, which checkpoints hold: where the next step to be trained begins.
     """
 
     def __init__(self, shards: list[Shard], s: Settings, ranks: Ranks, pass_tokens: int = MOST_TOKENS):
@@ -391,7 +391,7 @@ class TrainData:
         return stack_slices(slices, self.device, min(longest, slice_tokens), self.pass_tokens)
 
     def next(self, now: tuple[int, int], then: tuple[int, int] | None = None) -> list[Batch]:
-        """This rank's passes of a step of (tokens, stage); those of the step after it are read meanwhile."""
+        """This rank's passes of a step. now, then: (tokens, stage) of it and of the next, made meanwhile."""
         if self.next_batches is None:  # the first step, or the first after seek()
             self.next_batches = self.prefetcher.start(self.make, *now)
         batches = self.prefetcher.take(self.next_batches)

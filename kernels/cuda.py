@@ -41,7 +41,7 @@ NAMESPACE = "speedrun_ord"
 # ---------------------------------------------------------------------------------------------------
 
 MLP_BLOCKS = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=8)
-HOPPER_SHARED, WIDE_SHARED = 213_032, 147_456  # bytes that mlp_hopper_kernel takes so; mlp_kernel
+HOPPER_SHARED, WIDE_SHARED = 213_032, 147_456  # bytes taken by mlp_hopper_kernel; mlp_kernel
 
 
 @triton.jit
@@ -288,7 +288,7 @@ LOSS_BLOCK = 2048
 
 @triton.jit
 def exp2(x):
-    """One instruction. tl.exp2 takes four, to serve subnormal numbers, and the loss is bound by such."""
+    """One instruction. tl.exp2 takes four, for subnormals; the loss kernels are bound by instructions."""
     if INTERPRETED:
         return tl.exp2(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)

@@ -175,7 +175,7 @@ def trim(path: Path, last_step: int):
     """
     if not path.exists():
         return
-    kept, half = [], path.with_name(f".{path.name}.{os.getpid()}")
+    kept, temporary = [], path.with_name(f".{path.name}.{os.getpid()}")
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= last_step and line.endswith(b"\n"):
@@ -183,14 +183,14 @@ def trim(path: Path, last_step: int):
         except (ValueError, KeyError, TypeError):
             continue  # a line cut short by a crash
     try:
-        with half.open("wb") as file:
+        with temporary.open("wb") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(half, path)
+        os.replace(temporary, path)
         make_durable(path)
     finally:
-        half.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def append(path: Path, rows: list[dict]):

@@ -75,7 +75,7 @@ class Session:
     """One run, from its first step or a checkpoint to its last log line.
 
     trainer: has model (its `head` has a row for each token), schedule and optimizer (with buckets);
-        go_to(step), which makes it what it was then but for the optimizer's state;
+        go_to(step), which restores what follows from the step; the optimizer's state is restored apart;
         log_fields(step, full) and validation_fields(), dicts, by collectives; model_metadata(), a dict;
         flop_per_token(step), of the forward and backward pass.
     data: has position, a tuple of integers, and seek(position).
@@ -250,7 +250,7 @@ class Session:
             self.log.warn(text, "recompiled", step=step, graphs=self.graphs - before)
 
     def save(self, step: int) -> bool:
-        """Write a checkpoint, off the clock. Whether the disk took it; the run goes on if not."""
+        """Write a checkpoint, off the clock. Returns whether the disk took it; the run goes on if not."""
         with self.off_the_clock():
             self.ranks.beat()  # the disk has all of DIST_TIMEOUT
             params, counts = export_all(self.buckets)
@@ -264,7 +264,7 @@ class Session:
         return worked
 
     def write_checkpoint(self, step: int, params: dict, counts: dict) -> bool:
-        """Write logs/RUN_ID/step_N.pt and a line about it. Whether the disk took it."""
+        """Write logs/RUN_ID/step_N.pt and a line about it. Returns whether the disk took it."""
         contents = {
             "format": checkpoints.FORMAT,
             "config": {**self.config, "script": self.script.name},

@@ -289,7 +289,8 @@ class ShardedOptimizer:
         self.buckets = [b for _, b in self.by_role]
         self.ranks, self.stacks = ranks, [b for b in self.buckets if isinstance(b, MatrixStack)]
         self.before_update = None  # called when all gradients are reduced and none has been used
-        self.measure, self.grad_norm = False, None  # whether the next step takes its gradient's norm; that
+        self.measure = False  # whether the next step takes its gradient's norm
+        self.grad_norm = None
 
     def update(self, bucket: Bucket, *rates):
         """Move this rank's part of a bucket."""
