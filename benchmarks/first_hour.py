@@ -216,7 +216,7 @@ print("C compiler:", fault("c") or "works", flush=True)
 torch.utils.collect_env.main()
 if torch.cuda.is_available():
     print(torch.cuda.get_device_properties(0), flush=True)
-    subprocess.run("nvidia-smi -q -d CLOCK,POWER,TEMPERATURE".split())
+    subprocess.run("nvidia-smi -q -d CLOCK,POWER,TEMPERATURE", shell=True)  # it may be missing
 """
 
 
