@@ -66,19 +66,6 @@ TABLES = {
         1560: (EXTENSION, 1, [1], 0.95 - 0.1 * 10 / 50),
         1599: (EXTENSION, 1, [1], 0.95 - 0.1 * 49 / 50),
     },
-    1555: {  # 518 (518.33), 1037 (1036.67), 1555; 856 steps from 699 (699.75)
-        0: (ONE, 0, [1, 0.5, 0.25], 0.85),
-        517: (ONE, 0, [1, 0.5, 0.25 / 518], 0.95),
-        518: (TWO, 0, [1, 0.5], 0.95),
-        699: (TWO, 0, [1, 0.5 * 338 / 519], 0.95),
-        700: (TWO, 1 / 856, [1, 0.5 * 337 / 519], 0.95),
-        1036: (TWO, 337 / 856, [1, 0.5 / 519], 0.95),
-        1037: (THREE, 338 / 856, [1], 0.95),
-        1545: (THREE, 846 / 856, [1], 0.95),
-        1554: (THREE, 855 / 856, [1], 0.95 - 0.1 * 9 / 50),
-        1555: (EXTENSION, 1, [1], 0.95 - 0.1 * 10 / 50),
-        1594: (EXTENSION, 1, [1], 0.95 - 0.1 * 49 / 50),
-    },
     100: {  # 33 (33.33), 67 (66.67), 100; 56 steps from 44; momentum only rises
         0: (ONE, 0, [1, 0.5, 0.25], 0.85),
         32: (ONE, 0, [1, 0.5, 0.25 / 33], 0.85 + 0.1 * 32 / 300),
@@ -94,26 +81,29 @@ TABLES = {
 }
 
 
+DECAYS = {  # multiplier, from that of the stage and the fraction of the cooldown done
+    "linear": lambda peak, done: peak * (1 - done) + 0.1 * done,
+    "exp": lambda peak, done: peak * 0.1**done,
+    "cosine": lambda peak, done: 0.1 + (peak - 0.1) * (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda peak, done: peak,
+}
+
+
 @pytest.mark.parametrize("num_steps", TABLES)
 def test_every_column_of_the_schedule(num_steps):
-    """Fails if a stage begins a step early or late, or if its batch, windows, multiplier, weights of further
-    tokens, cooldown or Muon momentum are wrong."""
+    """Fails if a stage begins a step early or late, or if its batch, windows, multiplier under any decay,
+    weights of further tokens, cooldown or Muon momentum are wrong."""
     s, o, config = read(train_gpt, MODEL="gpt2-small", NUM_SCHEDULED_ITERATIONS=num_steps)
     plan = train_gpt.Schedule(s, config)
     optimizer = make_optimizer(train_gpt, Params({}), o, plan.num_steps)
-    assert plan.num_steps == num_steps + 40
+    decays = {kind: schedule(NUM_SCHEDULED_ITERATIONS=num_steps, LR_DECAY_TYPE=kind) for kind in DECAYS}
+    assert plan.num_steps == num_steps + 40 and plan.windows(train_gpt.NUM_STAGES) == (768, 2560)
     for step, ((batch, windows, peak), done, weights, momentum) in TABLES[num_steps].items():
         assert (plan.batch_tokens(step), plan.windows(plan.stage(step))) == (batch, windows), step
-        assert plan.lr_mul(step) == pytest.approx(peak * (1 - done) + 0.1 * done, rel=1e-12), step
+        for kind, multiplier in DECAYS.items():
+            assert decays[kind].lr_mul(step) == pytest.approx(multiplier(peak, done), rel=1e-12), (kind, step)
         np.testing.assert_allclose(plan.predict_weights(step).numpy(), weights, atol=1e-6, err_msg=str(step))
         assert optimizer.momentum(step) == pytest.approx(momentum, rel=1e-12), step
-
-
-def test_the_whole_speedrun():
-    """Fails if a run does not train on about 425M tokens, or the last validation has a stage's windows."""
-    plan = schedule()
-    assert plan.windows(train_gpt.NUM_STAGES) == (768, 2560)
-    assert sum(plan.batch_tokens(step) for step in range(1600)) == 520 * 786432 + 40 * 393216
 
 
 def test_the_head_is_untied_after_two_thirds():
@@ -133,52 +123,11 @@ def test_few_steps_in_thirds(num_steps):
     assert all(len(plan.predict_weights(i)) for i in range(num_steps + 1))
 
 
-# The cooldown starts at 701: int(1560 * (1 - 0.55)): 1 - 0.55 is a little less than 0.45
-STAGES = {100: 1.0, 600: 1.52, 701: 1.52}
-
-
-@pytest.mark.parametrize(
-    "kind, expected",
-    [
-        (
-            "exp",
-            {**STAGES, 917: 1.52 * 0.1 ** (216 / 859), 1131: 1.73 * 0.1 ** (430 / 859), 1560: 0.1, 1599: 0.1},
-        ),
-        (
-            "cosine",
-            {
-                **STAGES,
-                917: 0.1 + 1.42 * (1 + math.cos(math.pi * 216 / 859)) / 2,
-                1131: 0.1 + 1.63 * (1 + math.cos(math.pi * 430 / 859)) / 2,
-                1560: 0.1,
-                1599: 0.1,
-            },
-        ),
-        ("constant", {**STAGES, 1039: 1.52, 1040: 1.73, 1559: 1.73}),
-    ],
-)
-def test_learning_rate_of_every_decay(kind, expected):
-    """Fails if a decay begins or ends at the wrong step, or has the wrong shape: 859 steps, 701 to 1560."""
-    plan = schedule(LR_DECAY_TYPE=kind)
-    for step, value in expected.items():
-        assert plan.lr_mul(step) == pytest.approx(value, rel=1e-9), step
-
-
 def test_other_cooldowns():
     """Fails if COOLDOWN_FRAC or LR_DECAY_FINAL is not obeyed: of 100 steps, the last 20 decay to 0.3."""
     plan = schedule(NUM_SCHEDULED_ITERATIONS=100, COOLDOWN_FRAC=0.2, LR_DECAY_FINAL=0.3, LR_MULS="1,1,2,1")
-    for step, value in {
-        33: 1,
-        34: 1,
-        66: 1,
-        67: 2,
-        80: 2,
-        85: 2 * 0.75 + 0.3 * 0.25,
-        99: 2 * 0.05 + 0.3 * 0.95,
-        100: 0.3,
-        139: 0.3,
-    }.items():
-        assert plan.lr_mul(step) == pytest.approx(value), step
+    table = {66: 1, 67: 2, 80: 2, 85: 2 * 0.75 + 0.3 * 0.25, 99: 2 * 0.05 + 0.3 * 0.95, 100: 0.3, 139: 0.3}
+    assert {step: plan.lr_mul(step) for step in table} == pytest.approx(table)
     plan = schedule(COOLDOWN_FRAC=0)
     assert [plan.lr_mul(i) for i in (0, 800, 1559, 1560, 1599)] == [1.0, 1.52, 1.73, 0.1, 0.1]
     assert schedule(COOLDOWN_FRAC=1).lr_mul(0) == 1.0
@@ -187,25 +136,9 @@ def test_other_cooldowns():
 # Scheduled steps -> (LR_DECAY_SWITCH_STEP, fraction of the cooldown done there,
 # {step: (its stage's multiplier, fraction of the second decay done)}), by hand: 660, 355 and 40 steps of it
 SWITCHES = {
-    1560: (
-        900,
-        199 / 859,
-        {
-            900: (1.52, 0),
-            1039: (1.52, 139 / 660),
-            1040: (1.73, 140 / 660),
-            1230: (1.73, 0.5),
-            1559: (1.73, 659 / 660),
-            1560: (1.0, 1),
-            1599: (1.0, 1),
-        },
-    ),
+    1560: (900, 199 / 859, {900: (1.52, 0), 1039: (1.52, 139 / 660), 1040: (1.73, 140 / 660), 1599: (1, 1)}),
     1555: (1200, 501 / 856, {1200: (1.73, 0), 1271: (1.73, 0.2), 1554: (1.73, 354 / 355), 1555: (1, 1)}),
-    100: (
-        60,
-        16 / 56,
-        {60: (1.52, 0), 66: (1.52, 0.15), 67: (1.73, 0.175), 80: (1.73, 0.5), 100: (1, 1), 139: (1, 1)},
-    ),
+    100: (60, 16 / 56, {60: (1.52, 0), 67: (1.73, 0.175), 80: (1.73, 0.5), 100: (1, 1), 139: (1, 1)}),
 }
 
 
@@ -221,8 +154,7 @@ def test_second_decay(num_steps, second, first):
         plan = schedule(LR_DECAY_SWITCH_STEP=switch, LR_DECAY_SECOND_TYPE=second, **final, **env)
         assert plan.lr_mul(switch - 1) == schedule(**env).lr_mul(switch - 1)
         for step, (b, t2) in steps.items():
-            v = b * (1 - done) + 0.1 * done if first == "linear" else b * 0.1**done
-            e = b * own
+            v, e = DECAYS[first](b, done), b * own
             expected = {"constant": v, "linear": v * (1 - t2) + e * t2, "exp": v * (e / v) ** t2}[second]
             assert plan.lr_mul(step) == pytest.approx(expected, rel=1e-12), step
 
@@ -253,20 +185,20 @@ def test_an_exponential_decay_to_zero_is_refused(first):
         schedule(**(dict(LR_DECAY_TYPE="exp", LR_DECAY_FINAL=0) if first else second))
 
 
-@pytest.mark.parametrize(
-    "kind, env",
-    [
-        ("linear", dict(LR_DECAY_FINAL=0)),
-        ("constant", dict(LR_DECAY_SECOND_FINAL=0)),
-        ("exp", dict(LR_MULS="0,0,0,0")),
-    ],
-)
+TO_ZERO = {
+    "linear": ("LR_DECAY_FINAL", 0),
+    "constant": ("LR_DECAY_SECOND_FINAL", 0),
+    "exp": ("LR_MULS", "0,0,0,0"),
+}
+
+
+@pytest.mark.parametrize("kind", TO_ZERO)
 @pytest.mark.parametrize("switch", [702, 1559])
-def test_learning_rates_of_zero_are_no_error(kind, env, switch):
+def test_learning_rates_of_zero_are_no_error(kind, switch):
     """Fails if a decay to 0 divides by it, which would end a run in its last steps."""
-    plan = schedule(LR_DECAY_SWITCH_STEP=switch, LR_DECAY_SECOND_TYPE=kind, **env)
-    for step in (0, 600, 701, 702, 1300, 1559, 1560, 1591, 1599):
-        assert 0 <= plan.lr_mul(step) <= 1.73
+    name, value = TO_ZERO[kind]
+    plan = schedule(LR_DECAY_SWITCH_STEP=switch, LR_DECAY_SECOND_TYPE=kind, **{name: value})
+    assert all(0 <= plan.lr_mul(step) <= 1.73 for step in range(1600))
 
 
 def test_warm_up():
@@ -312,17 +244,13 @@ def test_validation_steps():
 
 def test_train_tokens_sets_the_number_of_steps():
     """Fails if TRAIN_TOKENS gives the wrong number of steps; the stages average 262144 tokens per step."""
-    plan = schedule(TRAIN_TOKENS=262144 * 900)
-    assert plan.num_steps == 940
-    tokens = sum(plan.batch_tokens(i) for i in range(900))
-    assert tokens == 262144 * 900
+    assert schedule(TRAIN_TOKENS=262144 * 900).num_steps == 940
 
 
 def test_without_an_extension_the_last_validation_is_of_the_third_stage():
     """Fails if windows or YaRN of a stage that no step is in change the network that is validated last."""
     plan = schedule(NUM_EXTENSION_ITERATIONS=0)
     assert [plan.stage(step) for step in (0, 519, 520, 1559, 1560)] == [0, 0, 1, 2, 2]
-    assert [schedule().stage(step) for step in (1559, 1560, 1600)] == [2, 3, 3]
     one_step = schedule(NUM_SCHEDULED_ITERATIONS=1, NUM_EXTENSION_ITERATIONS=0)
     assert one_step.stage(0) == one_step.stage(1)
 
@@ -557,20 +485,14 @@ def test_data_that_cannot_fill_a_slice_is_refused(tmp_path):
     write_shard(tmp_path / "val_0.bin", make_tokens([30] * 60))
     with pytest.raises(DataError, match="128 tokens"):
         train_data(data_settings(tmp_path)).make(1024)
-    for batch, long_docs, fits in (
-        (640, "cut", False),
-        (512, "cut", True),
-        (896, "split", True),
-        (1024, "split", False),
-    ):
-        s = data_settings(tmp_path, BATCH_SIZES=f"128,128,{batch},128", LONG_DOCS=long_docs)
-        if fits:
-            train, _ = train_gpt.open_data(s, 1)
-            made = train_gpt.TrainData(train, s, lone_ranks()).make(batch)
-            assert sum(b.inputs_BT.numel() for b in made) == batch
-        else:
-            with pytest.raises(DataError, match=rf"BATCH_SIZES=.*slices of {batch // 8} tokens"):
-                train_gpt.open_data(s, 1)
+    for fits, too_large, long_docs in ((512, 640, "cut"), (896, 1024, "split")):
+        env = dict(BATCH_SIZES=f"128,128,{fits},128", LONG_DOCS=long_docs)
+        s = data_settings(tmp_path, **env)
+        made = train_gpt.TrainData(train_gpt.open_data(s, 1)[0], s, lone_ranks()).make(fits)
+        assert sum(b.inputs_BT.numel() for b in made) == fits
+        s = data_settings(tmp_path, **{**env, "BATCH_SIZES": f"128,128,{too_large},128"})
+        with pytest.raises(DataError, match=rf"BATCH_SIZES=.*slices of {too_large // 8} tokens"):
+            train_gpt.open_data(s, 1)
 
 
 def test_a_shard_cut_short_while_in_use_matters_when_it_is_read_again(tmp_path):
@@ -720,11 +642,8 @@ def test_data_that_does_not_fit_together_is_refused(tmp_path):
 BAD_SETTINGS = [  # environment, what the message must say
     (dict(SEED="x"), ["SEED", "'x'", "int"]),
     (dict(SEED="-1"), ["SEED", "-1", "at least 0"]),
-    (dict(SEED="1.5"), ["SEED", "1.5", "int"]),
-    (dict(SEED=""), ["SEED", "int"]),
     (dict(SEED=str(10**400)), ["SEED", "at most"]),
-    (dict(MUON_LR="nan"), ["MUON_LR", "nan", "finite"]),
-    (dict(MUON_LR="inf"), ["MUON_LR", "finite"]),
+    (dict(MUON_LR="inf"), ["MUON_LR", "inf", "finite"]),
     (dict(MUON_LR="-0.1"), ["MUON_LR", "-0.1", "at least 0"]),
     (dict(COOLDOWN_FRAC="1.01"), ["COOLDOWN_FRAC", "1.01", "at most 1"]),
     (dict(TARGET_LOSS="0"), ["TARGET_LOSS", "above 0"]),
@@ -735,8 +654,6 @@ BAD_SETTINGS = [  # environment, what the message must say
     (dict(DEVICE="tpu"), ["DEVICE", "tpu", "cpu"]),
     (dict(BATCH_SIZES="1024,1024"), ["BATCH_SIZES", "2 values", "3 or 4"]),
     (dict(LR_MULS="1,1,1,1,1"), ["LR_MULS", "5 values", "3 or 4"]),
-    (dict(LR_DECAY_SECOND_TYPE="cosine"), ["LR_DECAY_SECOND_TYPE", "cosine", "linear"]),
-    (dict(LR_DECAY_SWITCH_STEP="-1"), ["LR_DECAY_SWITCH_STEP", "-1", "at least 0"]),
     (dict(LR_MULS="1,,1,1"), ["LR_MULS", "float"]),
     (dict(LR_MULS="1,nan,1,1"), ["LR_MULS", "finite"]),
     (dict(BATCH_SIZES="1024,262145,1024,1024"), ["BATCH_SIZES", "262145", "262144", "262272"]),
@@ -773,13 +690,10 @@ BAD_SETTINGS = [  # environment, what the message must say
     (dict(BATCHSIZES="1"), ["BATCHSIZES", "BATCH_SIZES"]),
     (dict(COOLDOWN_FRCA="1"), ["COOLDOWN_FRAC"]),
     (dict(VAL_LOSS_EVERY_STEPS="1"), ["VAL_LOSS_EVERY"]),
-    (dict(TARGET_LOS="3"), ["TARGET_LOSS"]),
     (dict(SEEED="3"), ["SEEED", "nearest is SEED"]),
     (dict(seed="3"), ["nearest is SEED"]),
     (dict(LR_MUL="2"), ["nearest is LR_MULS"]),
-    (dict(RUNID="x"), ["nearest is RUN_ID"]),
     (dict(muon_lr="2"), ["nearest is MUON_LR"]),
-    (dict(batch_sizes="1024"), ["nearest is BATCH_SIZES"]),
     (dict(Modell="x"), ["nearest is MODEL"]),
     # a mixture of experts
     (dict(NUM_EXPERTS=4), ["NUM_EXPERTS=4 does nothing with MODEL=tiny"]),
@@ -787,10 +701,8 @@ BAD_SETTINGS = [  # environment, what the message must say
     (dict(ROUTER_NOISE=0), ["ROUTER_NOISE=0.0"]),
     (dict(ROUTER_LR=0.1), ["ROUTER_LR=0.1"]),
     (dict(MODEL="gpt2-small", MOE_BALANCE_WEIGHT=1), ["MOE_BALANCE_WEIGHT=1.0"]),
-    (dict(MODEL="moe-tiny", MOE_TOP_K=1), ["MOE_TOP_K='1': wanted int, at least 2"]),
     (dict(MODEL="moe-tiny", MOE_TOP_K=9), ["MOE_TOP_K=9 of NUM_EXPERTS=8"]),
     (dict(MODEL="moe-tiny", NUM_EXPERTS=0), ["at least 2 experts"]),
-    (dict(MODEL="moe-tiny", ROUTER_NOISE=-1), ["ROUTER_NOISE='-1': wanted finite float, at least 0"]),
     (dict(MODEL="moe-tiny", MOE_TOPK=2), ["the nearest is MOE_TOP_K"]),
 ]
 BAD_ORD_SETTINGS = [
@@ -804,10 +716,7 @@ BAD_ORD_SETTINGS = [
     # settings of another ORD_MODE: the log would misdescribe the run
     (dict(SPECTRAL_OUT="0.5"), ["SPECTRAL_OUT", "post", "interpolate"]),
     (dict(SPECTRAL_IN="0"), ["SPECTRAL_IN", "post", "interpolate"]),
-    (
-        dict(ORD_MODE="post", SPECTRAL_LR_MUL="0.2"),
-        ["SPECTRAL_LR_MUL=0.2", "post", "interpolate or project"],
-    ),
+    (dict(ORD_MODE="post", SPECTRAL_LR_MUL="0.2"), ["SPECTRAL_LR_MUL=0.2", "post", "interpolate or project"]),
     (dict(ORD_MODE="post", SPECTRAL_SCALE="unit"), ["SPECTRAL_SCALE", "post"]),
     (dict(ORD_MODE="post", SPECTRAL_VARIANCE="1"), ["SPECTRAL_VARIANCE", "post"]),
     (dict(ORD_MODE="off", SPECTRAL_OUT="0"), ["SPECTRAL_OUT", "off"]),
@@ -909,36 +818,12 @@ def test_empty_strength_of_a_kind_is_the_common_one():
 
 
 NAMES = sorted(knobs(ord_gpt.SETTINGS))  # the baseline's and more
+ODD = "0 1 -1 nan 1e999 1,2,3,4 128,256,384,128 1_0 ٣ auto linear exp post unit both adamw sdpa tiny"
 VALUES = st.one_of(
     st.text(max_size=12),
     st.integers().map(str),
     st.floats().map(str),
-    st.sampled_from(
-        [
-            "0",
-            "1",
-            "-1",
-            "",
-            "nan",
-            "1e999",
-            "9" * 400,
-            "9" * 5000,
-            "1,2,3,4",
-            "128,256,384,128",
-            "auto",
-            "linear",
-            "exp",
-            "post",
-            "unit",
-            "both",
-            "adamw",
-            "sdpa",
-            "tiny",
-            "gpt2-small",
-            "1_0",
-            "٣",
-        ]
-    ),
+    st.sampled_from([*ODD.split(), "", "9" * 400, "9" * 5000]),
     st.lists(st.integers() | st.floats(), max_size=5).map(lambda x: ",".join(map(str, x))),
 )
 ENVIRONMENTS = st.dictionaries(
