@@ -1,6 +1,5 @@
 """Tests of the scripts in data/: shard format, embedded corpus, tokenizing, downloads. No network."""
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -51,14 +50,16 @@ def documents_of(paths, mark=0):
     for path in paths:
         tokens = shards.open_shard(path).tokens
         assert tokens[0] == mark, f"{path} does not begin with a document's mark"
-        found += [
-            part.astype(np.uint8).tobytes() for part in np.split(tokens, np.flatnonzero(tokens == mark))[1:]
-        ]
-    return [document[1:] for document in found]
+        found += np.split(tokens, np.flatnonzero(tokens == mark))[1:]
+    return [document[1:].astype(np.uint8).tobytes() for document in found]
 
 
 def parts(folder, name="text"):
     return sorted(folder.glob(f"{name}_train_*.bin")), sorted(folder.glob(f"{name}_val_*.bin"))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
 
 
 # ---- the format
@@ -125,28 +126,6 @@ def test_folders_pipes_and_missing_files_are_refused(tmp_path):
             shards.open_shard(tmp_path / name)
 
 
-@FUZZ
-@given(st.data())
-def test_a_damaged_shard_never_ends_in_a_traceback(data):
-    """Any header, truncation or trailing bytes must give a correct description or a ValueError."""
-    word = st.one_of(st.sampled_from([20240520, 1, 4, 0, 256]), st.integers(-(2**31), 2**31 - 1))
-    words = data.draw(st.lists(word, min_size=4, max_size=4))
-    for index, right in enumerate((20240520, 1, 4)):  # mostly right, else only the first check is reached
-        words[index] = right if data.draw(st.integers(0, 4)) else words[index]
-    content = make_shard(words, data.draw(st.lists(st.integers(0, 65535), min_size=4, max_size=4)))
-    content = content[: data.draw(st.one_of(st.just(1032), st.integers(0, 1032)))]
-    content += data.draw(st.one_of(st.just(b""), st.binary(max_size=8)))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "x.bin"
-        path.write_bytes(content)
-        with contextlib.suppress(ValueError):
-            info = shards.check_shard(path, every_token=True)
-            header = struct.unpack_from("<4i", content)
-            assert header[:3] == (20240520, 1, info.num_tokens) and header[3] in (0, info.vocabulary)
-            assert len(content) == 1024 + 2 * info.num_tokens
-            assert max(struct.unpack_from(f"<{info.num_tokens}H", content, 1024)) < info.vocabulary
-
-
 def test_a_shard_cut_inside_a_document_does_not_get_a_mark_of_its_own(tmp_path):
     """Fails if the first token of such a shard is taken for the mark: documents would run into each other."""
     tokens = np.tile([0, *range(5, 54)], 4)
@@ -155,16 +134,15 @@ def test_a_shard_cut_inside_a_document_does_not_get_a_mark_of_its_own(tmp_path):
         shards.write_shard(tmp_path / f"other_{part}_0.bin", np.where(tokens == 0, 299, tokens)[begin:], 300)
     train, val = shards.open_pair(tmp_path, "bytes_train_*", "bytes_val_*")
     assert train[0].mark == val[0].mark == 0
-    with pytest.raises(
-        ValueError, match=r"other_train_0.bin begins with token 299, .*other_val_0.bin with 11"
-    ):
+    said = "other_train_0.bin begins with token 299, .*other_val_0.bin with 11"
+    with pytest.raises(ValueError, match=said):
         shards.open_pair(tmp_path, "other_train_*", "other_val_*")
 
 
-@pytest.mark.parametrize(
-    "tokens, vocabulary",
-    [([], GPT2), ([1.5], GPT2), ([[1]], GPT2), ([1, 50257], GPT2), ([-1, 2], GPT2), ([1], 70000), ([0], 0)],
-)
+WRONG = [*((tokens, GPT2) for tokens in ([], [1.5], [[1]], [1, 50257], [-1, 2])), ([1], 70000), ([0], 0)]
+
+
+@pytest.mark.parametrize("tokens, vocabulary", WRONG)
 def test_tokens_that_would_read_back_wrongly_are_not_written(tmp_path, tokens, vocabulary):
     with pytest.raises(ValueError, match="x.bin"):
         shards.write_shard(tmp_path / "x.bin", np.array(tokens), vocabulary)
@@ -225,17 +203,11 @@ def test_the_beginning_is_a_fair_sample(corpus):
     assert len({name.split("/")[0] for name in first}) > 20 and any(":" in name for name in first)
 
 
-def test_the_corpus_is_the_same_whatever_the_hash_seed(tmp_path, corpus):
-    """The near-duplicate filter uses salted hashes; its result must not depend on the salt."""
-    command, env = [sys.executable, DATA / "embedded_corpus.py", "--out", tmp_path], {"PYTHONHASHSEED": "123"}
-    subprocess.run(command, check=True, env=os.environ | env, capture_output=True)
-    for name, part in zip((embedded_corpus.TRAIN_NAME, embedded_corpus.VAL_NAME), corpus, strict=True):
-        assert documents_of([tmp_path / name]) == list(part.values())
-
-
 def test_the_corpus_is_made_once_and_repaired_when_damaged(tmp_path, run, corpus):
-    status, made, _ = run(embedded_corpus.main, "--out", tmp_path)
-    assert status == 0 and "near-duplicates" in made
+    """Fails, too, if the corpus depends on the salt of the hashes by which near-duplicates are found."""
+    command, env = [sys.executable, DATA / "embedded_corpus.py", "--out", tmp_path], {"PYTHONHASHSEED": "123"}
+    made = subprocess.check_output(command, env=os.environ | env, text=True)
+    assert "near-duplicates" in made
     paths = [tmp_path / embedded_corpus.TRAIN_NAME, tmp_path / embedded_corpus.VAL_NAME]
     for path, part in zip(paths, corpus, strict=True):
         assert documents_of([path]) == list(part.values())
@@ -311,18 +283,19 @@ def texts(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    documents = [
-        f"Document {number}: " + "word and\nline " * (number % 40) + "ünïcödé" for number in range(120)
-    ]
+    documents = [f"Document {i}: " + "word and\nline " * (i % 40) + "ünïcödé" for i in range(120)]
     plain, lines, table = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.parquet"
     plain.write_bytes(b"\xef\xbb\xbf" + "\n---\n".join(documents[:40]).replace("\n", "\r\n").encode())
     lines.write_text("\n\n".join(json.dumps({"text": text, "id": 1}) for text in documents[40:80]) + "\n")
-    pyarrow.parquet.write_table(
-        pyarrow.table({"id": range(42), "text": [*documents[80:], None, " \n"]}), table
-    )
+    rows = pyarrow.table({"id": range(42), "text": [*documents[80:], None, " \n"]})
+    pyarrow.parquet.write_table(rows, table)
     # A line before a separator keeps its newline.
     expected = [text + "\n" for text in documents[:39]] + documents[39:]
     return [plain, lines, table], [text.encode() for text in expected]
+
+
+def write_lines(path, documents):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
 
 
 def tokenize(run, files, out, *options):
@@ -350,8 +323,7 @@ def test_two_processes_make_the_same_as_one(tmp_path, run, texts, monkeypatch):
         out = tmp_path / str(workers)
         options = "--val-frac", 0.2, "--shard-tokens", 5000, "--workers", workers
         assert tokenize(run, texts[0], out, *options)[0] == 0
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in "12")
-    assert one == two
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
 def test_equal_documents_are_on_one_side(tmp_path, run):
@@ -359,10 +331,8 @@ def test_equal_documents_are_on_one_side(tmp_path, run):
     another file moves them."""
     first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     words = [f"text number {number}" for number in range(100)]
-    first.write_text(
-        "\n".join(json.dumps({"text": text}) for word in words for text in (word, word, f" {word}\n\n"))
-    )
-    second.write_text("\n".join(json.dumps({"text": f"another {number}"}) for number in range(100)))
+    write_lines(first, [text for word in words for text in (word, word, f" {word}\n\n")])
+    write_lines(second, [f"another {number}" for number in range(100)])
     sides = []
     for files in ([first], [second, first]):
         assert tokenize(run, files, tmp_path / "out", "--val-frac", 0.3, "--force")[0] == 0
@@ -379,17 +349,14 @@ def test_equal_documents_are_on_one_side(tmp_path, run):
 def test_packing(documents, shard_tokens):
     """Fails if a token is lost, a shard too long or without a first mark, or a document that fits is cut."""
     with tempfile.TemporaryDirectory() as folder:
-        writer = tokenizing.ShardWriter(
-            lambda number: Path(folder) / f"{number:03d}.bin", 256, shard_tokens, first=5
-        )
+        name = lambda number: Path(folder) / f"{number:03d}.bin"
+        writer = tokenizing.ShardWriter(name, 256, shard_tokens, first=5)
         for document in documents:
             writer.add(np.array([0, *document] if document else [], dtype=np.uint16))
         writer.flush()
         writer.flush()
         assert writer.written == sorted(Path(folder).iterdir())
-        assert [path.name for path in writer.written] == [
-            f"{5 + n:03d}.bin" for n in range(len(writer.written))
-        ]
+        assert writer.written == [name(5 + n) for n in range(len(writer.written))]
         assert all(shards.check_shard(path).num_tokens <= shard_tokens for path in writer.written)
         pieces = []
         room = shard_tokens - 1
@@ -423,31 +390,6 @@ def test_a_text_of_one_line_is_cut(tmp_path, run, monkeypatch):
     path.write_text("0123456789" * 2 + "ab")
     assert run(tokenize_text.main, path, "--out", tmp_path, "--bytes", "--val-frac", 0)[0] == 0
     assert documents_of(parts(tmp_path)[0]) == [b"0123456789", b"0123456789", b"ab"]
-
-
-def test_a_stop_while_shards_are_moved_does_not_block_the_next_run(tmp_path, run, texts, monkeypatch):
-    """Fails if shards that were moved already are missed for ever."""
-    arguments = tmp_path / "out", "--val-frac", 0.3, "--shard-tokens", 900
-    assert tokenize(run, texts[0], *arguments)[0] == 0
-    wanted = [documents_of(paths) for paths in parts(tmp_path / "out")]
-
-    moved, original = [], Path.replace
-
-    def replace(path, target):
-        if target.suffix == ".bin":
-            moved.append(target)
-            if len(moved) == 3:
-                raise KeyboardInterrupt
-        return original(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", replace)
-        patch.setattr(sys, "argv", ["script.py"])
-        with contextlib.suppress(KeyboardInterrupt):
-            tokenize(run, texts[0], *arguments, "--force")
-    status, _, said = tokenize(run, texts[0], *arguments, "--force")
-    assert status == 0, said
-    assert [documents_of(paths) for paths in parts(tmp_path / "out")] == wanted
 
 
 LINE = b'{"text": "a fine document"}\n'
@@ -503,7 +445,7 @@ def test_gpt2_tokens(tmp_path, run):
     except ValueError as error:
         pytest.skip(str(error).splitlines()[0])
     path, text = tmp_path / "a.jsonl", "a long text " * 10_000
-    path.write_text("".join(json.dumps({"text": x}) + "\n" for x in ("Hello world<|endoftext|>", text)))
+    write_lines(path, ["Hello world<|endoftext|>", text])
     assert run(tokenize_text.main, path, "--out", tmp_path, "--workers", 2, "--val-frac", 0)[0] == 0
     shard = shards.open_shard(tmp_path / "text_train_000001.bin")
     first, second = np.split(shard.tokens, np.flatnonzero(shard.tokens == 50256))[1:]
@@ -579,9 +521,7 @@ def test_downloads_validation_first_and_only_what_is_missing(tmp_path, run, fake
     assert download(run, tmp_path)[0] == 0 and len(list(tmp_path.glob("*.bin"))) == 10 and len(asked) == 6
 
 
-@pytest.mark.parametrize(
-    "content", [b"", GOOD[:-2], b"<html>busy</html>", make_shard([20240520, 1, 1], [60000])]
-)
+@pytest.mark.parametrize("content", [b"", make_shard([20240520, 1, 1], [60000])])
 def test_a_damaged_download_is_refused_and_removed(tmp_path, run, fake_hub, content):
     """Fails if it stays, since the hub's client would count it as downloaded, or an earlier shard goes."""
     asked, replies = fake_hub
@@ -593,15 +533,15 @@ def test_a_damaged_download_is_refused_and_removed(tmp_path, run, fake_hub, cont
     assert download(run, tmp_path, 2)[0] == 0
 
 
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        (ConnectionError("x\ny"), "failed (ConnectionError: x): check the network"),
-        (RuntimeError(), "failed (RuntimeError: no reason given)"),
-        (OSError(errno.ENOSPC, "x"), "the disk is full"),
-        (RuntimeError("IO Error: No space left on device (os error 28)"), "the disk is full"),
-    ],
-)
+FAILURES = [
+    (ConnectionError("x\ny"), "failed (ConnectionError: x): check the network"),
+    (RuntimeError(), "failed (RuntimeError: no reason given)"),
+    (OSError(errno.ENOSPC, "x"), "the disk is full"),
+    (RuntimeError("IO Error: No space left on device (os error 28)"), "the disk is full"),
+]
+
+
+@pytest.mark.parametrize("error, message", FAILURES)
 def test_a_failed_download_ends_with_one_sentence(tmp_path, run, fake_hub, error, message):
     """Fails if a failure of the network or the disk is a traceback, or does not say what to do."""
     fake_hub[1]["some_val_000000.bin"] = error
@@ -650,11 +590,10 @@ def make_fineweb(run, out, *options):
 def test_fineweb_resumes_where_it_stopped(tmp_path, run, fake_fineweb):
     """Fails if shards made after a network failure and a --shards limit differ from those made in one go."""
     assert make_fineweb(run, tmp_path / "once")[0] == 0
-    train, val = (sorted((tmp_path / "once").glob(f"fineweb_10BT_{part}_*.bin")) for part in ("train", "val"))
+    train, val = parts(tmp_path / "once", "fineweb_10BT")
     assert [path.name for path in val] == ["fineweb_10BT_val_000_00000.bin"] and len(train) > 4
-    assert [document.rstrip(b"x") for document in documents_of(val + train)] == [
-        f"file {number} document {row} ".encode() for number in range(3) for row in range(40)
-    ]
+    wanted = [f"file {number} document {row} ".encode() for number in range(3) for row in range(40)]
+    assert [document.rstrip(b"x") for document in documents_of(val + train)] == wanted
     assert not (tmp_path / "once/unfinished").exists(), "a parquet file is left"
 
     fake_fineweb.append(1)
@@ -663,15 +602,13 @@ def test_fineweb_resumes_where_it_stopped(tmp_path, run, fake_fineweb):
     assert make_fineweb(run, tmp_path / "twice", "--shards", 3)[0] == 0  # a file has two
     assert {path.name.split("_")[3] for path in (tmp_path / "twice").glob("*.bin")} == {"000", "001"}
     assert make_fineweb(run, tmp_path / "twice")[0] == 0
-    assert {path.name: path.read_bytes() for path in (tmp_path / "twice").glob("*.bin")} == {
-        path.name: path.read_bytes() for path in val + train
-    }
+    assert contents(tmp_path / "twice") == contents(tmp_path / "once")
 
 
 def test_a_fineweb_file_that_was_interrupted_is_tokenized_again(tmp_path, run, fake_fineweb, monkeypatch):
     """Fails if half a file passes for a whole one, whether the stop was in tokenizing or in moving."""
     assert make_fineweb(run, tmp_path / "once")[0] == 0
-    wanted = {path.name: path.read_bytes() for path in (tmp_path / "once").glob("*.bin")}
+    wanted = contents(tmp_path / "once")
     calls, original = [], os.replace
 
     def replace(path, target):
@@ -686,7 +623,7 @@ def test_a_fineweb_file_that_was_interrupted_is_tokenized_again(tmp_path, run, f
             patch.setattr(os, "replace", replace)
             assert make_fineweb(run, tmp_path / str(stop))[0] == 130
         assert make_fineweb(run, tmp_path / str(stop))[0] == 0
-        assert {path.name: path.read_bytes() for path in (tmp_path / str(stop)).glob("*.bin")} == wanted
+        assert contents(tmp_path / str(stop)) == wanted
 
 
 def test_fineweb_does_not_mix_two_corpora(tmp_path, run, fake_fineweb):
@@ -714,10 +651,10 @@ def test_importing_does_nothing_and_is_light():
     assert len(names) >= 9 and result.stdout == "[]\n" and not result.stderr
 
 
-@pytest.mark.parametrize(
-    "script",
-    sorted(path.name for path in DATA.glob("*.py") if '__name__ == "__main__"' in path.read_text()),
-)
+SCRIPTS = sorted(path.name for path in DATA.glob("*.py") if '__name__ == "__main__"' in path.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
     result = subprocess.run([sys.executable, DATA / script, "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and f"python data/{script}" in result.stdout and "--out" in result.stdout
