@@ -71,29 +71,17 @@ def test_states(tmp_path):
     write(tmp_path, "runs", make_log("runs", end_event="", **half), age_s=10)
     write(tmp_path, "stalls", make_log("stalls", end_event="", **half), age_s=1000)
     write(tmp_path, "ends", make_log("ends", num_steps=STEPS), age_s=5000)
-    write(
-        tmp_path,
-        "crashes",
-        make_log("crashes", end_event="event:crashed error:no memory: 5 GiB", **half),
-        5000,
-    )
-    write(tmp_path, "diverges", make_log("diverges", end_event="event:diverged step:100", **half), 5000)
-    write(tmp_path, "stops", make_log("stops", end_event="event:stopped", **half), 5000)
+    lasts = dict(crashes="crashed error:no memory: 5 GiB", diverges="diverged step:100", stops="stopped")
+    for name, event in lasts.items():
+        write(tmp_path, name, make_log(name, end_event=f"event:{event}", **half), 5000)
     write(tmp_path, "compiles", header("compiles", num_steps=STEPS), age_s=1000)  # compiling takes minutes
     slow = make_log("slow", end_event="", ms=60_000.0, **half)  # a minute per step: 1000 s are not silence
     write(tmp_path, "slow", slow, age_s=1000)
     monitor = Monitor(tmp_path, stalled_after=300)
     rows = monitor.poll()
-    assert {row.run.run_id: row.state for row in rows} == {
-        "runs": "running",
-        "stalls": "stalled",
-        "ends": "finished",
-        "crashes": "crashed",
-        "diverges": "diverged",
-        "stops": "stopped",
-        "compiles": "running",
-        "slow": "running",
-    }
+    ended = dict(ends="finished", crashes="crashed", diverges="diverged", stops="stopped")
+    under_way = dict(runs="running", stalls="stalled", compiles="running", slow="running")
+    assert {row.run.run_id: row.state for row in rows} == {**ended, **under_way}
     # running runs come first, by name, so that lines stay in place; then the latest to end
     assert [row.run.run_id for row in rows[:4]] == ["compiles", "runs", "slow", "stalls"]
     text = "\n".join(shown(monitor))
@@ -118,9 +106,7 @@ def test_numbers_of_a_run(tmp_path):
     assert row.ms_per_step == 100 and row.tokens_per_s == pytest.approx(40_960)
     assert row.seconds_left == pytest.approx(50) and row.train_time_s == pytest.approx(60)
     line = shown(monitor)[2]
-    assert (
-        "1100/1600" in line and f"{run.final_val_loss:.4f}" in line and "50.0 s" in line and "40960" in line
-    )
+    assert all(text in line for text in ("1100/1600", f"{run.final_val_loss:.4f}", "50.0 s", "40960"))
 
 
 def test_memory_and_use_of_the_gpu_where_they_are_logged(tmp_path):
@@ -198,11 +184,8 @@ def test_the_launcher_knows_of_killed_runs(tmp_path):
     write_manifest(tmp_path, None, runs)
     monitor = Monitor(tmp_path)
     rows = by_name(monitor.poll())
-    assert {name: row.state for name, row in rows.items()} == {
-        "killed": "crashed",
-        "hangs": "crashed",
-        "runs": "running",
-    }
+    states = {name: row.state for name, row in rows.items()}
+    assert states == {"killed": "crashed", "hangs": "crashed", "runs": "running"}
     text = "\n".join(shown(monitor))
     assert "a seed 1 crashed: killed by signal 9" in text and "a seed 1 crashed: launcher: hung" in text
 
@@ -310,12 +293,9 @@ def test_two_sweeps_with_one_tag_are_told_apart(tmp_path):
         write(tmp_path, name, make_log(name, num_steps=STEPS))
         write_manifest(tmp_path, None, [planned(name, "base", state="finished")], name=name)
     monitor = Monitor(tmp_path)
+    wanted = [["base", "decay"], ["base", "lr"], ["run", "sweep"]]
     for lines in (shown(monitor, 80), shown(monitor, 80, arms=True)):
-        assert sorted(line.split()[:2] for line in lines[1:]) == [
-            ["base", "decay"],
-            ["base", "lr"],
-            ["run", "sweep"],
-        ]
+        assert sorted(line.split()[:2] for line in lines[1:]) == wanted
 
 
 def test_logs_alone(tmp_path):
@@ -347,14 +327,10 @@ def test_arms(tmp_path):
     assert (found["new"].n, found["new"].val_step) == (2, STEPS // 2)
     assert found["base"].is_control and math.isnan(found["base"].difference)
     lines = shown(monitor, 80, arms=True)
-    assert lines[1].split()[:3] == ["run", "n", "state"] and [line.split()[0] for line in lines[2:5]] == [
-        *arms
-    ]
-    assert [line.split()[0] for line in shown(monitor, arms=True, by_loss=True)[2:5]] == [
-        "low",
-        "base",
-        "new",
-    ]
+    assert lines[1].split()[:3] == ["run", "n", "state"]
+    assert [line.split()[0] for line in lines[2:5]] == [*arms]
+    by_loss = shown(monitor, arms=True, by_loss=True)[2:5]
+    assert [line.split()[0] for line in by_loss] == ["low", "base", "new"]
 
 
 def test_runs_of_other_source_code_are_an_arm_of_their_own(tmp_path):
@@ -382,8 +358,8 @@ def test_runs_without_a_seed_have_names_of_their_own(tmp_path):
             write(tmp_path / folder, f"run{number}", text)
     assert sorted(row.name for row in Monitor(tmp_path / "a").poll()) == ["run0", "run1"]
     both = Monitor(tmp_path / "a", tmp_path / "b")
-    names = [row.name for row in both.poll()]
-    assert sorted(name[-6:] for name in names) == ["a/run0", "a/run1", "b/run0", "b/run1"]
+    names = sorted(row.name[-6:] for row in both.poll())
+    assert names == ["a/run0", "a/run1", "b/run0", "b/run1"]
     (line,) = shown(both, arms=True)[2:]
     assert line.split()[:4] == ["run0", "4", "4", "finished"]
 
@@ -468,11 +444,8 @@ def test_json(tmp_path, capsys):
     assert set(got) == {"run", "new"}
     assert got["run"]["path"] == str(tmp_path / "run.txt") and got["run"]["state"] == "finished"
     assert (got["run"]["step"], got["run"]["num_steps"], got["run"]["seed"]) == (STEPS, STEPS, 3)
-    assert (
-        got["run"]["val_loss"]
-        == got["run"]["best_val_loss"]
-        == read_log(tmp_path / "run.txt")[0].final_val_loss
-    )
+    final = read_log(tmp_path / "run.txt")[0].final_val_loss
+    assert got["run"]["val_loss"] == got["run"]["best_val_loss"] == final
     assert got["new"]["val_loss"] is None and got["new"]["state"] == "running" and got["new"]["step"] == 0
 
 
@@ -485,20 +458,18 @@ def test_plain_text_when_not_a_terminal(tmp_path, capsys, arguments):
     assert "\x1b" not in text and "run  " in text and "finished" in text
 
 
-def test_errors_speak_to_a_person(tmp_path, capsys):
-    assert monitor_runs.main(["--logs", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere; name a folder of logs, logs, or a sweep's file" in capsys.readouterr().err
-    assert monitor_runs.main([str(tmp_path / "none.toml")]) == 2
-    assert "no sweep file" in capsys.readouterr().err
-    assert monitor_runs.main([str(tmp_path / "none.toml"), str(tmp_path)]) == 2
-    assert "give one sweep, or logs, not both" in capsys.readouterr().err
-    assert monitor_runs.main(["--logs", str(tmp_path), "--interval", "0"]) == 2
-    assert "--interval 0" in capsys.readouterr().err
-    assert monitor_runs.main(["--logs", str(tmp_path)]) == 0
-    assert "no .txt logs here yet" in capsys.readouterr().out
-    (tmp_path / "run.txt.xz").write_bytes(b"")
-    assert monitor_runs.main([str(tmp_path / "run.txt.xz")]) == 2
-    assert "compressed, so its run is over; plot_loss.py reads it" in capsys.readouterr().err
+def test_errors_speak_to_a_person(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run.txt.xz").write_bytes(b"")
+    for arguments, said in (
+        ("--logs nowhere", "nowhere; name a folder of logs, logs, or a sweep's file"),
+        ("none.toml", "no sweep file"),
+        ("none.toml .", "give one sweep, or logs, not both"),
+        ("--logs . --interval 0", "--interval 0"),
+        ("run.txt.xz", "compressed, so its run is over; plot_loss.py reads it"),
+    ):
+        assert monitor_runs.main(arguments.split()) == 2 and said in capsys.readouterr().err
+    assert monitor_runs.main(["--logs", "."]) == 0 and "no .txt logs here yet" in capsys.readouterr().out
 
 
 def read_terminal(descriptor, until):
@@ -525,10 +496,8 @@ def terminal():
             env.pop(name, None)
         command = [sys.executable, str(ROOT / "monitor_runs.py"), *map(str, arguments), "--interval", "0.1"]
         heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background tests may ignore it
-        before = termios.tcgetattr(theirs)
-        process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, preexec_fn=heed
-        )
+        before, ends = termios.tcgetattr(theirs), dict(stdin=theirs, stdout=theirs, stderr=theirs)
+        process = subprocess.Popen(command, **ends, env=env, preexec_fn=heed)
         started.append((process, ours, theirs, before))
         return process, ours
 
