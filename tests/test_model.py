@@ -8,12 +8,11 @@ import math
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import FORMS, lone_ranks, read, small_config, small_model
+from helpers import FORMS, ROOT, lone_ranks, read, small_config, small_model
 from reference import (
     DOCUMENTS,
     WEIGHTS,
@@ -22,6 +21,7 @@ from reference import (
     assert_gradients_equal,
     make_batch,
     ref_all_logits,
+    ref_attention,
     ref_doc_ids,
     ref_freqs,
     ref_multi_token_loss,
@@ -34,6 +34,7 @@ from kernels.float8 import Float8Linear
 from kernels.ngrams import hash_ngrams
 
 ALL = {}
+PLAIN = dict(paired_layers=(), value_embed_layers=(), no_attention=(), skip=None, backout=None)
 VARIANTS = {
     "all": (ALL, True, 1.0),
     "untied": (ALL, False, 1.0),
@@ -41,21 +42,7 @@ VARIANTS = {
     "gqa": (dict(num_kv_heads=2), True, 1.0),
     "n-grams": (dict(ngrams=(2, 4, 3)), True, 1.0),
     "gqa unpaired": (dict(num_kv_heads=1, paired_layers=()), True, 1.0),
-    "plain": (
-        dict(
-            paired_layers=(),
-            value_embed_layers=(),
-            skip=None,
-            no_attention=(),
-            backout=None,
-            ngram_rows=0,
-            smear=False,
-            attn_gate=False,
-            untie_frac=1.0,
-        ),
-        True,
-        1.3,
-    ),
+    "plain": (dict(PLAIN, ngram_rows=0, smear=False, attn_gate=False, untie_frac=1.0), True, 1.3),
 }
 
 
@@ -101,18 +88,13 @@ def test_forward_equals_the_slow_model(variant, windows, forms):
         assert trained.item() == pytest.approx(wanted_trained, rel=tolerance)
 
 
-@pytest.mark.parametrize(
-    "variant, forms",
-    [
-        ("all", "fast"),
-        ("scaled", "plain"),
-        ("scaled", "fast"),
-        ("gqa", "fast"),
-        ("gqa unpaired", "fast"),
-        ("plain", "fast"),
-    ],
-    indirect=["forms"],
-)
+WITH_GRADIENTS = [
+    ("scaled", "plain"),
+    *((v, "fast") for v in ("all", "scaled", "gqa", "gqa unpaired", "plain")),
+]
+
+
+@pytest.mark.parametrize("variant, forms", WITH_GRADIENTS, indirect=["forms"])
 def test_gradients_equal_the_slow_models(variant, forms):
     """Fails if the gradient of a hand-written backward pass, the multi-token loss, tied or untied tables or
     any gate is not that of the forward pass."""
@@ -153,16 +135,11 @@ def test_only_paired_layers_part_their_matrices():
 
 
 def naive_attention(q, k, v, doc, window, scale):
-    """Attention of (B, T, H, D) in torch float64, one query at a time; autograd gives its gradients."""
-    B, T, H, _ = q.shape
-    shared, rows = H // k.shape[2], []
-    for b in range(B):
-        for i in range(T):
-            seen = [j for j in range(T) if 0 <= i - j <= window and doc[b][i] == doc[b][j]]
-            for h in range(H):
-                weights = torch.softmax(scale * (k[b, seen, h // shared] @ q[b, i, h]), 0)
-                rows.append(weights @ v[b, seen, h // shared])
-    return torch.stack(rows).view(q.shape)
+    """Attention of (B, T, H, D), by ref_attention of each head; autograd gives its gradients."""
+    B, H, shared = len(q), q.shape[2], q.shape[2] // k.shape[2]
+    of_head = lambda b, h: (q[b, :, h], k[b, :, h // shared], v[b, :, h // shared], doc[b], window, scale)
+    heads = [torch.stack([ref_attention(*of_head(b, h)) for h in range(H)], 1) for b in range(B)]
+    return torch.stack(heads)
 
 
 def attention_case(paired, num_kv_heads, T=32, seed=0):
@@ -280,7 +257,13 @@ def test_the_run_changes_windows_and_ties_at_their_steps():
             assert tied == (step <= 9)
             assert (optimizer.by_name["embed"] in optimizer.due(1, tied)) == (step > 9)
         if step < 14:
+            before = run.model.embed.detach().clone()
             run.step(step, [batch])
+            head, embed = (run.optimizer.by_name[name] for name in ("head", "embed"))
+            pairs = zip((head.mine, *head.state.values()), (embed.mine, *embed.state.values()))
+            copied = all(torch.equal(a, b) for a, b in pairs)  # until the next update; also before the first
+            assert copied == (step in (0, 9, 10))
+            assert torch.equal(before, run.model.embed) == (step not in (9, 11, 13))
 
 
 @pytest.mark.parametrize(
@@ -304,49 +287,6 @@ def test_validations_head_runs_in_pieces_of_a_pass_of_training():
     s, o, _ = read(train_gpt, BATCH_SIZES="128,128,256,256", PASS_TOKENS=1)
     run = train_gpt.Trainer(s, o, small_config(train_gpt), 100, lone_ranks())
     assert run.model.head_tokens == 256 // 8
-
-
-def test_untying_by_hand():
-    """Fails if the untying comes before the last common update, its state is not the head's then, or the two
-    steps after it do not sum to the first separate update of each. Of four steps, round(8/3) | 1 = 3 is the
-    last tied one; the embedding then moves at step 5. Head and embedding: rate 0.008 x 0.1, as the learning
-    rate has decayed; decay 150, betas 0.5 and 0.95; the third update's bias correction."""
-    steps = dict(NUM_SCHEDULED_ITERATIONS=4, NUM_EXTENSION_ITERATIONS=2)
-    s, o, _ = read(train_gpt, BATCH_SIZES="128,128,128,128", ADAM_LR=0.008, **steps)
-    run = train_gpt.Trainer(s, o, small_config(train_gpt), 100, lone_ranks())
-    shake(run.model)
-    buckets = {name: run.optimizer.by_name[name] for name in ("head", "embed")}
-    batch, grads = make_batch(train_gpt), {}
-
-    def keep():
-        grads.update({n: b.grads.double().numpy().copy() for n, b in buckets.items()})
-
-    def state(name):
-        b = buckets[name]
-        return [x.double().numpy().copy() for x in (b.mine, *b.state.values())]
-
-    run.optimizer.before_update = keep
-    for step in range(4):
-        run.enter(step)
-        assert run.schedule.tied(step) and buckets["embed"] not in run.optimizer.due(1, True)
-        run.step(step, [batch])
-    assert not run.schedule.tied(4) and grads["head"].any() and not grads["embed"].any()
-    for ours, theirs in zip(state("head"), state("embed")):
-        assert (ours == theirs).all() and ours.any()
-    assert [b.count for b in buckets.values()] == [2, 2]
-    before = {name: state(name) for name in buckets}
-    for step in (4, 5):
-        run.enter(step)
-        run.step(step, [batch])
-        if step == 4:  # nothing moves
-            assert all((state(n)[0] == before[n][0]).all() for n in buckets) and grads["embed"].any()
-    assert np.abs(grads["head"] - grads["embed"]).max() > 0.01
-    for name, (W, m, v) in before.items():
-        m, v = 0.5 * m + 0.5 * grads[name], 0.95 * v + 0.05 * grads[name] ** 2
-        U = m / (np.sqrt(v) + 1e-10) * math.sqrt(1 - 0.95**3) / (1 - 0.5**3)
-        lr = 0.008 * 0.1
-        W = W - lr * U - lr * lr * 0.005 * 150 * W * (U * W > 0)
-        np.testing.assert_allclose(state(name)[0], W, rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- tables, head
@@ -424,16 +364,8 @@ def test_float8_head_is_used_in_training_only():
 def test_initial_values_are_the_tables():
     """Fails if a parameter's initial values are not the table's, or depend on more than the seed."""
     model, again, other = (small_model(train_gpt, seed=s, width=64, vocab_size=2000) for s in (1, 1, 2))
-    scalars = {
-        "resid_lambda": 1.1,
-        "x0_lambda": 0.0,
-        "ngram_lambda": 0.1,
-        "qkv_lambda": 0.5,
-        "o_lambda": 1.0,
-        "smear_lambda": 0.0,
-        "skip_lambda": -1.5,
-        "backout_lambda": 0.5,
-    }
+    scalars = dict(resid_lambda=1.1, x0_lambda=0.0, ngram_lambda=0.1, qkv_lambda=0.5, o_lambda=1.0)
+    scalars |= dict(smear_lambda=0.0, skip_lambda=-1.5, backout_lambda=0.5)
     others = dict(other.named_parameters())
     for (name, p), q in zip(model.named_parameters(), again.parameters()):
         p = p.detach()
@@ -503,12 +435,6 @@ for i in range(20):
 def test_freed_memory_is_used_again():
     """Fails if large tensors still come page by page from the kernel: 64 MiB are 16,384 faults a round. The
     heap grows in up to six of the first rounds, because of small things that come to lie between tensors."""
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS],
-        cwd=Path(train_gpt.__file__).parent,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    faults = [int(line) for line in done.stdout.splitlines()]
+    command = [sys.executable, "-c", FAULTS]
+    faults = [int(line) for line in subprocess.check_output(command, cwd=ROOT, text=True).splitlines()]
     assert sum(faults[-5:]) < sum(faults[:5]) / 3, faults
