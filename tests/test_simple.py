@@ -28,7 +28,6 @@ from runtime.checking import answer_for, read_run
 from runtime.checkpoints import MODEL_FILE
 from runtime.compiling import graphs_compiled, not_compiled
 from runtime.settings import knobs
-from runtime.stream_run import cut_passes
 from runtime.supervise import StopRequest, Supervisor
 from runtime.trained import load_model
 
@@ -88,12 +87,8 @@ def test_the_defaults_are_the_tuned_baseline():
     s, o, c = read()
     assert (c.num_layers, c.width, c.num_heads, c.head_dim) == (12, 768, 6, 128)
     assert (s.batch_tokens, s.row_tokens, s.val_tokens) == (512 * 1024, 1024, 20 * 524_288)
-    assert (o.muon_lr, o.muon_weight_decay, o.muon_decay_mode, o.muon_momentum) == (
-        0.025,
-        0.05,
-        "param",
-        0.95,
-    )
+    assert (o.muon_lr, o.muon_weight_decay, o.muon_momentum) == (0.025, 0.05, 0.95)
+    assert o.muon_decay_mode == "param"
     assert (o.adam_embed_lr, o.adam_head_lr, o.adam_scalar_lr, o.ord_mode) == (0.7, 0.004, 0.015, "none")
     schedule = simple.Schedule(s, c)
     assert schedule.num_steps == 3250 and s.target_loss == 3.28
@@ -126,9 +121,13 @@ def rms(x):
     return x * (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
 
 
+def inputs_and_targets(tokens: np.ndarray, T: int):
+    return (torch.from_numpy(x.astype(np.int64)).view(-1, T) for x in (tokens[:-1], tokens[1:]))
+
+
 def straight_line_loss(p: dict, tokens: np.ndarray, T: int, heads: int) -> torch.Tensor:
     """Summed loss of a batch, written from the facts alone: loops, complex numbers, explicit masks."""
-    inputs, targets = (torch.from_numpy(x.astype(np.int64)).view(-1, T) for x in (tokens[:-1], tokens[1:]))
+    inputs, targets = inputs_and_targets(tokens, T)
     x = rms(p["embed"][inputs]) * p["embed_norm.gain"]
     for i in range(SMALL.num_layers):
         b = f"blocks.{i}."
@@ -203,9 +202,7 @@ def test_gradient_norm_and_flop_are_those_of_the_step(small, shards):
     attention's are those of the visible pairs."""
     with begun(shards, RUN_ID="gauges", NUM_SCHEDULED_ITERATIONS=2, VAL_LOSS_EVERY=1) as made:
         model, tokens = copy.deepcopy(made.model), TokenStream(made.start.train_shards, 1024).next()
-        inputs, targets = (
-            torch.from_numpy(x.astype(np.int64)).view(-1, 64) for x in (tokens[:-1], tokens[1:])
-        )
+        inputs, targets = inputs_and_targets(tokens, 64)
         with FlopCounterMode(display=False) as counted:
             loss, _ = model(inputs, targets)
         (loss / 1024).backward()
@@ -246,16 +243,6 @@ def test_the_stream_reads_straight_on_and_skips_what_crosses_an_end():
     again = TokenStream(shards, 10)
     again.seek(places[1])
     assert again.next().tolist() == found[2]
-
-
-def test_ranks_take_their_parts_of_a_batch_in_order():
-    tokens, whole = np.arange(129), []
-    for rank in range(4):
-        passes = cut_passes(tokens, 16, 1, lone_ranks(rank, 4))
-        assert [x.shape for x, _ in passes] == [(1, 16)] * 2  # two rows per rank, one per pass
-        whole += [(x.flatten(), y.flatten()) for x, y in passes]
-    inputs, targets = (torch.cat(x) for x in zip(*whole))
-    assert inputs.tolist() == list(range(128)) and targets.tolist() == list(range(1, 129))
 
 
 def test_four_ranks_train_the_same(shards, tmp_path):
@@ -301,27 +288,20 @@ def reference(name: str, U, W, norms, lr: float, o) -> np.ndarray:
     new = W - lr * U
     if name == "brake" and o.spectral_rescale:
         length = lengths(W, o.spectral_rho_mode)
-        new = (
-            new
-            / lengths(new, o.spectral_rho_mode)
-            * (length - lr * (U * W).sum(over, keepdims=True) / length)
-        )
+        wanted = length - lr * (U * W).sum(over, keepdims=True) / length
+        new = new / lengths(new, o.spectral_rho_mode) * wanted
     return new
 
 
-@pytest.mark.parametrize(
-    "name, settings",
-    [
-        ("none", {}),
-        ("sphere", {}),
-        ("rows", {}),
-        ("floor", {}),
-        ("floor", {"SPECTRAL_FLOOR_MODE": "row"}),
-        ("brake", {}),
-        ("brake", {"SPECTRAL_RESCALE": 0, "SPECTRAL_IN": 0.3}),
-        ("brake", {"SPECTRAL_RHO_MODE": "row", "SPECTRAL_FLOOR": 0.5, "SPECTRAL_FLOOR_MODE": "row"}),
-    ],
-)
+FORMULAS = [
+    *((name, {}) for name in ("none", "sphere", "rows", "floor", "brake")),
+    ("floor", {"SPECTRAL_FLOOR_MODE": "row"}),
+    ("brake", {"SPECTRAL_RESCALE": 0, "SPECTRAL_IN": 0.3}),
+    ("brake", {"SPECTRAL_RHO_MODE": "row", "SPECTRAL_FLOOR": 0.5, "SPECTRAL_FLOOR_MODE": "row"}),
+]
+
+
+@pytest.mark.parametrize("name, settings", FORMULAS)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_family_is_its_formulas(name, settings, sign):
     """Against numpy in float64, for updates that point outward and inward."""
@@ -353,9 +333,8 @@ def test_ord_before_orthogonalization(mode, scale, rho_mode):
 
 def test_gradients_of_weight_normalization():
     """Against autograd through W = n v / ||v||."""
-    W, norms, grad = (
-        torch.from_numpy(drawn(shape, i)) for i, shape in enumerate([(1, 4, 7), (1, 4, 1), (1, 4, 7)])
-    )
+    shapes = (1, 4, 7), (1, 4, 1), (1, 4, 7)
+    W, norms, grad = (torch.from_numpy(drawn(shape, i)) for i, shape in enumerate(shapes))
     v = (math.sqrt(0.33) * W / W.norm(dim=-1, keepdim=True)).requires_grad_()
     n = norms.clone().requires_grad_()
     (n * v / v.norm(dim=-1, keepdim=True) * grad).sum().backward()
@@ -412,9 +391,10 @@ def test_no_strength_and_no_brake_are_the_baseline(small, shards):
     assert found[2] == pytest.approx(found[0], abs=1e-4)  # its decay comes after the step
 
 
-@pytest.mark.parametrize(
-    "name, backend", [("brake with row floor", "aot_eager"), ("rows with gains", "eager")]
-)
+BACKENDS = {"brake with row floor": "aot_eager", "rows with gains": "eager"}
+
+
+@pytest.mark.parametrize("name, backend", BACKENDS.items())
 def test_a_step_compiles_once(name, backend, monkeypatch):
     """Fails if a graph breaks, which would end a GPU run, or a second step compiles anything."""
     monkeypatch.setattr(simple, "NEWTON_SCHULZ_STEPS", 1)  # twelve unrolled ones are traced for seconds
@@ -424,11 +404,8 @@ def test_a_step_compiles_once(name, backend, monkeypatch):
     for compiler in (not_compiled, functools.partial(torch.compile, fullgraph=True, backend=backend)):
         model = simple.GPT(SMALL, 256, 16)
         model.init_weights("track", torch.Generator().manual_seed(0))
-        optimizer, loss, graphs = (
-            simple.Optimizer(model, o, lone_ranks(), compiler),
-            model if name == "rows with gains" else compiler(model),  # the same in all modes
-            [],
-        )
+        optimizer, graphs = simple.Optimizer(model, o, lone_ranks(), compiler), []
+        loss = model if name == "rows with gains" else compiler(model)  # the same in all modes
         for step in range(3):
             loss(tokens, tokens + 1)[0].backward()
             optimizer.step(1 - 0.1 * step, 1 - 0.2 * step)
@@ -473,9 +450,8 @@ def test_the_rehearsals_run_is_freed(small, shards, monkeypatch):
     with run_here(simple, env_of(shards, RUN_ID="rehearsed")) as start:
         gc.disable()  # else it may come by itself
         try:
-            Supervisor.rehearse(
-                SimpleNamespace(log=start.log, module=simple, start=start, stop=StopRequest())
-            )
+            parts = dict(log=start.log, module=simple, start=start, stop=StopRequest())
+            Supervisor.rehearse(SimpleNamespace(**parts))
         finally:
             gc.enable()
         assert [part() for part in made] == [None] * 2
@@ -550,17 +526,3 @@ def test_a_sweep_knows_what_a_run_will_have(shards, trainers_here, monkeypatch):
 )
 def test_what_cannot_be_is_refused(settings, said, small, shards, capsys):
     assert said in refusal(simple, env_of(shards, **settings), capsys)
-
-
-def test_every_parameter_has_one_role():
-    model = simple.GPT(SMALL, 256, 16)
-    optimizer = simple.Optimizer(model, read()[1], lone_ranks(), lambda function: function)
-    assert sorted(role for role, _ in optimizer.by_role) == [
-        "embed",
-        "head",
-        "matrix",
-        "matrix",
-        "matrix",
-        "scalar",
-    ]
-    assert sum(b.size for b in optimizer.buckets) == sum(p.numel() for p in model.parameters())
