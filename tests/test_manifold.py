@@ -123,9 +123,7 @@ OPTIMIZERS = [
     (train_gpt, dict(OPTIMIZER="muon", GRAD_CLIP=1e-4)),
     (train_gpt, dict(OPTIMIZER="adamw")),
     (train_gpt_muon_ord, dict(ORD_MODE="interpolate")),
-    (train_gpt_muon_ord, dict(ORD_MODE="project")),
     (train_gpt_muon_ord, dict(ORD_MODE="post", SPECTRAL_OUT=0.5, SPECTRAL_RESCALE=1)),
-    (train_gpt_muon_ord, dict(ORD_MODE="off")),
 ]
 
 
