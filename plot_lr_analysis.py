@@ -309,7 +309,7 @@ def insights(analysis: Analysis) -> dict:
         "tied_to_it": [name.upper() for name in results.tied(analysis.setting)],
         "found": sentences(analysis),
         **best_by_loss(analysis),
-        "best_by_accuracy": record_of(most, most.accuracy, analysis) if most else None,
+        "highest_mean_accuracy": record_of(most, most.accuracy, analysis) if most else None,
         "top_20_percent": {"rates": [rate.value for rate in top], "range": ends(top)},
         "good_range": ends(good),
         "stable_range": ends(stable),

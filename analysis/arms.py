@@ -205,7 +205,7 @@ def _telling_apart(parts: Sequence[dict[str, str]]) -> list[str]:
 
     by_length = sorted(_varying(parts), key=lambda name: sum(len(part.get(name, "")) for part in parts))
     chosen = []
-    for name in sorted(by_length, key=num_groups, reverse=True):
+    for name in sorted(by_length, key=lambda name: (name == "script", -num_groups(name))):
         if num_groups(*chosen, name) > num_groups(*chosen):
             chosen.append(name)
     return chosen

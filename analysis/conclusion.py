@@ -20,7 +20,6 @@ FINDINGS = {  # what was found about arms -> how the line on them begins, in the
     "withheld": "Not claimed against {}, because runs failed",
     "same": "The very losses of {}",
     "untested": "Not tested against {} (single runs, failed runs, or no spread)",
-    "failed": "All runs failed",
 }
 
 
@@ -36,11 +35,12 @@ def conclusion(results: Results) -> list[str]:
         have = "has" if missing == 1 else "have"
         why = f"{runs} {have} not ended, and who tests until something is found will find something"
         lines = [f"Nothing may be concluded yet: {why}."]
-    elif verdict.controls:
-        lines = _findings(verdict)
     else:
-        lines = ["There is nothing to compare with"]
-    if missing or not (verdict.better or (verdict.control and verdict.worse)):
+        lines = _findings(verdict)
+    claimed = verdict.better or (verdict.control and verdict.worse)
+    if not verdict.controls:
+        lines.append(f"There is nothing to compare with {found}")
+    elif missing or not claimed:
         lines.append(f"Lowest mean, perhaps by luck: {found}")
     if foreign := [arm.label for arm in results.arms if arm.foreign]:
         lines.append(f"Not compared (other source code or data): {', '.join(foreign)}")
@@ -49,11 +49,13 @@ def conclusion(results: Results) -> list[str]:
 
 def _findings(verdict: Verdict) -> list[str]:
     """Return a line for each finding and control, with the arms of which it is true."""
-    found = {name: _finding(verdict, name) for name in verdict.controls}
+    found = {name: _finding(verdict, name) for name in verdict.controls if verdict.summaries[name].n}
     lines = []
     if verdict.better and not verdict.control:
-        which = "every other arm" if set(found.values()) == {"worse"} else "every other arm tested"
-        lines.append(f"Better than {which}: {verdict.best}, {verdict.summaries[verdict.best]}")
+        others = (
+            "every other arm" if set(verdict.controls) == set(verdict.worse) else "every other arm tested"
+        )
+        lines.append(f"Better than {others}: {verdict.best}, {verdict.summaries[verdict.best]}")
     for finding, control in product(FINDINGS, dict.fromkeys(verdict.controls.values())):
         names = [name for name in found if found[name] == finding and verdict.controls[name] == control]
         if not names:
@@ -61,11 +63,13 @@ def _findings(verdict: Verdict) -> list[str]:
         has_evidence = finding in ("better", "worse", "withheld")
         arms = [name + _evidence(verdict, name) if has_evidence else name for name in names]
         line = f"{FINDINGS[finding].format(control)}: {', '.join(arms)}"
-        sizes = [size for name in names if math.isfinite(size := verdict.detectable(verdict.pairs[name]))]
-        if finding == "undecided" and sizes:
-            line += f" (differences below about {max(sizes):.2g} can go unseen in so few runs)"
+        if finding == "undecided":
+            sizes = [size for name in names if math.isfinite(size := verdict.detectable(verdict.pairs[name]))]
+            unseen = f"differences below about {max(sizes):.2g} can go unseen in so few runs" if sizes else ""
+            line += f" ({unseen})" if unseen else ""
         lines.append(line)
-    return lines
+    lost = [name for name, summary in verdict.summaries.items() if summary.failed and not summary.n]
+    return [*lines, f"All runs failed: {', '.join(lost)}"] if lost else lines
 
 
 def _finding(verdict: Verdict, name: str) -> str:
@@ -75,8 +79,6 @@ def _finding(verdict: Verdict, name: str) -> str:
         return "better"
     if name in verdict.worse:
         return "worse"
-    if not pair.n_arm:
-        return "failed"
     if pair.difference == 0 and pair.sd == 0:
         return "same"
     if math.isnan(p):

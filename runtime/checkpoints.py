@@ -28,6 +28,8 @@ from runtime.log_writer import (
 from runtime.settings import SettingsError, is_file_name, knobs, not_training
 
 FORMAT = 2  # of what Session.write_checkpoint writes: raise it with every change of its keys
+KEYS = {"config", "run_id", "source_hash", "step", "tokens", "train_ms", "reached", "validated", "position"}
+KEYS |= {"counts", "params"}
 KEPT, MODEL_FILE = 2, "model.safetensors"
 HINTS = {
     "num_slices": " (SLICES, or as many as there are ranks if that is more: take its SLICES, and as many "
@@ -76,10 +78,11 @@ def damaged_record(path: Path) -> str | None:
 
 def check_contents(path: Path, saved):
     """Raise CheckpointError for contents of another format, or with a RUN_ID that no run can have."""
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or not saved.keys() >= KEYS:
         raise CheckpointError(f"{path} is not a checkpoint of this trainer (format {FORMAT})")
-    if not is_file_name(saved["run_id"]):  # it becomes a path: a crafted file must not choose it
-        raise CheckpointError(f"{path} belongs to RUN_ID {saved['run_id'][:80]!r}, which no run can have")
+    run_id = saved["run_id"]  # it becomes a path: a crafted file must not choose it
+    if not isinstance(run_id, str) or not is_file_name(run_id):
+        raise CheckpointError(f"{path} belongs to RUN_ID {str(run_id)[:80]!r}, which no run can have")
 
 
 def write(folder: Path, contents: dict) -> Path:

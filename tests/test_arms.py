@@ -59,6 +59,8 @@ def test_the_baseline_has_no_settings_of_ord_to_differ_in():
     found = names_of({}, {"spectral_lr_mul": 0.0}, {"spectral_lr_mul": 0.1}, scripts=scripts)
     assert found == ["train_gpt", "spectral_lr_mul=0", "spectral_lr_mul=0.1"]
     assert names_of({}, {"spectral_lr_mul": 0.1}, scripts=scripts[:2]) == ["train_gpt", "train_gpt_muon_ord"]
+    differ = names_of({"muon_lr": 1}, {"muon_lr": 2, "spectral_lr_mul": 0.1}, scripts=scripts[:2])
+    assert differ == ["muon_lr=1", "muon_lr=2"], "what else differs must not hide behind the script"
     settings = [{"muon_lr": 1}, {"muon_lr": 1, "spectral_lr_mul": 0.1}] + [
         {"muon_lr": 2},
         {"muon_lr": 2, "spectral_lr_mul": 0.1},

@@ -95,6 +95,15 @@ def test_a_restored_trainer_goes_on_bit_for_bit(make, trainer, env, at, tmp_path
     assert all(torch.equal(a, b) for a, b in both)
 
 
+@pytest.mark.parametrize("changes", [{"run_id": 5}, {"run_id": "../x"}, {"config": ...}])
+def test_a_checkpoint_that_no_run_writes_is_refused(changes, tmp_path):
+    """Fails if it ends in a traceback instead of being set aside. `...`: without that key."""
+    saved = {**dict.fromkeys(checkpoints.KEYS), "format": checkpoints.FORMAT, "run_id": "mine", **changes}
+    torch.save({key: value for key, value in saved.items() if value is not ...}, tmp_path / "x.pt")
+    with pytest.raises(checkpoints.CheckpointError, match=r"x\.pt (is not a checkpoint|belongs to RUN_ID)"):
+        checkpoints.read(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize(
     "changes", [{"step": SMALL_STEPS}, {"step": 10**9}, {"counts": {}}, {"counts": {"head": 1}}]
 )

@@ -111,7 +111,10 @@ def test_a_value_with_a_failed_run_is_not_tested(tmp_path):
     assert "every other value tested is worse; not tested (single or failed runs): 0.04" in text
     assert analysis.rates[2].sure is None and "near the limit" not in text
     assert "* Highest mean accuracy, untested: MUON_LR = 0.02 (" in text
-    assert plot_lr_analysis.insights(analysis)["best_by_accuracy"]["mean"] == analysis.rates[1].accuracy.mean
+    assert (
+        plot_lr_analysis.insights(analysis)["highest_mean_accuracy"]["mean"]
+        == analysis.rates[1].accuracy.mean
+    )
     assert analysis.rates[2].accuracy.mean > analysis.rates[1].accuracy.mean
 
 

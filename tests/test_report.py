@@ -364,8 +364,7 @@ def test_single_runs_are_called_single(tmp_path):
     assert text.count("a single run") >= 4 and not numbers["better"]
     assert all(row.result.n == 1 and math.isnan(row.result.low) for row in rows.values())
     alone = sweep(tmp_path / "alone", {"a": (3.27, {})}, seeds=(1,))[3]
-    lowest = f"Lowest mean, perhaps by luck: a, {_loss(alone)} (a single run)"
-    assert alone["conclusion"] == ["There is nothing to compare with", lowest]
+    assert alone["conclusion"] == [f"There is nothing to compare with a, {_loss(alone)} (a single run)"]
 
 
 def _loss(numbers):
@@ -390,6 +389,8 @@ def test_survivors_are_no_single_runs_and_lost_arms_are_named():
         "All runs failed: b",
         "Lowest mean, perhaps by luck: a, 3.2700 (a single run, 2 failed)",
     ]
+    several = made_up({"a": [3.27, 3.28, 3.29], "b": [3.3, 3.31, 3.33], "c": [lost] * 3}, None, "c")
+    assert "All runs failed: c" in conclusion(several), "a control that is lost is named, too"
 
 
 @pytest.mark.parametrize("runs", [[3.2735], [3.272, 3.272, math.nan], [3.9], [3.9, 3.9, math.nan]])
