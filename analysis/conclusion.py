@@ -65,8 +65,8 @@ def _findings(verdict: Verdict) -> list[str]:
         line = f"{FINDINGS[finding].format(control)}: {', '.join(arms)}"
         if finding == "undecided":
             sizes = [size for name in names if math.isfinite(size := verdict.detectable(verdict.pairs[name]))]
-            unseen = f"differences below about {max(sizes):.2g} can go unseen in so few runs" if sizes else ""
-            line += f" ({unseen})" if unseen else ""
+            if sizes:
+                line += f" (differences below about {max(sizes):.2g} can go unseen in so few runs)"
         lines.append(line)
     lost = [name for name, summary in verdict.summaries.items() if summary.failed and not summary.n]
     return [*lines, f"All runs failed: {', '.join(lost)}"] if lost else lines
