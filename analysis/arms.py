@@ -155,12 +155,13 @@ def _by_settings(arms: Sequence[Sequence[RunLog]]) -> list[str]:
     """
     parts = [_parts(runs[0]) for runs in arms]
     chosen, names = _telling_apart(parts), []
+    if not chosen:
+        return [""] * len(arms)
     usual = {name: Counter(p[name] for p in parts if name in p).most_common(1)[0][0] for name in chosen}
     for part in parts:
         own = [name for name in chosen if name in part]
         shown = own if len(own) <= MAX_SETTINGS else [name for name in own if part[name] != usual[name]]
-        script = part.get("script", "") if chosen else ""
-        names.append(" ".join(part[name] for name in shown) or script)
+        names.append(" ".join(part[name] for name in shown) or part.get("script", ""))
     return names
 
 

@@ -34,7 +34,10 @@ LAUNCHER_SETS = {
 
 @dataclass
 class PlannedArm:
-    """Runs that differ only in their seed; `check_values` completes it. places: where the settings stand."""
+    """Runs that differ only in their seed. places: where in the file each setting stands.
+
+    `check_values` completes it: settings as the trainer reads them, settings_hash and lacks.
+    """
 
     tag: str
     script: str

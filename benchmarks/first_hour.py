@@ -105,9 +105,9 @@ def unpack_shards(source: Path, folder: Path) -> Path:
 
 
 def settings(shards: Path, tokens: Path | None, cache: Path, dry: bool) -> dict[str, str]:
-    """Environment of all steps: MODEL or gpt2-small, or small steps of `tiny`; one batch of validation.
+    """Environment of all steps: MODEL or gpt2-small, or small steps of `tiny`.
 
-    It is as near to the default size as the shards allow, for the memory of a run's validation.
+    Validation is one batch, as large as the shards allow up to the default, so that its memory is a run's.
     """
     have = count_tokens(str(shards), own_shards(str(shards))[1]) - 1
     batch = 1024 if dry else min(2_097_152, max(1, have // 65_536) * 65_536)
