@@ -39,6 +39,12 @@ for factor, full, work in zip((1, 2), pair, [ranks.all_gather(full) for full in 
     work.wait()
     assert torch.equal(full, factor * total)
 
+ranks.device = torch.device("cuda")  # takes NCCL's branch, which gloo can run, too
+scattered = numbers[ranks.rank].clone()
+ranks.reduce_scatter(scattered).wait()
+torch.testing.assert_close(ranks.shard(scattered), ranks.shard(total))
+ranks.device = torch.device("cpu")
+
 summed = numbers[ranks.rank].clone()
 ranks.all_reduce(summed).wait()
 torch.testing.assert_close(summed, total)
