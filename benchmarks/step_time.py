@@ -50,7 +50,7 @@ sys.path.insert(0, str(ROOT))
 
 from kernels import attention, fast_forms  # noqa: E402
 from runtime.checking import read_run  # noqa: E402
-from runtime.compiling import choose_allocator, compiler_for, graphs_compiled  # noqa: E402
+from runtime.compiling import choose_allocator, graphs_compiled  # noqa: E402
 from runtime.gauges import Timer, matmul_flops, peak_memory_mib  # noqa: E402
 from runtime.ranks import Ranks  # noqa: E402
 from runtime.session import to_host  # noqa: E402
@@ -153,8 +153,7 @@ class Timed:
         train_shards, self.val_shards = shards
         self.attention, notes = attention.activate(s.attn_backend)
         self.forms = contextlib.ExitStack()
-        installed = fast_forms.installed(module, s, o, compiler_for(s))
-        self.fast_names, warnings = self.forms.enter_context(installed)
+        self.fast_names, warnings = self.forms.enter_context(fast_forms.installed(module, s, o))
         self.warnings = [*notes, *warnings]
         self.trainer = module.Trainer(s, o, config, train_shards[0].vocab_size, ranks)
         self.data = module.TrainData(train_shards, s, ranks, self.trainer.memory.pass_tokens)

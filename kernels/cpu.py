@@ -52,7 +52,7 @@ class MLP(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------
 
 
-def make_mlp_forward(module, compiler):
+def make_mlp_forward(module):
     def forward(self, x_BTC, out_scale: float):
         down = self.down if out_scale == 1 else self.down * out_scale
         return MLP.apply(x_BTC, self.up, down, self.adds_input)
@@ -60,7 +60,7 @@ def make_mlp_forward(module, compiler):
     return forward
 
 
-def make_polar_express(module, compiler):
+def make_polar_express(module):
     """Tall matrices are multiplied from the right, by polynomials in X^T X: transposing is slow here."""
 
     def polar_express(G_NRK, dtype):

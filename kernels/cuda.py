@@ -803,7 +803,7 @@ def apply_update(
 # ---------------------------------------------------------------------------------------------------
 
 
-def make_mlp_forward(module, compiler):
+def make_mlp_forward(module):
     def forward(self, x_BTC, out_scale: float):
         down = self.down if out_scale == 1 else self.down * out_scale
         branch = mlp(module.norm(x_BTC), self.up, down)
@@ -812,7 +812,7 @@ def make_mlp_forward(module, compiler):
     return forward
 
 
-def make_head_loss(module, compiler):
+def make_head_loss(module):
     def fused(self, x_BTC, targets_BT, weights_K, prefix_weight=None):
         scales, weights, prefixes_BT = module.HEAD_SCALES if self.float8_head else None, weights_K, None
         if prefix_weight is not None:
@@ -827,7 +827,7 @@ def make_head_loss(module, compiler):
 def polar_steps(X_NRK: Tensor, coefficients) -> Tensor:
     """Polar Express on matrices of norm 1; a tall one is multiplied from the right, not turned.
 
-    Triton kernels for half of each symmetric product saved at most 0.3% of a step (docs/gpus.md).
+    Triton kernels for half of each symmetric product saved at most 0.5% of a step (docs/gpus.md).
     """
     X, tall = X_NRK, X_NRK.size(-2) > X_NRK.size(-1)
     for a, b, c in coefficients:
@@ -842,7 +842,7 @@ def covers_muon(o) -> bool:
     return o.optimizer != "adamw" and not hasattr(o, "ord_mode")
 
 
-def make_step_muon(module, compiler):
+def make_step_muon(module):
     """Muon step in which each kernel reads each matrix-sized tensor once."""
 
     def fused(weight, mantissa, grad, state, lr_N11, decay, mu, o):
@@ -868,21 +868,20 @@ def covers_ord(o) -> bool:
     return o.optimizer != "adamw" and o.ord_mode != "post" and one_number
 
 
-def make_step_ord(module, compiler):
+def make_step_ord(module):
     """Muon + ORD step. The radial part is a number times W, so ORD costs two more reads of W: for rho, and to
     remove it from P's input.
     """
 
-    def radial_part(*arguments):
-        return ord_radial_part(module.radial_strength, *arguments)
-
-    compiled_part = compiler(radial_part)
-
     def fused(weight, mantissa, grad, state, lr_N11, decay, mu, a_N11, rho_0, settled, o, measure: bool):
         read, mu = (grad, state["momentum"], weight, mantissa), float(mu)
         sums = momentum_sums(*read, mu, ord=True)
-        rho, lost, gained, norm, perp_norm = compiled_part(sums, a_N11, rho_0, settled, o)
-        scale = 1 / (module.POLAR_SAFETY * norm + module.POLAR_EPS)
+        _, GW, WW = per_matrix(sums)
+        rho = GW / (WW + o.spectral_proj_eps)
+        a = 0.0 if o.ord_mode == "off" else module.radial_strength(rho, a_N11, rho_0, settled, o)
+        gained = a * rho  # how much W the update gains
+        lost = rho if o.ord_mode == "project" else gained  # and P's input loses
+        scale = 1 / (module.POLAR_SAFETY * norm_without(lost, sums) + module.POLAR_EPS)
         X = polar_input(*read, lost.flatten(), scale.flatten(), mu)
         U, scales = polar_steps(X, module.POLAR_COEFFICIENTS), None
         if "second_moment" in state:
@@ -890,7 +889,7 @@ def make_step_ord(module, compiler):
         if o.spectral_scale == "unit":  # variance reduction keeps the norm of U
             if "second_moment" not in state:
                 squares = U.float().square().sum((-2, -1))
-            gained = gained * ratio(squares.view(-1, 1, 1).sqrt(), perp_norm)
+            gained = gained * ratio(squares.view(-1, 1, 1).sqrt(), norm_without(rho, sums))
         last = lr_N11.flatten(), float(decay), o.muon_decay_mode
         applied = apply_update(weight, mantissa, U, scales, gained.flatten(), *last, measure)
         stats = ord_stats(sums, applied, rho, gained) if measure else None
@@ -898,21 +897,6 @@ def make_step_ord(module, compiler):
 
     fused.runs_eagerly = True
     return fused
-
-
-def ord_radial_part(radial_strength, sums_N3, a_N11, rho_0, settled, o):
-    """Split the radial part, from <G, G>, <G, W>, <W, W> of each matrix.
-
-    Returns rho, how much W the input of P loses, how much the update gains, and the norms of P's input and of
-    G_perp.
-    """
-    GG, GW, WW = per_matrix(sums_N3)
-    rho = GW / (WW + o.spectral_proj_eps)
-    a_rho = 0 * rho
-    if o.ord_mode != "off":
-        a_rho = radial_strength(rho, a_N11, rho_0, settled, o) * rho
-    lost = rho if o.ord_mode == "project" else a_rho
-    return rho, lost, a_rho, norm_without(lost, GG, GW, WW), norm_without(rho, GG, GW, WW)
 
 
 def ord_stats(sums_N3, applied_N3, rho, gained) -> Tensor:
@@ -929,6 +913,7 @@ def per_matrix(sums_N3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x.view(-1, 1, 1) for x in sums_N3.unbind(-1))
 
 
-def norm_without(part: Tensor, GG: Tensor, GW: Tensor, WW: Tensor) -> Tensor:
-    """||G - part W||."""
+def norm_without(part: Tensor, sums_N3: Tensor) -> Tensor:
+    """||G - part W||, from <G, G>, <G, W>, <W, W> of each matrix."""
+    GG, GW, WW = per_matrix(sums_N3)
     return (GG - 2 * part * GW + part.square() * WW).clamp_min(0).sqrt()

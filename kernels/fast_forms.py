@@ -27,7 +27,7 @@ class FastForm(NamedTuple):
     """Replacement of one function of a trainer."""
 
     name: str  # function or method in the trainer, such as "MLP.forward"
-    make: Callable  # (module, compiler) -> the fast function; the trainer's own is still in place then
+    make: Callable  # module -> the fast function; the trainer's own is still in place then
     repeats: tuple[str, ...]  # other definitions that the trainer has or imports, whose arithmetic it repeats
     fingerprint: str  # hash of the text of all of these
     covers: Callable = lambda o: True  # whether it knows these optimizer settings
@@ -91,11 +91,10 @@ def forms_for(kernels: str) -> tuple[FastForm, ...]:
 
 
 @contextlib.contextmanager
-def installed(module, s, o, compiler=lambda function: function):
+def installed(module, s, o):
     """Put the fast forms in place for a run with these settings. Yields (names, warnings).
 
-    s, o: the trainer's and the optimizer's settings. compiler: torch.compile in some form, for their small
-    parts.
+    s, o: the trainer's and the optimizer's settings.
     """
     names, warnings, originals = [], [], []
     wanted = [form for form in forms_for(s.kernels) if form.covers(o)]
@@ -112,7 +111,7 @@ def installed(module, s, o, compiler=lambda function: function):
             holder, _, attribute = form.name.rpartition(".")
             owner = getattr(module, holder) if holder else module
             originals.append((owner, attribute, getattr(owner, attribute)))
-            setattr(owner, attribute, form.make(module, compiler))
+            setattr(owner, attribute, form.make(module))
             names.append(form.name)
         yield names, warnings
     finally:

@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 from kernels import attention, fast_forms
 from runtime import checking, checkpoints
-from runtime.compiling import CACHE_HELP, choose_allocator, compiler_for, graphs_compiled
+from runtime.compiling import CACHE_HELP, choose_allocator, graphs_compiled
 from runtime.log_writer import LogWriter, beginnings, last_event, provenance, show, source_hash
 from runtime.ranks import Ranks, check_launch, refuse_together
 from runtime.session import Diverged
@@ -325,7 +325,7 @@ class Supervisor:
         if self.ranks.rank == 0:
             write_beginning(self.module, start)
         attention_name, warnings = attention.activate(s.attn_backend)
-        with fast_forms.installed(self.module, s, start.o, compiler_for(s)) as (names, stepped_aside):
+        with fast_forms.installed(self.module, s, start.o) as (names, stepped_aside):
             log.event("kernels", attn=attention_name, fast_forms=",".join(names) or "none")
             for text in [*start.notes, *warnings, *stepped_aside]:
                 log.warn(text)

@@ -88,15 +88,5 @@ def test_the_step_compiles_for_hopper(tmp_path):
 def test_every_way_of_ord_compiles_for_hopper(tmp_path):
     """Fails if an ORD setting other than the default does not compile. Only with --fake-cuda."""
     graphs = new_graphs(trace("ord", tmp_path, 3600))
-    # two shapes of matrices; for modes that the Triton path covers, also any new form of radial_part
-    assert graphs == {
-        "interpolate": 4,
-        "project": 4,
-        "unit": 2,
-        "post": 2,
-        "adaptive": 4,
-        "row variance": 2,
-        "off": 4,
-    }
-    assert list(graphs) == list(WAYS_OF_ORD)
+    assert graphs == dict.fromkeys(WAYS_OF_ORD, 2)  # two shapes of matrices
     assert len(list(tmp_path.rglob("*.cubin"))) > 50

@@ -37,7 +37,7 @@ from helpers import WAYS_OF_ORD, shortened
 
 import train_gpt
 import train_gpt_muon_ord
-from kernels import cuda, fast_forms, vectors
+from kernels import cuda, fast_forms
 from runtime import compiling, presets
 from runtime.compiling import graphs_compiled
 from runtime.memory import held_bytes, kept_bytes
@@ -257,26 +257,15 @@ def inductor_step():
 
 
 def ord_updates():
-    """Update all matrices of gpt2-small once, with statistics; also the compiled part of the Triton form."""
+    """Update all matrices of gpt2-small once, with statistics, by the plain step."""
     trainer, since = train_gpt_muon_ord, time.perf_counter()
     run = build(trainer, "inductor")
-    compiled = []
-
-    def compiler(function):
-        compiled.append(compiling.torch_compile(function))
-        return compiled[-1]
-
-    cuda.make_step_ord(trainer, compiler)
-    (radial_part,) = compiled
     for name, env in WAYS_OF_ORD.items():
         o = trainer.read_settings({"MODEL": "gpt2-small", **env})[1]
         optimizer = trainer.Optimizer(run.model, o, run.ranks, 14, compiling.torch_compile)
         for bucket in optimizer.stacks:
             with torch.no_grad():
                 bucket.update(1.0, 0.95, 1.0, measure=True)
-                if cuda.covers_ord(o):
-                    sums = torch.zeros(len(bucket.names), 3, device=DEVICE)
-                    radial_part(sums, bucket.a_N11, bucket.state["rho_sum"] / 40, vectors.scalar(1), o)
         report(name, since)
 
 
