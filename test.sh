@@ -11,9 +11,9 @@ source setup_env.sh
 setup_env  # sets python
 tests=tests
 if [ -n "${TORCH:-}" ]; then
-  tests=$(printf 'tests/test_%s.py ' arms checkpoints compile_cache every_setting fast_forms first_hour fullgraph gpu_path \
-    kernels_setting manifold model moe ranks runs sample schedule_data simple triton_compile triton_interpreter \
-    update_rules)
+  tests=$(printf 'tests/test_%s.py ' arms benchmarks cards checkpoints compile_cache every_setting fast_forms first_hour \
+    fullgraph gpu_path kernels_setting manifold model moe ranks runs sample schedule_data simple triton_compile \
+    triton_interpreter update_rules)
 fi
 $python data/embedded_corpus.py
 $python -m ruff check .

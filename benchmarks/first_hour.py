@@ -3,7 +3,7 @@
     python benchmarks/first_hour.py a --out out                     # kernels: checked, timed
     python benchmarks/first_hour.py b --out out --tokens shards     # stage 1: steps, profile, twins
     python benchmarks/first_hour.py c --out out --tokens shards     # stages 2 and 3
-    python benchmarks/first_hour.py d --out out --tokens shards     # 300 real steps, resumed, a sample
+    python benchmarks/first_hour.py d --out out --tokens shards     # 300 real steps, a sample, resumed
 
 Made for a machine that may vanish at any minute and on which nothing can be installed. Each step is a
 process: its output goes to out/STEP.txt, which ends with a line that says how it went, and its numbers to
@@ -253,7 +253,7 @@ def part_c(steps: Steps, scratch: Path, dry: bool) -> list[str]:
 
 
 def part_d(steps: Steps, scratch: Path, dry: bool) -> list[str]:
-    """Train, resume and sample, in a scratch folder for each --out; then check what came of it."""
+    """Train, sample and resume, in a scratch folder for each --out; then check what came of it."""
     folder, out = scratch.joinpath("run", *steps.out.parts[1:]), steps.out
     log, again = folder / f"logs/{RUN}.txt", folder / f"logs/{RUN}-resumed.txt"
     if not (out / "d_train.txt").exists():  # to be trained anew: not an old run of another call or code
@@ -271,12 +271,12 @@ def part_d(steps: Steps, scratch: Path, dry: bool) -> list[str]:
         shutil.copy(log, out / "d_log.txt")
     if not steps.succeeded("d_train"):
         return []
-    if checkpoint := checkpoint_to_resume(log):
-        steps.run("d_resumed", trainer, 3600, folder, **env, RUN_ID=again.stem, RESUME=str(checkpoint))
     if dry or "TIKTOKEN_CACHE_DIR" in steps.env:
         model = [log.with_suffix("") / "model.safetensors", "--device", steps.env["DEVICE"]]
         command = [ROOT / "sample.py", *model, "--tokens", "40", "--prompt", "The history of"]
         steps.run("d_sample", command, 120, folder)
+    if checkpoint := checkpoint_to_resume(log):
+        steps.run("d_resumed", trainer, 3600, folder, **env, RUN_ID=again.stem, RESUME=str(checkpoint))
     found = check_run(read_log(log)[0], read_log(again)[0] if steps.succeeded("d_resumed") else None)
     out.joinpath("d.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found))

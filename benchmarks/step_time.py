@@ -20,8 +20,9 @@ and evaluate, on the shards that a run would read. Nothing is written except --j
 * FLOP are the trainer's own count for its logs, from the document lengths of the shard.
 * A step before a validation also measures ORD's statistics; it is timed only if it is among the timed steps.
   One whole validation is timed; the last one's longer windows are not timed separately.
-* --profile lists the kernels of a step (on a CPU: torch's operators) by their time, and how much of a step
-  on an idle device is the host's work. It comes last in a stage, because profiled steps are slower.
+* --profile lists the kernels of a step (on a CPU: torch's operators) by their time, and how long the host
+  takes to issue a step to an idle device. A GPU queues some 1,000 kernels, about a pass of gpt2-small; in a
+  step of several passes, the host then waits. This comes last in a stage, because profiled steps are slower.
 * --ord interleaves both trainers in one process, pair by pair in alternating order, on the same tokens. It
   reports the median of the paired ratios with a confidence interval from order statistics (no assumption
   about the noise), and whether ORD's settings use the fused kernels or plain torch.
