@@ -49,6 +49,7 @@ from analysis.curves import (
     result_label,
     runs_of,
 )
+from analysis.reaching import target_of
 from analysis.read_results import read_results
 from analysis.results import Results, SweepArm
 from analysis.run_log import FINISHED, RunLog, log_stem, newest_log
@@ -307,7 +308,7 @@ def draw_runs(options: Namespace) -> None:
     left_out = leave_out(results, options.x)
     if options.separate:
         results = separated(results)
-    target = style.target_of(results.runs, options.target)
+    target = target_of(results.runs, options.target)
     out = options.out or default_out(results.runs, time.time())
     style.save(figure(results, options.x, target), out)
     print(summary(results, target[0] if target else None))

@@ -76,11 +76,11 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
         ranked = arm.label in verdict.summaries and result.n
         row = [str(len(rows) + 1) if ranked else "-", arm.label, "-" if a is None else format_value(a)]
         row += [str(result.n), format_loss(result.mean), format_loss(result.sd)]
-        row += _cells(verdict.versus_best.get(arm.label), verdict.p_best.get(arm.label))
+        row += _cells(verdict.versus_best.get(arm.label))
         if results.control:
             pair = verdict.versus_control.get(arm.label)
             tested = pair is not None and not math.isnan(pair.p)
-            row += [*_cells(pair, verdict.p_control.get(arm.label)), pair.method if tested else "-"]
+            row += [*_cells(pair), pair.method if tested else "-"]
         rows.append([*row, remark(results, arm)])
     return [*header, "remark"], rows
 
@@ -89,10 +89,11 @@ def _is_zero(results: Results) -> bool:
     return any(arm.label == results.control and arm.strength == 0 for arm in results.arms)
 
 
-def _cells(pair, p: float | None) -> list[str]:
+def _cells(pair) -> list[str]:
     if pair is None:
         return ["-", "-", "-"]
-    return [format_difference(pair.difference), format_interval(pair.low, pair.high), format_p(p)]
+    interval = format_interval(pair.low, pair.high)
+    return [format_difference(pair.difference), interval, format_p(pair.p_corrected)]
 
 
 def remark(results: Results, arm: SweepArm) -> str:

@@ -89,7 +89,7 @@ def rows_of(results: Results, target: Target) -> list[ArmRow]:
         reached = sum(attempt.reach is not None for attempt in arm.attempts)
         ended = arm.count("done") + arm.count("failed")
         whole = reached == ended  # a mean of those that reached it would be that of the lucky ones
-        pair, _ = results.comparison(arm.label)
+        pair = results.comparison(arm.label)
         row = ArmRow(
             arm=arm,
             result=results.summary(arm),
@@ -123,7 +123,7 @@ def main_table(results: Results, rows: Sequence[ArmRow]) -> str:
     header += ["difference", "95% interval", p_name, "effect", "test", "more runs", "remark"]
     cells = []
     for row in rows:
-        result, (pair, p) = row.result, results.comparison(row.arm.label)
+        result, pair = row.result, results.comparison(row.arm.label)
         values = [format_value(row.arm.settings.get(name, "-")) for name in names]
         line = [row.arm.label, *values, result.n, format_loss(result.mean)]
         line += [format_interval(result.low, result.high, signed=False), format_loss(result.sd)]
@@ -133,7 +133,8 @@ def main_table(results: Results, rows: Sequence[ArmRow]) -> str:
             line += ["-"] * 6
         else:
             tested = not math.isnan(pair.p)
-            line += [format_difference(pair.difference), format_interval(pair.low, pair.high), format_p(p)]
+            line += [format_difference(pair.difference), format_interval(pair.low, pair.high)]
+            line.append(format_p(pair.p_corrected))
             line += [f"{pair.effect_size:+.2f}" if tested else "-", pair.method if tested else "-"]
             more = f"> {MAX_RUNS}" if row.more_runs is None else str(row.more_runs)
             line.append(more if tested and row.verdict == "undecided" else "-")
@@ -154,7 +155,7 @@ def table_notes(results: Results) -> str:
     verdict = results.verdict
     unit = style.loss_unit(results.runs)
     what = f"Mean and interval are of the last validation loss, in {unit}; n counts seeds."
-    if len(verdict.summaries) < 2:
+    if len(verdict.summaries) < 2 or results.reference is None:
         return what
     what += (
         f" The difference is to {'the control' if results.versus else results.reference}: negative is better."
@@ -310,7 +311,7 @@ def report(results: Results, rows: Sequence[ArmRow], target: Target, pictures: S
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     if target.proof:
         parts.append(proof_section(results, rows, target))
-    if target.proof or results.has_curves:
+    if target.proof or (results.has_curves and math.isfinite(target.loss)):
         parts.append(target_section(results, rows, target))
     parts.append(audit_section(results))
     if results.planned:
@@ -353,9 +354,11 @@ def summary(results: Results, rows: Sequence[ArmRow], target: Target) -> dict:
 
 
 def arm_summary(results: Results, row: ArmRow, target: Target) -> dict:
-    arm, (pair, p) = row.arm, results.comparison(row.arm.label)
-    p_key = "p_holm" if results.control else "p_tukey"
-    difference = {**asdict(pair), p_key: p, "more_runs": row.more_runs} if pair else None
+    arm, pair, difference = row.arm, results.comparison(row.arm.label), None
+    if pair:
+        difference = asdict(pair)
+        difference["p_holm" if results.control else "p_tukey"] = difference.pop("p_corrected")
+        difference["more_runs"] = row.more_runs
     out = {
         "arm": arm.label,
         "script": arm.script,

@@ -74,18 +74,19 @@ def _findings(verdict: Verdict) -> list[str]:
 
 def _finding(verdict: Verdict, name: str) -> str:
     """Return what was found about an arm, a key of FINDINGS."""
-    pair, p = verdict.pairs[name], verdict.p[name]
+    pair = verdict.pairs[name]
     if name in verdict.better:
         return "better"
     if name in verdict.worse:
         return "worse"
     if pair.difference == 0 and pair.sd == 0:
         return "same"
-    if math.isnan(p):
+    if math.isnan(pair.p):
         return "untested"
-    return "withheld" if p < ALPHA else "undecided"
+    return "withheld" if pair.p_corrected < ALPHA else "undecided"
 
 
 def _evidence(verdict: Verdict, name: str) -> str:
-    pair, p = verdict.pairs[name], verdict.p[name]
-    return f" ({format_difference(pair.difference)} {format_interval(pair.low, pair.high)}, {state_p(p)})"
+    pair = verdict.pairs[name]
+    interval = format_interval(pair.low, pair.high)
+    return f" ({format_difference(pair.difference)} {interval}, {state_p(pair.p_corrected)})"

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis import style
 from analysis.curves import all_met
 from analysis.results import Reach, Results, SweepArm
-from analysis.run_log import Curve
+from analysis.run_log import Curve, RunLog
 
+SPEEDRUN_TARGET = 3.28
 SMOOTH = 0.02  # fraction of a run's steps that a training loss is averaged over
 
 
@@ -32,17 +32,34 @@ class Target:
     on: str = "val"  # or train: the smoothed training loss
 
 
+def target_of(runs: Sequence[RunLog], given: float | None) -> tuple[float, str] | None:
+    """Return a target loss and its source: the one asked for, else the runs' TARGET_LOSS if they agree on it.
+
+    Logs without settings are the speedrun's and have its target. None if there is no target.
+    """
+    if given is not None:
+        return given, "--target"
+    own = {run.target_loss for run in runs}
+    if len(own) == 1 and None not in own:
+        return own.pop(), "the runs' TARGET_LOSS"
+    public = runs and not any(run.config for run in runs)
+    return (SPEEDRUN_TARGET, "the speedrun's") if public else None
+
+
 def choose_target(results: Results, given: float | None, on: str = "val") -> Target:
-    """Choose the target: the one given, else the runs' TARGET_LOSS if met, else what the control reached."""
+    """Choose the target: the one given, else the runs' own if a run met it, else what the control reached.
+
+    Its loss is NaN while no run has finished.
+    """
     if given is not None:
         return Target(given, "as --target asked", True, on)
-    own = {run.target_loss for run in results.runs if run.target_loss}
     done = [attempt for attempt in results.attempts if attempt.outcome == "done"]
-    if len(own) == 1 and any(attempt.log.first_at(min(own)) for attempt in done):
-        return Target(own.pop(), "the runs' TARGET_LOSS", on=on)
+    own = target_of(results.runs, None)
+    if own and any(attempt.log.first_at(own[0]) for attempt in done):
+        return Target(*own, on=on)
     arms = [arm for arm in results.ranked() if arm.count("done")]
     if not arms:
-        return Target(style.SPEEDRUN_TARGET, "the speedrun's", on=on)
+        return Target(math.nan, "none: no run has finished", on=on)
     controls = [arm for arm in arms if arm.label == results.control]
     reference = controls[0] if controls else arms[len(arms) // 2]
     highest = max(attempt.loss for attempt in reference.attempts if attempt.outcome == "done")

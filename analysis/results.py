@@ -189,17 +189,14 @@ class Results:
         """Return the summary of an arm's final losses, whether it is compared or not."""
         return summarize(arm.samples()[0])
 
-    def comparison(self, label: str) -> tuple[Comparison | None, float]:
-        """Compare an arm with its control or the reference; also return p corrected for the number of arms.
-
-        (None, NaN) for the reference itself and for arms that are not compared.
-        """
-        return self.verdict.pairs.get(label), self.verdict.p.get(label, math.nan)
+    def comparison(self, label: str) -> Comparison | None:
+        """Compare an arm with its control or the reference; None for that itself and arms not compared."""
+        return self.verdict.pairs.get(label)
 
     @property
     def has_differences(self) -> bool:
         """True if any arm's final loss can be compared with another's."""
-        pairs = [self.comparison(arm.label)[0] for arm in self.arms]
+        pairs = [self.comparison(arm.label) for arm in self.arms]
         return any(pair and math.isfinite(pair.difference) for pair in pairs)
 
     def call(self, label: str) -> str:

@@ -15,7 +15,7 @@ tests compare the two.
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -74,6 +74,7 @@ class Comparison:
     confidence: float
     failed_arm: int = 0
     failed_control: int = 0
+    p_corrected: float = math.nan  # for the number of comparisons
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ class Contenders:
             sd = math.hypot(self.noise[a], self.noise[b]) / math.sqrt(2)
         effect = difference / sd if sd else math.nan
         ends, counts = (difference - half, difference + half), (self.counts[a], self.counts[b])
-        return Comparison("Tukey", *counts, difference, *ends, p, effect, sd, CONFIDENCE)
+        return Comparison("Tukey", *counts, difference, *ends, p, effect, sd, CONFIDENCE, p_corrected=p)
 
 
 @lru_cache
@@ -375,7 +376,6 @@ class Verdict:
     lowest: str | None  # lowest mean of all, perhaps of a single run or of survivors
     summaries: dict[str, Summary]
     versus_control: dict[str, Comparison]  # empty without a control
-    p_control: dict[str, float]
     ties: Contenders
     better: tuple[str, ...]
     worse: tuple[str, ...]
@@ -390,11 +390,6 @@ class Verdict:
     def pairs(self) -> dict[str, Comparison]:
         """Comparisons that claims are drawn from: with the controls, else with the best."""
         return self.versus_best if self.control is None else self.versus_control
-
-    @property
-    def p(self) -> dict[str, float]:
-        """p of `pairs`, corrected for their number."""
-        return self.p_best if self.control is None else self.p_control
 
     @cached_property
     def versus_best(self) -> dict[str, Comparison]:
@@ -413,10 +408,6 @@ class Verdict:
 
     def _testable(self, name: str) -> bool:
         return self.ties.counts.get(name, 0) > 1
-
-    @property
-    def p_best(self) -> dict[str, float]:
-        return {name: pair.p for name, pair in self.versus_best.items()}
 
     def detectable(self, pair: Comparison) -> float:
         """Smallest true difference that such a comparison detects with 80% power."""
@@ -464,17 +455,17 @@ def judge(
     lowest = min(means, key=means.get, default=None)
     controls = {name: versus.get(name, control or best or lowest) for name in losses}
     controls = {name: other for name, other in controls.items() if other not in (None, name)}
-    versus_control = {}
+    versus_control, ties = {}, contenders(losses, seeds)
     if control is not None:
-        versus_control = {
-            name: compare(losses[name], losses[other], seeds.get(name), seeds.get(other))
+        pairs = [
+            compare(losses[name], losses[other], seeds.get(name), seeds.get(other))
             for name, other in controls.items()
-        }
-    p_control = dict(zip(versus_control, holm([pair.p for pair in versus_control.values()]), strict=True))
-    ties = contenders(losses, seeds)
-    if control is not None:
-        better, worse = _claims(versus_control, p_control)
-        num_tested = sum(not math.isnan(p) for p in p_control.values())
+        ]
+        corrected = zip(pairs, holm([pair.p for pair in pairs]), strict=True)
+        pairs = [replace(pair, p_corrected=p) for pair, p in corrected]
+        versus_control = dict(zip(controls, pairs, strict=True))
+        better, worse = _claims(versus_control)
+        num_tested = sum(not math.isnan(pair.p) for pair in pairs)
     else:
         better, worse = _claims_without_control(ties, sound, summaries)
         num_tested = len(sound) * (len(sound) - 1) // 2 if ties.df else 0
@@ -485,7 +476,6 @@ def judge(
         lowest=lowest,
         summaries=summaries,
         versus_control=versus_control,
-        p_control=p_control,
         ties=ties,
         better=better,
         worse=worse,
@@ -518,9 +508,9 @@ def _check_controls(losses: Mapping, control: str | None, versus: Mapping[str, s
         raise ValueError(f"{', '.join(versus)}: controls of their own, but the other arms have none")
 
 
-def _claims(versus: Mapping[str, Comparison], p: Mapping[str, float]) -> tuple[tuple, tuple]:
+def _claims(versus: Mapping[str, Comparison]) -> tuple[tuple, tuple]:
     """Return the arms that are better and those that are worse than their control."""
-    found = {name: pair for name, pair in versus.items() if p[name] < ALPHA}
+    found = {name: pair for name, pair in versus.items() if pair.p_corrected < ALPHA}
     better = tuple(name for name, pair in found.items() if pair.difference < 0 and not pair.failed_arm)
     worse = tuple(name for name, pair in found.items() if pair.difference > 0 and not pair.failed_control)
     return better, worse
@@ -552,16 +542,16 @@ def runs_needed(
 
 
 def detectable(sd: float, n: int, alpha: float = ALPHA, pairs: bool = False, pooled: float = 2) -> float:
-    """Smallest true difference that n runs per arm (n pairs) detect with 80% power; NaN if unknown."""
+    """Smallest true difference that n runs per arm (n pairs) detect with 80% power; NaN if unknown.
+
+    It neglects the chance of a significant difference of the wrong sign.
+    """
     if n < 2 or not sd > 0:
         return math.nan
-    low, high = 0.0, sd
-    while power(high, sd, n, alpha, pairs, pooled) < POWER:
-        high *= 2
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if power(middle, sd, n, alpha, pairs, pooled) >= POWER else (middle, high)
-    return high
+    df = n - 1 if pairs else pooled * (n - 1)
+    limit = scipy.special.stdtrit(df, 1 - alpha / 2)
+    shift = scipy.special.nctdtrinc(df, 1 - POWER, limit)
+    return float(shift * sd / math.sqrt(n if pairs else n / 2))
 
 
 def runs_needed_for_target(mean: float, sd: float, target: float) -> int | None:

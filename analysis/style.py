@@ -23,7 +23,6 @@ MEAN_KEY = "mark: mean with its 95% interval; ticks: single seeds; hollow: a sin
 NUM_COLOURS = 128  # in a PNG's palette
 PANEL_INCHES = 3.0  # least width of a panel beside long names
 SUFFIXES = (".png", ".svg", ".pdf")
-SPEEDRUN_TARGET = 3.28
 SHARED_LETTERS = 8  # letters shown before the first difference
 BYTES = 256  # vocabulary size of byte tokens
 
@@ -181,20 +180,6 @@ def _around_differences(texts: Sequence[str], width: int) -> list[str]:
     return [found[text] for text in texts]
 
 
-def target_of(runs, target: float | None) -> tuple[float, str] | None:
-    """Return the target loss and its source: the one asked for, else TARGET_LOSS if the runs agree on one.
-
-    Logs without settings are the speedrun's and have its target. None if there is no target.
-    """
-    if target is not None:
-        return target, "--target"
-    own = {run.target_loss for run in runs}
-    if len(own) == 1 and None not in own:
-        return own.pop(), "TARGET_LOSS"
-    public = runs and not any(run.config for run in runs)
-    return (SPEEDRUN_TARGET, "the speedrun's") if public else None
-
-
 def loss_unit(runs) -> str:
     """Unit of loss: nats per byte if all runs' tokens are bytes, else nats per token."""
     return f"nats per {token_name(runs)}"
@@ -203,13 +188,8 @@ def loss_unit(runs) -> str:
 def token_name(runs) -> str:
     """Name of a token: byte if all runs use bytes, else token. A log cut before its settings says nothing."""
     known = [run for run in runs if run.config or run.last_step >= 0]
-    sizes = {run.config.get("vocab_size", _vocabulary_of_old(run)) for run in known}
+    sizes = {run.config.get("vocab_size") for run in known}
     return "byte" if sizes == {BYTES} else "token"
-
-
-def _vocabulary_of_old(run) -> int | None:
-    """Vocabulary size for logs from before 2026-11-23, which lack it: bytes, if the data is embedded."""
-    return BYTES if run.started.get("train_data", "").startswith("embedded_") else None
 
 
 def ends_of(low: float, high: float, n: int) -> tuple[float, float] | None:

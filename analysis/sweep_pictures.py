@@ -46,7 +46,7 @@ def draw_forest(ax, results: Results) -> None:
     """
     arms, values, noise = results.arms, [0.0], []
     for y, arm in enumerate(arms):
-        pair, _ = results.comparison(arm.label)
+        pair = results.comparison(arm.label)
         if pair and math.isfinite(pair.difference):
             look, n = results.looks[arm.label], min(pair.n_arm, pair.n_control)
             if pair.method == "Tukey" and math.isfinite(pair.low):
@@ -93,7 +93,7 @@ def write(ax, y: float, points: float, text: str, **look) -> None:
 
 def write_row(ax, y: float, results: Results, arm: SweepArm) -> None:
     """Write an arm's numbers and verdict; tint the row if it is better or worse."""
-    found, (pair, p) = results.summary(arm), results.comparison(arm.label)
+    found, pair = results.summary(arm), results.comparison(arm.label)
     cells = [format_loss(found.mean), str(found.n), "", ""]
     if pair:
         cells[2:] = format_difference(pair.difference), format_interval(pair.low, pair.high)
@@ -101,12 +101,12 @@ def write_row(ax, y: float, results: Results, arm: SweepArm) -> None:
         write(ax, y, at, text, ha="right")
     call = results.call(arm.label)
     look = {"color": VERDICTS.get(call, "#333333"), "weight": "bold" if call in VERDICTS else "normal"}
-    write(ax, y, VERDICT_AT, verdict_words(results, arm, pair, p), **look)
+    write(ax, y, VERDICT_AT, verdict_words(results, arm, pair), **look)
     if call in VERDICTS:
         ax.axhspan(y - 0.5, y + 0.5, color=VERDICTS[call], alpha=0.08, linewidth=0, zorder=0)
 
 
-def verdict_words(results: Results, arm: SweepArm, pair: Comparison | None, p: float) -> str:
+def verdict_words(results: Results, arm: SweepArm, pair: Comparison | None) -> str:
     """Format the verdict with its p; if undecided, note an interval that by itself excludes zero."""
     remarks = results.remarks(arm)
     if arm.label == results.reference:
@@ -120,10 +120,10 @@ def verdict_words(results: Results, arm: SweepArm, pair: Comparison | None, p: f
         words += f" against {other}" if words == "undecided" else f" than {other}"
     if pair.difference == 0 and pair.sd == 0:
         words = "the same losses, bit for bit"
-    elif not math.isfinite(p):
+    elif not math.isfinite(pair.p):
         words = "not tested"
     else:
-        words += f", {state_p(p)}"
+        words += f", {state_p(pair.p_corrected)}"
         if words.startswith("undecided") and results.control and pair.low * pair.high > 0:
             words += " (by itself clear of 0)"
     return ", ".join([words, *remarks])

@@ -14,6 +14,7 @@ from sweeps_for_tests import make_sweep, spectral_arms
 
 import plot_loss
 from analysis import curves, style
+from analysis.reaching import target_of
 from analysis.read_results import read_results
 from analysis.run_log import read_runs
 from analysis.stats import summarize
@@ -264,8 +265,8 @@ def test_public_log_without_schedules(tmp_path):
     )
     write(tmp_path / "logs", "public", head + steps)
     runs = read_runs(tmp_path / "logs")
-    assert style.target_of(runs, None) == (3.28, "the speedrun's")
-    figure, _ = draw(tmp_path / "logs", target=style.target_of(runs, None))
+    assert target_of(runs, None) == (3.28, "the speedrun's")
+    figure, _ = draw(tmp_path / "logs", target=target_of(runs, None))
     assert [ax.get_label() for ax in figure.axes] == ["loss", "time"]
     assert "training time, min" in texts(figure)
     write(tmp_path / "logs", "public", "step:10/10 val_loss:3.1\n")
@@ -276,7 +277,7 @@ def test_public_log_without_schedules(tmp_path):
 def test_no_target_without_a_reason(tmp_path):
     """3.28 means nothing for a run on other data."""
     runs = read_runs(write_arms(tmp_path / "logs", [0.1]))
-    assert style.target_of(runs, None) is None and style.target_of(runs, 3.0) == (3.0, "--target")
+    assert target_of(runs, None) is None and target_of(runs, 3.0) == (3.0, "--target")
     figure, _ = draw(tmp_path / "logs", target=None)
     assert not any("target" in text for text in texts(figure))
 

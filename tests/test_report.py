@@ -235,14 +235,14 @@ def test_more_runs_and_unseen_differences_follow_from_power(tmp_path):
         tmp_path, spectral_arms(0, 0.01, baseline=False), seeds=SEEDS, control="spectral_lr_0"
     )
     results = read_results([tmp_path / "sweeps/sweep.toml"], tmp_path / "logs")
-    pair, _ = results.comparison("spectral_lr_0.01")
+    pair = results.comparison("spectral_lr_0.01")
     more = rows["spectral_lr_0.01"].more_runs
     enough, too_few = (
         stats.power(pair.difference, pair.sd, 5 + more - less, 0.05, pairs=True) for less in (0, 1)
     )
     assert too_few < 0.8 <= enough and f"| {more} |" in text
     seen = stats.detectable(pair.sd, 5, 0.05, pairs=True)
-    assert stats.power(seen, pair.sd, 5, pairs=True) == pytest.approx(0.8, abs=1e-6)
+    assert stats.power(seen, pair.sd, 5, pairs=True) == pytest.approx(0.8, abs=1e-4)
     assert f"differences below about {seen:.2g} can go unseen" in " ".join(numbers["conclusion"])
     assert math.isnan(stats.detectable(math.nan, 5)) and math.isnan(stats.detectable(0.1, 1))
 
@@ -459,7 +459,7 @@ def test_other_source_code_is_kept_apart(tmp_path):
     assert other.arm.foreign and "not compared" in text and other.arm.label not in results.verdict.summaries
     wanted = "Not compared (other source code or data): spectral_lr_0.1 (source deadbeef)"
     assert wanted in numbers["conclusion"]
-    assert results.comparison(other.arm.label)[0] is None
+    assert results.comparison(other.arm.label) is None
     pooled, _, text, _ = report_of(file, logs=tmp_path / "logs", pool_sources=True)
     assert [arm.count("done") for arm in pooled.arms] == [5, 5]
     assert "runs of 2 different source codes were pooled, as --pool-sources asked" in text
@@ -639,6 +639,16 @@ def test_the_target_if_none_is_given(tmp_path):
     assert sweep(tmp_path / "own", arms, control="a")[3]["target"]["loss"] == 4.3
 
 
+@pytest.mark.parametrize("control", ["a", None])
+def test_while_no_run_has_finished_there_is_no_target(tmp_path, control):
+    """Fails if runs at 1.5 nats per byte are said not to reach 3.28, or differ from an arm called None."""
+    arms = {"a": (1.5, {"MUON_LR": 0.1}), "b": (1.6, {"MUON_LR": 0.2})}
+    ends = {(tag, seed): "running" for tag in arms for seed in SEEDS}
+    _, _, text, numbers = sweep(tmp_path, arms, control=control, seeds=SEEDS, ends=ends)
+    assert numbers["target"]["loss"] is None
+    assert not any(word in text for word in ("Reaching", "3.28", "None"))
+
+
 def test_public_logs_and_the_proof(tmp_path, capsys):
     """Logs without settings: trials of one script are one arm, and the proof is the speedrun's."""
     losses = [3.2779, 3.2791, 3.2786, 3.2770, 3.2775, 3.2783]
@@ -659,6 +669,7 @@ def test_public_logs_and_the_proof(tmp_path, capsys):
     text = (out / "REPORT.md").read_text()
     assert "Proven to be below 3.28" in text and "Runs: found and done" in text
     assert "nothing to compare" in capsys.readouterr().out.lower()
+    assert report_of(tmp_path)[3]["target"]["reason"] == "the speedrun's"  # as plot_loss.py has it
 
 
 # ------------------------------------------------------------------------------------------------
@@ -730,7 +741,7 @@ def test_the_forest_shows_the_numbers(tmp_path, num_arms):
     assert names == list(arms)
     lines = [(list(line.get_xdata()), set(line.get_ydata()), line.get_color()) for line in ax.lines]
     for y, label in enumerate(names):
-        pair, _ = results.comparison(label)
+        pair = results.comparison(label)
         if pair is None:
             assert ([0.0], {float(y)}, "#000000") in [(x, set(map(float, at)), c) for x, at, c in lines]
             continue
@@ -840,11 +851,13 @@ def test_an_interval_clear_of_zero_that_holm_rejects_says_so():
     losses = {"base": [3.0, 3.1, 3.2, 3.3], "a": [2.95, 3.02, 3.16, 3.27]}
     losses |= {f"b{i}": [3.0 + 0.01 * (-1) ** (i + j) + 0.1 * j for j in range(4)] for i in range(8)}
     results = made_up(losses, [1, 2, 3, 4], "base")
-    pair, p = results.comparison("a")
-    assert pair.high < 0 and p > 0.05
+    pair = results.comparison("a")
+    assert pair.high < 0 and pair.p_corrected > 0.05
     results.looks = style.looks_of(list(losses), "base")
     words = words_of(picture_of_forest(results).axes[0])
-    assert [word for word in words if "clear" in word] == [f"undecided, p = {p:.2g} (by itself clear of 0)"]
+    assert [word for word in words if "clear" in word] == [
+        f"undecided, p = {pair.p_corrected:.2g} (by itself clear of 0)"
+    ]
     assert set(VERDICTS.values()).isdisjoint({results.looks["base"]["color"]})
 
 
@@ -919,5 +932,5 @@ def test_own_controls_look_different_in_verdicts():
         for name, few in losses.items()
     ]
     results = Results("made-up", arms, "base", versus=dict(zip("ab", names, strict=True)))
-    words = [verdict_words(results, arm, *results.comparison(arm.label)) for arm in arms[3:]]
+    words = [verdict_words(results, arm, results.comparison(arm.label)) for arm in arms[3:]]
     assert len({text.partition(",")[0] for text in words}) == 2

@@ -144,7 +144,7 @@ def test_single_runs_and_survivors_are_not_tested_without_a_control():
     losses = {"a": A, "b": [value + 1 for value in B], "one": [9.0], "lost": [9.0, 9.1, math.nan]}
     verdict = stats.judge(losses)
     assert verdict.worse == ("b",) and verdict.better == ("a",)
-    assert all(math.isnan(verdict.p_best[name]) for name in ("one", "lost"))
+    assert all(math.isnan(verdict.versus_best[name].p) for name in ("one", "lost"))
     assert stats.contenders({**losses, "one": [1.0]}).names == ("a",)
     assert stats.contenders({"one": [1.0], "two": [2.0, 2.0]}).names == ("two",), "as the reference is"
     lower = stats.judge({**losses, "one": [1.0]})  # a single run below the best: nothing is the best
