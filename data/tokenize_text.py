@@ -23,6 +23,7 @@ import json
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,55 +116,54 @@ def old_shards(folder: Path, name: str) -> list[Path]:
 class Unfinished:
     """The shards of a corpus that is being made, in a folder where no reader looks for shards.
 
-    Beside them is written how far they reach, so that the same command goes on there after an interruption.
+    Whenever a shard is finished, the tokens that are in none yet are saved beside it: after an interruption,
+    the same command goes on from there.
     """
 
     def __init__(self, args: argparse.Namespace, vocabulary: int):
         self.args, self.folder = args, args.out / f".{args.name}.unfinished"
-        self.state_path = self.folder / "progress.json"
+        self.state_path = self.folder / "progress.npz"
         files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in args.files]
         kept = ("field", "separator", "val_frac", "shard_tokens", "as_bytes")
-        self.choices = {"files": files, **{name: getattr(args, name) for name in kept}}
-        # of each part: the first document that its finished shards lack, and how many shards those are
-        self.state = self.saved_state() or {"train": [0, 0], "val": [0, 0]}
-        self.parts = {part: self.writer(part, vocabulary) for part in FIRST_NUMBER}
+        self.choices = json.dumps({"files": files, **{name: getattr(args, name) for name in kept}})
+        saved = self.saved_state()
+        self.num_documents = int(saved.get("num_documents", 0))
+        self.parts = {}
+        for part, first in FIRST_NUMBER.items():
+            path_of = functools.partial(self.path_of, part)
+            num_written = saved.get(f"{part}_shards", 0)
+            self.parts[part] = ShardWriter(path_of, vocabulary, args.shard_tokens, first, num_written)
+            self.parts[part].add(saved.get(f"{part}_rest", np.empty(0)))
 
-    def writer(self, part: str, vocabulary: int) -> ShardWriter:
-        path_of = functools.partial(self.path_of, part)
-        return ShardWriter(
-            path_of, vocabulary, self.args.shard_tokens, FIRST_NUMBER[part], self.state[part][1]
-        )
-
-    def saved_state(self) -> dict | None:
-        """Return the state of an interrupted run; None after other choices or if a shard is not whole."""
+    def saved_state(self) -> dict[str, np.ndarray]:
+        """Return what an interrupted run saved; nothing after other choices or if a file is not whole."""
         try:
-            saved = json.loads(self.state_path.read_text(encoding="utf-8"))
+            with np.load(self.state_path) as file:
+                saved = dict(file)
             for part, first in FIRST_NUMBER.items():
-                for number in range(first, first + saved["state"][part][1]):
+                for number in range(first, first + saved[f"{part}_shards"]):
                     check_shard(self.path_of(part, number))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return saved["state"] if saved["choices"] == self.choices else None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return {}
+        return saved if saved["choices"] == self.choices else {}
 
     def path_of(self, part: str, number: int) -> Path:
         return self.folder / f"{self.args.name}_{part}_{number:06d}.bin"
 
-    def add(self, part: str, index: int, tokens: np.ndarray) -> None:
-        """Add the document number `index` to a part, unless that has it; note each finished shard."""
-        writer = self.parts[part]
-        if index < self.state[part][0]:
-            return
-        before = len(writer.written)
-        writer.add(tokens)
-        if len(writer.written) > before and tokens.size <= self.args.shard_tokens:
-            self.state[part] = [index, len(writer.written)]  # this document is the next shard's first
-            temporary = self.state_path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"choices": self.choices, "state": self.state}), encoding="utf-8")
-            temporary.replace(self.state_path)
+    def add(self, part: str, tokens: np.ndarray) -> None:
+        """Add the next document to a part; if that finishes a shard, save where to go on."""
+        before = len(self.parts[part].written)
+        self.parts[part].add(tokens)
+        self.num_documents += 1
+        if len(self.parts[part].written) > before:
+            self.save()
 
-    def first_document(self) -> int:
-        """Return the number of the first document that is not in a finished shard."""
-        return min(self.state["train"][0], self.state["val"][0])
+    def save(self) -> None:
+        shards = {f"{part}_shards": len(writer.written) for part, writer in self.parts.items()}
+        rests = {f"{part}_rest": writer.rest for part, writer in self.parts.items()}
+        temporary = self.folder / "new.npz"
+        np.savez(temporary, choices=self.choices, num_documents=self.num_documents, **shards, **rests)
+        temporary.replace(self.state_path)
 
     def finish(self) -> list[Path]:
         """Move all shards to their folder, in place of older ones; return their paths."""
@@ -183,13 +183,13 @@ class Unfinished:
 
 def write_split(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     work, progress = Unfinished(args, tokenizer.vocabulary), Progress()
-    first, train, val = work.first_document(), work.parts["train"], work.parts["val"]
-    if first:
-        print(f"going on after {first:,} documents, which are in finished shards")
+    train, val = work.parts["train"], work.parts["val"]
+    if work.num_documents:
+        print(f"going on after {work.num_documents:,} documents")
     try:
-        documents = itertools.islice(read_all(args, progress), first, None)
-        for index, found in enumerate(tokenizer.stream(documents), first):
-            work.add("val" if found.fraction < args.val_frac else "train", index, found.tokens)
+        documents = itertools.islice(read_all(args, progress), work.num_documents, None)
+        for found in tokenizer.stream(documents):
+            work.add("val" if found.fraction < args.val_frac else "train", found.tokens)
             progress.add(found.tokens.size)
         progress.show(end=True)
         if args.val_frac:

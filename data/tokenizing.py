@@ -202,6 +202,11 @@ class ShardWriter:
         self._buffer = np.empty(shard_tokens, dtype=np.uint16)  # uses memory only as far as it is filled
         self._fill = 0
 
+    @property
+    def rest(self) -> np.ndarray:
+        """Tokens added that are in no shard yet."""
+        return self._buffer[: self._fill]
+
     def add(self, tokens: np.ndarray) -> None:
         """Add one document; an empty array adds nothing."""
         space = self._buffer.size
@@ -219,8 +224,8 @@ class ShardWriter:
         self.num_tokens += tokens.size
 
     def take(self) -> np.ndarray:
-        """Return what is not written yet, and forget it."""
-        tokens = self._buffer[: self._fill].copy()
+        """Return the rest, and forget it."""
+        tokens = self.rest.copy()
         self.num_tokens -= self._fill
         self._fill = 0
         return tokens
@@ -229,7 +234,7 @@ class ShardWriter:
         """Write the documents added so far, if there are any."""
         if self._fill:
             path = self.path_of(self.first + len(self.written))
-            write_shard(path, self._buffer[: self._fill], self.vocabulary)
+            write_shard(path, self.rest, self.vocabulary)
             self.written.append(path)
             self._fill = 0
 

@@ -410,6 +410,46 @@ def test_what_was_tokenized_before_an_interruption_is_kept(tmp_path, monkeypatch
     assert one == two
 
 
+@pytest.mark.parametrize("damage", [None, "progress.npz", "text_train_000003.bin"])
+def test_a_second_start_tokenizes_only_what_is_new(tmp_path, monkeypatch, capsys, damage):
+    """Fails if resuming waits for a validation shard, full after a hundred others, or uses a damaged file."""
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"document {i} " + "x" * (i % 50)}) for i in range(5000)]
+    path.write_text("\n".join(lines))
+    tokenized, stop_at, original = [], 4900, tokenizing._encode_document
+
+    def encode(text):
+        if len(tokenized) == stop_at:
+            raise KeyboardInterrupt
+        tokenized.append(text)
+        return original(text)
+
+    monkeypatch.setattr(tokenizing, "_encode_document", encode)
+
+    def make(out):
+        tokenized.clear()
+        return tokenize(monkeypatch, path, "--shard-tokens=20000", "--val-frac=0.01", "--out", out)
+
+    assert make(tmp_path / "cut") == 130
+    unfinished = tmp_path / "cut" / ".text.unfinished"
+    finished = sorted(found.name for found in unfinished.glob("*.bin"))
+    assert len(finished) > 5 and not any("_val_" in name for name in finished)
+    if damage:
+        content = (unfinished / damage).read_bytes()
+        (unfinished / damage).write_bytes(content[: len(content) // 2])
+    stop_at = None
+    assert make(tmp_path / "cut") == 0
+    if damage:
+        assert len(tokenized) == 5000
+    else:
+        shard_documents = 5000 / len(finished)
+        assert 100 < len(tokenized) < 100 + 1.5 * shard_documents
+        assert f"going on after {5000 - len(tokenized):,} documents" in capsys.readouterr().out
+    assert make(tmp_path / "whole") == 0
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "cut"))
+    assert one == two
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_texts_from_windows(tmp_path, encoding):
     path = tmp_path / "a.txt"
