@@ -14,8 +14,8 @@ Losses are those of the last validation, in nats per token, means over seeds; pe
 Every value gets a label by the rules below, in which "the fall" is how far the lowest mean loss fell from
 where training began. Values that cannot be told from the best are those of stats.contenders: among the
 values tested, the truly best is in this set in 95% of sweeps. Values of single or failed runs are not tested;
-beside others, a single run that is lowest is called so, not best. Where every value is a single run, how much
-runs differ by luck is unknown, and the output says so. Accuracies are not tested.
+a single run that is lowest is called so, not best, and nothing is compared with it. Where every value is a
+single run, how much runs differ by luck is unknown, and the output says so. Accuracies are not tested.
 """
 
 import sys
@@ -82,40 +82,36 @@ def evidence(summary: Summary, factor: float = 1, unit: str = "") -> str:
     return f"{mean}, 95% interval {interval}, sd {factor * summary.sd:.4f}, n = {summary.n}"
 
 
+def title_of(lowest: Rate) -> str:
+    """best by loss; of a single run, which may be lucky, only: lowest loss."""
+    return "lowest loss" if lowest.loss.n == 1 else "best by loss"
+
+
 def best_sentence(analysis: Analysis) -> str:
     lowest = analysis.lowest()
     if lowest is None:
         return "no value can be called best by loss: none has finished runs, none of which failed"
-    value = format_value(lowest.value)
-    if analysis.lowest_is_best():
-        text, subject = f"best by loss: {analysis.setting.upper()} = {value} ({evidence(lowest.loss)})", "it"
-    else:
-        text = f"lowest loss: {analysis.setting.upper()} = {value} ({evidence(lowest.loss)}, not tested)"
-        subject = value
-    text += claims(analysis)
+    name = f"{analysis.setting.upper()} = {format_value(lowest.value)}"
+    text = f"{title_of(lowest)}: {name} ({evidence(lowest.loss)}){claims(analysis)}"
     edge = edge_of(lowest, analysis)
     if edge:
-        text += f"; {subject} is the {edge} value tried, so that a better one may lie beyond"
+        text += f"; it is the {edge} value tried, so that a better one may lie beyond"
     return text
 
 
 def claims(analysis: Analysis) -> str:
-    """Say what the test of the values shows, after the name of the lowest; nothing while runs are missing."""
+    """Say what the test of the values shows, after the name of the best; nothing while runs are missing."""
     if not analysis.noise_known:
         return "; how much runs differ by luck is unknown, so that none may be called better than another"
     if analysis.results.count("missing"):
         return ""
-    best = analysis.best()
     untested = [rate for rate in analysis.rates if rate.name not in analysis.ties.tested]
-    others = [rate for rate in analysis.near_best() if rate is not best]
-    text, told = "", "; it cannot be told from"
-    if analysis.may_claim() and not analysis.lowest_is_best():
-        text = f"; best of those tested: {format_value(best.value)} ({evidence(best.loss)})"
-        told = ", which cannot be told from"
+    others = [rate for rate in analysis.near_best() if rate is not analysis.lowest()]
+    text = ""
     if others:
-        text += f"{told} {name_values(others)}"
+        text = f"; it cannot be told from {name_values(others)}"
     elif analysis.may_claim():
-        text += f"; every other value{' tested' if untested else ''} is worse"
+        text = f"; every other value{' tested' if untested else ''} is worse"
     if untested:
         text += f"; not tested (single or failed runs): {name_values(untested)}"
     return text
@@ -138,13 +134,11 @@ def sentences(analysis: Analysis) -> list[str]:
     if stable:
         low, high = format_value(stable[0].value), format_value(stable[-1].value)
         lines.append(f"stable from {low} to {high}" if len(stable) > 1 else f"stable at {low} only")
-    lowest, threshold = analysis.lowest(), analysis.threshold()
-    if lowest:
-        place = "the best value" if analysis.lowest_is_best() else format_value(lowest.value)
-        if threshold:
-            lines.append(f"above {place}, a run first diverged at {format_value(threshold.value)}")
-        else:
-            lines.append(f"no run above {place} diverged")
+    threshold = analysis.threshold()
+    if threshold:
+        lines.append(f"above the best value, a run first diverged at {format_value(threshold.value)}")
+    elif analysis.lowest():
+        lines.append("no run above the best value diverged")
     if analysis.noise_known:
         found = analysis.ties
         apart = ", what the runs of a seed share taken out," if found.paired else ""
@@ -158,10 +152,10 @@ def sentences(analysis: Analysis) -> list[str]:
 def remark(rate: Rate, analysis: Analysis) -> str:
     parts = []
     if rate is analysis.lowest():
-        parts.append("best by loss" if analysis.lowest_is_best() else "lowest loss")
+        parts.append(title_of(rate))
     if rate is analysis.most_accurate():
         parts.append("highest mean accuracy")
-    if analysis.may_claim() and rate in analysis.near_best() and rate is not analysis.best():
+    if rate in analysis.near_best() and rate is not analysis.lowest():
         parts.append("not told from the best")
     if rate.sure is False:
         parts.append("near the limit of good")
@@ -206,11 +200,11 @@ def markdown(analysis: Analysis) -> str:
         "exp(mean loss); means and intervals are over seeds; minutes are of training on the machine that ran."
     ]
     parts += [f"![{name}]({name}.png)" for name in PICTURES]
-    lowest = "best" if analysis.lowest_is_best() else "lowest"
-    parts += [
-        f"Labels, with the fall = {analysis.fall:.4f}, how far the {lowest} value's loss fell from where "
-        f"training began ({analysis.start:.4f}):\n\n{RULES_TEXT}"
-    ]
+    fall = ""
+    if analysis.lowest():
+        fall = f", with the fall = {analysis.fall:.4f}, how far the best value's loss fell from where "
+        fall += f"training began ({analysis.start:.4f})"
+    parts.append(f"Labels{fall}:\n\n{RULES_TEXT}")
     if notes:
         parts.append(notes)
     return "\n\n".join(parts) + "\n"
@@ -271,20 +265,13 @@ def ends(rates: Sequence[Rate]) -> list[float] | None:
     return [rates[0].value, rates[-1].value] if rates else None
 
 
-def best_by_loss(analysis: Analysis) -> dict:
-    """The best value; if the lowest is a single run beside values of several, that, and the best tested."""
-    lowest, best, may_claim = analysis.lowest(), analysis.best(), analysis.may_claim()
-    if best is None:
-        return {"best_by_loss": None}
-    tied = [rate.value for rate in analysis.near_best() if rate is not best] if may_claim else None
-    record = record_of(best, best.loss, analysis) | {"cannot_be_told_from": tied}
-    if best is lowest:
-        return {"best_by_loss": record}
-    return {
-        "best_by_loss": None,
-        "lowest_loss": record_of(lowest, lowest.loss, analysis),
-        "best_tested_by_loss": record if may_claim else None,
-    }
+def best_by_loss(analysis: Analysis) -> dict | None:
+    lowest, tied = analysis.lowest(), None
+    if lowest is None:
+        return None
+    if analysis.may_claim():
+        tied = [rate.value for rate in analysis.near_best() if rate is not lowest]
+    return record_of(lowest, lowest.loss, analysis) | {"cannot_be_told_from": tied}
 
 
 def record_of(rate: Rate, summary: Summary, analysis: Analysis) -> dict:
@@ -308,7 +295,7 @@ def insights(analysis: Analysis) -> dict:
         "setting": analysis.setting.upper(),
         "tied_to_it": [name.upper() for name in results.tied(analysis.setting)],
         "found": sentences(analysis),
-        **best_by_loss(analysis),
+        "best_by_loss": best_by_loss(analysis),
         "highest_mean_accuracy": record_of(most, most.accuracy, analysis) if most else None,
         "top_20_percent": {"rates": [rate.value for rate in top], "range": ends(top)},
         "good_range": ends(good),

@@ -122,7 +122,7 @@ def picture_combined(analysis: Analysis):
         ax = panels["differences"]
         draw_differences(ax, analysis)
         ax.set_title(f"loss minus that of {name_lowest(analysis)}; lower is better")
-        if analysis.may_claim() and analysis.lowest_is_best():
+        if analysis.may_claim():
             below = "; below: a value tied with the best reaches 0"
     fig.supxlabel(f"{style.MEAN_KEY}; grey: runs of one seed{below}", fontsize=9, wrap=True)
     return fig
@@ -130,8 +130,8 @@ def picture_combined(analysis: Analysis):
 
 def name_lowest(analysis: Analysis) -> str:
     """0.02, the best; or: 0.02, a single run."""
-    what = "the best" if analysis.lowest_is_best() else "a single run"
-    return f"{format_value(analysis.lowest().value)}, {what}"
+    lowest = analysis.lowest()
+    return f"{format_value(lowest.value)}, {'a single run' if lowest.loss.n == 1 else 'the best'}"
 
 
 def picture_of_each_rate(analysis: Analysis):

@@ -5,9 +5,9 @@
     analysis.rates[0].label, analysis.lowest().value, analysis.near_best(), analysis.most_accurate()
 
 RULES gives every value a label. "The fall" is how far the lowest mean loss fell from the start of training.
-Labels and ranges are held against the value of that loss. It is the best, unless it is a single run where
-others have several. Values statistically tied with the best are those of stats.contenders. Only losses are
-tested; accuracies are described.
+The best value is that of the lowest mean loss; labels and ranges are held against it. Values statistically
+tied with it are those of stats.contenders; a single run is not tested. Only losses are tested; accuracies are
+described.
 """
 
 import math
@@ -135,40 +135,31 @@ class Analysis:
         return self.start - lowest.loss.mean if lowest else math.nan
 
     def lowest(self) -> Rate | None:
-        """Rate of lowest loss, perhaps a single run; None if no rate's runs all finished.
-
-        Labels and ranges are held against it.
-        """
-        return self._named(self.ties.lowest)
-
-    def best(self) -> Rate | None:
-        """Best rate of those tested, with which the others are compared; the lowest if all are single runs.
-
-        A single run may be lucky: beside rates of several runs it is not the best, even if it is the lowest.
-        """
-        return self._named(self.ties.reference)
-
-    def lowest_is_best(self) -> bool:
-        return self.lowest() is self.best()
+        """Rate of lowest loss, perhaps a lucky single run; None if no rate's runs all finished."""
+        return next((rate for rate in self.rates if rate.name == self.ties.lowest), None)
 
     def most_accurate(self) -> Rate | None:
         """Rate of highest mean accuracy of those whose runs all finished; not tested."""
         known = [rate for rate in self.rates if rate.accuracy.n and not rate.accuracy.failed]
         return max(known, key=lambda rate: rate.accuracy.mean, default=None)
 
-    def _named(self, name: str | None) -> Rate | None:
-        return next((rate for rate in self.rates if rate.name == name), None)
-
     def may_claim(self) -> bool:
-        """True if rates may be called worse than the best or tied with it; not while runs are missing."""
-        return len(self.ties.tested) > 1 and not self.results.count("missing")
+        """True if rates may be called worse than the lowest or tied with it.
+
+        Not while runs are missing, and not if the lowest is a single run, which is not tested.
+        """
+        tested = self.ties.tested
+        return self.ties.lowest in tested and len(tested) > 1 and not self.results.count("missing")
 
     def is_tested(self, rate: Rate) -> bool:
         return self.may_claim() and rate.name in self.ties.tested
 
     def near_best(self) -> list[Rate]:
-        """Rates statistically tied with the best, including it; none while runs are missing."""
-        if self.results.count("missing"):
+        """Rates statistically tied with the lowest, including it; none while runs are missing.
+
+        None either if the lowest is a single run and others have several.
+        """
+        if self.results.count("missing") or self.ties.lowest != self.ties.reference:
             return []
         return [rate for rate in self.rates if rate.name in self.ties.names]
 
@@ -275,12 +266,6 @@ def analyse(results: Results, asked: str | None = None, conditions: Sequence[str
     analysis = Analysis(results, setting, rates, contenders(*samples_of(arms)), start, notes)
     for rate in rates:
         rate.label, rate.sure = label_of(rate, analysis)
-    if not analysis.lowest_is_best():
-        lowest = format_value(analysis.lowest().value)
-        notes.append(
-            f"in the rules of labels, the best value is {lowest}, a single run; in that of optimal, it is "
-            "the best of those tested"
-        )
     return analysis
 
 
@@ -319,7 +304,7 @@ def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
         return "no result", None
     short, limit = rate.loss.mean - lowest.loss.mean, (1 - GOOD) * analysis.fall
     sure = None
-    if analysis.is_tested(rate) and analysis.is_tested(lowest):
+    if analysis.is_tested(rate):
         sure = rate is lowest or abs(short - limit) > analysis.ties.half_width(rate.name, lowest.name)
     if short <= limit:
         return ("optimal" if rate in analysis.near_best() else "good"), sure

@@ -138,14 +138,14 @@ def test_a_single_run_is_not_the_best_of_several(tmp_path):
     lucky.attempts, lucky.runs = lucky.attempts[:1], lucky.runs[:1]
     analysis = analyse_results(results)
     text = plot_lr_analysis.markdown(analysis)
-    assert analysis.best().value == 0.02 and analysis.rates[2].label == "good"
-    assert not re.search("(cannot be|not) told from", text.partition("Labels,")[0])
-    assert "every other value tested is worse; not tested (single or failed runs): 0.04" in text
-    assert (
-        "Lowest loss: MUON_LR = 0.04 (3.1994, a single run, not tested)" in text
-        and "best of those tested: 0.02 (3.3" in text
-    )
-    assert "Best by" not in text and plot_lr_analysis.insights(analysis)["best_by_loss"] is None
+    assert [rate.label for rate in analysis.rates] == ["too low", "good", "good"]
+    assert not re.search("(cannot be|not) told from|is worse|(?i:best by)", text.partition("Labels,")[0])
+    said = "Lowest loss: MUON_LR = 0.04 (3.1994, a single run); not tested (single or failed runs): 0.04"
+    assert said in text
+    best = plot_lr_analysis.insights(analysis)["best_by_loss"]
+    assert (best["rate"], best["single_run"], best["cannot_be_told_from"]) == (0.04, True, None)
+    for record in plot_lr_analysis.final_results(analysis)["results"]:
+        assert record["not_told_from_best"] is None and record["label_is_sure"] is None
     combined = PICTURES["combined_lr_analysis"](analysis)
     assert "tied with the best" not in combined.texts[0].get_text()
     ax = next(ax for ax in combined.axes if "minus" in ax.get_title("left"))
@@ -168,7 +168,7 @@ def test_the_worst_value_is_not_best_for_being_repeated(tmp_path):
         assert [rate.label for rate in analysis.rates] == ["too low", "too low", "good", "good"]
         found = plot_lr_analysis.insights(analysis)
         assert found["good_range"] == [0.02, 0.04] and found["fall"] == pytest.approx(7.8, abs=0.02)
-        assert found["best_by_loss"] is None and found["lowest_loss"]["rate"] == 0.02
+        assert found["best_by_loss"]["rate"] == 0.02 and found["best_by_loss"]["single_run"]
         assert "Best by" not in plot_lr_analysis.markdown(analysis)
 
 
@@ -246,6 +246,8 @@ def test_pictures_without_a_finished_run(tmp_path):
     analysis = analyse(tmp_path, {0.01: 3.4, 0.02: 3.3}, ends, seeds=(1, 2))
     for draw in PICTURES.values():
         draw(analysis).draw_without_rendering()
+    text = plot_lr_analysis.markdown(analysis)
+    assert "Labels:" in text and not re.search(r"\bnan\b", text), "how far no loss fell is left out"
 
 
 def test_the_best_at_the_edge_is_said(tmp_path):
@@ -318,7 +320,7 @@ def test_values_look_as_in_the_report_and_differ_from_the_best(tmp_path):
         (line.get_xdata()[0], line.get_color()) for line in panels[0].lines if len(line.get_xdata()) == 1
     }
     assert marks == {(rate.value, analysis.results.looks[rate.name]["color"]) for rate in analysis.rates}
-    best = analysis.best()
+    best = analysis.lowest()
     below = next(ax for ax in panels if "the best" in ax.get_title(loc="left"))
     drawn = {line.get_xdata()[0]: line.get_ydata()[0] for line in below.lines if len(line.get_xdata()) == 1}
     for rate in analysis.rates:
