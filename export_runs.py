@@ -17,6 +17,7 @@ does with WANDB_MODE=offline.
 import contextlib
 import contextvars
 import math
+import os
 import re
 import sys
 import time
@@ -118,23 +119,13 @@ def facts_table(runs: Mapping[str, RunLog], tags: Mapping[str, str]) -> tuple[li
     return ["run", *header], [[name, *(row.get(key) for key in header)] for name, row in facts.items()]
 
 
-class RunNames:
-    """Unique names of runs, fit for files: the log's name, prefixed by its folder's if another log has it."""
-
-    def __init__(self):
-        self._path_of: dict[str, Path] = {}
-        self._name_of: dict[Path, str] = {}
-
-    def __getitem__(self, run: RunLog) -> str:
-        path = Path(run.path).resolve()  # one name, however the log was given
-        if path not in self._name_of:
-            name = clean(log_stem(path))
-            for folder in (path.parent, *path.parent.parents):
-                if name not in self._path_of:
-                    break
-                name = f"{clean(folder.name)}.{name}"
-            self._path_of[name], self._name_of[path] = path, name
-        return self._name_of[path] + (f"#{run.trial + 1}" if run.trial else "")
+def name_of(run: RunLog, given: Sequence[Path]) -> str:
+    """Name a run, fit for files: its log's path below the common folder of all logs, joined by dots."""
+    folders = [(path if path.is_dir() else path.parent).resolve() for path in given]
+    log = Path(run.path)
+    below = log.parent.resolve().relative_to(os.path.commonpath(folders))
+    name = clean(".".join([*below.parts, log_stem(log)]))
+    return f"{name}#{run.trial + 1}" if run.trial else name
 
 
 class NewPoints:
@@ -314,13 +305,13 @@ def export_runs(options: Namespace) -> None:
             )
     if not options.follow and not named_logs(options.logs):
         raise ValueError(f"no logs in {', '.join(map(str, options.logs))}; wanted RUN_ID.txt, maybe packed")
-    exporter, names = make_exporter(options), RunNames()
+    exporter = make_exporter(options)
     rounds = follow(options.logs) if options.follow else [read_runs(options.logs)]
     command_line.say(f"writing {exporter.goal}" + ("; Ctrl-C ends it" if options.follow else ""))
     try:
         for runs in rounds:
             if runs:
-                exporter.update({names[run]: run for run in runs}, tags_beside(runs))
+                exporter.update({name_of(run, options.logs): run for run in runs}, tags_beside(runs))
     except KeyboardInterrupt:
         pass
     finally:

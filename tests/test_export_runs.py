@@ -18,7 +18,7 @@ from logs_for_tests import make_log
 
 import export_runs
 from analysis.run_log import LogFollower, read_log
-from export_runs import NewPoints, RunNames
+from export_runs import NewPoints, name_of
 
 HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 
@@ -93,13 +93,16 @@ def test_points_are_given_out_once_and_in_order(logs):
 
 
 def test_names_are_file_names_and_different(tmp_path):
-    """Fails if two runs share a curve, or a run's own name leads out of the folder."""
-    names, runs = RunNames(), []
+    """Fails if two runs share a curve, a run's own name leads out of the folder, or the order names a run."""
+    runs = []
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.txt").write_text(make_log("../../a", 1, {}, 20))
         runs += read_log(tmp_path / folder / "a.txt")
-    assert [names[run] for run in runs] == ["a", "two.a"] == [names[run] for run in runs]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for given in ([one, two], [two, one], [two / "a.txt", one]):
+        assert [name_of(run, given) for run in runs] == ["one.a", "two.a"]
+    assert name_of(runs[0], [one]) == name_of(runs[0], [one / "a.txt", one]) == "a"
 
 
 def test_a_log_given_twice_is_exported_once(logs, tmp_path, monkeypatch):
