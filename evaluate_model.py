@@ -201,10 +201,10 @@ def evaluate_model(args: argparse.Namespace) -> None:
             log_samples=False,
         )
     scores = scores_of(found, importlib.metadata.version("lm_eval"))
+    print(format_table(["task", "metric", "value", "standard error", "items"], rows_of(scores)))
     path = args.model.with_name(RESULTS)
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write_atomically(path, as_json(before | scores))
-    print(format_table(["task", "metric", "value", "standard error", "items"], rows_of(scores)))
     print(f"written to {path}")
 
 

@@ -188,8 +188,13 @@ def loss_unit(runs) -> str:
 def token_name(runs) -> str:
     """Name of a token: byte if all runs use bytes, else token. A log cut before its settings says nothing."""
     known = [run for run in runs if run.config or run.last_step >= 0]
-    sizes = {run.config.get("vocab_size") for run in known}
+    sizes = {run.config.get("vocab_size", _vocabulary_of_old(run)) for run in known}
     return "byte" if sizes == {BYTES} else "token"
+
+
+def _vocabulary_of_old(run) -> int | None:
+    """Vocabulary size for logs from before 2026-11-23, which lack it: bytes, if the data is embedded."""
+    return BYTES if run.started.get("train_data", "").startswith("embedded_") else None
 
 
 def ends_of(low: float, high: float, n: int) -> tuple[float, float] | None:
@@ -263,7 +268,8 @@ def save(fig, path: Path) -> None:
     for ax in fig.axes:  # the layout's last bits vary from call to call, and with them the names in an SVG
         ax.set_position(np.round(ax.get_position().bounds, 6))
     with replacing(path) as temporary:
-        fig.savefig(temporary, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
+        dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+        fig.savefig(temporary, metadata=dates.get(path.suffix.lower()))
         if path.suffix.lower() == ".png":  # a palette saves two thirds of the bytes
             with Image.open(temporary) as image:
                 small = image.convert("RGB").quantize(NUM_COLOURS, Image.Quantize.FASTOCTREE, dither=0)

@@ -88,7 +88,7 @@ def make_shards(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
         for shard in reversed(writer.written):  # the first one last: where it is, its file is finished
             shard.replace(args.out / shard.name)
         shutil.rmtree(work)
-    progress.show(end=True)
+    progress.show()
     print(f"{args.out}: {len(list(args.out.glob('*.bin')))} shards")
 
 

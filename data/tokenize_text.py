@@ -191,7 +191,7 @@ def write_split(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
         for found in tokenizer.stream(documents):
             work.add("val" if found.fraction < args.val_frac else "train", found.tokens)
             progress.add(found.tokens.size)
-        progress.show(end=True)
+        progress.show()
         if args.val_frac:
             split_small(train, val, args.val_frac)
         if not train.num_tokens + val.num_tokens:

@@ -11,7 +11,6 @@ import concurrent.futures
 import hashlib
 import multiprocessing
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -240,30 +239,25 @@ class ShardWriter:
 
 
 class Progress:
-    """Progress line, printed every few seconds and rewritten in place on a terminal."""
+    """A line of progress, printed every ten seconds."""
 
     def __init__(self):
-        self.num_documents = self.num_tokens = self._width = 0
+        self.num_documents = self.num_tokens = 0
         self.where = ""  # the file being read
         self._start = self._last = time.monotonic()
-        self._live = sys.stdout.isatty()
 
     def add(self, num_tokens: int) -> None:
         self.num_documents += 1
         self.num_tokens += num_tokens
         now = time.monotonic()
-        if now - self._last >= (0.5 if self._live else 10):
+        if now - self._last >= 10:
             self._last = now
             self.show()
 
-    def show(self, end: bool = False) -> None:
+    def show(self) -> None:
         seconds = max(1e-9, time.monotonic() - self._start)
-        line = (
+        print(
             f"{self.num_documents:,} documents, {self.num_tokens / 1e6:,.1f}M tokens, {seconds:,.0f} s, "
-            f"{self.num_tokens / seconds / 1e6:,.2f}M tokens/s {self.where}"
+            f"{self.num_tokens / seconds / 1e6:,.2f}M tokens/s {self.where}",
+            flush=True,
         )
-        if not self._live:
-            print(line, flush=True)
-            return
-        print("\r" + line.ljust(self._width), end="\n" if end else "", flush=True)
-        self._width = len(line)

@@ -418,8 +418,8 @@ def test_every_run_on_its_own_and_the_runs_of_a_sweep(tmp_path, capsys):
     twice is not the same file, which would change a plot in version control."""
     file = make_sweep(tmp_path, "lr", spectral_arms(0, 0.1), control="spectral_lr_0", val_every=50)
     logs = tmp_path / "logs"
-    for name, more in (("pooled", []), ("single", ["--separate"])):
-        pictures = [tmp_path / f"{name}{number}.svg" for number in (1, 2)]
+    for name, more in (("pooled.pdf", []), ("single.svg", ["--separate"])):
+        pictures = [tmp_path / f"{number}{name}" for number in (1, 2)]
         assert plot_loss.main([str(logs), "--out", str(pictures[0]), *more]) == 0
         assert plot_loss.main([str(file), "--logs", str(logs), "--out", str(pictures[1]), *more]) == 0
         assert pictures[0].read_bytes() == pictures[1].read_bytes()
