@@ -39,11 +39,10 @@ def target_of(runs: Sequence[RunLog], given: float | None) -> tuple[float, str] 
     """
     if given is not None:
         return given, "--target"
-    own = {run.target_loss for run in runs}
+    own = {run.target_loss for run in runs if run.config}
     if len(own) == 1 and None not in own:
         return own.pop(), "the runs' TARGET_LOSS"
-    public = runs and not any(run.config for run in runs)
-    return (SPEEDRUN_TARGET, "the speedrun's") if public else None
+    return (SPEEDRUN_TARGET, "the speedrun's") if runs and not own else None
 
 
 def choose_target(results: Results, given: float | None, on: str = "val") -> Target:

@@ -516,35 +516,20 @@ def _claims(versus: Mapping[str, Comparison]) -> tuple[tuple, tuple]:
     return better, worse
 
 
-def power(
-    difference: float, sd: float, n: int, alpha: float = ALPHA, pairs: bool = False, pooled: float = 2
-) -> float:
-    """Power of a two-sided t test of n runs per arm (n pairs) for this difference.
-
-    `pooled` is the number of arms whose runs estimate the sd: two, unless all arms are compared at once.
-    """
-    if n < 2 or not sd > 0:
-        return math.nan
-    df = n - 1 if pairs else pooled * (n - 1)
-    shift = abs(difference) / sd * math.sqrt(n if pairs else n / 2)
-    limit = scipy.special.stdtrit(df, 1 - alpha / 2)
-    below = np.nan_to_num(scipy.special.nctdtr(df, shift, [-limit, limit]))  # scipy: NaN where it is nearly 0
-    return float(below[0] + 1 - below[1])
-
-
 def runs_needed(
     difference: float, sd: float, alpha: float = ALPHA, pairs: bool = False, pooled: float = 2
 ) -> int | None:
     """Runs per arm (pairs) that detect a difference of this size with 80% power; None: over MAX_RUNS."""
     if not sd > 0 or not abs(difference) > 0:
         return None
-    return _smallest(lambda n: power(difference, sd, n, alpha, pairs, pooled) >= POWER)
+    return _smallest(lambda n: detectable(sd, n, alpha, pairs, pooled) <= abs(difference))
 
 
 def detectable(sd: float, n: int, alpha: float = ALPHA, pairs: bool = False, pooled: float = 2) -> float:
     """Smallest true difference that n runs per arm (n pairs) detect with 80% power; NaN if unknown.
 
-    It neglects the chance of a significant difference of the wrong sign.
+    The test is a two-sided t test; the chance of a significant difference of the wrong sign is neglected.
+    `pooled` is the number of arms whose runs estimate the sd: two, unless all arms are compared at once.
     """
     if n < 2 or not sd > 0:
         return math.nan

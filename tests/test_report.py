@@ -203,7 +203,8 @@ def test_a_real_effect_is_found():
         false += bool(set(results.verdict.better) - {"a3"})
         if results.verdict.better == ("a3",):
             assert conclusion(results)[0].startswith("Better than a0: a3 (-0.00")
-    least = stats.power(size, sd, 5, alpha=0.05 / 5)  # Holm's first step is the strictest
+    limit = scipy_stats.t.isf(0.05 / 5 / 2, 8)  # Holm's first step is the strictest
+    least = scipy_stats.nct.sf(limit, 8, size / sd * math.sqrt(5 / 2))
     assert found / 300 > least - 0.04 and least > 0.9
     assert false / 300 <= 0.065
 
@@ -237,12 +238,11 @@ def test_more_runs_and_unseen_differences_follow_from_power(tmp_path):
     results = read_results([tmp_path / "sweeps/sweep.toml"], tmp_path / "logs")
     pair = results.comparison("spectral_lr_0.01")
     more = rows["spectral_lr_0.01"].more_runs
-    enough, too_few = (
-        stats.power(pair.difference, pair.sd, 5 + more - less, 0.05, pairs=True) for less in (0, 1)
-    )
-    assert too_few < 0.8 <= enough and f"| {more} |" in text
+    enough, too_few = (stats.detectable(pair.sd, 5 + more - less, pairs=True) for less in (0, 1))
+    assert enough <= abs(pair.difference) < too_few and f"| {more} |" in text
     seen = stats.detectable(pair.sd, 5, 0.05, pairs=True)
-    assert stats.power(seen, pair.sd, 5, pairs=True) == pytest.approx(0.8, abs=1e-4)
+    limit, shift = scipy_stats.t.isf(0.025, 4), seen / pair.sd * math.sqrt(5)
+    assert scipy_stats.nct.sf(limit, 4, shift) == pytest.approx(0.8, abs=1e-5)
     assert f"differences below about {seen:.2g} can go unseen" in " ".join(numbers["conclusion"])
     assert math.isnan(stats.detectable(math.nan, 5)) and math.isnan(stats.detectable(0.1, 1))
 
