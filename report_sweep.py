@@ -176,7 +176,8 @@ def table_notes(results: Results) -> str:
         )
         return (
             f"{what} Its interval is that of each difference by itself; p is two-sided, after Holm's "
-            f"correction for {verdict.num_comparisons} comparisons: {ending.format(effect)}"
+            f"correction for {verdict.num_comparisons} comparison{'s' * (verdict.num_comparisons > 1)}: "
+            f"{ending.format(effect)}"
         )
     ties = verdict.ties
     noise = (
