@@ -119,13 +119,24 @@ def facts_table(runs: Mapping[str, RunLog], tags: Mapping[str, str]) -> tuple[li
     return ["run", *header], [[name, *(row.get(key) for key in header)] for name, row in facts.items()]
 
 
-def name_of(run: RunLog, given: Sequence[Path]) -> str:
-    """Name a run, fit for files: its log's path below the common folder of all logs, joined by dots."""
-    folders = [(path if path.is_dir() else path.parent).resolve() for path in given]
-    log = Path(run.path)
-    below = log.parent.resolve().relative_to(os.path.commonpath(folders))
-    name = clean(".".join([*below.parts, log_stem(log)]))
-    return f"{name}#{run.trial + 1}" if run.trial else name
+def name_runs(runs: Sequence[RunLog], given: Sequence[Path]) -> dict[str, RunLog]:
+    """Name runs, fit for files: a log's path below the common folder of all that is given, joined by dots.
+
+    A log that is given twice is named once. ValueError if two logs would have one name.
+    """
+    top = os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in given])
+    named, seen = {}, set()
+    for run in runs:
+        log, key = Path(run.path), (Path(run.path).resolve(), run.trial)
+        if key in seen:
+            continue
+        seen.add(key)
+        name = clean(".".join([*log.parent.resolve().relative_to(top).parts, log_stem(log)]))
+        name += f"#{run.trial + 1}" if run.trial else ""
+        if name in named:
+            raise ValueError(f"{named[name].path} and {run.path} would both be {name}: rename one")
+        named[name] = run
+    return named
 
 
 class NewPoints:
@@ -311,7 +322,7 @@ def export_runs(options: Namespace) -> None:
     try:
         for runs in rounds:
             if runs:
-                exporter.update({name_of(run, options.logs): run for run in runs}, tags_beside(runs))
+                exporter.update(name_runs(runs, options.logs), tags_beside(runs))
     except KeyboardInterrupt:
         pass
     finally:

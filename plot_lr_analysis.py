@@ -87,6 +87,12 @@ def title_of(lowest: Rate) -> str:
     return "lowest loss" if lowest.loss.n == 1 else "best by loss"
 
 
+def name_best(analysis: Analysis) -> str:
+    """The best value; the lowest of a single run, which may be lucky, by its number."""
+    lowest = analysis.lowest()
+    return format_value(lowest.value) if lowest.loss.n == 1 else "the best value"
+
+
 def best_sentence(analysis: Analysis) -> str:
     lowest = analysis.lowest()
     if lowest is None:
@@ -136,9 +142,9 @@ def sentences(analysis: Analysis) -> list[str]:
         lines.append(f"stable from {low} to {high}" if len(stable) > 1 else f"stable at {low} only")
     threshold = analysis.threshold()
     if threshold:
-        lines.append(f"above the best value, a run first diverged at {format_value(threshold.value)}")
+        lines.append(f"above {name_best(analysis)}, a run first diverged at {format_value(threshold.value)}")
     elif analysis.lowest():
-        lines.append("no run above the best value diverged")
+        lines.append(f"no run above {name_best(analysis)} diverged")
     if analysis.noise_known:
         found = analysis.ties
         apart = ", what the runs of a seed share taken out," if found.paired else ""
@@ -202,8 +208,8 @@ def markdown(analysis: Analysis) -> str:
     parts += [f"![{name}]({name}.png)" for name in PICTURES]
     fall = ""
     if analysis.lowest():
-        fall = f", with the fall = {analysis.fall:.4f}, how far the best value's loss fell from where "
-        fall += f"training began ({analysis.start:.4f})"
+        fall = f", with the fall = {analysis.fall:.4f}, how far the loss of {name_best(analysis)} fell from "
+        fall += f"where training began ({analysis.start:.4f})"
     parts.append(f"Labels{fall}:\n\n{RULES_TEXT}")
     if notes:
         parts.append(notes)

@@ -4,7 +4,8 @@
 #   ./test.sh --fake-cuda            also compile the whole train step for a Hopper GPU, and the kernels for three
 #                                    more kinds of GPU: minutes, but no GPU
 #   TEST_PROCESSES=8 ./test.sh       on a machine with more cores
-#   TORCH=2.11.0 ./test.sh           the tests of trainers, GPU path and kernels with another torch (setup_env.sh)
+#   TORCH=2.11.0 ./test.sh           the tests of trainers, GPU path, kernels and benchmarks with another torch
+#                                    (setup_env.sh)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source setup_env.sh

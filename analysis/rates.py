@@ -5,9 +5,9 @@
     analysis.rates[0].label, analysis.lowest().value, analysis.near_best(), analysis.most_accurate()
 
 RULES gives every value a label. "The fall" is how far the lowest mean loss fell from the start of training.
-The best value is that of the lowest mean loss; labels and ranges are held against it. Values statistically
-tied with it are those of stats.contenders; a single run is not tested. Only losses are tested; accuracies are
-described.
+Labels and ranges are held against the value of that loss, the best unless it is a single run. Values
+statistically tied with it are those of stats.contenders; a single run is not tested. Only losses are tested;
+accuracies are described.
 """
 
 import math

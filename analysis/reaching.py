@@ -35,7 +35,7 @@ class Target:
 def target_of(runs: Sequence[RunLog], given: float | None) -> tuple[float, str] | None:
     """Return a target loss and its source: the one asked for, else the runs' TARGET_LOSS if they agree on it.
 
-    Logs without settings are the speedrun's and have its target. None if there is no target.
+    If no log has settings, all are the speedrun's and have its target. None if there is no target.
     """
     if given is not None:
         return given, "--target"

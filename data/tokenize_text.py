@@ -23,7 +23,6 @@ import json
 import re
 import shutil
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +126,9 @@ class Unfinished:
         kept = ("field", "separator", "val_frac", "shard_tokens", "as_bytes")
         self.choices = json.dumps({"files": files, **{name: getattr(args, name) for name in kept}})
         saved = self.saved_state()
+        if not saved and self.folder.exists():  # else a kill before the first save would leave both kinds
+            print(f"starting over: nothing in {self.folder} can be used with these files and options")
+            self.remove()
         self.num_documents = int(saved.get("num_documents", 0))
         self.parts = {}
         for part, first in FIRST_NUMBER.items():
@@ -143,7 +145,7 @@ class Unfinished:
             for part, first in FIRST_NUMBER.items():
                 for number in range(first, first + saved[f"{part}_shards"]):
                     check_shard(self.path_of(part, number))
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        except Exception:  # a damaged file raises many kinds
             return {}
         return saved if saved["choices"] == self.choices else {}
 

@@ -18,7 +18,7 @@ from logs_for_tests import make_log
 
 import export_runs
 from analysis.run_log import LogFollower, read_log
-from export_runs import NewPoints, name_of
+from export_runs import NewPoints, name_runs
 
 HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 
@@ -101,8 +101,13 @@ def test_names_are_file_names_and_different(tmp_path):
         runs += read_log(tmp_path / folder / "a.txt")
     one, two = tmp_path / "one", tmp_path / "two"
     for given in ([one, two], [two, one], [two / "a.txt", one]):
-        assert [name_of(run, given) for run in runs] == ["one.a", "two.a"]
-    assert name_of(runs[0], [one]) == name_of(runs[0], [one / "a.txt", one]) == "a"
+        assert name_runs(runs, given) == {"one.a": runs[0], "two.a": runs[1]}
+    assert list(name_runs(runs[:1], [one])) == list(name_runs(runs[:1], [one / "a.txt", one])) == ["a"]
+    (one / "latest.txt").symlink_to(one / "a.txt")
+    assert len(name_runs(runs[:1] + read_log(one / "latest.txt"), [one])) == 1
+    (tmp_path / "one.a.txt").write_text(make_log("b", 1, {}, 20))
+    with pytest.raises(ValueError, match="would both be one.a: rename one"):
+        name_runs(runs + read_log(tmp_path / "one.a.txt"), [tmp_path])
 
 
 def test_a_log_given_twice_is_exported_once(logs, tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def test_a_single_run_is_not_the_best_of_several(tmp_path):
     assert [rate.label for rate in analysis.rates] == ["too low", "good", "good"]
     assert not re.search("(cannot be|not) told from|is worse|(?i:best by)", text.partition("Labels,")[0])
     said = "Lowest loss: MUON_LR = 0.04 (3.1994, a single run); not tested (single or failed runs): 0.04"
-    assert said in text
+    assert said in text and "no run above 0.04 diverged" in text.lower() and "the loss of 0.04 fell" in text
     best = plot_lr_analysis.insights(analysis)["best_by_loss"]
     assert (best["rate"], best["single_run"], best["cannot_be_told_from"]) == (0.04, True, None)
     for record in plot_lr_analysis.final_results(analysis)["results"]:

@@ -439,13 +439,44 @@ def test_a_second_start_tokenizes_only_what_is_new(tmp_path, monkeypatch, capsys
         (unfinished / damage).write_bytes(content[: len(content) // 2])
     stop_at = None
     assert make(tmp_path / "cut") == 0
+    said = capsys.readouterr().out
     if damage:
-        assert len(tokenized) == 5000
+        assert len(tokenized) == 5000 and "starting over" in said
     else:
         shard_documents = 5000 / len(finished)
         assert 100 < len(tokenized) < 100 + 1.5 * shard_documents
-        assert f"going on after {5000 - len(tokenized):,} documents" in capsys.readouterr().out
+        assert f"going on after {5000 - len(tokenized):,} documents" in said
     assert make(tmp_path / "whole") == 0
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "cut"))
+    assert one == two
+
+
+def test_choices_are_not_mixed(tmp_path, monkeypatch):
+    """Fails if a start with other choices, killed at its first shard, leaves that to the first choices."""
+    path, original = tmp_path / "a.jsonl", tokenizing.write_shard
+    path.write_text("\n".join(json.dumps({"text": f"document {i} " + "x" * (i % 50)}) for i in range(500)))
+
+    def make(out, val_frac):
+        return tokenize(monkeypatch, path, "--shard-tokens=700", f"--val-frac={val_frac}", "--out", out)
+
+    assert make(tmp_path / "whole", 0.2) == 0
+
+    def interrupt(val_frac, num_shards):
+        written = []
+
+        def write_shard(*args):
+            original(*args)
+            written.append(args)
+            if len(written) == num_shards:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizing, "write_shard", write_shard)
+            assert make(tmp_path / "cut", val_frac) == 130
+
+    interrupt(0.2, 9)
+    interrupt(0.5, 1)
+    assert make(tmp_path / "cut", 0.2) == 0
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "cut"))
     assert one == two
 
