@@ -40,8 +40,11 @@ NAMESPACE = "speedrun_ord"
 # MLP: W2 relu(W1 x)^2
 # ---------------------------------------------------------------------------------------------------
 
+# The sums of a block, 128 x 256 in fp32, are 128 registers of each of 256 threads: half of what one may have
 MLP_BLOCKS = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=8)
-HOPPER_SHARED, WIDE_SHARED = 213_032, 147_456  # bytes taken by mlp_hopper_kernel; mlp_kernel
+# Bytes of shared memory: 3 stages of (128 + 256) x 64 bfloat16 are mlp_kernel's; mlp_hopper_kernel has two
+# half blocks more, one of hidden and one to store, and 40 bytes for barriers
+HOPPER_SHARED, WIDE_SHARED = 213_032, 147_456
 
 
 @triton.jit
@@ -123,12 +126,14 @@ def mlp_hopper_kernel(
     less shared memory. Blocks that reach beyond M are filled with zeros and cut when stored."""
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), N // BLOCK_N
     HALF: tl.constexpr = BLOCK_N // 2
+    # flatten: one loop for the compiler, over blocks and k, so that copies run ahead across blocks, too
     for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, PROGRAMS, flatten=True):
         row, col = grouped(tile, blocks_m, blocks_n, GROUP)
         m, n = row * BLOCK_M, col * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             acc = tl.dot(a.load([m, k]), b.load([n, k]).T, acc)
+        # left and right half of the columns
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         if BACKWARD:
             out.store([m, n], activation_backward(left, hidden.load([m, n])).to(tl.bfloat16))
@@ -158,7 +163,7 @@ def launch_mlp(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
     check_multiple("the MLP's hidden width", N, block_n)
     check_multiple("the MLP's width", K, block_k)
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    tensors = a, b, out if hidden is None else hidden, out
+    tensors = a, b, out if hidden is None else hidden, out  # a kernel wants a tensor even where it reads none
     num_tiles = triton.cdiv(M, block_m) * (N // block_n)
     sizes = dict(M=M, N=N, K=K, BACKWARD=hidden is not None, **blocks, num_warps=8, num_stages=3)
     if arch < 90 or shared < HOPPER_SHARED:
@@ -167,7 +172,7 @@ def launch_mlp(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
     half = [block_m, block_n // 2]
     shapes = [block_m, block_k], [block_n, block_k], half, half
     descriptors = map(TensorDescriptor.from_tensor, tensors, shapes)
-    programs = num_multiprocessors(a.device)
+    programs = num_multiprocessors(a.device)  # one each: shared memory has no room for a second
     mlp_hopper_kernel[min(num_tiles, programs),](*descriptors, **sizes, PROGRAMS=programs)
     return out
 
@@ -254,6 +259,7 @@ def quantize_kernel(x, out, out_t, R, C, scale, BLOCK_R: tl.constexpr, BLOCK_C: 
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (rows[:, None] < R) & (cols[None, :] < C)
     value = tl.load(x + rows[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    # converted once, stored twice
     value = to_float8(value / scale, out.dtype.element_ty)
     tl.store(out + rows[:, None] * C + cols[None, :], value, mask=inside)
     inside = (cols[:, None] < C) & (rows[None, :] < R)
@@ -283,7 +289,7 @@ def _(x_RC, scale):
 # logits = gain sigmoid((z + shift) / width) of the head's output z, so 0 < logits < gain
 # ---------------------------------------------------------------------------------------------------
 
-LOSS_BLOCK = 2048
+LOSS_BLOCK = 2048  # 16 logits per thread
 
 
 @triton.jit
@@ -315,7 +321,7 @@ def widen(x):
 @triton.jit
 def squash(z, shift, width):
     """sigmoid((z + shift) / width)"""
-    slope = -LOG2E / width
+    slope = -LOG2E / width  # exp(x) = 2^(x log2(e)), and the factor joins the one on z
     return reciprocal(1.0 + exp2(z.to(tl.float32) * slope + shift * slope))
 
 
@@ -339,7 +345,7 @@ def loss_kernel(
 ):
     """One row. Logits are below gain, so gain stands in for their maximum and one pass suffices."""
     m = tl.program_id(0)
-    z += m.to(tl.int64) * V
+    z += m.to(tl.int64) * V  # 65,536 x 50,304 is more than 2^31
     at = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for v in range(0, V, BLOCK):
@@ -348,7 +354,7 @@ def loss_kernel(
     lse = gain + tl.log(tl.sum(total, 0))
     loss = 0.0
     for k in tl.static_range(K):
-        if m % T < T - k:
+        if m % T < T - k:  # the k-th token after the next is in the same slice
             entropy = lse - gain * squash(tl.load(z + tl.load(targets + m + k)), shift, width)
             loss += tl.load(weights + k) * entropy
             if k == 0:
@@ -384,7 +390,10 @@ def loss_backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One tile of the gradient with respect to z, divided by scale; if FLOAT8, also transposed."""
+    """One tile of the gradient with respect to z, divided by scale; if FLOAT8, also transposed.
+
+    With logits gain s and p their softmax: sum_k w_k (p - [target_k]) gain / width (s - s^2).
+    """
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     row64 = rows.to(tl.int64)
@@ -394,8 +403,8 @@ def loss_backward_kernel(
     lse = tl.load(lses + rows, mask=rows < M, other=0.0)
     probability = exp2(s * (gain * LOG2E) - (lse * LOG2E)[:, None])
     factor = tl.load(grad) * gain / width / scale
-    strength = tl.zeros((BLOCK_R,), tl.float32)
-    picked = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    strength = tl.zeros((BLOCK_R,), tl.float32)  # sum of the weights, times factor
+    picked = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # the same of targets alone
     for k in tl.static_range(K):
         has = (rows < M) & (rows % T < T - k)
         w = tl.where(has, tl.load(weights + k) * factor, 0.0)
@@ -575,7 +584,7 @@ ROW_BLOCKS = dict(BLOCK_R=16, BLOCK_C=256)
 def read_master(weight, mantissa, at, mask):
     """fp32 from a bfloat16 weight's bits and the mantissa that follows them; both pointers are to int16."""
     high = tl.load(weight + at, mask=mask, other=0).to(tl.int32) << 16
-    low = tl.load(mantissa + at, mask=mask, other=0).to(tl.int32) & 0xFFFF
+    low = tl.load(mantissa + at, mask=mask, other=0).to(tl.int32) & 0xFFFF  # the cast repeats the sign bit
     return (high | low).to(tl.float32, bitcast=True)
 
 
@@ -592,7 +601,7 @@ def momentum_kernel(
     m = tl.load(momentum + start + at, mask=mask, other=0.0)
     m += rest * (g - m)
     tl.store(momentum + start + at, m, mask=mask)
-    G = m - (m - g) * rest
+    G = m - (m - g) * rest  # lerp(g, m, mu) as torch computes it for mu of at least 0.5
     sums += (n * tl.num_programs(0) + block) * 3
     tl.store(sums, tl.sum(G * G, 0))
     if ORD:
@@ -755,6 +764,7 @@ def apply_kernel(
     elif MODE == "both":
         U += decay * (W + U)
     new = (W - tl.load(lr + n) * U).to(tl.int32, bitcast=True)
+    # the weight is the master cut off, not rounded: its 16 bits, then the mantissa's, are the master's
     tl.store(weight + start + at, (new >> 16).to(tl.int16), mask=mask)
     tl.store(mantissa + start + at, new.to(tl.int16), mask=mask)
 
