@@ -124,6 +124,9 @@ def code_section(a: RunLog, b: RunLog) -> Iterable[str]:
         return
     if sources[0].keys() != sources[1].keys() and any("source" in files for files in sources):
         sources = [{"source": b"".join(files.values())} for files in sources]
+    if a.script != b.script and all(run.script in files for run, files in zip((a, b), sources)):
+        for run, files in zip((a, b), sources):  # two trainers: their difference is the method
+            files[f"{a.script}, {b.script}"] = files.pop(run.script)
     diffs = code_diff(*sources)
     rows = []
     for name, lines in diffs.items():

@@ -58,8 +58,10 @@ def command(run: RunLog, folder: Path) -> str:
     if data := data_folder(run):
         settings["DATA_PATH"] = data
     words = [f"{name}={shlex.quote(env_text(value))}" for name, value in settings.items()]
-    num_ranks = int(run.started["world_size"])
-    launcher = "python" if num_ranks == 1 else f"torchrun --standalone --nproc-per-node={num_ranks}"
+    launcher, num_ranks = shlex.quote(sys.executable), int(run.started["world_size"])
+    if num_ranks > 1:
+        launcher += " -m torch.distributed.run --standalone --local-addr=127.0.0.1"
+        launcher += f" --nproc-per-node={num_ranks}"
     return " ".join(["cd", shlex.quote(str(folder)), "&&", *words, launcher, run.started["script"]])
 
 

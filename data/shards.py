@@ -363,9 +363,12 @@ def check_validation(val: list[Shard], val_tokens: int, unit_name: str, unit: in
     # read now: a file cut short later would end the process with SIGBUS
     have = sum(len(shard.head(val_tokens + 1)) for shard in val)
     if have < val_tokens + 1:
+        way_out = f"set it to a multiple of {unit_name}={unit} below that"
+        if have <= unit:
+            way_out = f"set it and {unit_name}={unit}, of which it is a multiple, to less than that"
         raise DataError(
             f"VAL_TOKENS={val_tokens}, but the validation shards hold {have}, one of them only a target; "
-            f"set it to a multiple of {unit_name}={unit} below that"
+            f"{way_out}"
         )
 
 

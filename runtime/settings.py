@@ -254,9 +254,9 @@ def refuse_lookalikes(env: Mapping[str, str], known: list[str], script: str):
         close = difflib.get_close_matches(capitals, known, n=1, cutoff=0.75)
         typo = bool(close) and is_typo(capitals, close[0])
         if typo or capitals.startswith(OUR_PREFIXES):
-            nearest = close or difflib.get_close_matches(capitals, known, n=1, cutoff=0)
+            hint = f"the nearest is {close[0]}" if close else "it may be another trainer's"
             raise SettingsError(
-                f"{name} is not a setting of {script}; the nearest is {nearest[0]}. Unset or rename it; "
+                f"{name} is not a setting of {script}; {hint}. Unset or rename it; "
                 f"`python {script} --help` lists all"
             )
 

@@ -52,6 +52,14 @@ def test_everything_that_differs_is_named_and_nothing_else(compared):
     assert "--- A/runtime/ranks.py" not in found
 
 
+def test_the_files_of_two_trainers_are_compared_with_each_other(compared):
+    """Fails if runs of the twins show both trainers whole, and not what one changes."""
+    a = with_files(make_log("a", 1, {"script": "train_gpt.py"}, 100), FILES)
+    twin = {"twin.py": FILES["train_gpt.py"].replace("return 1", "return 2"), "runtime/ranks.py": "x = 1\n"}
+    _, found = compared(a, with_files(make_log("b", 1, {"script": "twin.py"}, 100), twin))
+    assert found["source code"].splitlines()[3:] == ["train_gpt.py, twin.py          1         1"]
+
+
 def test_equal_runs_are_said_to_be_equal(compared):
     log = make_log("a", 1, {}, 100)
     _, found = compared(log, log.replace('"run_id": "a"', '"run_id": "b"'))

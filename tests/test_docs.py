@@ -11,7 +11,7 @@ from helpers import BASELINE, ROOT, base_env, train_steps, trainer_on
 import train_gpt
 import train_gpt_muon_ord
 from runtime.compiling import CACHE_HELP
-from runtime.settings import help_text
+from runtime.settings import SettingsError, help_text
 
 IDEAS = dict(
     zip(
@@ -42,3 +42,5 @@ def test_a_worked_idea_applies_and_trains(setting, shards, tmp_path, load):
     before = trained(train_gpt)
     assert trained(changed) == before
     assert trained(changed, **{setting: ON[setting]})[2] != before[2]
+    with pytest.raises(SettingsError, match=setting):
+        trained(changed, **{setting: "1,2"})

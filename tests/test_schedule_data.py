@@ -683,7 +683,7 @@ BAD_SETTINGS = [  # environment, what the message must say
     (dict(LR_DECAY_TYPE="constant", COOLDOWN_FRAC="0.3"), ["COOLDOWN_FRAC=0.3 does nothing", "=constant"]),
     (dict(MODEL="dense-88m", LR_DECAY_FINAL="0"), ["LR_DECAY_FINAL=0.0 does nothing", "=constant"]),
     # look-alikes
-    (dict(SPECTRAL_LR_MULL="1"), ["SPECTRAL_LR_MULL", "not a setting", "nearest"]),
+    (dict(SPECTRAL_LR_MULL="1"), ["SPECTRAL_LR_MULL", "not a setting", "it may be another trainer's"]),
     (dict(SPECTRAL_LR_MUL="0"), ["SPECTRAL_LR_MUL", "train_gpt.py"]),
     (dict(ORD_MODE="off"), ["ORD_MODE", "train_gpt.py"]),
     (dict(MUON_BETA="1"), ["MUON_BETA", "nearest"]),

@@ -522,6 +522,7 @@ def test_a_sweep_knows_what_a_run_will_have(shards, trainers_here, monkeypatch):
         ({"ROW_TOKENS": 100}, "that of ROW_TOKENS=100"),
         ({"BATCH_TOKENS": 2**17, "VAL_TOKENS": 2**17}, "the largest training shard has 120000 tokens"),
         ({"VAL_TOKENS": 20480}, "the validation shards hold 20000"),
+        ({"BATCH_TOKENS": 20480, "VAL_TOKENS": 20480}, "BATCH_TOKENS=20480, of which it is a multiple"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, said, small, shards, capsys):
