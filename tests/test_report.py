@@ -719,7 +719,19 @@ def test_the_same_logs_give_the_same_bytes(tmp_path, monkeypatch, capsys):
         assert files[name].startswith(b"\x89PNG")
     assert text.count("![") == 2 and str(tmp_path) not in text + files["summary.json"].decode()
     assert text.startswith("# lr\n\n> Does it help? Nobody knows.\n") and "2 hours" not in text
+    assert text.endswith("Written by `python report_sweep.py sweeps/lr.toml --target 3.28`.\n")
     assert "logs/lr/REPORT.md" in capsys.readouterr().out
+
+
+def test_the_last_line_is_the_command_that_made_the_report(tmp_path, monkeypatch):
+    """Fails if that command, called again, compares with another control, or reads other logs."""
+    make_sweep(tmp_path, "lr", spectral_arms(0, 0.1), val_every=50)
+    monkeypatch.chdir(tmp_path)
+    Path("logs").rename("others")
+    given = "--logs others --control spectral_lr_0 --target 3.3 --target-on train --pool-sources"
+    command = f"report_sweep.py sweeps/lr.toml {given}"
+    assert report_sweep.main([*command.split()[1:], "--out", "made"]) == 0
+    assert Path("made/REPORT.md").read_text().endswith(f"\nWritten by `python {command}`.\n")
 
 
 def words_of(ax):
