@@ -112,7 +112,7 @@ class Axis:
         ax.set_xlim(-0.01 * self.end, 1.01 * self.end)
 
     def fit_losses(self, ax) -> None:
-        """Label a panel's x axis and show training from the first validation on."""
+        """Label a panel's x axis and show training from the first validation after step 0 on."""
         ax.set_xlabel(self.label)
         style.scale_positive(ax, self.begin, self.end)
 
@@ -242,7 +242,7 @@ def is_logged(drawn: Sequence[Drawn], keys: Sequence[str], axis: Axis) -> bool:
 
 
 def panel_loss(ax, drawn: Sequence[Drawn], axis: Axis, target: tuple[float, str] | None = None) -> None:
-    """Draw validation loss from the first validation on, with the target and where it is met.
+    """Draw validation loss from the first validation after step 0 on, with the target and where it is met.
 
     A single run's training loss is drawn, too. A target is a loss and its source.
     """
@@ -263,7 +263,7 @@ def panel_loss(ax, drawn: Sequence[Drawn], axis: Axis, target: tuple[float, str]
 
 
 def draw_since(ax, drawn: Sequence[Drawn], key: str, axis: Axis) -> list[Line]:
-    """Draw a logged quantity of all arms from the first validation on; return the lines."""
+    """Draw a logged quantity of all arms from the first validation after step 0 on; return the lines."""
     found = []
     for item in drawn:
         line, thin = lines_of(item.arm, key, axis)
