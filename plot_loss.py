@@ -221,8 +221,8 @@ def figure(results: Results, axis_kind: str, target: tuple[float, str] | None):
         bottom = rows[1].subgridspec(1, len(below), width_ratios=widths)
         for place, (name, draw) in zip(bottom, below.items(), strict=True):
             ax = fig.add_subplot(place, label=name)
-            draw(ax, drawn, axis)
             axis.fit(ax)
+            draw(ax, drawn, axis)
     pooled = any("±" in item.label for item in drawn)
     interval = ", mean ± half its 95% interval" if pooled else ""
     add_legend(fig, drawn, LEGEND_WIDTH, f"final validation loss{interval}")

@@ -446,10 +446,6 @@ def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[
     ax.annotate("ρ < 0: it grows W", xytext=(0, -3), va="top", **at, **note)
     if len(keys) > 1:
         style.line_legend(ax, list(keys.values()), loc="lower right")
-    silent = [item.arm.label for item in drawn if id(item) not in logged]
-    if silent:
-        names = ", ".join(style.shorten(name, 24) for name in silent[:3])
-        names += f" and {len(silent) - 3} more" if len(silent) > 3 else ""
-        corner = {"transform": ax.transAxes, "va": "top", "fontsize": 8, "color": style.GREY}
-        ax.text(0.01, 0.99, f"not logged: {names}", **corner)
-    ax.set_xlabel(axis.label)
+    silent = [style.shorten(item.arm.label, 24) for item in drawn if id(item) not in logged]
+    more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+    ax.set_xlabel(f"{axis.label}\nnot logged: {', '.join(silent[:3])}{more}" if silent else axis.label)

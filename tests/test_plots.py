@@ -258,6 +258,16 @@ def test_schedules_that_agree_are_drawn_once(tmp_path):
     assert "64k" in [label.get_text() for label in panel(figure, "batch").get_yticklabels()]
 
 
+def test_an_arm_without_rho_is_named_below_its_panel(tmp_path):
+    """Fails if "not logged" is printed over the lines, or over the text at zero."""
+    write_arms(tmp_path / "logs", [0.1])
+    write_arms(tmp_path / "logs", [0.2], spec=False)
+    figure, _ = draw(tmp_path / "logs")
+    rho = panel(figure, "rho")
+    assert rho.get_xlabel() == "step\nnot logged: spectral_lr_mul=0.2"
+    assert all(text.get_text().startswith("ρ") for text in rho.texts)
+
+
 def test_public_log_without_schedules(tmp_path):
     """Quantities not logged have no panel, the loss fills the page, and the target is the speedrun's."""
     head = SOURCE + SEPARATOR + "\nRunning\n" + SEPARATOR + "\n"
