@@ -122,8 +122,10 @@ def picture_combined(analysis: Analysis):
         ax = panels["differences"]
         draw_differences(ax, analysis)
         ax.set_title(f"loss minus that of {name_lowest(analysis)}; lower is better")
+        if any(rate.loss.n == 2 for rate in analysis.rates):
+            below = "; above: two runs have no interval"
         if analysis.may_claim():
-            below = "; below: a value tied with the best reaches 0"
+            below += "; below: a value tied with the best reaches 0"
     fig.supxlabel(f"{style.MEAN_KEY}; grey: runs of one seed{below}", fontsize=9, wrap=True)
     return fig
 
