@@ -5,14 +5,14 @@
     python plot_loss.py logs --x time --out all.svg   # every log in a folder, against training time
     python plot_loss.py sweeps/spectral_lr.toml       # the runs of a sweep
 
-The first panel is the validation loss, from the first validation on. Of several arms, the second is their
-loss minus that of the control: the sweep's, if a manifest beside the logs has all these runs; else the arm
-with a = 0 or the baseline, as in all commands; else the arm of lowest loss. An arm looks the same as in
-all pictures of its sweep. Below: rho, the signed radial part of the gradient, training time, learning rate,
-betas and batch size, as far as they are logged and vary. Runs that differ only in their seed are one arm:
-three or more are drawn as their mean with its 95% interval, two as both runs and their mean. --separate draws
-every run on its own. A target is drawn if --target gives one, if the runs have one TARGET_LOSS, or for the
-speedrun's own logs, which have no settings; a star marks the first validation at which all runs of an arm
+The first panel is the validation loss, from the first validation after step 0 on. Of several arms, the second
+is their loss minus that of the control: the sweep's, if a manifest beside the logs has all these runs; else
+the arm with a = 0 or the baseline, as in all commands; else the arm of lowest loss. An arm looks the same as
+in all pictures of its sweep. Below: rho, the signed radial part of the gradient, training time, learning
+rate, betas and batch size, as far as they are logged and vary. Runs that differ only in their seed are one
+arm: three or more are drawn as their mean with its 95% interval, two as both runs and their mean. --separate
+draws every run on its own. A target is drawn if --target gives one, if the runs have one TARGET_LOSS, or for
+the speedrun's own logs, which have no settings; a star marks the first validation at which all runs of an arm
 have met it.
 """
 
@@ -221,8 +221,8 @@ def figure(results: Results, axis_kind: str, target: tuple[float, str] | None):
         bottom = rows[1].subgridspec(1, len(below), width_ratios=widths)
         for place, (name, draw) in zip(bottom, below.items(), strict=True):
             ax = fig.add_subplot(place, label=name)
-            draw(ax, drawn, axis)
             axis.fit(ax)
+            draw(ax, drawn, axis)
     pooled = any("±" in item.label for item in drawn)
     interval = ", mean ± half its 95% interval" if pooled else ""
     add_legend(fig, drawn, LEGEND_WIDTH, f"final validation loss{interval}")
@@ -236,8 +236,9 @@ def figure(results: Results, axis_kind: str, target: tuple[float, str] | None):
 
 def summary(results: Results, target: float | None) -> str:
     """A table of the runs and, if any were pooled, one of the arms; with a target, when it was met."""
-    runs, arms, rows = results.runs, results.arms, []
-    for run, name in zip(runs, style.shorten_apart([run.run_id for run in runs], 70), strict=True):
+    arms, single, rows = results.arms, separated(results).arms, []
+    for arm, name in zip(single, style.shorten_apart([arm.label for arm in single], 70), strict=True):
+        (run,) = arm.runs
         per_step = run.last_time_ms / run.last_step if run.last_step > 0 else math.nan
         rows.append(
             [

@@ -12,10 +12,11 @@ curves of each value). The same logs give the same tables, byte for byte.
 
 Losses are those of the last validation, in nats per token, means over seeds; perplexity is exp(mean loss).
 Every value gets a label by the rules below, in which "the fall" is how far the lowest mean loss fell from
-where training began. Values that cannot be told from the best are those of stats.contenders: among the
-values tested, the truly best is in this set in 95% of sweeps. Values of single or failed runs are not tested;
-a single run that is lowest is called so, not best, and nothing is compared with it. Where every value is a
-single run, how much runs differ by luck is unknown, and the output says so. Accuracies are not tested.
+where training began. Values that cannot be told from the lowest are those of stats.contenders: among the
+values tested, the truly best is in this set in 95% of sweeps. The lowest is called best only if every other
+value tested is worse. Values of single or failed runs are not tested; if a single run is lowest, nothing is
+compared with it. Where every value is a single run, how much runs differ by luck is unknown, and the output
+says so. Accuracies are not tested.
 """
 
 import sys
@@ -67,7 +68,7 @@ def name_values(rates: Sequence[Rate]) -> str:
 
 
 def edge_of(rate: Rate, analysis: Analysis) -> str | None:
-    """lowest or highest, if the best value is at that end of those tried: a better one may lie beyond."""
+    """lowest or highest, if the value is at that end of those tried: a better one may lie beyond."""
     if len(analysis.rates) < 2 or rate not in (analysis.rates[0], analysis.rates[-1]):
         return None
     return "lowest" if rate is analysis.rates[0] else "highest"
@@ -82,15 +83,9 @@ def evidence(summary: Summary, factor: float = 1, unit: str = "") -> str:
     return f"{mean}, 95% interval {interval}, sd {factor * summary.sd:.4f}, n = {summary.n}"
 
 
-def title_of(lowest: Rate) -> str:
-    """best by loss; of a single run, which may be lucky, only: lowest loss."""
-    return "lowest loss" if lowest.loss.n == 1 else "best by loss"
-
-
-def name_best(analysis: Analysis) -> str:
-    """The best value; the lowest of a single run, which may be lucky, by its number."""
-    lowest = analysis.lowest()
-    return format_value(lowest.value) if lowest.loss.n == 1 else "the best value"
+def title_of_lowest(analysis: Analysis) -> str:
+    """best by loss, if every other value tested is worse; else, as it may be luck: lowest loss."""
+    return "best by loss" if analysis.may_claim() and len(analysis.near_best()) == 1 else "lowest loss"
 
 
 def best_sentence(analysis: Analysis) -> str:
@@ -98,7 +93,7 @@ def best_sentence(analysis: Analysis) -> str:
     if lowest is None:
         return "no value can be called best by loss: none has finished runs, none of which failed"
     name = f"{analysis.setting.upper()} = {format_value(lowest.value)}"
-    text = f"{title_of(lowest)}: {name} ({evidence(lowest.loss)}){claims(analysis)}"
+    text = f"{title_of_lowest(analysis)}: {name} ({evidence(lowest.loss)}){claims(analysis)}"
     edge = edge_of(lowest, analysis)
     if edge:
         text += f"; it is the {edge} value tried, so that a better one may lie beyond"
@@ -106,7 +101,7 @@ def best_sentence(analysis: Analysis) -> str:
 
 
 def claims(analysis: Analysis) -> str:
-    """Say what the test of the values shows, after the name of the best; nothing while runs are missing."""
+    """Say what the test of the values shows, after the name of the lowest; nothing while runs are missing."""
     if not analysis.noise_known:
         return "; how much runs differ by luck is unknown, so that none may be called better than another"
     if analysis.results.count("missing"):
@@ -140,11 +135,12 @@ def sentences(analysis: Analysis) -> list[str]:
     if stable:
         low, high = format_value(stable[0].value), format_value(stable[-1].value)
         lines.append(f"stable from {low} to {high}" if len(stable) > 1 else f"stable at {low} only")
-    threshold = analysis.threshold()
+    lowest, threshold = analysis.lowest(), analysis.threshold()
     if threshold:
-        lines.append(f"above {name_best(analysis)}, a run first diverged at {format_value(threshold.value)}")
-    elif analysis.lowest():
-        lines.append(f"no run above {name_best(analysis)} diverged")
+        value = format_value(threshold.value)
+        lines.append(f"above {format_value(lowest.value)}, a run first diverged at {value}")
+    elif lowest:
+        lines.append(f"no run above {format_value(lowest.value)} diverged")
     if analysis.noise_known:
         found = analysis.ties
         apart = ", what the runs of a seed share taken out," if found.paired else ""
@@ -158,11 +154,11 @@ def sentences(analysis: Analysis) -> list[str]:
 def remark(rate: Rate, analysis: Analysis) -> str:
     parts = []
     if rate is analysis.lowest():
-        parts.append(title_of(rate))
+        parts.append(title_of_lowest(analysis))
     if rate is analysis.most_accurate():
         parts.append("highest mean accuracy")
     if rate in analysis.near_best() and rate is not analysis.lowest():
-        parts.append("not told from the best")
+        parts.append("not told from the lowest")
     if rate.sure is False:
         parts.append("near the limit of good")
     if rate.loss.n == 1:
@@ -207,9 +203,10 @@ def markdown(analysis: Analysis) -> str:
     ]
     parts += [f"![{name}]({name}.png)" for name in PICTURES]
     fall = ""
-    if analysis.lowest():
-        fall = f", with the fall = {analysis.fall:.4f}, how far the loss of {name_best(analysis)} fell from "
-        fall += f"where training began ({analysis.start:.4f})"
+    lowest = analysis.lowest()
+    if lowest:
+        fall = f", with the fall = {analysis.fall:.4f}, how far the loss of {format_value(lowest.value)}"
+        fall += f" fell from where training began ({analysis.start:.4f})"
     parts.append(f"Labels{fall}:\n\n{RULES_TEXT}")
     if notes:
         parts.append(notes)

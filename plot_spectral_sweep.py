@@ -7,7 +7,7 @@
 Panels: the final loss minus the control's, paired by seed, with its 95% interval and the verdict, arms in
 the order of the plan; the same over training; the mean over layers of rho = <G,W> / ||W||^2 of
 attention and of MLP matrices, with its sign. Runs that differ only in their seed are one arm. The ranked
-table, with differences to the best arm and to the control (a = 0 unless the sweep or --control names
+table, with differences to the lowest mean and to the control (a = 0 unless the sweep or --control names
 another), is printed and saved as .md beside logs/spectral_sweep_{n}runs_{YYYYmmdd-HHMMSS}.png.
 """
 
@@ -66,8 +66,7 @@ def figure(results: Results):
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Header and rows, ranked by mean final loss."""
     verdict = results.verdict
-    best = "to best" if verdict.best else "to lowest"
-    header = ["rank", "arm", "a", "n", "mean", "sd", best, "95% interval", "p"]
+    header = ["rank", "arm", "a", "n", "mean", "sd", "to lowest", "95% interval", "p"]
     if results.control:
         header += ["to a=0" if _is_zero(results) else "to control", "95% interval", "p (Holm)", "test"]
     rows = []
@@ -97,10 +96,10 @@ def _cells(pair) -> list[str]:
 
 
 def remark(results: Results, arm: SweepArm) -> str:
-    """Best, control, a single run, failed, not ended."""
-    parts = []
-    if arm.label == results.verdict.best and len(results.verdict.summaries) > 1:
-        parts.append("best")
+    """Lowest mean, control, a single run, failed, not ended."""
+    parts, verdict = [], results.verdict
+    if arm.label == verdict.best == verdict.lowest and len(verdict.summaries) > 1:
+        parts.append("lowest mean")
     if arm.label == results.control:
         parts.append("control")
     return ", ".join([*parts, *results.remarks(arm)])
@@ -111,10 +110,13 @@ def explanation(results: Results) -> str:
     verdict = results.verdict
     text = "Differences are final losses, arm minus the other: negative is better. n counts seeds. "
     if verdict.best:
-        text += f"To best: to {verdict.best}, with Tukey's interval and p, for all pairs of arms at once. "
+        text += (
+            f"To lowest: to {verdict.best}, the lowest mean of several runs, none of which failed, with "
+            "Tukey's interval and p, for all pairs of arms at once. "
+        )
     elif verdict.lowest:
         text += (
-            f"To lowest: to {verdict.lowest}; no arm has two finished runs and none failed, so none is best. "
+            f"To lowest: to {verdict.lowest}, untested: no arm has two finished runs and none that failed. "
         )
     if results.control:
         controls = dict.fromkeys([results.control, *verdict.controls.values()])

@@ -14,6 +14,7 @@ byte for byte.
 """
 
 import math
+import shlex
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -302,7 +303,10 @@ def attempt_line(arm: SweepArm, attempt: Attempt) -> str:
     return f"* {arm.label}, seed {attempt.seed}: {attempt.state}{at}{why} (`{attempt.run_id}`)"
 
 
-def report(results: Results, rows: Sequence[ArmRow], target: Target, pictures: Sequence[str]) -> str:
+def report(
+    results: Results, rows: Sequence[ArmRow], target: Target, pictures: Sequence[str], given: str = ""
+) -> str:
+    """Return REPORT.md; `given` are the command's options, which its last line repeats."""
     scale = f" at scale `{results.scale}`" if results.scale else ""
     parts = [f"# {results.name}{scale}"]
     if results.question:
@@ -316,7 +320,7 @@ def report(results: Results, rows: Sequence[ArmRow], target: Target, pictures: S
         parts.append(target_section(results, rows, target))
     parts.append(audit_section(results))
     if results.planned:
-        parts.append(f"Written by `python report_sweep.py sweeps/{results.name}.toml`.")
+        parts.append(f"Written by `python report_sweep.py sweeps/{results.name}.toml{given}`.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -418,6 +422,19 @@ def save_pictures(results: Results, folder: Path) -> list[str]:
     return list(figures)
 
 
+def options_given(options: Namespace) -> str:
+    """Return the options that change a planned sweep's report, as on the command line."""
+    defaults = {"logs": Path("logs"), "control": None, "target": None, "target_on": "val"}
+    words = []
+    for name, default in defaults.items():
+        value = getattr(options, name)
+        if value != default:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    if options.pool_sources:
+        words.append("--pool-sources")
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
 def write_report(options: Namespace) -> None:
     results = read_results(
         options.paths, options.logs, options.control, options.pool_sources, options.stopped_early
@@ -426,7 +443,7 @@ def write_report(options: Namespace) -> None:
     rows = rows_of(results, target)
     folder = options.out or results.folder / results.name
     pictures = save_pictures(results, folder)
-    write_atomically(folder / "REPORT.md", report(results, rows, target, pictures))
+    write_atomically(folder / "REPORT.md", report(results, rows, target, pictures, options_given(options)))
     write_atomically(folder / "summary.json", as_json(summary(results, rows, target)))
     print(*conclusion(results), "", sep="\n")
     print(f"{folder / 'REPORT.md'}\n{folder / 'summary.json'}")

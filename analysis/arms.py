@@ -189,8 +189,9 @@ def _left_out(arms: Sequence[Arm]) -> list[str]:
     """Return a note if arms named by settings differ in more than their names say."""
     if not any("=" in arm.label for arm in arms):
         return []
-    varying = _varying([_parts(arm.runs[0]) for arm in arms])
-    silent = [n for n in varying if n != "script" and not any(f"{n}=" in arm.label for arm in arms)]
+    parts = [_parts(arm.runs[0]) for arm in arms]
+    named = {n for arm, part in zip(arms, parts, strict=True) for n in part if part[n] in arm.label}
+    silent = [n for n in _varying(parts) if n not in named]
     return [f"arms differ also in {', '.join(sorted(silent))}, which their names leave out"] if silent else []
 
 

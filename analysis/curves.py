@@ -112,7 +112,7 @@ class Axis:
         ax.set_xlim(-0.01 * self.end, 1.01 * self.end)
 
     def fit_losses(self, ax) -> None:
-        """Label a panel's x axis and show training from the first validation on."""
+        """Label a panel's x axis and show training from the first validation after step 0 on."""
         ax.set_xlabel(self.label)
         style.scale_positive(ax, self.begin, self.end)
 
@@ -242,7 +242,7 @@ def is_logged(drawn: Sequence[Drawn], keys: Sequence[str], axis: Axis) -> bool:
 
 
 def panel_loss(ax, drawn: Sequence[Drawn], axis: Axis, target: tuple[float, str] | None = None) -> None:
-    """Draw validation loss from the first validation on, with the target and where it is met.
+    """Draw validation loss from the first validation after step 0 on, with the target and where it is met.
 
     A single run's training loss is drawn, too. A target is a loss and its source.
     """
@@ -263,7 +263,7 @@ def panel_loss(ax, drawn: Sequence[Drawn], axis: Axis, target: tuple[float, str]
 
 
 def draw_since(ax, drawn: Sequence[Drawn], key: str, axis: Axis) -> list[Line]:
-    """Draw a logged quantity of all arms from the first validation on; return the lines."""
+    """Draw a logged quantity of all arms from the first validation after step 0 on; return the lines."""
     found = []
     for item in drawn:
         line, thin = lines_of(item.arm, key, axis)
@@ -446,10 +446,6 @@ def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[
     ax.annotate("ρ < 0: it grows W", xytext=(0, -3), va="top", **at, **note)
     if len(keys) > 1:
         style.line_legend(ax, list(keys.values()), loc="lower right")
-    silent = [item.arm.label for item in drawn if id(item) not in logged]
-    if silent:
-        names = ", ".join(style.shorten(name, 24) for name in silent[:3])
-        names += f" and {len(silent) - 3} more" if len(silent) > 3 else ""
-        corner = {"transform": ax.transAxes, "va": "top", "fontsize": 8, "color": style.GREY}
-        ax.text(0.01, 0.99, f"not logged: {names}", **corner)
-    ax.set_xlabel(axis.label)
+    silent = [style.shorten(item.arm.label, 24) for item in drawn if id(item) not in logged]
+    more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+    ax.set_xlabel(f"{axis.label}\nnot logged: {', '.join(silent[:3])}{more}" if silent else axis.label)

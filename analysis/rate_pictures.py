@@ -122,16 +122,18 @@ def picture_combined(analysis: Analysis):
         ax = panels["differences"]
         draw_differences(ax, analysis)
         ax.set_title(f"loss minus that of {name_lowest(analysis)}; lower is better")
+        if any(rate.loss.n == 2 for rate in analysis.rates):
+            below = "; above: two runs have no interval"
         if analysis.may_claim():
-            below = "; below: a value tied with the best reaches 0"
+            below += "; below: a value tied with the lowest reaches 0"
     fig.supxlabel(f"{style.MEAN_KEY}; grey: runs of one seed{below}", fontsize=9, wrap=True)
     return fig
 
 
 def name_lowest(analysis: Analysis) -> str:
-    """0.02, the best; or: 0.02, a single run."""
+    """0.02, the lowest mean; or: 0.02, a single run."""
     lowest = analysis.lowest()
-    return f"{format_value(lowest.value)}, {'a single run' if lowest.loss.n == 1 else 'the best'}"
+    return f"{format_value(lowest.value)}, {'a single run' if lowest.loss.n == 1 else 'the lowest mean'}"
 
 
 def picture_of_each_rate(analysis: Analysis):

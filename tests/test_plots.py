@@ -3,6 +3,7 @@
 import lzma
 import math
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -257,6 +258,16 @@ def test_schedules_that_agree_are_drawn_once(tmp_path):
     assert "64k" in [label.get_text() for label in panel(figure, "batch").get_yticklabels()]
 
 
+def test_an_arm_without_rho_is_named_below_its_panel(tmp_path):
+    """Fails if "not logged" is printed over the lines, or over the text at zero."""
+    write_arms(tmp_path / "logs", [0.1])
+    write_arms(tmp_path / "logs", [0.2], spec=False)
+    figure, _ = draw(tmp_path / "logs")
+    rho = panel(figure, "rho")
+    assert rho.get_xlabel() == "step\nnot logged: spectral_lr_mul=0.2"
+    assert all(text.get_text().startswith("ρ") for text in rho.texts)
+
+
 def test_public_log_without_schedules(tmp_path):
     """Quantities not logged have no panel, the loss fills the page, and the target is the speedrun's."""
     head = SOURCE + SEPARATOR + "\nRunning\n" + SEPARATOR + "\n"
@@ -313,15 +324,16 @@ def test_nothing_overlaps(tmp_path, num_arms):
 
 
 def test_runs_that_differ_in_much_go_by_one_setting(tmp_path):
-    """Ten settings make no label; one suffices for two runs, and a note names the others."""
+    """Ten settings make no label; one suffices for two runs, and a note names the others, and the script."""
     for number, name in enumerate(("first", "second")):
         settings = {"muon_weight_decay": number, "residual_scale": 0.7 + number, "warmup_steps": number}
-        write(tmp_path / "logs", name, make_log(name, 1, settings, STEPS))
+        text = make_log(name, 1, settings, STEPS, script=("train_gpt.py", "train_gpt_muon_ord.py")[number])
+        write(tmp_path / "logs", name, text)
     figure, _ = draw(tmp_path / "logs")
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [text.split(":")[0] for text in legend] == ["warmup_steps=0", "warmup_steps=1"]
     (note,) = read_results([tmp_path / "logs"]).notes
-    assert "muon_weight_decay, residual_scale" in note and "warmup_steps" not in note
+    assert "muon_weight_decay, residual_scale, script," in note and "warmup_steps" not in note
 
 
 def test_a_failed_run_does_not_flatten_the_others(tmp_path):
@@ -424,7 +436,8 @@ def test_every_run_on_its_own_and_the_runs_of_a_sweep(tmp_path, capsys):
         assert plot_loss.main([str(file), "--logs", str(logs), "--out", str(pictures[1]), *more]) == 0
         assert pictures[0].read_bytes() == pictures[1].read_bytes()
     out = capsys.readouterr().out
-    assert out.count("\nspectral_lr_0.1 ") == 2, "two tables of arms"
+    assert out.count("\nspectral_lr_0.1 seed=2 ") == 4, "a table of the runs each, by the pictures' names"
+    assert len(re.findall(r"\nspectral_lr_0\.1 +3\.", out)) == 2, "two tables of arms"
     assert ElementTree.parse(pictures[0]).getroot().tag.endswith("svg")
 
 

@@ -719,20 +719,32 @@ def test_the_same_logs_give_the_same_bytes(tmp_path, monkeypatch, capsys):
         assert files[name].startswith(b"\x89PNG")
     assert text.count("![") == 2 and str(tmp_path) not in text + files["summary.json"].decode()
     assert text.startswith("# lr\n\n> Does it help? Nobody knows.\n") and "2 hours" not in text
+    assert text.endswith("Written by `python report_sweep.py sweeps/lr.toml --target 3.28`.\n")
     assert "logs/lr/REPORT.md" in capsys.readouterr().out
+
+
+def test_the_last_line_is_the_command_that_made_the_report(tmp_path, monkeypatch):
+    """Fails if that command, called again, compares with another control, or reads other logs."""
+    make_sweep(tmp_path, "lr", spectral_arms(0, 0.1), val_every=50)
+    monkeypatch.chdir(tmp_path)
+    Path("logs").rename("others")
+    given = "--logs others --control spectral_lr_0 --target 3.3 --target-on train --pool-sources"
+    command = f"report_sweep.py sweeps/lr.toml {given}"
+    assert report_sweep.main([*command.split()[1:], "--out", "made"]) == 0
+    assert Path("made/REPORT.md").read_text().endswith(f"\nWritten by `python {command}`.\n")
 
 
 def words_of(ax):
     return [text.get_text() for text in ax.texts]
 
 
-@pytest.mark.parametrize("num_arms", [2, 4, 12])
-def test_the_forest_shows_the_numbers(tmp_path, num_arms):
+@pytest.mark.parametrize("num_arms, seeds", [(2, SEEDS), (4, SEEDS), (12, SEEDS), (4, (1, 2))])
+def test_the_forest_shows_the_numbers(tmp_path, num_arms, seeds):
     """Fails if differences or intervals are not the statistics', inside the picture, in plan order."""
     arms = {f"s_{i}": (3.27 + 0.002 * i, {"RESIDUAL_SCALE": 1 + i / 10}) for i in reversed(range(num_arms))}
     if num_arms == 12:
         arms["s_11"] = (9.0, {"RESIDUAL_SCALE": 2.1})
-    file = make_sweep(tmp_path, "sweep", arms, seeds=SEEDS, control="s_0", val_every=50)
+    file = make_sweep(tmp_path, "sweep", arms, seeds=seeds, control="s_0", val_every=50)
     results, rows, _, _ = report_of(file, logs=tmp_path / "logs")
     figure = picture_of_forest(results)
     figure.draw_without_rendering()
@@ -748,7 +760,7 @@ def test_the_forest_shows_the_numbers(tmp_path, num_arms):
         look = results.looks[label]["color"]
         assert ([pair.difference], {y}, look) in lines and ([pair.low, pair.high], {y}, look) in lines
         ours, theirs = (dict(zip(*arm.samples()[::-1])) for arm in (rows[label].arm, rows["s_0"].arm))
-        assert ([ours[seed] - theirs[seed] for seed in SEEDS], {y}, look) in lines
+        assert ([ours[seed] - theirs[seed] for seed in seeds], {y}, look) in lines
         assert f"{pair.difference:+.4f}" in words_of(ax)
     low, high = ax.get_xlim()
     assert all(low < x < high for xs, at, _ in lines if at <= set(range(num_arms)) for x in xs)
