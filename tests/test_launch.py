@@ -20,7 +20,7 @@ import pytest
 from helpers import make_tokens, write_shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launches import STAND_IN, TWO_ARMS, alive, planned, sweep_file
+from launches import STAND_IN, TWO_ARMS, alive, planned, sweep_file, with_env
 from logs_for_tests import make_log, step_lines
 
 import launch_lr_sweep as launcher
@@ -345,17 +345,24 @@ def test_changed_settings_and_changed_source_run_again(place, launch):
     assert launch(sweep_file(TWO_ARMS)).returncode == 0
     sweep_file(TWO_ARMS.replace("SPECTRAL_LR_MUL = 0.1", "SPECTRAL_LR_MUL = 0.2"))
     done = launch("trial.toml")
-    assert "2 to run" in done.stdout and "2 (settings changed)" in done.stdout and len(starts()) == 6
+    assert "2 to run" in done.stdout and "2 (SPECTRAL_LR_MUL changed)" in done.stdout and len(starts()) == 6
     sweep_file(TWO_ARMS)  # earlier runs are still done
     assert "0 to run" in launch("trial.toml").stdout and len(starts()) == 6
     Path(manifest()["runs"][0]["log"]).unlink()
     assert "1 (log is gone)" in launch("trial.toml").stdout and len(starts()) == 7
-    Path("base.py").write_text(STAND_IN + "# a change\n")
+    new_setting = '\nKNOBS.append(("NEW_LR", "float", 0.1, {}))\n\n\ndef print_settings'
+    Path("base.py").write_text(STAND_IN.replace("\n\ndef print_settings", new_setting, 1))
     read_trainer.cache_clear()
     done = launch("trial.toml")
-    read_trainer.cache_clear()
-    assert "2 (source changed)" in done.stdout and len(starts()) == 9
+    assert "2 (source code changed)" in done.stdout and len(starts()) == 9
     assert {run["tag"] for run in manifest()["runs"][0::2]} == {"base"}
+    read_trainer.cache_clear()
+    Path("base.py").write_text(STAND_IN)
+    sweep_file(with_env("COOLDOWN_FRAC = 0.5\nLR_MULS = [1, 1.6]\nTARGET_LOSS = 3"))
+    said = "2 (COOLDOWN_FRAC, LR_MULS, source code changed), 2 (COOLDOWN_FRAC, LR_MULS changed)"
+    plan = launch("trial.toml", "--dry-run").stdout
+    read_trainer.cache_clear()
+    assert said in plan
 
 
 def test_what_was_recorded_otherwise_is_named_and_not_run_again(place, launch):
