@@ -179,8 +179,15 @@ def settle(run: Run, hang_minutes: float, act: bool) -> None:
     run.started = run.started or found.started.get("time")
     run.ended = datetime.fromtimestamp(written).astimezone().isoformat(timespec="seconds")
     run.reason = "" if run.state in ("finished", "diverged") else "its launcher was killed"
+    note_source(run, found)
     if act:
         end_log(run)
+
+
+def note_source(run: Run, log: RunLog | None) -> None:
+    """Take a run's source from its log, because the trainer may have changed after the plan."""
+    if log:
+        run.source_hash = log.started.get("source_hash", run.source_hash)
 
 
 def end_log(run: Run) -> None:
