@@ -73,7 +73,7 @@ from analysis.run_log import RunLog, format_value, read_log
 from analysis.shown import console
 from analysis.style import format_time
 from analysis.sweep_files import Sweep, read_sweep
-from analysis.sweep_plan import end_log, how_it_ended, plan_runs, sizes
+from analysis.sweep_plan import end_log, how_it_ended, note_source, plan_runs, sizes
 from analysis.trainers import TORCHRUN_SETS, env_text, read_trainer
 
 POLL_S = 0.2  # seconds between checks; too often to parse the logs each time
@@ -189,6 +189,7 @@ class Launcher:
         if not state or (log and log.state == "finished"):
             state, reason = how_it_ended(run, log, job.before)
         run.state, run.reason = state, reason
+        note_source(run, log)
         self.jobs.remove(job)
         self.free.append(job.slot)
         try:
@@ -279,6 +280,10 @@ def print_plan(sweep: Sweep, manifest: Manifest, why: dict[str, str], slots: lis
     again = [reason for reason in why.values() if reason != "new"]
     if again:
         say("again: " + ", ".join(f"{again.count(r)} ({r})" for r in dict.fromkeys(again)))
+    finished = {(run.tag, run.seed) for run in manifest.earlier if run.state == "finished"}
+    replaced = [run for run in runs if run.run_id in why and (run.tag, run.seed) in finished]
+    if replaced:
+        say(f"{len(replaced)} of these had finished: reports now count only the new runs")
     elsewhere = [run.run_id for run in runs if run.state == "running" and run.run_id not in why]
     if elsewhere:
         say(f"running already, not started again: {', '.join(elsewhere)}")
@@ -311,6 +316,10 @@ def say_result(manifest: Manifest, signal_number: int) -> int:
             say(f"  {run.state}: {run.tag} seed {run.seed} - {run.reason} ({run.console})")
     if any(state not in ("finished", "diverged") for state in states):
         say("launch again to run what is missing")
+    ended = [run for run in manifest.runs if run.state in ("finished", "diverged")]
+    for script in dict.fromkeys(run.script for run in ended):
+        if len({run.source_hash for run in ended if run.script == script}) > 1:
+            say(f"{script} changed during the sweep: launch again to repeat the runs of other source code")
     if signal_number:
         return 128 + signal_number
     if "refused" in states:

@@ -130,6 +130,15 @@ def states_of(rows: Sequence[Row]) -> str:
     return ", ".join(f"{counts[state]} {state}" for state in STATE_COLOURS if counts[state])
 
 
+def words_of(row: Row) -> str:
+    """Return what --filter searches."""
+    return f"{row.name} {row.run.run_id} {row.sweep} {row.state}"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def averaged(rows: Sequence[Row]) -> Sequence[Row]:
     """Return the runs that an arm's means are taken over: the finished ones, else those under way."""
     finished = [row for row in rows if row.state == "finished"]
@@ -256,30 +265,27 @@ class Monitor:
         find_controls(rows, self.control)
         return rows
 
-    def notes(self, rows: Sequence[Row]) -> list[str]:
-        """Return the lines below the table: failures, unread lines, errors, runs without a log."""
-        notes = []
-        for row in rows:
+    def notes(self, rows: Sequence[Row], text: str = "") -> list[str]:
+        """Return the lines below the table: failures, unread lines, errors, runs without a log.
+
+        Only runs whose name or state contains `text` count.
+        """
+        notes, found = [], [row for row in rows if text in words_of(row)]
+        for row in found:
             silence = f"no line for {format_time(1000 * row.age_s)}" if row.state == "stalled" else ""
             if silence or (row.message and row.state != "stopped"):
                 seed = "" if row.run.seed is None else f" seed {row.run.seed}"
                 notes.append(f"{row.name}{seed} {row.state}: {row.message or silence}")
-        unread = [row.run for row in rows if row.run.unread_lines]
+        unread = [row.run for row in found if row.run.unread_lines]
         if unread:
-            total = sum(run.unread_lines for run in unread)
-            notes.append(f"{total} lines could not be read in {len(unread)} logs, such as {unread[0].path}")
-        started = {row.run.name for row in rows}
-        for manifest in self.manifests:
-            states = [run.state for run in manifest.runs if run.run_id not in started]
-            waiting = states.count("planned") + states.count("submitted")
-            if waiting:
-                total = len(manifest.runs)
-                notes.append(f"sweep {manifest.sweep}: {waiting} of {total} runs have not started")
+            lines = count(sum(run.unread_lines for run in unread), "line")
+            logs = count(len(unread), "log")
+            notes.append(f"{lines} could not be read in {logs}, such as {unread[0].path}")
         if self.sweep and not self.manifests:
             notes.append(f"there is no {self.sweep} yet: launch the sweep")
-        shown = {row.sweep for row in rows}
-        asked = [m for m in self.manifests if self.sweep or m.sweep in shown or not has_ended(m)]
-        return notes + self.errors + [note for m in asked if (note := note_without_logs(m, started))]
+        sweeps, started = {row.sweep for row in rows}, {row.run.name for row in rows}
+        asked = [m for m in self.manifests if self.sweep or m.sweep in sweeps or not has_ended(m)]
+        return notes + self.errors + [note for m in asked if (note := note_without_logs(m, started, text))]
 
 
 def row_of(run: RunLog, error: str, manifest: Manifest | None, plan: Run | None) -> Row:
@@ -335,17 +341,23 @@ def has_ended(manifest: Manifest) -> bool:
     return all(run.state not in ("planned", "submitted", "running") for run in manifest.runs)
 
 
-def note_without_logs(manifest: Manifest, started: Collection[str]) -> str:
-    """Note the runs of a sweep that failed without a log; empty if there are none. `started`: with a row."""
-    states = {"refused", *LAUNCHER_STATES} - {"stopped"}  # the user stopped those
-    failed = [run for run in manifest.runs if run.state in states and run.run_id not in started]
-    failed = [run for run in failed if find_log(manifest.path.parent, f"{run.run_id}.txt") is None]
-    if not failed:
+def note_without_logs(manifest: Manifest, started: Collection[str], text: str) -> str:
+    """Count a sweep's runs without a log by state, and say why one ended; empty if there are none.
+
+    Only runs whose name or state contains `text` count. started: run ids that have a row.
+    """
+    folder, sweep = manifest.path.parent, manifest.sweep
+    runs = [run for run in manifest.runs if run.run_id not in started]
+    runs = [run for run in runs if text in f"{run.tag} {run.run_id} {sweep} {run.state}"]
+    runs = [run for run in runs if find_log(folder, f"{run.run_id}.txt") is None]
+    if not runs:
         return ""
-    first = failed[0]
-    count = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
-    example = f"{first.tag} seed {first.seed} {first.state}: {first.reason or 'it has no log here'}"
-    return f"{manifest.sweep}: {count} ended without a log, such as {example}"
+    states = ", ".join(f"{number} {state}" for state, number in Counter(run.state for run in runs).items())
+    note = f"sweep {sweep}: {count(len(runs), 'run')} without a log: {states}"
+    ended = [run for run in runs if run.reason]
+    if not ended:
+        return note
+    return f"{note}; {ended[0].tag} seed {ended[0].seed} {ended[0].state}: {ended[0].reason}"
 
 
 def place_of(row: Row) -> tuple:
@@ -392,7 +404,8 @@ COLUMNS = (
     TableColumn("train", 7, lambda record: format_number(record["train_loss"], ".3f")),
     TableColumn("ms/step", 10, lambda record: format_number(record["ms_per_step"], ".1f")),
     TableColumn("tokens/s", 9, lambda record: format_number(record["tokens_per_s"], ".0f")),
-    TableColumn("left", 11, lambda record: format_time(1000 * record["seconds_left"])),
+    # at the last step, nothing is known of the validation that is left
+    TableColumn("left", 11, lambda record: format_time(1000 * record["seconds_left"] or math.nan)),
     TableColumn("peak MiB", 6, lambda record: format_number(record["peak_mem_mb"], ".0f")),
     TableColumn("MFU", 5, lambda record: format_number(record["mfu"], ".3g")),
     TableColumn("grad norm", 3, lambda record: format_number(record["grad_norm"], ".3g")),
@@ -433,7 +446,7 @@ def arrange(rows: Sequence[Row], options: argparse.Namespace) -> list[list[Row]]
     """Return the runs that are asked for, one by one or by arm, in the order that is asked for."""
     groups: dict[object, list[Row]] = {}
     for row in rows:
-        if options.filter in f"{row.name} {row.run.run_id} {row.sweep} {row.state}":
+        if options.filter in words_of(row):
             groups.setdefault((row.sweep, row.arm) if options.arms else len(groups), []).append(row)
     found = [groups[key] for key in sorted(groups)]
     if options.by_loss:
@@ -461,12 +474,12 @@ def display(monitor: Monitor, rows: Sequence[Row], options: argparse.Namespace, 
         # "~" marks a cut: in the locale C, Python writes an ellipsis that terminals show as garbage
         return Text(clean(text).replace("…", "~"), style, no_wrap=True, overflow="crop")
 
-    notes = monitor.notes(rows)[: max(1, height // 4)]
+    notes = monitor.notes(rows, options.filter)[: max(1, height // 4)]
     groups = arrange(rows, options)
     shown = groups[: max(1, height - 3 - len(notes))]
     records = [record_of(group, options.arms) for group in shown]
-    counts = f" ({states_of(rows)})" if rows else ""
-    lines = [line(f"{monitor.name} at {time.strftime('%H:%M:%S')}: {len(rows)} runs{counts}", "bold")]
+    heading = f"{monitor.name} at {time.strftime('%H:%M:%S')}: {count(len(rows), 'run')}"
+    lines = [line(f"{heading} ({states_of(rows)})" if rows else heading, "bold")]
     if records:
         cells = fit(records, width)
         lines.append(Table(box=None, pad_edge=False, header_style="dim"))
@@ -572,9 +585,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line; return the exit code."""
     parser = command_line.make_parser(__doc__)
     option = parser.add_argument
-    option(
-        "paths", nargs="*", type=Path, metavar="SWEEP.toml|LOG", help="a sweep, or folders and logs (logs)"
-    )
+    places = "one sweep, or folders and logs (logs)"
+    option("paths", nargs="*", type=Path, metavar="SWEEP.toml | LOG", help=places)
     option("--logs", type=Path, default=LOGS, metavar="DIR", help="folder of logs and manifests (logs)")
     option("--once", action="store_true", help="print one table and end")
     option("--json", action="store_true", help="print the runs as JSON and end")

@@ -92,13 +92,21 @@ def reason_to_run(run: Run, before: Run | None) -> str:
     """Return why a run must be made, given the last attempt with its arm and seed."""
     if before is None:
         return "new"
-    if before.settings_hash != run.settings_hash:
-        return "settings changed"
-    if before.source_hash != run.source_hash:
-        return "source changed"
+    if before.key != run.key:
+        return f"{', '.join(what_changed(run, before))} changed"
     if before.state in ("finished", "diverged"):
         return "log is gone"
     return f"{before.state} before"
+
+
+def what_changed(run: Run, before: Run) -> list[str]:
+    """Return what makes this run another training: settings of the sweep file, source code."""
+    trainer = read_trainer(run.script)
+    was, wanted = (trainer.affecting("training", given.settings) for given in (before, run))
+    changed = [name for name in run.settings | before.settings if was.get(name) != wanted.get(name)]
+    if before.source_hash != run.source_hash:  # also if a setting is new, or has another default
+        changed.append("source code")
+    return changed or ["defaults"]
 
 
 def free_stamp(runs: Sequence[Run]) -> str:
@@ -171,8 +179,15 @@ def settle(run: Run, hang_minutes: float, act: bool) -> None:
     run.started = run.started or found.started.get("time")
     run.ended = datetime.fromtimestamp(written).astimezone().isoformat(timespec="seconds")
     run.reason = "" if run.state in ("finished", "diverged") else "its launcher was killed"
+    note_source(run, found)
     if act:
         end_log(run)
+
+
+def note_source(run: Run, log: RunLog | None) -> None:
+    """Take a run's source from its log, because the trainer may have changed after the plan."""
+    if log:
+        run.source_hash = log.started.get("source_hash", run.source_hash)
 
 
 def end_log(run: Run) -> None:

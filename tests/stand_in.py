@@ -36,6 +36,10 @@ if "ord" in Path(sys.argv[0]).name:
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 
 
+def source_hash():
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+
+
 def print_settings():
     affects = {**dict.fromkeys(RECORDED, "recording"), **dict.fromkeys(MACHINE, "machine")}
     settings = [
@@ -43,10 +47,9 @@ def print_settings():
         | {"affects": affects.get(name, "training")}
         for name, kind, default, limits in KNOBS
     ]
-    source_hash = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     presets = {"plain": {}, "tiny": {"COOLDOWN_FRAC": 0.5}}
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    found = {"source_hash": source_hash, "presets": presets, "num_gpus": len(gpus)}
+    found = {"source_hash": source_hash(), "presets": presets, "num_gpus": len(gpus)}
     print(json.dumps({**found, "settings": settings}))
 
 
@@ -113,7 +116,8 @@ def open_log(steps):
     config["settings"] = {name: env.get(name) for name, *_ in KNOBS}
     bar = "=" * 100
     log.write(f"import os\n\ndef f():\n    pass\n{bar}\nconfig:{json.dumps(config)}\n")
-    log.write(f"event:started script:x time:2026-02-06T12:00:00+0000 device:d world_size:1\n{bar}\n")
+    started = f"script:x source_hash:{source_hash()} time:2026-02-06T12:00:00+0000 device:d world_size:1"
+    log.write(f"event:started {started}\n{bar}\n")
     return log
 
 

@@ -20,8 +20,8 @@ import pytest
 from helpers import make_tokens, write_shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launches import STAND_IN, TWO_ARMS, alive, planned, sweep_file
-from logs_for_tests import make_log, step_lines
+from launches import STAND_IN, TWO_ARMS, alive, planned, sweep_file, with_env
+from logs_for_tests import SOURCE, hash_of, make_log, step_lines
 
 import launch_lr_sweep as launcher
 from analysis import files, processes, run_environment, sweep_plan
@@ -345,17 +345,45 @@ def test_changed_settings_and_changed_source_run_again(place, launch):
     assert launch(sweep_file(TWO_ARMS)).returncode == 0
     sweep_file(TWO_ARMS.replace("SPECTRAL_LR_MUL = 0.1", "SPECTRAL_LR_MUL = 0.2"))
     done = launch("trial.toml")
-    assert "2 to run" in done.stdout and "2 (settings changed)" in done.stdout and len(starts()) == 6
+    assert "2 to run" in done.stdout and "2 (SPECTRAL_LR_MUL changed)" in done.stdout and len(starts()) == 6
     sweep_file(TWO_ARMS)  # earlier runs are still done
     assert "0 to run" in launch("trial.toml").stdout and len(starts()) == 6
     Path(manifest()["runs"][0]["log"]).unlink()
     assert "1 (log is gone)" in launch("trial.toml").stdout and len(starts()) == 7
-    Path("base.py").write_text(STAND_IN + "# a change\n")
+    new_setting = '\nKNOBS.append(("NEW_LR", "float", 0.1, {}))\n\n\ndef print_settings'
+    Path("base.py").write_text(STAND_IN.replace("\n\ndef print_settings", new_setting, 1))
     read_trainer.cache_clear()
     done = launch("trial.toml")
-    read_trainer.cache_clear()
-    assert "2 (source changed)" in done.stdout and len(starts()) == 9
+    assert "2 (source code changed)\n2 of these had finished" in done.stdout and len(starts()) == 9
     assert {run["tag"] for run in manifest()["runs"][0::2]} == {"base"}
+    read_trainer.cache_clear()
+    Path("base.py").write_text(STAND_IN)
+    sweep_file(with_env("COOLDOWN_FRAC = 0.5\nLR_MULS = [1, 1.6]\nTARGET_LOSS = 3"))
+    said = "2 (COOLDOWN_FRAC, LR_MULS, source code changed), 2 (COOLDOWN_FRAC, LR_MULS changed)"
+    plan = launch("trial.toml", "--dry-run").stdout
+    read_trainer.cache_clear()
+    assert said in plan and "4 of these had finished: reports now count only the new" in plan
+
+
+def test_a_trainer_that_changes_during_a_sweep_is_named(place, launch, monkeypatch):
+    """Fails if runs of the trainer as it was then count as runs of today's, or the reverse."""
+    say_end = launcher.Launcher.say_end
+
+    def edit_after_the_first(self, run, loss, seconds):
+        say_end(self, run, loss, seconds)
+        Path("base.py").write_text(STAND_IN + "# a change\n")
+
+    monkeypatch.setattr(launcher.Launcher, "say_end", edit_after_the_first)
+    done = launch(sweep_file('script = "base.py"\nseeds = [1, 2]\n'))
+    assert done.returncode == 0 and "base.py changed during the sweep" in done.stdout, done.stdout
+    for code, seed in ((STAND_IN, 2), (STAND_IN + "# a change\n", 1)):
+        Path("base.py").write_text(code)
+        read_trainer.cache_clear()
+        plan = launch("trial.toml", "--dry-run").stdout
+        assert "again: 1 (source code changed)" in plan and f"-seed{seed}-" in plan.splitlines()[-1], plan
+    done = launch("trial.toml")
+    read_trainer.cache_clear()
+    assert "changed" not in done.stdout.splitlines()[-1] and len(starts()) == 3
 
 
 def test_what_was_recorded_otherwise_is_named_and_not_run_again(place, launch):
@@ -493,9 +521,8 @@ def test_a_run_that_was_resumed_by_hand_to_its_end_counts(place, state, end):
     sweep = read_sweep(sweep_file('script = "base.py"\nseeds = [1]\n'), None)
     found, _ = planned(sweep)
     (run,) = found.runs
-    text = (
-        make_log(run.run_id, 1, num_steps=20, end=10, end_event="event:crashed") + "event:resumed step:10\n"
-    )
+    text = make_log(run.run_id, 1, num_steps=20, end=10, end_event="event:crashed")
+    text = text.replace(hash_of(SOURCE), run.source_hash) + "event:resumed step:10\n"
     Path("logs").mkdir()
     Path(run.log).write_text(text + step_lines(1, 20, begin=11) + f"event:{end}\n")
     hour_ago = time.time() - 3600  # else it is taken for one that is being written
@@ -506,6 +533,21 @@ def test_a_run_that_was_resumed_by_hand_to_its_end_counts(place, state, end):
     assert not why and again.runs[0].state == end
     if state != end:
         assert again.runs[0].reason == "" and again.runs[0].ended > run.ended
+
+
+def test_a_run_on_a_cluster_counts_with_the_source_it_had(place):
+    """Fails if a trainer that was edited after --slurm, before its job ran, counts as the planned one."""
+    sweep = read_sweep(sweep_file('script = "base.py"\nseeds = [1]\n'), None)
+    found, _ = planned(sweep)
+    (run,) = found.runs
+    Path("logs").mkdir()
+    Path(run.log).write_text(make_log(run.run_id, 1, num_steps=20))
+    hour_ago = time.time() - 3600  # else it is taken for one that is being written
+    os.utime(run.log, (hour_ago, hour_ago))
+    run.state = "submitted"
+    found.save()
+    again, why = plan_runs(sweep, 30, act=True)
+    assert list(why.values()) == ["source code changed"] and again.earlier[0].source_hash == hash_of(SOURCE)
 
 
 @pytest.mark.parametrize("minutes, runs_on", [(30, False), (90, True), (0, True)])

@@ -107,6 +107,8 @@ def test_numbers_of_a_run(tmp_path):
     assert row.seconds_left == pytest.approx(50) and row.train_time_s == pytest.approx(60)
     line = shown(monitor)[2]
     assert all(text in line for text in ("1100/1600", f"{run.final_val_loss:.4f}", "50.0 s", "40960"))
+    write(tmp_path, "run", make_log("run", num_steps=STEPS, end_event=""))
+    assert "running" in shown(monitor)[2] and "0 ms" not in shown(monitor)[2], "its last validation is left"
 
 
 def test_memory_and_use_of_the_gpu_where_they_are_logged(tmp_path):
@@ -153,7 +155,7 @@ def test_difference_to_the_control(tmp_path):
     assert rows["t9"].control == "c1, c2"
     assert rows["c1"].is_control and math.isnan(rows["c1"].difference)
     text = "\n".join(shown(monitor, width=1000))
-    assert "sweep lr: 1 of 5 runs have not started" in text
+    assert "\nsweep lr: 1 run without a log: 1 planned" in text
     assert all(f"{name}.sweep.json is not a sweep's manifest" in text for name in ("broken", "odd"))
     assert f"{rows['t2'].difference:+.4f}" in text and "\ntest " in text
     (tmp_path / "lr.sweep.json").unlink()
@@ -211,12 +213,12 @@ def test_runs_that_ended_before_their_logs_began(tmp_path):
     assert found == {**ended, "runs": ("a", 4, "running")}
     lines = shown(monitor)
     assert {f"a seed {seed} crashed: killed by signal 9" for seed in (1, 2)} <= set(lines)
-    ended = "lr: 1 run ended without a log, such as b seed 3 refused: MUON_LR is -1"
+    ended = "sweep lr: 1 run without a log: 1 refused; b seed 3 refused: MUON_LR is -1"
     assert ended in lines and not any(line.startswith("c ") for line in lines)
 
 
 def test_runs_without_a_log_are_one_line(tmp_path):
-    """Fails if the runs of a sweep whose logs were deleted, or that the user stopped, flood the table."""
+    """Fails if the runs of a sweep whose logs were deleted flood the table, or some are not counted."""
     lost = [planned(f"old{seed}", "o", seed, state="diverged") for seed in range(9)]
     write_manifest(tmp_path, None, lost, name="old")
     failed = [planned(f"a{seed}", "a", seed, state="refused", reason="MUON_LR is -1") for seed in (1, 2, 3)]
@@ -226,17 +228,18 @@ def test_runs_without_a_log_are_one_line(tmp_path):
     (tmp_path / "broken.sweep.json").write_text("{")
     monitor = Monitor(tmp_path)
     *notes, error, without = monitor.notes(monitor.poll())
-    assert without == "lr: 3 runs ended without a log, such as a seed 1 refused: MUON_LR is -1"
+    counts = "sweep lr: 4 runs without a log: 3 refused, 1 stopped"
+    assert without == f"{counts}; a seed 1 refused: MUON_LR is -1"
     assert "broken.sweep.json" in error and not notes
     lost[0] = planned("old0", "o", 0)  # still to come: the sweep is no old one
     write_manifest(tmp_path, None, lost, name="old")
     monitor = Monitor(tmp_path)
-    assert any("old: 8 runs ended without a log" in note for note in monitor.notes(monitor.poll()))
+    counts = "sweep old: 9 runs without a log: 1 planned, 8 diverged"
+    assert counts in monitor.notes(monitor.poll())
     lost[0] = planned("old0", "o", 0, state="diverged")
     write_manifest(tmp_path, None, lost, name="old")
     monitor = Monitor(tmp_path / "old.sweep.json")
-    ended = "old: 9 runs ended without a log, such as o seed 0 diverged: it has no log here"
-    assert monitor.notes(monitor.poll())[1:] == [ended]
+    assert monitor.notes(monitor.poll())[1:] == ["sweep old: 9 runs without a log: 9 diverged"]
 
 
 @pytest.mark.parametrize("time, state", [("13:00:01+0100", "running"), ("11:59:59+0000", "stopped")])
@@ -255,7 +258,7 @@ def test_garbage_and_empty_logs_are_rows(tmp_path):
     monitor = Monitor(tmp_path)
     rows = records(monitor)
     assert set(rows) == {"garbage", "empty"} and rows["garbage"].unread_lines > 0
-    assert "could not be read in 1 logs" in "\n".join(shown(monitor))
+    assert "could not be read in 1 log, " in "\n".join(shown(monitor))
 
 
 def test_trials_of_one_file_have_their_own_curves(tmp_path):
@@ -285,7 +288,7 @@ def test_a_sweep_alone(tmp_path, monkeypatch, capsys):
     assert "new.sweep.json yet: launch the sweep" in "\n".join(shown(new))
     monkeypatch.chdir(tmp_path)
     assert monitor_runs.main(["sweeps/lr.toml", "--once"]) == 0
-    assert ": 1 runs (1 finished)" in capsys.readouterr().out
+    assert ": 1 run (1 finished)" in capsys.readouterr().out
 
 
 def test_two_sweeps_with_one_tag_are_told_apart(tmp_path):
@@ -377,6 +380,29 @@ def test_sorted_and_filtered(tmp_path):
     lines = shown(monitor, filter="crashed")
     assert lines[2].startswith("model=d ") and lines[3:] == ["model=d seed 1 crashed: no"]
     assert "none of them contains 'xyz'" in "\n".join(shown(monitor, filter="xyz"))
+
+
+def test_messages_are_filtered_like_the_runs(tmp_path):
+    """Fails if --filter leaves lines below the table about runs that it hides."""
+    runs = [planned("l1", "low"), planned("h1", "high"), planned("l2", "low", 2), planned("l3", "low", 3)]
+    runs += [planned("h2", "high", 2, state="refused", reason="no memory")]
+    write(tmp_path, "l1", make_log("l1", end_event="event:crashed error:no"))
+    write(tmp_path, "h1", make_log("h1", end_event="event:crashed error:no") + "garbage\n")
+    write_manifest(tmp_path, None, runs, name="one")
+    write_manifest(tmp_path, None, [planned("c1", "c")], name="two")
+    monitor = Monitor(tmp_path)
+    assert len(shown(monitor)[4:]) == 5
+    notes = ["low seed 1 crashed: no", "sweep one: 2 runs without a log: 2 planned"]
+    assert shown(monitor, filter="low")[3:] == notes
+    refused = "sweep one: 1 run without a log: 1 refused; high seed 2 refused: no memory"
+    assert shown(monitor, filter="refused")[2:] == [refused]
+
+
+def test_the_usage_says_what_is_allowed(capsys):
+    """Fails if it offers a sweep beside logs, which is refused."""
+    with pytest.raises(SystemExit):
+        monitor_runs.main(["--help"])
+    assert "[SWEEP.toml | LOG ...]" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------
