@@ -256,7 +256,7 @@ def summary(results: Results, target: float | None) -> str:
             met = run.first_at(target)
             rows[-1] += [met.step, style.format_time(met.time_ms)] if met else ["not met", "-"]
     header = ["run", "state", "seed", "steps", "final loss", "best", "time", "ms/step"]
-    header += [f"{target:g} at step", "in"] if target is not None else []
+    header += [f"loss {target:g} at step", "in"] if target is not None else []
     text = format_table(header, rows)
     if not any(len(arm.runs) > 1 for arm in arms):
         return text
