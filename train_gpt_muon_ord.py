@@ -1254,6 +1254,7 @@ def radial_factor(G, W, rho, P, state: dict, o: OptimizerSettings) -> Tensor:
         par, radial_moment = rho * W, state["radial_moment"]
         mean_square = par.square().mean(-1 if par.size(-2) >= par.size(-1) else -2, keepdim=True)
         radial_moment.lerp_(mean_square, 1 - o.muon_beta2)
+        # q and k are normed, so that rho of a first gradient is rounding; this brings it to full size
         return vectors.ratio(rho, radial_moment.sqrt())
     if o.spectral_scale == "unit":
         perp = torch.addcmul(G, rho, W, value=-1)
