@@ -280,10 +280,10 @@ def print_plan(sweep: Sweep, manifest: Manifest, why: dict[str, str], slots: lis
     again = [reason for reason in why.values() if reason != "new"]
     if again:
         say("again: " + ", ".join(f"{again.count(r)} ({r})" for r in dict.fromkeys(again)))
-    finished = {(run.tag, run.seed) for run in manifest.earlier if run.state == "finished"}
-    replaced = [run for run in runs if run.run_id in why and (run.tag, run.seed) in finished]
+    last = {(run.tag, run.seed): run.state for run in manifest.earlier}
+    replaced = [run for run in runs if run.run_id in why and last.get((run.tag, run.seed)) == "finished"]
     if replaced:
-        say(f"{len(replaced)} of these had finished: reports now count only the new runs")
+        say(f"{len(replaced)} of these had finished: from the launch on, reports leave those out")
     elsewhere = [run.run_id for run in runs if run.state == "running" and run.run_id not in why]
     if elsewhere:
         say(f"running already, not started again: {', '.join(elsewhere)}")

@@ -354,7 +354,7 @@ def note_without_logs(manifest: Manifest, started: Collection[str], text: str) -
         return ""
     states = ", ".join(f"{number} {state}" for state, number in Counter(run.state for run in runs).items())
     note = f"sweep {sweep}: {count(len(runs), 'run')} without a log: {states}"
-    ended = [run for run in runs if run.reason]
+    ended = sorted((run for run in runs if run.reason), key=lambda run: run.state == "stopped")
     if not ended:
         return note
     return f"{note}; {ended[0].tag} seed {ended[0].seed} {ended[0].state}: {ended[0].reason}"

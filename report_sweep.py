@@ -424,7 +424,7 @@ def save_pictures(results: Results, folder: Path) -> list[str]:
 
 def options_given(options: Namespace) -> str:
     """Return the options that change a planned sweep's report, as on the command line."""
-    defaults = {"logs": Path("logs"), "control": None, "target": None, "target_on": "val"}
+    defaults = {"control": None, "target": None, "target_on": "val"}
     words = []
     for name, default in defaults.items():
         value = getattr(options, name)

@@ -62,7 +62,9 @@ def command(run: RunLog, folder: Path) -> str:
     if num_ranks > 1:
         launcher += " -m torch.distributed.run --standalone --local-addr=127.0.0.1"
         launcher += f" --nproc-per-node={num_ranks}"
-    return " ".join(["cd", shlex.quote(str(folder)), "&&", *words, launcher, run.started["script"]])
+    return " ".join(
+        ["cd", shlex.quote(str(folder)), "&&", *words, launcher, shlex.quote(run.started["script"])]
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -447,5 +447,5 @@ def panel_rho(ax, drawn: Sequence[Drawn], axis: Axis, title: str, keys: Mapping[
     if len(keys) > 1:
         style.line_legend(ax, list(keys.values()), loc="lower right")
     silent = [style.shorten(item.arm.label, 24) for item in drawn if id(item) not in logged]
-    more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
-    ax.set_xlabel(f"{axis.label}\nnot logged: {', '.join(silent[:3])}{more}" if silent else axis.label)
+    more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+    ax.set_xlabel(f"{axis.label}\nnot logged: {silent[0]}{more}" if silent else axis.label)

@@ -117,16 +117,16 @@ def picture_combined(analysis: Analysis):
     for by in measures:
         draw_values(panels[by], analysis, by)
         panels[by].set_title(f"final validation {by}, {units[by]}", pad=26)
-    below = ""
+    more = ""
     if analysis.noise_known:
         ax = panels["differences"]
         draw_differences(ax, analysis)
         ax.set_title(f"loss minus that of {name_lowest(analysis)}; lower is better")
         if any(rate.loss.n == 2 for rate in analysis.rates):
-            below = "; above: two runs have no interval"
+            more = "; values with two runs are drawn without interval above"
         if analysis.may_claim():
-            below += "; below: a value tied with the lowest reaches 0"
-    fig.supxlabel(f"{style.MEAN_KEY}; grey: runs of one seed{below}", fontsize=9, wrap=True)
+            more += "; below: a value tied with the lowest reaches 0"
+    fig.supxlabel(f"{style.MEAN_KEY}; grey: runs of one seed{more}", fontsize=9, wrap=True)
     return fig
 
 

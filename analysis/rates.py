@@ -5,7 +5,7 @@
     analysis.rates[0].label, analysis.lowest().value, analysis.near_best(), analysis.most_accurate()
 
 RULES gives every value a label. "The fall" is how far the lowest mean loss fell from the start of training.
-Labels and ranges are held against the value of that loss. Values statistically tied with it are those of
+Labels and ranges are relative to the value with that loss. Values statistically tied with it are those of
 stats.contenders; a single run is not tested. Only losses are tested;
 accuracies are described.
 """
@@ -26,15 +26,15 @@ LOST = 0.05  # fraction of the fall that an unstable run lost again on the way
 SPREAD = 5.0  # an unstable value's runs differ by this many times the noise, and by 1 - GOOD of the fall
 TOP = 0.2
 RULES = {
-    "optimal": f"good, and it cannot be told from the value of the lowest loss ({CONFIDENCE:.0%} confidence)",
+    "optimal": "good, tested, and not told from the value with the lowest loss "
+    f"({CONFIDENCE:.0%} confidence)",
     "good": f"its mean loss fell by at least {GOOD:.0%} of the fall",
-    "too low": "not good, and lower than the value of the lowest loss",
-    "declining": "not good, and higher than the value of the lowest loss",
+    "too low": "not good, and below the value with the lowest loss",
+    "declining": "not good, and above the value with the lowest loss",
     "unstable": "some but not all of its runs diverged; or a run's validation loss stood at some time more "
     f"than {LOST:.0%} of the fall above its lowest until then; or its runs' sd exceeds {SPREAD:g} times the "
     f"sweep's noise and {1 - GOOD:.0%} of the fall",
     "diverged": "all its runs diverged, or ended no lower than they began",
-    "untested": "it learns, but no values can be tested against each other, as where all are single runs",
     "no result": "no run has finished and none diverged: they crashed, hung or have not ended; or all "
     "values with finished runs have failed ones too, so that there is nothing to compare with",
 }
@@ -303,14 +303,13 @@ def label_of(rate: Rate, analysis: Analysis) -> tuple[str, bool | None]:
         return "unstable", None
     if lowest is None:
         return "no result", None
-    if not analysis.noise_known:
-        return "untested", None
     short, limit = rate.loss.mean - lowest.loss.mean, (1 - GOOD) * analysis.fall
     sure = None
     if analysis.is_tested(rate):
         sure = rate is lowest or abs(short - limit) > analysis.ties.half_width(rate.name, lowest.name)
     if short <= limit:
-        return ("optimal" if rate in analysis.near_best() else "good"), sure
+        tied = analysis.is_tested(rate) and rate in analysis.near_best()
+        return ("optimal" if tied else "good"), sure
     return ("too low" if rate.value < lowest.value else "declining"), sure
 
 

@@ -49,8 +49,8 @@ def draw_forest(ax, results: Results) -> None:
         pair = results.comparison(arm.label)
         if pair and math.isfinite(pair.difference):
             look, n = results.looks[arm.label], min(pair.n_arm, pair.n_control)
-            if math.isfinite(pair.low):
-                n = style.MIN_INTERVAL  # of two pairs, too: two ticks beside 0 would look like a finding
+            if math.isfinite(pair.low):  # of two pairs, too: two ticks beside 0 would look like a finding
+                n = max(n, style.MIN_INTERVAL)
             each = pair_by_pair(results, arm) if pair.method == "paired" else []
             style.draw_mean(ax, y, pair.difference, pair.low, pair.high, n, look, each, horizontal=True)
             values += [pair.difference, *each, *(style.ends_of(pair.low, pair.high, n) or ())]

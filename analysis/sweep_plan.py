@@ -106,7 +106,7 @@ def what_changed(run: Run, before: Run) -> list[str]:
     changed = [name for name in run.settings | before.settings if was.get(name) != wanted.get(name)]
     if before.source_hash != run.source_hash:  # also if a setting is new, or has another default
         changed.append("source code")
-    return changed or ["defaults"]
+    return changed or ["settings not in the file"]
 
 
 def free_stamp(runs: Sequence[Run]) -> str:
@@ -160,6 +160,7 @@ def settle(run: Run, hang_minutes: float, act: bool) -> None:
         stop_processes(lambda: processes_of([run.console]))
     if run.state != "planned" and is_being_written(log):  # it was resumed by hand, or runs elsewhere
         run.state = "running"
+        note_source(run, read_log(log)[-1])
         return
     if run.state in ("planned", "finished"):
         return

@@ -133,7 +133,6 @@ def mlp_hopper_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             acc = tl.dot(a.load([m, k]), b.load([n, k]).T, acc)
-        # left and right half of the columns
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         if BACKWARD:
             out.store([m, n], activation_backward(left, hidden.load([m, n])).to(tl.bfloat16))
@@ -259,7 +258,6 @@ def quantize_kernel(x, out, out_t, R, C, scale, BLOCK_R: tl.constexpr, BLOCK_C: 
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (rows[:, None] < R) & (cols[None, :] < C)
     value = tl.load(x + rows[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    # converted once, stored twice
     value = to_float8(value / scale, out.dtype.element_ty)
     tl.store(out + rows[:, None] * C + cols[None, :], value, mask=inside)
     inside = (cols[:, None] < C) & (rows[None, :] < R)
@@ -403,8 +401,8 @@ def loss_backward_kernel(
     lse = tl.load(lses + rows, mask=rows < M, other=0.0)
     probability = exp2(s * (gain * LOG2E) - (lse * LOG2E)[:, None])
     factor = tl.load(grad) * gain / width / scale
-    strength = tl.zeros((BLOCK_R,), tl.float32)  # sum of the weights, times factor
-    picked = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # the same of targets alone
+    strength = tl.zeros((BLOCK_R,), tl.float32)  # factor times the sum of w_k
+    picked = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # factor times w_k, in the target's column
     for k in tl.static_range(K):
         has = (rows < M) & (rows % T < T - k)
         w = tl.where(has, tl.load(weights + k) * factor, 0.0)

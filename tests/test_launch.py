@@ -362,7 +362,7 @@ def test_changed_settings_and_changed_source_run_again(place, launch):
     said = "2 (COOLDOWN_FRAC, LR_MULS, source code changed), 2 (COOLDOWN_FRAC, LR_MULS changed)"
     plan = launch("trial.toml", "--dry-run").stdout
     read_trainer.cache_clear()
-    assert said in plan and "4 of these had finished: reports now count only the new" in plan
+    assert said in plan and "4 of these had finished: from the launch on" in plan
 
 
 def test_a_trainer_that_changes_during_a_sweep_is_named(place, launch, monkeypatch):

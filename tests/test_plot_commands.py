@@ -51,7 +51,7 @@ def test_help_is_the_docstring(command, capsys):
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and command.__doc__.strip() in text
     if command is plot_lr_analysis:
-        assert "* too low: not good, and lower than the value of the lowest loss" in text
+        assert "* too low: not good, and below the value with the lowest loss" in text
 
 
 @pytest.fixture
