@@ -222,13 +222,13 @@ def test_runs_without_a_log_are_one_line(tmp_path):
     lost = [planned(f"old{seed}", "o", seed, state="diverged") for seed in range(9)]
     write_manifest(tmp_path, None, lost, name="old")
     failed = [planned(f"a{seed}", "a", seed, state="refused", reason="MUON_LR is -1") for seed in (1, 2, 3)]
-    failed += [planned("b1", "b", 1), planned("b2", "b", 2, state="stopped", reason="stopped by SIGINT")]
+    failed = [planned("b2", "b", 2, state="stopped", reason="by SIGINT"), *failed, planned("b1", "b", 1)]
     write_manifest(tmp_path, None, failed)
     write(tmp_path, "b1", make_log("b1", 1, num_steps=STEPS))
     (tmp_path / "broken.sweep.json").write_text("{")
     monitor = Monitor(tmp_path)
     *notes, error, without = monitor.notes(monitor.poll())
-    counts = "sweep lr: 4 runs without a log: 3 refused, 1 stopped"
+    counts = "sweep lr: 4 runs without a log: 1 stopped, 3 refused"
     assert without == f"{counts}; a seed 1 refused: MUON_LR is -1"
     assert "broken.sweep.json" in error and not notes
     lost[0] = planned("old0", "o", 0)  # still to come: the sweep is no old one

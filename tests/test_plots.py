@@ -261,10 +261,10 @@ def test_schedules_that_agree_are_drawn_once(tmp_path):
 def test_an_arm_without_rho_is_named_below_its_panel(tmp_path):
     """Fails if "not logged" is printed over the lines, or over the text at zero."""
     write_arms(tmp_path / "logs", [0.1])
-    write_arms(tmp_path / "logs", [0.2], spec=False)
+    write_arms(tmp_path / "logs", [0.2, 0.3], spec=False)
     figure, _ = draw(tmp_path / "logs")
     rho = panel(figure, "rho")
-    assert rho.get_xlabel() == "step\nnot logged: spectral_lr_mul=0.2"
+    assert rho.get_xlabel() == "step\nnot logged: spectral_lr_mul=0.2 and 1 more"
     assert all(text.get_text().startswith("ρ") for text in rho.texts)
 
 
