@@ -6,6 +6,7 @@ matter. Two tests run the real trainers.
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -548,6 +549,22 @@ def test_a_run_on_a_cluster_counts_with_the_source_it_had(place):
     found.save()
     again, why = plan_runs(sweep, 30, act=True)
     assert list(why.values()) == ["source code changed"] and again.earlier[0].source_hash == hash_of(SOURCE)
+
+
+def test_a_run_under_way_counts_with_the_source_it_has(place):
+    """Fails if a run that a job makes with today's trainer, planned with an older one, is made twice."""
+    sweep = read_sweep(sweep_file('script = "base.py"\nseeds = [1]\n'), None)
+    found, _ = planned(sweep)
+    (run,) = found.runs
+    Path("logs").mkdir()
+    text = make_log(run.run_id, 1, num_steps=20, end=10, end_event="")
+    Path(run.log).write_text(text.replace(hash_of(SOURCE), run.source_hash))
+    run.state, run.source_hash = "submitted", "0" * 16
+    found.save()
+    with open(run.log) as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        again, why = plan_runs(sweep, 30, act=True)
+    assert not why and again.runs[0].state == "running"
 
 
 @pytest.mark.parametrize("minutes, runs_on", [(30, False), (90, True), (0, True)])
