@@ -46,7 +46,7 @@ from analysis.manifest import LOGS, Manifest, Run, find_manifest, manifests_in, 
 from analysis.run_log import OPENERS, LogFollower, RunLog, find_log
 from analysis.shown import clean
 from analysis.style import format_time, shorten_apart
-from analysis.tables import as_json, format_difference, format_loss, format_number
+from analysis.tables import as_json, format_count, format_difference, format_loss, format_number
 
 RECENT_LINES = 50  # speed is measured over the last lines, because batch sizes change during training
 WARM_UP_FACTOR = 4  # a run that has not taken a step may be silent this much longer: it compiles
@@ -81,6 +81,9 @@ class Row:
     controls: Sequence[RunLog] = ()
     is_control: bool = False
     age_s: float = math.nan  # since the log was last written to
+
+    def is_asked_for(self, text: str) -> bool:
+        return is_asked_for(text, self.name, self.run.run_id, self.sweep, self.state)
 
 
 def record_of(rows: Sequence[Row], is_arm: bool) -> dict:
@@ -130,13 +133,9 @@ def states_of(rows: Sequence[Row]) -> str:
     return ", ".join(f"{counts[state]} {state}" for state in STATE_COLOURS if counts[state])
 
 
-def words_of(row: Row) -> str:
-    """Return what --filter searches."""
-    return f"{row.name} {row.run.run_id} {row.sweep} {row.state}"
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def is_asked_for(text: str, name: str, run_id: str, sweep: str, state: str) -> bool:
+    """Return whether --filter `text` shows a run."""
+    return text in f"{name} {run_id} {sweep} {state}"
 
 
 def averaged(rows: Sequence[Row]) -> Sequence[Row]:
@@ -268,9 +267,9 @@ class Monitor:
     def notes(self, rows: Sequence[Row], text: str = "") -> list[str]:
         """Return the lines below the table: failures, unread lines, errors, runs without a log.
 
-        Only runs whose name or state contains `text` count.
+        text: what --filter asks for.
         """
-        notes, found = [], [row for row in rows if text in words_of(row)]
+        notes, found = [], [row for row in rows if row.is_asked_for(text)]
         for row in found:
             silence = f"no line for {format_time(1000 * row.age_s)}" if row.state == "stalled" else ""
             if silence or (row.message and row.state != "stopped"):
@@ -278,8 +277,8 @@ class Monitor:
                 notes.append(f"{row.name}{seed} {row.state}: {row.message or silence}")
         unread = [row.run for row in found if row.run.unread_lines]
         if unread:
-            lines = count(sum(run.unread_lines for run in unread), "line")
-            logs = count(len(unread), "log")
+            lines = format_count(sum(run.unread_lines for run in unread), "line")
+            logs = format_count(len(unread), "log")
             notes.append(f"{lines} could not be read in {logs}, such as {unread[0].path}")
         if self.sweep and not self.manifests:
             notes.append(f"there is no {self.sweep} yet: launch the sweep")
@@ -344,16 +343,16 @@ def has_ended(manifest: Manifest) -> bool:
 def note_without_logs(manifest: Manifest, started: Collection[str], text: str) -> str:
     """Count a sweep's runs without a log by state, and say why one ended; empty if there are none.
 
-    Only runs whose name or state contains `text` count. started: run ids that have a row.
+    text: what --filter asks for. started: run ids that have a row.
     """
     folder, sweep = manifest.path.parent, manifest.sweep
     runs = [run for run in manifest.runs if run.run_id not in started]
-    runs = [run for run in runs if text in f"{run.tag} {run.run_id} {sweep} {run.state}"]
+    runs = [run for run in runs if is_asked_for(text, run.tag, run.run_id, sweep, run.state)]
     runs = [run for run in runs if find_log(folder, f"{run.run_id}.txt") is None]
     if not runs:
         return ""
     states = ", ".join(f"{number} {state}" for state, number in Counter(run.state for run in runs).items())
-    note = f"sweep {sweep}: {count(len(runs), 'run')} without a log: {states}"
+    note = f"sweep {sweep}: {format_count(len(runs), 'run')} without a log: {states}"
     ended = sorted((run for run in runs if run.reason), key=lambda run: run.state == "stopped")
     if not ended:
         return note
@@ -446,7 +445,7 @@ def arrange(rows: Sequence[Row], options: argparse.Namespace) -> list[list[Row]]
     """Return the runs that are asked for, one by one or by arm, in the order that is asked for."""
     groups: dict[object, list[Row]] = {}
     for row in rows:
-        if options.filter in words_of(row):
+        if row.is_asked_for(options.filter):
             groups.setdefault((row.sweep, row.arm) if options.arms else len(groups), []).append(row)
     found = [groups[key] for key in sorted(groups)]
     if options.by_loss:
@@ -478,7 +477,7 @@ def display(monitor: Monitor, rows: Sequence[Row], options: argparse.Namespace, 
     groups = arrange(rows, options)
     shown = groups[: max(1, height - 3 - len(notes))]
     records = [record_of(group, options.arms) for group in shown]
-    heading = f"{monitor.name} at {time.strftime('%H:%M:%S')}: {count(len(rows), 'run')}"
+    heading = f"{monitor.name} at {time.strftime('%H:%M:%S')}: {format_count(len(rows), 'run')}"
     lines = [line(f"{heading} ({states_of(rows)})" if rows else heading, "bold")]
     if records:
         cells = fit(records, width)

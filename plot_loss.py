@@ -266,9 +266,8 @@ def summary(results: Results, target: float | None) -> str:
         if target is not None:
             met = all_met(arm, target)
             arm_rows[-1].append(f"{met[0]}, {style.format_time(met[1])}" if met else "not by all")
-    header = ["arm", "final validation loss"] + (
-        [f"all runs at loss {target:g}"] if target is not None else []
-    )
+    header = ["arm", "final validation loss"]
+    header += [f"all runs at loss {target:g}"] if target is not None else []
     return f"{text}\n\n{format_table(header, arm_rows)}"
 
 

@@ -46,6 +46,7 @@ from analysis.stats import (
 from analysis.sweep_pictures import picture_of_curves, picture_of_forest
 from analysis.tables import (
     as_json,
+    format_count,
     format_difference,
     format_interval,
     format_loss,
@@ -177,8 +178,7 @@ def table_notes(results: Results) -> str:
         )
         return (
             f"{what} Its interval is that of each difference by itself; p is two-sided, after Holm's "
-            f"correction for {verdict.num_comparisons} comparison{'s' * (verdict.num_comparisons > 1)}: "
-            f"{ending.format(effect)}"
+            f"correction for {format_count(verdict.num_comparisons, 'comparison')}: {ending.format(effect)}"
         )
     ties = verdict.ties
     noise = (

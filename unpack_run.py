@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from analysis.command_line import make_parser, run
+from analysis.run_environment import command_of
 from analysis.run_log import RunLog, embedded_sources, read_log
 from analysis.trainers import env_text
 
@@ -58,13 +59,8 @@ def command(run: RunLog, folder: Path) -> str:
     if data := data_folder(run):
         settings["DATA_PATH"] = data
     words = [f"{name}={shlex.quote(env_text(value))}" for name, value in settings.items()]
-    launcher, num_ranks = shlex.quote(sys.executable), int(run.started["world_size"])
-    if num_ranks > 1:
-        launcher += " -m torch.distributed.run --standalone --local-addr=127.0.0.1"
-        launcher += f" --nproc-per-node={num_ranks}"
-    return " ".join(
-        ["cd", shlex.quote(str(folder)), "&&", *words, launcher, shlex.quote(run.started["script"])]
-    )
+    start = command_of(Path(run.started["script"]), int(run.started["world_size"]))
+    return " ".join(["cd", shlex.quote(str(folder)), "&&", *words, shlex.join(start)])
 
 
 def main(argv: list[str]) -> int:

@@ -6,8 +6,7 @@
 
 RULES gives every value a label. "The fall" is how far the lowest mean loss fell from the start of training.
 Labels and ranges are relative to the value with that loss. Values statistically tied with it are those of
-stats.contenders; a single run is not tested. Only losses are tested;
-accuracies are described.
+stats.contenders; a single run is not tested. Only losses are tested; accuracies are described.
 """
 
 import math

@@ -56,6 +56,11 @@ def without_nan(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def format_count(number: int, noun: str) -> str:
+    """Format 1 run, 2 runs."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def format_number(value: float, form: str) -> str:
     """Format a number by a Python format; - if unknown."""
     return format(value, form) if math.isfinite(value) else "-"
